@@ -1,0 +1,68 @@
+"""Checks of saved adapters, made before anything of a model is changed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+
+from .targets import saved_targets
+
+if TYPE_CHECKING:
+    from .config import LoTRAConfig
+
+CONTAINERS = ("lotra_core", "lotra_U1", "lotra_U2", "lotra_U3")
+
+
+def factor_shapes(shape: tuple[int, ...], ranks: tuple[int, int, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Container name and shape of G, U1, U2, U3 for a coefficient tensor of shape (n, m, n_d, ...)."""
+    yield CONTAINERS[0], (*ranks, *shape[3:])
+    yield from ((name, (size, r)) for name, size, r in zip(CONTAINERS[1:], shape[:3], ranks, strict=True))
+
+
+def check_weights(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, torch.Tensor], origin: str) -> None:
+    """Raise ValueError unless `weights` has exactly the `expected` adapter tensors, of these shapes, all finite."""
+    held = {key for key in weights if any(f".{name}" in f".{key}" for name in CONTAINERS)}
+    missing, unexpected = sorted(set(expected) - held), sorted(held - set(expected))
+    if missing or unexpected:
+        raise ValueError(
+            f"{origin} does not belong to this adapter: it lacks {missing or 'nothing'}, and has "
+            f"{unexpected or 'nothing'} beyond it. Was it made for another base model, or other `target_modules`?"
+        )
+    for key, shape in expected.items():
+        if tuple(weights[key].shape) != tuple(shape):
+            raise ValueError(
+                f"{origin} has {key} of shape {tuple(weights[key].shape)}, expected {tuple(shape)}: "
+                "an adapter of other ranks, or for another base model"
+            )
+        if not torch.isfinite(weights[key]).all():
+            raise ValueError(f"{origin} has NaN or infinity in {key}: the adapter is broken; use an earlier save")
+
+
+def check_saved_adapter(config: LoTRAConfig, path: str, subfolder: str | None = None) -> None:
+    """Raise ValueError if the adapter file in a local directory is unreadable, not finite, or not what `config` says.
+
+    Without a local file there is nothing to check.
+    """
+    directory = os.path.join(path, subfolder or "")
+    files = [os.path.join(directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    file = next(filter(os.path.isfile, files), None)
+    if file is None:
+        return
+    try:
+        weights = load_peft_weights(path, device="cpu", subfolder=subfolder)
+    except Exception as error:  # safetensors, pickle and zip each raise their own
+        raise ValueError(
+            f"the adapter file {file} cannot be read ({error}): it is corrupt or truncated; copy or save it again"
+        ) from error
+    check_weights(dict(_saved_shapes(config)), weights, f"the adapter file {file}")
+
+
+def _saved_shapes(config: LoTRAConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Key and shape of every adapter tensor in the file saved with a completed config."""
+    for key, target in saved_targets(config):
+        for name, shape in factor_shapes(target.spec.layout.canonical_shape, target.ranks):
+            yield f"base_model.model.{key}.{name}", shape

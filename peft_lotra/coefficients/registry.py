@@ -1,0 +1,78 @@
+"""The KAN layers whose coefficient tensors are known, by qualified class name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from .spec import CoefficientSpec, check_description
+
+Descriptions = Mapping[str, str | Mapping[str, Any]]
+
+_REGISTRY: dict[str, Descriptions | Callable[[nn.Module], Descriptions]] = {}
+
+
+def register_kan_layer(
+    layer_class: type[nn.Module] | str,
+    coefficients: Descriptions | Callable[[nn.Module], Descriptions],
+) -> None:
+    """Make a KAN layer class known, so that `LoTRAConfig()` finds its layers in any model.
+
+    A layer is declared by class because its layout cannot be read off its shapes: `(i d)` and `(d i)`, or inputs and
+    outputs of a square layer, look alike. Subclasses count as their base class unless they are registered themselves;
+    registering a class again replaces what was said before.
+
+    Args:
+        layer_class: the class, or its qualified name (`"package.module.Class"`) where importing it is unwanted.
+        coefficients: maps the path of each coefficient parameter to its layout, in the form that
+            `LoTRAConfig(coefficients=...)` takes: `{"coef": "i o d"}`. A function of the layer that returns such a
+            mapping serves where the answer depends on the instance, such as the size of a flattened axis.
+
+    Raises:
+        ValueError, TypeError: if the mapping is malformed.
+    """
+    name = layer_class if isinstance(layer_class, str) else _qualified_name(layer_class)
+    if not callable(coefficients):
+        for description in coefficients.values():
+            check_description(description)
+    _REGISTRY[name] = coefficients
+
+
+def registered_kan_layers() -> list[str]:
+    """The qualified names of all registered classes."""
+    return sorted(_REGISTRY)
+
+
+def known_coefficients(layer: nn.Module) -> list[CoefficientSpec]:
+    """The coefficient tensors of `layer` if its class, or the nearest base class, is registered; else none."""
+    for cls in type(layer).__mro__:
+        coefficients = _REGISTRY.get(_qualified_name(cls))
+        if coefficients is not None:
+            descriptions = coefficients(layer) if callable(coefficients) else coefficients
+            return [CoefficientSpec.resolve(layer, path, text) for path, text in descriptions.items()]
+    return []
+
+
+def _qualified_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _efficient_kan(layer: nn.Module) -> Descriptions:
+    # The scaler is optional there (`enable_standalone_scale_spline`).
+    scale = {"scale": "spline_scaler", "scale_layout": "o i"} if hasattr(layer, "spline_scaler") else {}
+    return {"spline_weight": {"layout": "o i d", **scale}}
+
+
+def _fast_kan(layer: nn.Module) -> Descriptions:
+    return {"spline_linear.weight": {"layout": "o (i d)", "sizes": {"d": layer.rbf.num_grids}}}
+
+
+register_kan_layer("kan.KANLayer.KANLayer", {"coef": "i o d"})  # pykan
+register_kan_layer("efficient_kan.kan.KANLinear", _efficient_kan)
+register_kan_layer("kan_gpt.efficient_kan.model.KANLinear", _efficient_kan)  # kan_gpt, visionkan, qkan: copies of it
+register_kan_layer("VisionKAN.ekan.KANLinear", _efficient_kan)
+register_kan_layer("qkan.kan.KANLinear", _efficient_kan)
+register_kan_layer("fastkan.fastkan.FastKANLayer", _fast_kan)
+register_kan_layer("ChebyKANLayer.ChebyKANLayer", {"cheby_coeffs": "i o d"})

@@ -1,0 +1,208 @@
+"""The description of one coefficient tensor: which parameter holds it, in which layout, under which scale."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from einops import rearrange, repeat
+
+_MODES = ("i", "o", "d")  # factored: input, output, basis
+_KERNEL = ("g", "t", "h", "w")  # not factored: group, and the kernel's time, height and width
+_AXIS = re.compile(r"[iodgthw]\d*")
+_FIELDS = ("layout", "sizes", "scale", "scale_layout", "layer")
+
+
+def _part_number(axis: str) -> int:
+    return int(axis[1:] or 0)
+
+
+def _parse(pattern: str) -> list[list[str]]:
+    """The axes of a layout, one list per stored axis: `"o (i d)"` -> `[["o"], ["i", "d"]]`."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"a layout is a string such as 'i o d' or 'o (i d)', got {pattern!r}")
+    groups = [part.strip("()").split() for part in re.findall(r"\([^()]*\)|[^\s()]+", pattern)]
+    axes = [axis for group in groups for axis in group]
+    if pattern.count("(") != pattern.count(")") or len(re.sub(r"[^()]", "", pattern).replace("()", "")) > 0:
+        raise ValueError(f"layout {pattern!r} has unbalanced or nested parentheses")
+    unknown = [axis for axis in axes if not _AXIS.fullmatch(axis)]
+    if unknown or not axes:
+        raise ValueError(
+            f"layout {pattern!r} has unknown axes {unknown}; use i (input), o (output), d (basis), g (group), "
+            "t, h, w (kernel), with a number where one mode lies on two axes, as in 'd1 o i d2'"
+        )
+    if len(set(axes)) < len(axes):
+        raise ValueError(f"layout {pattern!r} names an axis twice; number the parts of a mode, as in 'd1 o i d2'")
+    return groups
+
+
+def check_layout(pattern: str, modes: tuple[str, ...] = _MODES) -> None:
+    """Raise ValueError unless `pattern` is a well-formed layout that has each of `modes`."""
+    axes = {axis[0] for group in _parse(pattern) for axis in group}
+    missing = [mode for mode in modes if mode not in axes]
+    if missing:
+        raise ValueError(f"layout {pattern!r} lacks the axes {missing}: a coefficient tensor has i, o and d")
+
+
+def _solve_sizes(pattern: str, shape: tuple[int, ...], known: Mapping[str, int]) -> dict[str, int]:
+    """The size of every axis of `pattern` on a tensor of `shape`.
+
+    Raises:
+        ValueError: if the pattern does not fit the shape, or leaves a size open.
+    """
+    groups = _parse(pattern)
+    if len(groups) != len(shape):
+        raise ValueError(f"layout {pattern!r} has {len(groups)} axes, the tensor has shape {shape}")
+    sizes: dict[str, int] = {}
+    for group, stored in zip(groups, shape, strict=True):
+        given = {axis: known[axis] for axis in group if axis in known}
+        open_axes = [axis for axis in group if axis not in known]
+        product = math.prod(given.values())
+        if len(open_axes) > 1:
+            raise ValueError(
+                f"layout {pattern!r} leaves the sizes of {open_axes} open for shape {shape}; "
+                f"give all but one, as in {{'layout': {pattern!r}, 'sizes': {{{open_axes[-1]!r}: 8}}}}"
+            )
+        if stored % product or (not open_axes and stored != product):
+            raise ValueError(f"layout {pattern!r} with sizes {dict(known)} does not fit the shape {shape}")
+        sizes |= given | {axis: stored // product for axis in open_axes}
+    unused = sorted(set(known) - set(sizes))
+    if unused:
+        raise ValueError(f"`sizes` names the axes {unused}, which layout {pattern!r} does not have")
+    return sizes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How A[i, o, d, ...] lies in a stored tensor: an einops pattern and the size of each of its axes.
+
+    Axes are named i (input), o (output), d (basis), g (group), t h w (kernel). A mode that lies on two axes is
+    numbered, as in `"d1 o i d2"`; its parts are joined in the order of their numbers.
+    """
+
+    pattern: str
+    sizes: Mapping[str, int] = field(hash=False)
+
+    @classmethod
+    def fit(cls, pattern: str, shape: tuple[int, ...], sizes: Mapping[str, int] | None = None) -> Layout:
+        """The layout `pattern` on a tensor of `shape`; `sizes` settles flattened axes.
+
+        Raises:
+            ValueError: if the pattern is not a layout of a coefficient tensor or does not fit the shape.
+        """
+        check_layout(pattern)
+        return cls(pattern, _solve_sizes(pattern, tuple(shape), sizes or {}))
+
+    @cached_property
+    def _canonical(self) -> str:
+        groups = [[axis for axis in self.sizes if axis[0] == letter] for letter in _MODES + _KERNEL]
+        return " ".join(f"({' '.join(sorted(axes, key=_part_number))})" for axes in groups if axes)
+
+    @cached_property
+    def canonical_shape(self) -> tuple[int, ...]:
+        """(n, m, n_d, ...): the sizes of A's modes, then of its unfactored axes."""
+        return tuple(math.prod(self.sizes[axis] for axis in group) for group in _parse(self._canonical))
+
+    def to_canonical(self, stored: torch.Tensor) -> torch.Tensor:
+        """A[i, o, d, ...] from the stored tensor."""
+        return rearrange(stored, f"{self.pattern} -> {self._canonical}", **self.sizes)
+
+    def from_canonical(self, canonical: torch.Tensor) -> torch.Tensor:
+        """The stored tensor, contiguous, from A[i, o, d, ...]."""
+        return rearrange(canonical, f"{self._canonical} -> {self.pattern}", **self.sizes).contiguous()
+
+    def expand(self, scale: torch.Tensor, scale_pattern: str) -> torch.Tensor:
+        """A scale stored as `scale_pattern` (some of this layout's axes), repeated to the stored shape."""
+        own = {axis: size for axis, size in self.sizes.items() if re.search(rf"\b{axis}\b", scale_pattern)}
+        _solve_sizes(scale_pattern, tuple(scale.shape), own)
+        return repeat(scale, f"{scale_pattern} -> {self.pattern}", **self.sizes)
+
+
+@dataclass(frozen=True)
+class CoefficientSpec:
+    """Where one coefficient tensor of a KAN layer is kept: A = parameter · scale, lying as `layout` says.
+
+    Attributes:
+        parameter: path of the parameter from the layer, such as `"spline_linear.weight"`.
+        layout: the parameter's layout.
+        scale: path of a tensor that the layer multiplies onto the parameter *before* the contraction (efficient-kan's
+            `spline_scaler`); the adapter is added to the product, and merging folds the scale into the parameter.
+            Scales and masks after the contraction are the layer's own affair and are not named here.
+        scale_layout: layout of the scale, a part of the parameter's axes.
+    """
+
+    parameter: str
+    layout: Layout
+    scale: str | None = None
+    scale_layout: str | None = None
+
+    @classmethod
+    def resolve(cls, layer: torch.nn.Module, parameter: str, description: str | Mapping[str, Any]) -> CoefficientSpec:
+        """The spec of `layer`'s `parameter` from a layout string or a mapping with layout, sizes, scale, scale_layout.
+
+        Raises:
+            ValueError, TypeError: if the description is malformed, names something that the layer does not have, or
+                does not fit the parameter's shape.
+        """
+        description = check_description(description)
+        tensor = _tensor_at(layer, parameter)
+        if not tensor.is_floating_point():
+            raise TypeError(f"`{parameter}` has dtype {tensor.dtype}: LoTRA adapts real floating-point tensors only")
+        layout = Layout.fit(description["layout"], tensor.shape, description.get("sizes"))
+        scale = description.get("scale")
+        if scale is not None:
+            layout.expand(_tensor_at(layer, scale), description["scale_layout"])  # raises if it does not fit
+        return cls(parameter, layout, scale, description.get("scale_layout"))
+
+    def describe(self) -> dict[str, Any]:
+        """The mapping that `resolve` reads: plain data for a saved config."""
+        description: dict[str, Any] = {"layout": self.layout.pattern, "sizes": dict(self.layout.sizes)}
+        if self.scale is not None:
+            description |= {"scale": self.scale, "scale_layout": self.scale_layout}
+        return description
+
+
+def check_description(description: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A coefficient description as a mapping, its fields and layouts checked as far as this goes without the layer."""
+    if isinstance(description, str):
+        description = {"layout": description}
+    if not isinstance(description, Mapping) or "layout" not in description:
+        raise TypeError(f"coefficients are described by a layout or a mapping with 'layout', got {description!r}")
+    unknown = sorted(set(description) - set(_FIELDS))
+    if unknown:
+        raise ValueError(f"a coefficient description has the fields {_FIELDS}, got also {unknown}")
+    check_layout(description["layout"])
+    sizes = description.get("sizes") or {}
+    if not isinstance(sizes, Mapping) or not all(type(size) is int and size > 0 for size in sizes.values()):
+        raise ValueError(f"`sizes` maps axes to positive integers, got {sizes!r}")
+    if (description.get("scale") is None) != (description.get("scale_layout") is None):
+        raise ValueError(f"`scale` and `scale_layout` come together, got {description!r}")
+    if description.get("scale_layout") is not None:
+        check_layout(description["scale_layout"], modes=())
+    return dict(description)
+
+
+def _tensor_at(layer: torch.nn.Module, path: str) -> torch.Tensor:
+    owner, name = owner_of(layer, path)
+    tensor = getattr(owner, name, None)
+    if not isinstance(tensor, torch.Tensor):
+        held = [key for key, _ in layer.named_parameters()]
+        raise ValueError(f"`{path}` is no tensor of this {type(layer).__name__}, which has the parameters {held}")
+    return tensor
+
+
+def owner_of(layer: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:
+    """The module under `layer` that holds the tensor at the dotted `path`, and the tensor's name there."""
+    owner, _, name = path.rpartition(".")
+    try:
+        return layer.get_submodule(owner), name
+    except AttributeError:
+        held = [key for key, _ in layer.named_parameters()]
+        raise ValueError(
+            f"`{path}` is no tensor of this {type(layer).__name__}, which has the parameters {held}"
+        ) from None

@@ -1,0 +1,140 @@
+"""LoTRAConfig: plain data, checked as far as this goes without a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+from peft.config import PeftConfig
+
+from .checkpoint import check_saved_adapter
+from .coefficients.spec import check_description
+from .registration import LOTRA
+
+
+@dataclass
+class LoTRAConfig(PeftConfig):
+    """A_ft = A_pt + alpha · G ×₁ U1 ×₂ U2 ×₃ U3 for every KAN coefficient tensor that the fields select.
+
+    On injection the model's own copy of the config is completed: `target_modules`, `coefficients` and `rank_pattern`
+    then name every adapted layer, so that a saved adapter loads without the registrations of the machine that made it.
+    The object passed in is not changed and can be used again.
+
+    Args:
+        r: Tucker ranks (input, output, basis), or one number for all three. Upper bounds: in each layer they are
+            clipped to the sizes of the modes.
+        compression_ratio: instead of `r`, a budget c in (0, 1] over all adapted layers together: adapter parameters
+            ≤ c · (number of coefficients). Ranks follow the mode sizes, r_k = round(t · size), with one t for all
+            layers. 0.1 if neither `r` nor `compression_ratio` is given and `rank_pattern` leaves layers open.
+        alpha: factor on the update. Unlike LoRA's `lora_alpha`, it is not divided by the rank.
+        target_modules: KAN layers to adapt: names or name endings, or a regular expression on the full name. None
+            means every KAN layer that is known, by `register_kan_layer` or by `coefficients`.
+        exclude_modules: KAN layers to leave out, in the same form.
+        layers_to_transform: adapt only layers with these indices (the first number in the module's name).
+        layers_pattern: the name before that number, if the first one is not meant.
+        rank_pattern: ranks for single layers, keyed by module name or a regular expression on its ending. They are
+            taken exactly; a rank above its mode is an error. For a module with several coefficient tensors the value
+            may map parameter paths to ranks.
+        alpha_pattern: `alpha` for single layers, keyed likewise.
+        modules_to_save: modules other than adapters that are trained and saved with them.
+        coefficients: coefficient tensors that are not registered: maps a parameter's full name, or a regular
+            expression on its ending, to a layout such as `"i o d"` or `"o (i d)"`, or to a mapping with `layout`,
+            `sizes` (of flattened axes), `scale` and `scale_layout` (a factor before the contraction), and `layer` (the
+            module whose forward uses the parameter, if the key does not tell).
+        init_weights: True: G = 0, factors normal with variance 1/size; the adapted model starts equal to the base.
+            False: G is random too, for tests.
+
+    Raises:
+        ValueError, TypeError: naming the field, the value and what is allowed.
+    """
+
+    r: int | tuple[int, int, int] | None = None
+    compression_ratio: float | None = None
+    alpha: float = 1.0
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, Any] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    coefficients: dict[str, str | dict[str, Any]] = field(default_factory=dict)
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = LOTRA
+        if self.r is not None and self.compression_ratio is not None:
+            raise ValueError(
+                f"give `r` or `compression_ratio`, not both: got r={self.r!r}, "
+                f"compression_ratio={self.compression_ratio!r}"
+            )
+        if self.r is not None:
+            self.r = check_ranks(self.r, "r")
+        if self.compression_ratio is not None and not (
+            isinstance(self.compression_ratio, Real) and 0 < self.compression_ratio <= 1
+        ):
+            raise ValueError(
+                f"`compression_ratio` should be a number in (0, 1] but the value passed is {self.compression_ratio!r}"
+            )
+        for name, alpha in {"alpha": self.alpha, **_named("alpha_pattern", self.alpha_pattern)}.items():
+            if not isinstance(alpha, Real) or isinstance(alpha, bool) or not math.isfinite(alpha):
+                raise ValueError(f"`{name}` should be a finite number but the value passed is {alpha!r}")
+        self.rank_pattern = {
+            key: {path: check_ranks(r, f"rank_pattern[{key!r}][{path!r}]") for path, r in ranks.items()}
+            if isinstance(ranks, Mapping)
+            else check_ranks(ranks, f"rank_pattern[{key!r}]")
+            for key, ranks in _checked_mapping("rank_pattern", self.rank_pattern).items()
+        }
+        for key, description in _checked_mapping("coefficients", self.coefficients).items():
+            try:
+                check_description(description)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"`coefficients[{key!r}]`: {error}") from None
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                setattr(self, name, sorted(value))  # a list, in one order, whatever collection came in
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise ValueError(
+                "`layers_to_transform` cannot be used when `target_modules` is a str (regular expression)"
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("when `layers_pattern` is specified, `layers_to_transform` must also be specified")
+        if not isinstance(self.init_weights, bool):
+            raise ValueError(f"`init_weights` should be True or False but the value passed is {self.init_weights!r}")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """The config of a saved adapter. A damaged adapter file beside it is reported here, before a model is touched.
+
+        Raises:
+            ValueError: if the adapter file cannot be read, holds NaN or infinity, or does not fit the config.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_saved_adapter(config, pretrained_model_name_or_path, subfolder)
+        return config
+
+
+def check_ranks(r: Any, name: str) -> int | tuple[int, int, int]:
+    """`r` as an int or a triple of ints, all positive; ValueError naming `name` otherwise."""
+    triple = (r,) * 3 if type(r) is int else tuple(r) if isinstance(r, list | tuple) else ()
+    if len(triple) != 3 or any(type(rank) is not int or rank <= 0 for rank in triple):
+        raise ValueError(
+            f"`{name}` should be a positive integer value, or three of them (input, output, basis), "
+            f"but the value passed is {r!r}"
+        )
+    return r if type(r) is int else triple
+
+
+def _checked_mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`{name}` should be a mapping but the value passed is {value!r}")
+    return value
+
+
+def _named(name: str, value: Any) -> dict[str, Any]:
+    return {f"{name}[{key!r}]": entry for key, entry in _checked_mapping(name, value).items()}

@@ -1,0 +1,199 @@
+"""LoTRALayer: the Tucker adapters of one coefficient tensor."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from .checkpoint import CONTAINERS, factor_shapes
+from .coefficients.spec import CoefficientSpec, owner_of
+from .standin import Update, adapted, effective_coefficients
+from .tucker import TuckerFactors
+
+# Methods of KAN layers that rewrite coefficients, by the beginning of their names.
+_REWRITING = ("update_grid", "initialize_grid", "reset_parameters", "swap")
+
+
+class LoTRALayer(nn.Module, BaseTunerLayer):
+    """A_ft = A + Σ_adapters s · G ×₁ U1 ×₂ U2 ×₃ U3 for one coefficient tensor A of the wrapped KAN layer.
+
+    G: (r1, r2, r3, ...), U1: (n, r1), U2: (m, r2), U3: (n_d, r3), kept by adapter name in `lotra_core`, `lotra_U1`,
+    `lotra_U2`, `lotra_U3`. A module with several coefficient tensors is wrapped once for each. Unknown public
+    attributes are looked up on the base layer, so that code around the layer goes on working; methods that rewrite
+    coefficients raise an error there while the adapter is attached.
+    """
+
+    adapter_layer_names = CONTAINERS
+    other_param_names = ("r", "scaling")
+
+    def __init__(self, base_layer: nn.Module, spec: CoefficientSpec) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.spec = spec
+        for name in CONTAINERS:
+            setattr(self, name, nn.ParameterDict())
+        self.r: dict[str, tuple[int, int, int]] = {}
+        self.scaling: dict[str, float] = {}
+        self.in_features, self.out_features = spec.layout.canonical_shape[:2]
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True
+        self._before_merge: dict[str, torch.Tensor] = {}  # by path: parameter and scale
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        ranks: tuple[int, int, int],
+        alpha: float = 1.0,
+        init_weights: bool = True,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter of the given ranks.
+
+        Raises:
+            ValueError: if a rank is not in 1 … size of its mode; nothing is added then.
+        """
+        modes = self.spec.layout.canonical_shape[:3]
+        if any(not 0 < rank <= size for rank, size in zip(ranks, modes, strict=True)):
+            raise ValueError(
+                f"`r` should be three positive integer values up to the modes {modes} of {self.spec.parameter}, "
+                f"but the value passed is {ranks}"
+            )
+        self.r[adapter_name] = tuple(ranks)
+        self.scaling[adapter_name] = alpha
+        coefficients = self._stored(self.spec.parameter)
+        for name, shape in factor_shapes(self.spec.layout.canonical_shape, ranks):
+            getattr(self, name)[adapter_name] = nn.Parameter(coefficients.new_empty(shape))
+        self.reset_lotra_parameters(adapter_name, init_weights)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """G = 0 (normal if `init_weights` is False), U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3 ~ N(0, 1/n_d).
+
+        With G = 0 the update is zero and every factor has a gradient after one step. Source: eq. 8, with a random U2.
+        """
+        core, *factors = self._factors(adapter_name)
+        if init_weights:
+            nn.init.zeros_(core)
+        else:
+            nn.init.normal_(core)
+        for factor in factors:
+            nn.init.normal_(factor, std=1 / math.sqrt(factor.shape[0]))
+
+    def _factors(self, adapter_name: str) -> TuckerFactors:
+        return TuckerFactors(*(getattr(self, name)[adapter_name] for name in CONTAINERS))
+
+    def _update(self, adapter_name: str) -> Update:
+        return Update(self._factors(adapter_name), self.scaling[adapter_name])
+
+    def is_trainable(self, adapter_name: str) -> bool:
+        """Whether this layer has the adapter, and its factors require gradients."""
+        return adapter_name in self.lotra_core and self.lotra_core[adapter_name].requires_grad
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """s · G ×₁ U1 ×₂ U2 ×₃ U3 in the layout of the parameter."""
+        return self._update(adapter_name).dense(self.spec)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """parameter ← parameter · scale + Σ updates, scale ← 1, for the given or else the active adapters.
+
+        The values before are kept until `unmerge`, which restores them to the bit.
+
+        Raises:
+            ValueError: with `safe_merge`, if the merged coefficients are not all finite; nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lotra_core]
+        if not names:
+            return
+        merged = self.merged_coefficients(names, safe_merge)
+        if not self.merged:
+            paths = [path for path in (self.spec.parameter, self.spec.scale) if path is not None]
+            self._before_merge = {path: self._stored(path).data.clone() for path in paths}
+        self._stored(self.spec.parameter).data.copy_(merged)
+        if self.spec.scale is not None:
+            self._stored(self.spec.scale).data.fill_(1)
+        self.merged_adapters += names
+
+    @torch.no_grad()
+    def merged_coefficients(self, adapter_names: list[str], safe_merge: bool = False) -> torch.Tensor:
+        """A + Σ updates in the layout of the parameter, for adapters that are not merged yet.
+
+        Raises:
+            ValueError: with `safe_merge`, if a sum is not all finite.
+        """
+        merged = effective_coefficients(self.get_base_layer(), self.spec)
+        for name in adapter_names:
+            merged = merged + self.get_delta_weight(name).to(merged)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        return merged
+
+    def unmerge(self) -> None:
+        """Restore parameter and scale as they were before the first `merge`, to the bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        for path, before in self._before_merge.items():
+            self._stored(path).data.copy_(before)
+        self._before_merge = {}
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, all nested adapters merged into it if `merge`."""
+        layer = self
+        while isinstance(layer, LoTRALayer):
+            if merge:
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            layer = layer.base_layer
+        return layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's own forward, with A_ft in place of A."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        updates = [] if self.disable_adapters else [self._update(name) for name in self._unmerged_active_adapters()]
+        with adapted(self.get_base_layer(), self.spec, updates) if updates else nullcontext():
+            return self.base_layer(*args, **kwargs)
+
+    def _unmerged_active_adapters(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lotra_core and name not in self.merged_adapters]
+
+    def _stored(self, path: str) -> torch.Tensor:
+        return getattr(*owner_of(self.get_base_layer(), path))
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # The base class looks for a `weight`, rounds fp32 factors to the base's 16 bits and makes them trainable.
+        for factor in self._factors(adapter_name):
+            if not factor.is_meta:
+                factor.data = factor.data.to(device or self._stored(self.spec.parameter).device)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # Private names stay here: accelerate and torch hang state on modules under such names.
+            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+        value = getattr(self.base_layer, name)
+        if name.startswith(_REWRITING) and callable(value):
+            return self._refuse_rewriting(name)
+        return value
+
+    def _refuse_rewriting(self, name: str) -> Any:
+        def refuse(*args: Any, **kwargs: Any) -> None:
+            raise RuntimeError(
+                f"`{name}` would rewrite coefficients under a LoTRA adapter, whose update belongs to the old ones: "
+                "call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt anew"
+            )
+
+        return refuse
+
+    def __repr__(self) -> str:
+        return f"lotra.{super().__repr__()}"

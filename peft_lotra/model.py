@@ -1,0 +1,162 @@
+"""LoTRAModel: the PEFT tuner that wraps the KAN layers of a model in LoTRALayers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from torch import nn
+
+from .checkpoint import CONTAINERS, check_weights
+from .config import LoTRAConfig
+from .layer import LoTRALayer
+from .targets import Target, completed, is_excluded, resolve_targets
+
+
+class LoTRAModel(BaseTuner):
+    """A model whose KAN layers compute with A + s · G ×₁ U1 ×₂ U2 ×₃ U3; made by `peft.get_peft_model`.
+
+    Everything of PEFT's tuners applies: adding, switching, disabling, deleting, merging and unloading adapters.
+    Errors of configuration are raised before the first layer is touched.
+    """
+
+    prefix = "lotra_"
+    tuner_layer_cls = LoTRALayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: LoTRAConfig, model_config: dict[str, Any]) -> LoTRAConfig:
+        # The config is completed in a copy: the user's object stays as it is and serves for other models too.
+        adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        self._check_modules_to_save(peft_config)
+        targets = resolve_targets(self.model, peft_config)
+        self._check_against_existing_adapters(targets)
+        self._targets: dict[str, list[Target]] = {}
+        for target in targets:
+            self._targets.setdefault(target.module, []).append(target)
+        self.peft_config[adapter_name] = completed(peft_config, targets)
+        return self.peft_config[adapter_name]
+
+    def _check_modules_to_save(self, config: LoTRAConfig) -> None:
+        for entry in config.modules_to_save or ():
+            container = next((name for name in CONTAINERS if name.endswith(entry)), None)
+            if container is not None:
+                raise ValueError(
+                    f"`modules_to_save` entry {entry!r}: PEFT compares endings, and the adapter's own {container} has "
+                    "this one too; give a longer part of the module's name, or give the module a longer name"
+                )
+
+    def _check_against_existing_adapters(self, targets: list[Target]) -> None:
+        for target in targets:
+            for layer in _adapter_layers(self.model.get_submodule(target.module)):
+                if layer.spec.parameter == target.spec.parameter and layer.spec != target.spec:
+                    raise ValueError(
+                        f"{target.parameter} is adapted already with {layer.spec.describe()}; a further adapter must "
+                        f"describe it alike, got {target.spec.describe()}"
+                    )
+
+    def _check_target_module_exists(self, peft_config: LoTRAConfig, key: str) -> bool | _ExcludedModule:
+        if is_excluded(peft_config, key):
+            return _ExcludedModule()
+        return key in self._targets
+
+    def _create_and_replace(
+        self,
+        peft_config: LoTRAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if current_key not in self._targets:
+            raise ValueError(
+                f"the state dict has an adapter for {current_key}, which the config does not select; "
+                "pass the config that was saved with it"
+            )
+        for tensor in self._targets[current_key]:
+            layer = next((x for x in _adapter_layers(target) if x.spec.parameter == tensor.spec.parameter), None)
+            is_new = layer is None
+            if is_new:
+                layer = target = LoTRALayer(target, tensor.spec)
+            layer.update_layer(
+                adapter_name,
+                tensor.ranks,
+                alpha=tensor.alpha,
+                init_weights=peft_config.init_weights,
+                inference_mode=peft_config.inference_mode,
+            )
+            if is_new and adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+        self._replace_module(parent, target_name, target, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # `update_layer` has put the adapters on the coefficients' device already, and KAN layers have no `weight` for
+        # the base class to copy.
+        setattr(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # The base class makes new, trainable parameters where it casts; frozen adapters stay frozen here.
+        layers = [layer for layer in self.model.modules() if isinstance(layer, LoTRALayer)]
+        trainable = {layer: layer.is_trainable(adapter_name) for layer in layers}
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer, requires_grad in trainable.items():
+            layer.set_requires_grad(adapter_name, requires_grad)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the coefficients and keep them; with `safe_merge`, all layers are checked first."""
+        self._check_finite(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        self._check_finite(adapter_names, merge and safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise before any layer is merged, so that a broken adapter leaves no half-merged model."""
+        for layer in self.model.modules() if safe_merge else ():
+            if isinstance(layer, LoTRALayer):
+                names = layer.active_adapters if adapter_names is None else adapter_names
+                names = [name for name in names if name in layer.lotra_core and name not in layer.merged_adapters]
+                layer.merged_coefficients(names, safe_merge=True)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise NotImplementedError(
+                "`adapter_names` (one adapter per sample) is not supported by LoTRA yet: "
+                "call the model once per adapter, with `set_adapter`"
+            )
+        yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {
+            f"{module}.{name}": tuple(parameter.shape)
+            for module, layer in model.named_modules()
+            if isinstance(layer, LoTRALayer)
+            for name, parameter in layer.named_parameters()
+            if name.startswith(cls.prefix) and name.endswith(f".{adapter_name}")
+        }
+        check_weights(expected, remapped, f"the state dict for the adapter {adapter_name!r}")
+        return remapped
+
+
+def _adapter_layers(module: nn.Module) -> Iterator[LoTRALayer]:
+    """The LoTRALayers around one KAN layer, outermost first."""
+    while isinstance(module, LoTRALayer):
+        yield module
+        module = module.base_layer

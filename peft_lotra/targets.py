@@ -1,0 +1,324 @@
+"""What a config means for a model: which coefficient tensors are adapted, with which ranks and scaling."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from .coefficients import CoefficientSpec, Layout, known_coefficients, registered_kan_layers
+from .coefficients.spec import owner_of
+from .ranks import as_triple, choose_ranks
+
+if TYPE_CHECKING:
+    from .config import LoTRAConfig
+
+# Modules that hold parameters for the module around them and have no forward of their own.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+_HOW_TO_DECLARE = (
+    "declare the layer with `register_kan_layer(Layer, {'<parameter>': '<layout>'})` "
+    "or `LoTRAConfig(coefficients={'<parameter>': '<layout>'})`, with a layout such as 'i o d' or 'o (i d)' "
+    "(i input, o output, d basis)"
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One coefficient tensor to adapt."""
+
+    module: str  # name of the KAN layer
+    spec: CoefficientSpec
+    ranks: tuple[int, int, int] = (1, 1, 1)
+    alpha: float = 1.0
+
+    @property
+    def parameter(self) -> str:
+        """Full name of the coefficient parameter in the base model."""
+        return f"{self.module}.{self.spec.parameter}"
+
+
+def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
+    """The coefficient tensors of `model` that `config` selects, with ranks and scaling; nothing is changed.
+
+    They come in the order of the modules, and for one module in that of their parameter paths, the order of nesting.
+
+    Raises:
+        NoMatchingPeftModuleError, ValueError: naming what was looked for, or the layer and field that do not fit.
+    """
+    base = _BaseModel.of(model)
+    selected = _select(base.layers, _known_targets(base, config), config)
+    _check_not_shared(model, base.layers, selected)
+    return _with_ranks(selected, config)
+
+
+def completed(config: LoTRAConfig, targets: list[Target]) -> LoTRAConfig:
+    """A copy of `config` that names every target with its layout and ranks, so that it needs no registry to load."""
+    ranks = {
+        module: _one_or_many({target.spec.parameter: list(target.ranks) for target in group})
+        for module, group in _by_module(targets)
+    }
+    # Keys of the user's that matched nothing stay: PEFT warns about them.
+    unmatched = {
+        key: value
+        for key, value in config.rank_pattern.items()
+        if key not in ranks and not any(re.match(rf"(.*\.)?({key})$", module) for module in ranks)
+    }
+    coefficients = {}
+    for target in targets:
+        owner = target.parameter.rpartition(".")[0]
+        layer = {} if owner == target.module else {"layer": target.module}
+        coefficients[target.parameter] = target.spec.describe() | layer
+    return replace(
+        config, target_modules=sorted(ranks), rank_pattern={**ranks, **unmatched}, coefficients=coefficients
+    )
+
+
+def saved_targets(config: LoTRAConfig) -> list[tuple[str, Target]]:
+    """The targets of a completed config, each with the name of its LoTRALayer; none if the config is not completed."""
+    targets = []
+    for parameter, description in config.coefficients.items():
+        if not isinstance(description, Mapping) or not description.get("sizes"):
+            return []
+        module = description.get("layer", parameter.rpartition(".")[0])
+        path = parameter.removeprefix(f"{module}.")
+        spec = CoefficientSpec(path, Layout(description["layout"], description["sizes"]))
+        ranks = _pattern_value(config.rank_pattern, module, path)
+        if ranks is None:
+            return []
+        targets.append(Target(module, spec, as_triple(ranks)))
+    named = []
+    for module, group in _by_module(sorted(targets, key=lambda target: (target.module, target.spec.parameter))):
+        named += [(module + ".base_layer" * (len(group) - 1 - depth), target) for depth, target in enumerate(group)]
+    return named
+
+
+def _by_module(targets: list[Target]) -> Iterator[tuple[str, list[Target]]]:
+    return ((module, list(group)) for module, group in groupby(targets, key=lambda target: target.module))
+
+
+def _one_or_many(by_parameter: dict[str, Any]) -> Any:
+    return by_parameter if len(by_parameter) > 1 else next(iter(by_parameter.values()))
+
+
+@dataclass(frozen=True)
+class _BaseModel:
+    """The base model as it would be without adapters."""
+
+    layers: dict[str, nn.Module]  # by name; without the modules inside a layer that is adapted already
+    parameters: list[str]  # full names, of all parameters
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _BaseModel:
+        layers, parameters, adapted = {}, [], []
+        for name, module in model.named_modules():
+            if any(name.startswith(prefix) for prefix in adapted):
+                continue
+            is_adapted = isinstance(module, BaseTunerLayer)
+            if is_adapted:
+                adapted.append(f"{name}.")
+                module = module.get_base_layer()
+            layers[name] = module
+            paths = [path for path, _ in module.named_parameters(recurse=is_adapted)]
+            parameters += [f"{name}.{path}" if name else path for path in paths]
+        return cls(layers, parameters)
+
+
+def _known_targets(base: _BaseModel, config: LoTRAConfig) -> list[Target]:
+    """Every coefficient tensor that is registered or given in `config.coefficients`; the latter wins."""
+    layers = base.layers
+    targets: dict[str, Target] = {}  # by full parameter name
+    for module, layer in layers.items():
+        with _naming(module):
+            for spec in known_coefficients(layer):
+                target = Target(module, spec)
+                targets[target.parameter] = target
+    for parameter, key in _given_parameters(base.parameters, config):
+        description = config.coefficients[key]
+        module = description.get("layer") if isinstance(description, Mapping) else None
+        module = _layer_of(parameter, key, layers) if module is None else module
+        if module not in layers or not parameter.startswith(f"{module}." if module else ""):
+            raise ValueError(
+                f"`coefficients[{key!r}]` gives the layer {module!r}, which is no module around {parameter} "
+                "that can be adapted"
+            )
+        with _naming(module):
+            spec = CoefficientSpec.resolve(layers[module], parameter.removeprefix(f"{module}."), description)
+        targets[parameter] = Target(module, spec)
+    modules = {target.module for target in targets.values()}
+    if "" in modules:
+        raise ValueError(
+            "the model itself is a KAN layer, and PEFT adapts modules inside a model: "
+            "wrap it, as in nn.Sequential(layer)"
+        )
+    for inner in modules:
+        parts = inner.split(".")
+        outer = next((name for i in range(1, len(parts)) if (name := ".".join(parts[:i])) in modules), None)
+        if outer is not None:
+            raise ValueError(
+                f"the KAN layer {inner} lies inside the KAN layer {outer}, and both cannot be wrapped: "
+                "give `coefficients` for one of them only"
+            )
+    order = {module: position for position, module in enumerate(layers)}
+    return sorted(targets.values(), key=lambda target: (order[target.module], target.spec.parameter))
+
+
+def _given_parameters(parameters: list[str], config: LoTRAConfig) -> list[tuple[str, str]]:
+    """Each parameter that `config.coefficients` means, with its key: the full name, or else the first pattern."""
+    full_names = set(config.coefficients) & set(parameters)
+    patterns = [key for key in config.coefficients if key not in full_names]
+    given = []
+    for parameter in parameters:
+        key = parameter if parameter in full_names else get_pattern_key(patterns, parameter)
+        if key in config.coefficients:
+            given.append((parameter, key))
+    unmatched = sorted(set(config.coefficients) - {key for _, key in given})
+    if unmatched:
+        raise ValueError(
+            f"`coefficients` names {unmatched}, which match no parameter of this model; it has "
+            f"{_shortened(parameters)}. Is the adapter meant for another base model?"
+        )
+    return given
+
+
+@contextmanager
+def _naming(module: str) -> Iterator[None]:
+    """Errors raised inside name the layer."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"KAN layer {module!r}: {error}") from None
+
+
+def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
+    """The module that a `coefficients` key means: what precedes the key, else the owner of the parameter."""
+    if parameter != key:
+        before = re.match(rf"(.*\.)?({key})$", parameter).group(1)
+        if before is not None:
+            return before.removesuffix(".")
+    module = parameter.rpartition(".")[0]
+    while isinstance(layers.get(module), _CONTAINERS):
+        module = module.rpartition(".")[0]
+    return module
+
+
+def _select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRAConfig) -> list[Target]:
+    if not known:
+        raise NoMatchingPeftModuleError(
+            f"no KAN layer found. Looked for the classes {registered_kan_layers()} and, by `coefficients`, for "
+            f"{sorted(config.coefficients) or 'nothing else'}. This model has {_shortened(_class_names(layers))}; "
+            f"{_HOW_TO_DECLARE}"
+        )
+    kan_layers = list(dict.fromkeys(target.module for target in known))
+    if config.target_modules is not None:
+        _check_target_modules(config.target_modules, kan_layers, layers)
+    chosen = [
+        module
+        for module in kan_layers
+        if (config.target_modules is None or matches(config.target_modules, module))
+        and not is_excluded(config, module)
+        and _has_index(config, module)
+    ]
+    if not chosen:
+        fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+        given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
+        raise NoMatchingPeftModuleError(f"no KAN layer is left by {given}; the model's KAN layers are {kan_layers}")
+    return [target for target in known if target.module in chosen]
+
+
+def _check_not_shared(model: nn.Module, layers: Mapping[str, nn.Module], targets: list[Target]) -> None:
+    """Refuse a layer or tensor that the model holds twice: an adapter would miss, or double, its second use."""
+    names: dict[int, list[str]] = {}
+    for name, thing in [
+        *model.named_modules(remove_duplicate=False),
+        *model.named_parameters(remove_duplicate=False),
+    ]:
+        names.setdefault(id(thing), []).append(name)
+    for target in targets:
+        layer = layers[target.module]
+        for thing in (layer, getattr(*owner_of(layer, target.spec.parameter))):
+            if len(names[id(thing)]) > 1:
+                raise ValueError(
+                    f"{target.parameter} cannot be adapted: the model has the same object under the names "
+                    f"{names[id(thing)]}; untie them (copy.deepcopy) or leave them out by `exclude_modules`"
+                )
+
+
+def _check_target_modules(target_modules: list[str] | str, kan_layers: list[str], layers: Mapping[str, nn.Module]):
+    for entry in [target_modules] if isinstance(target_modules, str) else target_modules:
+        pattern = target_modules if isinstance(target_modules, str) else [entry]
+        if any(matches(pattern, module) for module in kan_layers):
+            continue
+        others = [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if matches(pattern, name)]
+        what = f"matches only modules without known coefficients: {others}" if others else "matches no module"
+        raise NoMatchingPeftModuleError(
+            f"`target_modules` entry {entry!r} {what}. The model's KAN layers are {kan_layers}; {_HOW_TO_DECLARE}"
+        )
+
+
+def matches(patterns: list[str] | str, module: str) -> bool:
+    """PEFT's rule: a string is a regular expression on the full name, a list has names or name endings."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, module) is not None
+    return any(module == entry or module.endswith(f".{entry}") for entry in patterns)
+
+
+def is_excluded(config: LoTRAConfig, module: str) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` keeps adapters off this module."""
+    if config.exclude_modules and matches(config.exclude_modules, module):
+        return True
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save or [])
+
+
+def _has_index(config: LoTRAConfig, module: str) -> bool:
+    if config.layers_to_transform is None:
+        return True
+    wanted = config.layers_to_transform
+    patterns = config.layers_pattern or [""]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        before = rf"(?:^|\.){pattern}\." if pattern else r"(?:^|\.)"
+        index = re.search(rf"{before}(\d+)(?:\.|$)", module)
+        if index is not None:
+            return int(index.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
+    return False
+
+
+def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
+    """The targets with their ranks and alpha."""
+    given = {
+        target.parameter: _pattern_value(config.rank_pattern, target.module, target.spec.parameter)
+        for target in targets
+    }
+    shapes = {target.parameter: target.spec.layout.canonical_shape for target in targets}
+    fixed = {parameter: ranks for parameter, ranks in given.items() if ranks is not None}
+    ranks = choose_ranks(shapes, fixed, config.r, config.compression_ratio)
+    return [
+        replace(
+            target,
+            ranks=ranks[target.parameter],
+            alpha=_pattern_value(config.alpha_pattern, target.module, target.spec.parameter, config.alpha),
+        )
+        for target in targets
+    ]
+
+
+def _pattern_value(pattern: Mapping[str, Any], module: str, parameter: str, default: Any = None) -> Any:
+    """A tensor's entry, by its module's full name or else PEFT's pattern rule; it may map parameters to values."""
+    value = pattern.get(module if module in pattern else get_pattern_key(pattern, module), default)
+    return value.get(parameter, default) if isinstance(value, Mapping) else value
+
+
+def _shortened(names: list[str], most: int = 20) -> list[str]:
+    return names if len(names) <= most else [*names[:most], f"… {len(names) - most} more"]
+
+
+def _class_names(layers: Mapping[str, nn.Module]) -> list[str]:
+    return list(dict.fromkeys(f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in layers.values()))

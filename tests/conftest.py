@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+# Relative tolerances of "equal", by dtype.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def assert_equal(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
+    """‖actual − expected‖∞ ≤ tolerance · ‖expected‖∞, with the same dtype; 0 demands equal bits."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    if tolerance is None:
+        tolerance = TOLERANCE[actual.dtype]
+    error = (actual - expected).abs().max().item()
+    assert error <= tolerance * expected.abs().max().item(), f"error {error}"
+
+
+def assert_different(actual: torch.Tensor, other: torch.Tensor) -> None:
+    """The two differ by more than any tolerance of `assert_equal` in fp32, so that a later "equal" is not trivial."""
+    assert (actual - other).abs().max() > 1e-3 * other.abs().max()

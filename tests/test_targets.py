@@ -1,0 +1,252 @@
+"""Which layers a config selects, and every error that a selection can give, with the model unharmed."""
+
+import copy
+import re
+
+import pytest
+import torch
+from cases import factors_of, lotra_layers
+from conftest import assert_equal
+from kan_layers import ChebyKAN, ChebyKANLayer, FastKANLayer, MatrixKANLayer, TwoTensorKANLayer
+from peft import get_peft_model
+from torch import nn
+
+from peft_lotra import LoTRAConfig
+
+
+class Block(nn.Module):
+    """A KAN layer beside other things."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.mlp = ChebyKANLayer(4, 4, 3)
+
+    def forward(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+class Model(nn.Module):
+    """KAN layers of several kinds at several depths: head, layers.0.mlp … layers.2.mlp, tail."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = FastKANLayer(3, 4)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.linear = nn.Linear(4, 4)
+        self.tail = MatrixKANLayer(4, 2)  # of a class that nobody registered
+
+    def forward(self, x):
+        x = self.head(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.tail(self.linear(x))
+
+
+KNOWN = ["head", "layers.0.mlp", "layers.1.mlp", "layers.2.mlp"]
+TAIL = {"tail.weight": {"layout": "o (i d)", "sizes": {"d": 4}}}
+
+
+def selected(**kwargs):
+    return list(lotra_layers(get_peft_model(Model(), LoTRAConfig(**{"r": 2} | kwargs))))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "expected"),
+    [
+        ({}, KNOWN),
+        ({"coefficients": TAIL}, [*KNOWN, "tail"]),
+        ({"target_modules": ["mlp"]}, KNOWN[1:]),
+        ({"target_modules": ["head", "layers.1.mlp"]}, ["head", "layers.1.mlp"]),
+        ({"target_modules": r"layers\.[01]\..*"}, KNOWN[1:3]),
+        ({"exclude_modules": ["mlp"]}, ["head"]),
+        ({"exclude_modules": r"layers\.[01]\..*"}, ["head", "layers.2.mlp"]),
+        ({"modules_to_save": ["head"]}, KNOWN[1:]),
+        ({"layers_to_transform": 1}, ["layers.1.mlp"]),
+        ({"layers_to_transform": [0, 2]}, ["layers.0.mlp", "layers.2.mlp"]),
+        ({"layers_to_transform": [0, 2], "layers_pattern": "layers"}, ["layers.0.mlp", "layers.2.mlp"]),
+        ({"layers_to_transform": 0, "target_modules": ["mlp"]}, ["layers.0.mlp"]),
+    ],
+)
+def test_selection(kwargs, expected):
+    assert selected(**kwargs) == expected
+
+
+def test_a_parameter_may_be_reached_through_the_module_that_owns_it():
+    """The user's word goes before the registry's: here the inner Linear is wrapped, not the layer around it."""
+    coefficients = {"head.spline_linear.weight": {"layout": "o (i d)", "sizes": {"d": 8}}}
+    assert selected(coefficients=coefficients, target_modules=["spline_linear"]) == ["head.spline_linear"]
+    coefficients["head.spline_linear.weight"]["layer"] = "head"
+    assert selected(coefficients=coefficients, target_modules=["head"]) == ["head"]
+    # an ending that reaches into a layer means the layer before it
+    assert selected(coefficients={"spline_linear.weight": {"layout": "o (i d)", "sizes": {"d": 8}}}) == KNOWN
+
+
+def test_several_coefficient_tensors_on_one_module_are_nested():
+    layer = TwoTensorKANLayer(3, 2)
+    base = nn.Sequential(copy.deepcopy(layer))
+    x = torch.randn(5, 3)
+    config = LoTRAConfig(
+        coefficients={"rbf_weight": {"layout": "(i d) o", "sizes": {"d": 5}}, "cheby_weight": "i o d"},
+        rank_pattern={"0": {"rbf_weight": 1, "cheby_weight": (2, 1, 2)}},
+        init_weights=False,
+    )
+    model = get_peft_model(copy.deepcopy(base), config)
+    outer = model.base_model.model[0]
+    assert [outer.spec.parameter, outer.base_layer.spec.parameter] == ["rbf_weight", "cheby_weight"]
+    assert [outer.r["default"], outer.base_layer.r["default"]] == [(1, 1, 1), (2, 1, 2)]
+    y = model(x)
+    assert (y - base(x)).abs().max() > 1e-3
+    oracle = copy.deepcopy(base)
+    oracle[0].rbf_weight.data += torch.einsum("abc,ia,ob,dc->ido", *factors_of(outer, "default")).flatten(0, 1)
+    oracle[0].cheby_weight.data += torch.einsum("abc,ia,ob,dc->iod", *factors_of(outer.base_layer, "default"))
+    assert_equal(y, oracle(x))
+    assert_equal(model.merge_and_unload()(x), y)
+
+
+def test_the_users_config_is_not_changed_and_serves_again():
+    config = LoTRAConfig(compression_ratio=0.5)
+    before = copy.deepcopy(config)
+    first, second = get_peft_model(ChebyKAN([3, 8, 2]), config), get_peft_model(ChebyKAN([5, 4, 4]), config)
+    assert config == before
+    assert first.peft_config["default"].rank_pattern != second.peft_config["default"].rank_pattern
+    first.add_adapter("again", config)
+    assert first.peft_config["again"].rank_pattern == first.peft_config["default"].rank_pattern
+    assert config == before
+
+
+def test_the_models_config_is_complete():
+    config = get_peft_model(Model(), LoTRAConfig(r=2, coefficients=TAIL)).peft_config["default"]
+    assert config.target_modules == [*KNOWN, "tail"]
+    assert config.rank_pattern["layers.0.mlp"] == (2, 2, 2)
+    assert config.coefficients["head.spline_linear.weight"] == {
+        "layout": "o (i d)",
+        "sizes": {"o": 4, "i": 3, "d": 8},
+        "layer": "head",
+    }
+    assert config.coefficients["tail.weight"] == {"layout": "o (i d)", "sizes": {"o": 2, "i": 4, "d": 4}}
+
+
+def test_patterns_by_layer():
+    model = get_peft_model(
+        Model(),
+        LoTRAConfig(
+            r=2,
+            rank_pattern={"mlp": 1, "layers.1.mlp": (3, 2, 1)},
+            alpha_pattern={r"layers\.[02]\.mlp": 0.5},
+        ),
+    )
+    layers = lotra_layers(model)
+    assert {name: layer.r["default"] for name, layer in layers.items()} == {
+        "head": (2, 2, 2),
+        "layers.0.mlp": (1, 1, 1),
+        "layers.1.mlp": (3, 2, 1),
+        "layers.2.mlp": (1, 1, 1),
+    }
+    assert [layer.scaling["default"] for layer in layers.values()] == [1.0, 0.5, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_matches_nothing_is_warned_about(field):
+    with pytest.warns(RuntimeWarning, match=rf"{field} keys did not match any targeted module.*nowhere"):
+        get_peft_model(Model(), LoTRAConfig(r=2, **{field: {"nowhere": 1}}))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (
+            {"target_modules": ["nowhere"]},
+            "`target_modules` entry 'nowhere' matches no module. The model's KAN layers are",
+        ),
+        ({"target_modules": ["linear"]}, "matches only modules without known coefficients: ['linear (Linear)']"),
+        ({"target_modules": "nowhere.*"}, "`target_modules` entry 'nowhere.*' matches no module"),
+        (
+            {"target_modules": ["head", "tail"]},
+            "['tail (MatrixKANLayer)']. The model's KAN layers are ['head', 'layers.",
+        ),
+        ({"exclude_modules": r".*"}, "no KAN layer is left by {'exclude_modules': '.*'}; the model's KAN layers are"),
+        ({"layers_to_transform": 7}, "no KAN layer is left by {'layers_to_transform': 7}"),
+        (
+            {"layers_to_transform": 0, "layers_pattern": "blocks"},
+            "no KAN layer is left by {'layers_to_transform': 0, ",
+        ),
+        ({"coefficients": {"nowhere": "i o d"}}, "`coefficients` names ['nowhere'], which match no parameter of this"),
+        (
+            {"coefficients": {"tail.weight": "i o d"}},
+            "KAN layer 'tail': layout 'i o d' has 3 axes, the tensor has shape",
+        ),
+        ({"coefficients": {"weight": TAIL["tail.weight"]}}, "KAN layer 'head.layernorm': layout 'o (i d)' has 2 axes"),
+        ({"coefficients": {"tail.weight": "o (i d)"}}, "KAN layer 'tail': layout 'o (i d)' leaves the sizes of"),
+        (
+            {"coefficients": {"tail.weight": TAIL["tail.weight"] | {"layer": "head"}}},
+            "`coefficients['tail.weight']` gives the layer 'head', which is no module around tail.weight",
+        ),
+        (
+            {"coefficients": {"linear.weight": {"layout": "o (i d)", "sizes": {"d": 3}}}},
+            "KAN layer 'linear': layout 'o (i d)' with sizes {'d': 3} does not fit the shape (4, 4)",
+        ),
+        (
+            {"coefficients": {"head.base_linear.weight": {"layout": "o (i d)", "sizes": {"d": 1}}}},
+            "the KAN layer head.base_linear lies inside the KAN layer head, and both cannot be wrapped",
+        ),
+        ({"r": 100}, "`r`=100 is above the modes (input, output, basis) of every layer; the largest are (4, 4, 8)"),
+        ({"r": (5, 1, 1)}, "`r`=(5, 1, 1) is above the modes"),
+        (
+            {"rank_pattern": {"layers.0.mlp": (5, 1, 1)}},
+            "`rank_pattern` gives layers.0.mlp.cheby_coeffs the ranks (5,",
+        ),
+        ({"r": None, "compression_ratio": 0.001}, "`compression_ratio`=0.001 allows 0 parameters for the 288 coef"),
+    ],
+)
+def test_errors_leave_the_model_as_it_was(kwargs, message):
+    model = Model()
+    modules, x = dict(model.named_modules()), torch.randn(2, 3)
+    y = model(x)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        get_peft_model(model, LoTRAConfig(**{"r": 2} | kwargs))
+    assert dict(model.named_modules()) == modules
+    assert all(parameter.requires_grad == (name != "head.rbf.grid") for name, parameter in model.named_parameters())
+    assert_equal(model(x), y, 0)
+    # and it is still there to be adapted, or to be given a second adapter, after the same mistake
+    peft_model = get_peft_model(model, LoTRAConfig(r=2, coefficients=TAIL))
+    inside = "'head." in message or "head.base" in message  # what is inside an adapted layer is no layer of its own
+    with pytest.raises(ValueError, match="no module around" if inside else re.escape(message)):
+        peft_model.add_adapter("second", LoTRAConfig(**{"r": 2} | kwargs))
+    assert list(peft_model.peft_config) == ["default"]
+    assert_equal(peft_model(x), y, 0)
+
+
+def test_no_kan_layer_lists_what_was_looked_for():
+    with pytest.raises(ValueError, match="no KAN layer found") as error:
+        get_peft_model(nn.Sequential(nn.Linear(2, 3)), LoTRAConfig())
+    for part in ("kan.KANLayer.KANLayer", "efficient_kan.kan.KANLinear", "torch.nn.modules.linear.Linear"):
+        assert part in str(error.value)
+    for way_out in ("register_kan_layer(", "LoTRAConfig(coefficients=", "'o (i d)'"):
+        assert way_out in str(error.value)
+
+
+def test_the_model_itself_is_a_kan_layer():
+    with pytest.raises(ValueError, match=re.escape("wrap it, as in nn.Sequential(layer)")):
+        get_peft_model(ChebyKANLayer(2, 3, 3), LoTRAConfig())
+    assert get_peft_model(nn.Sequential(ChebyKANLayer(2, 3, 3)), LoTRAConfig(r=1))
+
+
+def test_shared_layers_and_tensors_are_refused():
+    layer = ChebyKANLayer(3, 3, 3)
+    with pytest.raises(ValueError, match=re.escape("the same object under the names ['0', '1']; untie them")):
+        get_peft_model(nn.Sequential(layer, layer), LoTRAConfig(r=1))
+    tied = nn.Sequential(ChebyKANLayer(3, 3, 3), ChebyKANLayer(3, 3, 3))
+    tied[1].cheby_coeffs = tied[0].cheby_coeffs
+    with pytest.raises(ValueError, match=re.escape("under the names ['0.cheby_coeffs', '1.cheby_coeffs']")):
+        get_peft_model(tied, LoTRAConfig(r=1))
+
+
+def test_a_second_adapter_must_describe_the_tensor_alike():
+    square = nn.Sequential(MatrixKANLayer(4, 4))
+    layout = {"layout": "o (i d)", "sizes": {"d": 4}}
+    model = get_peft_model(square, LoTRAConfig(r=1, coefficients={"weight": layout}))
+    with pytest.raises(ValueError, match="0.weight is adapted already with {'layout': 'o \\(i d\\)'"):
+        model.add_adapter("other", LoTRAConfig(r=1, coefficients={"weight": layout | {"layout": "o (d i)"}}))
+    model.add_adapter("other", LoTRAConfig(r=1, coefficients={"weight": layout}))
+    assert list(model.peft_config) == ["default", "other"]
