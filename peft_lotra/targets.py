@@ -118,13 +118,14 @@ class _BaseModel:
 
     @classmethod
     def of(cls, model: nn.Module) -> _BaseModel:
-        layers, parameters, adapted = {}, [], []
+        layers, parameters = {}, []
+        inside: str | None = None  # the adapted layer whose submodules are being passed
         for name, module in model.named_modules():
-            if any(name.startswith(prefix) for prefix in adapted):
+            if inside is not None and name.startswith(inside):
                 continue
             is_adapted = isinstance(module, BaseTunerLayer)
             if is_adapted:
-                adapted.append(f"{name}.")
+                inside = f"{name}."
                 module = module.get_base_layer()
             layers[name] = module
             paths = [path for path, _ in module.named_parameters(recurse=is_adapted)]
@@ -218,15 +219,11 @@ def _select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRAC
             f"{_HOW_TO_DECLARE}"
         )
     kan_layers = list(dict.fromkeys(target.module for target in known))
+    chosen = kan_layers
     if config.target_modules is not None:
+        chosen = [module for module in kan_layers if _entries_for(module, config.target_modules)]
         _check_target_modules(config.target_modules, kan_layers, layers)
-    chosen = [
-        module
-        for module in kan_layers
-        if (config.target_modules is None or matches(config.target_modules, module))
-        and not is_excluded(config, module)
-        and _has_index(config, module)
-    ]
+    chosen = {module for module in chosen if not is_excluded(config, module) and _has_index(config, module)}
     if not chosen:
         fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
         given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
@@ -252,28 +249,34 @@ def _check_not_shared(model: nn.Module, layers: Mapping[str, nn.Module], targets
                 )
 
 
-def _check_target_modules(target_modules: list[str] | str, kan_layers: list[str], layers: Mapping[str, nn.Module]):
-    for entry in [target_modules] if isinstance(target_modules, str) else target_modules:
+def _check_target_modules(
+    target_modules: list[str] | str, kan_layers: list[str], layers: Mapping[str, nn.Module]
+) -> None:
+    """Raise if an entry means no KAN layer. Modules without coefficients that it means besides are passed over."""
+    entries = {target_modules} if isinstance(target_modules, str) else set(target_modules)
+    used = {entry for module in kan_layers for entry in _entries_for(module, target_modules)}
+    for entry in sorted(entries - used):
         pattern = target_modules if isinstance(target_modules, str) else [entry]
-        if any(matches(pattern, module) for module in kan_layers):
-            continue
-        others = [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if matches(pattern, name)]
+        others = [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if _entries_for(name, pattern)]
         what = f"matches only modules without known coefficients: {others}" if others else "matches no module"
         raise NoMatchingPeftModuleError(
             f"`target_modules` entry {entry!r} {what}. The model's KAN layers are {kan_layers}; {_HOW_TO_DECLARE}"
         )
 
 
-def matches(patterns: list[str] | str, module: str) -> bool:
-    """PEFT's rule: a string is a regular expression on the full name, a list has names or name endings."""
+def _entries_for(module: str, patterns: list[str] | str) -> list[str]:
+    """The entries that mean `module`, by PEFT's rule: a string is a regular expression on the full name, a list has
+    names or endings of names."""
     if isinstance(patterns, str):
-        return re.fullmatch(patterns, module) is not None
-    return any(module == entry or module.endswith(f".{entry}") for entry in patterns)
+        return [patterns] if re.fullmatch(patterns, module) else []
+    parts = module.split(".")
+    endings = {".".join(parts[start:]) for start in range(len(parts))}
+    return [entry for entry in patterns if entry in endings]
 
 
 def is_excluded(config: LoTRAConfig, module: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` keeps adapters off this module."""
-    if config.exclude_modules and matches(config.exclude_modules, module):
+    if config.exclude_modules and _entries_for(module, config.exclude_modules):
         return True
     return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save or [])
 
