@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from inspect import ismethod
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 
 from .checkpoint import CONTAINERS, factor_shapes
 from .coefficients.spec import CoefficientSpec, owner_of
-from .standin import Update, adapted, effective_coefficients
+from .standin import Update, adapted, adapted_coefficients
 from .tucker import TuckerFactors
 
 # Methods of KAN layers that rewrite coefficients, by the beginning of their names.
@@ -24,9 +26,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     """A_ft = A + Σ_adapters s · G ×₁ U1 ×₂ U2 ×₃ U3 for one coefficient tensor A of the wrapped KAN layer.
 
     G: (r1, r2, r3, ...), U1: (n, r1), U2: (m, r2), U3: (n_d, r3), kept by adapter name in `lotra_core`, `lotra_U1`,
-    `lotra_U2`, `lotra_U3`. A module with several coefficient tensors is wrapped once for each. Unknown public
-    attributes are looked up on the base layer, so that code around the layer goes on working; methods that rewrite
-    coefficients raise an error there while the adapter is attached.
+    `lotra_U2`, `lotra_U3`. A module with several coefficient tensors is wrapped once for each.
+
+    Unknown public attributes are looked up on the base layer, so that code around the layer goes on working. Like
+    `forward`, the layer's methods see the adapted coefficients, and so does who reads the parameter by its name (for a
+    regulariser, say); methods that rewrite coefficients raise an error while the adapter is attached.
     """
 
     adapter_layer_names = CONTAINERS
@@ -126,11 +130,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, if a sum is not all finite.
         """
-        merged = effective_coefficients(self.get_base_layer(), self.spec)
-        for name in adapter_names:
-            merged = merged + self.get_delta_weight(name).to(merged)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        merged = adapted_coefficients(self.get_base_layer(), self.spec, map(self._update, adapter_names))
+        if safe_merge and not torch.isfinite(merged).all():
+            broken = [name for name in adapter_names if not torch.isfinite(self.get_delta_weight(name)).all()]
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(broken or adapter_names)} seems to be broken"
+            )
         return merged
 
     def unmerge(self) -> None:
@@ -158,12 +163,20 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """The base layer's own forward, with A_ft in place of A."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        updates = [] if self.disable_adapters else [self._update(name) for name in self._unmerged_active_adapters()]
-        with adapted(self.get_base_layer(), self.spec, updates) if updates else nullcontext():
+        with self._adapted():
             return self.base_layer(*args, **kwargs)
 
-    def _unmerged_active_adapters(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.lotra_core and name not in self.merged_adapters]
+    def _active_updates(self) -> list[Update]:
+        """The updates that count on top of what the base layer holds."""
+        if self.disable_adapters:
+            return []
+        names = [name for name in self.active_adapters if name in self.lotra_core and name not in self.merged_adapters]
+        return [self._update(name) for name in names]
+
+    def _adapted(self) -> AbstractContextManager[None]:
+        """While this is entered, the base layer finds A_ft where its coefficients are."""
+        updates = self._active_updates()
+        return adapted(self.get_base_layer(), self.spec, updates) if updates else nullcontext()
 
     def _stored(self, path: str) -> torch.Tensor:
         return getattr(*owner_of(self.get_base_layer(), path))
@@ -182,18 +195,24 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
         value = getattr(self.base_layer, name)
-        if name.startswith(_REWRITING) and callable(value):
-            return self._refuse_rewriting(name)
-        return value
+        if name == self.spec.parameter and (updates := self._active_updates()):
+            return adapted_coefficients(self.get_base_layer(), self.spec, updates)
+        if name == self.spec.scale and self._active_updates():
+            return torch.ones_like(value)
+        if not ismethod(value):
+            return value
 
-    def _refuse_rewriting(self, name: str) -> Any:
-        def refuse(*args: Any, **kwargs: Any) -> None:
-            raise RuntimeError(
-                f"`{name}` would rewrite coefficients under a LoTRA adapter, whose update belongs to the old ones: "
-                "call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt anew"
-            )
+        @wraps(value)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            if name.startswith(_REWRITING):
+                raise RuntimeError(
+                    f"`{name}` would rewrite coefficients under a LoTRA adapter, whose update belongs to the old "
+                    "ones: call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt anew"
+                )
+            with self._adapted():
+                return value(*args, **kwargs)
 
-        return refuse
+        return method
 
     def __repr__(self) -> str:
         return f"lotra.{super().__repr__()}"

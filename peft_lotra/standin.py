@@ -7,7 +7,7 @@ which updates are active. Now it is the dense tensor A + Σ s · G ×₁ U1 ×�
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -34,21 +34,20 @@ class Update(NamedTuple):
         return spec.layout.from_canonical(reconstruct(factors) * self.scaling).to(dtype)
 
 
-def effective_coefficients(layer: nn.Module, spec: CoefficientSpec) -> torch.Tensor:
-    """A = parameter · scale, in the layout of the parameter."""
-    parameter = getattr(*owner_of(layer, spec.parameter))
-    if spec.scale is None:
-        return parameter
-    return parameter * spec.layout.expand(getattr(*owner_of(layer, spec.scale)), spec.scale_layout)
+def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> torch.Tensor:
+    """parameter · scale + Σ updates, in the layout of the parameter."""
+    coefficients = getattr(*owner_of(layer, spec.parameter))
+    if spec.scale is not None:
+        coefficients = coefficients * spec.layout.expand(getattr(*owner_of(layer, spec.scale)), spec.scale_layout)
+    for update in updates:
+        coefficients = coefficients + update.dense(spec).to(coefficients)
+    return coefficients
 
 
 @contextmanager
 def adapted(layer: nn.Module, spec: CoefficientSpec, updates: Sequence[Update]) -> Iterator[None]:
     """While this is entered, `layer` finds A + Σ updates where its coefficient parameter is, and ones as its scale."""
-    coefficients = effective_coefficients(layer, spec)
-    for update in updates:
-        coefficients = coefficients + update.dense(spec).to(coefficients)
-    with _shadowed(layer, spec.parameter, coefficients.contiguous()):
+    with _shadowed(layer, spec.parameter, adapted_coefficients(layer, spec, updates).contiguous()):
         if spec.scale is None:
             yield
         else:

@@ -1,4 +1,4 @@
-"""The whole way on the real pykan: pre-train, adapt to a new function, save, load, merge, go on without this package."""
+"""The whole way on real pykan: pre-train, adapt to a new function, save, load, merge, go on without this package."""
 
 import copy
 

@@ -232,7 +232,8 @@ def test_a_parameter_shared_with_the_outside_of_forward_is_untouched():
     with pytest.raises(TypeError, match="tanh"):
         model(None)
     assert layer.base_layer.cheby_coeffs is parameter
-    assert layer.cheby_coeffs is parameter
+    with model.disable_adapter():
+        assert layer.cheby_coeffs is parameter
 
 
 def test_unknown_attributes_come_from_the_base_layer():
@@ -267,3 +268,35 @@ def test_update_layer_refuses_ranks_outside_the_modes(ranks):
         layer.update_layer("other", ranks)
     assert "other" not in layer.lotra_core
     assert "other" not in layer.r
+
+
+def test_methods_and_readers_of_the_layer_see_the_adapted_coefficients():
+    """efficient-kan's regularisation loss, pykan's: what is trained is what is regularised."""
+    base, model, _ = adapted("efficient-kan, no scaler")
+    assert_different(model.regularization_loss(), base.regularization_loss())
+    layer = lotra_layers(model)["layers.0"]
+    layer.lotra_core["default"].grad = None
+    loss = model.regularization_loss()
+    loss.backward()
+    assert layer.lotra_core["default"].grad.any()
+    assert_different(layer.spline_weight, base.layers[0].spline_weight)
+    with model.disable_adapter():
+        assert_equal(model.regularization_loss(), base.regularization_loss(), 0)
+        assert_equal(layer.spline_weight, base.layers[0].spline_weight, 0)
+    assert_equal(model.merge_and_unload().regularization_loss(), loss)
+
+
+def test_multkan_goes_on_working_around_adapted_layers():
+    base, model, x = adapted("pykan")
+    kan = model.get_base_model()
+    model(x)
+    base(x)
+    arguments = ("edge_forward_spline_n", 1.0, 2.0, 1.0, 1.0)
+    regularisation = kan.get_reg(*arguments)
+    assert_different(regularisation, base.get_reg(*arguments))
+    core = lotra_layers(model)["act_fun.0"].lotra_core["default"]
+    assert torch.autograd.grad(regularisation, core)[0].any()
+    kan.attribute()
+    kan.prune_edge(log_history=False)  # masks edges in place
+    masked = model(x)
+    assert_equal(model.merge_and_unload()(x), masked)
