@@ -42,8 +42,9 @@ class LoTRAConfig(PeftConfig):
         modules_to_save: modules other than adapters that are trained and saved with them.
         coefficients: coefficient tensors that are not registered: maps a parameter's full name, or a regular
             expression on its ending, to a layout such as `"i o d"` or `"o (i d)"`, or to a mapping with `layout`,
-            `sizes` (of flattened axes), `scale` and `scale_layout` (a factor before the contraction), and `layer` (the
-            module whose forward uses the parameter, if the key does not tell).
+            `sizes` (of flattened axes), `slice` (the part of a packed parameter), `scale` and `scale_layout` (a factor
+            before the contraction), and `layer` (the module whose forward uses the parameter, if the key does not
+            tell).
         init_weights: True: G = 0, factors normal with variance 1/size; the adapted model starts equal to the base.
             False: G is random too, for tests.
 

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from .checkpoint import CONTAINERS, factor_shapes
-from .coefficients.spec import CoefficientSpec, owner_of
+from .coefficients.spec import CoefficientSpec, tensor_at
 from .standin import Update, adapted, adapted_coefficients
 from .tucker import TuckerFactors
 
@@ -101,7 +101,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """s · G ×₁ U1 ×₂ U2 ×₃ U3 in the layout of the parameter."""
-        return self._update(adapter_name).dense(self.spec)
+        return self._update(adapter_name).dense(self.spec, self._stored(self.spec.parameter).shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """parameter ← parameter · scale + Σ updates, scale ← 1, for the given or else the active adapters.
@@ -133,9 +133,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         merged = adapted_coefficients(self.get_base_layer(), self.spec, map(self._update, adapter_names))
         if safe_merge and not torch.isfinite(merged).all():
             broken = [name for name in adapter_names if not torch.isfinite(self.get_delta_weight(name)).all()]
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(broken or adapter_names)} seems to be broken"
-            )
+            names = ", ".join(broken or adapter_names)
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
         return merged
 
     def unmerge(self) -> None:
@@ -179,7 +178,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return adapted(self.get_base_layer(), self.spec, updates) if updates else nullcontext()
 
     def _stored(self, path: str) -> torch.Tensor:
-        return getattr(*owner_of(self.get_base_layer(), path))
+        return tensor_at(self.get_base_layer(), path)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The base class looks for a `weight`, rounds fp32 factors to the base's 16 bits and makes them trainable.

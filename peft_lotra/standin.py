@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .coefficients.spec import CoefficientSpec, owner_of
+from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from .tucker import TuckerFactors, reconstruct
 
 
@@ -24,23 +24,23 @@ class Update(NamedTuple):
     factors: TuckerFactors
     scaling: float
 
-    def dense(self, spec: CoefficientSpec) -> torch.Tensor:
-        """The update in the layout of the parameter; 16-bit factors are multiplied out in fp32."""
+    def dense(self, spec: CoefficientSpec, shape: torch.Size) -> torch.Tensor:
+        """The update of a parameter of this shape, in its layout; 16-bit factors are multiplied out in fp32."""
         dtype = self.factors.core.dtype
         if dtype in (torch.float16, torch.bfloat16):
             factors = TuckerFactors(*(factor.float() for factor in self.factors))
         else:
             factors = self.factors
-        return spec.layout.from_canonical(reconstruct(factors) * self.scaling).to(dtype)
+        return spec.stored_update(reconstruct(factors) * self.scaling, shape).to(dtype)
 
 
 def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> torch.Tensor:
     """parameter · scale + Σ updates, in the layout of the parameter."""
-    coefficients = getattr(*owner_of(layer, spec.parameter))
+    coefficients = tensor_at(layer, spec.parameter)
     if spec.scale is not None:
-        coefficients = coefficients * spec.layout.expand(getattr(*owner_of(layer, spec.scale)), spec.scale_layout)
+        coefficients = coefficients * spec.layout.expand(tensor_at(layer, spec.scale), spec.scale_layout)
     for update in updates:
-        coefficients = coefficients + update.dense(spec).to(coefficients)
+        coefficients = coefficients + update.dense(spec, coefficients.shape).to(coefficients)
     return coefficients
 
 
@@ -51,7 +51,7 @@ def adapted(layer: nn.Module, spec: CoefficientSpec, updates: Sequence[Update]) 
         if spec.scale is None:
             yield
         else:
-            with _shadowed(layer, spec.scale, torch.ones_like(getattr(*owner_of(layer, spec.scale)))):
+            with _shadowed(layer, spec.scale, torch.ones_like(tensor_at(layer, spec.scale))):
                 yield
 
 

@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from .coefficients import CoefficientSpec, Layout, known_coefficients, registered_kan_layers
-from .coefficients.spec import owner_of
+from .coefficients.spec import tensor_at
 from .ranks import as_triple, choose_ranks
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def _check_not_shared(model: nn.Module, layers: Mapping[str, nn.Module], targets
         names.setdefault(id(thing), []).append(name)
     for target in targets:
         layer = layers[target.module]
-        for thing in (layer, getattr(*owner_of(layer, target.spec.parameter))):
+        for thing in (layer, tensor_at(layer, target.spec.parameter)):
             if len(names[id(thing)]) > 1:
                 raise ValueError(
                     f"{target.parameter} cannot be adapted: the model has the same object under the names "

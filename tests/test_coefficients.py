@@ -91,6 +91,9 @@ def test_layout_errors(pattern, shape, sizes, message):
         ({"layout": "i o d", "order": 1}, ValueError, "got also ['order']"),
         ({"layout": "i o d", "scale": "s"}, ValueError, "`scale` and `scale_layout` come together"),
         ({"layout": "i o d", "sizes": {"i": 0}}, ValueError, "`sizes` maps axes to positive integers"),
+        ({"layout": "i o d", "slice": "x"}, ValueError, "`slice` is written like ':, :48', a range for each stored"),
+        ({"layout": "i o d", "slice": ":,:,:,:"}, ValueError, "`slice` ':,:,:,:' has more axes than `cheby_coeffs`"),
+        ({"layout": "i o d", "slice": ":", "scale": "s", "scale_layout": "i o"}, ValueError, "are not supported"),
         ({"layout": "i o d", "scale": "nope", "scale_layout": "i o"}, ValueError, "`nope` is no tensor of this Cheby"),
         ({"layout": "i o d", "scale": "cheby_coeffs", "scale_layout": "i o"}, ValueError, "has 2 axes, the tensor"),
     ],
@@ -98,6 +101,18 @@ def test_layout_errors(pattern, shape, sizes, message):
 def test_description_errors(description, error, message):
     with pytest.raises(error, match=re.escape(message)):
         CoefficientSpec.resolve(ChebyKANLayer(3, 4, 2), "cheby_coeffs", description)
+
+
+@pytest.mark.parametrize("region", [":, :15", ":4, 0:-3", "0:4, :15"])
+def test_a_slice_of_a_packed_parameter(region):
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.zeros(4, 15 + 3))
+    spec = CoefficientSpec.resolve(layer, "weight", {"layout": "o (i d)", "sizes": {"d": 5}, "slice": region})
+    assert spec.layout.canonical_shape == (N, M, ND)
+    update = spec.stored_update(A, layer.weight.shape)
+    assert_equal(update[:, :15], A.transpose(0, 1).flatten(1), 0)
+    assert not update[:, 15:].any()
+    assert CoefficientSpec.resolve(layer, "weight", spec.describe()) == spec
 
 
 def test_a_parameter_that_is_not_there():

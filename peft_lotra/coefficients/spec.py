@@ -15,7 +15,7 @@ from einops import rearrange, repeat
 _MODES = ("i", "o", "d")  # factored: input, output, basis
 _KERNEL = ("g", "t", "h", "w")  # not factored: group, and the kernel's time, height and width
 _AXIS = re.compile(r"[iodgthw]\d*")
-_FIELDS = ("layout", "sizes", "scale", "scale_layout", "layer")
+_FIELDS = ("layout", "sizes", "slice", "scale", "scale_layout", "layer")
 
 
 def _part_number(axis: str) -> int:
@@ -134,36 +134,55 @@ class CoefficientSpec:
             `spline_scaler`); the adapter is added to the product, and merging folds the scale into the parameter.
             Scales and masks after the contraction are the layer's own affair and are not named here.
         scale_layout: layout of the scale, a part of the parameter's axes.
+        slice: the part of the parameter that is the coefficient tensor, where something else is packed beside it, in
+            Python's notation such as `":, :48"`; `layout` then describes this part, and the rest is left alone.
     """
 
     parameter: str
     layout: Layout
     scale: str | None = None
     scale_layout: str | None = None
+    slice: str | None = None
 
     @classmethod
     def resolve(cls, layer: torch.nn.Module, parameter: str, description: str | Mapping[str, Any]) -> CoefficientSpec:
-        """The spec of `layer`'s `parameter` from a layout string or a mapping with layout, sizes, scale, scale_layout.
+        """The spec of `layer`'s `parameter` from a layout string or a mapping with the fields of a description.
 
         Raises:
             ValueError, TypeError: if the description is malformed, names something that the layer does not have, or
                 does not fit the parameter's shape.
         """
         description = check_description(description)
-        tensor = _tensor_at(layer, parameter)
+        tensor = tensor_at(layer, parameter)
         if not tensor.is_floating_point():
             raise TypeError(f"`{parameter}` has dtype {tensor.dtype}: LoTRA adapts real floating-point tensors only")
-        layout = Layout.fit(description["layout"], tensor.shape, description.get("sizes"))
+        region = description.get("slice")
+        if region is not None and len(parse_slice(region)) > tensor.dim():
+            raise ValueError(f"`slice` {region!r} has more axes than `{parameter}` of shape {tuple(tensor.shape)}")
+        shape = tensor.shape if region is None else tensor[parse_slice(region)].shape
+        layout = Layout.fit(description["layout"], shape, description.get("sizes"))
         scale = description.get("scale")
         if scale is not None:
-            layout.expand(_tensor_at(layer, scale), description["scale_layout"])  # raises if it does not fit
-        return cls(parameter, layout, scale, description.get("scale_layout"))
+            layout.expand(tensor_at(layer, scale), description["scale_layout"])  # raises if it does not fit
+        return cls(parameter, layout, scale, description.get("scale_layout"), region)
+
+    def stored_update(self, canonical: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """An update of A, shape (n, m, n_d, ...), as an update of the parameter, whose shape is given."""
+        update = self.layout.from_canonical(canonical)
+        if self.slice is None:
+            return update
+        bounds = [part.indices(size)[:2] for part, size in zip(parse_slice(self.slice), shape, strict=False)]
+        bounds += [(0, size) for size in shape[len(bounds) :]]
+        before_after = [(start, size - stop) for (start, stop), size in zip(bounds, shape, strict=True)]
+        return torch.nn.functional.pad(update, [n for pair in reversed(before_after) for n in pair])
 
     def describe(self) -> dict[str, Any]:
         """The mapping that `resolve` reads: plain data for a saved config."""
         description: dict[str, Any] = {"layout": self.layout.pattern, "sizes": dict(self.layout.sizes)}
         if self.scale is not None:
             description |= {"scale": self.scale, "scale_layout": self.scale_layout}
+        if self.slice is not None:
+            description["slice"] = self.slice
         return description
 
 
@@ -180,6 +199,10 @@ def check_description(description: str | Mapping[str, Any]) -> dict[str, Any]:
     sizes = description.get("sizes") or {}
     if not isinstance(sizes, Mapping) or not all(type(size) is int and size > 0 for size in sizes.values()):
         raise ValueError(f"`sizes` maps axes to positive integers, got {sizes!r}")
+    if description.get("slice") is not None:
+        parse_slice(description["slice"])
+        if description.get("scale") is not None:
+            raise ValueError(f"`scale` and `slice` together are not supported, got {description!r}")
     if (description.get("scale") is None) != (description.get("scale_layout") is None):
         raise ValueError(f"`scale` and `scale_layout` come together, got {description!r}")
     if description.get("scale_layout") is not None:
@@ -187,7 +210,16 @@ def check_description(description: str | Mapping[str, Any]) -> dict[str, Any]:
     return dict(description)
 
 
-def _tensor_at(layer: torch.nn.Module, path: str) -> torch.Tensor:
+def parse_slice(text: str) -> tuple[slice, ...]:
+    """`":, :48"` -> `(slice(None), slice(None, 48))`; ValueError if it is written otherwise."""
+    parts = [re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*", part) for part in str(text).split(",")]
+    if not all(parts):
+        raise ValueError(f"`slice` is written like ':, :48', a range for each stored axis, got {text!r}")
+    return tuple(slice(*(None if bound is None else int(bound) for bound in part.groups())) for part in parts)
+
+
+def tensor_at(layer: torch.nn.Module, path: str) -> torch.Tensor:
+    """The parameter or buffer of `layer` at the dotted `path`; ValueError listing the parameters if there is none."""
     owner, name = owner_of(layer, path)
     tensor = getattr(owner, name, None)
     if not isinstance(tensor, torch.Tensor):
