@@ -1,0 +1,262 @@
+"""Tests that any KAN layer can be put through, against a dense oracle that shares no code with the adapter.
+
+class TestMyLayer(KANLayerTests):
+    coefficients = {"weight": "o i d"}  # not needed for a registered class
+
+    def make_layer(self):
+        return MyLayer(3, 4)
+
+    def make_sample(self):
+        return torch.randn(8, 3)
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.func import functional_call
+
+from .coefficients import CoefficientSpec
+from .config import LoTRAConfig
+from .layer import LoTRALayer
+
+# Relative to the largest entry of the expected tensor.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class KANLayerTests:
+    """Inherit from this in a class that pytest collects, and say how to make a layer and a sample input.
+
+    Attributes:
+        coefficients: as in `LoTRAConfig(coefficients=...)`, for a class that is not registered.
+        ranks: `r` of the adapters.
+        dtypes: those that the layer itself runs in.
+    """
+
+    coefficients: dict[str, Any] = {}
+    ranks: int | tuple[int, int, int] = 2
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
+
+    def make_layer(self) -> nn.Module:
+        """A new layer; its weights may be random."""
+        raise NotImplementedError
+
+    def make_sample(self) -> torch.Tensor:
+        """An input for the layer, in fp32."""
+        raise NotImplementedError
+
+    # What the tests are made of --------------------------------------------------------------------------------------
+
+    def _base(self, dtype: torch.dtype) -> tuple[nn.Sequential, torch.Tensor]:
+        torch.manual_seed(0)
+        base = nn.Sequential(self.make_layer()).eval()
+        for tensor in (*base.parameters(), *base.buffers()):
+            tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+        return base, self.make_sample().to(dtype)
+
+    def _adapted(self, base: nn.Module, **kwargs: Any) -> PeftModel:
+        """An adapted copy of `base`, its update about as large as the coefficients."""
+        torch.manual_seed(1)
+        config = LoTRAConfig(r=self.ranks, coefficients=self.coefficients, **{"init_weights": False} | kwargs)
+        return get_peft_model(copy.deepcopy(base), config)
+
+    def _oracle(self, base: nn.Module, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """The plain layer's output with A + update written into its parameter, entry by entry."""
+        parameters = {}
+        for layer in lotra_layers(model):
+            spec, plain = layer.spec, base[0]
+            update = scattered(spec, *(getattr(layer, name)["default"] for name in layer.adapter_layer_names))
+            update = update * layer.scaling["default"]
+            if spec.scale is not None:
+                update = update / _repeated(spec, tensor_at(plain, spec.scale))
+            coefficients = tensor_at(plain, spec.parameter).detach()
+            whole = torch.zeros_like(coefficients, dtype=update.dtype)
+            whole[_region(spec)] = update
+            parameters[spec.parameter] = (coefficients + whole).to(coefficients.dtype)
+        return first_tensor(functional_call(base[0], parameters, (x,)))
+
+    # The tests -------------------------------------------------------------------------------------------------------
+
+    def test_fresh_adapter_changes_nothing(self) -> None:
+        base, x = self._base(torch.float64)
+        model = self._adapted(base, init_weights=True)
+        assert lotra_layers(model)
+        assert_close(first_tensor(model(x)), first_tensor(base(x)), 0)
+
+    def test_values(self) -> None:
+        for dtype in self.dtypes:
+            base, x = self._base(dtype)
+            model = self._adapted(base, alpha=0.7)
+            y = first_tensor(model(x))
+            assert_differs(y, first_tensor(base(x)))
+            assert_close(y, self._oracle(base, model, x))
+
+    def test_gradients(self) -> None:
+        base, x = self._base(torch.float64)
+        model = self._adapted(base)
+        factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert len(factors) == 4 * len(lotra_layers(model))
+        x.requires_grad_()
+        weights = torch.randn_like(first_tensor(base(x)))
+        actual = torch.autograd.grad((first_tensor(model(x)) * weights).sum(), [x, *factors])
+        expected = torch.autograd.grad((self._oracle(base, model, x) * weights).sum(), [x, *factors])
+        for a, e in zip(actual, expected, strict=True):
+            assert e.any()
+            assert_close(a, e)
+
+    def test_second_derivatives(self) -> None:
+        base, x = self._base(torch.float64)
+        model = self._adapted(base)
+        factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        x.requires_grad_()
+
+        def gradients(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            return torch.autograd.grad(slope.square().sum(), factors)
+
+        try:
+            expected = gradients(self._oracle(base, model, x))
+        except RuntimeError as error:
+            pytest.skip(f"the layer itself has no second derivatives: {error}")
+        for a, e in zip(gradients(first_tensor(model(x))), expected, strict=True):
+            assert_close(a, e, 1e-9)
+
+    def test_merge_and_unmerge(self) -> None:
+        for dtype in self.dtypes:
+            base, x = self._base(dtype)
+            model = self._adapted(base)
+            y = first_tensor(model(x)).detach()
+            model.merge_adapter(safe_merge=True)
+            assert_close(first_tensor(model(x)), y)
+            model.unmerge_adapter()
+            assert_close(first_tensor(model(x)), y, 0)
+            merged = model.merge_and_unload()
+            assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
+            assert_close(first_tensor(merged(x)), y)
+
+    def test_unload(self) -> None:
+        base, x = self._base(torch.float64)
+        model = self._adapted(base)
+        assert_differs(first_tensor(model(x)), first_tensor(base(x)))
+        assert_close(first_tensor(model.unload()(x)), first_tensor(base(x)), 0)
+
+    def test_save_and_load(self, tmp_path: Path) -> None:
+        for dtype in self.dtypes:
+            base, x = self._base(dtype)
+            model = self._adapted(base)
+            y = first_tensor(model(x)).detach()
+            model.save_pretrained(tmp_path / str(dtype))
+            torch.manual_seed(2)
+            loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / str(dtype))
+            assert_close(first_tensor(loaded(x)), y, 0)
+
+    def test_state_dict(self) -> None:
+        base, _ = self._base(torch.float64)
+        model = self._adapted(base)
+        held = {key.replace(".base_layer", ""): value for key, value in model.base_model.model.state_dict().items()}
+        adapters = {key for key in held if ".lotra_" in key}
+        assert held.keys() - adapters == base.state_dict().keys()
+        for key, value in base.state_dict().items():
+            assert_close(held[key], value, 0)
+
+    def test_copies(self) -> None:
+        base, x = self._base(torch.float64)
+        model = self._adapted(base)
+        y = first_tensor(model(x)).detach()
+        copies = [copy.deepcopy(model)]
+        try:
+            pickle.dumps(base)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            pass  # the layer itself cannot be pickled
+        else:
+            copies.append(pickle.loads(pickle.dumps(model)))
+        for twin in copies:
+            assert_close(first_tensor(twin(x)), y, 0)
+
+
+def lotra_layers(model: nn.Module) -> list[LoTRALayer]:
+    """All LoTRALayers of a model."""
+    return [module for module in model.modules() if isinstance(module, LoTRALayer)]
+
+
+def tensor_at(layer: nn.Module, path: str) -> torch.Tensor:
+    """The tensor at a dotted path."""
+    owner, _, name = path.rpartition(".")
+    return getattr(layer.get_submodule(owner), name)
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The layer's output, which may come first in a tuple of several things."""
+    return output if isinstance(output, torch.Tensor) else next(t for t in output if isinstance(t, torch.Tensor))
+
+
+def scattered(
+    spec: CoefficientSpec, core: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor
+) -> torch.Tensor:
+    """G ×₁ U1 ×₂ U2 ×₃ U3 in the stored layout: every stored entry looks up its own (i, o, d, ...)."""
+    dense = torch.einsum("abc...,ia,ob,dc->iod...", core, U1, U2, U3)
+    return dense[_canonical_index(spec)]
+
+
+def _digits(spec: CoefficientSpec) -> dict[str, torch.Tensor]:
+    """For each axis of the layout, its index at every stored entry; from the layout string by arithmetic."""
+    groups, sizes = _groups(spec.layout.pattern), spec.layout.sizes
+    shape = [torch.Size([sizes[axis] for axis in group]).numel() for group in groups]
+    digits = {}
+    for group, position in zip(groups, torch.meshgrid(*map(torch.arange, shape), indexing="ij"), strict=True):
+        for axis in reversed(group):
+            digits[axis] = position % sizes[axis]
+            position = position // sizes[axis]
+    return digits
+
+
+def _groups(pattern: str) -> list[list[str]]:
+    return [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\S+", pattern)]
+
+
+def _joined(spec: CoefficientSpec, digits: dict[str, torch.Tensor], axes: list[str]) -> torch.Tensor:
+    """The index along several axes as one, the last running fastest."""
+    index = torch.zeros_like(digits[axes[0]])
+    for axis in axes:
+        index = index * spec.layout.sizes[axis] + digits[axis]
+    return index
+
+
+def _canonical_index(spec: CoefficientSpec) -> tuple[torch.Tensor, ...]:
+    """For each axis of A, its index at every stored entry."""
+    digits = _digits(spec)
+    modes = ([axis for axis in digits if axis[0] == letter] for letter in "iodgthw")
+    return tuple(_joined(spec, digits, sorted(axes, key=lambda axis: int(axis[1:] or 0))) for axes in modes if axes)
+
+
+def _region(spec: CoefficientSpec) -> tuple[slice, ...]:
+    """The part of the parameter that is the coefficient tensor."""
+    ranges = [part.split(":") for part in (spec.slice or ":").split(",")]
+    return tuple(slice(*(int(bound) if bound.strip() else None for bound in bounds)) for bounds in ranges)
+
+
+def _repeated(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
+    """The scale at every stored entry of the coefficients."""
+    digits = _digits(spec)
+    return scale.detach()[tuple(_joined(spec, digits, axes) for axes in _groups(spec.scale_layout))]
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
+    """max |actual − expected| ≤ tolerance · max |expected|, with equal dtype and shape; 0 demands equal bits."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    tolerance = TOLERANCES[expected.dtype] if tolerance is None else tolerance
+    error, size = (actual - expected).abs().max().item(), expected.abs().max().item()
+    assert error <= tolerance * size, f"off by {error:.3g}, allowed are {tolerance:g} of {size:.3g}"
+
+
+def assert_differs(actual: torch.Tensor, other: torch.Tensor) -> None:
+    """The two are not nearly equal, so that a later `assert_close` is not trivial."""
+    assert (actual - other).abs().max() > 1e-3 * other.abs().max()
