@@ -69,6 +69,21 @@ def _fast_kan(layer: nn.Module) -> Descriptions:
     return {"spline_linear.weight": {"layout": "o (i d)", "sizes": {"d": layer.rbf.num_grids}}}
 
 
+def _convkan(layer: nn.Module) -> Descriptions:
+    # A pixel's patch is flattened into the inputs of the inner layer.
+    height, width = layer.kernel_size
+    scale = {"scale": "kan_layer.spline_scaler", "scale_layout": "g o (i h w)"}
+    scale = scale if hasattr(layer.kan_layer, "spline_scaler") else {}
+    return {"kan_layer.spline_weight": {"layout": "g o (i h w) d", "sizes": {"h": height, "w": width}, **scale}}
+
+
+def _inkan(layer: nn.Module) -> Descriptions:
+    if layer.dim == 2:  # functions of two inputs at once: no input mode
+        return {}
+    coefficients = f":, :{layer.in_features * layer.n_bases}"  # the residual weights follow
+    return {"weight": {"layout": "o (i d)", "sizes": {"d": layer.n_bases}, "slice": coefficients}}
+
+
 register_kan_layer("kan.KANLayer.KANLayer", {"coef": "i o d"})  # pykan
 register_kan_layer("efficient_kan.kan.KANLinear", _efficient_kan)
 register_kan_layer("kan_gpt.efficient_kan.model.KANLinear", _efficient_kan)  # kan_gpt, visionkan, qkan: copies of it
@@ -76,3 +91,5 @@ register_kan_layer("VisionKAN.ekan.KANLinear", _efficient_kan)
 register_kan_layer("qkan.kan.KANLinear", _efficient_kan)
 register_kan_layer("fastkan.fastkan.FastKANLayer", _fast_kan)
 register_kan_layer("ChebyKANLayer.ChebyKANLayer", {"cheby_coeffs": "i o d"})
+register_kan_layer("convkan.convkan_layer.ConvKAN", _convkan)
+register_kan_layer("inkan.layer.KANLayer", _inkan)

@@ -1,0 +1,115 @@
+"""KAN layers and models of libraries that PyPI has, as they are: through the harness, and inside their containers."""
+
+import pytest
+import torch
+from conftest import assert_different, assert_equal
+from convkan import ConvKAN
+from convkan.kanresnet import BasicBlock
+from inkan import KANLayer as InKANLayer
+from inkan import KANNetwork
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_lotra import LoTRAConfig
+from peft_lotra.testing import KANLayerTests, lotra_layers
+
+
+@pytest.mark.parametrize("options", [{}, {"groups": 2, "stride": 2, "kernel_size": (3, 2)}])
+class TestConvKAN(KANLayerTests):
+    """Coefficients and their scale belong to an inner layer, the patches flattened into its inputs."""
+
+    @pytest.fixture(autouse=True)
+    def _options(self, options):
+        self.options = options
+
+    def make_layer(self):
+        return ConvKAN(4, 6, padding=1, **self.options)
+
+    def make_sample(self):
+        return torch.rand(2, 4, 5, 6) * 1.8 - 0.9
+
+
+@pytest.mark.parametrize("contraction", ["dense", "direct"])
+class TestInKAN(KANLayerTests):
+    """Coefficients and residual weights in one parameter, contracted as a matrix or looked up as an embedding."""
+
+    @pytest.fixture(autouse=True)
+    def _contraction(self, contraction):
+        self.contraction = contraction
+
+    def make_layer(self):
+        return InKANLayer(3, 4, contraction=self.contraction, compile_basis=False)
+
+    def make_sample(self):
+        return torch.rand(9, 3) * 1.8 - 0.9
+
+
+def adapt_save_load_merge(make, x, tmp_path, **kwargs):
+    """Each way to the adapted model gives the same output; returns it beside its base.
+
+    `make` builds the base, each time with the same weights: kan_gpt's blocks hold closures over themselves, so that a
+    deep copy would run the layers of the original.
+    """
+
+    def base():
+        torch.manual_seed(0)
+        return make().eval()
+
+    torch.manual_seed(1)
+    model = get_peft_model(base(), LoTRAConfig(r=2, init_weights=False, **kwargs))
+    with torch.no_grad():
+        plain, y = base()(x), model(x)
+        assert_different(y, plain)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(base(), tmp_path)
+        torch.manual_seed(2)
+        for key, value in loaded.state_dict().items():
+            assert_equal(value, model.state_dict()[key], 0)
+        assert_equal(loaded(x), y)
+        assert_equal(loaded.merge_and_unload()(x), y)
+        with model.disable_adapter():
+            assert_equal(model(x), plain)
+    return model, base()
+
+
+def test_inkan_network(tmp_path):
+    model, base = adapt_save_load_merge(lambda: KANNetwork([3, 6, 2], compile_basis=False), torch.rand(9, 3), tmp_path)
+    assert len(lotra_layers(model)) == 2
+    merged = model.merge_and_unload()
+    assert_different(merged.layers[0].weight[:, : 3 * 8], base.layers[0].weight[:, : 3 * 8])
+    assert_equal(merged.layers[0].weight[:, 3 * 8 :], base.layers[0].weight[:, 3 * 8 :], 0)
+
+
+# convkan's own block hands `bias=False` to its layer, which warns that it has none.
+@pytest.mark.filterwarnings("ignore:Bias is not used in ConvKAN layer")
+def test_convkan_residual_block(tmp_path):
+    """ResNet-KAN: batch norms around convolutional KAN layers."""
+    model, _ = adapt_save_load_merge(
+        lambda: nn.Sequential(BasicBlock(4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        torch.rand(2, 4, 8, 8),
+        tmp_path,
+    )
+    assert len(lotra_layers(model)) == 2
+
+
+def test_kan_gpt(tmp_path):
+    """Transformer-KAN: a GPT whose linear layers are copies of efficient-kan's."""
+    library = pytest.importorskip("kan_gpt.model")
+    config = library.GPT.get_default_config()
+    config.model_type, config.n_layer, config.n_head, config.n_embd = None, 1, 2, 8
+    config.vocab_size, config.block_size = 11, 6
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gpt = library.GPT(config)
+
+        def forward(self, tokens):
+            return self.gpt(tokens)[0]
+
+    tokens = torch.randint(11, (2, 6))
+    model, _ = adapt_save_load_merge(Logits, tokens, tmp_path)
+    assert len(lotra_layers(model)) == 5  # attention in and out, two of the MLP, the head
+    _, loss = model.get_base_model().gpt(tokens, tokens)
+    loss.backward()
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
