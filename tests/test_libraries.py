@@ -7,7 +7,7 @@ from convkan import ConvKAN
 from convkan.kanresnet import BasicBlock
 from inkan import KANLayer as InKANLayer
 from inkan import KANNetwork
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from peft_lotra import LoTRAConfig
@@ -47,13 +47,15 @@ class TestInKAN(KANLayerTests):
 def adapt_save_load_merge(make, x, tmp_path, **kwargs):
     """Each way to the adapted model gives the same output; returns it beside its base.
 
-    `make` builds the base, each time with the same weights: kan_gpt's blocks hold closures over themselves, so that a
-    deep copy would run the layers of the original.
+    The base is built anew each time, for kan_gpt's blocks hold closures over themselves: a deep copy would run the
+    layers of the original.
     """
+    state = make().state_dict()
 
     def base():
-        torch.manual_seed(0)
-        return make().eval()
+        model = make().eval()
+        model.load_state_dict(state)
+        return model
 
     torch.manual_seed(1)
     model = get_peft_model(base(), LoTRAConfig(r=2, init_weights=False, **kwargs))
@@ -63,8 +65,8 @@ def adapt_save_load_merge(make, x, tmp_path, **kwargs):
         model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(base(), tmp_path)
         torch.manual_seed(2)
-        for key, value in loaded.state_dict().items():
-            assert_equal(value, model.state_dict()[key], 0)
+        for key, value in get_peft_model_state_dict(model).items():
+            assert_equal(get_peft_model_state_dict(loaded)[key], value, 0)
         assert_equal(loaded(x), y)
         assert_equal(loaded.merge_and_unload()(x), y)
         with model.disable_adapter():
