@@ -1,5 +1,8 @@
 """KAN layers and models of libraries that PyPI has, as they are: through the harness, and inside their containers."""
 
+import copy
+
+import matplotlib
 import pytest
 import torch
 from conftest import assert_different, assert_equal
@@ -7,6 +10,7 @@ from convkan import ConvKAN
 from convkan.kanresnet import BasicBlock
 from inkan import KANLayer as InKANLayer
 from inkan import KANNetwork
+from kan import KAN as PyKAN
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
@@ -115,3 +119,31 @@ def test_kan_gpt(tmp_path):
     _, loss = model.get_base_model().gpt(tokens, tokens)
     loss.backward()
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_multkan_around_adapted_layers(tmp_path, monkeypatch):
+    """pykan's network reads attributes of its layers: to plot, to refine grids, to prune."""
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("Agg")
+    x = torch.rand(64, 2) * 2 - 1
+    base = PyKAN(width=[2, 3, 1], grid=4, k=3, auto_save=False, seed=1)
+    model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, init_weights=False))
+    kan = model.get_base_model()
+    y = model(x)
+    assert_different(y, base(x))
+    kan.plot(folder=str(tmp_path / "figures"))
+    assert list((tmp_path / "figures").glob("*.png"))
+    kan.save_act = True
+    model(x)
+    fine = kan.refine(12)  # fits the splines of a new network to the adapted ones
+    assert not lotra_layers(fine)
+    with pytest.raises(RuntimeError, match=r"Missing key.*act_fun.0.coef"):  # copies a state dict into a plain network
+        kan.prune()
+    assert_equal(model(x), y, 0)
+    merged = model.merge_and_unload()
+    merged.auto_save = False
+    assert_equal(merged(x), y)
+    assert_equal(fine(x), merged.refine(12)(x), 1e-4)
+    (tmp_path / "model").mkdir()  # where pykan keeps its history
+    pruned = merged.prune(node_th=0, edge_th=0)
+    assert_equal(pruned(x), y)
