@@ -1,0 +1,129 @@
+"""The KAN layers whose training step is measured: three small ones in plain PyTorch, and pykan's own.
+
+The first two compute what the public libraries efficient-kan and fast-kan compute, operation by operation, because it
+is the operations around the coefficients that an adapter has to get along with.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parents[1]))
+from chebyshev_kan import ChebyshevKANLayer
+
+SPLINE_ORDER = 3
+
+
+class EfficientKANLayer(nn.Module):
+    """y = F.linear(silu(x), base_weight) + F.linear(B(x), spline_weight · spline_scaler), as in efficient-kan.
+
+    Shapes: x (batch, n), spline_weight (m, n, n_d), spline_scaler (m, n), y (batch, m).
+    """
+
+    def __init__(self, in_features: int, out_features: int, basis: int) -> None:
+        super().__init__()
+        intervals = basis - SPLINE_ORDER
+        knots = torch.arange(-SPLINE_ORDER, intervals + SPLINE_ORDER + 1) * (2 / intervals) - 1
+        self.register_buffer("grid", knots.expand(in_features, -1).contiguous())
+        self.base_weight = nn.Parameter(torch.randn(out_features, in_features) / in_features**0.5)
+        self.spline_weight = nn.Parameter(torch.randn(out_features, in_features, basis) / in_features**0.5)
+        self.spline_scaler = nn.Parameter(torch.rand(out_features, in_features) + 0.5)
+
+    def b_splines(self, x: Tensor) -> Tensor:
+        """Cubic B-splines by the Cox–de Boor recursion. shape: (batch, n) → (batch, n, n_d)"""
+        x, grid = x.unsqueeze(-1), self.grid
+        basis = ((x >= grid[:, :-1]) & (x < grid[:, 1:])).to(x.dtype)
+        for k in range(1, SPLINE_ORDER + 1):
+            rising = (x - grid[:, : -k - 1]) / (grid[:, k:-1] - grid[:, : -k - 1])
+            falling = (grid[:, k + 1 :] - x) / (grid[:, k + 1 :] - grid[:, 1:-k])
+            basis = rising * basis[..., :-1] + falling * basis[..., 1:]
+        return basis
+
+    @property
+    def scaled_spline_weight(self) -> Tensor:
+        # The scaler is optional, as it is there.
+        return self.spline_weight * (1.0 if self.spline_scaler is None else self.spline_scaler.unsqueeze(-1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.scaled_spline_weight.view(len(self.base_weight), -1)
+        return F.linear(F.silu(x), self.base_weight) + F.linear(self.b_splines(x).view(len(x), -1), weight)
+
+
+class FastKANLayer(nn.Module):
+    """y = spline_linear(exp(−((LayerNorm(x) − grid) / h)²)) + base_linear(silu(x)), as in fast-kan.
+
+    Shapes: x (batch, n), spline_linear.weight (m, n · n_d), y (batch, m).
+    """
+
+    def __init__(self, in_features: int, out_features: int, basis: int) -> None:
+        super().__init__()
+        self.layernorm = nn.LayerNorm(in_features)
+        self.register_buffer("grid", torch.linspace(-2, 2, basis))
+        self.spline_linear = nn.Linear(in_features * basis, out_features, bias=False)
+        self.base_linear = nn.Linear(in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        distance = (self.layernorm(x).unsqueeze(-1) - self.grid) / (4 / (len(self.grid) - 1))
+        return self.spline_linear(torch.exp(-(distance**2)).view(len(x), -1)) + self.base_linear(F.silu(x))
+
+
+def _pykan_layer(in_features: int, out_features: int, basis: int) -> nn.Module:
+    from kan.KANLayer import KANLayer  # imported here: optional, and slow to import
+
+    return KANLayer(in_features, out_features, num=basis - SPLINE_ORDER, k=SPLINE_ORDER)
+
+
+class OneLayer(nn.Module):
+    """A model of one KAN layer, since PEFT adapts layers inside a model; of several outputs it returns the first."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return y[0] if isinstance(y, tuple) else y
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of KAN layer, and where it keeps its coefficients."""
+
+    title: str
+    build: Callable[[int, int, int], nn.Module]  # of n, m and n_d
+    parameter: str  # path of the coefficients
+    axes: str  # their order, for einsum; flattened or not
+    coefficients: Callable[[nn.Module], Mapping[str, Any]]  # what LoTRAConfig is told about them
+
+
+def _efficient_coefficients(layer: EfficientKANLayer) -> Mapping[str, Any]:
+    scale = {} if layer.spline_scaler is None else {"scale": "spline_scaler", "scale_layout": "o i"}
+    return {"spline_weight": {"layout": "o i d", **scale}}
+
+
+KINDS = {
+    "efficient": Kind("efficient-kan", EfficientKANLayer, "spline_weight", "oid", _efficient_coefficients),
+    "fastkan": Kind(
+        "FastKAN",
+        FastKANLayer,
+        "spline_linear.weight",
+        "oid",
+        lambda layer: {"spline_linear.weight": {"layout": "o (i d)", "sizes": {"d": len(layer.grid)}}},
+    ),
+    "chebyshev": Kind(
+        "Chebyshev",
+        lambda n, m, basis: ChebyshevKANLayer(n, m, degree=basis - 1),
+        "coefficients",
+        "iod",
+        lambda layer: {"coefficients": "i o d"},
+    ),
+    "pykan": Kind("pykan", _pykan_layer, "coef", "iod", lambda layer: {"coef": "i o d"}),
+}

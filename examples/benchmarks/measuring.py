@@ -1,0 +1,137 @@
+"""What a call costs: FLOPs, bytes saved for the backward pass, peak memory, wall time; and how a cost grows."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_flops(run: Callable[[], object]) -> int:
+    """Floating point operations of matrix products and convolutions; elementwise operations are not counted."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps from `forward` until the backward pass: whole storages, each once, no parameters."""
+    parameter_storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = forward()
+    total = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in parameter_storages)
+    del kept
+    return total
+
+
+def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.device) -> int:
+    """The most bytes of tensors that are alive at one time during `run`, those of `held` included.
+
+    An accelerator's allocator is asked. The CPU's keeps no record, and the resident memory of the process shows the
+    heap's habits more than the step's needs; there, every tensor that an operation returns is followed until it is
+    freed. That leaves out scratch memory inside kernels; torch.profiler's record of allocations gave the same peaks
+    for every method here, but prints to stderr at each use.
+    """
+    tracker = _LiveBytes()
+    for tensor in held:
+        tracker.see(tensor)
+    backend = getattr(torch, device.type)
+    if not hasattr(backend, "max_memory_allocated"):
+        with tracker:
+            run()
+        return tracker.peak
+    synchronize(device)
+    backend.reset_peak_memory_stats(device)
+    before = backend.memory_allocated(device)  # much of it belongs to the methods that are not running
+    run()
+    synchronize(device)
+    return tracker.now + backend.max_memory_allocated(device) - before
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follows the storages of all tensors that operations return. Autograd calls its operations under it, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.see(tensor)
+        return result
+
+    def see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def freed(_: weakref.ref) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def clock(device: torch.device, *stages: Callable[[], object]) -> list[float]:
+    """Seconds from the start to the end of each stage, run one after the other."""
+    synchronize(device)
+    start, ends = time.perf_counter(), []
+    for stage in stages:
+        stage()
+        synchronize(device)
+        ends.append(time.perf_counter() - start)
+    return ends
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], list[float]]], rounds: int, warm_up: int = 2
+) -> dict[str, list[list[float]]]:
+    """Each of `runs` once per round, in a fresh random order: what disturbs the machine disturbs all of them alike."""
+    order, results = list(runs), {name: [] for name in runs}
+    shuffle = random.Random(0).shuffle
+    for number in range(warm_up + rounds):
+        shuffle(order)
+        for name in order:
+            result = runs[name]()
+            if number >= warm_up:
+                results[name].append(result)
+    return results
+
+
+def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
+    """The median over the rounds of seconds / reference."""
+    return statistics.median(a / b for a, b in zip(seconds, reference, strict=True))
+
+
+def fitted_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:
+    """p of the least squares fit cost ≈ c · sizeᵖ, in logarithms; None if a cost is not positive."""
+    if min(costs) <= 0:
+        return None
+    return statistics.linear_regression([math.log(s) for s in sizes], [math.log(c) for c in costs]).slope

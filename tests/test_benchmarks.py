@@ -1,0 +1,77 @@
+"""The benchmark of training steps runs, in a short form, and what it counts is plausible."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "benchmarks" / "step_cost.py"
+FLOOR, FULL, LOTRA = "frozen layer", "full fine-tuning", "LoTRA"
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(SCRIPT), "--threads", "1", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_step_cost(tmp_path):
+    short = ("--widths", 16, 32, "--batch", 32, "--pairs", 2, "--output-dir", tmp_path)
+    done = run(*short, "--parts", "step", "inference", "slim")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "step_cost.png").stat().st_size > 10_000
+    results = json.loads((tmp_path / "step_cost.json").read_text())
+    assert results["environment"]["threads"] == 1
+    assert results["settings"]["widths"] == [16, 32]
+    costs = {}
+    for row in results["rows"]:
+        costs.setdefault((row["layer"], row["width"]), {}).setdefault(row["part"], {})[row["method"]] = row
+    assert len(costs) == 8
+    for (layer, width), parts in costs.items():
+        step, inference, slim = (parts[part] for part in ("step", "inference", "slim"))
+        assert ("LoRA, target_modules" in step) == (layer == "fastkan")
+        assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in step.values() if not row["refused"])
+        # Forward and input gradient are a matrix product each; the gradient of the coefficients is a third.
+        assert step[FULL]["flops"] == pytest.approx(1.5 * step[FLOOR]["flops"], rel=0.01)
+        assert step[FLOOR]["flops"] < step[LOTRA]["flops"]
+        # Parameters, their gradients and Adam's two moments, in fp32.
+        assert step[FULL]["peak_bytes"] > 16 * step[FULL]["trainable"]
+        for cost in ("saved_bytes", "peak_bytes"):
+            assert 0 < step[FLOOR][cost] < step[FULL][cost]
+        assert step[FULL]["trainable"] >= 8 * width**2
+        assert inference["base"]["flops"] == inference["merged"]["flops"] == inference["disabled"]["flops"]
+        assert inference["base"]["flops"] < inference["unmerged"]["flops"]
+        assert slim["Slim"]["coefficient_bytes"] <= 0.1 * slim["dense"]["coefficient_bytes"] + 4
+        assert slim["dense"]["coefficient_bytes"] == 4 * 8 * width**2
+
+
+def test_growth(tmp_path):
+    short = ("--layers", "chebyshev", "--widths", 16, "--batch", 16, "--pairs", 2, "--output-dir", tmp_path)
+    done = run(*short, "--parts", "growth")
+    assert done.returncode == 0, done.stderr
+    growths = json.loads((tmp_path / "step_cost.json").read_text())["growth"]
+    assert [growth["over"] for growth in growths] == ["width", "basis", "batch", "rank", "adapters"]
+    for growth in growths:
+        assert len(growth["sizes"]) == len(growth["flops"]) == len(growth["seconds"]) == 4
+        assert 0 < growth["flops_exponent"] < 2.1
+        assert growth["over"] in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--layers", "linear"), "invalid choice: 'linear'"),
+        (("--basis", 3), "more than 3"),
+        (("--device", "abacus"), "'abacus' cannot be used"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path):
+    done = run(*arguments, "--output-dir", tmp_path / "results")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
