@@ -3,7 +3,7 @@
 Importing this package registers LoTRA with PEFT, for `get_peft_model`, `PeftModel.from_pretrained` and the rest.
 """
 
-from .coefficients import register_kan_layer, registered_kan_layers
+from .coefficients import infer_coefficients, register_kan_layer, registered_kan_layers, verify_coefficients
 from .config import LoTRAConfig
 from .layer import LoTRALayer
 from .model import LoTRAModel
@@ -11,6 +11,14 @@ from .registration import register
 
 __version__ = "0.1.0"
 
-__all__ = ["LoTRAConfig", "LoTRALayer", "LoTRAModel", "register_kan_layer", "registered_kan_layers"]
+__all__ = [
+    "LoTRAConfig",
+    "LoTRALayer",
+    "LoTRAModel",
+    "infer_coefficients",
+    "register_kan_layer",
+    "registered_kan_layers",
+    "verify_coefficients",
+]
 
 register(LoTRAConfig, LoTRAModel)

@@ -216,7 +216,9 @@ def _select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRAC
         raise NoMatchingPeftModuleError(
             f"no KAN layer found. Looked for the classes {registered_kan_layers()} and, by `coefficients`, for "
             f"{sorted(config.coefficients) or 'nothing else'}. This model has {_shortened(_class_names(layers))}; "
-            f"{_HOW_TO_DECLARE}"
+            "let `peft_lotra.infer_coefficients(model, *sample)` find the layouts by running the model on a sample, "
+            f"and pass the result as `LoTRAConfig(coefficients=...)`; or {_HOW_TO_DECLARE}, and check it by "
+            "`peft_lotra.verify_coefficients(model, *sample, coefficients=...)`"
         )
     kan_layers = list(dict.fromkeys(target.module for target in known))
     chosen = kan_layers

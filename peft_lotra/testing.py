@@ -24,7 +24,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.func import functional_call
 
-from .coefficients import CoefficientSpec
+from .coefficients import CoefficientSpec, verify_coefficients
 from .config import LoTRAConfig
 from .layer import LoTRALayer
 
@@ -84,6 +84,10 @@ class KANLayerTests:
         return first_tensor(functional_call(base[0], parameters, (x,)))
 
     # The tests -------------------------------------------------------------------------------------------------------
+
+    def test_layout(self) -> None:
+        base, x = self._base(torch.float32)
+        verify_coefficients(base, x, coefficients=self.coefficients)
 
     def test_fresh_adapter_changes_nothing(self) -> None:
         base, x = self._base(torch.float64)

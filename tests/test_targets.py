@@ -222,7 +222,8 @@ def test_no_kan_layer_lists_what_was_looked_for():
         get_peft_model(nn.Sequential(nn.Linear(2, 3)), LoTRAConfig())
     for part in ("kan.KANLayer.KANLayer", "efficient_kan.kan.KANLinear", "torch.nn.modules.linear.Linear"):
         assert part in str(error.value)
-    for way_out in ("register_kan_layer(", "LoTRAConfig(coefficients=", "'o (i d)'"):
+    calls = ("infer_coefficients(model, *sample)", "verify_coefficients(model, *sample, ")
+    for way_out in ("register_kan_layer(", "LoTRAConfig(coefficients=", "'o (i d)'", *calls):
         assert way_out in str(error.value)
 
 

@@ -1,0 +1,272 @@
+"""From the responses of a parameter's entries to its layout: which factors of which stored axes are i, o, d, kernel.
+
+If the parameter is a coefficient tensor, the response of entry (i, o, d) is a product,
+
+    g = w_o · s_io · Σ_x φ_d(x_i)
+
+so that the ratio of two responses, in one of which the outputs (or the inputs) are weighted by known numbers, is the
+number of the entry's output (or input). The mode lies where that ratio changes along a stored axis; where none does,
+lies d.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from .spec import Layout
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # (numbered, plain) responses, each in the shape of the parameter
+Factor = tuple[str, int]  # (mode, size)
+
+
+class NoLayout(Exception):
+    """The responses fit no layout.
+
+    `linear`: they are those of one function per input; `mixing`: of a weight between different inputs and outputs.
+    """
+
+    def __init__(self, reason: str, linear: bool = False, mixing: bool = False):
+        super().__init__(reason)
+        self.linear, self.mixing = linear, mixing
+
+
+class NoOutputs(NoLayout):
+    """No axis of the tensors that the parameter contributes to is one of outputs."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What counts as equal: ratios, and products, each relative to the largest; and what counts as no response."""
+
+    ratio: float
+    product: float
+    zero: float
+
+
+@dataclass
+class Responses:
+    """The responses of one parameter; those of a pair differ in numbers along an axis of the outputs or inputs."""
+
+    output: Pair
+    inputs: list[Pair]
+    kernel: Mapping[str, list[Pair]] = field(default_factory=dict)  # by kernel axis: t, h, w
+    single_input: bool = False  # the layer has one input feature
+    single_output: bool = False
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.output[0].shape
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Responses:
+        """The responses of a slice or a view of the parameter."""
+
+        def apply(pairs: list[Pair]) -> list[Pair]:
+            return [(function(numbered), function(plain)) for numbered, plain in pairs]
+
+        kernel = {letter: apply(pairs) for letter, pairs in self.kernel.items()}
+        return Responses(*apply([self.output]), apply(self.inputs), kernel, self.single_input, self.single_output)
+
+
+def find_layout(responses: Responses, tolerance: Tolerance, features: int) -> Layout:
+    """The layout that explains the response of every entry, for a layer of so many input features.
+
+    Raises:
+        NoLayout: if there is none.
+    """
+    signatures = {"o": [responses.output], "i": responses.inputs, **responses.kernel}
+    ratios = {mode: _ratios(pairs, tolerance) for mode, pairs in signatures.items()}
+    if any(rows.isnan().all() for rows in ratios.values()):
+        raise NoLayout("its response does not change with the input")
+    axes = [_factors(ratios, axis, tolerance) for axis in range(len(responses.shape))]
+    modes = {mode for factors in axes for mode, _ in factors}
+    if "d" not in modes:
+        if _repeats(ratios["i"], axes):
+            raise NoLayout("its entries share inputs, but not along factors of its stored axes")
+        mixing = bool(modes & {"i", "o"})
+        raise NoLayout("it has one function per input (n_d = 1): a linear weight, no basis axis", True, mixing)
+    if "i" not in modes and not responses.single_input:
+        raise NoLayout("its functions of x cannot be told apart by input feature")
+    if "o" not in modes and not responses.single_output:
+        raise NoLayout("its entries cannot be told apart by output")
+    layout = _name_axes(axes, tuple(responses.shape))
+    seen = layout.canonical_shape[0] * layout.sizes.get("g", 1)
+    if features % seen:
+        raise NoLayout("its entries share inputs, but not along factors of its stored axes")
+    _verify(layout, responses, tolerance)
+    return layout
+
+
+def _ratios(pairs: list[Pair], tolerance: Tolerance) -> torch.Tensor:
+    """numbered/plain, one row per pair; NaN where the plain response is nothing."""
+    rows = []
+    for numbered, plain in pairs:
+        known = plain.abs() > tolerance.zero * plain.abs().max()
+        rows.append(torch.where(known, numbered / torch.where(known, plain, 1), torch.nan))
+    return torch.stack(rows)
+
+
+def _span(ratios: torch.Tensor, axis: int, tolerance: Tolerance, most_lines: int = 64) -> tuple[int, int, int]:
+    """The stored axis as (before, span, after), where span is the smallest factor along which the ratios change.
+
+    Each line along the axis, taken as an array (before, span, after), is constant over `before` and `after`.
+    """
+    size = ratios.shape[axis + 1]
+    lines = ratios.movedim(axis + 1, -1).reshape(-1, size)
+    known = (~lines.isnan()).sum(1)
+    lines = lines[known.topk(min(most_lines, len(lines))).indices]
+    high, low = (torch.where(lines.isnan(), fill, lines) for fill in (-torch.inf, torch.inf))
+    divisors = [k for k in range(1, size + 1) if size % k == 0]
+    splits = [(size // (k * after), k, after) for k in divisors for after in divisors if size % (k * after) == 0]
+    for split in splits:
+        top, bottom = high.view(-1, *split).amax((1, 3)), low.view(-1, *split).amin((1, 3))
+        if (top - bottom <= tolerance.ratio * top.abs()).all():  # -inf where nothing is known
+            return split
+    raise AssertionError("unreachable: a span of the whole axis fits")
+
+
+def _factors(ratios: Mapping[str, torch.Tensor], axis: int, tolerance: Tolerance) -> list[Factor]:
+    """The factors of one stored axis, the slowest first; none for an axis of size 1."""
+    spans = {mode: _span(rows, axis, tolerance) for mode, rows in ratios.items()}
+    edges = {mode: (after, after * span) for mode, (_, span, after) in spans.items() if span > 1}
+    cuts = sorted({1, ratios["o"].shape[axis + 1]}.union(*edges.values()))
+    factors = []
+    for low, high in zip(cuts[:-1], cuts[1:], strict=True):
+        modes = {mode for mode, (start, stop) in edges.items() if start <= low and high <= stop}
+        if high % low or (len(modes) > 1 and modes != {"i", "o"}):
+            raise NoLayout("its entries mix inputs, outputs and kernel positions in no (i, o, d) pattern")
+        # What changes inputs and outputs together is the group of a grouped layer.
+        factors.append(("g" if len(modes) == 2 else modes.pop() if modes else "d", high // low))
+    return factors[::-1]
+
+
+def _repeats(ratios: torch.Tensor, axes: list[list[Factor]]) -> bool:
+    """Whether there are clearly fewer different inputs than the factors of the axes can count."""
+    counted = math.prod(size for factors in axes for mode, size in factors if mode in ("i", "g"))
+    values = ratios[0][~ratios[0].isnan()].sort().values
+    steps = values.diff() > 0.1 * (values[-1] - values[0]) / max(counted, 2)
+    return int(steps.sum()) + 1 <= 0.75 * counted
+
+
+def _name_axes(axes: list[list[Factor]], shape: tuple[int, ...]) -> Layout:
+    """The factors of all axes as a layout; inputs or outputs of size 1 get an axis of size 1, or a place next to d."""
+    missing = [mode for mode in "oi" if all(mode != other for factors in axes for other, _ in factors)]
+    for factors in axes:
+        if not factors:
+            factors.append((missing.pop(0) if missing else "g", 1))
+    basis = next(factors for factors in axes if any(mode == "d" for mode, _ in factors))
+    basis[:0] = [(mode, 1) for mode in missing]
+    total = Counter(mode for factors in axes for mode, _ in factors)
+    count: Counter[str] = Counter()
+    sizes, groups = {}, []
+    for factors in axes:
+        names = []
+        for mode, size in factors:
+            count[mode] += 1
+            names.append(mode if total[mode] == 1 else f"{mode}{count[mode]}")
+            sizes[names[-1]] = size
+        groups.append(names[0] if len(names) == 1 else f"({' '.join(names)})")
+    return Layout.fit(" ".join(groups), shape, sizes)
+
+
+def _verify(layout: Layout, responses: Responses, tolerance: Tolerance) -> None:
+    """Raise NoLayout unless the response of every entry is the product that the layout says."""
+
+    def canonical(tensor: torch.Tensor) -> torch.Tensor:
+        """Shape (i, o, d, k): all unfactored axes in one."""
+        tensor = layout.to_canonical(tensor)
+        return tensor.reshape(*tensor.shape[:3], -1)
+
+    numbered, plain = map(canonical, responses.output)
+    checks = [(numbered, plain, (0, 2), "outputs")]
+    checks += [(canonical(a), canonical(b), (1, 2), "input features") for a, b in responses.inputs]
+    for numbered, plain, axes, what in checks:
+        if not _distinct(numbered, plain, axes, tolerance):
+            raise NoLayout(f"its entries share {what}, but not along factors of its stored axes")
+    for pairs in responses.kernel.values():
+        checks += [(canonical(a), canonical(b), (0, 1, 2), "kernel positions") for a, b in pairs]
+    for numbered, plain, axes, what in checks:
+        if not _proportional(numbered, plain, axes, tolerance.ratio):
+            raise NoLayout(f"its {what} follow no pattern: {layout.pattern!r} explains only a part of its entries")
+    for _, plain in [responses.output, *responses.inputs]:
+        # s_io · φ_d: for each input (and kernel position) an o × d matrix of rank 1.
+        curves = canonical(plain).permute(0, 3, 1, 2)  # (i, k, o, d)
+        strongest = curves.square().sum(-1).argmax(-1)[..., None, None].expand(*curves.shape[:2], 1, curves.shape[3])
+        if not _proportional(curves, curves.gather(2, strongest).expand_as(curves), (3,), tolerance.product):
+            raise NoLayout("its functions φ_d(x_i) differ from output to output")
+    plain = canonical(responses.output[1]).abs()
+    functions = (plain > tolerance.zero * plain.max()).any(1).sum(1)  # of each input (and kernel position)
+    if (functions > 1).float().mean() < 0.5:
+        raise NoLayout("most inputs show fewer than two functions on this sample")
+
+
+def _proportional(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], tolerance: float) -> bool:
+    """Whether a = r·b with r constant along `axes`, for every entry, relative to the largest along these axes."""
+    squares = (b * b).sum(axes, keepdim=True)
+    r = (a * b).sum(axes, keepdim=True) / torch.where(squares > 0, squares, 1)
+    largest = a.abs().amax(axes, keepdim=True)
+    return bool(((a - r * b).abs() <= tolerance * largest + 1e-3 * tolerance * a.abs().max()).all())
+
+
+def _distinct(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], tolerance: Tolerance) -> bool:
+    """Whether r in a = r·b is another one for each index of the remaining mode, at each place of the last axis."""
+    squares = (b * b).sum(axes)  # (i or o, k)
+    ratios = (a * b).sum(axes) / torch.where(squares > 0, squares, torch.nan)
+    least = min(tolerance.ratio, 0.2 / len(ratios))
+    return not (ratios.sort(0).values.diff(dim=0) < least).any()  # what is not known, NaN, comes last
+
+
+def find_part(responses: Responses, features: int, tolerance: Tolerance) -> tuple[Layout, str] | None:
+    """The layout and the slice of the part of the parameter that is a coefficient tensor, where the whole is none.
+
+    Beside it may be packed one weight per input feature, a bias, or both.
+    """
+    for axis, size in enumerate(responses.shape):
+        for rest, weights in ((features, features), (features + 1, features), (1, 0)):
+            for start in (0, rest) if rest < size else ():
+                stop = start + size - rest
+                beside = responses.map(partial(torch.narrow, dim=axis, start=stop % size, length=rest))
+                if _distinct_inputs(beside.inputs[0], responses.inputs[0], axis, tolerance) != weights:
+                    continue
+                with suppress(NoLayout):
+                    part = responses.map(partial(torch.narrow, dim=axis, start=start, length=size - rest))
+                    layout = find_layout(part, tolerance, features)
+                    complete = layout.canonical_shape[0] * layout.sizes.get("g", 1) == features
+                    if complete and "d" in re.findall(r"\([^()]*\)|\S+", layout.pattern)[axis]:
+                        bounds = f"{start or ''}:{'' if stop == size else stop}"
+                        return layout, ", ".join([":"] * axis + [bounds])
+    return None
+
+
+def _distinct_inputs(part: Pair, whole: Pair, axis: int, tolerance: Tolerance) -> int | None:
+    """How many places along an axis multiply functions of x; None if two of them multiply the same input."""
+    numbered, plain = (side.movedim(axis, 0).flatten(1) for side in part)
+    strongest = plain.abs().argmax(1, keepdim=True)
+    numbered, plain = numbered.gather(1, strongest)[:, 0], plain.gather(1, strongest)[:, 0]
+    alive = plain.abs() > tolerance.zero * whole[1].abs().max()
+    ratios = (numbered / plain)[alive].sort().values
+    return len(ratios) if (ratios.diff() > tolerance.ratio).all() else None
+
+
+def agree(one: Layout, two: Layout) -> bool:
+    """Whether two layouts of one shape give each entry the same i, o, d and kernel position, but for their order."""
+    labels = []
+    for layout in (one, two):
+        index = torch.arange(math.prod(layout.canonical_shape)).view(layout.canonical_shape)
+        n, m, n_d = index.shape[:3]
+        modes = torch.meshgrid(torch.arange(n), torch.arange(m), torch.arange(n_d), indexing="ij")
+        rest = index[0, 0, 0].flatten()
+        modes = [mode.reshape(n, m, n_d, 1).expand(n, m, n_d, len(rest)) for mode in modes]
+        modes.append(torch.arange(len(rest)).expand(n, m, n_d, -1))
+        labels.append([layout.from_canonical(mode.reshape(layout.canonical_shape)).flatten() for mode in modes])
+    return all(
+        len(torch.unique(torch.stack([a, b]), dim=1)[0]) == a.max() + 1 == b.max() + 1
+        for a, b in zip(*labels, strict=True)
+    )

@@ -1,0 +1,184 @@
+"""Run a layer with tensors in the place of its parameters, and record what depends on them; leave no trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+
+def map_tensors(thing: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """`thing` with each tensor in it, through tuples, lists and mappings, replaced by `function` of it."""
+    if isinstance(thing, torch.Tensor):
+        return function(thing)
+    if isinstance(thing, Mapping):
+        return {key: map_tensors(value, function) for key, value in thing.items()}
+    if isinstance(thing, tuple):
+        return tuple(map_tensors(value, function) for value in thing)
+    return [map_tensors(value, function) for value in thing] if isinstance(thing, list) else thing
+
+
+def tensors_in(thing: Any) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    map_tensors(thing, found.append)
+    return found
+
+
+def _differentiable(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+@contextmanager
+def preserved(module: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Inside, `module` is in eval mode, is not compiled, and has copies of its buffers.
+
+    With `dtype`, these copies, tensors that are plain attributes, and new tensors are of this type. Afterwards the
+    attributes of the module, its parameters (the objects) and its buffers are what they were, as is the random state.
+    """
+    modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]  # these cannot be restored
+    saved = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
+    cuda = {t.device for t in (*module.parameters(), *module.buffers()) if t.is_cuda}
+    default = torch.get_default_dtype()
+    with torch.random.fork_rng(sorted(cuda, key=str)), torch.compiler.set_stance("force_eager"):
+        try:
+            torch.set_default_dtype(dtype or default)
+            for m, attributes, _, buffers in saved:
+                m.__dict__["training"] = False
+                for name, b in buffers.items():
+                    if b is not None:
+                        m._buffers[name] = b.detach().to(dtype if b.is_floating_point() else None, copy=True)
+                for name, value in attributes.items() if dtype else ():
+                    if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
+                        m.__dict__[name] = value.to(dtype, copy=True)
+            yield
+        finally:
+            torch.set_default_dtype(default)
+            for m, attributes, parameters, buffers in saved:
+                m.__dict__.clear()
+                m.__dict__.update(attributes)
+                for now, before in ((m._parameters, parameters), (m._buffers, buffers)):
+                    now.clear()
+                    now.update(before)
+
+
+class Recorder(TorchFunctionMode):
+    """Records every tensor that needs a gradient, in the order of making, and the tensors that it is made of."""
+
+    _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul")} | {"__setitem__"}
+
+    def __init__(self):
+        super().__init__()
+        self.tensors: list[torch.Tensor] = []
+        self.sources: list[list[int]] = []
+        self.overwritten: set[int] = set()  # of these, `tensors` has copies
+        self._index: dict[int, int] = {}  # by id of the tensor
+        self._nodes: dict[Any, int] = {}  # by the tensor's node in the graph of autograd
+        self._alive: list[torch.Tensor] = []  # so that no id is given away anew
+
+    def index(self, tensor: torch.Tensor, sources: list[int] | None = None) -> int:
+        """The number of `tensor`; with `sources` it counts as made anew."""
+        if sources is not None or id(tensor) not in self._index:
+            self._index[id(tensor)] = len(self.tensors)
+            self.tensors.append(tensor)
+            # Scripted functions and autograd.Function make tensors unseen.
+            self.sources.append(self._nearest(tensor) if sources is None else sources)
+            self._alive.append(tensor)
+            self._nodes.setdefault(tensor.grad_fn, self._index[id(tensor)])
+        return self._index[id(tensor)]
+
+    def _nearest(self, tensor: torch.Tensor) -> list[int]:
+        """The numbers of the recorded tensors that autograd meets first on the way back from `tensor`."""
+        found, seen, stack = set(), set(), [tensor.grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            number = self._nodes.get(node, self._index.get(id(getattr(node, "variable", None))))
+            if number is None:
+                stack += [parent for parent, _ in node.next_functions]
+            else:
+                found.add(number)
+        return sorted(found)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        sources = [self.index(t) for t in tensors_in((args, kwargs)) if t.requires_grad]
+        name = getattr(func, "__name__", "")
+        changed = []
+        if name in self._IN_PLACE or (name.endswith("_") and not name.endswith("__")):
+            changed = [t for t in args[:1] if isinstance(t, torch.Tensor)]
+        for target in changed:  # what was recorded of its memory keeps its value
+            memory = target.untyped_storage().data_ptr()
+            for k, tensor in enumerate(self.tensors):
+                if tensor.untyped_storage().data_ptr() == memory and not tensor.is_leaf:
+                    self.tensors[k] = tensor.clone()
+                    self.overwritten.add(k)
+        result = func(*args, **kwargs)
+        for tensor in [*tensors_in(result), *changed] if sources else []:
+            if tensor.requires_grad:
+                self.index(tensor, sources)
+        return result
+
+
+class Run:
+    """One run of a layer with `values` where an adapter would put its stand-ins: in the owners' instance dictionaries.
+
+    Attributes:
+        returned: the real or complex tensors that the layer returned.
+        outputs: the numbers of those that need a gradient.
+        tensors, sources: what was recorded, and the numbers of what it was made of; `x` has the number 0.
+        overwritten: the numbers of those that the layer has written into later.
+        reassigned: the paths of parameters that the layer has assigned anew.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        args: Any,
+        kwargs: Any,
+        x: torch.Tensor,
+        values: Mapping[str, torch.Tensor],
+        dtype: torch.dtype,
+    ):
+        places = {path: (layer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in values}
+        before = {path: owner._parameters[name] for path, (owner, name) in places.items()}
+        flags = [(p, p.requires_grad) for p in layer.parameters() if _differentiable(p)]
+        recorder = Recorder()
+        recorder.index(x)
+        with preserved(layer, dtype), torch.enable_grad():
+            try:
+                for p, _ in flags:
+                    p.requires_grad_(True)  # a use of the parameter itself shall show
+                for path, (owner, name) in places.items():
+                    owner.__dict__[name] = values[path]
+                with recorder:
+                    result = layer(*args, **kwargs)
+                self.reassigned = {
+                    path for path, (owner, name) in places.items() if owner._parameters.get(name) is not before[path]
+                }
+            finally:
+                for p, flag in flags:
+                    p.requires_grad_(flag)
+        self.returned = [t for t in tensors_in(result) if _differentiable(t)]
+        self.outputs = [recorder.index(t) for t in self.returned if t.requires_grad]
+        self.tensors, self.sources, self.overwritten = recorder.tensors, recorder.sources, recorder.overwritten
+        self._leaves: dict[int, set[int]] = {}
+
+    def depends(self, number: int, leaf: torch.Tensor) -> bool:
+        """Whether the gradient of a recorded tensor reaches `leaf`."""
+        if number not in self._leaves:
+            tensor = self.tensors[number]
+            found, seen, stack = {id(tensor)}, set(), [tensor.grad_fn]
+            while stack:
+                node = stack.pop()
+                if node is not None and node not in seen:
+                    seen.add(node)
+                    found.add(id(getattr(node, "variable", None)))
+                    stack += [parent for parent, _ in node.next_functions]
+            self._leaves[number] = found
+        return id(leaf) in self._leaves[number]
