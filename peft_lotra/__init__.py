@@ -5,12 +5,20 @@ Importing this package registers LoTRA with PEFT, for `get_peft_model`, `PeftMod
 
 from .coefficients import register_kan_layer, registered_kan_layers
 from .config import LoTRAConfig
+from .initialization import initialize_lotra_weights
 from .layer import LoTRALayer
 from .model import LoTRAModel
 from .registration import register
 
 __version__ = "0.1.0"
 
-__all__ = ["LoTRAConfig", "LoTRALayer", "LoTRAModel", "register_kan_layer", "registered_kan_layers"]
+__all__ = [
+    "LoTRAConfig",
+    "LoTRALayer",
+    "LoTRAModel",
+    "initialize_lotra_weights",
+    "register_kan_layer",
+    "registered_kan_layers",
+]
 
 register(LoTRAConfig, LoTRAModel)
