@@ -8,6 +8,7 @@ from .config import LoTRAConfig
 from .initialization import initialize_lotra_weights
 from .layer import LoTRALayer
 from .model import LoTRAModel
+from .optimizers import create_lotra_optimizer, lotra_parameter_groups
 from .registration import register
 
 __version__ = "0.1.0"
@@ -16,7 +17,9 @@ __all__ = [
     "LoTRAConfig",
     "LoTRALayer",
     "LoTRAModel",
+    "create_lotra_optimizer",
     "initialize_lotra_weights",
+    "lotra_parameter_groups",
     "register_kan_layer",
     "registered_kan_layers",
 ]
