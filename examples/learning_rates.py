@@ -122,12 +122,12 @@ def cases(args: argparse.Namespace) -> list[dict]:
     sweep = [
         dict(zip(keys, (width, seed, optimizer, initialisation, rule, rate), strict=True))
         for width, seed in itertools.product(args.widths, range(args.seeds))
-        for optimizer in OPTIMIZERS
-        for initialisation, rule, rate in itertools.product(INITIALISATIONS, RULES, RATES[optimizer])
+        for optimizer in args.optimizers
+        for initialisation, rule, rate in itertools.product(INITIALISATIONS, args.rules, RATES[optimizer])
     ]
     ratio = [
         {**dict(zip(keys, (args.ratio_width, seed, optimizer, "random", "LR-1", rate), strict=True)), name: ratio}
-        for seed, optimizer in itertools.product(range(args.seeds), OPTIMIZERS)
+        for seed, optimizer in itertools.product(range(args.seeds), args.optimizers)
         for rate, name, ratio in itertools.product(RATES[optimizer], ("ratio_U1", "ratio_U3"), RATIOS)
     ]
     return sweep + ratio
@@ -181,31 +181,32 @@ def growth(runs: list[dict], rate: float, **where) -> float:
     return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
-def report(runs: list[dict], widths: list[int]) -> None:
+def report(runs: list[dict], args: argparse.Namespace) -> None:
+    widths = args.widths
     plain = {"ratio_U1": None, "ratio_U3": None}
-    for optimizer, initialisation in itertools.product(OPTIMIZERS, INITIALISATIONS):
+    for optimizer, initialisation in itertools.product(args.optimizers, INITIALISATIONS):
         print(f"\n{optimizer}, {initialisation} initialisation: least loss (rate of the core), by width")
         print(f"{'rule':8}" + "".join(f"{width:>18}" for width in widths) + f"{'growth':>10}")
-        for rule in RULES:
+        for rule in args.rules:
             where = {"optimizer": optimizer, "initialisation": initialisation, "rule": rule} | plain
             found = [best(runs, width=width, **where) for width in widths]
             slope = growth(runs, RATES[optimizer][0], **where)
             print(f"{rule:8}" + "".join(f"{loss:>10.2e} ({rate:g})" for loss, rate in found) + f"{slope:>10.2f}")
     print("\nη_U1 and η_U3 as multiples of their values in LR-1: least loss")
     print(f"{'':14}" + "".join(f"{ratio:>10g}" for ratio in RATIOS))
-    for optimizer, name in itertools.product(OPTIMIZERS, ("ratio_U1", "ratio_U3")):
+    for optimizer, name in itertools.product(args.optimizers, ("ratio_U1", "ratio_U3")):
         found = [best(runs, optimizer=optimizer, **{name: ratio})[0] for ratio in RATIOS]
         print(f"{optimizer:5}{name:9}" + "".join(f"{loss:>10.2e}" for loss in found))
 
 
-def draw(runs: list[dict], widths: list[int]) -> Figure:
+def draw(runs: list[dict], args: argparse.Namespace) -> Figure:
     """Loss over the rate for each width (colour) and rule (column); a row per optimizer and initialisation."""
-    rows = list(itertools.product(OPTIMIZERS, INITIALISATIONS))
-    figure = Figure(figsize=(3 * len(RULES), 2.6 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(RULES), sharey=True, squeeze=False)
+    rows = list(itertools.product(args.optimizers, INITIALISATIONS))
+    figure = Figure(figsize=(3 * len(args.rules), 2.6 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(args.rules), sharey=True, squeeze=False)
     for (optimizer, initialisation), row in zip(rows, axes, strict=True):
-        for rule, ax in zip(RULES, row, strict=True):
-            for k, width in enumerate(widths):
+        for rule, ax in zip(args.rules, row, strict=True):
+            for k, width in enumerate(args.widths):
                 where = {"optimizer": optimizer, "initialisation": initialisation, "rule": rule, "width": width}
                 points = {rate: [] for rate in RATES[optimizer]}
                 for entry in runs:
@@ -230,6 +231,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--widths", type=positive_int, nargs="+", default=[16, 64, 256, 1024], help="of the hidden layers")
     add("--ratio-width", type=positive_int, default=64, help="width at which single rates are varied")
+    add("--optimizers", choices=list(OPTIMIZERS), nargs="+", default=list(OPTIMIZERS), help="those to train with")
+    add("--rules", choices=RULES, nargs="+", default=list(RULES), help="rules of learning rates to compare")
     add("--seeds", type=positive_int, default=3, help="runs of each setting")
     add("--steps", type=positive_int, default=60, help="training steps of each run")
     add("--output-dir", type=Path, default=Path("outputs/learning_rates"), help="where everything is written")
@@ -250,8 +253,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nInterrupted. The runs that were done will be used again.", file=sys.stderr)
         return 130
-    report(runs, args.widths)
-    figure = draw(runs, args.widths)
+    report(runs, args)
+    figure = draw(runs, args)
     write_atomically(args.output_dir / "learning_rates.png", lambda p: figure.savefig(p, dpi=90, format="png"))
     print(f"\nWritten: {args.output_dir}/learning_rates.json, .png")
     return 0
