@@ -35,9 +35,9 @@ class LoTRAConfig(PeftConfig):
         exclude_modules: KAN layers to leave out, in the same form.
         layers_to_transform: adapt only layers with these indices (the first number in the module's name).
         layers_pattern: the name before that number, if the first one is not meant.
-        rank_pattern: ranks for single layers, keyed by module name or a regular expression on its ending. They are
-            taken exactly; a rank above its mode is an error. For a module with several coefficient tensors the value
-            may map parameter paths to ranks.
+        rank_pattern: ranks for single layers, keyed by module name or a regular expression on its ending, or by the
+            parameter's full name, as `suggest_ranks` gives them. They are taken exactly; a rank above its mode is an
+            error. For a module with several coefficient tensors the value may map parameter paths to ranks.
         alpha_pattern: `alpha` for single layers, keyed likewise.
         modules_to_save: modules other than adapters that are trained and saved with them.
         coefficients: coefficient tensors that are not registered: maps a parameter's full name, or a regular
