@@ -33,6 +33,7 @@ class LoTRAModel(BaseTuner):
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         self._check_modules_to_save(peft_config)
         targets = resolve_targets(self.model, peft_config)
+        self._check_not_inside(peft_config, targets)
         self._check_against_existing_adapters(targets)
         self._targets: dict[str, list[Target]] = {}
         for target in targets:
@@ -48,6 +49,19 @@ class LoTRAModel(BaseTuner):
                     f"`modules_to_save` entry {entry!r}: PEFT compares endings, and the adapter's own {container} has "
                     "this one too; give a longer part of the module's name, or give the module a longer name"
                 )
+
+    def _check_not_inside(self, config: LoTRAConfig, targets: list[Target]) -> None:
+        # PEFT refuses them too, with the adapters in the model already.
+        for target in targets:
+            layer = self.model.get_submodule(target.module)
+            layer = layer.get_base_layer() if isinstance(layer, LoTRALayer) else layer
+            for child, _ in layer.named_children():
+                entry = next((e for e in config.modules_to_save or () if f"{target.module}.{child}".endswith(e)), None)
+                if entry is not None:
+                    raise ValueError(
+                        f"`modules_to_save` entry {entry!r} means {target.module}.{child}, inside an adapted layer, "
+                        "where PEFT saves no module: leave it frozen, or name the layer, which then is trained in full"
+                    )
 
     def _check_against_existing_adapters(self, targets: list[Target]) -> None:
         for target in targets:
