@@ -14,6 +14,7 @@ from .optimizers import create_lotra_optimizer, lotra_parameter_groups
 from .plotting import plot_activations, plot_spectrum
 from .ranks import suggest_ranks
 from .registration import register
+from .slim import slim_kan
 from .spectrum import Spectrum
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "plot_spectrum",
     "register_kan_layer",
     "registered_kan_layers",
+    "slim_kan",
     "suggest_ranks",
     "update_spectrum",
 ]
