@@ -7,6 +7,7 @@ from .analysis import activation_curves, coefficient_updates, effective_coeffici
 from .coefficients import register_kan_layer, registered_kan_layers
 from .config import LoTRAConfig
 from .extraction import extract_adapter
+from .gauss_newton import GaussNewtonResult, fit_gauss_newton
 from .initialization import initialize_lotra_weights
 from .layer import LoTRALayer
 from .model import LoTRAModel
@@ -20,6 +21,7 @@ from .spectrum import Spectrum
 __version__ = "0.1.0"
 
 __all__ = [
+    "GaussNewtonResult",
     "LoTRAConfig",
     "LoTRALayer",
     "LoTRAModel",
@@ -29,6 +31,7 @@ __all__ = [
     "create_lotra_optimizer",
     "effective_coefficients",
     "extract_adapter",
+    "fit_gauss_newton",
     "initialize_lotra_weights",
     "lotra_parameter_groups",
     "plot_activations",
