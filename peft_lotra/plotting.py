@@ -15,7 +15,7 @@ from .spectrum import Spectrum
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MODES = ("input", "output", "basis")
+_MODES = {"input": "-", "output": "--", "basis": ":"}  # drawn so that equal curves show
 
 
 def plot_spectrum(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | Sequence[int]] | None = None) -> Figure:
@@ -38,13 +38,14 @@ def plot_spectrum(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | Seq
         marked = (ranks or {}).get(name, (0, 0, 0))
         marked = (marked,) * 3 if isinstance(marked, int) else marked
         axes.set(title=f"{name} {spectrum.shape}", xlabel="k", ylabel="σ_k / ‖Δ‖", yscale="log" if norm else "linear")
-        for mode, values, rank in zip(_MODES, spectrum.singular_values, marked, strict=True):
+        for (mode, style), values, rank in zip(_MODES.items(), spectrum.singular_values, marked, strict=True):
             values = (values / norm if norm else values).tolist()
             # Below rounding there is no information, and a logarithmic axis would stretch over it.
             values = [value if value > 1e-12 or not norm else math.nan for value in values]
-            (line,) = axes.plot(range(1, len(values) + 1), values, ".-", label=mode)
+            (line,) = axes.plot(range(1, len(values) + 1), values, f".{style}", label=mode)
             if 0 < rank <= len(values):
                 axes.plot(rank, values[rank - 1], "o", color=line.get_color(), fillstyle="none", markersize=10)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     _legend(figure, panels[0], "kept" if ranks else None)
     return figure
