@@ -161,6 +161,12 @@ def test_copies_and_casts_stay_empty():
     assert_equal(twin(x), y, 1e-4)
 
 
+def test_compile():
+    model, x = slim_kan(ChebyKAN([3, 4, 2]), r=2), torch.randn(5, 3)
+    assert_equal(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+    assert_empty(model)
+
+
 def test_distributed_data_parallel():
     """Even a single process is told to write the parameters that it has broadcast."""
     model, x = slim_kan(ChebyKAN([3, 4, 2]), r=2), torch.randn(5, 3)
