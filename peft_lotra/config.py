@@ -35,9 +35,9 @@ class LoTRAConfig(PeftConfig):
         exclude_modules: KAN layers to leave out, in the same form.
         layers_to_transform: adapt only layers with these indices (the first number in the module's name).
         layers_pattern: the name before that number, if the first one is not meant.
-        rank_pattern: ranks for single layers, keyed by module name or a regular expression on its ending. They are
-            taken exactly; a rank above its mode is an error. For a module with several coefficient tensors the value
-            may map parameter paths to ranks.
+        rank_pattern: ranks for single layers, keyed by module name or a regular expression on its ending, or by the
+            parameter's full name, as `suggest_ranks` gives them. They are taken exactly; a rank above its mode is an
+            error. For a module with several coefficient tensors the value may map parameter paths to ranks.
         alpha_pattern: `alpha` for single layers, keyed likewise.
         modules_to_save: modules other than adapters that are trained and saved with them.
         coefficients: coefficient tensors that are not registered: maps a parameter's full name, or a regular
@@ -47,6 +47,8 @@ class LoTRAConfig(PeftConfig):
             tell).
         init_weights: True: G = 0, factors normal with variance 1/size; the adapted model starts equal to the base.
             False: G is random too, for tests.
+        slim: A_pt = 0 without memory: the coefficient tensors are the update alone, and those of the model are lost.
+            `slim_kan` sets it. G is then random, scaled to the layer's own initialisation.
 
     Raises:
         ValueError, TypeError: naming the field, the value and what is allowed.
@@ -64,6 +66,7 @@ class LoTRAConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     coefficients: dict[str, str | dict[str, Any]] = field(default_factory=dict)
     init_weights: bool = True
+    slim: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,8 +108,9 @@ class LoTRAConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("when `layers_pattern` is specified, `layers_to_transform` must also be specified")
-        if not isinstance(self.init_weights, bool):
-            raise ValueError(f"`init_weights` should be True or False but the value passed is {self.init_weights!r}")
+        for name in ("init_weights", "slim"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` should be True or False but the value passed is {getattr(self, name)!r}")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):

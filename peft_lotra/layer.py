@@ -165,16 +165,16 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         with self._adapted():
             return self.base_layer(*args, **kwargs)
 
-    def _active_updates(self) -> list[Update]:
-        """The updates that count on top of what the base layer holds."""
+    def active_updates(self, besides: str | None = None) -> list[Update]:
+        """The updates that count on top of what the base layer holds, without that of the adapter `besides`."""
         if self.disable_adapters:
             return []
-        names = [name for name in self.active_adapters if name in self.lotra_core and name not in self.merged_adapters]
-        return [self._update(name) for name in names]
+        left_out = {*self.merged_adapters, besides}
+        return [self._update(name) for name in self.active_adapters if name in self.lotra_core and name not in left_out]
 
     def _adapted(self) -> AbstractContextManager[None]:
         """While this is entered, the base layer finds A_ft where its coefficients are."""
-        updates = self._active_updates()
+        updates = self.active_updates()
         return adapted(self.get_base_layer(), self.spec, updates) if updates else nullcontext()
 
     def _stored(self, path: str) -> torch.Tensor:
@@ -194,9 +194,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
         value = getattr(self.base_layer, name)
-        if name == self.spec.parameter and (updates := self._active_updates()):
+        if name == self.spec.parameter and (updates := self.active_updates()):
             return adapted_coefficients(self.get_base_layer(), self.spec, updates)
-        if name == self.spec.scale and self._active_updates():
+        if name == self.spec.scale and self.active_updates():
             return torch.ones_like(value)
         if not ismethod(value):
             return value

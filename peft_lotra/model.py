@@ -12,8 +12,10 @@ from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
 from .checkpoint import CONTAINERS, check_weights
+from .coefficients.spec import tensor_at
 from .config import LoTRAConfig
 from .layer import LoTRALayer
+from .slim import SlimLayer
 from .targets import Target, completed, is_excluded, resolve_targets
 
 
@@ -33,6 +35,8 @@ class LoTRAModel(BaseTuner):
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         self._check_modules_to_save(peft_config)
         targets = resolve_targets(self.model, peft_config)
+        self._check_not_inside(peft_config, targets)
+        self._check_slim(peft_config, targets)
         self._check_against_existing_adapters(targets)
         self._targets: dict[str, list[Target]] = {}
         for target in targets:
@@ -48,6 +52,37 @@ class LoTRAModel(BaseTuner):
                     f"`modules_to_save` entry {entry!r}: PEFT compares endings, and the adapter's own {container} has "
                     "this one too; give a longer part of the module's name, or give the module a longer name"
                 )
+
+    def _check_not_inside(self, config: LoTRAConfig, targets: list[Target]) -> None:
+        # PEFT refuses them too, with the adapters in the model already.
+        for target in targets:
+            layer = self.model.get_submodule(target.module)
+            layer = layer.get_base_layer() if isinstance(layer, LoTRALayer) else layer
+            for child, _ in layer.named_children():
+                entry = next((e for e in config.modules_to_save or () if f"{target.module}.{child}".endswith(e)), None)
+                if entry is not None:
+                    raise ValueError(
+                        f"`modules_to_save` entry {entry!r} means {target.module}.{child}, inside an adapted layer, "
+                        "where PEFT saves no module: leave it frozen, or name the layer, which then is trained in full"
+                    )
+
+    def _check_slim(self, config: LoTRAConfig, targets: list[Target]) -> None:
+        for target in targets:
+            if config.slim and target.spec.slice is not None:
+                raise ValueError(
+                    f"`slim`=True: {target.parameter} holds more than coefficients (slice {target.spec.slice!r}), so "
+                    "that it cannot be left out of memory; leave the layer out by `exclude_modules`"
+                )
+            if config.slim and target.alpha == 0:
+                raise ValueError(
+                    f"`slim`=True with `alpha` 0 for {target.parameter}: its coefficients would stay zero"
+                )
+            for layer in _adapter_layers(self.model.get_submodule(target.module)):
+                if layer.spec.parameter == target.spec.parameter and isinstance(layer, SlimLayer) != config.slim:
+                    raise ValueError(
+                        f"`slim`={config.slim}, but {target.parameter} has one with `slim`={not config.slim}: both "
+                        "would share its coefficients, which are zero in a Slim KAN; merge and unload those first"
+                    )
 
     def _check_against_existing_adapters(self, targets: list[Target]) -> None:
         for target in targets:
@@ -82,7 +117,7 @@ class LoTRAModel(BaseTuner):
             layer = next((x for x in _adapter_layers(target) if x.spec.parameter == tensor.spec.parameter), None)
             is_new = layer is None
             if is_new:
-                layer = target = LoTRALayer(target, tensor.spec)
+                layer = target = (SlimLayer if peft_config.slim else LoTRALayer)(target, tensor.spec)
             layer.update_layer(
                 adapter_name,
                 tensor.ranks,
@@ -138,6 +173,13 @@ class LoTRAModel(BaseTuner):
                 "call the model once per adapter, with `set_adapter`"
             )
         yield
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """A Slim KAN's zeros, by their names in the PeftModel: DistributedDataParallel would write to them."""
+        layers = [layer for layer in self.modules() if isinstance(layer, SlimLayer)]
+        zeros = [tensor_at(layer.get_base_layer(), layer.spec.parameter) for layer in layers]
+        return [f"base_model.{name}" for name, p in self.named_parameters() if any(p is zero for zero in zeros)]
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

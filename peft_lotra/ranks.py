@@ -1,4 +1,4 @@
-"""Tucker ranks for coefficient tensors: exact, clipped, or within a budget."""
+"""Tucker ranks for coefficient tensors: exact, clipped, within a budget, or as the spectra of updates suggest."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from itertools import chain
+from numbers import Integral, Real
+from typing import NamedTuple
 
+import torch
+
+from .spectrum import Spectrum
 from .tucker import parameter_count
 
 Ranks = tuple[int, int, int]
@@ -115,3 +120,112 @@ def ranks_for_budget(shapes: Sequence[Sequence[int]], budget: int) -> list[tuple
         middle = (low + high) // 2
         low, high = (middle, high) if cost(steps[middle]) <= budget else (low, middle)
     return ranks_at(steps[low])
+
+
+def suggest_ranks(
+    updates: Mapping[str, torch.Tensor | Spectrum], *, energy: float | None = None, budget: int | None = None
+) -> dict[str, Ranks]:
+    """min over ranks of Σ ‖Δ − Δ_r‖² within a budget; or the fewest parameters that keep a share of every ‖Δ‖².
+
+    ‖Δ − Δ_r‖ is the error of the truncated HOSVD, known exactly for all ranks. Within a budget, an exchange rate λ
+    between error and parameters, the same for all tensors, gives the ranks that minimise error² + λ · parameters; what
+    then is left is spent where it helps most. The error is never above that of the ranks that follow the mode sizes,
+    `compression_ratio`'s, at the same budget. A tensor that is zero gets rank (1, 1, 1).
+
+    Args:
+        updates: by full parameter name, an update A_ft − A_pt in the order (n, m, n_d, ...), or its Spectrum, as from
+            `update_spectrum`. Where there is no fine-tuned model yet, the gradient ∂L/∂A takes the update's place.
+        energy: the share of ‖Δ‖² that is to be kept of every tensor, with the fewest parameters; 0.99 by default.
+        budget: instead, the number of parameters that all adapters together may have.
+
+    Returns:
+        Ranks by full parameter name, for `LoTRAConfig(rank_pattern=...)`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, if it is not as said above, or the budget is too small.
+    """
+    if not isinstance(updates, Mapping) or not updates:
+        raise TypeError(f"`updates` should map parameter names to updates, at least one, got {updates!r}")
+    if energy is not None and budget is not None:
+        raise ValueError(f"give `energy` or `budget`, not both: got energy={energy!r}, budget={budget!r}")
+    energy = 0.99 if energy is None else energy
+    if not isinstance(energy, Real) or isinstance(energy, bool) or not 0 < energy <= 1:
+        raise ValueError(f"`energy` should be a number in (0, 1] but the value passed is {energy!r}")
+    if budget is not None and (not isinstance(budget, Integral) or isinstance(budget, bool)):
+        raise TypeError(f"`budget` should be an integer, a number of parameters, but the value passed is {budget!r}")
+    spectra = {
+        name: update if isinstance(update, Spectrum) else Spectrum.of(update, f"`updates[{name!r}]`")
+        for name, update in updates.items()
+    }
+    shapes = [spectrum.shape for spectrum in spectra.values()]
+    if budget is not None and (least := sum(parameter_count(shape, (1, 1, 1)) for shape in shapes)) > budget:
+        raise ValueError(f"`budget`={budget} is too small: rank (1, 1, 1) everywhere needs {least} parameters")
+    fronts = list(map(_Front.of, spectra.values()))
+    chosen = _within(fronts, shapes, budget) if budget is not None else [front.reaching(energy) for front in fronts]
+    return {name: tuple(front.ranks[k].tolist()) for name, front, k in zip(spectra, fronts, chosen, strict=True)}
+
+
+class _Front(NamedTuple):
+    """The ranks of one tensor that no others beat in both cost and error, from (1, 1, 1) on by growing cost."""
+
+    ranks: torch.Tensor  # shape: (choices, 3)
+    cost: torch.Tensor  # parameters; shape: (choices,)
+    error: torch.Tensor  # ‖A − A_r‖²; shape: (choices,)
+    energy: float  # ‖A‖²
+
+    @classmethod
+    def of(cls, spectrum: Spectrum) -> _Front:
+        kept = spectrum.core_energy.cumsum(0).cumsum(1).cumsum(2)
+        r1, r2, r3 = torch.meshgrid(*(torch.arange(1, size + 1) for size in kept.shape), indexing="ij")
+        n, m, n_d, *trailing = spectrum.shape
+        cost = (r1 * r2 * r3 * math.prod(trailing) + n * r1 + m * r2 + n_d * r3).flatten()
+        error = (kept[-1, -1, -1] - kept).clamp(min=0).flatten()
+        by_error = error.argsort(stable=True)
+        order = by_error[cost[by_error].argsort(stable=True)]
+        best_before = error[order].cummin(0).values
+        better = torch.ones(len(order), dtype=torch.bool)
+        better[1:] = error[order][1:] < best_before[:-1]
+        order = order[better]
+        ranks = torch.stack([r1, r2, r3], dim=-1).reshape(-1, 3)
+        return cls(ranks[order], cost[order], error[order], kept[-1, -1, -1].item())
+
+    def reaching(self, energy: float) -> int:
+        """The cheapest choice that keeps this share of the energy, up to rounding."""
+        return int((self.error <= (1 - energy + 1e-14) * self.energy).nonzero()[0, 0])
+
+    def affordable(self, budget: int) -> int:
+        """The most accurate choice that costs no more."""
+        return int(torch.searchsorted(self.cost, budget, right=True)) - 1
+
+
+def _within(fronts: Sequence[_Front], shapes: Sequence[tuple[int, ...]], budget: int) -> list[int]:
+    """For every tensor the index of a choice, with Σ cost ≤ budget and Σ error small."""
+
+    def at(rate: float) -> list[int]:
+        return [int((front.error + rate * front.cost).argmin()) for front in fronts]
+
+    def cost(chosen: Sequence[int]) -> int:
+        return sum(int(front.cost[k]) for front, k in zip(fronts, chosen, strict=True))
+
+    def error(chosen: Sequence[int]) -> float:
+        return sum(float(front.error[k]) for front, k in zip(fronts, chosen, strict=True))
+
+    def filled(chosen: list[int]) -> list[int]:
+        while True:
+            left = budget - cost(chosen)
+            better = [front.affordable(int(front.cost[k]) + left) for front, k in zip(fronts, chosen, strict=True)]
+            gains = [front.error[k] - front.error[b] for front, k, b in zip(fronts, chosen, better, strict=True)]
+            best = max(range(len(fronts)), key=gains.__getitem__)
+            if not gains[best] > 0:
+                return chosen
+            chosen = [*chosen[:best], better[best], *chosen[best + 1 :]]
+
+    total = sum(front.energy for front in fronts)
+    low, high = 1e-20 * total, total  # at the rate `high` rank (1, 1, 1) is best everywhere, which fits
+    for _ in range(60):
+        rate = math.sqrt(low * high)
+        low, high = (low, rate) if cost(at(rate)) <= budget else (rate, high)
+    uniform = ranks_for_budget(shapes, budget)
+    costs = [parameter_count(shape, ranks) for shape, ranks in zip(shapes, uniform, strict=True)]
+    starts = at(high), [front.affordable(c) for front, c in zip(fronts, costs, strict=True)]
+    return min(map(filled, starts), key=error)

@@ -47,7 +47,14 @@ def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Itera
 @contextmanager
 def adapted(layer: nn.Module, spec: CoefficientSpec, updates: Sequence[Update]) -> Iterator[None]:
     """While this is entered, `layer` finds A + Σ updates where its coefficient parameter is, and ones as its scale."""
-    with _shadowed(layer, spec.parameter, adapted_coefficients(layer, spec, updates).contiguous()):
+    with replaced(layer, spec, adapted_coefficients(layer, spec, updates).contiguous()):
+        yield
+
+
+@contextmanager
+def replaced(layer: nn.Module, spec: CoefficientSpec, coefficients: torch.Tensor) -> Iterator[None]:
+    """While this is entered, `layer` finds `coefficients` where its parameter is, and ones as its scale."""
+    with _shadowed(layer, spec.parameter, coefficients):
         if spec.scale is None:
             yield
         else:

@@ -70,7 +70,9 @@ def completed(config: LoTRAConfig, targets: list[Target]) -> LoTRAConfig:
     unmatched = {
         key: value
         for key, value in config.rank_pattern.items()
-        if key not in ranks and not any(re.match(rf"(.*\.)?({key})$", module) for module in ranks)
+        if key not in ranks
+        and key not in {target.parameter for target in targets}
+        and not any(re.match(rf"(.*\.)?({key})$", module) for module in ranks)
     }
     coefficients = {}
     for target in targets:
@@ -299,7 +301,8 @@ def _has_index(config: LoTRAConfig, module: str) -> bool:
 def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
     """The targets with their ranks and alpha."""
     given = {
-        target.parameter: _pattern_value(config.rank_pattern, target.module, target.spec.parameter)
+        target.parameter: config.rank_pattern.get(target.parameter)
+        or _pattern_value(config.rank_pattern, target.module, target.spec.parameter)
         for target in targets
     }
     shapes = {target.parameter: target.spec.layout.canonical_shape for target in targets}

@@ -36,14 +36,45 @@ def decompose(tensor: torch.Tensor, ranks: Sequence[int], n_iter_max: int = 50) 
 
     Args:
         tensor: A, shape (n, m, n_d, ...).
-        ranks: (r1, r2, r3), each at most its mode.
+        ranks: (r1, r2, r3), each at most its mode. Where one exceeds the product of the others (and of the trailing
+            sizes) the surplus cannot help: G is zero there, and the columns of U only complete it orthonormally.
         n_iter_max: sweeps of HOOI after the HOSVD.
     """
+    if not tensor.any():
+        eyes = (torch.eye(size, r).to(tensor) for size, r in zip(tensor.shape[:3], ranks, strict=True))
+        return TuckerFactors(tensor.new_zeros(*ranks, *tensor.shape[3:]), *eyes)
+    useful, volume = list(ranks), math.prod(tensor.shape[3:])
+    for mode in range(3):  # one pass settles it: at most one rank can exceed the product of the others
+        useful[mode] = min(useful[mode], math.prod(useful[:mode] + useful[mode + 1 :]) * volume)
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         (core, factors), _ = partial_tucker(
-            tensor, rank=list(ranks), modes=[0, 1, 2], n_iter_max=n_iter_max, init="svd", tol=1e-8
+            tensor, rank=useful, modes=[0, 1, 2], n_iter_max=n_iter_max, init="svd", tol=1e-8
         )
-    return TuckerFactors(core, *factors)
+    surplus = [r - u for r, u in zip(ranks, useful, strict=True)]
+    core = torch.nn.functional.pad(core, [0, 0] * (core.dim() - 3) + [n for s in reversed(surplus) for n in (0, s)])
+    return TuckerFactors(core, *(_completed(U, r) for U, r in zip(factors, ranks, strict=True)))
+
+
+def _completed(U: torch.Tensor, r: int) -> torch.Tensor:
+    """U, shape (n, ≤ r), with orthonormal columns added up to r."""
+    if U.shape[1] == r:
+        return U
+    return torch.cat([U, torch.linalg.qr(U, mode="complete").Q[:, U.shape[1] : r]], dim=1)
+
+
+def hosvd(tensor: torch.Tensor) -> tuple[TuckerFactors, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """A = S ×₁ U1 ×₂ U2 ×₃ U3 with U_k the left singular vectors of A unfolded along mode k, and the singular values.
+
+    Cut to S[:r1, :r2, :r3], U_k[:, :r_k] it is the truncated HOSVD.
+
+    Args:
+        tensor: A, shape (n, m, n_d, ...).
+    """
+    svds = [torch.linalg.svd(tensor.movedim(mode, 0).flatten(1), full_matrices=False) for mode in range(3)]
+    vectors, values, _ = zip(*svds, strict=True)
+    core = torch.einsum("iod...,ia->aod...", tensor, vectors[0])
+    core = torch.einsum("aod...,ob->abd...", core, vectors[1])
+    return TuckerFactors(torch.einsum("abd...,dc->abc...", core, vectors[2]), *vectors), values
 
 
 def parameter_count(shape: Sequence[int], ranks: Sequence[int]) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import CASES, config, lotra_layers, make, randomize
 from conftest import assert_different, assert_equal
-from kan_layers import ChebyKAN, ChebyKANLayer
+from kan_layers import ChebyKAN, ChebyKANLayer, FastKAN
 from peft import (
     AutoPeftModel,
     PeftConfig,
@@ -180,6 +180,13 @@ def test_modules_to_save_that_peft_would_confuse_with_the_adapter(entry):
     with pytest.raises(ValueError, match="the adapter's own lotra_.* has this one too; give a longer part"):
         get_peft_model(base, LoTRAConfig(r=1, modules_to_save=[entry]))
     assert type(base[0]) is ChebyKANLayer
+
+
+def test_modules_to_save_inside_a_kan_layer():
+    base = FastKAN([3, 4, 2])
+    with pytest.raises(ValueError, match="'base_linear' means layers.0.base_linear, inside an adapted layer"):
+        get_peft_model(base, LoTRAConfig(r=1, modules_to_save=["base_linear"]))
+    assert not lotra_layers(base)
 
 
 def test_state_dict_functions(saved):

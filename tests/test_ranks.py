@@ -1,10 +1,13 @@
+import itertools
 import math
 import re
 
 import pytest
+import torch
 
-from peft_lotra.ranks import choose_ranks, ranks_for_budget
-from peft_lotra.tucker import parameter_count
+from peft_lotra.ranks import choose_ranks, ranks_for_budget, suggest_ranks
+from peft_lotra.spectrum import Spectrum
+from peft_lotra.tucker import TuckerFactors, parameter_count, reconstruct
 
 SHAPES = {"first": (2, 32, 8), "middle": (32, 32, 8), "last": (32, 1, 8)}
 TOTAL = sum(math.prod(shape) for shape in SHAPES.values())
@@ -81,3 +84,96 @@ def test_the_least_ratio_named_by_the_error_works():
         choose_ranks(SHAPES, {}, None, 0.01)
     least = float(re.search(r"at least ([\d.]+)", str(error.value)).group(1))
     assert set(choose_ranks(SHAPES, {}, None, least).values()) == {(1, 1, 1)}
+
+
+def decaying(*shape, rate=0.5):
+    """A tensor whose entries fall off along every mode."""
+    weights = [torch.exp(-rate * torch.arange(size)) for size in shape[:3]]
+    scale = torch.einsum("i,o,d->iod", *weights).reshape(*shape[:3], *(1 for _ in shape[3:]))
+    turns = [torch.linalg.qr(torch.randn(size, size)).Q for size in shape[:3]]
+    return reconstruct(TuckerFactors(torch.randn(shape) * scale, *turns)).double()
+
+
+def truncated(tensor, ranks):
+    """A projected on its leading left singular vectors in every mode: the truncated HOSVD."""
+    result = tensor
+    for mode, r in enumerate(ranks):
+        unfolding = tensor.movedim(mode, 0).flatten(1)
+        U = torch.linalg.eigh(unfolding @ unfolding.T).eigenvectors.flip(1)[:, :r]
+        result = torch.tensordot(U @ U.T, result, dims=([1], [mode])).movedim(0, mode)
+    return result
+
+
+def error(updates, ranks):
+    return math.sqrt(sum((truncated(a, ranks[name]) - a).square().sum().item() for name, a in updates.items()))
+
+
+@pytest.mark.parametrize("energy", [None, 0.5, 0.9, 1])
+def test_suggested_ranks_keep_the_energy_at_least_cost(energy):
+    updates = {"first": decaying(3, 6, 4), "kernel": decaying(5, 2, 3, 2, 2)}
+    ranks = suggest_ranks(updates, energy=energy)
+    share = (1 - (0.99 if energy is None else energy)) * (1 + 1e-9) + 1e-12
+    for name, update in updates.items():
+        kept = {
+            triple: (truncated(update, triple) - update).square().sum() <= share * update.square().sum()
+            for triple in itertools.product(*(range(1, size + 1) for size in update.shape[:3]))
+        }
+        assert kept[ranks[name]]
+        cost = parameter_count(update.shape, ranks[name])
+        assert cost == min(parameter_count(update.shape, triple) for triple, enough in kept.items() if enough)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.4, 0.8])
+def test_suggested_ranks_beat_the_uniform_ones(share):
+    updates = {
+        name: scale * decaying(*SHAPES[name], rate=0.2) for name, scale in zip(SHAPES, (1, 3, 0.2), strict=True)
+    }
+    uniform = choose_ranks(SHAPES, {}, None, share)
+    suggested = suggest_ranks(updates, budget=int(share * TOTAL))
+    assert cost(suggested) <= share * TOTAL
+    assert error(updates, suggested) < error(updates, uniform)
+
+
+def test_suggested_ranks_are_nearly_the_best_of_all():
+    """Against every choice of ranks for two small tensors."""
+    updates = {"a": decaying(3, 4, 3), "b": 0.5 * decaying(4, 2, 3)}
+    shapes = {name: tuple(update.shape) for name, update in updates.items()}
+    every = [list(itertools.product(*(range(1, size + 1) for size in shape))) for shape in shapes.values()]
+    spectra = {name: Spectrum.of(update) for name, update in updates.items()}
+    for budget in (21, 25, 40, 60):
+        best = math.sqrt(
+            min(
+                spectra["a"].truncation_error(a) ** 2 + spectra["b"].truncation_error(b) ** 2
+                for a, b in itertools.product(*every)
+                if parameter_count(shapes["a"], a) + parameter_count(shapes["b"], b) <= budget
+            )
+        )
+        assert error(updates, suggest_ranks(spectra, budget=budget)) <= 1.15 * best
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"energy": 1}, {"budget": 700}])
+def test_a_zero_update_gets_rank_one(kwargs):
+    updates = {"zero": torch.zeros(6, 5, 4), "one mode": torch.zeros(8, 4, 4), "other": decaying(8, 8, 4)}
+    updates["one mode"][:, 2] = torch.randn(8, 4)
+    ranks = suggest_ranks(updates, **kwargs)
+    assert ranks["zero"] == (1, 1, 1)
+    assert ranks["one mode"][1] == 1
+    assert ranks["other"] > (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("updates", "kwargs", "message"),
+    [
+        ({}, {}, "`updates` should map parameter names"),
+        ({"a": None}, {}, "`updates['a']` should be a real floating-point tensor, got None"),
+        ({"a": torch.ones(3, 4)}, {}, "`updates['a']` should have the axes (input, output, basis, ...), got (3, 4)"),
+        ({"a": torch.full((2, 2, 2), math.nan)}, {}, "`updates['a']` has NaN or infinity"),
+        ({"a": torch.ones(2, 2, 2)}, {"energy": 0.5, "budget": 9}, "give `energy` or `budget`, not both"),
+        ({"a": torch.ones(2, 2, 2)}, {"energy": 0}, "`energy` should be a number in (0, 1] but the value passed is 0"),
+        ({"a": torch.ones(2, 2, 2)}, {"budget": 0.1}, "`budget` should be an integer"),
+        ({"a": torch.ones(2, 2, 2)}, {"budget": 6}, "`budget`=6 is too small: rank (1, 1, 1) everywhere needs 7"),
+    ],
+)
+def test_errors_of_suggested_ranks(updates, kwargs, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        suggest_ranks(updates, **kwargs)

@@ -1,10 +1,12 @@
+import math
+
 import numpy as np
 import pytest
 import tensorly
 import torch
 from conftest import assert_equal
 
-from peft_lotra.tucker import TuckerFactors, decompose, parameter_count, reconstruct
+from peft_lotra.tucker import TuckerFactors, decompose, hosvd, parameter_count, reconstruct
 
 
 def random_factors(ranks=(2, 3, 4), modes=(5, 6, 7), extra=(), dtype=torch.float64):
@@ -42,6 +44,38 @@ def test_decompose_error_is_within_the_hosvd_bound():
     unfoldings = [tensor.movedim(mode, 0).flatten(1) for mode in range(3)]
     discarded = [torch.linalg.svdvals(u)[r:].square().sum() for u, r in zip(unfoldings, (3, 3, 2), strict=True)]
     assert max(discarded).sqrt() <= error <= sum(discarded).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("shape", "ranks"), [((12, 1, 3), (7, 1, 3)), ((4, 5, 3, 2), (4, 1, 1)), ((3, 9, 2), (1, 4, 1))]
+)
+def test_a_rank_above_the_product_of_the_others_is_completed(shape, ranks):
+    tensor = torch.randn(shape, dtype=torch.float64)
+    factors = decompose(tensor, ranks)
+    assert [factor.shape for factor in factors[1:]] == list(zip(shape, ranks, strict=False))
+    for U in factors[1:]:
+        assert_equal(U.T @ U, torch.eye(U.shape[1], dtype=U.dtype))
+    least = [min(r, math.prod(ranks) // r * math.prod(shape[3:])) for r in ranks]
+    assert least != list(ranks)
+    assert_equal(reconstruct(factors), reconstruct(decompose(tensor, least)))
+
+
+def test_decompose_zero():
+    factors = decompose(torch.zeros(4, 3, 2), (2, 3, 1))
+    assert not factors.core.any()
+    assert all(torch.equal(U.T @ U, torch.eye(U.shape[1])) for U in factors[1:])
+
+
+@pytest.mark.parametrize("extra", [(), (3, 2)])
+def test_hosvd(extra):
+    tensor = torch.randn(5, 2, 3, *extra, dtype=torch.float64)
+    factors, values = hosvd(tensor)
+    assert_equal(reconstruct(factors), tensor)
+    for mode, (U, sigma) in enumerate(zip(factors[1:], values, strict=True)):
+        assert_equal(U.T @ U, torch.eye(U.shape[1], dtype=U.dtype))
+        gram = torch.tensordot(tensor, tensor, dims=[[axis for axis in range(tensor.dim()) if axis != mode]] * 2)
+        assert_equal(sigma.square(), torch.linalg.eigvalsh(gram).flip(0)[: len(sigma)])
+        assert_equal(U @ torch.diag(sigma.square()) @ U.T, gram)
 
 
 @pytest.mark.parametrize("extra", [(), (3, 2)])

@@ -166,6 +166,11 @@ class CoefficientSpec:
             layout.expand(tensor_at(layer, scale), description["scale_layout"])  # raises if it does not fit
         return cls(parameter, layout, scale, description.get("scale_layout"), region)
 
+    def to_canonical(self, stored: torch.Tensor) -> torch.Tensor:
+        """A[i, o, d, ...] from a tensor that lies like the parameter."""
+        part = stored if self.slice is None else stored[parse_slice(self.slice)]
+        return self.layout.to_canonical(part)
+
     def stored_update(self, canonical: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """An update of A, shape (n, m, n_d, ...), as an update of the parameter, whose shape is given."""
         update = self.layout.from_canonical(canonical)

@@ -1,0 +1,145 @@
+"""What fine-tuning changed in a KAN: coefficients, updates, their spectra, and the functions on single edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import LoTRAConfig
+from .layer import LoTRALayer
+from .spectrum import Spectrum
+from .standin import adapted_coefficients
+from .targets import Target, resolve_targets
+
+Coefficients = Mapping[str, str | Mapping[str, Any]]
+
+
+def effective_coefficients(model: nn.Module, coefficients: Coefficients | None = None) -> dict[str, torch.Tensor]:
+    """A = parameter · scale in the order (n, m, n_d, ...), by full parameter name, for every KAN layer of a model.
+
+    Args:
+        model: a model without adapters.
+        coefficients: layouts of layers that are not registered, as in `LoTRAConfig(coefficients=...)`.
+
+    Raises:
+        ValueError: if the model has no KAN layer, or has adapters.
+    """
+    config = LoTRAConfig(r=1, coefficients=dict(coefficients or {}))
+    return {target.parameter: coefficients_of(model, target) for target in plain_targets("model", model, config)}
+
+
+def coefficient_updates(
+    base: nn.Module, finetuned: nn.Module, coefficients: Coefficients | None = None
+) -> dict[str, torch.Tensor]:
+    """Δ = A_ft − A_pt in the order (n, m, n_d, ...), by full parameter name; float64, on the CPU.
+
+    Both models need the same basis functions for Δ to mean anything: no new grid between them. What else differs
+    between the models, such as biases, is not looked at.
+
+    Raises:
+        ValueError: if a model has no KAN layer or has adapters, or the two do not have the same layers.
+    """
+    config = LoTRAConfig(r=1, coefficients=dict(coefficients or {}))
+    return {target.parameter: update for target, update in updates_between(base, finetuned, config)}
+
+
+def update_spectrum(
+    base: nn.Module, finetuned: nn.Module, coefficients: Coefficients | None = None
+) -> dict[str, Spectrum]:
+    """The singular values of A_ft − A_pt unfolded along its modes, and what they say of ranks, by parameter name.
+
+    >>> spectrum = update_spectrum(base, finetuned)["layers.0.coef"]
+    >>> spectrum.energy_kept((4, 4, 3)), spectrum.truncation_error((4, 4, 3)), spectrum.tail_bound((4, 4, 3))
+
+    Arguments and errors are those of `coefficient_updates`.
+    """
+    updates = coefficient_updates(base, finetuned, coefficients)
+    return {name: Spectrum.of(update, f"the update of {name}") for name, update in updates.items()}
+
+
+def updates_between(
+    base: nn.Module, finetuned: nn.Module, config: LoTRAConfig
+) -> Iterator[tuple[Target, torch.Tensor]]:
+    """Every target of `config` in `base`, with A_ft − A_pt in the order (n, m, n_d, ...); float64, on the CPU."""
+    targets = plain_targets("base", base, config)
+    found = {(target.module, target.spec) for target in plain_targets("finetuned", finetuned, config)}
+    if differing := found ^ {(target.module, target.spec) for target in targets}:
+        differing = sorted({f"{module}.{spec.parameter}" for module, spec in differing})
+        raise ValueError(
+            f"`base` and `finetuned` differ in the layout or shape of {differing}: is `finetuned` trained from `base`?"
+        )
+    for target in targets:
+        before, after = (coefficients_of(model, target).to("cpu", torch.float64) for model in (base, finetuned))
+        yield target, after - before
+
+
+def plain_targets(name: str, model: nn.Module, config: LoTRAConfig) -> list[Target]:
+    """The targets of `config` in a model that must have no adapters."""
+    if any(isinstance(module, LoTRALayer) for module in model.modules()):
+        raise ValueError(f"`{name}` has LoTRA adapters: pass a plain model, such as `merge_and_unload()` returns")
+    return resolve_targets(model, config)
+
+
+def coefficients_of(model: nn.Module, target: Target) -> torch.Tensor:
+    """A copy of one target's A, shape (n, m, n_d, ...)."""
+    stored = adapted_coefficients(model.get_submodule(target.module), target.spec, ()).detach()
+    return target.spec.to_canonical(stored).clone()
+
+
+@torch.no_grad()
+def activation_curves(
+    layer: nn.Module, edges: Sequence[tuple[int, int]], reference: torch.Tensor, inputs: torch.Tensor
+) -> torch.Tensor:
+    """φ_io(t) = y_o(x with x_i = t) − y_o(x) at the reference x, measured by running the layer.
+
+    For a KAN layer y_o = Σ_i φ_io(x_i) it is the edge's function up to a constant, which no output tells, whatever the
+    other inputs are. Where the layer mixes inputs first (fast-kan's LayerNorm), it is the course along x_i near x.
+
+    Args:
+        layer: any module from (batch, n) to (batch, m); the first of several outputs counts.
+        edges: pairs (input, output).
+        reference: x, shape (n,); its dtype and device are used.
+        inputs: the values t, shape (points,).
+
+    Returns:
+        shape (edges, points)
+
+    Raises:
+        ValueError: if the layer's output is not (batch, m), or an edge is not in the layer.
+    """
+    rows = reference.repeat(len(inputs), 1)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = layer(x)
+        y = y if isinstance(y, torch.Tensor) else y[0]
+        if y.dim() != 2 or len(y) != len(x):
+            raise ValueError(f"`layer` should map {tuple(x.shape)} to (batch, m), got the shape {tuple(y.shape)}")
+        return y
+
+    with evaluating(layer):
+        origin = run(reference[None])[0]
+        outside = [edge for edge in edges if not (0 <= edge[0] < len(reference) and 0 <= edge[1] < len(origin))]
+        if outside:
+            raise ValueError(f"`edges` has {outside}; the layer has {len(reference)} inputs and {len(origin)} outputs")
+        curves = []
+        for i, o in edges:
+            x = rows.clone()
+            x[:, i] = inputs.to(x)
+            curves.append(run(x)[:, o] - origin[o])
+    return torch.stack(curves)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While this is entered, dropout and running statistics rest."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,118 @@
+"""A full fine-tune turned into an adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from .analysis import updates_between
+from .coefficients import CoefficientSpec
+from .coefficients.spec import parse_slice
+from .config import LoTRAConfig
+from .layer import LoTRALayer
+from .targets import Target
+from .tucker import TuckerFactors, decompose, reconstruct
+
+
+def extract_adapter(
+    base: nn.Module, finetuned: nn.Module, config: LoTRAConfig, *, strict: bool = True
+) -> tuple[PeftModel, dict[str, float]]:
+    """min ‖(A_ft − A_pt) − alpha · G ×₁ U1 ×₂ U2 ×₃ U3‖ for every layer: truncated HOSVD improved by HOOI.
+
+    >>> ranks = suggest_ranks(update_spectrum(base, finetuned), energy=0.99)
+    >>> model, errors = extract_adapter(base, finetuned, LoTRAConfig(rank_pattern=ranks))
+    >>> model.save_pretrained("adapter")
+
+    Energy 0.99 leaves a tenth of the update's size: where fine-tuning has divided the error by far more than ten, as
+    with PDEs, keep more or train the extracted adapter on.
+
+    Args:
+        base: the model before fine-tuning. It is wrapped and frozen, as `get_peft_model` does.
+        finetuned: the same model after it; not changed.
+        config: which layers, with which ranks. Its `modules_to_save` are copied from `finetuned`.
+        strict: whether a difference between the models that the adapter cannot hold is an error, or a warning.
+
+    Returns:
+        The base with the adapter, and ‖Δ − Δ_r‖ / ‖Δ‖ by full parameter name (0 where Δ = 0).
+
+    Raises:
+        ValueError: if the models do not have the same layers, the update is not finite, a rank or alpha does not fit,
+            or, with `strict`, other tensors differ. `base` is as it was then.
+    """
+    updates = dict(updates_between(base, finetuned, config))
+    for target, update in updates.items():
+        if not torch.isfinite(update).all():
+            raise ValueError(f"the update of {target.parameter} has NaN or infinity: has fine-tuning diverged?")
+        if target.alpha == 0 and update.any():
+            raise ValueError(f"`alpha` is 0 for {target.parameter}: no adapter of this scaling holds an update")
+    _check_the_rest(base, finetuned, list(updates), config, strict)
+    factors = {target: decompose(update, target.ranks) for target, update in updates.items()}
+    names = {module: name for name, module in base.named_modules()}
+    model = get_peft_model(base, config)
+    fill(model, factors)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            saved = finetuned.get_submodule(names[module.original_module])
+            module.modules_to_save[model.active_adapter].load_state_dict(saved.state_dict())
+    return model, {
+        target.parameter: ((reconstruct(factors[target]) - update).norm() / update.norm()).nan_to_num().item()
+        for target, update in updates.items()
+    }
+
+
+@torch.no_grad()
+def fill(model: PeftModel, factors: dict[Target, TuckerFactors]) -> None:
+    """Let the active adapter's update of every target be G ×₁ U1 ×₂ U2 ×₃ U3; G is divided by the scaling."""
+    for target, (core, *others) in factors.items():
+        modules = model.get_base_model().get_submodule(target.module).modules()
+        layer = next(module for module in modules if isinstance(module, LoTRALayer) and module.spec == target.spec)
+        values = (core / layer.scaling[model.active_adapter] if core.any() else core, *others)
+        for container, value in zip(layer.adapter_layer_names, values, strict=True):
+            getattr(layer, container)[model.active_adapter].copy_(value)
+
+
+def _check_the_rest(
+    base: nn.Module, finetuned: nn.Module, targets: list[Target], config: LoTRAConfig, strict: bool
+) -> None:
+    """Raise, or warn, if the models differ in anything that neither the updates nor `modules_to_save` hold."""
+    before, after = base.state_dict(), finetuned.state_dict()
+    held = {f"{target.module}.{target.spec.scale}" for target in targets}
+    specs = {target.parameter: target.spec for target in targets}
+    differing = [
+        key
+        for key in sorted({*before, *after} - held)
+        if not _is_saved(key, config.modules_to_save or ())
+        and (key not in before or key not in after or _differ(before[key], after[key], specs.get(key)))
+    ]
+    if differing:
+        message = (
+            f"`base` and `finetuned` differ also in {differing}, which an adapter of the coefficients does not hold: "
+            "name modules outside the KAN layers in `modules_to_save`, and fine-tune with the rest frozen"
+        )
+        if strict:
+            raise ValueError(f"{message}; with `strict=False` they stay as in `base`")
+        warnings.warn(f"{message}; they stay as in `base`", stacklevel=3)
+
+
+def _differ(before: torch.Tensor, after: torch.Tensor, spec: CoefficientSpec | None) -> bool:
+    """Whether two tensors differ, outside the coefficients if they hold some."""
+    if spec is not None and spec.slice is None:
+        return False
+    if before.shape != after.shape:
+        return True
+    differs = before != after.to(before.device)
+    if spec is not None:
+        differs[parse_slice(spec.slice)] = False
+    return bool(differs.any())
+
+
+def _is_saved(key: str, modules_to_save: Iterable[str]) -> bool:
+    """Whether a tensor is in one of `modules_to_save`, by PEFT's rule on the endings of module names."""
+    parts = key.split(".")
+    modules = [".".join(parts[:end]) for end in range(1, len(parts))]
+    return any(module.endswith(entry) for module in modules for entry in modules_to_save)

@@ -1,0 +1,195 @@
+"""Data-driven initialisation: factors aligned with the first gradient on the new task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from .layer import LoTRALayer
+from .standin import adapted_coefficients, replaced
+
+METHODS = {"gradient": (1,), "gradient_hosvd": (0, 1, 2)}  # the modes whose factors are set
+_FACTORS = ("lotra_U1", "lotra_U2", "lotra_U3")
+
+
+def initialize_lotra_weights(
+    model: nn.Module,
+    train_step: Callable[[], object],
+    adapter_name: str = "default",
+    method: str = "gradient",
+    progressbar: bool = True,
+) -> None:
+    """U2 ← the r2 leading left singular vectors of the mode-o unfolding of ∂L/∂A; with G = 0, the model is unchanged.
+
+    The gradient is that of the model as it is, other active adapters included, by the coefficients of every layer that
+    has the adapter. Only those factors are written; everything else in the model is afterwards what it was before
+    (parameters, buffers, `.grad`, modes, random state), also if `train_step` raises. Gradients leave the accelerator
+    layer by layer as they are made: beside the step itself, host memory for one copy of the coefficients is needed.
+
+    Call it before the model is wrapped for distributed training. Then each process runs `train_step` on its own data,
+    the gradients are averaged, and all processes end with the same factors to the bit.
+
+    Args:
+        model: an adapted model, from `get_peft_model`.
+        train_step: computes losses on the new task and calls `backward()` on each; gradients add up. No optimizer
+            step.
+        adapter_name: an adapter that has not been trained (G = 0).
+        method: "gradient" sets U2; "gradient_hosvd" sets U1, U2, U3 from the three unfoldings.
+        progressbar: whether to show the decompositions' progress.
+
+    Directions that the gradient does not have (its unfolding has fewer than r2) are random, orthonormal to the others.
+
+    Raises:
+        ValueError: if there is no such adapter, method or gradient (none, zero or not finite), or the adapter has been
+            trained or merged already; no factor is changed then.
+
+    Source: eq. 8, for r2 > 1 and several samples; "gradient_hosvd" is ours.
+    """
+    if method not in METHODS:
+        raise ValueError(f"`method` should be one of {list(METHODS)}, got {method!r}")
+    layers = _layers(model, adapter_name)
+    gradients = _gradients(model, layers, adapter_name, train_step)
+    new: dict[nn.Parameter, torch.Tensor] = {}
+    with _preserved_random_state(model):
+        for name, layer in tqdm(layers.items(), desc="initialize LoTRA", disable=not progressbar):
+            gradient = _averaged(gradients.pop(name), layer)
+            _check_gradient(gradient, name)
+            for mode in METHODS[method]:
+                factor = getattr(layer, _FACTORS[mode])[adapter_name]
+                vectors = _leading_vectors(gradient.movedim(mode, 0).flatten(1), factor.shape[1])
+                new[factor] = _shared(vectors.to(factor))
+    for factor, vectors in new.items():
+        factor.data.copy_(vectors)
+
+
+def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoTRALayer]:
+    found = {name: module for name, module in model.named_modules() if isinstance(module, LoTRALayer)}
+    layers = {name: layer for name, layer in found.items() if adapter_name in layer.lotra_core}
+    if not layers:
+        adapters = sorted({key for layer in found.values() for key in layer.lotra_core})
+        raise ValueError(f"`adapter_name`={adapter_name!r}: the model has the LoTRA adapters {adapters}")
+    for name, layer in layers.items():
+        if layer.lotra_core[adapter_name].any():
+            raise ValueError(
+                f"the adapter {adapter_name!r} has a core that is not zero at {name}: it has been trained, or was "
+                "made with `init_weights=False`; add a new adapter and initialise that one"
+            )
+        if layer.merged:
+            raise ValueError(f"{name} has merged adapters: call `unmerge_adapter()` first")
+    return layers
+
+
+def _gradients(
+    model: nn.Module, layers: dict[str, LoTRALayer], adapter_name: str, train_step: Callable[[], object]
+) -> dict[str, torch.Tensor | None]:
+    """∂L/∂A by layer, shape (n, m, n_d, ...), from one call of `train_step`; None where none arrived."""
+    gradients: dict[str, torch.Tensor | None] = dict.fromkeys(layers)
+
+    def collect(name: str, layer: LoTRALayer) -> Callable[[torch.Tensor], None]:
+        def hook(coefficients: torch.Tensor) -> None:
+            gradient = layer.spec.to_canonical(coefficients.grad.detach())
+            gradient = gradient.to("cpu", torch.promote_types(gradient.dtype, torch.float32), copy=True)
+            coefficients.grad = None
+            gradients[name] = gradient if gradients[name] is None else gradients[name] + gradient
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.enter_context(_preserved(model))
+        for name, layer in layers.items():
+            base = layer.get_base_layer()
+            coefficients = adapted_coefficients(base, layer.spec, layer.active_updates(besides=adapter_name))
+            coefficients = coefficients.detach().requires_grad_()
+            coefficients.register_post_accumulate_grad_hook(collect(name, layer))
+            stack.enter_context(replaced(base, layer.spec, coefficients))
+            stack.callback(setattr, layer, "_disable_adapters", layer.disable_adapters)
+            layer._disable_adapters = True  # what is active is in `coefficients` already
+        with torch.enable_grad():
+            train_step()
+    return gradients
+
+
+@contextmanager
+def _preserved(model: nn.Module) -> Iterator[None]:
+    """Afterwards gradients, flags, modes, buffers and random state are what they were; inside, no `.grad` is set."""
+    parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    with _preserved_random_state(model):
+        try:
+            for p, _, _ in parameters:
+                p.grad = None
+            yield
+        finally:
+            for p, gradient, flag in parameters:
+                p.grad = gradient
+                p.requires_grad_(flag)
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+
+@contextmanager
+def _preserved_random_state(model: nn.Module) -> Iterator[None]:
+    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    with torch.random.fork_rng(sorted(device.index or 0 for device in devices), device_type=kind):
+        yield
+
+
+def _averaged(gradient: torch.Tensor | None, layer: LoTRALayer) -> torch.Tensor:
+    """The mean over all processes, on the layer's device."""
+    reference = layer.lotra_U2[next(iter(layer.lotra_U2))]
+    if gradient is None:  # takes part in the average all the same: other processes wait for it
+        gradient = torch.zeros(layer.spec.layout.canonical_shape)
+    gradient = gradient.to(reference.device)
+    if _is_distributed():
+        dist.all_reduce(gradient)
+        gradient /= dist.get_world_size()
+    return gradient
+
+
+def _shared(tensor: torch.Tensor) -> torch.Tensor:
+    """The first process's, in all processes."""
+    tensor = tensor.contiguous()
+    if _is_distributed():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _check_gradient(gradient: torch.Tensor, name: str) -> None:
+    if not gradient.isfinite().all():
+        raise ValueError(f"the gradient by the coefficients of {name} is not finite: check `train_step`'s losses")
+    if not gradient.any():
+        raise ValueError(
+            f"`train_step` gave no gradient by the coefficients of {name}: it should call `backward()` on a loss that "
+            "depends on this layer (leave the layer out with `exclude_modules` if it is not meant to)"
+        )
+
+
+def _leading_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
+    """The left singular vectors of the largest `rank` singular values, completed to orthonormal columns.
+
+    By subspace iteration, whose cost is some products of the matrix with `rank` + 8 vectors: a full decomposition
+    would cost more than many training steps.
+    """
+    width = min(rank + 8, *matrix.shape)
+    vectors, values, _ = torch.svd_lowrank(matrix, q=width, niter=8)
+    known = int((values > 1e-5 * values[0]).sum())  # the rest is rounding
+    vectors = vectors[:, : min(known, rank)]
+    if vectors.shape[1] < rank:
+        missing = torch.randn(len(matrix), rank - vectors.shape[1], dtype=matrix.dtype, device=matrix.device)
+        missing = torch.linalg.qr(missing - vectors @ (vectors.mT @ missing)).Q
+        vectors = torch.cat([vectors, missing], dim=1)
+    return vectors

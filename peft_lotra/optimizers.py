@@ -1,0 +1,120 @@
+"""Learning rates of the core and the factors, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layer import LoTRALayer
+
+Multipliers = Mapping[str, float]
+
+# η/lr of each component in a layer with n inputs, m outputs and n_d basis functions; 1 if not named.
+_RULES: dict[str, Callable[[int, int, int], dict[str, float]]] = {
+    "LR-1": lambda n, m, n_d: {"U1": 1 / n, "U3": 1 / n_d},
+    "LR-2": lambda n, m, n_d: {"U1": 1 / n},
+    "LR-3": lambda n, m, n_d: {"U3": 1 / n_d},
+    "LR-4": lambda n, m, n_d: {},
+    "adam": lambda n, m, n_d: {"U1": 1 / n, "U2": 1 / m**0.5, "U3": 1 / n_d},
+}
+_COMPONENTS = ("core", "U1", "U2", "U3")
+
+
+def create_lotra_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[torch.optim.Optimizer],
+    *,
+    lr: float,
+    lr_rule: str | Multipliers = "LR-4",
+    weight_decay: float | None = None,
+    **kwargs: Any,
+) -> torch.optim.Optimizer:
+    """`optimizer_cls` over all trainable parameters, with the learning rates of `lotra_parameter_groups`.
+
+    Args:
+        model: an adapted model.
+        optimizer_cls: any of torch's optimizers, or one of that form.
+        lr, lr_rule, weight_decay: see `lotra_parameter_groups`.
+        kwargs: for the optimizer.
+    """
+    return optimizer_cls(lotra_parameter_groups(model, lr=lr, lr_rule=lr_rule, weight_decay=weight_decay), **kwargs)
+
+
+def lotra_parameter_groups(
+    model: nn.Module, *, lr: float, lr_rule: str | Multipliers = "LR-4", weight_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """All trainable parameters in one named group per distinct learning rate, η = lr · multiplier.
+
+    For transformers' Trainer: `optimizer_cls_and_kwargs=(AdamW, {"params": lotra_parameter_groups(model, lr=1e-2)})`.
+
+    Args:
+        model: an adapted model.
+        lr: rate of the core, and of what is trained beside adapters (`modules_to_save`, biases).
+        lr_rule: multipliers of a layer with n inputs, m outputs and n_d basis functions:
+
+            | rule | core | U1 | U2 | U3 |
+            |---|---|---|---|---|
+            | "LR-1" | 1 | 1/n | 1 | 1/n_d |
+            | "LR-2" | 1 | 1/n | 1 | 1 |
+            | "LR-3" | 1 | 1 | 1 | 1/n_d |
+            | "LR-4" | 1 | 1 | 1 | 1 |
+            | "adam" | 1 | 1/n | 1/√m | 1/n_d |
+
+            or a mapping of "core", "U1", "U2", "U3" to multipliers for every layer, 1 where none is given.
+        weight_decay: for all groups; None leaves the optimizer's own default.
+
+    Raises:
+        ValueError: if nothing of an adapter is trainable, or an argument is not as described.
+
+    Source: LR-1 is Theorem 2, for gradient descent; LR-4 the source's baseline; the others are ours ("adam": the same
+    argument where every entry moves by about ±η).
+    """
+    if not isinstance(lr, Real | torch.Tensor) or not 0 < lr:
+        raise ValueError(f"`lr` should be a positive number, got {lr!r}")
+    multiplier_of = _multipliers(model, _rule(lr_rule))
+    if not any(parameter.requires_grad for parameter in multiplier_of):
+        raise ValueError("the model has no trainable LoTRA adapter: add one, or activate it with `set_adapter`")
+    groups: dict[float, dict[str, Any]] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        component, multiplier = multiplier_of.get(parameter, ("other", 1.0))
+        group = groups.setdefault(multiplier, {"params": [], "lr": lr * multiplier, "name": ""})
+        group["params"].append(parameter)
+        names = set(filter(None, group["name"].split(", "))) | {component}
+        group["name"] = ", ".join(name for name in (*_COMPONENTS, "other") if name in names)
+    for multiplier, group in groups.items():
+        group["name"] += f": lr · {multiplier:g}"
+        if weight_decay is not None:
+            group["weight_decay"] = weight_decay
+    return list(groups.values())
+
+
+def _rule(lr_rule: str | Multipliers) -> Callable[[int, int, int], Multipliers]:
+    if isinstance(lr_rule, str):
+        if lr_rule not in _RULES:
+            raise ValueError(f"`lr_rule` should be one of {list(_RULES)} or a mapping of multipliers, got {lr_rule!r}")
+        return _RULES[lr_rule]
+    if not isinstance(lr_rule, Mapping) or set(lr_rule) - set(_COMPONENTS):
+        raise ValueError(f"`lr_rule` should map some of {_COMPONENTS} to multipliers, got {lr_rule!r}")
+    if not all(isinstance(value, Real) and 0 < value < float("inf") for value in lr_rule.values()):
+        raise ValueError(f"`lr_rule` should give positive multipliers, got {dict(lr_rule)}")
+    return lambda n, m, n_d: lr_rule
+
+
+def _multipliers(
+    model: nn.Module, rule: Callable[[int, int, int], Multipliers]
+) -> dict[nn.Parameter, tuple[str, float]]:
+    """(component, multiplier) of every parameter of an adapter."""
+    found = {}
+    for layer in model.modules():
+        if isinstance(layer, LoTRALayer):
+            multipliers = rule(*layer.spec.layout.canonical_shape[:3])
+            for component in _COMPONENTS:
+                for parameter in getattr(layer, f"lotra_{component}").values():
+                    found[parameter] = component, float(multipliers.get(component, 1))
+    return found

@@ -1,0 +1,303 @@
+"""`fit_gauss_newton` against dense least squares: its steps, what moves, how it ends, goes on and refuses."""
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from cases import config, make, randomize
+from conftest import assert_different, assert_equal
+from kan_layers import EinsumKANLayer
+from peft import get_peft_model
+from torch import nn
+from torch.func import functional_call, jvp
+
+from peft_lotra import GaussNewtonResult, fit_gauss_newton
+from peft_lotra.gauss_newton import _NormalEquations, _ResidualSpace
+
+KAN = "o (d i), given"
+
+
+def points(rows, dtype=torch.float64, seed=3):
+    return 2 * torch.rand(rows, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype) - 1
+
+
+def target(x):
+    return torch.stack([torch.sin(2 * x[:, 0]) * x[:, 1], x.square().sum(dim=1)], dim=1)
+
+
+def regression(net, x):
+    return net(x) - target(x)
+
+
+def laplacian(net, x):
+    """Σ ∂²u_0/∂x_k² − f, shape (N,)."""
+
+    def along(f, axis):
+        def derivative(x):
+            direction = torch.zeros_like(x)
+            direction[:, axis] = 1
+            return jvp(f, (x,), (direction,))[1]
+
+        return derivative
+
+    return sum(along(along(net, axis), axis)(x)[:, 0] for axis in range(3)) - target(x)[:, 0]
+
+
+def laplacian_by_autograd(net, x):
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(net(x)[:, 0].sum(), x, create_graph=True)
+    seconds = [torch.autograd.grad(gradient[:, k].sum(), x, create_graph=True)[0][:, k] for k in range(3)]
+    return sum(seconds) - target(x)[:, 0]
+
+
+def adapted(dtype=torch.float64, seed=0, core=0.2, **kwargs):
+    torch.manual_seed(seed)
+    model = get_peft_model(make(KAN, dtype)[0], config(KAN, **kwargs), autocast_adapter_dtype=False)
+    randomize(model, std=core)
+    return model
+
+
+def trained(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def fit(model, residual_fn=regression, data=None, **kwargs):
+    data = points(60) if data is None else data
+    return fit_gauss_newton(model, residual_fn, data, progressbar=False, **kwargs)
+
+
+def oracle_step(model, residual_fn, data, damping):
+    """argmin ‖r + Jδ‖² + λ ‖D^½ δ‖², as one dense least-squares problem, with J by `torch.autograd.functional`."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    shapes = [model.get_parameter(name).shape for name in names]
+
+    def residuals(theta):
+        parts = theta.split([shape.numel() for shape in shapes])
+        values = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        rows = residual_fn(lambda x: functional_call(model, values, (x,)), data)
+        return rows.flatten() / len(data) ** 0.5
+
+    J = torch.autograd.functional.jacobian(residuals, trained(model)).numpy()
+    r = residuals(trained(model)).detach().numpy()
+    squares = (J**2).sum(axis=0)
+    damped = np.diag(np.sqrt(damping * (squares + 1e-3 * squares.mean())))
+    return np.linalg.lstsq(np.vstack([J, damped]), np.concatenate([-r, np.zeros(J.shape[1])]), rcond=None)[0]
+
+
+@pytest.mark.parametrize("rows", [5, 60])
+@pytest.mark.parametrize(
+    ("residual_fn", "by_autograd"), [(regression, regression), (laplacian, laplacian_by_autograd)]
+)
+def test_step_equals_dense_least_squares(residual_fn, by_autograd, rows):
+    model, data = adapted(), points(rows)
+    before = trained(model)
+    assert (rows == 60) == (2 * rows > len(before))  # both forms are met
+    expected = before.numpy() + oracle_step(model, by_autograd, data, damping=10.0)
+    result = fit(model, residual_fn, data, damping=10.0, iterations=1)
+    assert result.losses[1] < 0.9 * result.losses[0]
+    assert_different(trained(model), before)
+    assert_equal(trained(model), torch.from_numpy(expected), 1e-8)
+    with torch.no_grad():
+        residuals = residual_fn(model, data)
+    assert result.losses[-1] == pytest.approx(residuals.square().sum().item() / rows, rel=1e-12)
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1.0])
+def test_both_forms_agree(damping):
+    J, r = torch.randn(30, 17, dtype=torch.float64), torch.randn(30, dtype=torch.float64)
+    J[:, 3] = 0  # a factor whose core is zero
+    forms = [form(J.split(7), r, 17) for form in (_NormalEquations, _ResidualSpace)]
+    steps = [form.step(damping) for form in forms]
+    assert_equal(steps[1], steps[0], 1e-8)
+    gain = r.square().sum() - (r + J @ steps[0]).square().sum()
+    cosines = (J.T @ r).abs() / (J.norm(dim=0) * r.norm())
+    for form, step in zip(forms, steps, strict=True):
+        assert form.predicted_gain(step, damping) == pytest.approx(gain.item(), rel=1e-6)
+        assert form.cosine == pytest.approx(cosines.nan_to_num(0.0).max().item())
+
+
+def test_linear_model_is_solved():
+    # One layer of coefficients: least squares has one solution, and numpy finds it.
+    layer, x, y = EinsumKANLayer(3, 2).double(), points(80), torch.randn(80, 2, dtype=torch.float64)
+    basis = torch.autograd.functional.jacobian(lambda w: functional_call(layer, {"coeffs": w}, (x,)), layer.coeffs)
+    solution = np.linalg.lstsq(basis.reshape(160, -1).numpy(), y.flatten().numpy(), rcond=None)[0]
+    result = fit(layer, lambda net, batch: net(batch["x"]) - batch["y"], {"x": x, "y": y}, loss_tolerance=1e-14)
+    assert result.reason in ("loss", "gradient", "damping")
+    assert_equal(layer.coeffs.detach().flatten(), torch.from_numpy(solution), 1e-6)
+
+
+def test_several_kinds_of_residuals_are_summed_as_means():
+    data = {"inside": points(40), "edge": points(9, seed=4)}
+    result = fit(adapted(), {"inside": laplacian, "edge": regression}, data, iterations=2)
+    model = adapted()
+    kinds = ((laplacian, data["inside"]), (regression, data["edge"]))
+    means = (kind(model, x).square().sum() / len(x) for kind, x in kinds)
+    assert result.losses[0] == pytest.approx(sum(means).item(), rel=1e-12)
+    assert result.losses[2] < result.losses[1] < result.losses[0]
+
+
+@pytest.mark.parametrize("rows", [5, 60])
+def test_chunks_do_not_change_the_result(rows):
+    models = adapted(), adapted()
+    for model, chunk_size in zip(models, (7, None), strict=True):
+        fit(model, data=points(rows), iterations=4, chunk_size=chunk_size)
+    assert_different(trained(models[0]), trained(adapted()))
+    assert_equal(trained(models[0]), trained(models[1]), 1e-7)
+
+
+def test_fp32_model_is_solved_in_fp64():
+    models = adapted(), adapted(torch.float32)
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        fit(model, data=points(60, next(model.parameters()).dtype), iterations=1, damping=1e-3)
+    assert trained(models[1]).dtype == torch.float32
+    assert_equal(trained(models[1]).double(), trained(models[0]), 1e-4)
+
+
+def test_only_the_trainable_adapter_moves():
+    model = adapted()
+    model.add_adapter("second", config(KAN, r=1))
+    model.base_model.set_adapter(["default", "second"])
+    for name, p in model.named_parameters():
+        p.requires_grad_("second" in name)
+    randomize(model, "second", std=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    fit(model, iterations=2)
+    for name, p in model.named_parameters():
+        assert p.grad is None
+        assert torch.equal(p, before[name]) == ("second" not in name), name
+
+
+def fresh(iteration):
+    return points(50, seed=iteration)
+
+
+def test_resumed_equals_uninterrupted():
+    whole, halves = adapted(), adapted()
+    expected = fit(whole, data=fresh, iterations=6)
+    first = fit(halves, data=fresh, iterations=3)
+    assert (first.reason, first.iterations) == ("iterations", 3)
+    stored = GaussNewtonResult(**json.loads(json.dumps(asdict(first))))
+    second = fit(halves, data=fresh, iterations=6, resume_from=stored)
+    assert second == expected
+    assert len(second.losses) == 7
+    assert_equal(trained(halves), trained(whole), 0)
+
+
+def test_fixed_points_resume_too():
+    whole, halves = adapted(), adapted()
+    expected = fit(whole, iterations=4)
+    assert fit(halves, iterations=4, resume_from=fit(halves, iterations=2)) == expected
+    assert_equal(trained(halves), trained(whole), 0)
+
+
+def test_interrupt_keeps_the_last_step():
+    def interrupting(result):
+        if result.iterations == 2:
+            raise KeyboardInterrupt
+
+    model = adapted()
+    result = fit(model, callback=interrupting)
+    assert (result.reason, result.iterations) == ("interrupted", 2)
+    loss = regression(model, points(60)).square().sum().item() / 60
+    assert loss == pytest.approx(result.losses[2], rel=1e-12)
+    assert fit(model, iterations=3, resume_from=result) == fit(adapted(), iterations=3)
+
+
+def test_an_error_keeps_the_last_step():
+    model, calls = adapted(), []
+
+    def failing(net, x):
+        calls.append(x)
+        if len(calls) == 12:
+            raise RuntimeError("out of luck")
+        return regression(net, x)
+
+    before = trained(model)
+    with pytest.raises(RuntimeError, match="out of luck"):
+        fit(model, failing)
+    assert_different(trained(model), before)
+    assert regression(model, points(60)).square().sum() < regression(adapted(), points(60)).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("reason", "arguments"),
+    [
+        ("iterations", {"iterations": 2}),
+        ("gradient", {"gradient_tolerance": 0.5}),
+        ("loss", {"loss_tolerance": 0.5, "iterations": 50}),
+        ("seconds", {"max_seconds": 1e-9}),
+        ("callback", {"callback": lambda result: result.reason == "running"}),
+        ("damping", {"loss_tolerance": 0, "gradient_tolerance": 0, "data": points(3), "iterations": 400}),
+    ],
+)
+def test_reasons(reason, arguments):
+    assert fit(adapted(core=0.5), **arguments).reason == reason
+
+
+def test_points_learnt_by_heart_end_without_a_step():
+    model = adapted()
+    result = fit(model, lambda net, x: net(x) - net(x).detach())
+    assert (result.reason, result.iterations, result.losses) == ("gradient", 0, (0.0,))
+
+
+def test_progress_bar(capfd):
+    fit_gauss_newton(adapted(), regression, points(60), iterations=2)
+    assert "2/2" in capfd.readouterr().err
+
+
+X = points(8)
+BAD = [
+    ({"data": X[:0]}, ValueError, r"`data` should have one number of rows, above zero, .*\(0, 3\)"),
+    ({"data": (X, X[:3])}, ValueError, r"one number of rows.*\(8, 3\), \(3, 3\)"),
+    ({"data": (X, 3.0)}, TypeError, r"`data` should be made of tensors.*3\.0"),
+    ({"residual_fn": {"a": regression}, "data": X}, ValueError, r"keys of `residual_fn`, \['a'\]"),
+    ({"residual_fn": {"a": regression}, "data": {"b": X}}, ValueError, r"\['a'\], but it is \['b'\]"),
+    ({"residual_fn": {"a": regression}, "data": {"a": X[:0]}}, ValueError, r"`data\['a'\]`"),
+    ({"residual_fn": None}, TypeError, "`residual_fn` should be a function"),
+    ({"residual_fn": {}}, TypeError, "`residual_fn` should be a function"),
+    ({"residual_fn": lambda net, x: regression(net, x).square().mean()}, ValueError, r"not their mean.*gave \(\)"),
+    ({"residual_fn": lambda net, x: None}, ValueError, "NoneType"),
+    ({"residual_fn": lambda net, x: net(x) * float("nan")}, ValueError, "finite residuals, but 16 of 16"),
+    (
+        {"residual_fn": lambda net, x: net(x) * 0 + (x.sum(1, True) * 0).sqrt() * net(x)},
+        ValueError,
+        "every derivative",
+    ),
+    ({"residual_fn": lambda net, x: (net(x) - net(x).detach()).abs().sqrt()}, ValueError, "derivatives .* not finite"),
+    ({"residual_fn": lambda net, x: target(x)}, ValueError, "does not depend on the trainable parameters"),
+    ({"residual_fn": lambda net, x: net(x) - net(x).mean(0)}, ValueError, "from this sample alone"),
+    ({"damping": 0}, ValueError, "`damping` should be a finite number above 0, but the value passed is 0"),
+    ({"damping": float("nan")}, ValueError, "`damping`.*nan"),
+    ({"damping_increase": 1}, ValueError, "`damping_increase` should be a finite number above 1"),
+    ({"damping_decrease": 0.5}, ValueError, "`damping_decrease`"),
+    ({"iterations": 0}, ValueError, "`iterations` should be a whole number, at least 1"),
+    ({"iterations": 2.5}, ValueError, "`iterations`.*2.5"),
+    ({"gradient_tolerance": -1}, ValueError, "`gradient_tolerance` should be at least 0"),
+    ({"loss_tolerance": "x"}, ValueError, "`loss_tolerance`.*'x'"),
+    ({"max_seconds": 0}, ValueError, "`max_seconds`"),
+    ({"chunk_size": True}, ValueError, "`chunk_size`"),
+    ({"resume_from": 3}, TypeError, "`resume_from`"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD)
+def test_errors_come_before_any_change(arguments, error, message):
+    model = adapted()
+    before = trained(model)
+    with pytest.raises(error, match=message):
+        fit(model, **{"data": X, **arguments})
+    assert_equal(trained(model), before, 0)
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(ValueError, match="`model` has no trainable parameters.*set_adapter"):
+        fit(adapted().requires_grad_(False))
+
+
+def test_dropout_is_refused():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout()).double()
+    with pytest.raises(ValueError, match="dropout"):
+        fit(model)

@@ -1,0 +1,54 @@
+"""The study of update spectra runs, in a short form, and leaves what it promises."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "low_rank_updates.py"
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-W", "error", str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, timeout=240
+    )
+
+
+def test_low_rank_updates(tmp_path):
+    arguments = ("--pde", "elliptic", "--base-steps", 3, "--steps", 3, "--energies", 0.9, 1, "--output-dir", tmp_path)
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "low_rank_updates.png").stat().st_size > 10_000
+    (record,) = json.loads((tmp_path / "low_rank_updates.json").read_text())["records"]
+    assert [row["budget"] for row in record["budgets"]] == [560, 1120, 2240, 4480]
+    for row in record["budgets"]:
+        assert row["suggested"]["parameters"] <= row["budget"]
+        assert row["suggested"]["update_error"] < row["uniform"]["update_error"]
+    some, everything = record["extraction"]
+    assert some["times_full"] != 1
+    assert everything["times_full"] == pytest.approx(1, abs=1e-3)
+    assert max(everything["update_errors"].values()) < 1e-6
+
+    weights = {
+        path: path.stat().st_mtime_ns for pattern in ("*.pt", "*.safetensors") for path in tmp_path.glob(pattern)
+    }
+    assert len(weights) == 2
+    assert "of an earlier run" in run(*arguments).stdout
+    assert {path: path.stat().st_mtime_ns for path in weights} == weights
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--pde", "parabola"), "invalid choice: 'parabola'"),
+        (("--energies", 1.5), "(0, 1]"),
+        (("--device", "nowhere"), "'nowhere' cannot be used"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path):
+    done = run(*arguments, "--output-dir", tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
