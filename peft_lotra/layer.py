@@ -170,7 +170,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return []
         left_out = {*self.merged_adapters, besides}
-        return [self._update(name) for name in self.active_adapters if name in self.lotra_core and name not in left_out]
+        return [
+            self._update(name) for name in self.active_adapters if name in self.lotra_core and name not in left_out
+        ]
 
     def _adapted(self) -> AbstractContextManager[None]:
         """While this is entered, the base layer finds A_ft where its coefficients are."""

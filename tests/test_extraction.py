@@ -55,6 +55,27 @@ def test_errors_are_those_of_the_extracted_update():
         assert 0.1 < error < 1
 
 
+def test_the_fit_to_outputs_beats_the_nearest_update():
+    """Rank 2 of a full-rank change: far off in coefficients, and after the fit near where the inputs are."""
+    base = nn.Sequential(OrderedDict(kan=ChebyKAN([2, 6, 4]), head=nn.Linear(4, 2)))
+    full = copy.deepcopy(base)
+    for parameter in full.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x = torch.rand(200, 2) - 0.5
+    config = LoTRAConfig(r=2, modules_to_save=["head"])
+    nearest, _ = extract_adapter(copy.deepcopy(base), full, config)
+    fitted, errors = extract_adapter(copy.deepcopy(base), full, config, inputs=x, progressbar=False)
+    new = torch.rand(200, 2) - 0.5
+    off = [(model(new) - full(new)).norm().item() for model in (base, nearest, fitted)]
+    assert off[2] < min(off[:2]) / 10
+    assert max(errors.values()) > 0.1
+    head = fitted.base_model.model.head.modules_to_save["default"]
+    assert_equal(head.weight, full.head.weight, 0)
+    assert head.weight.requires_grad
+    with pytest.raises(ValueError, match="`iterations` should be"):
+        extract_adapter(copy.deepcopy(base), full, config, inputs=x, iterations=0)
+
+
 def test_trainable_and_wrapped_like_any_adapter():
     base = ChebyKAN([3, 2])
     model, _ = extract_adapter(base, finetuned(base), LoTRAConfig(r=1))

@@ -26,10 +26,12 @@ def test_low_rank_updates(tmp_path):
     for row in record["budgets"]:
         assert row["suggested"]["parameters"] <= row["budget"]
         assert row["suggested"]["update_error"] < row["uniform"]["update_error"]
-    some, everything = record["extraction"]
-    assert some["times_full"] != 1
-    assert everything["times_full"] == pytest.approx(1, abs=1e-3)
-    assert max(everything["update_errors"].values()) < 1e-6
+    some, everything, *budgets = record["extraction"]
+    assert some["nearest"]["times_full"] != 1
+    assert everything["nearest"]["times_full"] == pytest.approx(1, abs=1e-3)
+    assert max(everything["nearest"]["update_errors"].values()) < 1e-6
+    assert [row["choice"] for row in budgets] == ["budget 1/10", "budget 1/20"]
+    assert all(row["parameters"] <= 896 for row in budgets)
 
     weights = {
         path: path.stat().st_mtime_ns for pattern in ("*.pt", "*.safetensors") for path in tmp_path.glob(pattern)
