@@ -10,8 +10,8 @@ from the fine-tuned model is worth. The picture shows the singular values.
 
 What to expect: the updates that Adam finds here are not of low rank. Energy 0.99 takes four fifths as many numbers as
 there are coefficients and still leaves a tenth of the update out, hence errors of 2e-2 to 5e-2; the fine-tuned models
-are at 3e-3 and below. But there are updates of low rank that do the same: fitted to the outputs of the fine-tuned model,
-an adapter of a tenth of the size is about as good.
+are at 3e-3 and below. But there are updates of low rank that do the same: fitted to the outputs of the fine-tuned
+model, an adapter of a tenth of the size is about as good.
 """
 
 from __future__ import annotations
