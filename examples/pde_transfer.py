@@ -2,6 +2,7 @@
 
     python examples/pde_transfer.py --pde elliptic
     python examples/pde_transfer.py --pde hyperbolic --kan pykan --r 8 8 4
+    python examples/pde_transfer.py --pde hyperbolic --optimizer lm
 
 Trains the base (or loads the one that an earlier run has left in --output-dir), adapts copies of it to the target,
 saves the adapter, loads and merges it into a fresh base, and checks that the merged KAN computes what the adapted one
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 from chebyshev_kan import ChebyshevKAN
+from pde_least_squares import fit
 from pdes import PDE, PDES, relative_l2_error
 from peft import PeftModel, get_peft_model
 from reporting import Row, draw, format_table, write_atomically
@@ -36,6 +38,7 @@ LEARNING_RATES = {
     "chebyshev": {"base": 3e-3, "full": 1e-3, "lotra": 2e-2},
     "pykan": {"base": 1e-2, "full": 3e-3, "lotra": 2e-2},
 }
+STEPS = {"adam": 2000, "lm": 50}
 MERGE_TOLERANCE = 1e-5  # relative; float32 sums taken in another order differ by about 1e-7
 
 
@@ -87,6 +90,19 @@ def train(
     return course, time.perf_counter() - start
 
 
+def adapt(
+    args: argparse.Namespace, model: nn.Module, pde: PDE, part: str, grid: Tensor
+) -> tuple[list[tuple[int, float]], float]:
+    """Fit to the target by the chosen optimizer; the course of the error and the seconds, as from `train`.
+
+    The seed is the same, hence the points, whatever the model.
+    """
+    if args.optimizer == "lm":
+        marks = fit(model, pde, args.steps, args.seed + 1, grid, part)
+        return [(mark.step, mark.error) for mark in marks], marks[-1].seconds
+    return train(model, pde, args.steps, LEARNING_RATES[args.kan][part], args.seed + 1, grid, part)
+
+
 def trained_base(args: argparse.Namespace, pde: PDE, grid: Tensor) -> Callable[[], nn.Module]:
     """Trains and saves the base unless its file is there; returns a function that builds a copy of it.
 
@@ -128,19 +144,18 @@ def run(args: argparse.Namespace) -> None:
     family = PDES[args.pde]
     source, target = family(family.base_parameter), family(family.target_parameter)
     grid = target.grid().to(args.device)
-    rates, name = LEARNING_RATES[args.kan], f"{args.pde}_{args.kan}"
+    name = f"{args.pde}_{args.kan}{'_lm' if args.optimizer == 'lm' else ''}"
     load_base = trained_base(args, source, grid)
 
     full = load_base()
     base_size = sum(p.numel() for p in full.parameters() if p.requires_grad)
-    # The same seed, hence the same points at every step, for both.
-    full_course, full_seconds = train(full, target, args.steps, rates["full"], args.seed + 1, grid, "full")
+    full_course, full_seconds = adapt(args, full, target, "full", grid)
     full_file = args.output_dir / f"{name}_full.safetensors"
     state = {key: value.contiguous() for key, value in full.state_dict().items()}
     write_atomically(full_file, lambda partial: save_file(state, partial))
 
     adapted = attach_lotra(load_base(), args.r, args.compression_ratio)
-    course, seconds = train(adapted, target, args.steps, rates["lotra"], args.seed + 1, grid, "LoTRA")
+    course, seconds = adapt(args, adapted, target, "lotra", grid)
     adapter = args.output_dir / f"{name}_lotra"
     adapted.save_pretrained(adapter)
     adapter_bytes = (adapter / "adapter_model.safetensors").stat().st_size
@@ -196,12 +211,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--compression-ratio", type=ratio, default=0.1, help="adapter parameters per coefficient")
     size.add_argument("--r", type=positive_int, nargs="+", help="Tucker rank, or three: input output basis")
-    add("--steps", type=positive_int, default=2000, help="training steps on the target, for each method")
+    add("--optimizer", choices=list(STEPS), default="adam", help="Adam, or Levenberg–Marquardt, for the target")
+    add("--steps", type=positive_int, help=f"training steps on the target, for each method; default: {STEPS}")
     add("--base-steps", type=positive_int, default=1500, help="training steps of the base")
     add("--seed", type=int, default=0, help="of weights and points")
     add("--output-dir", type=Path, default=Path("outputs/pde_transfer"), help="where everything is written")
     add("--device", help="torch device; default: an accelerator if there is one")
     args = parser.parse_args(argv)
+    args.steps = args.steps or STEPS[args.optimizer]
     if args.r and len(args.r) not in (1, 3):
         parser.error(f"argument --r: one or three numbers, got {len(args.r)}")
     if not 0 <= args.seed < 2**32 - 1:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -69,9 +70,9 @@ def fit_gauss_newton(
     the Tucker form is redundant J is zero, and λ keeps θ where it is.
 
     ```python
-    def residual(net, points):  # u'' + f, at a batch of points of any size
-        along_x = lambda f: lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
-        return along_x(along_x(net))(points) + f(points)
+    def residual(net, x):  # u'' + f at points x, shape (N, 1)
+        slope = torch.func.grad(lambda x: net(x).sum())
+        return torch.func.grad(lambda x: slope(x).sum())(x) + f(x)
 
 
     fit_gauss_newton(model, residual, points)
@@ -114,21 +115,18 @@ def fit_gauss_newton(
         loss_tolerance=(loss_tolerance, 0), max_seconds=(max_seconds, 0), chunk_size=(chunk_size, 1),
     )  # fmt: skip
     problem = _Problem(model, residual_fn, chunk_size)
-    losses, start = [], 0
-    if resume_from is not None:
-        if not isinstance(resume_from, GaussNewtonResult):
-            raise TypeError(f"`resume_from` should be a GaussNewtonResult but the value passed is {resume_from!r}")
-        losses, start, damping = [*resume_from.losses], resume_from.iterations, resume_from.damping
-    theta, residuals, reason, first = problem.parameters(), None, "iterations", start
+    if not isinstance(resume_from, GaussNewtonResult | None):
+        raise TypeError(f"`resume_from` should be a GaussNewtonResult but the value passed is {resume_from!r}")
+    result = resume_from or GaussNewtonResult((), damping, 0, "running")
+    first, theta, residuals, reason = result.iterations, problem.parameters(), None, "iterations"
     began = time.perf_counter()
-    progress = tqdm(total=iterations, initial=start, disable=not progressbar, unit="iteration", dynamic_ncols=True)
+    progress = tqdm(total=iterations, initial=first, disable=not progressbar, unit="iteration", dynamic_ncols=True)
     try:
-        for iteration in range(start, iterations):
-            batch = data(iteration) if callable(data) else data
+        for iteration in range(first, iterations):
+            batch, damping = data(iteration) if callable(data) else data, result.damping
             if residuals is None or callable(data):
                 residuals = problem.checked_residuals(theta, batch, first=iteration == first)
-            loss = before = residuals.square().sum().item()
-            losses = losses or [loss]
+            before = residuals.square().sum().item()
             system = _linear_system(problem.jacobian(theta, batch), residuals, len(theta))
             if not math.isfinite(system.scale):
                 raise ValueError(f"`residual_fn` has derivatives that are not finite, in iteration {iteration}")
@@ -139,30 +137,31 @@ def fit_gauss_newton(
                 )
             if system.cosine <= gradient_tolerance:
                 reason = "gradient"
+                result = replace(result, losses=result.losses or (before,))
                 break
             while damping <= _MOST_DAMPING:
                 step = system.step(damping)
                 candidate = theta + step.to(theta)
-                trial = problem.residuals(candidate, batch)
-                gain = before - trial.square().sum().item()
+                residuals = problem.residuals(candidate, batch)
+                gain = before - residuals.square().sum().item()
                 if gain > 0:  # false for NaN
-                    theta, residuals, loss = candidate, trial, before - gain
-                    if gain > system.predicted_gain(step, damping) / 4:
-                        damping = max(damping / damping_decrease, _LEAST_DAMPING)
                     break
                 damping = max(damping, _LEAST_DAMPING) * damping_increase
             else:
                 reason = "damping"
                 break
-            losses.append(loss)
-            start = iteration + 1
+            if gain > system.predicted_gain(step, damping) / 4:
+                damping = max(damping / damping_decrease, _LEAST_DAMPING)
+            losses = (*(result.losses or (before,)), before - gain)
+            # In one statement: an interrupt finds both old or both new.
+            theta, result = candidate, GaussNewtonResult(losses, damping, iteration + 1, "running")
             problem.write(theta)
             progress.update()
-            progress.set_postfix_str(f"loss {loss:.2e}, damping {damping:.0e}", refresh=False)
-            if callback is not None and callback(GaussNewtonResult((*losses,), damping, start, "running")):
+            progress.set_postfix_str(f"loss {losses[-1]:.2e}, damping {damping:.0e}", refresh=False)
+            if callback is not None and callback(result):
                 reason = "callback"
                 break
-            if before - loss <= loss_tolerance * before:
+            if gain <= loss_tolerance * before:
                 reason = "loss"
                 break
             if max_seconds is not None and time.perf_counter() - began >= max_seconds:
@@ -171,9 +170,9 @@ def fit_gauss_newton(
     except KeyboardInterrupt:
         reason = "interrupted"
     finally:
-        problem.write(theta)  # an interrupt may have come while the tensors were being written
+        problem.write(theta)  # whatever came while the tensors were being written
         progress.close()
-    return GaussNewtonResult((*losses,), damping, start, reason)
+    return replace(result, reason=reason)
 
 
 class _Problem:
@@ -196,7 +195,7 @@ class _Problem:
         self.several = isinstance(residual_fn, Mapping)
         # A sample has its own gradient of whatever the trained parameters are made into: a dense update, say.
         numbers = sum(p.numel() for p in model.parameters())
-        self.chunk_size = chunk_size or max(1, _CHUNK_NUMBERS // numbers)
+        self.chunk_size = lambda count: chunk_size or max(1, _CHUNK_NUMBERS // numbers // count)
 
     def parameters(self) -> torch.Tensor:
         """θ, in the widest dtype of its parts."""
@@ -239,15 +238,20 @@ class _Problem:
         """r, in fp64. shape: (R,)"""
         net, rows = self._net(self._named(theta)), []
         for name, function, part, size in self._kinds(batch):
-            chunks = zip(*(leaf.split(self.chunk_size) for leaf in tree_flatten(part)[0]), strict=True)
-            spec = tree_flatten(part)[1]
+            leaves, spec = tree_flatten(part)
+            chunks = zip(*(leaf.split(self.chunk_size(1)) for leaf in leaves), strict=True)
             values = torch.cat([_checked_shape(function(net, spec.unflatten(chunk)), chunk, name) for chunk in chunks])
             rows.append(values.double().flatten() / math.sqrt(size))
         return torch.cat(rows)
 
     def checked_residuals(self, theta: torch.Tensor, batch: Any, first: bool) -> torch.Tensor:
         """`residuals`, which must be finite; at `first`, also those of single samples, which must be the same."""
-        values = self.residuals(theta, batch)
+        try:
+            values = self.residuals(theta, batch)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            raise ValueError("`residual_fn` should take derivatives of `net` by `torch.func`") from error
         if not values.isfinite().all():
             raise ValueError(
                 f"`residual_fn` should give finite residuals, but {(~values.isfinite()).sum().item()} of "
@@ -278,13 +282,12 @@ class _Problem:
             leaves, spec = tree_flatten(part)
             of_sample = partial(self._of_sample, function)
             with torch.no_grad():
-                single = of_sample(parameters, spec.unflatten([leaf[0] for leaf in leaves])).numel() == 1
+                count = of_sample(parameters, spec.unflatten([leaf[0] for leaf in leaves])).numel()
             # One residual is the common case, and a gradient is cheaper than a Jacobian of one row.
-            rows_of = grad(lambda *args, f=of_sample: f(*args).sum()) if single else jacrev(of_sample)
-            for chunk in zip(*(leaf.split(self.chunk_size) for leaf in leaves), strict=True):
+            rows_of = grad(lambda *args, f=of_sample: f(*args).sum()) if count == 1 else jacrev(of_sample)
+            for chunk in zip(*(leaf.split(self.chunk_size(count)) for leaf in leaves), strict=True):
                 rows = vmap(rows_of, in_dims=(None, 0))(parameters, spec.unflatten(chunk))
-                count = len(chunk[0]) * (1 if single else next(iter(rows.values())).shape[1])
-                columns = [rows[key].reshape(count, -1) for key in parameters]
+                columns = [rows[key].reshape(len(chunk[0]) * count, -1) for key in parameters]
                 yield torch.cat(columns, dim=1) / math.sqrt(size)
 
 
@@ -377,17 +380,14 @@ def _at(name: str) -> str:
 
 
 def _check_numbers(**arguments: tuple[Any, float]) -> None:
-    """Each value a finite number above its bound (at least the bound for whole numbers), or None."""
     for name, (value, bound) in arguments.items():
         whole = name in ("iterations", "chunk_size")
-        good = (
-            isinstance(value, int if whole else int | float) and not isinstance(value, bool) and math.isfinite(value)
-        )
-        if name.endswith("tolerance"):
-            good, allowed = good and value >= bound, f"at least {bound}"
-        elif whole:
-            good, allowed = good and value >= bound, f"a whole number, at least {bound}"
-        else:
-            good, allowed = good and value > bound, f"a finite number above {bound}"
-        if not good and not (value is None and name in ("max_seconds", "chunk_size")):
-            raise ValueError(f"`{name}` should be {allowed}, but the value passed is {value!r}")
+        above = not whole and not name.endswith("tolerance")
+        if value is None and name in ("max_seconds", "chunk_size"):
+            continue
+        good = isinstance(value, Integral if whole else Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or value < bound or (above and value == bound):
+            kind, relation = "whole" if whole else "finite", "above" if above else "of at least"
+            raise ValueError(
+                f"`{name}` should be a {kind} number {relation} {bound} but the value passed is {value!r}"
+            )
