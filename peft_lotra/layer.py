@@ -172,10 +172,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if name in self.lotra_core and name not in self.merged_adapters]
         return [self._update(name) for name in names]
 
-    def _adapted(self) -> AbstractContextManager[None]:
+    def _adapted(self, quiet: bool = False) -> AbstractContextManager[None]:
         """While this is entered, the base layer finds A_ft where its coefficients are."""
         updates = self._active_updates()
-        return adapted(self.get_base_layer(), self.spec, updates) if updates else nullcontext()
+        return adapted(self.get_base_layer(), self.spec, updates, quiet) if updates else nullcontext()
 
     def _stored(self, path: str) -> torch.Tensor:
         return tensor_at(self.get_base_layer(), path)
@@ -208,7 +208,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                     f"`{name}` would rewrite coefficients under a LoTRA adapter, whose update belongs to the old "
                     "ones: call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt anew"
                 )
-            with self._adapted():
+            with self._adapted(quiet=True):  # a regulariser needs the dense coefficients; there is nothing to warn of
                 return value(*args, **kwargs)
 
         return method

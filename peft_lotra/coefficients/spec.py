@@ -99,6 +99,11 @@ class Layout:
         return cls(pattern, _solve_sizes(pattern, tuple(shape), sizes or {}))
 
     @cached_property
+    def axes(self) -> tuple[tuple[str, ...], ...]:
+        """The axes that lie on each stored axis: `(("o",), ("i", "d"))` for `"o (i d)"`."""
+        return tuple(map(tuple, _parse(self.pattern)))
+
+    @cached_property
     def _canonical(self) -> str:
         groups = [[axis for axis in self.sizes if axis[0] == letter] for letter in _MODES + _KERNEL]
         return " ".join(f"({' '.join(sorted(axes, key=_part_number))})" for axes in groups if axes)

@@ -1,0 +1,91 @@
+"""Tucker updates as thin tensors: any of the modes i, o, d left as its rank, in the layout of any view."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..coefficients.spec import CoefficientSpec
+from ..tucker import TuckerFactors, reconstruct
+from .axes import MODES, Axes
+
+_16_BIT = (torch.float16, torch.bfloat16)
+
+
+class Update(NamedTuple):
+    """s · G ×₁ U1 ×₂ U2 ×₃ U3: one adapter's change of a coefficient tensor."""
+
+    factors: TuckerFactors
+    scaling: float
+
+    @property
+    def in_fp32(self) -> Update:
+        """Itself, with factors in at least fp32: 16-bit factors are multiplied out in fp32."""
+        if self.factors.core.dtype not in _16_BIT:
+            return self
+        return self._replace(factors=TuckerFactors(*(factor.float() for factor in self.factors)))
+
+    def dense(self, spec: CoefficientSpec, shape: torch.Size) -> torch.Tensor:
+        """The update of a parameter of this shape, in its layout; 16-bit factors are multiplied out in fp32."""
+        factors = self.in_fp32.factors
+        return spec.stored_update(reconstruct(factors) * self.scaling, shape).to(self.factors.core.dtype)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        return dict(zip("iod", self.factors.core.shape[:3], strict=True))
+
+    def rows(self, axes: Axes) -> Update:
+        """The update of what a view shows: the factors' rows, and the core's along the kernel's modes."""
+        core, *factors = self.factors
+        for dim, mode in enumerate([mode for mode in MODES[3:] if mode in axes.starts], start=3):
+            core = axes.rows(core, mode, dim)
+        factors = [axes.rows(factor, mode) for factor, mode in zip(factors, "iod", strict=True)]
+        return self._replace(factors=TuckerFactors(core, *factors))
+
+    def cost_of_thin(self, kept: Collection[str]) -> int:
+        """The products of `thin(kept)`, about."""
+        core, U1, U2, U3 = self.factors
+        r1, r2, r3 = core.shape[:3]
+        (n, m, n_d), kernel = (factor.shape[0] for factor in (U1, U2, U3)), core[0, 0, 0].numel()
+        if "i" in kept or "d" in kept:
+            cost = 0 if "i" in kept and "d" in kept else r1 * r2 * r3 * (n if "d" in kept else n_d)
+        else:
+            cost = r2 * min(n * r3 * (r1 + n_d), r1 * n_d * (r3 + n))
+        return kernel * (cost + (0 if "o" in kept else n * n_d * r2 * m))
+
+    def thin(self, kept: Collection[str]) -> torch.Tensor:
+        """s · G times the factors of all modes but `kept`, whose axes stay ranks; shape (i, o, d, ...)."""
+        core, U1, U2, U3 = self.factors
+        tensor = core if self.scaling == 1 else core * self.scaling
+        steps = [("i", "abc...,ia->ibc...", U1), ("d", "abc...,dc->abd...", U3), ("o", "abc...,ob->aoc...", U2)]
+        if not _input_mode_first(U1, U3):
+            steps[:2] = steps[1::-1]
+        for mode, equation, factor in steps:
+            if mode not in kept:
+                tensor = torch.einsum(equation, tensor, factor)
+        return tensor
+
+
+def _input_mode_first(U1: torch.Tensor, U3: torch.Tensor) -> bool:
+    """Whether (core ×₁ U1) ×₃ U3 takes fewer products than (core ×₃ U3) ×₁ U1."""
+    (n, r1), (n_d, r3) = U1.shape, U3.shape
+    return n * r3 * (r1 + n_d) < r1 * n_d * (r3 + n)
+
+
+def mode_product(x: torch.Tensor, matrix: torch.Tensor, axis: int, before: int = 1, after: int = 1) -> torch.Tensor:
+    """x ×_axis M, M: (out, in), where `axis` has (before · in · after) entries, flattened."""
+    axis %= x.dim()
+    shape = x.shape
+    if before > 1 or after > 1:
+        x = x.unflatten(axis, (before, matrix.shape[1], after))
+        axis += 1
+    if axis == x.dim() - 1:
+        y = F.linear(x, matrix)
+    else:
+        y = torch.matmul(matrix, x.flatten(axis + 1)).unflatten(-1, x.shape[axis + 1 :])
+    if before > 1 or after > 1:
+        y = y.reshape(*shape[: axis - 1], before * matrix.shape[0] * after, *shape[axis:])
+    return y
