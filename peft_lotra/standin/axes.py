@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -64,20 +65,8 @@ class Axes(NamedTuple):
     @classmethod
     def of(cls, spec: CoefficientSpec, shape: torch.Size) -> Axes:
         """The axes of the parameter itself."""
-        sizes = spec.layout.sizes
-        axes = []
-        for names in spec.layout.axes:
-            atoms = []
-            for name in names:
-                later = [part for part in sizes if part[0] == name[0] and int(part[1:] or 0) > int(name[1:] or 0)]
-                atoms.append(Atom(name[0], sizes[name], math.prod([sizes[part] for part in later])))
-            axes.append(Axis(tuple(atoms)))
-        if spec.slice is not None:
-            for k, part in enumerate(parse_slice(spec.slice)):
-                start, stop, _ = part.indices(shape[k])
-                axes[k] = axes[k]._replace(before=start, after=shape[k] - stop)
-        present = {name[0] for name in sizes}
-        return cls(tuple(axes), {mode: 0 for mode in MODES if mode in present})
+        arguments = spec.layout.axes, tuple(spec.layout.sizes.items()), spec.slice, tuple(shape)
+        return (_parameter_axes if torch.compiler.is_compiling() else _cached_axes)(*arguments)
 
     def place(self, mode: str, ranks: Mapping[str, int] | None = None) -> Place | None:
         """Where `mode` lies if it lies on one axis in one piece, else None; `ranks` as in `arrange`."""
@@ -217,6 +206,32 @@ class Axes(NamedTuple):
                 if isinstance(part, slice):
                     axes.append(narrowed)
         return Axes(tuple(axes), starts)
+
+
+def _parameter_axes(
+    names: tuple[tuple[str, ...], ...], sizes: tuple[tuple[str, int], ...], region: str | None, shape: tuple[int, ...]
+) -> Axes:
+    axes = []
+    for group in names:
+        atoms = []
+        for name in group:
+            # A mode's parts are joined in the order of their numbers: the later ones vary faster.
+            later = [size for part, size in sizes if part[0] == name[0] and _number(part) > _number(name)]
+            atoms.append(Atom(name[0], dict(sizes)[name], math.prod(later)))
+        axes.append(Axis(tuple(atoms)))
+    if region is not None:
+        for k, part in enumerate(parse_slice(region)):
+            start, stop, _ = part.indices(shape[k])
+            axes[k] = axes[k]._replace(before=start, after=shape[k] - stop)
+    present = [name[0] for name, _ in sizes]
+    return Axes(tuple(axes), {mode: 0 for mode in MODES if mode in present})
+
+
+_cached_axes = lru_cache(maxsize=1024)(_parameter_axes)
+
+
+def _number(part: str) -> int:
+    return int(part[1:] or 0)
 
 
 _BESIDE = Axis(())

@@ -24,12 +24,13 @@ class Contraction(NamedTuple):
     terms: int  # products that are summed in one entry of y
     positions: int  # about how many entries y has for each entry of its output axis
     offset: torch.Tensor | None = None
+    is_linear: bool = False  # y has the axes of x that are not summed, in order, and one output axis among them
 
 
 def linear(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Contraction | None:
     if weight.ndim != 2:
         return None
-    return _contraction(F.linear, input, weight, {0: -1}, {1: input.ndim - 1}, offset=bias)
+    return _contraction(F.linear, input, weight, {0: -1}, {1: input.ndim - 1}, offset=bias, is_linear=True)
 
 
 def matmul(a: Any, b: Any) -> Contraction | None:
@@ -41,7 +42,7 @@ def matmul(a: Any, b: Any) -> Contraction | None:
         return _contraction(_swapped(torch.matmul), b, a, carried, {a.ndim - 1: max(b.ndim - 2, 0)})
     if b.ndim < 2:
         return None
-    return _contraction(torch.matmul, a, b, {b.ndim - 1: -1}, {b.ndim - 2: a.ndim - 1})
+    return _contraction(torch.matmul, a, b, {b.ndim - 1: -1}, {b.ndim - 2: a.ndim - 1}, is_linear=b.ndim == 2)
 
 
 def tensordot(a: Any, b: Any, dims: Any = 2, out: None = None) -> Contraction | None:
@@ -83,7 +84,9 @@ def einsum(equation: Any, *operands: Any) -> Contraction | None:
     def apply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return torch.einsum(equation, *((x, weight) if where else (weight, x)))
 
-    return _contraction(apply, x, weight, carried, summed)
+    is_linear = len(carried) == 1 and [c for c in output if c not in ours] == [c for c in theirs if c not in ours]
+    is_linear = is_linear and len(carried) + len(summed) == len(ours)
+    return _contraction(apply, x, weight, carried, summed, is_linear=is_linear)
 
 
 def conv(
@@ -144,12 +147,13 @@ def _contraction(
     terms: int | None = None,
     positions: int | None = None,
     offset: torch.Tensor | None = None,
+    is_linear: bool = False,
 ) -> Contraction:
     if terms is None:
         terms = math.prod([weight.shape[k] for k in summed])
     if positions is None:
         positions = x.numel() // max(terms, 1)
-    return Contraction(apply, x, carried, summed, terms, positions, offset)
+    return Contraction(apply, x, carried, summed, terms, positions, offset, is_linear)
 
 
 def _swapped(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

@@ -15,11 +15,8 @@ import torch.nn.functional as F
 
 from .axes import Axes
 from .contractions import Contraction
+from .costs import DENSE, cheapest_order
 from .updates import Update, mode_product
-
-DENSE = "dense"
-ORDERS = ("", "d", "i", "di", "id")  # modes whose factors are contracted with x, in turn, before the operation
-_TRAFFIC = 16  # multiply-adds in the time that it takes to move one number from or to memory, about
 
 
 def contract(
@@ -46,7 +43,7 @@ def contract(
     if axes.axes[output.axis].is_padded and output.before * output.after > 1:
         return None
     updates = [update.rows(axes) for update in updates]
-    order = cheapest_order(c, axes, updates)
+    order = _order(c, axes, updates)
     if order == DENSE:
         return dense()
     y = None if base is None else base()
@@ -69,11 +66,19 @@ def _thin_term(c: Contraction, axes: Axes, updates: Sequence[Update], dtype: tor
         x = mode_product(x, factor.T.to(x.dtype), c.summed[axis], before, after)
         ranks[mode] = factor.shape[1]
     ranks["o"] = U2.shape[1]
-    y = c.apply(x, axes.arrange(B, ranks).to(dtype))
+    weight = axes.arrange(B, ranks).to(dtype)
     axis, before, _, after = axes.place("o")
     stored = axes.axes[axis]
     if stored.is_padded:
         U2 = F.pad(U2, (0, 0, stored.before, stored.after))
+    trailing = list(range(x.dim() - len(c.summed), x.dim()))
+    if c.is_linear and trailing and sorted(c.summed.values()) == trailing and before * after == 1:
+        # As one matrix product whose thin side is the rows of B, which is the fast way round for gradients too.
+        order_of_x = [axis, *sorted(c.summed, key=c.summed.__getitem__)]
+        y = F.linear(x.flatten(trailing[0]), weight.permute(order_of_x).flatten(1))
+        y = F.linear(y, U2.to(y.dtype))
+        return y.movedim(-1, c.carried[axis])
+    y = c.apply(x, weight)
     return mode_product(y, U2.to(y.dtype), c.carried[axis], before, after)
 
 
@@ -81,43 +86,13 @@ def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=1)
 
 
-def cheapest_order(c: Contraction, axes: Axes, updates: Sequence[Update]) -> str:
-    """One of `ORDERS`, or `DENSE`: which makes a training step cheapest, by counting.
-
-    It depends on sizes alone, so that training and inference give the same bits.
-    """
-    costs = {order: _thin_cost(c, axes, updates, order) for order in _possible(c, axes)}
-    costs[DENSE] = _dense_cost(c, axes, updates)
-    return min(costs, key=costs.__getitem__)
-
-
-def _possible(c: Contraction, axes: Axes) -> list[str]:
-    def on_x(mode: str) -> bool:
+def _order(c: Contraction, axes: Axes, updates: Sequence[Update]) -> str:
+    on_x = ""
+    for mode in ("i", "d"):
         place = axes.place(mode)
-        return place is not None and place.axis in c.summed and not axes.axes[place.axis].is_padded
-
-    return [order for order in ORDERS if all(on_x(mode) for mode in order)]
-
-
-def _thin_cost(c: Contraction, axes: Axes, updates: Sequence[Update], order: str) -> int:
-    """Products, and `_TRAFFIC` for each number moved, of the updates' part of y, and twice that for its gradients."""
-    cost = 0
-    m = axes.place("o").size
-    for update in updates:
-        x, terms = c.x.numel(), c.terms
-        for mode in order:
-            size, rank = axes.place(mode).size, update.ranks[mode]
-            cost += x * rank + _TRAFFIC * (x + x // size * rank)
-            x, terms = x // size * rank, terms // size * rank
-        r2 = update.ranks["o"]
-        cost += c.positions * r2 * (terms + m) + update.cost_of_thin(("o", *order))
-        if order or update is updates[0]:
-            cost += _TRAFFIC * (x + c.positions * 2 * m)
-    return 3 * cost
-
-
-def _dense_cost(c: Contraction, axes: Axes, updates: Sequence[Update]) -> int:
-    """The same for forming A + Δ; the gradient of x is the base layer's, that of A is not."""
-    size = math.prod([axis.size for axis in axes.axes])
-    build = sum(update.cost_of_thin(()) + 2 * _TRAFFIC * size for update in updates)
-    return 3 * build + c.positions * c.terms * axes.place("o").size + 2 * _TRAFFIC * size
+        if place is not None and place.axis in c.summed and not axes.axes[place.axis].is_padded:
+            on_x += mode
+    core, U1, U2, U3 = updates[0].factors
+    modes = U1.shape[0], U2.shape[0], U3.shape[0]
+    ranks = tuple([tuple(update.factors.core.shape[:3]) for update in updates])
+    return cheapest_order(c.x.numel(), c.positions, c.terms, modes, math.prod(core.shape[3:]), on_x, ranks)

@@ -33,10 +33,6 @@ class Update(NamedTuple):
         factors = self.in_fp32.factors
         return spec.stored_update(reconstruct(factors) * self.scaling, shape).to(self.factors.core.dtype)
 
-    @property
-    def ranks(self) -> dict[str, int]:
-        return dict(zip("iod", self.factors.core.shape[:3], strict=True))
-
     def rows(self, axes: Axes) -> Update:
         """The update of what a view shows: the factors' rows, and the core's along the kernel's modes."""
         core, *factors = self.factors
@@ -45,34 +41,19 @@ class Update(NamedTuple):
         factors = [axes.rows(factor, mode) for factor, mode in zip(factors, "iod", strict=True)]
         return self._replace(factors=TuckerFactors(core, *factors))
 
-    def cost_of_thin(self, kept: Collection[str]) -> int:
-        """The products of `thin(kept)`, about."""
-        core, U1, U2, U3 = self.factors
-        r1, r2, r3 = core.shape[:3]
-        (n, m, n_d), kernel = (factor.shape[0] for factor in (U1, U2, U3)), core[0, 0, 0].numel()
-        if "i" in kept or "d" in kept:
-            cost = 0 if "i" in kept and "d" in kept else r1 * r2 * r3 * (n if "d" in kept else n_d)
-        else:
-            cost = r2 * min(n * r3 * (r1 + n_d), r1 * n_d * (r3 + n))
-        return kernel * (cost + (0 if "o" in kept else n * n_d * r2 * m))
-
     def thin(self, kept: Collection[str]) -> torch.Tensor:
         """s · G times the factors of all modes but `kept`, whose axes stay ranks; shape (i, o, d, ...)."""
-        core, U1, U2, U3 = self.factors
-        tensor = core if self.scaling == 1 else core * self.scaling
-        steps = [("i", "abc...,ia->ibc...", U1), ("d", "abc...,dc->abd...", U3), ("o", "abc...,ob->aoc...", U2)]
-        if not _input_mode_first(U1, U3):
+        tensor, U1, U2, U3 = self.factors
+        if self.scaling != 1:
+            tensor = tensor * self.scaling
+        (n, r1), (n_d, r3) = U1.shape, U3.shape
+        steps = [("i", 0, U1), ("d", 2, U3), ("o", 1, U2)]
+        if r1 * n_d * (r3 + n) < n * r3 * (r1 + n_d):  # the smaller intermediate first
             steps[:2] = steps[1::-1]
-        for mode, equation, factor in steps:
+        for mode, axis, factor in steps:
             if mode not in kept:
-                tensor = torch.einsum(equation, tensor, factor)
+                tensor = mode_product(tensor, factor, axis)
         return tensor
-
-
-def _input_mode_first(U1: torch.Tensor, U3: torch.Tensor) -> bool:
-    """Whether (core ×₁ U1) ×₃ U3 takes fewer products than (core ×₃ U3) ×₁ U1."""
-    (n, r1), (n_d, r3) = U1.shape, U3.shape
-    return n * r3 * (r1 + n_d) < r1 * n_d * (r3 + n)
 
 
 def mode_product(x: torch.Tensor, matrix: torch.Tensor, axis: int, before: int = 1, after: int = 1) -> torch.Tensor:
