@@ -99,11 +99,6 @@ class Layout:
         return cls(pattern, _solve_sizes(pattern, tuple(shape), sizes or {}))
 
     @cached_property
-    def axes(self) -> tuple[tuple[str, ...], ...]:
-        """The axes that lie on each stored axis: `(("o",), ("i", "d"))` for `"o (i d)"`."""
-        return tuple(map(tuple, _parse(self.pattern)))
-
-    @cached_property
     def _canonical(self) -> str:
         groups = [[axis for axis in self.sizes if axis[0] == letter] for letter in _MODES + _KERNEL]
         return " ".join(f"({' '.join(sorted(axes, key=_part_number))})" for axes in groups if axes)
@@ -148,6 +143,20 @@ class CoefficientSpec:
     scale: str | None = None
     scale_layout: str | None = None
     slice: str | None = None
+
+    def __post_init__(self) -> None:
+        # Parsed here and not while the layer runs: torch.compile cannot trace a regular expression.
+        self.axes, self.scale_axes  # noqa: B018
+
+    @cached_property
+    def axes(self) -> tuple[tuple[str, ...], ...]:
+        """The axes that lie on each stored axis: `(("o",), ("i", "d"))` for the layout `"o (i d)"`."""
+        return tuple(map(tuple, _parse(self.layout.pattern)))
+
+    @cached_property
+    def scale_axes(self) -> tuple[tuple[str, ...], ...]:
+        """The same of the scale."""
+        return tuple(map(tuple, _parse(self.scale_layout))) if self.scale_layout is not None else ()
 
     @classmethod
     def resolve(cls, layer: torch.nn.Module, parameter: str, description: str | Mapping[str, Any]) -> CoefficientSpec:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..coefficients.spec import CoefficientSpec, owner_of, tensor_at
-from .axes import Axes
+from .axes import Axes, expanded_scale
 from .placeholder import Ones, PerformanceWarning, StandIn
 from .products import Product
 from .updates import Update
@@ -47,7 +47,7 @@ def adapted(layer: nn.Module, spec: CoefficientSpec, updates: Sequence[Update], 
             yield
     else:
         scale = tensor_at(layer, spec.scale)
-        standin.scale = spec.layout.expand(scale, spec.scale_layout)
+        standin.scale = expanded_scale(spec, scale)
         with _shadowed(layer, spec.parameter, standin), _shadowed(layer, spec.scale, Ones.like_tensor(scale)):
             yield
 

@@ -65,7 +65,7 @@ class Axes(NamedTuple):
     @classmethod
     def of(cls, spec: CoefficientSpec, shape: torch.Size) -> Axes:
         """The axes of the parameter itself."""
-        arguments = spec.layout.axes, tuple(spec.layout.sizes.items()), spec.slice, tuple(shape)
+        arguments = spec.axes, tuple(spec.layout.sizes.items()), spec.slice, tuple(shape)
         return (_parameter_axes if torch.compiler.is_compiling() else _cached_axes)(*arguments)
 
     def place(self, mode: str, ranks: Mapping[str, int] | None = None) -> Place | None:
@@ -232,6 +232,17 @@ _cached_axes = lru_cache(maxsize=1024)(_parameter_axes)
 
 def _number(part: str) -> int:
     return int(part[1:] or 0)
+
+
+def expanded_scale(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
+    """The declared scale, repeated to the parameter's shape as a view where that is possible."""
+    sizes = spec.layout.sizes
+    own = [name for group in spec.scale_axes for name in group]
+    names = [name for group in spec.axes for name in group]
+    scale = scale.reshape([sizes[name] for name in own]).permute([own.index(name) for name in names if name in own])
+    scale = scale.reshape([sizes[name] if name in own else 1 for name in names])
+    scale = scale.expand([sizes[name] for name in names])
+    return scale.reshape([math.prod([sizes[name] for name in group]) for group in spec.axes])
 
 
 _BESIDE = Axis(())

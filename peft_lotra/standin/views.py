@@ -106,7 +106,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
         for handler, names in handlers.items()
         for name in names.split()
         for namespace in (torch, torch.Tensor)
-        if hasattr(namespace, name)
+        if callable(getattr(namespace, name, None))
     }
     for name in ("T", "mT", "H", "mH"):
         table[getattr(torch.Tensor, name).__get__] = _permute
