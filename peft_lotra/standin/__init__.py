@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from ..coefficients.spec import CoefficientSpec, owner_of, tensor_at
+from . import einops_backend, products  # noqa: F401  (they make themselves known)
 from .axes import Axes, expanded_scale
-from .placeholder import Ones, PerformanceWarning, StandIn
-from .products import Product
+from .placeholder import Ones, PerformanceWarning, StandIn, warn
 from .updates import Update
 
-__all__ = ["PerformanceWarning", "Product", "StandIn", "Update", "adapted", "adapted_coefficients"]
+__all__ = ["PerformanceWarning", "Update", "adapted", "adapted_coefficients", "needs_tensors"]
 
 
 def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> torch.Tensor:
@@ -40,16 +40,38 @@ def adapted(layer: nn.Module, spec: CoefficientSpec, updates: Sequence[Update], 
     Where it has to form that sum, there is a `PerformanceWarning`, unless `quiet`.
     """
     parameter = tensor_at(layer, spec.parameter)
-    owner = None if quiet else type(layer).__qualname__
-    standin = StandIn(parameter, Axes.of(spec, parameter.shape), updates, owner)
-    if spec.scale is None:
-        with _shadowed(layer, spec.parameter, standin):
-            yield
+    scale = None if spec.scale is None else tensor_at(layer, spec.scale)
+    ones = None
+    if type(layer) in _tensors_only:
+        value = adapted_coefficients(layer, spec, updates).contiguous()
+        if scale is not None:
+            ones = torch.ones_like(scale)
     else:
-        scale = tensor_at(layer, spec.scale)
-        standin.scale = expanded_scale(spec, scale)
-        with _shadowed(layer, spec.parameter, standin), _shadowed(layer, spec.scale, Ones.like_tensor(scale)):
+        owner = None if quiet else type(layer).__qualname__
+        value = StandIn(parameter, Axes.of(spec, parameter.shape), updates, owner)
+        if scale is not None:
+            value.scale, ones = expanded_scale(spec, scale), Ones.like_tensor(scale)
+    with _shadowed(layer, spec.parameter, value):
+        if ones is None:
             yield
+        else:
+            with _shadowed(layer, spec.scale, ones):
+                yield
+
+
+_tensors_only: set[type[nn.Module]] = set()
+
+
+def needs_tensors(layer: nn.Module, error: Exception) -> bool:
+    """Whether `error` says that `layer` gave its stand-in to code that takes tensors only; from now on it gets one.
+
+    TorchScript and `torch.autograd.Function` do not ask the object. One forward pass is lost by finding that out.
+    """
+    if "StandIn" not in str(error) or "Creating a Parameter" in str(error) or type(layer) in _tensors_only:
+        return False
+    _tensors_only.add(type(layer))
+    warn("TorchScript or torch.autograd.Function", type(layer).__qualname__)
+    return True
 
 
 _lock = threading.Lock()
@@ -79,4 +101,7 @@ def _shadowed(layer: nn.Module, path: str, value: Any) -> Iterator[None]:
             _entered[key] -= 1
             if not _entered[key]:
                 del _entered[key]
-                owner.__dict__.pop(name, None)
+                if owner.__dict__.pop(name, None) is None:
+                    raise RuntimeError(
+                        f"{type(owner).__qualname__} assigned its coefficients `{name}` anew in forward"
+                    )

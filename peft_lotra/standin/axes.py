@@ -145,8 +145,8 @@ class Axes(NamedTuple):
         for axis in self.axes:
             if axis.is_padded:
                 pieces.append(axis)
-            else:
-                pieces.extend(axis.atoms)
+            else:  # one entry is one row of its mode, wherever it lies; but an output axis is looked for by name
+                pieces.extend(atom for atom in axis.atoms if atom.size > 1 or atom.mode == "o")
         pieces.reverse()
         axes = []
         for position, size in enumerate(shape):

@@ -33,8 +33,12 @@ def linear(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Contrac
     return _contraction(F.linear, input, weight, {0: -1}, {1: input.ndim - 1}, offset=bias, is_linear=True)
 
 
-def matmul(a: Any, b: Any) -> Contraction | None:
-    """Also mm and bmm. Whichever operand is the real tensor is x."""
+def matmul(*args: Any, **kwargs: Any) -> Contraction | None:
+    """Also mm and bmm, whose operands have other names. Whichever operand is the real tensor is x."""
+    named = [kwargs[name] for name in ("input", "self", "other", "mat2", "tensor2") if name in kwargs]
+    if len(args) + len(named) != 2 or len(named) != len(kwargs):
+        return None
+    a, b = (*args, *named)
     if not isinstance(a, torch.Tensor):
         if a.ndim < 2:
             return None

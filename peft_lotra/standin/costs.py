@@ -58,7 +58,7 @@ def _cheapest(
     # The dense form adds the gradient of A to what the frozen layer computes, besides forming A + Δ and its gradient.
     entries = n * m * n_d * kernel
     build = sum(kernel * thin_products(modes, r, "") + 2 * _TRAFFIC * entries for r in ranks)
-    costs[DENSE] = 3 * build + positions * terms * m + 2 * _TRAFFIC * entries
+    costs[DENSE] = 3 * build + positions * terms * m + _TRAFFIC * (x + positions * m + 2 * entries)
     return min(costs, key=costs.__getitem__)
 
 

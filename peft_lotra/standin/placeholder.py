@@ -110,8 +110,9 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if any(standin.scale is not None for standin in found):
         args, kwargs = _mapped(StandIn.scaled, args), _mapped(StandIn.scaled, kwargs)
         found = _standins([args, kwargs])
-    if len(found) == 1 and function in found[0].handlers:
-        result = found[0].handlers[function](function, found[0], args, kwargs)
+    handler = found[0].handlers.get(function)
+    if handler is not None and (len(found) == 1 or handler in (_viewed, _described)):
+        result = handler(function, found[0], args, kwargs)
         if result is not NotImplemented:
             return result
     if len(found) == 2 and function in PRODUCTS and len(args) == 2:
@@ -120,17 +121,20 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         if isinstance(other, Ones) and torch.broadcast_shapes(product.shape, other.shape) == product.shape:
             return product
     name = getattr(function, "__name__", str(function))
-    if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or "out" in kwargs:
+    if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or kwargs.get("out") is not None:
         raise TypeError(
             f"`{name}` would write to adapted coefficients, which are a parameter and its update without memory of "
             "their own: use the operation that returns a new tensor"
         )
-    _warn(name, found[0].owner)
+    warn(name, found[0].owner)
     return function(*_mapped(_dense, args), **_mapped(_dense, kwargs))
 
 
 def _viewed(function: Callable[..., Any], standin: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return VIEWS[function](function, standin, *args[1:], **kwargs) if args and args[0] is standin else NotImplemented
+    if not args or args[0] is not standin:
+        return NotImplemented
+    # Further stand-ins, as in `weight.to(other)`, tell dtype and device only.
+    return VIEWS[function](function, standin, *_mapped(_stored, args[1:]), **_mapped(_stored, kwargs))
 
 
 def _described(function: Callable[..., Any], standin: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -206,7 +210,7 @@ def _mapped(put: Callable[[StandIn], Any], tree: Any) -> Any:
 _warned: set[tuple[str, str]] = set()
 
 
-def _warn(operation: str, owner: str | None) -> None:
+def warn(operation: str, owner: str | None) -> None:
     if owner is None or (operation, owner) in _warned or torch.compiler.is_compiling():
         return
     _warned.add((operation, owner))
@@ -234,7 +238,7 @@ _FACTS = (
 )
 _FACTS += ("is_quantized", "is_nested", "is_mps", "is_xpu", "names")
 _QUESTIONS = ("size", "dim", "numel", "nelement", "ndimension", "element_size", "stride", "is_contiguous")
-_QUESTIONS += ("is_floating_point", "is_complex", "get_device", "type")
+_QUESTIONS += ("is_floating_point", "is_complex", "get_device")
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 _OPERATORS = tuple(f"__{side}{name}__" for name in _OPERATORS for side in ("", "r"))
 _OPERATORS += ("__neg__", "__pos__", "__abs__", "__getitem__", "__setitem__", "__float__", "__bool__", "__array__")

@@ -42,7 +42,9 @@ def _expand(function: Callable[..., Any], standin: Any, *args: Any, **kwargs: An
 def _same(function: Callable[..., Any], standin: Any, *args: Any, **kwargs: Any) -> Any:
     """Copies, and conversions of dtype and device."""
     tensor = function(standin.tensor, *args, **kwargs)
-    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+    if not isinstance(tensor, torch.Tensor):
+        return tensor  # `type()` asks
+    if not tensor.is_floating_point():
         return NotImplemented
     return standin.like(tensor, standin.axes)
 
