@@ -8,9 +8,17 @@ from .config import LoTRAConfig
 from .layer import LoTRALayer
 from .model import LoTRAModel
 from .registration import register
+from .standin import PerformanceWarning
 
 __version__ = "0.1.0"
 
-__all__ = ["LoTRAConfig", "LoTRALayer", "LoTRAModel", "register_kan_layer", "registered_kan_layers"]
+__all__ = [
+    "LoTRAConfig",
+    "LoTRALayer",
+    "LoTRAModel",
+    "PerformanceWarning",
+    "register_kan_layer",
+    "registered_kan_layers",
+]
 
 register(LoTRAConfig, LoTRAModel)

@@ -271,7 +271,7 @@ def test_one_output_of_many():
         (lambda x, w: F.linear(x, F.normalize(w)), "normalize"),
         (lambda x, w: F.linear(x, w + 1), "add"),
         (lambda x, w: F.linear(x, 1 - w), "rsub"),
-        (lambda x, w: F.linear(x, w * torch.arange(M).to(x)[:, None]), "mul"),
+        (lambda x, w: F.linear(x, w * torch.arange(M).to(x)[:, None]), "linear"),
         (lambda x, w: F.linear(x[:, :M], w.T), "linear"),
         (lambda x, w: F.linear(x, w[torch.arange(M)]), "getitem"),
         (lambda x, w: F.bilinear(x, x[:, :1], w[:, :, None]), "bilinear"),

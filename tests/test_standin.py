@@ -106,6 +106,7 @@ class First(nn.Module):
 def adapted(name, dtype=torch.float64, adapters=1, r=(2, 3, 2)):
     """The base, an adapted copy, an input."""
     make, coefficients, shape = LAYERS[name]
+    r = (2, 1, 2) if "one output" in name else r
     return adapt(make(), coefficients, shape, dtype, adapters, r)
 
 
@@ -130,18 +131,31 @@ def factors_of(model):
 
 def dense(base, model):
     """x -> the base's output with A · scale + Σ Δ put into its parameter, by another way than the stand-in's."""
-    tensors = {}
-    for layer in model.modules():
-        if isinstance(layer, LoTRALayer):
-            spec, inner = layer.spec, layer.get_base_layer()
-            weight = inner.get_parameter(spec.parameter).detach()
-            if spec.scale is not None:
-                scale = inner.get_parameter(spec.scale).detach()
-                weight = weight * spec.layout.expand(scale, spec.scale_layout)
-                tensors[f"layer.{spec.scale}"] = torch.ones_like(scale)
-            deltas = [layer.get_delta_weight(adapter) for adapter in layer.active_adapters]
-            tensors[f"layer.{spec.parameter}"] = weight + sum(deltas)
-    return lambda x: torch.func.functional_call(base, tensors, x)
+
+    def oracle(x):
+        tensors = {}
+        for layer in model.modules():
+            if isinstance(layer, LoTRALayer):
+                spec, inner = layer.spec, layer.get_base_layer()
+                weight = inner.get_parameter(spec.parameter).detach()
+                if spec.scale is not None:
+                    scale = inner.get_parameter(spec.scale).detach()
+                    weight = weight * spec.layout.expand(scale, spec.scale_layout)
+                    tensors[f"layer.{spec.scale}"] = torch.ones_like(scale)
+                names = [name for name in layer.active_adapters if name in layer.lotra_core]
+                tensors[f"layer.{spec.parameter}"] = weight + sum(map(layer.get_delta_weight, names))
+        return torch.func.functional_call(base, tensors, x)
+
+    return oracle
+
+
+def _forced(order):
+    """A `cheapest_order` that is always this one, where x has the modes."""
+
+    def cheapest_order(x, positions, terms, modes, kernel, on_x, ranks):
+        return order if order == DENSE or set(order) <= set(on_x) else ""
+
+    return cheapest_order
 
 
 @pytest.mark.parametrize("adapters", [1, 3])
@@ -149,9 +163,7 @@ def dense(base, model):
 @all_layers
 def test_values_and_derivatives(name, order, adapters, monkeypatch):
     if order != "counted":
-        monkeypatch.setattr(
-            factorised, "cheapest_order", lambda *args: order if order == DENSE or set(order) <= set(args[5]) else ""
-        )
+        monkeypatch.setattr(factorised, "cheapest_order", _forced(order))
     base, model, x = adapted(name, adapters=adapters)
     oracle = dense(base, model)
     y, expected = model(x), oracle(x)
@@ -179,7 +191,7 @@ def test_fp32(name):
 
 def test_an_undeclared_scale_is_warned_of_and_exact():
     base, model, x = adapt(PreActivatedKANLayer(6, 5), {"coeffs": "i o d"}, FLAT, torch.float64, r=2)
-    with pytest.warns(PerformanceWarning, match="PreActivatedKANLayer calls `mul`"):
+    with pytest.warns(PerformanceWarning, match="PreActivatedKANLayer calls `einsum`"):
         y = model(x)
     assert_different(y, base(x))
     assert_equal(y, dense(base, model)(x))
@@ -187,7 +199,7 @@ def test_an_undeclared_scale_is_warned_of_and_exact():
 
 # Cost and memory -----------------------------------------------------------------------------------------------------
 
-WIDTH, BATCH, BASIS = 256, 128, 8
+WIDTH, BATCH, BASIS = 512, 256, 8
 WIDE = {
     "efficient-kan": lambda: KANLinear(WIDTH, WIDTH),
     "fast-kan": lambda: FastKANLayer(WIDTH, WIDTH),
@@ -200,11 +212,11 @@ def wide_layer(name, adapters=1, r=(8, 8, 4)):
     return adapt(WIDE[name](), None, (BATCH, WIDTH), adapters=adapters, r=r)
 
 
-def flops(model, x):
-    """Of a forward pass and the gradients of the input and of what is trainable."""
-    inputs = [x.detach().requires_grad_(), *factors_of(model)]
+def flops(model, x, device="meta"):
+    """Of a forward pass and the gradients of the input and of what is trainable; meta tensors do for counting."""
+    model = copy.deepcopy(model).to("meta") if device == "meta" else model
     with FlopCounterMode(display=False) as counter:
-        model(inputs[0]).sum().backward()
+        model(x.detach().to(device).requires_grad_()).sum().backward()
     return counter.get_total_flops()
 
 
@@ -228,7 +240,7 @@ def saved(model, x):
 @wide
 def test_a_step_costs_what_the_frozen_layer_costs(name):
     base, model, x = wide_layer(name)
-    assert flops(model, x) <= 1.08 * flops(base, x)  # 1 + 3/2 · r2/m and the rest at m = 256
+    assert flops(model, x) <= 1.05 * flops(base, x)
     full = copy.deepcopy(base).requires_grad_(True)
     assert flops(full, x) >= 1.4 * flops(base, x)
 
@@ -259,11 +271,11 @@ def test_the_cost_of_the_adapter_is_linear_in_the_batch(name):
 
 def test_large_ranks_are_computed_densely_and_small_ones_thinly():
     n = m = 512
-    sizes = dict(x=256 * n * 8, positions=256, terms=n * 8, modes=(n, m, 8), kernel=1, on_x="id")
+    sizes = {"x": 256 * n * 8, "positions": 256, "terms": n * 8, "modes": (n, m, 8), "kernel": 1, "on_x": "id"}
     assert cheapest_order(**sizes, ranks=((8, 8, 4),)) == ""
     assert cheapest_order(**sizes, ranks=((8, 8, 4),) * 8) == ""
     assert "d" in cheapest_order(**sizes, ranks=((150, 150, 2),))
-    assert cheapest_order(**sizes, ranks=((512, 512, 8),)) == DENSE
+    assert cheapest_order(**sizes | {"x": 8192 * n * 8, "positions": 8192}, ranks=((512, 512, 8),)) == DENSE
 
 
 @wide
@@ -275,20 +287,18 @@ def test_a_slim_layer_costs_what_its_factors_cost(name):
         for path in ("spline_weight", "spline_linear.weight", "cheby_coeffs")
         if path in dict(layer.named_parameters())
     )
-    parameter = layer.get_parameter(path)
-    dense_layer = copy.deepcopy(layer)
-    parameter.data = torch.zeros(()).expand(parameter.shape)
+    layer.get_parameter(path).data.zero_()
     rank = round(0.29 * WIDTH), round(0.29 * WIDTH), 2
     base, model, x = adapt(layer, None, (BATCH, WIDTH), r=rank)
-    y = model(x)
-    assert_different(y, base(x))
-    filled = copy.deepcopy(base)
-    filled.layer.get_parameter(path).data = torch.zeros(parameter.shape)
-    assert_equal(y, dense(filled, model)(x), 1e-4)
-    whole = First(dense_layer).requires_grad_(True)
-    base_only = nn.Linear(WIDTH, WIDTH)  # the residual of efficient-kan and fast-kan, which no adapter changes
-    residual = 0 if name == "ChebyKAN" else flops(base_only, x)
-    assert flops(model, x) - residual <= 0.25 * (flops(whole, x) - residual)
+    full = flops(copy.deepcopy(base).requires_grad_(True), x)
+    expected = model(x)
+    assert_different(expected, base(x))
+    parameter = next(p for key, p in model.named_parameters() if key.endswith(path))
+    parameter.data = torch.zeros(()).expand(parameter.shape)
+    assert_equal(model(x), expected)
+    # the residual of efficient-kan and fast-kan, which no adapter changes
+    residual = 0 if name == "ChebyKAN" else 4 * BATCH * WIDTH**2
+    assert flops(model, x, "cpu") - residual <= 0.25 * (full - 1.5 * residual)
 
 
 def test_only_an_expanded_zero_counts_as_zero():
@@ -374,11 +384,12 @@ def test_checkpointing(name, use_reentrant):
         assert_equal(tensor.grad, gradient)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.parametrize("order", ["", "di", DENSE])
 @pytest.mark.parametrize("name", [*REGISTERED[1:], "FourierKAN", "convolution"])
 def test_transforms(name, order, monkeypatch):
     """jacrev, hessian and vmap, over samples and over adapters, with the values of the dense layer."""
-    monkeypatch.setattr(factorised, "cheapest_order", lambda *args: order)
+    monkeypatch.setattr(factorised, "cheapest_order", _forced(order))
     base, model, x = adapted(name)
     oracle, x = dense(base, model), x.detach()
     sample = x[:1]
@@ -432,10 +443,9 @@ def test_threads(name):
 
 
 class Scripted(nn.Module):
-    def __init__(self, function):
+    def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(5, 24, dtype=torch.float64))
-        self.function = function
 
     def forward(self, x):
         return self.function(x.repeat(1, 4), self.weight)
@@ -458,8 +468,9 @@ def test_code_that_takes_tensors_only_gets_one():
     """TorchScript and autograd functions do not ask the stand-in."""
     scripted = torch.jit.trace(nn.functional.linear, (torch.randn(2, 24).double(), torch.randn(5, 24).double()))
     for function in (LinearFunction.apply, scripted):
-        layer = type("Layer", (Scripted,), {})(function)
+        layer = type("Layer", (Scripted,), {"function": staticmethod(function)})()
         base, model, x = adapt(layer, {"weight": {"layout": "o (i d)", "sizes": {"d": 4}}}, FLAT, torch.float64, r=2)
+        placeholder._warned.clear()
         with pytest.warns(PerformanceWarning, match=r"TorchScript or torch\.autograd\.Function"):
             y = model(x)
         assert_different(y, base(x))

@@ -25,9 +25,9 @@ __all__ = ["PerformanceWarning", "Update", "adapted", "adapted_coefficients", "n
 
 def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> torch.Tensor:
     """parameter · scale + Σ updates, in the layout of the parameter."""
-    coefficients = tensor_at(layer, spec.parameter)
+    coefficients = _stored(layer, spec.parameter)
     if spec.scale is not None:
-        coefficients = coefficients * spec.layout.expand(tensor_at(layer, spec.scale), spec.scale_layout)
+        coefficients = coefficients * expanded_scale(spec, _stored(layer, spec.scale))
     for update in updates:
         coefficients = coefficients + update.dense(spec, coefficients.shape).to(coefficients)
     return coefficients
@@ -39,8 +39,8 @@ def adapted(layer: nn.Module, spec: CoefficientSpec, updates: Sequence[Update], 
 
     Where it has to form that sum, there is a `PerformanceWarning`, unless `quiet`.
     """
-    parameter = tensor_at(layer, spec.parameter)
-    scale = None if spec.scale is None else tensor_at(layer, spec.scale)
+    parameter = _stored(layer, spec.parameter)
+    scale = None if spec.scale is None else _stored(layer, spec.scale)
     ones = None
     if type(layer) in _tensors_only:
         value = adapted_coefficients(layer, spec, updates).contiguous()
@@ -74,6 +74,13 @@ def needs_tensors(layer: nn.Module, error: Exception) -> bool:
     return True
 
 
+def _stored(layer: nn.Module, path: str) -> torch.Tensor:
+    """The tensor itself, also while another thread has a stand-in in front of it."""
+    owner, name = owner_of(layer, path)
+    tensor = owner._parameters.get(name)
+    return tensor_at(layer, path) if tensor is None else tensor
+
+
 _lock = threading.Lock()
 _entered: dict[tuple[int, str], int] = {}  # how many forward passes, in all threads, use a shadow
 
@@ -102,6 +109,4 @@ def _shadowed(layer: nn.Module, path: str, value: Any) -> Iterator[None]:
             if not _entered[key]:
                 del _entered[key]
                 if owner.__dict__.pop(name, None) is None:
-                    raise RuntimeError(
-                        f"{type(owner).__qualname__} assigned its coefficients `{name}` anew in forward"
-                    )
+                    raise RuntimeError(f"{type(owner).__qualname__} assigned its coefficients `{name}` in forward")

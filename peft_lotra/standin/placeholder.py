@@ -54,7 +54,10 @@ class StandIn:
         return type(self)(tensor, axes, self.updates, self.owner)
 
     def scaled(self) -> StandIn:
-        return self if self.scale is None else self.like(self.tensor * self.scale, self.axes)
+        """Itself with the scale multiplied onto the tensor; one expanded zero stays one."""
+        if self.scale is None:
+            return self
+        return self.like(self.tensor if is_zero_expanded(self.tensor) else self.tensor * self.scale, self.axes)
 
     def dense(self) -> torch.Tensor:
         """A + Σ updates, contiguous."""

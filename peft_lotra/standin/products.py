@@ -23,7 +23,11 @@ class Product(StandIn):
     """x · weight, elementwise."""
 
     def __init__(self, weight: StandIn, x: torch.Tensor) -> None:
-        super().__init__(x * weight.tensor, weight.axes, weight.updates)
+        product = x * weight.tensor
+        # With a batch, the layer itself forms batch × A, and the dense form is nothing to warn of. Without, this is a
+        # scale or mask that nobody declared; its product with Δ has no low rank.
+        owner = weight.owner if product.numel() == weight.tensor.numel() else None
+        super().__init__(product, weight.axes, weight.updates, owner)
         self._weight = weight
         self.x = x
 
@@ -41,9 +45,7 @@ def _times(function: Callable[..., Any], standin: StandIn, args: tuple[Any, ...]
     other = args[1] if args[0] is standin else args[0]
     if _is_number(other):
         return _by_number(function, standin, other)
-    shape = torch.broadcast_shapes(other.shape, standin.shape)
-    # Without a batch this is a scale or mask that nobody declared; its product with Δ has no low rank.
-    return Product(standin, other) if math.prod(shape) > math.prod(standin.shape) else NotImplemented
+    return Product(standin, other)
 
 
 def _over(function: Callable[..., Any], standin: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
