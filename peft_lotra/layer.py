@@ -15,7 +15,7 @@ from torch import nn
 
 from .checkpoint import CONTAINERS, factor_shapes
 from .coefficients.spec import CoefficientSpec, tensor_at
-from .standin import Update, adapted, adapted_coefficients, needs_tensors
+from .standin import Update, adapted, adapted_coefficients, give_tensors_to, is_refusal, takes_tensors_only
 from .tucker import TuckerFactors
 
 # Methods of KAN layers that rewrite coefficients, by the beginning of their names.
@@ -162,12 +162,14 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """The base layer's own forward, with A_ft in place of A."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        with_stand_in = not takes_tensors_only(self.get_base_layer())
         try:
             with self._adapted():
                 return self.base_layer(*args, **kwargs)
         except (TypeError, RuntimeError) as error:
-            if not needs_tensors(self.get_base_layer(), error):
+            if not (with_stand_in and is_refusal(error)):
                 raise
+        give_tensors_to(self.get_base_layer())
         with self._adapted():
             return self.base_layer(*args, **kwargs)
 

@@ -478,6 +478,46 @@ def test_code_that_takes_tensors_only_gets_one():
         assert torch.autograd.grad(model(x).sum(), factors_of(model))[0].any()
 
 
+class TwoScripted(nn.Module):
+    """Two coefficient tensors, nested adapters."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(5, 24, dtype=torch.float64))
+        self.second = nn.Parameter(torch.randn(5, 24, dtype=torch.float64))
+
+    def forward(self, x):
+        return LinearFunction.apply(x.repeat(1, 4), self.first) + LinearFunction.apply(x.repeat(1, 4), self.second)
+
+
+def test_tensors_for_nested_adapters():
+    layout = {"layout": "o (i d)", "sizes": {"d": 4}}
+    base, model, x = adapt(TwoScripted(), {"first": layout, "second": layout}, FLAT, torch.float64, r=2)
+    with pytest.warns(PerformanceWarning):
+        y = model(x)
+    assert_different(y, base(x))
+    assert_equal(y, dense(base, model)(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@registered
+def test_compile_with_dynamic_shapes(name):
+    _, model, x = adapted(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    for batch in (x.detach(), x.detach()[:4]):
+        assert_equal(compiled(batch), model(batch))
+
+
+@all_layers
+def test_inference_mode_and_empty_batches(name):
+    base, model, x = adapted(name)
+    with torch.inference_mode():
+        assert_equal(model(x), dense(base, model)(x))
+        if x.dim() == 2 and name not in ("pykan", "efficient-kan"):  # which fail on none themselves
+            assert model(x[:0]).shape == base(x[:0]).shape
+
+
 def test_a_layer_that_assigns_its_coefficients_is_refused():
     layer = ChebyKANLayer(6, 5, 3)
     layer.register_forward_pre_hook(

@@ -20,7 +20,15 @@ from .axes import Axes, expanded_scale
 from .placeholder import Ones, PerformanceWarning, StandIn, warn
 from .updates import Update
 
-__all__ = ["PerformanceWarning", "Update", "adapted", "adapted_coefficients", "needs_tensors"]
+__all__ = [
+    "PerformanceWarning",
+    "Update",
+    "adapted",
+    "adapted_coefficients",
+    "give_tensors_to",
+    "is_refusal",
+    "takes_tensors_only",
+]
 
 
 def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> torch.Tensor:
@@ -42,7 +50,7 @@ def adapted(layer: nn.Module, spec: CoefficientSpec, updates: Sequence[Update], 
     parameter = _stored(layer, spec.parameter)
     scale = None if spec.scale is None else _stored(layer, spec.scale)
     ones = None
-    if type(layer) in _tensors_only:
+    if takes_tensors_only(layer):
         value = adapted_coefficients(layer, spec, updates).contiguous()
         if scale is not None:
             ones = torch.ones_like(scale)
@@ -59,19 +67,25 @@ def adapted(layer: nn.Module, spec: CoefficientSpec, updates: Sequence[Update], 
                 yield
 
 
+# Classes of layers that give their coefficients to code that takes tensors only: TorchScript and
+# `torch.autograd.Function` do not ask the stand-in. It takes a failed forward pass to find that out.
 _tensors_only: set[type[nn.Module]] = set()
 
 
-def needs_tensors(layer: nn.Module, error: Exception) -> bool:
-    """Whether `error` says that `layer` gave its stand-in to code that takes tensors only; from now on it gets one.
+def takes_tensors_only(layer: nn.Module) -> bool:
+    """Whether layers of this class get the dense A + Σ updates in place of a stand-in."""
+    return type(layer) in _tensors_only
 
-    TorchScript and `torch.autograd.Function` do not ask the object. One forward pass is lost by finding that out.
-    """
-    if "StandIn" not in str(error) or "Creating a Parameter" in str(error) or type(layer) in _tensors_only:
-        return False
+
+def is_refusal(error: Exception) -> bool:
+    """Whether code that takes tensors only raised this about a stand-in."""
+    return "StandIn" in str(error) and "Creating a Parameter" not in str(error)
+
+
+def give_tensors_to(layer: nn.Module) -> None:
+    """From now on, layers of this class get the dense A + Σ updates."""
     _tensors_only.add(type(layer))
     warn("TorchScript or torch.autograd.Function", type(layer).__qualname__)
-    return True
 
 
 def _stored(layer: nn.Module, path: str) -> torch.Tensor:

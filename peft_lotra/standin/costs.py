@@ -31,8 +31,9 @@ def cheapest_order(
         on_x: those of the modes i and d that x has too and that are summed.
         ranks: (r1, r2, r3) of each update.
     """
-    # torch.compile traces through a cache with a warning.
-    count = _cheapest if torch.compiler.is_compiling() else _cached_cheapest
+    # torch.compile traces through a cache with a warning; symbolic sizes cannot be keys.
+    symbolic = torch.compiler.is_compiling() or not (isinstance(x, int) and isinstance(positions, int))
+    count = _cheapest if symbolic else _cached_cheapest
     return count(x, positions, terms, modes, kernel, on_x, ranks)
 
 
@@ -59,7 +60,11 @@ def _cheapest(
     entries = n * m * n_d * kernel
     build = sum(kernel * thin_products(modes, r, "") + 2 * _TRAFFIC * entries for r in ranks)
     costs[DENSE] = 3 * build + positions * terms * m + _TRAFFIC * (x + positions * m + 2 * entries)
-    return min(costs, key=costs.__getitem__)
+    best = DENSE
+    for order, cost in costs.items():  # torch.compile cannot trace `min` with a key over symbolic sizes
+        if cost < costs[best]:
+            best = order
+    return best
 
 
 _cached_cheapest = lru_cache(maxsize=4096)(_cheapest)

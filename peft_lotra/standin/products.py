@@ -45,7 +45,7 @@ def _times(function: Callable[..., Any], standin: StandIn, args: tuple[Any, ...]
     other = args[1] if args[0] is standin else args[0]
     if _is_number(other):
         return _by_number(function, standin, other)
-    return Product(standin, other)
+    return Product(standin, other) if isinstance(other, torch.Tensor) else NotImplemented
 
 
 def _over(function: Callable[..., Any], standin: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -70,19 +70,19 @@ def _sum(function: Callable[..., Any], product: Product, args: tuple[Any, ...], 
 
 
 def _sum_contraction(
-    product: Product, dim: int | tuple[int, ...] | None = None, keepdim: bool = False, *, dtype: Any = None
+    product: Product, dim: int | tuple[int, ...] | None = None, keepdim: bool = False, **others: Any
 ) -> Contraction | None:
     x, weight, ndim = product.x, product.weight, product.tensor.dim()
-    if dim is None or dtype is not None:
+    if dim is None or others:
         return None
     dims = sorted(d % ndim for d in ((dim,) if isinstance(dim, int) else dim))
     letters = ascii_letters[:ndim]
     lacking = ndim - weight.ndim  # axes that only x has
-    of_x = [k for k in range(ndim) if k >= ndim - x.dim() and x.shape[k - ndim] > 1]
+    of_x = [k for k in range(ndim) if k >= ndim - x.dim() and x.shape[k - ndim] != 1]
     of_weight = [k for k in range(ndim) if k >= lacking]
     out = [k for k in range(ndim) if k not in dims]
     place = {k: k if keepdim else out.index(k) for k in out}
-    thin = [k for k in of_weight if weight.shape[k - lacking] > 1 or k not in of_x]
+    thin = [k for k in of_weight if weight.shape[k - lacking] != 1 or k not in of_x]
     equation = "".join(letters[k] for k in of_x), "".join(letters[k] for k in thin), "".join(letters[k] for k in out)
 
     def apply(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
