@@ -89,6 +89,7 @@ OPERATIONS = {
     "@, weight first": ("o (i d)", (N * D, B), lambda x, w: w @ x),
     "@, weight first, one sample": ("o (i d)", (N * D,), lambda x, w: w @ x),
     "matmul": ("(d i) o", (3, *FLAT), lambda x, w: torch.matmul(x, other=w)),
+    "mv": ("o (i d)", (N * D,), lambda x, w: torch.mv(w, vec=x)),
     "mm": ("(i d) o", FLAT, lambda x, w: x.mm(w)),
     "bmm": ("g (i d) o", (G, *FLAT), lambda x, w: torch.bmm(x, w)),
     "bmm, weight first": ("g o (i d)", (G, N * D, B), lambda x, w: torch.bmm(w, x)),
@@ -177,6 +178,19 @@ def test_operation_in_fp32(name):
 
 
 INDICES = torch.tensor([[3, 0, 3], [19, 7, 1]])
+
+
+def test_a_product_promotes_dtypes(monkeypatch):
+    layer = Layer("o i d", lambda x, w: (x * w).sum((-2, -1)), torch.float32)
+    taken = _force(monkeypatch, "")
+    x = torch.randn(B, 1, N, D, dtype=torch.float64, requires_grad=True)
+    update = layer.update()
+    oracle = layer.function(x, layer.weight + layer.dense(update))
+    with adapted(layer, layer.spec, [update]):
+        assert_equal(layer(x), oracle, 1e-6)
+    assert taken.times == 1
+
+
 LOOKUPS = {
     "embedding": lambda x, w: F.embedding(x, w),
     "embedding, a slice": lambda x, w: F.embedding(x % 8, w[:8]),
@@ -207,6 +221,12 @@ VIEWS = {
     "t": ("(i d) o", lambda w: w.t()),
     "T": ("(i d) o", lambda w: w.T),
     "mT": ("(i d) o", lambda w: w.mT),
+    "as another": (
+        "o i d",
+        lambda w: (
+            w.expand_as(w).view_as(w).type_as(w).reshape_as(torch.empty(M, N * D)).expand_as(torch.empty(M, N * D))
+        ),
+    ),
     "unsqueeze": ("o (i d)", lambda w: w.unsqueeze(1).squeeze(1)[None].squeeze()),
     "expand": ("o (i d)", lambda w: w.expand(3, -1, -1).select(0, 2)),
     "to": ("o (i d)", lambda w: w.to(torch.float32).to("cpu").double().to(w).clone()),

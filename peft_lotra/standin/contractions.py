@@ -34,8 +34,8 @@ def linear(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Contrac
 
 
 def matmul(*args: Any, **kwargs: Any) -> Contraction | None:
-    """Also mm and bmm, whose operands have other names. Whichever operand is the real tensor is x."""
-    named = [kwargs[name] for name in ("input", "self", "other", "mat2", "tensor2") if name in kwargs]
+    """Also mm, bmm and mv, whose operands have other names. Whichever operand is the real tensor is x."""
+    named = [kwargs[name] for name in ("input", "self", "other", "mat2", "vec", "tensor2") if name in kwargs]
     if len(args) + len(named) != 2 or len(named) != len(kwargs):
         return None
     a, b = (*args, *named)
@@ -182,6 +182,7 @@ CONTRACTIONS: dict[Any, Callable[..., Contraction | None]] = {
     F.embedding_bag: embedding_bag,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), conv),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), conv),
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm), matmul),
-    **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__), matmul),
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), matmul),
+    torch.Tensor.__matmul__: matmul,
+    **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.mv), matmul),
 }

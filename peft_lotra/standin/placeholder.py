@@ -104,7 +104,9 @@ class Ones(StandIn):
 
 def is_zero_expanded(tensor: torch.Tensor) -> bool:
     """Whether this is one zero expanded to a shape: the coefficients of a KAN that consists of its update alone."""
-    return tensor.numel() > 1 and not any(tensor.stride()) and not bool(tensor[(0,) * tensor.dim()])
+    if tensor.numel() <= 1 or any(tensor.stride()) or tensor.is_meta or torch.compiler.is_compiling():
+        return False  # a compiled graph cannot depend on a value; it computes with the zeros
+    return not bool(tensor[(0,) * tensor.dim()])
 
 
 def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -134,9 +136,11 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 
 def _viewed(function: Callable[..., Any], standin: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not args or args[0] is not standin:
+    if not args:
         return NotImplemented
-    # Further stand-ins, as in `weight.to(other)`, tell dtype and device only.
+    # Other places, as in `x.view_as(weight)` and `x.to(weight)`, tell shape, dtype and device only.
+    if args[0] is not standin:
+        return _described(function, standin, args, kwargs)
     return VIEWS[function](function, standin, *_mapped(_stored, args[1:]), **_mapped(_stored, kwargs))
 
 
@@ -181,8 +185,8 @@ def _stored(standin: StandIn) -> torch.Tensor:
 
 PRODUCTS = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply)
 PRODUCTS += (torch.Tensor.__mul__, torch.Tensor.__rmul__)
-_DESCRIBED = "zeros_like ones_like empty_like full_like rand_like randn_like view_as expand_as type_as reshape_as"
-_DESCRIBED += " new_zeros new_ones new_empty new_full new_tensor"
+_DESCRIBED = "zeros_like ones_like empty_like full_like rand_like randn_like"
+_DESCRIBED += " new_zeros new_ones new_empty new_full"
 StandIn.handlers = {
     getattr(namespace, name): _described
     for name in _DESCRIBED.split()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .contractions import Contraction
-from .placeholder import PRODUCTS, StandIn, factorised
+from .placeholder import PRODUCTS, StandIn, factorised, is_zero_expanded
 
 _QUOTIENTS = (torch.div, torch.true_divide, torch.Tensor.div, torch.Tensor.true_divide, torch.Tensor.__truediv__)
 
@@ -23,7 +23,10 @@ class Product(StandIn):
     """x · weight, elementwise."""
 
     def __init__(self, weight: StandIn, x: torch.Tensor) -> None:
-        product = x * weight.tensor
+        if is_zero_expanded(weight.tensor):
+            product = weight.tensor.new_zeros(()).expand(torch.broadcast_shapes(x.shape, weight.shape))
+        else:
+            product = x * weight.tensor
         # With a batch, the layer itself forms batch × A, and the dense form is nothing to warn of. Without, this is a
         # scale or mask that nobody declared; its product with Δ has no low rank.
         owner = weight.owner if product.numel() == weight.tensor.numel() else None
@@ -86,6 +89,8 @@ def _sum_contraction(
     equation = "".join(letters[k] for k in of_x), "".join(letters[k] for k in thin), "".join(letters[k] for k in out)
 
     def apply(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        dtype = torch.promote_types(x.dtype, w.dtype)  # as in the product
+        x, w = x.to(dtype), w.to(dtype)
         x = x.reshape([x.shape[k - ndim] for k in of_x])
         w = w.reshape([w.shape[k - lacking] for k in thin])
         y = torch.einsum("{},{}->{}".format(*equation), x, w)

@@ -93,10 +93,10 @@ def _along(standin: Any, dim: int, part: int | slice) -> tuple[Any, ...]:
 
 def _table() -> dict[Any, Callable[..., Any]]:
     handlers = {
-        _reshape: "reshape view flatten unflatten ravel squeeze unsqueeze _unsafe_view",
+        _reshape: "reshape reshape_as view view_as flatten unflatten ravel squeeze unsqueeze _unsafe_view",
         _permute: "permute transpose swapaxes swapdims movedim moveaxis t adjoint",
-        _expand: "expand broadcast_to",
-        _same: "contiguous clone to type float double half bfloat16 cpu cuda",
+        _expand: "expand expand_as broadcast_to",
+        _same: "contiguous clone to type type_as float double half bfloat16 cpu cuda",
         _getitem: "__getitem__",
         _select: "select",
         _narrow: "narrow",
