@@ -181,6 +181,19 @@ def test_values_and_derivatives(name, order, adapters, monkeypatch):
         assert_equal(a, e, 1e-8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("order", ["", "di", DENSE])
+@all_layers
+def test_a_zero_core_changes_no_bit(name, order, dtype, monkeypatch):
+    monkeypatch.setattr(factorised, "cheapest_order", _forced(order))
+    base, model, x = adapted(name, dtype)
+    assert_different(model(x), base(x))
+    for key, parameter in model.named_parameters():
+        if "lotra_core" in key:
+            nn.init.zeros_(parameter)
+    assert_equal(model(x), base(x), 0)
+
+
 @all_layers
 def test_fp32(name):
     base, model, x = adapted(name, torch.float32)

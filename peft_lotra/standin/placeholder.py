@@ -60,12 +60,13 @@ class StandIn:
         return self.like(self.tensor if is_zero_expanded(self.tensor) else self.tensor * self.scale, self.axes)
 
     def dense(self) -> torch.Tensor:
-        """A + Σ updates, contiguous."""
+        """A + Σ updates, lying in memory like A."""
         total = self.tensor
         for update in self.updates:
             update = update.rows(self.axes).in_fp32
             total = total + self.axes.arrange(update.thin(()), {}).to(total.dtype)
-        return total.contiguous()
+        # A sum lies like its first term where that is transposed; the layer's operation then rounds as with A.
+        return total.contiguous() if self.tensor.is_contiguous() else total
 
     @property
     def weight(self) -> StandIn:
