@@ -194,6 +194,19 @@ def test_a_zero_core_changes_no_bit(name, order, dtype, monkeypatch):
     assert_equal(model(x), base(x), 0)
 
 
+@pytest.mark.parametrize("order", ["", "di", DENSE])
+@all_layers
+def test_training_and_inference_give_the_same_bits(name, order, monkeypatch):
+    monkeypatch.setattr(factorised, "cheapest_order", _forced(order))
+    base, model, x = adapted(name)
+    y = model(x)
+    assert_different(y, base(x))
+    with torch.no_grad():
+        assert_equal(model(x), y, 0)
+    model.requires_grad_(False)
+    assert_equal(model(x.detach()), y, 0)
+
+
 @all_layers
 def test_fp32(name):
     base, model, x = adapted(name, torch.float32)

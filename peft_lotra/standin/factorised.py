@@ -75,9 +75,8 @@ def _thin_term(c: Contraction, axes: Axes, updates: Sequence[Update], dtype: tor
     if c.is_linear and trailing and sorted(c.summed.values()) == trailing and before * after == 1:
         # As one matrix product whose thin side is the rows of B, which is the fast way round for gradients too.
         order_of_x = [axis, *sorted(c.summed, key=c.summed.__getitem__)]
-        y = F.linear(x.flatten(trailing[0]), weight.permute(order_of_x).flatten(1))
-        y = F.linear(y, U2.to(y.dtype))
-        return y.movedim(-1, c.carried[axis])
+        y = mode_product(x.flatten(trailing[0]), weight.permute(order_of_x).flatten(1), -1)
+        return mode_product(y, U2.to(y.dtype), -1).movedim(-1, c.carried[axis])
     y = c.apply(x, weight)
     return mode_product(y, U2.to(y.dtype), c.carried[axis], before, after)
 

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ..coefficients.spec import CoefficientSpec
 from ..tucker import TuckerFactors, reconstruct
@@ -59,14 +58,16 @@ class Update(NamedTuple):
 def mode_product(x: torch.Tensor, matrix: torch.Tensor, axis: int, before: int = 1, after: int = 1) -> torch.Tensor:
     """x ×_axis M, M: (out, in), where `axis` has (before · in · after) entries, flattened."""
     axis %= x.dim()
-    shape = x.shape
+    shape = list(x.shape)
     if before > 1 or after > 1:
         x = x.unflatten(axis, (before, matrix.shape[1], after))
         axis += 1
-    if axis == x.dim() - 1:
-        y = F.linear(x, matrix)
-    else:
-        y = torch.matmul(matrix, x.flatten(axis + 1)).unflatten(-1, x.shape[axis + 1 :])
+    x = x.movedim(axis, -1)
+    # As one product of two matrices: `matmul` of more axes goes one way or another, and rounds differently, depending
+    # on what requires a gradient.
+    y = (x.reshape(-1, matrix.shape[1]) @ matrix.T).reshape(*x.shape[:-1], matrix.shape[0]).movedim(-1, axis)
     if before > 1 or after > 1:
-        y = y.reshape(*shape[: axis - 1], before * matrix.shape[0] * after, *shape[axis:])
+        axis -= 1
+        shape[axis] = before * matrix.shape[0] * after
+        y = y.reshape(shape)
     return y
