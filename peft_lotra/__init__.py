@@ -17,6 +17,7 @@ from .ranks import suggest_ranks
 from .registration import register
 from .slim import slim_kan
 from .spectrum import Spectrum
+from .standin import PerformanceWarning
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "LoTRAConfig",
     "LoTRALayer",
     "LoTRAModel",
+    "PerformanceWarning",
     "Spectrum",
     "activation_curves",
     "coefficient_updates",

@@ -15,7 +15,7 @@ from torch import nn
 
 from .checkpoint import CONTAINERS, factor_shapes
 from .coefficients.spec import CoefficientSpec, tensor_at
-from .standin import Update, adapted, adapted_coefficients
+from .standin import Update, adapted, adapted_coefficients, give_tensors_to, is_refusal, takes_tensors_only
 from .tucker import TuckerFactors
 
 # Methods of KAN layers that rewrite coefficients, by the beginning of their names.
@@ -162,6 +162,14 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """The base layer's own forward, with A_ft in place of A."""
         if self.disable_adapters and self.merged:
             self.unmerge()
+        with_stand_in = not takes_tensors_only(self.get_base_layer())
+        try:
+            with self._adapted():
+                return self.base_layer(*args, **kwargs)
+        except (TypeError, RuntimeError) as error:
+            if not (with_stand_in and is_refusal(error)):
+                raise
+        give_tensors_to(self.get_base_layer())
         with self._adapted():
             return self.base_layer(*args, **kwargs)
 
@@ -169,15 +177,13 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """The updates that count on top of what the base layer holds, without that of the adapter `besides`."""
         if self.disable_adapters:
             return []
-        left_out = {*self.merged_adapters, besides}
-        return [
-            self._update(name) for name in self.active_adapters if name in self.lotra_core and name not in left_out
-        ]
+        names = [name for name in self.active_adapters if name in self.lotra_core and name not in self.merged_adapters]
+        return [self._update(name) for name in names if name != besides]
 
-    def _adapted(self) -> AbstractContextManager[None]:
+    def _adapted(self, quiet: bool = False) -> AbstractContextManager[None]:
         """While this is entered, the base layer finds A_ft where its coefficients are."""
         updates = self.active_updates()
-        return adapted(self.get_base_layer(), self.spec, updates) if updates else nullcontext()
+        return adapted(self.get_base_layer(), self.spec, updates, quiet) if updates else nullcontext()
 
     def _stored(self, path: str) -> torch.Tensor:
         return tensor_at(self.get_base_layer(), path)
@@ -210,7 +216,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                     f"`{name}` would rewrite coefficients under a LoTRA adapter, whose update belongs to the old "
                     "ones: call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt anew"
                 )
-            with self._adapted():
+            with self._adapted(quiet=True):  # a regulariser needs the dense coefficients; there is nothing to warn of
                 return value(*args, **kwargs)
 
         return method

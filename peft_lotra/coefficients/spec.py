@@ -144,6 +144,20 @@ class CoefficientSpec:
     scale_layout: str | None = None
     slice: str | None = None
 
+    def __post_init__(self) -> None:
+        # Parsed here and not while the layer runs: torch.compile cannot trace a regular expression.
+        self.axes, self.scale_axes  # noqa: B018
+
+    @cached_property
+    def axes(self) -> tuple[tuple[str, ...], ...]:
+        """The axes that lie on each stored axis: `(("o",), ("i", "d"))` for the layout `"o (i d)"`."""
+        return tuple(map(tuple, _parse(self.layout.pattern)))
+
+    @cached_property
+    def scale_axes(self) -> tuple[tuple[str, ...], ...]:
+        """The same of the scale."""
+        return tuple(map(tuple, _parse(self.scale_layout))) if self.scale_layout is not None else ()
+
     @classmethod
     def resolve(cls, layer: torch.nn.Module, parameter: str, description: str | Mapping[str, Any]) -> CoefficientSpec:
         """The spec of `layer`'s `parameter` from a layout string or a mapping with the fields of a description.
