@@ -1,3 +1,8 @@
+import os
+
+# One thread for each of pytest's processes, and for the processes that tests start: more would fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
