@@ -225,7 +225,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--steps", type=positive_int, default=2000, help="steps of Adam")
     add("--lm-steps", type=positive_int, default=50, help="iterations of Levenberg–Marquardt")
     add("--base-steps", type=positive_int, default=1500, help="steps of Adam that train the base")
-    add("--widths", type=positive_int, nargs="+", default=[32, 64, 128, 256], help="of the second table")
+    add("--widths", type=positive_int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="of the second table")
     add("--dtype", choices=["float32", "float64"], default="float32", help="of the model under Levenberg–Marquardt")
     add("--clock", choices=["seconds", "cpu_seconds"], default="seconds", help="cpu_seconds on a shared machine")
     add("--output-dir", type=Path, default=Path("outputs/gauss_newton"), help="where everything is written")

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call, jvp
 
 from peft_lotra import GaussNewtonResult, fit_gauss_newton
-from peft_lotra.gauss_newton import _NormalEquations, _ResidualSpace
+from peft_lotra.gauss_newton import _linear_system, _NormalEquations, _Problem, _ResidualSpace
 
 KAN = "o (d i), given"
 
@@ -112,6 +112,8 @@ def test_both_forms_agree(damping):
     steps = [form.step(damping) for form in forms]
     assert_equal(steps[1], steps[0], 1e-8)
     gain = r.square().sum() - (r + J @ steps[0]).square().sum()
+    assert type(_linear_system(J.split(7), r, 17)) is _NormalEquations
+    assert type(_linear_system(J.T.split(7), r[:17], 30)) is _ResidualSpace
     cosines = (J.T @ r).abs() / (J.norm(dim=0) * r.norm())
     for form, step in zip(forms, steps, strict=True):
         assert form.predicted_gain(step, damping) == pytest.approx(gain.item(), rel=1e-6)
@@ -204,6 +206,55 @@ def test_interrupt_keeps_the_last_step():
     loss = regression(model, points(60)).square().sum().item() / 60
     assert loss == pytest.approx(result.losses[2], rel=1e-12)
     assert fit(model, iterations=3, resume_from=result) == fit(adapted(), iterations=3)
+
+
+def test_interrupt_amid_writing(monkeypatch):
+    write = _Problem.write
+
+    def interrupted_write(self, theta):
+        monkeypatch.setattr(_Problem, "write", write)
+        next(iter(self.trained.values())).data.fill_(7.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Problem, "write", interrupted_write)
+    model, expected = adapted(), adapted()
+    result = fit(model)
+    assert (result.reason, result.iterations) == ("interrupted", 1)
+    fit(expected, iterations=1)
+    assert_equal(trained(model), trained(expected), 0)
+
+
+def test_callback_meets_the_new_parameters():
+    model, losses = adapted(), []
+    result = fit(model, iterations=3, callback=lambda _: losses.append(regression(model, points(60)).square().sum()))
+    assert [loss.item() / 60 for loss in losses] == pytest.approx(result.losses[1:], rel=1e-12)
+
+
+@pytest.mark.parametrize(("start", "factor"), [(0.5, 1 / 4), (1.35, 1), (1.45, 5), (3.0, 5**3 / 4)])
+def test_damping_follows_the_gain(start, factor):
+    # Steps overshoot: from 1.35 the first gains a tenth of what is predicted, from further out it loses. By hand.
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.constant_(model.weight, start)
+    one = torch.ones(4, 1, dtype=torch.float64)
+    result = fit(model, lambda net, x: net(x).atan(), one, iterations=1, damping=0.02)
+    assert result.damping == pytest.approx(0.02 * factor)
+
+
+def test_scale_of_the_residuals_does_not_matter():
+    models = adapted(), adapted()
+    results = [
+        fit(model, lambda net, x, c=c: c * regression(net, x), loss_tolerance=0.05)
+        for model, c in zip(models, (1.0, 1e-4), strict=True)
+    ]
+    assert results[0].iterations == results[1].iterations > 2
+    assert results[0].reason == results[1].reason == "loss"
+    assert_equal(trained(models[1]), trained(models[0]), 1e-6)
+
+
+def test_rounding_errors_of_a_fitted_model_are_not_taken_for_mixing():
+    model, x = adapted(), points(60)
+    y = model(x).detach()
+    fit(model, lambda net, batch: net(batch[0]) - batch[1] + 1e-9 * len(batch[0]), (x, y))
 
 
 def test_an_error_keeps_the_last_step():
