@@ -334,6 +334,18 @@ def test_a_slim_layer_costs_what_its_factors_cost(name):
     assert flops(model, x, "cpu") - residual <= 0.25 * (full - 1.5 * residual)
 
 
+def test_an_expanded_zero_times_a_number_stays_one():
+    layer = nn.Sequential(KANLinear(4, 4, enable_standalone_scale_spline=False))  # computes weight * 1.0
+    model = get_peft_model(layer, LoTRAConfig(r=2, init_weights=False))
+    parameter = next(p for key, p in model.named_parameters() if key.endswith("spline_weight"))
+    parameter.data = torch.zeros_like(parameter)
+    x = torch.rand(8, 4)
+    expected, dense_flops = model(x), flops(model, x, "cpu")
+    parameter.data = torch.zeros(()).expand(parameter.shape)
+    assert_equal(model(x), expected)
+    assert flops(model, x, "cpu") < dense_flops
+
+
 def test_only_an_expanded_zero_counts_as_zero():
     assert placeholder.is_zero_expanded(torch.zeros(()).expand(3, 4))
     assert placeholder.is_zero_expanded(torch.zeros(()).expand(3, 4).view(12).transpose(0, 0))

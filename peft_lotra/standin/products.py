@@ -64,7 +64,8 @@ def _is_number(value: Any) -> bool:
 def _by_number(function: Callable[..., Any], standin: StandIn, number: Any) -> StandIn:
     """function(A, number) + Σ function(s · G, number) ×₁ U1 ×₂ U2 ×₃ U3 for a function that is linear in A."""
     updates = [u._replace(factors=u.factors._replace(core=function(u.factors.core, number))) for u in standin.updates]
-    return type(standin)(function(standin.tensor, number), standin.axes, updates, standin.owner)
+    tensor = standin.tensor if is_zero_expanded(standin.tensor) else function(standin.tensor, number)
+    return type(standin)(tensor, standin.axes, updates, standin.owner)
 
 
 def _sum(function: Callable[..., Any], product: Product, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
