@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from inspect import ismethod
@@ -81,7 +82,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
         With G = 0 the update is zero and every factor has a gradient after one step. Source: eq. 8, with a random U2.
         """
-        core, *factors = self._factors(adapter_name)
+        core, *factors = self.factors(adapter_name)
         if init_weights:
             nn.init.zeros_(core)
         else:
@@ -89,11 +90,17 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for factor in factors:
             nn.init.normal_(factor, std=1 / math.sqrt(factor.shape[0]))
 
-    def _factors(self, adapter_name: str) -> TuckerFactors:
+    def factors(self, adapter_name: str) -> TuckerFactors:
         return TuckerFactors(*(getattr(self, name)[adapter_name] for name in CONTAINERS))
 
+    @torch.no_grad()
+    def set_factors(self, adapter_name: str, factors: TuckerFactors) -> None:
+        """Write the values of G, U1, U2, U3; shapes as the adapter's ranks say."""
+        for own, values in zip(self.factors(adapter_name), factors, strict=True):
+            own.copy_(values)
+
     def _update(self, adapter_name: str) -> Update:
-        return Update(self._factors(adapter_name), self.scaling[adapter_name])
+        return Update(self.factors(adapter_name), self.scaling[adapter_name])
 
     def is_trainable(self, adapter_name: str) -> bool:
         """Whether this layer has the adapter, and its factors require gradients."""
@@ -190,7 +197,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The base class looks for a `weight`, rounds fp32 factors to the base's 16 bits and makes them trainable.
-        for factor in self._factors(adapter_name):
+        for factor in self.factors(adapter_name):
             if not factor.is_meta:
                 factor.data = factor.data.to(device or self._stored(self.spec.parameter).device)
 
@@ -223,3 +230,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"lotra.{super().__repr__()}"
+
+
+def adapter_layers(module: nn.Module) -> Iterator[LoTRALayer]:
+    """The LoTRALayers around one KAN layer, outermost first."""
+    while isinstance(module, LoTRALayer):
+        yield module
+        module = module.base_layer

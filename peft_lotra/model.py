@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,9 @@ from torch import nn
 
 from .checkpoint import CONTAINERS, check_weights
 from .coefficients.spec import tensor_at
+from .combine import coefficient_layers, combined
 from .config import LoTRAConfig
-from .layer import LoTRALayer
+from .layer import LoTRALayer, adapter_layers
 from .slim import SlimLayer
 from .targets import Target, completed, is_excluded, resolve_targets
 
@@ -33,6 +34,7 @@ class LoTRAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: LoTRAConfig, model_config: dict[str, Any]) -> LoTRAConfig:
         # The config is completed in a copy: the user's object stays as it is and serves for other models too.
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
+        _check_name(adapter_name)
         self._check_modules_to_save(peft_config)
         targets = resolve_targets(self.model, peft_config)
         self._check_not_inside(peft_config, targets)
@@ -77,7 +79,7 @@ class LoTRAModel(BaseTuner):
                 raise ValueError(
                     f"`slim`=True with `alpha` 0 for {target.parameter}: its coefficients would stay zero"
                 )
-            for layer in _adapter_layers(self.model.get_submodule(target.module)):
+            for layer in adapter_layers(self.model.get_submodule(target.module)):
                 if layer.spec.parameter == target.spec.parameter and isinstance(layer, SlimLayer) != config.slim:
                     raise ValueError(
                         f"`slim`={config.slim}, but {target.parameter} has one with `slim`={not config.slim}: both "
@@ -86,7 +88,7 @@ class LoTRAModel(BaseTuner):
 
     def _check_against_existing_adapters(self, targets: list[Target]) -> None:
         for target in targets:
-            for layer in _adapter_layers(self.model.get_submodule(target.module)):
+            for layer in adapter_layers(self.model.get_submodule(target.module)):
                 if layer.spec.parameter == target.spec.parameter and layer.spec != target.spec:
                     raise ValueError(
                         f"{target.parameter} is adapted already with {layer.spec.describe()}; a further adapter must "
@@ -114,7 +116,7 @@ class LoTRAModel(BaseTuner):
                 "pass the config that was saved with it"
             )
         for tensor in self._targets[current_key]:
-            layer = next((x for x in _adapter_layers(target) if x.spec.parameter == tensor.spec.parameter), None)
+            layer = next((x for x in adapter_layers(target) if x.spec.parameter == tensor.spec.parameter), None)
             is_new = layer is None
             if is_new:
                 layer = target = (SlimLayer if peft_config.slim else LoTRALayer)(target, tensor.spec)
@@ -165,6 +167,60 @@ class LoTRAModel(BaseTuner):
                 names = [name for name in names if name in layer.lotra_core and name not in layer.merged_adapters]
                 layer.merged_coefficients(names, safe_merge=True)
 
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | tuple[int, int, int] | Mapping[str, int | tuple[int, int, int]] | None = None,
+        *,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> dict[str, float]:
+        """Add an adapter whose update of every coefficient tensor is Δ = Σ_j weights[j] · Δ_j, or nearly so.
+
+        >>> model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "mean", "cat")
+        >>> model.add_weighted_adapter(["a", "b"], [1.0, -1.0], "a without b", svd_rank=4)
+
+        Args:
+            adapters: their names. One that does not adapt a tensor counts as zero there.
+            weights: a number for each; a negative one subtracts. The adapters' scalings count besides.
+            adapter_name: the new adapter's name. It is not active, and its `alpha` is 1.
+            combination_type: "cat": exactly Δ; the ranks add up, to the size of the mode at most. "svd", or "linear":
+                the Tucker approximation of Δ of the ranks `svd_rank`, by HOSVD and HOOI. "ties", "dare_linear",
+                "dare_ties", "magnitude_prune": of what these rules of `peft.utils.merge_utils` make of the dense Δ_j.
+                All are of updates, none of factors as some of LoRA's, so that LoRA's names in "_svd" mean the same.
+            svd_rank: ranks as `LoTRAConfig.r`, or as its `rank_pattern` by full parameter names; by default, and for
+                tensors that are not named, the largest that the adapters have there.
+            density: the fraction of entries in (0, 1] that pruning leaves; only for the last four types.
+            majority_sign_method: "total" or "frequency", for the two ties.
+
+        Returns:
+            ‖Δ − Δ_r‖ / ‖Δ‖ by full parameter name, where Δ is what the rule gives before its ranks are cut.
+
+        Raises:
+            ValueError: naming the argument; the model is as it was then.
+        """
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"`adapter_name` {adapter_name!r} exists already: choose another, or call `delete_adapter` first"
+            )
+        config, factors, errors = combined(
+            self, adapters, weights, combination_type, svd_rank, density, majority_sign_method
+        )
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        self._cast_adapter_dtype(adapter_name)  # as `add_adapter` does by default
+        layers = coefficient_layers(self.model)
+        for parameter, values in factors.items():
+            layers[parameter][1].set_factors(adapter_name, values)
+        return errors
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
@@ -197,8 +253,9 @@ class LoTRAModel(BaseTuner):
         return remapped
 
 
-def _adapter_layers(module: nn.Module) -> Iterator[LoTRALayer]:
-    """The LoTRALayers around one KAN layer, outermost first."""
-    while isinstance(module, LoTRALayer):
-        yield module
-        module = module.base_layer
+def _check_name(adapter_name: str) -> None:
+    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+        raise ValueError(
+            f"`adapter_name` {adapter_name!r} is a name that torch's containers of parameters do not take (empty, "
+            "with a dot, or one of their attributes): choose another"
+        )

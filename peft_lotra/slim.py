@@ -39,7 +39,7 @@ class SlimLayer(LoTRALayer):
         function, because layers with polynomials or wavelets start smaller in the higher ones.
         """
         super().reset_lotra_parameters(adapter_name, init_weights=False)
-        core, U1, U2, U3 = self._factors(adapter_name)
+        core, U1, U2, U3 = self.factors(adapter_name)
         if init_weights:
             total = self.variances.sum().item()
             size = len(U1) * len(U2) * total / math.prod(self.r[adapter_name])

@@ -50,9 +50,50 @@ def decompose(tensor: torch.Tensor, ranks: Sequence[int], n_iter_max: int = 50) 
         (core, factors), _ = partial_tucker(
             tensor, rank=useful, modes=[0, 1, 2], n_iter_max=n_iter_max, init="svd", tol=1e-8
         )
-    surplus = [r - u for r, u in zip(ranks, useful, strict=True)]
+    return _padded(TuckerFactors(core, *factors), ranks)
+
+
+def compress(factors: TuckerFactors, ranks: Sequence[int]) -> tuple[TuckerFactors, float]:
+    """`decompose` of G ×₁ U1 ×₂ U2 ×₃ U3 without its dense tensor, and the relative error ‖A − A_r‖ / ‖A‖.
+
+    With U_k = Q_k R_k, that of the smaller tensor G ×₁ R1 ×₂ R2 ×₃ R3, of the same norms. Ranks as in `decompose`.
+    """
+    (Q1, R1), (Q2, R2), (Q3, R3) = map(torch.linalg.qr, factors[1:])
+    core = reconstruct(TuckerFactors(factors.core, R1, R2, R3))
+    kept = decompose(core, [min(r, size) for r, size in zip(ranks, core.shape[:3], strict=True)])
+    error = ((core - reconstruct(kept)).norm() / core.norm()).nan_to_num().item()
+    return _padded(TuckerFactors(kept.core, Q1 @ kept.U1, Q2 @ kept.U2, Q3 @ kept.U3), ranks), error
+
+
+def weighted_sum(terms: Sequence[tuple[float, TuckerFactors]]) -> TuckerFactors:
+    """Σ_j w_j · G_j ×₁ U1_j ×₂ U2_j ×₃ U3_j, exactly: a block-diagonal core and factors side by side.
+
+    Ranks add up. Where their sum exceeds the size of the mode, the factors are multiplied into the cores instead, and
+    the common factor is the identity.
+    """
+    sides, ranks = [], []
+    for mode in (1, 2, 3):
+        joint = torch.cat([factors[mode] for _, factors in terms], dim=1)
+        fits = joint.shape[1] <= joint.shape[0]
+        sides.append(joint if fits else torch.eye(len(joint)).to(joint))
+        ranks.append([factors[mode].shape[1] if fits else None for _, factors in terms])
+    core = terms[0][1].core.new_zeros(*(side.shape[1] for side in sides), *terms[0][1].core.shape[3:])
+    starts = [0, 0, 0]
+    for (weight, factors), sizes in zip(terms, zip(*ranks, strict=True), strict=True):
+        # A factor that stays beside the others is an identity on its core.
+        within = [U if r is None else torch.eye(r).to(U) for U, r in zip(factors[1:], sizes, strict=True)]
+        block = [slice(None) if r is None else slice(k, k + r) for k, r in zip(starts, sizes, strict=True)]
+        core[tuple(block)] += weight * reconstruct(TuckerFactors(factors.core, *within))
+        starts = [k + (r or 0) for k, r in zip(starts, sizes, strict=True)]
+    return TuckerFactors(core, *sides)
+
+
+def _padded(factors: TuckerFactors, ranks: Sequence[int]) -> TuckerFactors:
+    """The same tensor with ranks up to `ranks`: G is zero there, and the columns of U complete it orthonormally."""
+    core, *sides = factors
+    surplus = [r - size for r, size in zip(ranks, core.shape[:3], strict=True)]
     core = torch.nn.functional.pad(core, [0, 0] * (core.dim() - 3) + [n for s in reversed(surplus) for n in (0, s)])
-    return TuckerFactors(core, *(_completed(U, r) for U, r in zip(factors, ranks, strict=True)))
+    return TuckerFactors(core, *(_completed(U, r) for U, r in zip(sides, ranks, strict=True)))
 
 
 def _completed(U: torch.Tensor, r: int) -> torch.Tensor:

@@ -174,6 +174,18 @@ def test_modules_to_save_are_trained_saved_and_loaded(tmp_path):
     assert_equal(loaded.merge_and_unload()(x), model(x))
 
 
+@pytest.mark.parametrize("name", ["half", "v1.0", "keys"])
+def test_adapter_names_that_torch_does_not_take(saved, name):
+    base, x, y, path = saved
+    with pytest.raises(ValueError, match=f"`adapter_name` {name!r} is a name that torch's containers"):
+        get_peft_model(base, LoTRAConfig(r=1), adapter_name=name)
+    model = PeftModel.from_pretrained(base, path)
+    with pytest.raises(ValueError, match="choose another"):
+        model.add_adapter(name, LoTRAConfig(r=1))
+    assert list(model.peft_config) == ["default"]
+    assert_equal(model(x), y, 0)
+
+
 @pytest.mark.parametrize("entry", ["1", "U2", "core"])
 def test_modules_to_save_that_peft_would_confuse_with_the_adapter(entry):
     base = nn.Sequential(ChebyKANLayer(3, 4, 3), nn.Linear(4, 2))

@@ -1,0 +1,188 @@
+"""Weighted combinations of adapters: what `LoTRAModel.add_weighted_adapter` computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper, merge_utils
+from torch import nn
+
+from .config import LoTRAConfig, check_ranks
+from .layer import LoTRALayer, adapter_layers
+from .ranks import choose_ranks
+from .tucker import TuckerFactors, compress, reconstruct, weighted_sum
+
+if TYPE_CHECKING:
+    from .model import LoTRAModel
+
+_SUMS = ("cat", "svd", "linear")
+_PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+
+
+def coefficient_layers(model: nn.Module) -> dict[str, tuple[str, LoTRALayer]]:
+    """For the full name of every adapted parameter: the name of its module, and its LoTRALayer."""
+    found: dict[str, tuple[str, LoTRALayer]] = {}
+    inner: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if module not in inner:
+            layers = list(adapter_layers(module))
+            found |= {f"{name}.{layer.spec.parameter}": (name, layer) for layer in layers}
+            inner.update(layers)
+    return found
+
+
+def combined(
+    model: LoTRAModel,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    combination_type: str,
+    svd_rank: Any,
+    density: float | None,
+    majority_sign_method: str,
+) -> tuple[LoTRAConfig, dict[str, TuckerFactors], dict[str, float]]:
+    """The config, the factors and the relative errors of the new adapter; `model` is not changed.
+
+    See `LoTRAModel.add_weighted_adapter` for arguments and errors.
+    """
+    _check_adapters(model, adapters, weights)
+    rule = _checked_rule(combination_type, density, majority_sign_method)
+    if rule == "cat" and svd_rank is not None:
+        raise ValueError(
+            f"`svd_rank` {svd_rank!r} with `combination_type` 'cat', where the ranks add up: use 'svd' to choose them"
+        )
+    layers = {
+        parameter: (module, layer)
+        for parameter, (module, layer) in coefficient_layers(model.model).items()
+        if any(adapter in layer.lotra_core for adapter in adapters)
+    }
+    ranks = {} if rule == "cat" else _ranks(layers, adapters, svd_rank)
+    factors, errors = {}, {}
+    for parameter, (_, layer) in layers.items():
+        terms = _terms(parameter, layer, adapters, weights)
+        if rule in _SUMS:
+            total = weighted_sum(terms)
+        else:
+            total = _pruned_sum(rule, terms, density, majority_sign_method)
+        factors[parameter], errors[parameter] = total, 0.0
+        if rule != "cat":
+            factors[parameter], errors[parameter] = compress(total, ranks[parameter])
+    return _config(model, adapters, layers, factors), factors, errors
+
+
+def _check_adapters(model: LoTRAModel, adapters: Sequence[str], weights: Sequence[float]) -> None:
+    if isinstance(adapters, str) or not adapters:
+        raise ValueError(
+            f"`adapters` should be a list of at least one adapter name but the value passed is {adapters!r}"
+        )
+    unknown = [name for name in adapters if name not in model.peft_config]
+    if unknown:
+        raise ValueError(f"`adapters` names {unknown}, which do not exist: the model has {list(model.peft_config)}")
+    if len(weights) != len(adapters):
+        raise ValueError(f"`weights` should be one number for each of {list(adapters)}, but {weights!r} is passed")
+    wrong = [w for w in weights if not isinstance(w, Real) or isinstance(w, bool) or not math.isfinite(w)]
+    if wrong:
+        raise ValueError(f"`weights` should be finite numbers but {wrong} is among the values passed")
+    slim = {name: model.peft_config[name].slim for name in adapters}
+    if len(set(slim.values())) > 1:
+        raise ValueError(f"`adapters` with `slim` = {slim}: combine those that agree in it")
+    for name, module in model.model.named_modules():
+        is_copied = isinstance(module, AuxiliaryTrainingWrapper)
+        saved = [adapter for adapter in adapters if is_copied and adapter in module._get_available_adapters()]
+        if saved:
+            raise ValueError(
+                f"`adapters` {saved} have a trained copy of {name} besides their updates, and copies are not "
+                "combined: use adapters without `modules_to_save` and `trainable_token_indices`"
+            )
+
+
+def _checked_rule(combination_type: str, density: float | None, majority_sign_method: str) -> str:
+    """`combination_type` without LoRA's "_svd"."""
+    rule = combination_type.removesuffix("_svd") if isinstance(combination_type, str) else combination_type
+    if rule not in (*_SUMS, *_PRUNED):
+        raise ValueError(
+            f"`combination_type` should be one of {(*_SUMS, *_PRUNED)} but the value passed is {combination_type!r}"
+        )
+    if rule in _SUMS and density is not None:
+        raise ValueError(f"`density` {density!r} with `combination_type` {rule!r}, which prunes nothing: leave it out")
+    if rule in _PRUNED and not (isinstance(density, Real) and 0 < density <= 1):
+        raise ValueError(
+            f"`density` should be a number in (0, 1] for `combination_type` {rule!r} "
+            f"but the value passed is {density!r}"
+        )
+    if majority_sign_method not in ("total", "frequency"):
+        raise ValueError(
+            f"`majority_sign_method` should be 'total' or 'frequency' but the value passed is {majority_sign_method!r}"
+        )
+    return rule
+
+
+def _ranks(
+    layers: Mapping[str, tuple[str, LoTRALayer]], adapters: Sequence[str], svd_rank: Any
+) -> dict[str, tuple[int, int, int]]:
+    shapes = {parameter: layer.spec.layout.canonical_shape for parameter, (_, layer) in layers.items()}
+    if svd_rank is not None and not isinstance(svd_rank, Mapping):
+        return choose_ranks(shapes, {}, check_ranks(svd_rank, "svd_rank"), None)
+    largest = {
+        parameter: tuple(map(max, zip(*(layer.r[name] for name in adapters if name in layer.r), strict=True)))
+        for parameter, (_, layer) in layers.items()
+    }
+    given = {key: check_ranks(r, f"svd_rank[{key!r}]") for key, r in (svd_rank or {}).items()}
+    unknown = sorted(set(given) - set(shapes))
+    if unknown:
+        raise ValueError(f"`svd_rank` names {unknown}, but the adapted parameters are {list(shapes)}")
+    return choose_ranks(shapes, largest | given, None, None)
+
+
+def _terms(
+    parameter: str, layer: LoTRALayer, adapters: Sequence[str], weights: Sequence[float]
+) -> list[tuple[float, TuckerFactors]]:
+    """w_j and s_j · Δ_j of the adapters that this layer has, in fp64."""
+    terms = []
+    for adapter, weight in zip(adapters, weights, strict=True):
+        if adapter in layer.lotra_core:
+            core, *sides = (factor.detach().to("cpu", torch.float64) for factor in layer.factors(adapter))
+            factors = TuckerFactors(core * layer.scaling[adapter], *sides)
+            if not all(torch.isfinite(factor).all() for factor in factors):
+                raise ValueError(f"`adapters`: {adapter!r} has NaN or infinity for {parameter}; the adapter is broken")
+            terms.append((float(weight), factors))
+    return terms
+
+
+def _pruned_sum(
+    rule: str, terms: Sequence[tuple[float, TuckerFactors]], density: float, majority_sign_method: str
+) -> TuckerFactors:
+    """What the rule makes of the dense updates, as the core of identities."""
+    updates = [reconstruct(factors) for _, factors in terms]
+    weights = torch.tensor([weight for weight, _ in terms], dtype=updates[0].dtype)
+    method = {"majority_sign_method": majority_sign_method} if rule.endswith("ties") else {}
+    total = getattr(merge_utils, rule)(updates, weights, density, **method)
+    return TuckerFactors(total, *(torch.eye(size).to(total) for size in total.shape[:3]))
+
+
+def _config(
+    model: LoTRAModel,
+    adapters: Sequence[str],
+    layers: Mapping[str, tuple[str, LoTRALayer]],
+    factors: Mapping[str, TuckerFactors],
+) -> LoTRAConfig:
+    """Like the first adapter's, but with every tensor, its layout and its ranks by name."""
+    described = {key: value for name in adapters for key, value in model.peft_config[name].coefficients.items()}
+    return replace(
+        model.peft_config[adapters[0]],
+        r=None,
+        compression_ratio=None,
+        alpha=1.0,
+        alpha_pattern={},
+        target_modules=sorted({module for module, _ in layers.values()}),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        modules_to_save=None,
+        coefficients=described,
+        rank_pattern={parameter: tuple(values.core.shape[:3]) for parameter, values in factors.items()},
+    )
