@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from inspect import ismethod
@@ -13,10 +13,20 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from .batches import batch_rows, is_batched, joined_batch
 from .checkpoint import CONTAINERS, factor_shapes
 from .coefficients.spec import CoefficientSpec, tensor_at
-from .standin import Update, adapted, adapted_coefficients, give_tensors_to, is_refusal, takes_tensors_only
+from .standin import (
+    SampleAxisUnknown,
+    Update,
+    adapted,
+    adapted_coefficients,
+    give_tensors_to,
+    is_refusal,
+    takes_tensors_only,
+)
 from .tucker import TuckerFactors
 
 # Methods of KAN layers that rewrite coefficients, by the beginning of their names.
@@ -49,6 +59,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self._before_merge: dict[str, torch.Tensor] = {}  # by path: parameter and scale
+        # While a batch has several adapters: which samples see each, None for all of them.
+        self._samples: dict[str, torch.Tensor | None] | None = None
 
     def update_layer(
         self,
@@ -165,10 +177,21 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             layer = layer.base_layer
         return layer
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's own forward, with A_ft in place of A."""
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The base layer's own forward, with A_ft in place of A; `adapter_names` gives every sample its own adapter.
+
+        Raises:
+            ValueError: if there is not one name for each row of the first tensor, or adapters are merged.
+        """
+        if adapter_names is not None:
+            self._check_adapter_names(adapter_names, args, kwargs)
+            if not self.disable_adapters:
+                return self._mixed_batch_forward(adapter_names, args, kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
+        return self._run(args, kwargs)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
         with_stand_in = not takes_tensors_only(self.get_base_layer())
         try:
             with self._adapted():
@@ -180,8 +203,59 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         with self._adapted():
             return self.base_layer(*args, **kwargs)
 
+    def _check_adapter_names(self, names: Sequence[str], args: Any, kwargs: Any) -> None:
+        length = next((len(leaf) for leaf in tree_leaves((args, kwargs)) if is_batched(leaf)), 0)
+        if len(names) != length:
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {length} respectively, in a {type(self.get_base_layer()).__qualname__}. "
+                "The batch has to be the first axis of what the layer takes"
+            )
+        if any(layer.merged for layer in adapter_layers(self)):
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _mixed_batch_forward(self, names: Sequence[str], args: Any, kwargs: Any) -> Any:
+        """A forward pass in which every sample sees the update of its own adapter.
+
+        It is one pass of the base layer on all samples where they can be told apart in its contractions, else one on
+        the samples of each adapter.
+        """
+        layers = list(adapter_layers(self))
+        known = {name for layer in layers for name in layer.lotra_core}
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(names):
+            rows.setdefault(name if name in known else "__base__", []).append(row)
+
+        def run(args: Any, kwargs: Any, samples: dict[str, torch.Tensor | None]) -> Any:
+            try:
+                for layer in layers:
+                    layer._samples = samples
+                return self._run(args, kwargs)
+            finally:
+                for layer in layers:
+                    layer._samples = None
+
+        if len(rows) > 1 and not takes_tensors_only(self.get_base_layer()):
+            owners = torch.tensor([list(rows).index(name if name in rows else "__base__") for name in names])
+            owners = owners.to(self._stored(self.spec.parameter).device)
+            try:
+                return run(args, kwargs, {name: owners == k for k, name in enumerate(rows)})
+            except SampleAxisUnknown:
+                pass
+        n = len(names)
+        results = [run(batch_rows(args, r, n), batch_rows(kwargs, r, n), {name: None}) for name, r in rows.items()]
+        return joined_batch(results, list(rows.values()))
+
     def active_updates(self, besides: str | None = None) -> list[Update]:
         """The updates that count on top of what the base layer holds, without that of the adapter `besides`."""
+        if self._samples is not None:
+            return [
+                self._update(name)._replace(samples=samples)
+                for name, samples in self._samples.items()
+                if name in self.lotra_core
+            ]
         if self.disable_adapters:
             return []
         names = [name for name in self.active_adapters if name in self.lotra_core and name not in self.merged_adapters]

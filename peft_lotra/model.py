@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .checkpoint import CONTAINERS, check_weights
 from .coefficients.spec import tensor_at
@@ -223,12 +225,36 @@ class LoTRAModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise NotImplementedError(
-                "`adapter_names` (one adapter per sample) is not supported by LoTRA yet: "
-                "call the model once per adapter, with `set_adapter`"
-            )
-        yield
+        """While this is entered, `adapter_names` (one per sample, "__base__" for none) reach every adapted layer."""
+        names = kwargs.get("adapter_names")
+        handles = [] if names is None else self._hook_adapter_names(list(names), kwargs.get("num_beams") or 1)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook_adapter_names(self, names: list[str], num_beams: int) -> list[RemovableHandle]:
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = {layer for module in self.modules() for layer in adapter_layers(module)}
+        nested = {layer.base_layer for layer in layers}  # the outermost speaks for those that it wraps
+        unknown = {*names, "__base__"} - {name for layer in layers for name in layer.lotra_core} - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        # Beam search repeats every sample, except for the encoder of an encoder-decoder.
+        repeated = [name for name in names for _ in range(num_beams)]
+        encoder = self.model.get_encoder() if num_beams > 1 and hasattr(self.model, "get_encoder") else None
+        in_encoder = set() if encoder is None else set(encoder.modules())
+
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, kwargs | {"adapter_names": names if module in in_encoder else repeated}
+
+        return [
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+            for module in self.modules()
+            if isinstance(module, LoTRALayer | AuxiliaryTrainingWrapper) and module not in nested
+        ]
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

@@ -228,13 +228,6 @@ def test_auto_classes_and_status(saved):
     assert total > sum(parameter.numel() for parameter in base.parameters())
 
 
-def test_one_adapter_per_sample_is_refused_and_not_ignored(saved):
-    base, x, _, path = saved
-    model = PeftModel.from_pretrained(copy.deepcopy(base), path).eval()
-    with pytest.raises(NotImplementedError, match="`adapter_names` .* is not supported by LoTRA yet"):
-        model(x, adapter_names=["default"] * len(x))
-
-
 # Broken adapters -----------------------------------------------------------------------------------------------------
 
 

@@ -18,10 +18,11 @@ from ..coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from . import einops_backend, products  # noqa: F401  (they make themselves known)
 from .axes import Axes, expanded_scale
 from .placeholder import Ones, PerformanceWarning, StandIn, warn
-from .updates import Update
+from .updates import SampleAxisUnknown, Update
 
 __all__ = [
     "PerformanceWarning",
+    "SampleAxisUnknown",
     "Update",
     "adapted",
     "adapted_coefficients",

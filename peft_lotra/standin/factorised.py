@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from .axes import Axes
 from .contractions import Contraction
 from .costs import DENSE, cheapest_order
-from .updates import Update, mode_product
+from .updates import SampleAxisUnknown, Update, mode_product
 
 
 def contract(
@@ -36,6 +36,9 @@ def contract(
         dtype: the weight's.
         base: the operation with A, offset included; None if A is zero.
         dense: the operation with the dense A + Σ updates.
+
+    Raises:
+        SampleAxisUnknown: if updates are of some samples only, and which rows are theirs cannot be told.
     """
     output = axes.place("o")
     if output is None or output.axis not in c.carried:
@@ -43,7 +46,10 @@ def contract(
     if axes.axes[output.axis].is_padded and output.before * output.after > 1:
         return None
     updates = [update.rows(axes) for update in updates]
-    order = _order(c, axes, updates)
+    by_sample = any(update.samples is not None for update in updates)
+    if by_sample and (_sample_axis(c, updates) is None or not _is_matrix_product(c, axes)):
+        raise SampleAxisUnknown
+    order = "" if by_sample else _order(c, axes, updates)
     if order == DENSE:
         return dense()
     y = None if base is None else base()
@@ -71,14 +77,36 @@ def _thin_term(c: Contraction, axes: Axes, updates: Sequence[Update], dtype: tor
     stored = axes.axes[axis]
     if stored.is_padded:
         U2 = F.pad(U2, (0, 0, stored.before, stored.after))
-    trailing = list(range(x.dim() - len(c.summed), x.dim()))
-    if c.is_linear and trailing and sorted(c.summed.values()) == trailing and before * after == 1:
+    if _is_matrix_product(c, axes):
         # As one matrix product whose thin side is the rows of B, which is the fast way round for gradients too.
         order_of_x = [axis, *sorted(c.summed, key=c.summed.__getitem__)]
-        y = mode_product(x.flatten(trailing[0]), weight.permute(order_of_x).flatten(1), -1)
+        y = mode_product(x.flatten(-len(c.summed)), weight.permute(order_of_x).flatten(1), -1)
+        if updates[0].samples is not None:
+            seen = torch.cat([u.samples[:, None].expand(-1, u.factors.U2.shape[1]) for u in updates], dim=1)
+            y = torch.where(seen.unflatten(0, _sample_axis(c, updates)), y, 0)
         return mode_product(y, U2.to(y.dtype), -1).movedim(-1, c.carried[axis])
     y = c.apply(x, weight)
     return mode_product(y, U2.to(y.dtype), c.carried[axis], before, after)
+
+
+def _is_matrix_product(c: Contraction, axes: Axes) -> bool:
+    """Whether y = x @ weight.T with the summed axes, the last ones of x, flattened."""
+    axis, before, _, after = axes.place("o")
+    trailing = list(range(c.x.dim() - len(c.summed), c.x.dim()))
+    return c.is_linear and bool(trailing) and sorted(c.summed.values()) == trailing and before * after == 1
+
+
+def _sample_axis(c: Contraction, updates: Sequence[Update]) -> tuple[int, ...] | None:
+    """The shape of one number for each sample that broadcasts to x without its summed axes; None if it is not clear.
+
+    Samples lie along the only axis of their number. Where another one's size is a multiple of it, they may be there.
+    """
+    samples = len(updates[0].samples)
+    sizes = c.x.shape[: c.x.dim() - len(c.summed)]
+    axes = [k for k, size in enumerate(sizes) if size % samples == 0]
+    if len(axes) != 1 or sizes[axes[0]] != samples:
+        return None
+    return tuple(samples if k == axes[0] else 1 for k in range(len(sizes)))
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from .axes import NEW, Atom, Axes, Axis
 from .contractions import CONTRACTIONS, Contraction
 from .factorised import contract
-from .updates import Update
+from .updates import SampleAxisUnknown, Update
 from .views import VIEWS
 
 
@@ -63,6 +63,8 @@ class StandIn:
         """A + Σ updates, lying in memory like A."""
         total = self.tensor
         for update in self.updates:
+            if update.samples is not None:
+                raise SampleAxisUnknown
             update = update.rows(self.axes).in_fp32
             total = total + self.axes.arrange(update.thin(()), {}).to(total.dtype)
         # A sum lies like its first term where that is transposed; the layer's operation then rounds as with A.

@@ -15,6 +15,7 @@ import torch
 
 from .contractions import Contraction
 from .placeholder import PRODUCTS, StandIn, factorised, is_zero_expanded
+from .updates import SampleAxisUnknown
 
 _QUOTIENTS = (torch.div, torch.true_divide, torch.Tensor.div, torch.Tensor.true_divide, torch.Tensor.__truediv__)
 
@@ -48,6 +49,8 @@ def _times(function: Callable[..., Any], standin: StandIn, args: tuple[Any, ...]
     other = args[1] if args[0] is standin else args[0]
     if _is_number(other):
         return _by_number(function, standin, other)
+    if any(update.samples is not None for update in standin.updates):
+        raise SampleAxisUnknown  # before the product is formed
     return Product(standin, other) if isinstance(other, torch.Tensor) else NotImplemented
 
 

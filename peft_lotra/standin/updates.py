@@ -14,11 +14,16 @@ from .axes import MODES, Axes
 _16_BIT = (torch.float16, torch.bfloat16)
 
 
+class SampleAxisUnknown(Exception):
+    """An update of some samples only, in an operation where their rows cannot be told from the others'."""
+
+
 class Update(NamedTuple):
     """s · G ×₁ U1 ×₂ U2 ×₃ U3: one adapter's change of a coefficient tensor."""
 
     factors: TuckerFactors
     scaling: float
+    samples: torch.Tensor | None = None  # shape: (batch,), bool: those that see the update; None: all
 
     @property
     def in_fp32(self) -> Update:
@@ -29,6 +34,8 @@ class Update(NamedTuple):
 
     def dense(self, spec: CoefficientSpec, shape: torch.Size) -> torch.Tensor:
         """The update of a parameter of this shape, in its layout; 16-bit factors are multiplied out in fp32."""
+        if self.samples is not None:
+            raise SampleAxisUnknown
         factors = self.in_fp32.factors
         return spec.stored_update(reconstruct(factors) * self.scaling, shape).to(self.factors.core.dtype)
 
