@@ -9,7 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.utils import AuxiliaryTrainingWrapper, merge_utils
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, merge_utils
 from torch import nn
 
 from .config import LoTRAConfig, check_ranks
@@ -90,14 +90,33 @@ def _check_adapters(model: LoTRAModel, adapters: Sequence[str], weights: Sequenc
     slim = {name: model.peft_config[name].slim for name in adapters}
     if len(set(slim.values())) > 1:
         raise ValueError(f"`adapters` with `slim` = {slim}: combine those that agree in it")
-    for name, module in model.model.named_modules():
-        is_copied = isinstance(module, AuxiliaryTrainingWrapper)
-        saved = [adapter for adapter in adapters if is_copied and adapter in module._get_available_adapters()]
-        if saved:
-            raise ValueError(
-                f"`adapters` {saved} have a trained copy of {name} besides their updates, and copies are not "
-                "combined: use adapters without `modules_to_save` and `trainable_token_indices`"
-            )
+    shared = [owners for _, owners in copied_modules(model, adapters) if len(owners) > 1]
+    if shared:
+        raise ValueError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{len(shared)} such instance(s). Trained copies are not combined: at most one of {shared[0]} may have one"
+        )
+    tokens = [name for name in adapters if model.peft_config[name].trainable_token_indices is not None]
+    if len(set(tokens)) > 1:
+        raise ValueError(
+            f"`adapters` {tokens} have `trainable_token_indices`: at most one of them may have trained rows"
+        )
+
+
+def copied_modules(model: LoTRAModel, adapters: Sequence[str]) -> list[tuple[AuxiliaryTrainingWrapper, list[str]]]:
+    """Modules of which adapters hold a trained copy, or trained rows, and those of `adapters` that do."""
+    wrappers = [module for module in model.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    return [(w, [name for name in dict.fromkeys(adapters) if name in w._get_available_adapters()]) for w in wrappers]
+
+
+@torch.no_grad()
+def copy_trained(wrapper: AuxiliaryTrainingWrapper, adapter: str, to: str) -> None:
+    """Give the adapter `to` the values that `adapter` has trained."""
+    if isinstance(wrapper, ModulesToSaveWrapper):
+        wrapper.modules_to_save[to].load_state_dict(wrapper.modules_to_save[adapter].state_dict())
+    else:
+        rows = wrapper.token_adapter.trainable_tokens_delta
+        rows[to].copy_(rows[adapter])
 
 
 def _checked_rule(combination_type: str, density: float | None, majority_sign_method: str) -> str:
@@ -172,6 +191,8 @@ def _config(
 ) -> LoTRAConfig:
     """Like the first adapter's, but with every tensor, its layout and its ranks by name."""
     described = {key: value for name in adapters for key, value in model.peft_config[name].coefficients.items()}
+    saved = {entry for name in adapters for entry in model.peft_config[name].modules_to_save or ()}
+    tokens = [model.peft_config[name].trainable_token_indices for name in adapters]
     return replace(
         model.peft_config[adapters[0]],
         r=None,
@@ -182,7 +203,8 @@ def _config(
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        modules_to_save=None,
+        modules_to_save=sorted(saved) or None,
+        trainable_token_indices=next((indices for indices in tokens if indices is not None), None),
         coefficients=described,
         rank_pattern={parameter: tuple(values.core.shape[:3]) for parameter, values in factors.items()},
     )

@@ -40,6 +40,8 @@ class LoTRAConfig(PeftConfig):
             error. For a module with several coefficient tensors the value may map parameter paths to ranks.
         alpha_pattern: `alpha` for single layers, keyed likewise.
         modules_to_save: modules other than adapters that are trained and saved with them.
+        trainable_token_indices: rows of embeddings that are trained and saved with the adapters: indices into the
+            input embedding, or a mapping from names of embedding modules to indices.
         coefficients: coefficient tensors that are not registered: maps a parameter's full name, or a regular
             expression on its ending, to a layout such as `"i o d"` or `"o (i d)"`, or to a mapping with `layout`,
             `sizes` (of flattened axes), `slice` (the part of a packed parameter), `scale` and `scale_layout` (a factor
@@ -64,6 +66,7 @@ class LoTRAConfig(PeftConfig):
     rank_pattern: dict[str, Any] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     coefficients: dict[str, str | dict[str, Any]] = field(default_factory=dict)
     init_weights: bool = True
     slim: bool = False

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .checkpoint import CONTAINERS, check_weights
 from .coefficients.spec import tensor_at
-from .combine import coefficient_layers, combined
+from .combine import coefficient_layers, combined, copied_modules, copy_trained
 from .config import LoTRAConfig
 from .layer import LoTRALayer, adapter_layers
 from .slim import SlimLayer
@@ -198,6 +198,8 @@ class LoTRAModel(BaseTuner):
             density: the fraction of entries in (0, 1] that pruning leaves; only for the last four types.
             majority_sign_method: "total" or "frequency", for the two ties.
 
+        Trained copies of modules (`modules_to_save`) and token rows are taken over from the one adapter that has them.
+
         Returns:
             ‖Δ − Δ_r‖ / ‖Δ‖ by full parameter name, where Δ is what the rule gives before its ranks are cut.
 
@@ -221,6 +223,9 @@ class LoTRAModel(BaseTuner):
         layers = coefficient_layers(self.model)
         for parameter, values in factors.items():
             layers[parameter][1].set_factors(adapter_name, values)
+        for wrapper, owners in copied_modules(self, adapters):
+            for owner in owners:
+                copy_trained(wrapper, owner, adapter_name)
         return errors
 
     @contextmanager

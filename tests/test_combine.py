@@ -282,15 +282,41 @@ def test_arguments():
     model.add_weighted_adapter(["one"], [1], "new")  # the broken one is not among them
 
 
-def test_trained_copies_of_modules_are_not_combined():
-    base = nn.Sequential()
-    base.add_module("kan", ChebyKAN([5, 4]))
-    base.add_module("head", nn.Linear(4, 2))
-    model = get_peft_model(base, LoTRAConfig(r=1), adapter_name="one")
-    model.add_adapter("two", LoTRAConfig(r=1, modules_to_save=["head"]))
-    with pytest.raises(ValueError, match=r"`adapters` \['two'\] have a trained copy of head besides their updates"):
-        model.add_weighted_adapter(NAMES, [1, 1], "new")
-    model.add_weighted_adapter(["one", "one"], [1, 1], "new")
+class EmbeddedKAN(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.kan, self.head = nn.Embedding(7, 3), ChebyKAN([3, 4]), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.kan(self.emb(x)))
+
+
+@pytest.mark.parametrize("trained", [{"modules_to_save": ["head"]}, {"trainable_token_indices": {"emb": [1, 2]}}])
+def test_trained_copies_come_from_the_one_adapter_that_has_them(trained, tmp_path):
+    base, x = EmbeddedKAN(), torch.arange(7)
+    model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=1), adapter_name="one")
+    model.add_adapter("two", LoTRAConfig(r=1, **trained))
+    for name, p in model.named_parameters():
+        if "two" in name:
+            nn.init.normal_(p)
+    model.set_adapter("two")
+    y = model(x)
+    model.add_weighted_adapter(NAMES, [1, 1], "sum", "cat")
+    model.set_adapter("sum")
+    assert_equal(model(x), y)  # the update of "one" is zero
+    assert_different(y, base(x))
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    assert_equal(PeftModel.from_pretrained(base, tmp_path / "sum")(x), model(x), 0)
+    model.add_adapter("three", LoTRAConfig(r=1, **trained))
+    with pytest.raises(ValueError, match="at most one of"):
+        model.add_weighted_adapter(["two", "three"], [1, 1], "both")
+
+
+def test_trained_tokens_of_several_adapters():
+    model = get_peft_model(EmbeddedKAN(), LoTRAConfig(r=1, trainable_token_indices={"emb": [1]}), adapter_name="one")
+    model.base_model.peft_config["two"] = LoTRAConfig(r=1, trainable_token_indices={"other": [1]})
+    with pytest.raises(ValueError, match="have `trainable_token_indices`: at most one"):
+        model.add_weighted_adapter(NAMES, [1, 1], "both")
 
 
 def test_slim_and_other_adapters_are_not_combined():
