@@ -105,12 +105,11 @@ class LoTRAConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 setattr(self, name, sorted(value))  # a list, in one order, whatever collection came in
-        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise ValueError(
-                "`layers_to_transform` cannot be used when `target_modules` is a str (regular expression)"
-            )
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(self, name) is not None and isinstance(self.target_modules, str):
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str (regular expression)")
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("when `layers_pattern` is specified, `layers_to_transform` must also be specified")
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         for name in ("init_weights", "slim"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` should be True or False but the value passed is {getattr(self, name)!r}")

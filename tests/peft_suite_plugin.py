@@ -87,10 +87,13 @@ class KANLayersForLinear(ModuleType):
         return getattr(nn, name)
 
 
-def translated(value):
-    """A table's entry with configs of LoTRA for those of LoRA; None if it is about something else."""
+def translated(value, as_it_is=False):
+    """A table's entry with configs of LoTRA for those of LoRA; None if it is about something else.
+
+    Classes become `LoTRAConfig` if `as_it_is`, for tests of what a config class does.
+    """
     if isinstance(value, tuple | list):
-        parts = [translated(part) for part in value]
+        parts = [translated(part, as_it_is) for part in value]
         return None if any(new is None and old is not None for new, old in zip(parts, value, strict=True)) else parts
     if isinstance(value, dict):
         return value if is_read(value) else None
@@ -98,7 +101,7 @@ def translated(value):
     if not is_config:
         return value
     if value is peft.LoraConfig:
-        return LoraConfig if ON_LOTRA else value
+        return (LoraConfig, LoTRAConfig)[as_it_is] if ON_LOTRA else value
     if type(value) is peft.LoraConfig:
         default = vars(peft.LoraConfig())
         given = {key: new for key, new in vars(value).items() if new != default[key]}
@@ -112,13 +115,16 @@ def translate_marks(function):
         if mark.name == "parametrize":
             names, rows, *rest = mark.args
             names = [name.strip() for name in names.split(",")] if isinstance(names, str) else list(names)
-            kept = []
-            for row in rows:
+            kept, ids, others = [], [], dict(mark.kwargs)
+            for row, label in zip(rows, others.get("ids") or [None] * len(rows), strict=True):
                 entry = row.values if hasattr(row, "values") and hasattr(row, "marks") else row
-                entry = translated(tuple(entry) if len(names) > 1 else [entry])
+                entry = translated(tuple(entry) if len(names) > 1 else [entry], "config_class" in names)
                 if entry is not None and not ("model_id" in names and entry[names.index("model_id")] not in MODELS):
                     kept.append(tuple(entry) if len(names) > 1 else entry[0])
-            marks[k] = pytest.mark.parametrize(mark.args[0], kept, *rest, **mark.kwargs).mark
+                    ids.append(label)
+            if others.get("ids"):
+                others["ids"] = ids
+            marks[k] = pytest.mark.parametrize(mark.args[0], kept, *rest, **others).mark
 
 
 def pytest_collectstart(collector):
@@ -146,7 +152,8 @@ def pytest_collection_modifyitems(config, items):
     kept = []
     for item in items:
         source = inspect.getsource(item.function)
-        made = "LoraConfig" in item.name.split("[")[-1] or re.search(r"\bLoraConfig\(|\bconfig0\b", source)
+        in_table = "config0" in getattr(getattr(item, "callspec", None), "params", ()) or "LoTRAConfig" in item.name
+        made = in_table or "LoraConfig" in item.name.split("[")[-1] or re.search(r"\bLoraConfig\(", source)
         if made and not re.search(
             r"lora_[AB]|\blora\.|LoraLayer|LoraModel|_register_custom_module|\bclass .*Lora", source
         ):
@@ -170,7 +177,7 @@ outcomes: dict[str, str] = {}
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
         error = str(report.longrepr).strip().splitlines()[-1:] if report.failed else []
-        outcomes.setdefault(report.nodeid, " ".join([report.outcome, *error]))
+        outcomes.setdefault(report.nodeid.replace("LoTRAConfig", "LoraConfig"), " ".join([report.outcome, *error]))
 
 
 def pytest_sessionfinish(session):

@@ -71,7 +71,8 @@ def test_survives_json(tmp_path):
             "`init_weights` should be True or False but the value passed is 'g",
         ),
         ({"target_modules": "a.*", "layers_to_transform": 1}, ValueError, "`layers_to_transform` cannot be used when"),
-        ({"layers_pattern": "layers"}, ValueError, "when `layers_pattern` is specified, `layers_to_transform` must"),
+        ({"target_modules": "a.*", "layers_pattern": "b"}, ValueError, "`layers_pattern` cannot be used when"),
+        ({"layers_pattern": "layers"}, ValueError, "When `layers_pattern` is specified, `layers_to_transform` must"),
     ],
 )
 def test_errors(kwargs, error, message):
