@@ -45,7 +45,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = CONTAINERS
-    other_param_names = ("r", "scaling")
+    other_param_names = ("r", "alpha", "scaling")
 
     def __init__(self, base_layer: nn.Module, spec: CoefficientSpec) -> None:
         super().__init__()
@@ -54,7 +54,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for name in CONTAINERS:
             setattr(self, name, nn.ParameterDict())
         self.r: dict[str, tuple[int, int, int]] = {}
-        self.scaling: dict[str, float] = {}
+        self.alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}  # alpha, unless it was rescaled
         self.in_features, self.out_features = spec.layout.canonical_shape[:2]
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -82,7 +83,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 f"but the value passed is {ranks}"
             )
         self.r[adapter_name] = tuple(ranks)
-        self.scaling[adapter_name] = alpha
+        self.alpha[adapter_name] = self.scaling[adapter_name] = alpha
         coefficients = self._stored(self.spec.parameter)
         for name, shape in factor_shapes(self.spec.layout.canonical_shape, ranks):
             getattr(self, name)[adapter_name] = nn.Parameter(coefficients.new_empty(shape))
@@ -113,6 +114,24 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def _update(self, adapter_name: str) -> Update:
         return Update(self.factors(adapter_name), self.scaling[adapter_name])
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """s ← scale · alpha, if this layer has the adapter."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.alpha[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """s ← scale · s for the active adapters."""
+        for name in self._active_here():
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """s ← s / scale for the active adapters, or s ← alpha without `scale`."""
+        for name in self._active_here():
+            self.scaling[name] = self.alpha[name] if scale is None else self.scaling[name] / scale
+
+    def _active_here(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.lotra_core]
 
     def is_trainable(self, adapter_name: str) -> bool:
         """Whether this layer has the adapter, and its factors require gradients."""
@@ -258,7 +277,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             ]
         if self.disable_adapters:
             return []
-        names = [name for name in self.active_adapters if name in self.lotra_core and name not in self.merged_adapters]
+        names = [name for name in self._active_here() if name not in self.merged_adapters]
         return [self._update(name) for name in names if name != besides]
 
     def _adapted(self, quiet: bool = False) -> AbstractContextManager[None]:
@@ -271,9 +290,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The base class looks for a `weight`, rounds fp32 factors to the base's 16 bits and makes them trainable.
+        # Values that are on the CPU do not follow a base that is still to be loaded.
+        device = device or self._stored(self.spec.parameter).device
         for factor in self.factors(adapter_name):
-            if not factor.is_meta:
-                factor.data = factor.data.to(device or self._stored(self.spec.parameter).device)
+            if not factor.is_meta and device != torch.device("meta"):
+                factor.data = factor.data.to(device)
 
     def __getattr__(self, name: str) -> Any:
         try:
