@@ -14,6 +14,7 @@ from torch import nn
 
 from .config import LoTRAConfig, check_ranks
 from .layer import LoTRALayer, adapter_layers
+from .offloading import onloaded
 from .ranks import choose_ranks
 from .tucker import TuckerFactors, compress, reconstruct, weighted_sum
 
@@ -63,7 +64,8 @@ def combined(
     ranks = {} if rule == "cat" else _ranks(layers, adapters, svd_rank)
     factors, errors = {}, {}
     for parameter, (_, layer) in layers.items():
-        terms = _terms(parameter, layer, adapters, weights)
+        with onloaded(layer):
+            terms = _terms(parameter, layer, adapters, weights)
         if rule in _SUMS:
             total = weighted_sum(terms)
         else:

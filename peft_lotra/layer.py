@@ -11,6 +11,7 @@ from inspect import ismethod
 from typing import Any
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from .batches import batch_rows, is_batched, joined_batch
 from .checkpoint import CONTAINERS, factor_shapes
 from .coefficients.spec import CoefficientSpec, tensor_at
+from .offloading import onloaded
 from .standin import (
     SampleAxisUnknown,
     Update,
@@ -86,7 +88,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.alpha[adapter_name] = self.scaling[adapter_name] = alpha
         coefficients = self._stored(self.spec.parameter)
         for name, shape in factor_shapes(self.spec.layout.canonical_shape, ranks):
-            getattr(self, name)[adapter_name] = nn.Parameter(coefficients.new_empty(shape))
+            # A base without memory yet, or offloaded, is no reason for an adapter without.
+            device = None if coefficients.is_meta else coefficients.device
+            container = getattr(self, name)
+            if hasattr(container, "_hf_hook"):  # accelerate has offloaded the adapters here, and knows those only
+                remove_hook_from_module(container)
+            container[adapter_name] = nn.Parameter(torch.empty(shape, dtype=coefficients.dtype, device=device))
         self.reset_lotra_parameters(adapter_name, init_weights)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -211,16 +218,17 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return self._run(args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
-        with_stand_in = not takes_tensors_only(self.get_base_layer())
-        try:
+        with onloaded(self):
+            with_stand_in = not takes_tensors_only(self.get_base_layer())
+            try:
+                with self._adapted():
+                    return self.base_layer(*args, **kwargs)
+            except (TypeError, RuntimeError) as error:
+                if not (with_stand_in and is_refusal(error)):
+                    raise
+            give_tensors_to(self.get_base_layer())
             with self._adapted():
                 return self.base_layer(*args, **kwargs)
-        except (TypeError, RuntimeError) as error:
-            if not (with_stand_in and is_refusal(error)):
-                raise
-        give_tensors_to(self.get_base_layer())
-        with self._adapted():
-            return self.base_layer(*args, **kwargs)
 
     def _check_adapter_names(self, names: Sequence[str], args: Any, kwargs: Any) -> None:
         length = next((len(leaf) for leaf in tree_leaves((args, kwargs)) if is_batched(leaf)), 0)
@@ -257,8 +265,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                     layer._samples = None
 
         if len(rows) > 1 and not takes_tensors_only(self.get_base_layer()):
-            owners = torch.tensor([list(rows).index(name if name in rows else "__base__") for name in names])
-            owners = owners.to(self._stored(self.spec.parameter).device)
+            device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if is_batched(leaf))
+            places = [list(rows).index(name if name in rows else "__base__") for name in names]
+            owners = torch.tensor(places, device=device)
             try:
                 return run(args, kwargs, {name: owners == k for k, name in enumerate(rows)})
             except SampleAxisUnknown:

@@ -7,9 +7,10 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from cases import lotra_layers, randomize
 from conftest import assert_different, assert_equal
-from kan_layers import KAN, ChebyKAN, TwoTensorKANLayer
+from kan_layers import KAN, ChebyKAN, FastKAN, TwoTensorKANLayer
 from peft import (
     PeftModel,
     get_base_model_state_dict,
@@ -187,6 +188,44 @@ def test_meta_devices(tmp_path):
     state = {key: value for key, value in model.state_dict().items() if "lotra_" not in key}
     loaded.load_state_dict(state, strict=False, assign=True)
     assert_equal(loaded(X), model(X), 0)
+
+
+@pytest.mark.parametrize("kan", [ChebyKAN, KAN, FastKAN])
+@pytest.mark.parametrize("adapter_comes", ["after", "before"])
+def test_a_base_that_accelerate_offloads(kan, adapter_comes, tmp_path):
+    base = kan([3, 6, 2])
+    expected = adapted(copy.deepcopy(base))
+    expected.save_pretrained(tmp_path)
+    if adapter_comes == "after":
+        model = PeftModel.from_pretrained(cpu_offload(copy.deepcopy(base), execution_device="cpu"), tmp_path)
+    else:
+        model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        cpu_offload(model.get_base_model(), execution_device="cpu")
+    offloaded = {name for name, p in model.named_parameters() if p.is_meta}
+    assert any("lotra_" not in name for name in offloaded)
+    assert_different(expected(X), base(X))
+    assert_equal(model(X), expected(X), 0)
+    with model.disable_adapter():
+        assert_equal(model(X), base(X), 0)
+    with pytest.raises(RuntimeError):
+        model(X[:, :2])
+    assert {name for name, p in model.named_parameters() if p.is_meta} == offloaded
+    assert_equal(model(X), expected(X), 0)
+    model.add_weighted_adapter(["default"], [1.0], "same", "cat")
+    model.eval().set_adapter("same")
+    assert_equal(model(X), expected(X))
+    y = model(X, adapter_names=["default", "__base__", "same", "default"])
+    assert_equal(y[[0, 2, 3]], expected(X)[[0, 2, 3]])
+    assert_equal(y[1:2], base(X[1:2]))
+
+
+@pytest.mark.parametrize("kan", [ChebyKAN, KAN])
+def test_merging_into_an_offloaded_base(kan, tmp_path):
+    base = kan([3, 6, 2])
+    expected = adapted(copy.deepcopy(base))
+    expected.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(cpu_offload(base, execution_device="cpu"), tmp_path)
+    assert_equal(model.merge_and_unload()(X), expected(X))
 
 
 # Pickling ------------------------------------------------------------------------------------------------------------
