@@ -223,3 +223,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"lotra.{super().__repr__()}"
+
+
+# Older dynamos do not follow the stand-in: there, these layers run between compiled graphs.
+if torch.__version__ < (2, 13):
+    LoTRALayer.forward = torch.compiler.disable(LoTRALayer.forward)
