@@ -214,7 +214,9 @@ def draw(runs: list[dict], args: argparse.Namespace) -> Figure:
                         points[entry["case"]["rate"]].append(entry["loss"])
                 medians = [statistics.median(losses) for losses in points.values()]
                 ax.loglog(points.keys(), medians, "o-", ms=3, color=f"C{k}", label=f"width {width}")
-            ax.set(title=f"{optimizer}, {initialisation}, {rule}", ylim=(1e-4, 10))
+            ax.set(title=f"{optimizer}, {initialisation}, {rule}", ylim=(1e-3, 3))
+            ax.set_xticks(RATES[optimizer], labels=[f"{rate:g}" for rate in RATES[optimizer]])
+            ax.minorticks_off()
             ax.grid(alpha=0.3)
     for ax in axes[-1]:
         ax.set_xlabel("learning rate of the core")

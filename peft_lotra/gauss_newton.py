@@ -261,14 +261,16 @@ class _Problem:
             # Elsewhere: the residuals of a fitted model may be rounding errors, which differ.
             net = self._net(self._named(1.1 * theta))
             for name, function, part, _ in self._kinds(batch):
+                leaves, spec = tree_flatten(tree_map(lambda leaf: leaf[:4], part))
                 with torch.no_grad():
-                    together = function(net, tree_map(lambda leaf: leaf[:2], part))
-                    alone = function(net, tree_map(lambda leaf: leaf[:1], part))
-                if not torch.allclose(together[:1], alone, rtol=1e-2, atol=1e-2 * together.abs().max().item()):
+                    together = function(net, spec.unflatten(leaves))
+                    rows = zip(*(leaf.split(1) for leaf in leaves), strict=True)
+                    alone = torch.cat([function(net, spec.unflatten(row)) for row in rows])
+                if not torch.allclose(together, alone, rtol=1e-2, atol=1e-2 * together.abs().max().item()):
                     raise ValueError(
                         f"`residual_fn{_at(name)}` should compute the residuals of a sample from this sample alone, "
-                        f"but those of the first are {alone.flatten().tolist()}, and "
-                        f"{together[:1].flatten().tolist()} beside another: a batch mean? dropout?"
+                        f"but those of the first ones are {alone.flatten().tolist()}, and "
+                        f"{together.flatten().tolist()} together: a batch mean? dropout?"
                     )
         return values
 

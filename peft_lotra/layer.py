@@ -336,6 +336,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return f"lotra.{super().__repr__()}"
 
 
+# Older dynamos do not follow the stand-in: there, these layers run between compiled graphs.
+if torch.__version__ < (2, 13):
+    LoTRALayer.forward = torch.compiler.disable(LoTRALayer.forward)
+
+
 def adapter_layers(module: nn.Module) -> Iterator[LoTRALayer]:
     """The LoTRALayers around one KAN layer, outermost first."""
     while isinstance(module, LoTRALayer):

@@ -64,7 +64,9 @@ def lotra_parameter_groups(
             | "LR-4" | 1 | 1 | 1 | 1 |
             | "adam" | 1 | 1/n | 1/√m | 1/n_d |
 
-            or a mapping of "core", "U1", "U2", "U3" to multipliers for every layer, 1 where none is given.
+            or a mapping of "core", "U1", "U2", "U3" to multipliers for every layer, 1 where none is given. One rate
+            for all (LR-4) was best in layers of up to 256 inputs; in wider ones it has to be lowered with the width,
+            which the rates of LR-2 need not (examples/learning_rates.py).
         weight_decay: for all groups; None leaves the optimizer's own default.
 
     Raises:

@@ -6,6 +6,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+# Whether adapted layers are traced by torch.compile; before, they run between graphs.
+FULLGRAPH = torch.__version__ >= (2, 13)
+
 # Relative tolerances of "equal", by dtype.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 

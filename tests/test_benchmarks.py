@@ -22,7 +22,7 @@ def run(*arguments):
 
 def test_step_cost(tmp_path):
     short = ("--widths", 16, 32, "--batch", 32, "--pairs", 2, "--output-dir", tmp_path)
-    done = run(*short, "--parts", "step", "inference", "slim")
+    done = run(*short, "--parts", "step", "inference", "slim", "initialization")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "step_cost.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "step_cost.json").read_text())
@@ -46,6 +46,7 @@ def test_step_cost(tmp_path):
         assert step[FULL]["trainable"] >= 8 * width**2
         assert inference["base"]["flops"] == inference["merged"]["flops"] == inference["disabled"]["flops"]
         assert inference["base"]["flops"] < inference["unmerged"]["flops"]
+        assert 0 < parts["initialization"]["gradient initialisation"]["flops"]
         assert slim["Slim"]["coefficient_bytes"] <= 0.1 * slim["dense"]["coefficient_bytes"] + 4
         assert slim["dense"]["coefficient_bytes"] == 4 * 8 * width**2
 

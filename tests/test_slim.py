@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from cases import CASES, dense_oracle, lotra_layers, make
-from conftest import assert_different, assert_equal
+from conftest import FULLGRAPH, assert_different, assert_equal
 from kan_layers import KAN, ChebyKAN, ConvKANLayer, FastKAN, PackedKANLayer, TwoTensorKANLayer
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -163,7 +163,7 @@ def test_copies_and_casts_stay_empty():
 
 def test_compile():
     model, x = slim_kan(ChebyKAN([3, 4, 2]), r=2), torch.randn(5, 3)
-    assert_equal(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+    assert_equal(torch.compile(model, backend="eager", fullgraph=FULLGRAPH)(x), model(x))
     assert_empty(model)
 
 

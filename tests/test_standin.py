@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from conftest import TOLERANCE, assert_different, assert_equal
+from conftest import FULLGRAPH, TOLERANCE, assert_different, assert_equal
 from kan.KANLayer import KANLayer
 from kan_layers import (
     ChebyKANLayer,
@@ -380,7 +380,7 @@ def test_compile(name):
     """In one graph, before any eager call."""
     base, model, x = adapted(name)
     torch._dynamo.reset()
-    y = torch.compile(model, fullgraph=True, backend="aot_eager" if name in REGISTERED else "eager")(x)
+    y = torch.compile(model, fullgraph=FULLGRAPH, backend="aot_eager" if name in REGISTERED else "eager")(x)
     assert_different(y, base(x))
     expected = dense(base, model)(x)
     assert_equal(y, expected)
@@ -549,7 +549,7 @@ def test_tensors_for_nested_adapters():
 def test_compile_with_dynamic_shapes(name):
     _, model, x = adapted(name)
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="eager")
+    compiled = torch.compile(model, fullgraph=FULLGRAPH, dynamic=True, backend="eager")
     for batch in (x.detach(), x.detach()[:4]):
         assert_equal(compiled(batch), model(batch))
 

@@ -69,9 +69,9 @@ def format_rows(rows: Sequence[Row]) -> str:
             ]
             for row in rows
         ]  # fmt: skip
-    elif part == "inference":
-        header = ["inference", "FLOPs/base", "ms", "/base"]
-        base = by_name["base"]
+    elif part in ("inference", "initialization"):
+        base = by_name["base" if part == "inference" else FULL]
+        header = [part, f"FLOPs/{base.method}", "ms", f"/{base.method}"]
         lines = [[_ratio(row, base, "flops"), _milliseconds(row), _ratio(row, base, "seconds")] for row in rows]
     else:
         dense = by_name["dense"]

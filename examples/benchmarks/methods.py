@@ -53,9 +53,11 @@ def owner_of_coefficients(layer: nn.Module, kind: Kind) -> tuple[nn.Module, str]
     return layer.get_submodule(path), name
 
 
-def with_lotra(layer: nn.Module, kind: Kind, adapters: int = 1, **ranks: object) -> PeftModel:
+def with_lotra(
+    layer: nn.Module, kind: Kind, adapters: int = 1, init_weights: bool = False, **ranks: object
+) -> PeftModel:
     """`layer` with LoTRA adapters, all of them active. They are random: nothing may be gained from zeros."""
-    config = LoTRAConfig(coefficients=dict(kind.coefficients(layer)), init_weights=False, alpha=0.1, **ranks)
+    config = LoTRAConfig(coefficients=dict(kind.coefficients(layer)), init_weights=init_weights, alpha=0.1, **ranks)
     model = get_peft_model(OneLayer(layer), config, adapter_name="0")
     for number in range(1, adapters):
         model.add_adapter(str(number), config)

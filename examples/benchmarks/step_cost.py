@@ -11,6 +11,7 @@ tables, and writes all numbers as JSON (after each layer and width) and a pictur
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import platform
@@ -23,15 +24,25 @@ from typing import Any
 
 import torch
 from cost_report import Row, draw, format_growth, format_rows
-from layers import KINDS, SPLINE_ORDER
+from layers import KINDS, SPLINE_ORDER, OneLayer
 from measuring import clock, count_flops, fitted_exponent, interleaved, peak_bytes, saved_bytes
-from methods import Trained, inference_methods, lotra_and_floor, slim_and_dense, training_methods
+from methods import (
+    FULL,
+    Trained,
+    inference_methods,
+    lotra_and_floor,
+    slim_and_dense,
+    training_methods,
+    with_lotra,
+)
 from pde_transfer import positive_int
 from reporting import write_atomically
 from torch import nn
 from tqdm import tqdm
 
-PARTS = ("step", "inference", "slim", "growth")
+from peft_lotra import initialize_lotra_weights
+
+PARTS = ("step", "inference", "slim", "initialization", "growth")
 SLIM_RATIO = 0.1  # factors of a Slim layer per coefficient of the dense one
 GROWTH = (1, 2, 4, 8)  # the factors by which the part "growth" enlarges one size at a time
 GROWTH_BATCH = 64  # at most, to begin with
@@ -72,6 +83,31 @@ class Case:
         floor, lotra = self._trained("growth", lotra_and_floor(self.layer(), self.kind, self.r, adapters))
         seconds = [a - b for a, b in zip(lotra.seconds, floor.seconds, strict=True)]
         return lotra.flops - floor.flops, statistics.median(seconds)
+
+    def initialization(self) -> list[Row]:
+        """Gradient-aligned initialisation from one forward and backward pass, beside a step of full fine-tuning."""
+        layer = self.layer()
+        full = Trained(OneLayer(copy.deepcopy(layer)))
+        model = with_lotra(layer.requires_grad_(False), self.kind, r=self.r, init_weights=True)
+
+        def callback() -> None:
+            model(self.x).backward(self.gradient)
+
+        def initialize() -> None:
+            initialize_lotra_weights(model, callback, adapter_name="0", progressbar=False)
+
+        def step() -> None:
+            full.forward_backward(self.x, self.gradient)
+            full.update()
+
+        calls = {FULL: step, "gradient initialisation": initialize}
+        seconds = interleaved({name: partial(clock, self.device, call) for name, call in calls.items()}, self.pairs)
+        return [
+            self.row(
+                "initialization", method=name, flops=count_flops(call), seconds=[ends[0] for ends in seconds[name]]
+            )
+            for name, call in calls.items()
+        ]
 
     @torch.no_grad()
     def inference(self) -> list[Row]:
