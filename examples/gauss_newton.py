@@ -28,9 +28,10 @@ from typing import Any
 import psutil
 import torch
 from chebyshev_kan import ChebyshevKAN
+from command_line import exit_code, make_output_dir, new_parser, positive_int
 from matplotlib.figure import Figure
 from pde_least_squares import Mark, batch, fit, residual_functions
-from pde_transfer import LEARNING_RATES, positive_int, train, trained_base
+from pde_transfer import LEARNING_RATES, train, trained_base
 from pdes import PDES, Points
 from peft import get_peft_model
 from reporting import write_atomically
@@ -216,9 +217,7 @@ def width_table(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--families", nargs="+", choices=list(PDES), default=list(PDES), help="families of PDEs")
     add("--seeds", type=positive_int, default=3, help="number of seeds, of base, factors and points")
@@ -234,26 +233,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"argument --widths: should be at least 8, the highest rank, got {min(args.widths)}")
     args.families, args.widths = list(dict.fromkeys(args.families)), sorted(set(args.widths))
     args.dtype = getattr(torch, args.dtype)
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output-dir: {error}")
+    make_output_dir(parser, args)
     return args
 
 
-def main() -> int:
-    args = parse_arguments()
-    try:
-        runs = main_table(args)
-        summaries = {family: summarise(of_family, args.clock) for family, of_family in runs.items()}
-        for family, summary in summaries.items():
-            print_summary(family, summary)
-        costs = width_table(args)
-    except KeyboardInterrupt:
-        print(
-            "\nInterrupted. The runs that were done are stored; the same command goes on from there.", file=sys.stderr
-        )
-        return 130
+def study(args: argparse.Namespace) -> None:
+    runs = main_table(args)
+    summaries = {family: summarise(of_family, args.clock) for family, of_family in runs.items()}
+    for family, summary in summaries.items():
+        print_summary(family, summary)
+    costs = width_table(args)
     print(f"\n{'width':>6} {'LM on':<8}{'trained':>9}{'s / iteration':>15}{'MB':>9}")
     for row in costs:
         print("{width:>6} {part:<8}{numbers:>9,}{seconds:>15.2f}{megabytes:>9.0f}".format(**row))
@@ -266,7 +255,12 @@ def main() -> int:
     figure = draw(runs, costs, args.clock)
     write_atomically(path.with_suffix(".png"), lambda partial: figure.savefig(partial, dpi=120, format="png"))
     print(f"\nWritten: {path.with_suffix('.png')}, .json")
-    return 0
+
+
+def main() -> int:
+    return exit_code(
+        lambda: study(parse_arguments()), "The runs that were done are stored; the same command goes on from there."
+    )
 
 
 if __name__ == "__main__":

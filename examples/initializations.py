@@ -19,7 +19,8 @@ from pathlib import Path
 
 import learning_rates
 import torch
-from pde_transfer import LEARNING_RATES, attach_lotra, positive_int, trained_base
+from command_line import exit_code, make_output_dir, new_parser, positive_int
+from pde_transfer import LEARNING_RATES, attach_lotra, trained_base
 from pdes import PDES
 from peft import PeftModel
 from reporting import write_atomically
@@ -106,9 +107,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--tasks", choices=TASKS, nargs="+", default=list(TASKS), help="what to adapt to")
     add("--seeds", type=positive_int, default=5, help="of random factors and points")
@@ -117,20 +116,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path("outputs/pde_transfer"), help="that of pde_transfer.py")
     parser.set_defaults(compression_ratio=0.1)
     args = parser.parse_args(argv)
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output-dir: {error}")
+    make_output_dir(parser, args)
     return args
 
 
 def main() -> int:
-    try:
-        run(parse_arguments())
-    except KeyboardInterrupt:
-        print("\nInterrupted. The bases that were done will be used again.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(parse_arguments()), "The bases that were done will be used again.")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 from chebyshev_kan import ChebyshevKAN
+from command_line import exit_code, make_output_dir, new_parser, positive_int
 from matplotlib.figure import Figure
-from pde_transfer import positive_int
 from peft import PeftModel, get_peft_model
 from reporting import write_atomically
 from torch import Tensor
@@ -133,7 +133,7 @@ def cases(args: argparse.Namespace) -> list[dict]:
     return sweep + ratio
 
 
-def study(args: argparse.Namespace) -> list[dict]:
+def all_runs(args: argparse.Namespace) -> list[dict]:
     path = args.output_dir / "learning_rates.json"
     settings = {"steps": args.steps, "batch": BATCH, "degree": DEGREE, "ranks": RANKS}
     done: list[dict] = []
@@ -227,9 +227,7 @@ def draw(runs: list[dict], args: argparse.Namespace) -> Figure:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--widths", type=positive_int, nargs="+", default=[16, 64, 256, 1024], help="of the hidden layers")
     add("--ratio-width", type=positive_int, default=64, help="width at which single rates are varied")
@@ -241,25 +239,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if any(width < RANKS or width == DEGREE + 1 for width in (*args.widths, args.ratio_width)):
         parser.error(f"argument --widths: should be at least {RANKS} and not {DEGREE + 1}, got {args.widths}")
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output-dir: {error}")
+    make_output_dir(parser, args)
     return args
 
 
-def main() -> int:
-    args = parse_arguments()
-    try:
-        runs = study(args)
-    except KeyboardInterrupt:
-        print("\nInterrupted. The runs that were done will be used again.", file=sys.stderr)
-        return 130
+def study(args: argparse.Namespace) -> None:
+    runs = all_runs(args)
     report(runs, args)
     figure = draw(runs, args)
     write_atomically(args.output_dir / "learning_rates.png", lambda p: figure.savefig(p, dpi=90, format="png"))
     print(f"\nWritten: {args.output_dir}/learning_rates.json, .png")
-    return 0
+
+
+def main() -> int:
+    return exit_code(lambda: study(parse_arguments()), "The runs that were done will be used again.")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import torch
 from chebyshev_kan import ChebyshevKAN
-from pde_transfer import LEARNING_RATES, WIDTHS, build_kan, positive_int, ratio, train, trained_base
+from command_line import check_device, check_seed, exit_code, make_output_dir, new_parser, positive_int, ratio
+from pde_transfer import LEARNING_RATES, WIDTHS, train, trained_base
 from pdes import PDES, relative_l2_error
 from reporting import write_atomically
 from safetensors.torch import load_file, save_file
@@ -189,9 +190,7 @@ def run(args: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Checks everything that can be checked before the minutes of training, and writes nothing until it has."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--pde", dest="pdes", choices=list(PDES), nargs="+", default=list(PDES), help="families of PDEs")
     add(
@@ -209,26 +208,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", default="cpu", help="torch device for training")
     parser.set_defaults(kan="chebyshev")
     args = parser.parse_args(argv)
-    if not 0 <= args.seed < 2**32 - 1:
-        parser.error(f"argument --seed: should be in [0, 2**32 − 2], got {args.seed}")
-    try:
-        build_kan(args.kan, args.seed).to(args.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"argument --device: {args.device!r} cannot be used: {str(error).splitlines()[0]}")
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output-dir: {error}")
+    check_seed(parser, args)
+    check_device(parser, args)
+    make_output_dir(parser, args)
     return args
 
 
 def main() -> int:
-    try:
-        run(parse_arguments())
-    except KeyboardInterrupt:
-        print("\nInterrupted. Only complete files are left, and are used again.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(parse_arguments()), "Only complete files are left, and are used again.")
 
 
 if __name__ == "__main__":

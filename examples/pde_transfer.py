@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from chebyshev_kan import ChebyshevKAN
+from command_line import check_device, check_seed, exit_code, make_output_dir, new_parser, positive_int, ratio
 from pde_least_squares import fit
 from pdes import PDE, PDES, relative_l2_error
 from peft import PeftModel, get_peft_model
@@ -184,27 +185,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"Written: {args.output_dir / name}.png, .json, adapter {adapter}/, full weights {full_file}")
 
 
-def positive_int(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"should be a positive integer, got {text!r}")
-    return int(text)
-
-
-def ratio(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"should be a number in (0, 1], got {text!r}")
-    return value
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Checks everything that can be checked before the minutes of training, and writes nothing until it has."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--pde", choices=list(PDES), default="elliptic", help="family of PDEs")
     add("--kan", choices=list(WIDTHS), default="chebyshev", help="ours, or the original pykan (slower)")
@@ -221,34 +204,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args.steps = args.steps or STEPS[args.optimizer]
     if args.r and len(args.r) not in (1, 3):
         parser.error(f"argument --r: one or three numbers, got {len(args.r)}")
-    if not 0 <= args.seed < 2**32 - 1:
-        parser.error(f"argument --seed: should be in [0, 2**32 − 2], got {args.seed}")
+    check_seed(parser, args)
     if not args.device:
         args.device = str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"argument --device: {args.device!r} cannot be used: {str(error).splitlines()[0]}")
+    check_device(parser, args)
     try:
         attach_lotra(build_kan(args.kan, args.seed), args.r, args.compression_ratio)
     except ImportError as error:
         parser.error(f"argument --kan: {args.kan} cannot be imported ({error}); pip install {args.kan}")
     except ValueError as error:  # ranks that do not fit this KAN
         parser.error(str(error))
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output-dir: {error}")
+    make_output_dir(parser, args)
     return args
 
 
 def main() -> int:
-    try:
-        run(parse_arguments())
-    except KeyboardInterrupt:
-        print("\nInterrupted. Only complete files are left; the base, if it was done, is used again.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(
+        lambda: run(parse_arguments()), "Only complete files are left; the base, if it was done, is used again."
+    )
 
 
 if __name__ == "__main__":

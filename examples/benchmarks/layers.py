@@ -6,18 +6,14 @@ is the operations around the coefficients that an adapter has to get along with.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-sys.path.append(str(Path(__file__).parents[1]))
 from chebyshev_kan import ChebyshevKANLayer
+from torch import Tensor, nn
 
 SPLINE_ORDER = 3
 

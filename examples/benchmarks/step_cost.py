@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
+from command_line import check_device, exit_code, make_output_dir, new_parser, positive_int
 from cost_report import Row, draw, format_growth, format_rows
 from layers import KINDS, SPLINE_ORDER, OneLayer
 from measuring import clock, count_flops, fitted_exponent, interleaved, peak_bytes, saved_bytes
@@ -35,7 +38,6 @@ from methods import (
     training_methods,
     with_lotra,
 )
-from pde_transfer import positive_int
 from reporting import write_atomically
 from torch import nn
 from tqdm import tqdm
@@ -231,9 +233,7 @@ def device_name(device: str) -> str:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = new_parser(__doc__)
     add = parser.add_argument
     add("--layers", nargs="+", choices=list(KINDS), help="default: all; pykan only if it is installed")
     add("--widths", type=positive_int, nargs="+", default=[64, 256, 512], help="n = m; growth starts from the first")
@@ -259,24 +259,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.layers = [kind for kind in KINDS if kind != "pykan" or importlib.util.find_spec("kan")]
     elif "pykan" in args.layers and not importlib.util.find_spec("kan"):
         parser.error("argument --layers: pykan cannot be imported; pip install pykan")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"argument --device: {args.device!r} cannot be used: {str(error).splitlines()[0]}")
-    try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"argument --output-dir: {error}")
+    check_device(parser, args)
+    make_output_dir(parser, args)
     return args
 
 
 def main() -> int:
-    try:
-        run(parse_arguments())
-    except KeyboardInterrupt:
-        print("\nInterrupted. step_cost.json has the cases that were done.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(parse_arguments()), "step_cost.json has the cases that were done.")
 
 
 if __name__ == "__main__":

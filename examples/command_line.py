@@ -1,0 +1,64 @@
+"""What the examples' command lines share: arguments that are checked before any work, and an orderly interruption."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+
+
+def new_parser(docstring: str) -> argparse.ArgumentParser:
+    """A parser described by the first line of a module's docstring, which shows defaults."""
+    return argparse.ArgumentParser(
+        description=docstring.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+
+
+def positive_int(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"should be a positive integer, got {text!r}")
+    return int(text)
+
+
+def ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"should be a number in (0, 1], got {text!r}")
+    return value
+
+
+def check_seed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not 0 <= args.seed < 2**32 - 1:
+        parser.error(f"argument --seed: should be in [0, 2**32 − 2], got {args.seed}")
+
+
+def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Stops unless tensors can be made on `args.device`."""
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        parser.error(f"argument --device: {args.device!r} cannot be used: {str(error).splitlines()[0]}")
+
+
+def make_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Last of all checks: nothing is written before."""
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --output-dir: {error}")
+
+
+def exit_code(job: Callable[[], None], kept: str) -> int:
+    """0 after the job; 130 after Ctrl-C, when `kept` says what is left of it."""
+    try:
+        job()
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. {kept}", file=sys.stderr)
+        return 130
+    return 0
