@@ -1,0 +1,112 @@
+"""SlimLayer: a coefficient tensor that is Tucker factors alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from .coefficients import CoefficientSpec
+from .layer import LoTRALayer
+from .standin import adapted_coefficients
+
+
+class SlimLayer(LoTRALayer):
+    """A = s · G ×₁ U1 ×₂ U2 ×₃ U3: a LoTRALayer whose base coefficients are zero and take no memory.
+
+    The dense parameter becomes a single zero expanded to its shape, until the factors are merged into it.
+    """
+
+    def __init__(self, base_layer: nn.Module, spec: CoefficientSpec) -> None:
+        super().__init__(base_layer, spec)
+        with torch.no_grad():
+            coefficients = spec.to_canonical(adapted_coefficients(self.get_base_layer(), spec, ())).double()
+        self.variances = coefficients.square().transpose(0, 2).flatten(1).mean(1)  # shape: (n_d,)
+        self.register_load_state_dict_post_hook(_empty_after_load)
+        self._empty()
+
+    def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
+        """U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3[d] ~ N(0, v_d/Σv), G ~ N(0, n·m·Σv / (r1·r2·r3·s²)).
+
+        Then E A[i, o, d]² = v_d, the mean square over i and o that the layer had been initialised with. By basis
+        function, because layers with polynomials or wavelets start smaller in the higher ones.
+        """
+        super().reset_lotra_parameters(adapter_name, init_weights=False)
+        core, U1, U2, U3 = self.factors(adapter_name)
+        if init_weights:
+            total = self.variances.sum().item()
+            size = len(U1) * len(U2) * total / math.prod(self.r[adapter_name])
+            shares = self.variances * (len(U3) / total) if total else self.variances
+            with torch.no_grad():
+                core.mul_(math.sqrt(size) / abs(self.scaling[adapter_name]))
+                U3.mul_(shares.sqrt().to(U3)[:, None])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """parameter ← Σ updates, dense from here on, scale ← 1; see `LoTRALayer.merge`."""
+        self._make_dense()
+        try:
+            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        finally:
+            self._empty()
+        if self.merged:
+            before = self._before_merge[self.spec.parameter]
+            self._before_merge[self.spec.parameter] = before.new_zeros(()).expand(before.shape)
+
+    def unmerge(self) -> None:
+        """parameter ← 0, without memory again; scale as it was."""
+        super().unmerge()
+        self._empty()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer with dense coefficients: the merged updates, or zero."""
+        nested = [module for module in self.modules() if isinstance(module, SlimLayer)]
+        base_layer = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        for layer in nested:
+            layer._make_dense()
+        return base_layer
+
+    def _make_dense(self) -> None:
+        if not self.merged:
+            parameter = self._stored(self.spec.parameter)
+            parameter.data = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+
+    def _empty(self) -> None:
+        """One zero in place of the coefficients, unless they are merged."""
+        if not self.merged:
+            parameter = self._stored(self.spec.parameter)
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
+
+    # Copies and casts write an expanded tensor out; loading writes into it, which takes memory of its own.
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SlimLayer:
+        super()._apply(*args, **kwargs)
+        self._empty()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._empty()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
+        unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        path, layer = prefix, self
+        while isinstance(layer, LoTRALayer):
+            path, layer = f"{path}base_layer.", layer.base_layer
+        coefficients = state_dict.get(path + self.spec.parameter)
+        if not (self.merged or coefficients is None or coefficients.is_meta) and coefficients.any():
+            error_msgs.append(f"{path}{self.spec.parameter} is not zero in the state dict, as in a Slim KAN it is")
+        self._make_dense()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def _empty_after_load(layer: SlimLayer, _: Any) -> None:
+    layer._empty()
