@@ -201,7 +201,7 @@ def _config(
         compression_ratio=None,
         alpha=1.0,
         alpha_pattern={},
-        target_modules=sorted({module for module, _ in layers.values()}),
+        target_modules={module for module, _ in layers.values()},
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -59,8 +59,8 @@ class LoTRAConfig(PeftConfig):
     r: int | tuple[int, int, int] | None = None
     compression_ratio: float | None = None
     alpha: float = 1.0
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: set[str] | list[str] | str | None = None
+    exclude_modules: set[str] | list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class LoTRAConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                setattr(self, name, sorted(value))  # a list, in one order, whatever collection came in
+                setattr(self, name, set(value))
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(self, name) is not None and isinstance(self.target_modules, str):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str (regular expression)")
@@ -113,6 +113,10 @@ class LoTRAConfig(PeftConfig):
         for name in ("init_weights", "slim"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` should be True or False but the value passed is {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, with sets as sorted lists: a saved config does not depend on the hash seed."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):

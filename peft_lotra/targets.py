@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -80,7 +80,7 @@ def completed(config: LoTRAConfig, targets: list[Target]) -> LoTRAConfig:
         layer = {} if owner == target.module else {"layer": target.module}
         coefficients[target.parameter] = target.spec.describe() | layer
     return replace(
-        config, target_modules=sorted(ranks), rank_pattern={**ranks, **unmatched}, coefficients=coefficients
+        config, target_modules=set(ranks), rank_pattern={**ranks, **unmatched}, coefficients=coefficients
     )
 
 
@@ -254,10 +254,10 @@ def _check_not_shared(model: nn.Module, layers: Mapping[str, nn.Module], targets
 
 
 def _check_target_modules(
-    target_modules: list[str] | str, kan_layers: list[str], layers: Mapping[str, nn.Module]
+    target_modules: set[str] | str, kan_layers: list[str], layers: Mapping[str, nn.Module]
 ) -> None:
     """Raise if an entry means no KAN layer. Modules without coefficients that it means besides are passed over."""
-    entries = {target_modules} if isinstance(target_modules, str) else set(target_modules)
+    entries = {target_modules} if isinstance(target_modules, str) else target_modules
     used = {entry for module in kan_layers for entry in _entries_for(module, target_modules)}
     for entry in sorted(entries - used):
         pattern = target_modules if isinstance(target_modules, str) else [entry]
@@ -268,9 +268,9 @@ def _check_target_modules(
         )
 
 
-def _entries_for(module: str, patterns: list[str] | str) -> list[str]:
-    """The entries that mean `module`, by PEFT's rule: a string is a regular expression on the full name, a list has
-    names or endings of names."""
+def _entries_for(module: str, patterns: Collection[str] | str) -> list[str]:
+    """The entries that mean `module`, by PEFT's rule: a string is a regular expression on the full name, a
+    collection has names or endings of names."""
     if isinstance(patterns, str):
         return [patterns] if re.fullmatch(patterns, module) else []
     parts = module.split(".")

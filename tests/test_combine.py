@@ -194,7 +194,7 @@ def test_adapters_on_different_layers(tmp_path):
         assert ranks(model, kind) == {"layers.0": (2, 2, 2), "layers.1": (1, 1, 1)}
         assert_equal(updates(model, kind)["layers.0"], updates(model, "one")["layers.0"])
         assert_equal(updates(model, kind)["layers.1"], -2 * updates(model, "two")["layers.1"])
-    assert model.peft_config["cat"].target_modules == ["layers.0", "layers.1"]
+    assert model.peft_config["cat"].target_modules == {"layers.0", "layers.1"}
 
 
 @pytest.mark.parametrize(

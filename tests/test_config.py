@@ -28,7 +28,8 @@ def test_survives_json(tmp_path):
         init_weights=False,
     )
     assert config.r == (4, 3, 2)
-    assert config.target_modules == ["a", "b"]
+    assert config.target_modules == {"a", "b"}
+    assert config.to_dict()["target_modules"] == ["a", "b"]
     config.save_pretrained(tmp_path)
     for loaded in (LoTRAConfig.from_pretrained(tmp_path), PeftConfig.from_pretrained(tmp_path)):
         assert type(loaded) is LoTRAConfig

@@ -117,7 +117,7 @@ def test_the_users_config_is_not_changed_and_serves_again():
 
 def test_the_models_config_is_complete():
     config = get_peft_model(Model(), LoTRAConfig(r=2, coefficients=TAIL)).peft_config["default"]
-    assert config.target_modules == [*KNOWN, "tail"]
+    assert config.target_modules == {*KNOWN, "tail"}
     assert config.rank_pattern["layers.0.mlp"] == (2, 2, 2)
     assert config.coefficients["head.spline_linear.weight"] == {
         "layout": "o (i d)",
