@@ -76,3 +76,14 @@ def test_bad_arguments(arguments, message, tmp_path):
     assert done.returncode == 2
     assert message in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_serving(tmp_path):
+    command = [sys.executable, "-W", "error", str(SCRIPT.with_name("serving.py")), "--layers", "5", "--rounds", "2"]
+    command += ["--width", "16", "--batch", "6", "--adapters", "2", "--output-dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "serving.json").read_text())
+    assert results["loading"]["ratio"] > 0
+    assert list(results["mixed"]) == ["efficient", "fastkan", "chebyshev"]
+    assert all(0 < result["difference"] < 1e-5 and result["ratio"] > 0 for result in results["mixed"].values())
