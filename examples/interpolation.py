@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, float]:
 
 def report(args: argparse.Namespace) -> None:
     runs = [run(args, seed) for seed in range(args.seeds)]
-    print(f"\nRelative L2 error at λ = {MIDDLE}, {args.optimizer}, ranks {tuple(args.r)}: median of {args.seeds} seeds\n")
+    print(f"\nRelative L2 error at λ = {MIDDLE}, {args.optimizer}, ranks {tuple(args.r)}; median of {args.seeds}\n")
     for row in runs[0]:
         errors = [found[row] for found in runs]
         print(f"{row:36} {median(errors):.1e}   ({min(errors):.1e} … {max(errors):.1e})")

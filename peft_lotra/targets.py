@@ -79,9 +79,7 @@ def completed(config: LoTRAConfig, targets: list[Target]) -> LoTRAConfig:
         owner = target.parameter.rpartition(".")[0]
         layer = {} if owner == target.module else {"layer": target.module}
         coefficients[target.parameter] = target.spec.describe() | layer
-    return replace(
-        config, target_modules=set(ranks), rank_pattern={**ranks, **unmatched}, coefficients=coefficients
-    )
+    return replace(config, target_modules=set(ranks), rank_pattern={**ranks, **unmatched}, coefficients=coefficients)
 
 
 def saved_targets(config: LoTRAConfig) -> list[tuple[str, Target]]:
