@@ -8,6 +8,7 @@ from .coefficients import infer_coefficients, register_kan_layer, registered_kan
 from .config import LoTRAConfig
 from .extraction import extract_adapter
 from .gauss_newton import GaussNewtonResult, fit_gauss_newton
+from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from .initialization import initialize_lotra_weights
 from .layer import LoTRALayer
 from .model import LoTRAModel
@@ -34,6 +35,8 @@ __all__ = [
     "effective_coefficients",
     "extract_adapter",
     "fit_gauss_newton",
+    "hotswap_adapter",
+    "hotswap_adapter_from_state_dict",
     "infer_coefficients",
     "initialize_lotra_weights",
     "lotra_parameter_groups",

@@ -23,9 +23,14 @@ def factor_shapes(shape: tuple[int, ...], ranks: tuple[int, int, int]) -> Iterat
     yield from ((name, (size, r)) for name, size, r in zip(CONTAINERS[1:], shape[:3], ranks, strict=True))
 
 
+def is_adapter_key(key: str) -> bool:
+    """Whether a state dict's key is that of a core or factor, not of a trained copy of a module."""
+    return any(f".{name}" in f".{key}" for name in CONTAINERS)
+
+
 def check_weights(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, torch.Tensor], origin: str) -> None:
     """Raise ValueError unless `weights` has exactly the `expected` adapter tensors, of these shapes, all finite."""
-    held = {key for key in weights if any(f".{name}" in f".{key}" for name in CONTAINERS)}
+    held = set(filter(is_adapter_key, weights))
     missing, unexpected = sorted(set(expected) - held), sorted(held - set(expected))
     if missing or unexpected:
         raise ValueError(
@@ -58,10 +63,10 @@ def check_saved_adapter(config: LoTRAConfig, path: str, subfolder: str | None = 
         raise ValueError(
             f"the adapter file {file} cannot be read ({error}): it is corrupt or truncated; copy or save it again"
         ) from error
-    check_weights(dict(_saved_shapes(config)), weights, f"the adapter file {file}")
+    check_weights(dict(saved_shapes(config)), weights, f"the adapter file {file}")
 
 
-def _saved_shapes(config: LoTRAConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def saved_shapes(config: LoTRAConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Key and shape of every adapter tensor in the file saved with a completed config."""
     for key, target in saved_targets(config):
         for name, shape in factor_shapes(target.spec.layout.canonical_shape, target.ranks):

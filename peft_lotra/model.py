@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import AuxiliaryTrainingWrapper
@@ -37,16 +38,21 @@ class LoTRAModel(BaseTuner):
         # The config is completed in a copy: the user's object stays as it is and serves for other models too.
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         _check_name(adapter_name)
-        self._check_modules_to_save(peft_config)
-        targets = resolve_targets(self.model, peft_config)
-        self._check_not_inside(peft_config, targets)
-        self._check_slim(peft_config, targets)
-        self._check_against_existing_adapters(targets)
+        targets = self.checked_targets(peft_config)
         self._targets: dict[str, list[Target]] = {}
         for target in targets:
             self._targets.setdefault(target.module, []).append(target)
         self.peft_config[adapter_name] = completed(peft_config, targets)
         return self.peft_config[adapter_name]
+
+    def checked_targets(self, config: LoTRAConfig) -> list[Target]:
+        """What `config` selects of this model; ValueError where it does not fit the model or the adapters in it."""
+        self._check_modules_to_save(config)
+        targets = resolve_targets(self.model, config)
+        self._check_not_inside(config, targets)
+        self._check_slim(config, targets)
+        self._check_against_existing_adapters(targets)
+        return targets
 
     def _check_modules_to_save(self, config: LoTRAConfig) -> None:
         for entry in config.modules_to_save or ():
@@ -290,3 +296,20 @@ def _check_name(adapter_name: str) -> None:
             f"`adapter_name` {adapter_name!r} is a name that torch's containers of parameters do not take (empty, "
             "with a dot, or one of their attributes): choose another"
         )
+
+
+def lotra_model(model: nn.Module, adapter_name: str) -> LoTRAModel:
+    """The LoTRAModel of a PeftModel, compiled or not.
+
+    Raises:
+        TypeError, ValueError: if it is none, or has no adapter of this name.
+    """
+    model = getattr(model, "_orig_mod", model)
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(model, PeftModel) or not isinstance(tuner, LoTRAModel):
+        raise TypeError(f"`model` should be a PeftModel with LoTRA adapters but a {type(model).__name__} is passed")
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(
+            f"`adapter_name` {adapter_name!r} does not exist: the model has the adapters {list(tuner.peft_config)}"
+        )
+    return tuner

@@ -1,0 +1,189 @@
+"""The weights of an adapter replaced in place by those of a saved one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from inspect import signature
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from peft import PeftConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
+from torch import nn
+
+from .checkpoint import CONTAINERS, check_saved_adapter, check_weights, is_adapter_key, saved_shapes
+from .combine import coefficient_layers
+from .config import LoTRAConfig
+from .layer import LoTRALayer
+from .model import LoTRAModel, lotra_model
+from .slim_layer import SlimLayer
+from .targets import Target, completed, saved_targets
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_name_or_path: str,
+    adapter_name: str = "default",
+    torch_device: str | None = None,
+    **kwargs: Any,
+) -> None:
+    """G, U1, U2, U3 ← those of a saved adapter, in the memory of the present ones, so that nothing is compiled again.
+
+    >>> slot = PeftModel.from_pretrained(kan, "task-a")  # or get_peft_model, with the largest ranks that will come
+    >>> compiled = torch.compile(slot)
+    >>> y_a = compiled(x)
+    >>> hotswap_adapter(compiled, "task-b")
+    >>> y_b = compiled(x)
+
+    It is for adapters of one base with one another's layers and layouts, of ranks up to those of the slot: what a
+    smaller adapter does not fill is zero, and so is the whole update of a layer that it does not adapt. Trained copies
+    of modules (`modules_to_save`) and trained token rows are replaced too.
+
+    The slot keeps its config, ranks, `alpha`, dtype, device and flags. An `alpha` of another value goes into the core,
+    G ← G · alpha_new / alpha_slot, because a compiled model holds the number itself: the update is the saved one, also
+    after `save_pretrained`, and a factor that was set by `set_scale` applies to it as before. Rows that are zero get
+    no gradients; an optimizer's state is not reset.
+
+    Args:
+        model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it.
+        model_name_or_path: directory of the saved adapter, or its name on the Hub.
+        adapter_name: the adapter to overwrite. It keeps its name.
+        torch_device: where the file is read to; by default the CPU. The slot stays where it is.
+        kwargs: `subfolder`, `revision`, `token` and what else `huggingface_hub.hf_hub_download` takes.
+
+    Raises:
+        TypeError, ValueError: naming what does not fit: the kind of adapter or model, the base, layers, layouts,
+            ranks, other trained tensors, a damaged file, a merged or offloaded slot. Nothing is changed then.
+    """
+    unknown = sorted(kwargs.keys() - signature(hf_hub_download).parameters)
+    if unknown:
+        raise TypeError(
+            f"{unknown} are no arguments, neither of this function nor of `huggingface_hub.hf_hub_download`"
+        )
+    lotra_model(model, adapter_name)
+    config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    if not isinstance(config, LoTRAConfig):
+        raise ValueError(
+            f"`model_name_or_path` {model_name_or_path!r} is a {config.peft_type.value} adapter: only LoTRA adapters "
+            "can be swapped in here"
+        )
+    check_saved_adapter(config, model_name_or_path, kwargs.get("subfolder"))
+    weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
+    hotswap_adapter_from_state_dict(model, weights, adapter_name, config)
+
+
+@torch.no_grad()
+def hotswap_adapter_from_state_dict(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], adapter_name: str, config: LoTRAConfig
+) -> None:
+    """`hotswap_adapter` from memory.
+
+    Args:
+        model: as there.
+        state_dict: what `peft.get_peft_model_state_dict` gives for the new adapter, or its file holds.
+        adapter_name: as there.
+        config: the new adapter's, as in `peft_config` of a model that has it.
+    """
+    tuner = lotra_model(model, adapter_name)
+    targets = tuner.checked_targets(config)
+    config = completed(config, targets)
+    check_weights(dict(saved_shapes(config)), state_dict, "`state_dict`")
+    _check_slot(tuner, adapter_name, config, targets)
+    model = getattr(model, "_orig_mod", model)
+    slot = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    offloaded = sorted(key for key, own in slot.items() if own.is_meta)
+    if offloaded:
+        raise ValueError(f"{offloaded} of {adapter_name!r} are offloaded (on the meta device): swap before offloading")
+    new = [*_factors(tuner, state_dict, adapter_name, config, targets), *_others(slot, state_dict, adapter_name)]
+    for own, values in new:
+        own.copy_(values)
+
+
+def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig, targets: list[Target]) -> None:
+    if any(adapter_name in m.merged_adapters for m in tuner.modules() if isinstance(m, BaseTunerLayer)):
+        raise ValueError(f"`adapter_name` {adapter_name!r} is merged into the base: call `unmerge_adapter()` first")
+    tokens, own_tokens = config.trainable_token_indices, tuner.peft_config[adapter_name].trainable_token_indices
+    if tokens != own_tokens:
+        raise ValueError(
+            f"the new adapter has `trainable_token_indices` {tokens}, {adapter_name!r} has {own_tokens}: only rows of "
+            "the same tokens can be swapped; use `load_adapter`"
+        )
+    layers = _slot(tuner, adapter_name)
+    missing = [target.parameter for target in targets if target.parameter not in layers]
+    if missing:
+        raise ValueError(
+            f"the new adapter adapts {missing}, which {adapter_name!r} does not: use `load_adapter`, or make a slot "
+            "that adapts every layer that will come"
+        )
+    for target in targets:
+        ranks, alpha = (getattr(layers[target.parameter], name)[adapter_name] for name in ("r", "alpha"))
+        if any(r > own for r, own in zip(target.ranks, ranks, strict=True)):
+            raise ValueError(
+                f"the new adapter has ranks {target.ranks} for {target.parameter}, above the {ranks} of "
+                f"{adapter_name!r}: use `load_adapter`, or make a slot of the largest ranks that will come"
+            )
+        if alpha == 0 != target.alpha:
+            raise ValueError(
+                f"{adapter_name!r} has `alpha` 0 for {target.parameter}, so that it holds no update of `alpha` "
+                f"{target.alpha}: use `load_adapter`"
+            )
+    adapted = {target.parameter for target in targets}
+    empty = [name for name, layer in layers.items() if isinstance(layer, SlimLayer) and name not in adapted]
+    if empty:
+        raise ValueError(
+            f"the new adapter does not adapt {empty}, which in a Slim KAN have no coefficients without one: load it "
+            "onto a dense model"
+        )
+
+
+def _slot(tuner: LoTRAModel, adapter_name: str) -> dict[str, LoTRALayer]:
+    """The layers that have the adapter, by full parameter name."""
+    layers = coefficient_layers(tuner.model)
+    return {name: layer for name, (_, layer) in layers.items() if adapter_name in layer.lotra_core}
+
+
+def _factors(
+    tuner: LoTRAModel,
+    state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str,
+    config: LoTRAConfig,
+    targets: list[Target],
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every factor of the slot, and its new values."""
+    keys = {target.parameter: f"base_model.model.{key}" for key, target in saved_targets(config)}
+    alphas = {target.parameter: target.alpha for target in targets}
+    for parameter, layer in _slot(tuner, adapter_name).items():
+        alpha, own_alpha = alphas.get(parameter), layer.alpha[adapter_name]
+        for container, own in zip(CONTAINERS, layer.factors(adapter_name), strict=True):
+            values = torch.zeros_like(own)
+            if parameter in keys:
+                given = state_dict[f"{keys[parameter]}.{container}"]
+                if container == "lotra_core" and alpha != own_alpha:
+                    given = given.to("cpu", torch.float64) * (alpha / own_alpha)
+                values[tuple(map(slice, given.shape))] = given.to(values)
+                if not values.isfinite().all():
+                    raise ValueError(
+                        f"{container} of {parameter} is too large for {own.dtype} (with `alpha` {own_alpha} of the "
+                        "slot): use `load_adapter`"
+                    )
+            yield own, values
+
+
+def _others(
+    slot: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor], adapter_name: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Every tensor of a trained copy of a module, or of token rows, and its new values."""
+    own, new = ({k: v for k, v in tensors.items() if not is_adapter_key(k)} for tensors in (slot, state_dict))
+    for key in sorted(own.keys() | new.keys()):
+        shapes = [tuple(tensors[key].shape) if key in tensors else None for tensors in (new, own)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"the new adapter has {key} of shape {shapes[0]}, {adapter_name!r} has {shapes[1]}: trained copies "
+                "(`modules_to_save`, `trainable_token_indices`) can be swapped for those of the same modules only; "
+                "use `load_adapter`"
+            )
+        if new[key].isnan().any():
+            raise ValueError(f"the new adapter has NaN in {key}: it is broken; use an earlier save")
+        yield own[key], new[key].to(own[key])
