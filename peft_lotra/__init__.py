@@ -11,6 +11,7 @@ from .gauss_newton import GaussNewtonResult, fit_gauss_newton
 from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from .initialization import initialize_lotra_weights
 from .layer import LoTRALayer
+from .lora_conversion import convert_to_lora, save_as_lora
 from .model import LoTRAModel
 from .optimizers import create_lotra_optimizer, lotra_parameter_groups
 from .plotting import plot_activations, plot_spectrum
@@ -31,6 +32,7 @@ __all__ = [
     "Spectrum",
     "activation_curves",
     "coefficient_updates",
+    "convert_to_lora",
     "create_lotra_optimizer",
     "effective_coefficients",
     "extract_adapter",
@@ -44,6 +46,7 @@ __all__ = [
     "plot_spectrum",
     "register_kan_layer",
     "registered_kan_layers",
+    "save_as_lora",
     "slim_kan",
     "suggest_ranks",
     "update_spectrum",

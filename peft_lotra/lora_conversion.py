@@ -1,0 +1,144 @@
+"""Adapters as plain LoRA checkpoints, which load without this package."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import nn
+
+from .checkpoint import is_adapter_key
+from .coefficients.spec import Layout, owner_of
+from .combine import coefficient_layers
+from .layer import LoTRALayer
+from .model import LoTRAModel, lotra_model
+from .offloading import onloaded
+from .slim_layer import SlimLayer
+
+
+def convert_to_lora(
+    model: nn.Module, rank: int | float | None = None, adapter_name: str = "default"
+) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+    """lora_B · lora_A = Δ for coefficients that are the weight of an nn.Linear, in a layout such as "o (i d)".
+
+    Its update is the matrix Δ = s · U2 · G_(o) · (U1 ⊗ U3)ᵀ, shape (m, n·n_d), of rank r2 at most:
+    lora_B = U2, shape (m, r2), lora_A = s · G_(o) · (U1 ⊗ U3)ᵀ, shape (r2, n·n_d), and LoRA's own scaling is 1.
+    LoRA has (m + n·n_d) · r2 numbers where LoTRA has r1·r2·r3 + n·r1 + m·r2 + n_d·r3.
+
+    The checkpoint names the nn.Linear inside the KAN layer (`layers.0.spline_linear`), which PEFT's LoRA then wraps.
+    This reaches a layer that calls the nn.Linear; one that reads its weight in another way does not see LoRA's update.
+
+    Args:
+        model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it; not changed.
+        rank: None: exact, with rank r2 in each layer. An int: the best approximation of rank `rank` at most, by SVD.
+            A float in (0, 1]: of the least rank in each layer that keeps this fraction of ‖Δ‖².
+        adapter_name: the adapter to convert. Its `modules_to_save` and `trainable_token_indices` go with it.
+
+    Returns:
+        The config, and the state dict as PEFT saves it.
+
+    Raises:
+        TypeError, ValueError: if an argument does not fit, or naming the layer that LoRA cannot adapt.
+    """
+    tuner = lotra_model(model, adapter_name)
+    whole = isinstance(rank, int) and not isinstance(rank, bool)
+    if rank is not None and not (rank > 0 if whole else isinstance(rank, float) and 0 < rank <= 1):
+        raise ValueError(
+            f"`rank` should be a positive integer value, a fraction of ‖Δ‖² in (0, 1] as a float, or None, but the "
+            f"value passed is {rank!r}"
+        )
+    layers = {
+        parameter: layer
+        for parameter, (_, layer) in coefficient_layers(tuner.model).items()
+        if adapter_name in layer.lotra_core
+    }
+    for parameter, layer in layers.items():
+        obstacle = _obstacle(layer, adapter_name)
+        if obstacle is not None:
+            raise ValueError(f"{parameter} cannot be converted to LoRA: {obstacle}")
+    model = getattr(model, "_orig_mod", model)
+    state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    state_dict = {key: value.detach().clone() for key, value in state_dict.items() if not is_adapter_key(key)}
+    ranks = {}
+    for parameter, layer in layers.items():
+        linear = parameter.removesuffix(".weight")
+        lora_A, lora_B = _matrices(layer, adapter_name, rank)
+        if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
+            raise ValueError(f"the adapter {adapter_name!r} has NaN or infinity at {parameter}: it is broken")
+        ranks[linear] = len(lora_A)
+        state_dict[f"base_model.model.{linear}.lora_A.weight"] = lora_A
+        state_dict[f"base_model.model.{linear}.lora_B.weight"] = lora_B
+    return _config(tuner, adapter_name, ranks), state_dict
+
+
+def save_as_lora(
+    path: str | os.PathLike, model: nn.Module, rank: int | float | None = None, adapter_name: str = "default"
+) -> None:
+    """Save what `convert_to_lora` gives, for `PeftModel.from_pretrained` without this package."""
+    config, state_dict = convert_to_lora(model, rank, adapter_name)
+    os.makedirs(path, exist_ok=True)
+    save_file(state_dict, os.path.join(path, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+    config.save_pretrained(str(path))
+
+
+def _obstacle(layer: LoTRALayer, adapter_name: str) -> str | None:
+    spec = layer.spec
+    instead = "use `merge_and_unload()` and save the dense model, or LoTRA's own checkpoint"
+    if adapter_name in layer.merged_adapters:
+        return "it is merged into the base; call `unmerge_adapter()` first"
+    if isinstance(layer, SlimLayer):
+        return f"in a Slim KAN the factors are the coefficients themselves, without a base to add to; {instead}"
+    owner, name = owner_of(layer.get_base_layer(), spec.parameter)
+    if not (isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward and name == "weight"):
+        return f"it is no weight of an nn.Linear, which LoRA would wrap, but of a {type(owner).__name__}; {instead}"
+    if spec.scale is not None or spec.slice is not None:
+        return f"its `scale` {spec.scale!r} or `slice` {spec.slice!r} is no part of an nn.Linear; {instead}"
+    if spec.axes[0] != ("o",) or {axis[0] for axis in spec.axes[1]} != {"i", "d"}:
+        return f"its layout {spec.layout.pattern!r} has other rows than the outputs o; {instead}"
+    return None
+
+
+@torch.no_grad()
+def _matrices(layer: LoTRALayer, adapter_name: str, rank: int | float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A, shape (k, n·n_d), and lora_B, shape (m, k), in the adapter's dtype; computed in fp64."""
+    with onloaded(layer):
+        dtype = layer.lotra_core[adapter_name].dtype
+        core, U1, U2, U3 = (
+            factor.detach().to("cpu", torch.float64, copy=True) for factor in layer.factors(adapter_name)
+        )
+    core = core * layer.scaling[adapter_name]
+    layout = layer.spec.layout
+    rows = Layout(layout.pattern, {**layout.sizes, "o": U2.shape[1]})  # r2 rows in place of the m outputs
+    A, B = rows.from_canonical(torch.einsum("abc,ia,dc->ibd", core, U1, U3)), U2
+    if rank is not None and A.isfinite().all() and B.isfinite().all():
+        (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+        U, values, V = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+        k = min(rank, len(values)) if isinstance(rank, int) else _least_rank(values, rank)
+        A, B = V[:k] @ Q_A.T, Q_B @ (U[:, :k] * values[:k])
+    return A.to(dtype).contiguous(), B.to(dtype).contiguous()
+
+
+def _least_rank(values: torch.Tensor, fraction: float) -> int:
+    """The least k with Σ_{j ≤ k} σ_j² ≥ fraction · Σ_j σ_j², at least 1."""
+    kept = values.square().cumsum(0)
+    return min(int((kept < fraction * kept[-1]).sum()) + 1, len(values))
+
+
+def _config(tuner: LoTRAModel, adapter_name: str, ranks: dict[str, int]) -> LoraConfig:
+    own = tuner.peft_config[adapter_name]
+    largest = max(ranks.values())
+    # Anchored and escaped, for PEFT takes the keys as regular expressions on endings of names.
+    pattern = {f"^{re.escape(name)}": k for name, k in ranks.items() if k != largest}
+    fields: dict[str, Any] = {"r": largest, "lora_alpha": largest, "rank_pattern": pattern, "alpha_pattern": pattern}
+    names = [name.replace(".base_layer", "") for name, _ in tuner.model.named_modules()]
+    same_ending = [name for name in names if any(name.endswith(f".{linear}") for linear in ranks)]
+    for name in ("base_model_name_or_path", "revision", "task_type", "modules_to_save", "trainable_token_indices"):
+        fields[name] = getattr(own, name)
+    return LoraConfig(
+        target_modules=sorted(ranks), exclude_modules=sorted(set(same_ending) - set(ranks)) or None, **fields
+    )
