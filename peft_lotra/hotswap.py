@@ -37,14 +37,14 @@ def hotswap_adapter(
     >>> hotswap_adapter(compiled, "task-b")
     >>> y_b = compiled(x)
 
-    It is for adapters of one base with one another's layers and layouts, of ranks up to those of the slot: what a
-    smaller adapter does not fill is zero, and so is the whole update of a layer that it does not adapt. Trained copies
-    of modules (`modules_to_save`) and trained token rows are replaced too.
+    The new adapter is for the same base and layouts, on no other layers, and of ranks up to those of the slot. What a
+    smaller one does not fill becomes zero, and so does the whole update of a layer that it does not adapt; zeros get
+    no gradients, so that training goes on at the new adapter's ranks (an optimizer's state is not reset). Trained
+    copies of modules (`modules_to_save`) and trained token rows are replaced too.
 
     The slot keeps its config, ranks, `alpha`, dtype, device and flags. An `alpha` of another value goes into the core,
     G ← G · alpha_new / alpha_slot, because a compiled model holds the number itself: the update is the saved one, also
-    after `save_pretrained`, and a factor that was set by `set_scale` applies to it as before. Rows that are zero get
-    no gradients; an optimizer's state is not reset.
+    after `save_pretrained`, and a factor that was set by `set_scale` applies to it as before.
 
     Args:
         model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it.

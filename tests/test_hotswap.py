@@ -142,11 +142,17 @@ def test_what_the_new_adapter_does_not_fill_is_zero(cheby):
     core, U1, U2, U3 = factors_of(lotra_layers(model)["layers.1"], "default")
     G, *sides = factors_of(lotra_layers(expected)["layers.1"], "default")
     assert torch.equal(core[:1, :2, :1], G)
-    core.data[:1, :2, :1] = 0
-    assert not core.any()
+    model(X).square().sum().backward()
+    for factor in (core, core.grad):
+        assert factor[:1, :2, :1].all()
+        factor.data[:1, :2, :1] = 0
+        assert not factor.any()
+    assert not any(factor.grad.any() for factor in factors_of(lotra_layers(model)["layers.0"], "default"))
     for own, U in zip((U1, U2, U3), sides, strict=True):
         assert torch.equal(own[:, : U.shape[1]], U)
+        assert own.grad[:, : U.shape[1]].all()
         assert not own[:, U.shape[1] :].any()
+        assert not own.grad[:, U.shape[1] :].any()
 
 
 def test_other_adapters_and_set_scale(cheby):
