@@ -9,8 +9,8 @@
 >>> model = get_peft_model(base, LoTRAConfig(compression_ratio=0.1, task_type="CAUSAL_LM"))
 >>> AutoModelForCausalLM.from_pretrained("directory of a saved base, or of an adapter")
 
-For `TransformerKANForSequenceClassification` give the config `num_labels` and `pad_token_id`: it classifies by the last
-token that is not padding. Everything else (attention, cache, generation, checkpointing, Trainer) is GPT-2's own.
+For `TransformerKANForSequenceClassification` give the config `num_labels` and `pad_token_id`: it classifies by the
+last token that is not padding. Everything else (attention, cache, generation, checkpointing, Trainer) is GPT-2's own.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class TransformerKANForCausalLM(_WithHead, GPT2LMHeadModel):
 class TransformerKANForSequenceClassification(_WithHead, GPT2ForSequenceClassification):
     """input_ids (batch, t) → logits (batch, num_labels)"""
 
-    # Its loss is a mean over the batch. From the **kwargs of GPT-2's forward, Trainer would conclude that it divides by
-    # `num_items_in_batch`, and would multiply loss and gradients by the number of processes.
+    # Its loss is a mean over the batch. From the **kwargs of GPT-2's forward, Trainer would conclude that it divides
+    # by `num_items_in_batch`, and would multiply loss and gradients by the number of processes.
     accepts_loss_kwargs = False
 
 
