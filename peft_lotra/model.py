@@ -256,7 +256,8 @@ class LoTRAModel(BaseTuner):
         # Beam search repeats every sample, except for the encoder of an encoder-decoder.
         repeated = [name for name in names for _ in range(num_beams)]
         encoder = self.model.get_encoder() if num_beams > 1 and hasattr(self.model, "get_encoder") else None
-        in_encoder = set() if encoder is None else set(encoder.modules())
+        # transformers' models without an encoder return themselves.
+        in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
 
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, kwargs | {"adapter_names": names if module in in_encoder else repeated}

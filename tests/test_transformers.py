@@ -1,0 +1,493 @@
+"""LoTRA in transformers: the Transformer-KAN of the examples, the mixin's methods, task types, generation, Trainer."""
+
+import copy
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers
+from cases import lotra_layers
+from conftest import assert_different, assert_equal
+from packaging.version import Version
+from peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    PeftConfig,
+    PeftMixedModel,
+    PeftModel,
+    get_peft_model,
+)
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.integrations.peft import MIN_PEFT_VERSION
+
+from peft_lotra import LoTRAConfig, create_lotra_optimizer
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+from chebyshev_kan import ChebyshevKANLayer  # noqa: E402
+from transformer_kan import (  # noqa: E402
+    TransformerKANConfig,
+    TransformerKANForCausalLM,
+    TransformerKANForSequenceClassification,
+    TransformerKANModel,
+)
+
+pytestmark = [
+    # PEFT 0.21 calls what transformers 5.23 renamed, and tells of every second adapter of a plain model.
+    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
+]
+needs_mixin = pytest.mark.skipif(
+    Version(MIN_PEFT_VERSION) > Version(peft.__version__),
+    reason=f"transformers {transformers.__version__} wants peft {MIN_PEFT_VERSION} for `model.add_adapter` and the "
+    f"like, and this is {peft.__version__}",
+)
+
+SIZES = {
+    "vocab_size": 23,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "kan_hidden_size": 12,
+    "kan_degree": 3,
+    "pad_token_id": 0,
+    "num_labels": 3,
+}
+TOKENS = torch.randint(1, 23, (4, 9), generator=torch.Generator().manual_seed(5))
+HEADS = {
+    TransformerKANModel: AutoModel,
+    TransformerKANForCausalLM: AutoModelForCausalLM,
+    TransformerKANForSequenceClassification: AutoModelForSequenceClassification,
+}
+
+
+def make(cls=TransformerKANForCausalLM, **kwargs):
+    return cls(TransformerKANConfig(**{**SIZES, **kwargs})).eval()
+
+
+def run(model, tokens=TOKENS):
+    """The logits, or the last hidden state."""
+    with torch.no_grad():
+        return model(input_ids=tokens)[0]
+
+
+def lotra(**kwargs):
+    return LoTRAConfig(**{"r": 2, "init_weights": False, **kwargs})
+
+
+@pytest.fixture
+def base_path(tmp_path):
+    make().save_pretrained(tmp_path / "base")
+    torch.manual_seed(1)  # no other model of the test begins as this one did
+    return tmp_path / "base"
+
+
+def load_base(path):
+    return AutoModelForCausalLM.from_pretrained(path).eval()
+
+
+# The model -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", HEADS)
+def test_the_base_is_saved_and_loaded(cls, tmp_path):
+    model = make(cls)
+    model.save_pretrained(tmp_path)
+    assert_different(run(make(cls)), run(model))
+    loaded, info = HEADS[cls].from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is cls
+    assert not any(info.values())
+    assert_equal(run(loaded.eval()), run(model), 0)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert type(config) is TransformerKANConfig
+    assert all(getattr(config, name) == value for name, value in SIZES.items())
+    assert config.bos_token_id is config.eos_token_id is None
+
+
+def test_every_mlp_is_two_kan_layers():
+    model = make()
+    layers = [module for module in model.modules() if isinstance(module, ChebyshevKANLayer)]
+    assert [(layer.in_features, layer.out_features, layer.degree) for layer in layers] == [
+        (16, 12, 3),
+        (12, 16, 3),
+    ] * 2
+    assert not any("c_fc" in name for name, _ in model.named_parameters())
+    assert type(model.transformer) is TransformerKANModel
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert make(tie_word_embeddings=False).lm_head.weight is not model.transformer.wte.weight
+    assert set(model._no_split_modules) == {"GPT2Block"}
+
+
+def test_the_kan_layers_that_a_file_lacks_are_initialised(tmp_path):
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=23, n_embd=16, n_layer=2, n_head=2, n_positions=32))
+    gpt2.save_pretrained(tmp_path)
+    model = TransformerKANForCausalLM.from_pretrained(tmp_path, config=TransformerKANConfig(**SIZES))
+    assert_equal(model.transformer.h[1].attn.c_attn.weight, gpt2.transformer.h[1].attn.c_attn.weight, 0)
+    coefficients = model.transformer.h[1].mlp[0].coefficients
+    expected = (16 * 4) ** -0.5 / torch.arange(1, 5)
+    torch.testing.assert_close(coefficients.std(dim=(0, 1)), expected, rtol=0.3, atol=0)
+
+
+def test_the_cache_changes_no_token():
+    model = make()
+    with_cache = model.generate(TOKENS, max_new_tokens=6, do_sample=False)
+    assert_equal(model.generate(TOKENS, max_new_tokens=6, do_sample=False, use_cache=False), with_cache, 0)
+
+
+# transformers' own methods for adapters ------------------------------------------------------------------------------
+
+
+@needs_mixin
+def test_adapters_of_a_plain_model(base_path):
+    model = load_base(base_path)
+    base = run(model)
+    with pytest.raises(ValueError, match="No adapter loaded"):
+        model.set_adapter("first")
+    outputs = {}
+    for name, config in {"first": lotra(), "second": lotra(r=3, alpha=2.0)}.items():
+        model.add_adapter(config, name)
+        assert model.active_adapters() == [name]
+        trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+        assert trainable == {key for key, _ in model.named_parameters() if key.endswith(f".{name}")}
+        outputs[name] = run(model)
+        assert_different(outputs[name], base)
+    assert_different(outputs["first"], outputs["second"])
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        assert_equal(run(model), outputs[name], 0)
+        keys = model.get_adapter_state_dict()
+        assert len(keys) == 16
+        assert len(lotra_layers(model)) == 4
+    model.set_adapter(["first", "second"])
+    assert model.active_adapters() == ["first", "second"]
+    assert_different(run(model), outputs["second"])
+    model.disable_adapters()
+    assert_equal(run(model), base, 0)
+    model.enable_adapters()
+    assert_different(run(model), base)
+    with pytest.raises(ValueError, match="Adapter with name first already exists"):
+        model.add_adapter(lotra(), "first")
+    model.set_adapter("second")
+    model.delete_adapter("first")
+    assert_equal(run(model), outputs["second"], 0)
+    assert list(model.peft_config) == ["second"]
+    assert all(list(layer.lotra_core) == ["second"] for layer in lotra_layers(model).values())
+    model.delete_adapter("second")
+    assert_equal(run(model), base, 0)
+
+
+@pytest.fixture
+def saved(base_path, tmp_path):
+    """Output and directory of an adapter that `save_pretrained` of a PeftModel has written."""
+    model = get_peft_model(load_base(base_path), lotra(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    torch.manual_seed(2)
+    return run(model), tmp_path / "adapter"
+
+
+@needs_mixin
+def test_the_mixin_saves_the_adapter_alone(base_path, saved, tmp_path):
+    model = load_base(base_path)
+    model.add_adapter(lotra(), "first")
+    model.save_pretrained(tmp_path / "mixin")
+    files = {path.name for path in (tmp_path / "mixin").iterdir()}
+    assert files - {"generation_config.json"} == {"adapter_config.json", "adapter_model.safetensors"}
+    weights, other = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "mixin", saved[1]))
+    assert weights.keys() == other.keys()
+    assert json.loads((tmp_path / "mixin" / "adapter_config.json").read_text())["peft_type"] == "LOTRA"
+    for loaded in (
+        PeftModel.from_pretrained(load_base(base_path), tmp_path / "mixin"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "mixin"),
+    ):
+        assert_different(run(loaded), run(load_base(base_path)))
+        assert_equal(run(loaded), run(model), 0)
+
+
+def _from_dir(base_path, path):
+    model = load_base(base_path)
+    return model, model.load_adapter(path)
+
+
+def _from_dir_cheaply(base_path, path):
+    model = load_base(base_path)
+    return model, model.load_adapter(path, adapter_name="first", low_cpu_mem_usage=True)
+
+
+def _from_state_dict(base_path, path):
+    model = load_base(base_path)
+    weights, config = load_file(path / "adapter_model.safetensors"), PeftConfig.from_pretrained(path)
+    return model, model.load_adapter(peft_config=config, adapter_state_dict=weights)
+
+
+def _from_auto_model(base_path, path):
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+    return model, info
+
+
+@pytest.mark.parametrize("load", [_from_dir, _from_dir_cheaply, _from_state_dict, _from_auto_model])
+def test_a_saved_adapter_is_loaded_into_a_plain_model(load, base_path, saved):
+    y, path = saved
+    model, info = load(base_path, path)
+    assert type(model) is TransformerKANForCausalLM
+    info = info if isinstance(info, dict) else vars(info)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert_different(run(load_base(base_path)), y)
+    assert_equal(run(model), y, 0)
+    assert not any(parameter.requires_grad for name, parameter in model.named_parameters() if "lotra_" in name)
+
+
+def test_a_second_adapter_is_loaded_beside_the_first(base_path, saved, tmp_path):
+    y, path = saved
+    other = get_peft_model(load_base(base_path), lotra(r=3))
+    other.save_pretrained(tmp_path / "other")
+    model = load_base(base_path)
+    model.load_adapter(path, adapter_name="first")
+    info = model.load_adapter(tmp_path / "other", adapter_name="second", is_trainable=True)
+    assert not info.unexpected_keys
+    # transformers looks for the method's name in the keys, so that it reports the first adapter's, as with LoRA
+    assert not [key for key in info.missing_keys if not key.endswith(".first")]
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {key for key in trainable if "lotra_" in key} == {k for k, _ in model.named_parameters() if ".second" in k}
+    for name, expected in (("first", y), ("second", run(other)), ("first", y)):
+        for layer in lotra_layers(model).values():
+            layer.set_adapter(name)
+        assert_different(run(model), run(load_base(base_path)))
+        assert_equal(run(model), expected, 0)
+
+
+def test_auto_peft_classes(base_path, saved, tmp_path):
+    y, path = saved
+    model = AutoPeftModelForCausalLM.from_pretrained(path)
+    assert_different(run(load_base(base_path)), y)
+    assert_equal(run(model), y, 0)
+    with pytest.raises(ValueError, match="Cannot use `AutoPeftModel` with a task type"):
+        AutoPeftModel.from_pretrained(path)
+    # without a task type, the class and its module are saved and have to be allowed
+    other = get_peft_model(load_base(base_path), lotra())
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="'transformer_kan' which is not in the import allowlist"):
+        AutoPeftModel.from_pretrained(tmp_path / "other")
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "other", import_allowlist=["transformer_kan"])
+    assert_different(run(loaded), y)
+    assert_equal(run(loaded), run(other), 0)
+
+
+# Task types ----------------------------------------------------------------------------------------------------------
+
+
+def test_sequence_classification_trains_and_saves_the_head(tmp_path):
+    base = make(TransformerKANForSequenceClassification)
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    y0 = run(base)
+    head = base.score.weight.detach().clone()
+    model = get_peft_model(base, LoTRAConfig(r=2, task_type="SEQ_CLS"))
+    assert_equal(run(model), y0, 0)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trainable if "lotra_" not in name} == {
+        "base_model.model.score.modules_to_save.default.weight"
+    }
+    optimizer = create_lotra_optimizer(model, torch.optim.SGD, lr=0.5)
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(parameter) for parameter in model.parameters() if parameter.requires_grad
+    }
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(input_ids=TOKENS, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        optimizer.step()
+    y = run(model)
+    assert_different(y, y0)
+    assert_different(model.base_model.model.score.modules_to_save["default"].weight, head)
+    assert_equal(model.base_model.model.score.original_module.weight, head, 0)
+    model.save_pretrained(tmp_path / "adapter")
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 17
+    torch.manual_seed(3)
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert_equal(run(loaded), y, 0)
+    with model.disable_adapter():
+        assert_equal(run(model), y0, 0)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    info = plain.load_adapter(tmp_path / "adapter")
+    assert not info.missing_keys | info.unexpected_keys
+    assert_equal(run(plain), y, 0)
+    # a second one gets a head of its own
+    model.add_adapter("second", LoTRAConfig(r=1, task_type="SEQ_CLS"))
+    model.set_adapter("second")
+    assert_equal(run(model), y0, 0)
+    rows = ["default", "second", "__base__", "default"]
+    mixed = model.eval()(input_ids=TOKENS, adapter_names=rows).logits
+    for row, expected in zip(mixed, (y[0], y0[1], y0[2], y[3]), strict=True):
+        assert_equal(row, expected)
+    model.set_adapter("default")
+    merged = model.merge_and_unload()
+    assert type(merged) is TransformerKANForSequenceClassification
+    assert_equal(run(merged), y)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_generation(num_beams, base_path):
+    kwargs = {"max_new_tokens": 8, "do_sample": False, "num_beams": num_beams}
+    base = load_base(base_path)
+    plain = base.generate(TOKENS, **kwargs)
+    model = get_peft_model(copy.deepcopy(base), lotra(task_type="CAUSAL_LM", alpha=4.0), adapter_name="first")
+    model.add_adapter("second", lotra(task_type="CAUSAL_LM", alpha=4.0))
+    by_adapter = {"__base__": plain}
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        by_adapter[name] = model.generate(input_ids=TOKENS, **kwargs)
+    for one, other in itertools.combinations(by_adapter.values(), 2):
+        assert not torch.equal(one, other)
+    names = ["second", "__base__", "first", "second"]
+    mixed = model.eval().generate(input_ids=TOKENS, adapter_names=names, **kwargs)
+    assert_equal(mixed, torch.stack([by_adapter[name][row] for row, name in enumerate(names)]), 0)
+    with model.disable_adapter():
+        assert_equal(model.generate(input_ids=TOKENS, **kwargs), plain, 0)
+    model.set_adapter("first")
+    merged = model.merge_and_unload()
+    assert type(merged) is TransformerKANForCausalLM
+    assert_equal(merged.generate(TOKENS, **kwargs), by_adapter["first"], 0)
+
+
+# Trainer -------------------------------------------------------------------------------------------------------------
+
+
+def counting(stride):
+    """Rows that count up in steps of `stride`, from each token, modulo the vocabulary."""
+    rows = [(start + stride * torch.arange(8)) % 22 + 1 for start in range(22)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def counter_path(tmp_path_factory):
+    """A base that has learnt to count by ones."""
+    torch.manual_seed(6)
+    model, path = make(), tmp_path_factory.mktemp("counter")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    rows = torch.stack([row["input_ids"] for row in counting(1)])
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5
+    model.save_pretrained(path)
+    return path
+
+
+def trainer(model, path, lr=2e-2, **kwargs):
+    """Trains an adapter to count by twos, and evaluates it on what the base can do, which it unlearns."""
+    arguments = {"max_steps": 6, "per_device_train_batch_size": 11, "logging_steps": 1, "save_strategy": "no"}
+    return Trainer(
+        model,
+        TrainingArguments(path, use_cpu=True, report_to=[], disable_tqdm=True, seed=3, **{**arguments, **kwargs}),
+        train_dataset=counting(2),
+        eval_dataset=counting(1),
+        optimizers=(create_lotra_optimizer(model, torch.optim.AdamW, lr=lr), None),
+    )
+
+
+def losses(job):
+    return [entry["loss"] for entry in job.state.log_history if "loss" in entry]
+
+
+def adapted(counter_path, **kwargs):
+    torch.manual_seed(4)
+    return get_peft_model(load_base(counter_path), LoTRAConfig(r=3, task_type="CAUSAL_LM", **kwargs))
+
+
+def adapter_weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lotra_" in name}
+
+
+def test_trainer_trains_the_adapter_alone(counter_path, tmp_path):
+    model = adapted(counter_path)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    job = trainer(model, tmp_path / "run", lr=3e-2, max_steps=20, save_strategy="steps", save_steps=20)
+    job.train()
+    assert losses(job)[-1] < losses(job)[0] / 2
+    for name, parameter in model.named_parameters():
+        if "lotra_" in name:
+            assert_different(parameter.detach(), before[name])
+        else:
+            assert_equal(parameter.detach(), before[name], 0)
+    checkpoint = tmp_path / "run" / "checkpoint-20"
+    assert not {"model.safetensors", "pytorch_model.bin"} & {path.name for path in checkpoint.iterdir()}
+    weights = load_file(checkpoint / "adapter_model.safetensors")
+    assert len(weights) == 16
+    assert all("lotra_" in key for key in weights)
+    model.eval()
+    assert_equal(run(PeftModel.from_pretrained(load_base(counter_path), checkpoint)), run(model), 0)
+
+
+def test_trainer_resumes_to_the_same_bits(counter_path, tmp_path):
+    job = trainer(adapted(counter_path), tmp_path / "run", save_strategy="steps", save_steps=3)
+    job.train()
+    again = trainer(adapted(counter_path, init_weights=False), tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert losses(again) == losses(job)
+    expected = adapter_weights(job.model)
+    for name, value in adapter_weights(again.model).items():
+        assert_equal(value, expected[name], 0)
+    three = adapter_weights(PeftModel.from_pretrained(load_base(counter_path), tmp_path / "run" / "checkpoint-3"))
+    assert any(not torch.equal(value, expected[name]) for name, value in three.items())
+
+
+def test_trainer_loads_the_best_adapter_at_the_end(counter_path, tmp_path):
+    job = trainer(
+        adapted(counter_path),
+        tmp_path / "run",
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    job.train()
+    by_step = {entry["step"]: entry["eval_loss"] for entry in job.state.log_history if "eval_loss" in entry}
+    best = min(by_step, key=by_step.get)
+    assert best < 6
+    assert by_step[best] < by_step[6]
+    assert job.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    last = PeftModel.from_pretrained(load_base(counter_path), tmp_path / "run" / "checkpoint-6")
+    job.model.eval()
+    assert_different(run(job.model), run(last))
+    assert_equal(
+        run(job.model), run(PeftModel.from_pretrained(load_base(counter_path), job.state.best_model_checkpoint)), 0
+    )
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(use_reentrant, counter_path, tmp_path):
+    results = {}
+    for enabled in (False, True):
+        job = trainer(
+            adapted(counter_path),
+            tmp_path / "run",
+            gradient_checkpointing=enabled,
+            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant} if enabled else None,
+        )
+        job.train()
+        results[enabled] = adapter_weights(job.model), losses(job)
+    assert losses(job)[-1] < losses(job)[0]
+    assert results[True][1] == results[False][1]
+    for name, value in results[True][0].items():
+        assert_equal(value, results[False][0][name], 1e-4)
