@@ -47,7 +47,8 @@ def extract_adapter(
         finetuned: the same model after it; not changed.
         config: which layers, with which ranks. Its `modules_to_save` are copied from `finetuned`.
         inputs: points x that the models take, shape (N, ...), or a function from the number of the iteration to such
-            points; None: no fit. Each output is to depend on its own x alone.
+            points; None: no fit. Each output is to depend on its own x alone. Where a model returns several things,
+            as those of transformers do, the first is its output.
         iterations: of the fit.
         strict: whether a difference between the models that the adapter cannot hold is an error, or a warning.
         progressbar: whether the fit shows its progress.
@@ -83,7 +84,7 @@ def _fit(model: PeftModel, finetuned: nn.Module, inputs: Any, iterations: int, p
     """Let the adapter alone, not `modules_to_save`, come nearer to the outputs of `finetuned`."""
 
     def residual(net: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        difference = net(x) - finetuned(x)
+        difference = _output(net(x)) - _output(finetuned(x))
         return difference.flatten(1) if difference.ndim > 1 else difference
 
     others = [p for name, p in model.named_parameters() if p.requires_grad and model.base_model.prefix not in name]
@@ -94,6 +95,10 @@ def _fit(model: PeftModel, finetuned: nn.Module, inputs: Any, iterations: int, p
     finally:
         for p in others:
             p.requires_grad_(True)
+
+
+def _output(returned: Any) -> torch.Tensor:
+    return returned if isinstance(returned, torch.Tensor) else returned[0]
 
 
 def _relative_error(model: PeftModel, target: Target, update: torch.Tensor) -> float:

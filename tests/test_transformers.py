@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,12 +19,12 @@ from peft import (
     AutoPeftModelForSequenceClassification,
     LoraConfig,
     PeftConfig,
-    PeftMixedModel,
     PeftModel,
     get_peft_model,
 )
-from safetensors.torch import load_file
-from torch import nn
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -38,7 +37,14 @@ from transformers import (
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer
+from peft_lotra import (
+    LoTRAConfig,
+    create_lotra_optimizer,
+    extract_adapter,
+    infer_coefficients,
+    initialize_lotra_weights,
+    slim_kan,
+)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -291,6 +297,52 @@ def test_auto_peft_classes(base_path, saved, tmp_path):
     assert_equal(run(loaded), run(other), 0)
 
 
+@needs_mixin
+def test_a_lora_adapter_of_the_attention_beside_one_of_the_kan_layers(base_path, tmp_path):
+    model = load_base(base_path)
+    base = run(model)
+    model.add_adapter(lotra(), "kan")
+    kan = run(model)
+    model.add_adapter(
+        LoraConfig(target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True, lora_alpha=64), "attention"
+    )
+    model.set_adapter(["kan", "attention"])
+    both = run(model)
+    assert_different(both, kan)
+    for name in ("kan", "attention"):
+        model.set_adapter(name)
+        model.save_pretrained(tmp_path / name)
+    loaded = load_base(base_path)
+    for name in ("kan", "attention"):
+        info = loaded.load_adapter(tmp_path / name, adapter_name=name)
+        assert not info.missing_keys | info.unexpected_keys
+    loaded.set_adapter(["kan", "attention"])
+    assert_equal(run(loaded), both, 0)
+    loaded.delete_adapter("attention")
+    assert_equal(run(loaded), kan, 0)
+    loaded.delete_adapter("kan")
+    assert_equal(run(loaded), base, 0)
+
+
+def test_trained_tokens_of_the_tied_embedding(base_path, tmp_path):
+    config = lotra(task_type="CAUSAL_LM", trainable_token_indices=[3, 5])
+    model = get_peft_model(load_base(base_path), config)
+    before = run(model)
+    (rows,) = (p for name, p in model.named_parameters() if name.endswith("trainable_tokens_delta.default"))
+    torch.nn.init.normal_(rows)
+    y = run(model, torch.tensor([[1, 3, 5, 2]]))
+    assert_different(run(model), before)
+    model.save_pretrained(tmp_path / "adapter")
+    tokens = torch.tensor([[1, 3, 5, 2]])
+    plain = load_base(base_path)
+    plain.load_adapter(tmp_path / "adapter")
+    for loaded in (AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"), plain):
+        assert_equal(run(loaded, tokens), y, 0)
+    merged = model.merge_and_unload()
+    assert merged.lm_head.weight is merged.transformer.wte.weight
+    assert_equal(run(merged, tokens), y)
+
+
 # Task types ----------------------------------------------------------------------------------------------------------
 
 
@@ -365,6 +417,31 @@ def test_generation(num_beams, base_path):
     merged = model.merge_and_unload()
     assert type(merged) is TransformerKANForCausalLM
     assert_equal(merged.generate(TOKENS, **kwargs), by_adapter["first"], 0)
+
+
+def test_the_other_functions_of_the_package(base_path):
+    found = infer_coefficients(load_base(base_path), TOKENS)
+    assert sorted(found) == [f"transformer.h.{block}.mlp.{layer}.coefficients" for block in (0, 1) for layer in (0, 1)]
+    model = get_peft_model(load_base(base_path), LoTRAConfig(r=2, coefficients=found, task_type="CAUSAL_LM"))
+    initialize_lotra_weights(model, lambda: model(input_ids=TOKENS, labels=TOKENS).loss.backward(), progressbar=False)
+    assert_equal(run(model), run(load_base(base_path)), 0)
+    slim = slim_kan(load_base(base_path), compression_ratio=0.3)
+    assert slim.generate(input_ids=TOKENS, max_new_tokens=3, do_sample=False).shape == (4, 12)
+
+
+def test_a_finetuned_model_as_an_adapter():
+    # `torch.vmap` does not go through the other attentions, nor through the warning about padding without a mask.
+    base = make(attn_implementation="eager", pad_token_id=None)
+    full = copy.deepcopy(base)
+    for name, parameter in full.named_parameters():
+        if name.endswith("coefficients"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    config = LoTRAConfig(r=3, task_type="CAUSAL_LM")
+    errors = {}
+    for inputs in (None, TOKENS):
+        model, _ = extract_adapter(copy.deepcopy(base), full, config, inputs=inputs, iterations=8, progressbar=False)
+        errors[inputs is not None] = (run(model) - run(full)).norm() / (run(base) - run(full)).norm()
+    assert errors[True] < errors[False] / 2
 
 
 # Trainer -------------------------------------------------------------------------------------------------------------
@@ -468,11 +545,10 @@ def test_trainer_loads_the_best_adapter_at_the_end(counter_path, tmp_path):
     assert by_step[best] < by_step[6]
     assert job.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     last = PeftModel.from_pretrained(load_base(counter_path), tmp_path / "run" / "checkpoint-6")
+    best = PeftModel.from_pretrained(load_base(counter_path), job.state.best_model_checkpoint)
     job.model.eval()
     assert_different(run(job.model), run(last))
-    assert_equal(
-        run(job.model), run(PeftModel.from_pretrained(load_base(counter_path), job.state.best_model_checkpoint)), 0
-    )
+    assert_equal(run(job.model), run(best), 0)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -491,3 +567,95 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant, counter_path, tmp
     assert results[True][1] == results[False][1]
     for name, value in results[True][0].items():
         assert_equal(value, results[False][0][name], 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bf16(dtype, counter_path, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(counter_path, dtype=dtype)
+    model = get_peft_model(base, LoTRAConfig(r=3, task_type="CAUSAL_LM"))
+    job = trainer(model, tmp_path, bf16=True, max_steps=20)
+    job.train()
+    assert losses(job)[-1] < losses(job)[0] / 2
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if "lotra_" in name else dtype)
+
+
+@pytest.mark.parametrize(
+    ("cls", "task_type", "divides_itself"),
+    [
+        (TransformerKANForCausalLM, "CAUSAL_LM", True),
+        (TransformerKANForSequenceClassification, "SEQ_CLS", False),
+    ],
+)
+def test_trainer_knows_which_loss_divides_by_the_number_of_items(cls, task_type, divides_itself, tmp_path):
+    # If not, loss and gradients are multiplied by the number of processes.
+    model = get_peft_model(make(cls), LoTRAConfig(r=2, task_type=task_type))
+    assert trainer(model, tmp_path).model_accepts_loss_kwargs is divides_itself
+    tokens = TOKENS[:1]
+    labels = tokens if divides_itself else torch.tensor([1])
+    loss = model(input_ids=tokens, labels=labels).loss
+    halved = model(input_ids=tokens, labels=labels, num_items_in_batch=2 * 8).loss
+    assert_equal(halved, loss / 2 if divides_itself else loss)
+
+
+# What is closed to methods that PEFT does not ship -------------------------------------------------------------------
+
+
+@needs_mixin
+def test_trainer_does_not_resume_a_plain_model_with_an_adapter(counter_path, tmp_path):
+    def plain():
+        torch.manual_seed(4)
+        model = load_base(counter_path)
+        model.add_adapter(LoTRAConfig(r=3))
+        return model
+
+    job = trainer(plain(), tmp_path / "run", save_strategy="steps", save_steps=6)
+    job.train()
+    assert losses(job)[-1] < losses(job)[0]
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    assert len(load_file(checkpoint / "adapter_model.safetensors")) == 16
+    job.model.eval()
+    assert_equal(run(PeftModel.from_pretrained(load_base(counter_path), checkpoint)), run(job.model), 0)
+    with pytest.raises(ValueError, match="Can't find a checkpoint index"):  # nor of LoRA
+        trainer(plain(), tmp_path / "again").train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_closed_doors(base_path, saved):
+    y, path = saved
+    with pytest.raises(ValueError, match="'LOTRA' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(load_base(base_path), lotra(), mixed=True)
+    model = PeftModel.from_pretrained(load_base(base_path), path)
+    with pytest.raises(ValueError, match="Hotswapping only supports LORA but LOTRA was passed"):
+        hotswap_adapter(model, path, "default", "cpu")
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("attention", LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    assert_different(run(load_base(base_path)), y)
+    assert_equal(run(model), y, 0)
+    plain = load_base(base_path)
+    plain.load_adapter(path)
+    with pytest.raises(ValueError, match="Hotswapping is currently only supported for LoRA"):
+        plain.load_adapter(path, adapter_name="default", hotswap=True)
+    assert_equal(run(plain), y, 0)
+
+
+def test_a_damaged_file_is_refused_by_peft_and_reported_by_transformers(base_path, saved):
+    _, path = saved
+    file = path / "adapter_model.safetensors"
+    weights = load_file(file)
+    lost, spoilt = "base_model.model.transformer.h.0.mlp.0.lotra_U2", "base_model.model.transformer.h.1.mlp.0.lotra_U2"
+    weights[spoilt] = weights[spoilt] * torch.nan
+    save_file({key: value for key, value in weights.items() if key != lost}, file)
+    with pytest.raises(ValueError, match="it lacks .*h.0.mlp.0.lotra_U2"):
+        AutoPeftModelForCausalLM.from_pretrained(path)
+    # transformers' own loader reads the file itself, and asks no method
+    model = load_base(base_path)
+    info = model.load_adapter(path)
+    assert info.missing_keys == {"transformer.h.0.mlp.0.lotra_U2.default"}
+    assert run(model).isnan().any()
+
+
+def test_without_the_import(saved, monkeypatch):
+    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, "LOTRA")
+    for load in (PeftConfig, AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(KeyError, match="LOTRA"):
+            load.from_pretrained(saved[1])
