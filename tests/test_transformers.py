@@ -68,11 +68,11 @@ needs_mixin = pytest.mark.skipif(
 )
 needs_loader = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.6"),
-    reason="before 5.6, `load_adapter` knows only models whose inner model is called `model`, whatever the method",
+    reason="transformers before 5.6, `load_adapter` knows only models whose inner model is called `model`, whatever the method",
 )
 needs_copies = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"),
-    reason="before 5.18, `load_adapter` leaves out `modules_to_save` and token rows, whatever the method",
+    reason="transformers before 5.18, `load_adapter` leaves out `modules_to_save` and token rows, whatever the method",
 )
 
 SIZES = {
