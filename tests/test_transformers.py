@@ -68,7 +68,7 @@ needs_mixin = pytest.mark.skipif(
 )
 needs_loader = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.6"),
-    reason="transformers before 5.6, `load_adapter` knows only models whose inner model is called `model`, whatever the method",
+    reason="transformers before 5.6: `load_adapter` knows only inner models called `model`, whatever the method",
 )
 needs_copies = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.18"),
