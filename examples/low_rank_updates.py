@@ -5,7 +5,7 @@
 
 Takes the bases and fully fine-tuned weights that pde_transfer.py has left in --output-dir, or trains them as it does.
 Prints, and writes as JSON: the ranks that keep a share of the energy of A_ft − A_pt; the error of this update at the
-same number of parameters for ranks that follow the mode sizes and for `suggest_ranks`; and what an adapter extracted
+same number of parameters for the ranks of `compression_ratio` and for `suggest_ranks`; and what an adapter extracted
 from the fine-tuned model is worth. The picture shows the singular values.
 
 What to expect: the updates that Adam finds here are not of low rank. Energy 0.99 takes four fifths as many numbers as

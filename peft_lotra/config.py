@@ -27,8 +27,8 @@ class LoTRAConfig(PeftConfig):
         r: Tucker ranks (input, output, basis), or one number for all three. Upper bounds: in each layer they are
             clipped to the sizes of the modes.
         compression_ratio: instead of `r`, a budget c in (0, 1] over all adapted layers together: adapter parameters
-            ≤ c · (number of coefficients). Ranks follow the mode sizes, r_k = round(t · size), with one t for all
-            layers. 0.1 if neither `r` nor `compression_ratio` is given and `rank_pattern` leaves layers open.
+            ≤ c · (number of coefficients). The largest `r` that fits is taken, and r + 1 in layers where that still
+            fits. 0.1 if neither `r` nor `compression_ratio` is given and `rank_pattern` leaves layers open.
         alpha: factor on the update. Unlike LoRA's `lora_alpha`, it is not divided by the rank.
         target_modules: KAN layers to adapt: names or name endings, or a regular expression on the full name. None
             means every KAN layer that is known, by `register_kan_layer` or by `coefficients`.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from itertools import chain
 from numbers import Integral, Real
 from typing import NamedTuple
@@ -92,9 +92,10 @@ def _budgeted(
 
 
 def ranks_for_budget(shapes: Sequence[Sequence[int]], budget: int) -> list[tuple[int, int, int]]:
-    """r_k = round(t · mode size) clipped to [1, mode size], with the largest t for which all tensors together fit.
+    """r_k = min(r, mode size) with the largest r, one for all tensors, that fits; then r + 1 where that still fits.
 
-    One t for all tensors, in exact arithmetic, so that the same shapes and budget give the same ranks everywhere.
+    What is left of the budget goes to the tensors whose next rank costs least. Equal ranks, and not ranks in
+    proportion to the modes: those leave short modes (the basis, few inputs) with rank 1, where one more costs little.
 
     Args:
         shapes: the canonical shapes (n, m, n_d, ...) of the coefficient tensors.
@@ -104,22 +105,23 @@ def ranks_for_budget(shapes: Sequence[Sequence[int]], budget: int) -> list[tuple
         ValueError: if rank (1, 1, 1) everywhere already exceeds the budget.
     """
 
-    def ranks_at(t: Fraction) -> list[tuple[int, ...]]:
-        return [tuple(max(1, math.floor(t * size + Fraction(1, 2))) for size in shape[:3]) for shape in shapes]
+    def ranks(shape: Sequence[int], r: int) -> tuple[int, int, int]:
+        return tuple(min(r, size) for size in shape[:3])
 
-    def cost(t: Fraction) -> int:
-        return sum(parameter_count(shape, ranks) for shape, ranks in zip(shapes, ranks_at(t), strict=True))
+    def costs(r: int) -> list[int]:
+        return [parameter_count(shape, ranks(shape, r)) for shape in shapes]
 
-    if cost(Fraction(0)) > budget:
-        raise ValueError(f"rank (1, 1, 1) everywhere needs {cost(Fraction(0))} parameters, the budget is {budget}")
-    # The ranks change only where t · size crosses a half: search among those points.
-    sizes = set(chain.from_iterable(shape[:3] for shape in shapes))
-    steps = sorted({Fraction(2 * k - 1, 2 * size) for size in sizes for k in range(1, size + 1)} | {Fraction(0)})
-    low, high = 0, len(steps)  # steps[low] fits, steps[high] does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(steps[middle]) <= budget else (low, middle)
-    return ranks_at(steps[low])
+    least = sum(costs(1))
+    if least > budget:
+        raise ValueError(f"rank (1, 1, 1) everywhere needs {least} parameters, the budget is {budget}")
+    largest = max(chain.from_iterable(shape[:3] for shape in shapes), default=1)
+    r = bisect_right(range(1, largest + 1), budget, key=lambda r: sum(costs(r)))
+    chosen, left = [ranks(shape, r) for shape in shapes], budget - sum(costs(r))
+    growth = [after - before for before, after in zip(costs(r), costs(r + 1), strict=True)]
+    for k in sorted(range(len(shapes)), key=growth.__getitem__):
+        if growth[k] <= left:
+            chosen[k], left = ranks(shapes[k], r + 1), left - growth[k]
+    return chosen
 
 
 def suggest_ranks(
@@ -129,8 +131,8 @@ def suggest_ranks(
 
     ‖Δ − Δ_r‖ is the error of the truncated HOSVD, known exactly for all ranks. Within a budget, an exchange rate λ
     between error and parameters, the same for all tensors, gives the ranks that minimise error² + λ · parameters; what
-    then is left is spent where it helps most. The error is never above that of the ranks that follow the mode sizes,
-    `compression_ratio`'s, at the same budget. A tensor that is zero gets rank (1, 1, 1).
+    then is left is spent where it helps most. The error is never above that of `compression_ratio`'s ranks at the same
+    budget. A tensor that is zero gets rank (1, 1, 1).
 
     Args:
         updates: by full parameter name, an update A_ft − A_pt in the order (n, m, n_d, ...), or its Spectrum, as from

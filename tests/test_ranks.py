@@ -1,5 +1,6 @@
 import itertools
 import math
+import operator
 import re
 
 import pytest
@@ -32,16 +33,34 @@ def test_a_tenth_unless_said_otherwise():
         choose_ranks(SHAPES, fixed | {"middle": (16, 16, 8)}, None, 0.1)
 
 
-def test_budget_takes_the_largest_t_that_fits():
-    """Against a scan of t on a fine grid."""
-    shapes = [(7, 13, 5), (13, 4, 5, 3, 3)]
-    for budget in (150, 313, 500, 777):
-        best = None
-        for t in (k / 20000 for k in range(20001)):
-            ranks = [tuple(max(1, math.floor(t * size + 0.5)) for size in shape[:3]) for shape in shapes]
-            if sum(map(parameter_count, shapes, ranks)) <= budget:
-                best = ranks
-        assert ranks_for_budget(shapes, budget) == best
+@pytest.mark.parametrize("budget", [150, 313, 500, 777, 1800, 10**4])
+def test_budget_takes_the_largest_rank_that_fits(budget):
+    """Against all ranks in turn, then against every choice of the tensors that get one more."""
+    shapes = [(7, 13, 5), (13, 4, 5, 3, 3), (2, 13, 5)]
+
+    def total(ranks):
+        return sum(map(parameter_count, shapes, ranks))
+
+    def clipped(r):
+        return [tuple(min(rank, size) for size in shape[:3]) for rank, shape in zip(r, shapes, strict=True)]
+
+    equal = max(r for r in range(1, 14) if total(clipped([r] * 3)) <= budget)
+    choices = [clipped([equal + more for more in raised]) for raised in itertools.product([0, 1], repeat=3)]
+    fitting = [ranks for ranks in choices if total(ranks) <= budget]
+
+    def number_raised(ranks):
+        return sum(map(operator.ne, ranks, clipped([equal] * 3)))
+
+    chosen = ranks_for_budget(shapes, budget)
+    assert chosen in fitting
+    assert number_raised(chosen) == max(map(number_raised, fitting))
+
+
+def test_short_modes_keep_a_rank():
+    """Ranks in proportion to the modes would be (1, 6, 1), (6, 6, 1), (6, 1, 1) here."""
+    ranks = choose_ranks(SHAPES, {}, None, 0.1)
+    assert ranks == {"first": (2, 5, 5), "middle": (4, 4, 4), "last": (5, 1, 5)}
+    assert cost(ranks) == 832
 
 
 def test_kernel_axes_count_towards_the_budget():
