@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .layer import LoTRALayer
+from .tucker import orthonormal as orthonormal_factors
 
 Multipliers = Mapping[str, float]
 
@@ -31,17 +32,36 @@ def create_lotra_optimizer(
     lr: float,
     lr_rule: str | Multipliers = "LR-4",
     weight_decay: float | None = None,
+    orthonormal: bool = False,
     **kwargs: Any,
 ) -> torch.optim.Optimizer:
     """`optimizer_cls` over all trainable parameters, with the learning rates of `lotra_parameter_groups`.
+
+    With `orthonormal`, each step ends with U_k ← Q_k, G ← G ×₁ R1 ×₂ R2 ×₃ R3 for U_k = Q_k R_k. The update is the
+    same, but entrywise steps like Adam's then meet factors of constant size. Ours; not for sharded parameters.
 
     Args:
         model: an adapted model.
         optimizer_cls: any of torch's optimizers, or one of that form.
         lr, lr_rule, weight_decay: see `lotra_parameter_groups`.
+        orthonormal: whether to keep the columns of U1, U2, U3 orthonormal.
         kwargs: for the optimizer.
     """
-    return optimizer_cls(lotra_parameter_groups(model, lr=lr, lr_rule=lr_rule, weight_decay=weight_decay), **kwargs)
+    groups = lotra_parameter_groups(model, lr=lr, lr_rule=lr_rule, weight_decay=weight_decay)
+    optimizer = optimizer_cls(groups, **kwargs)
+    if orthonormal:
+        optimizer.register_step_post_hook(lambda *_: _orthonormalize(model))
+    return optimizer
+
+
+@torch.no_grad()
+def _orthonormalize(model: nn.Module) -> None:
+    """U_k ← Q_k, G ← G ×_k R_k for the adapters that are being trained."""
+    for layer in model.modules():
+        if isinstance(layer, LoTRALayer):
+            for name in layer.lotra_core:
+                if all(factor.requires_grad for factor in layer.factors(name)):
+                    layer.set_factors(name, orthonormal_factors(layer.factors(name)))
 
 
 def lotra_parameter_groups(

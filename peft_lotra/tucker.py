@@ -65,6 +65,20 @@ def compress(factors: TuckerFactors, ranks: Sequence[int]) -> tuple[TuckerFactor
     return _padded(TuckerFactors(kept.core, Q1 @ kept.U1, Q2 @ kept.U2, Q3 @ kept.U3), ranks), error
 
 
+def orthonormal(factors: TuckerFactors) -> TuckerFactors:
+    """The same tensor with orthonormal columns in every factor: U_k = Q_k R_k gives Q_k and G ×₁ R1 ×₂ R2 ×₃ R3.
+
+    R_k has no negative diagonal: factors that are nearly orthonormal hardly move.
+    """
+    sides, cores = [], []
+    for U in factors[1:]:
+        Q, R = torch.linalg.qr(U.to(torch.promote_types(U.dtype, torch.float32)))  # 16 bits have no QR
+        sign = torch.where(R.diagonal() < 0, -1, 1).to(R.dtype)
+        sides.append((Q * sign).to(U))
+        cores.append((sign[:, None] * R).to(U))
+    return TuckerFactors(reconstruct(TuckerFactors(factors.core, *cores)), *sides)
+
+
 def weighted_sum(terms: Sequence[tuple[float, TuckerFactors]]) -> TuckerFactors:
     """Σ_j w_j · G_j ×₁ U1_j ×₂ U2_j ×₃ U3_j, exactly: a block-diagonal core and factors side by side.
 

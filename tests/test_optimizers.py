@@ -98,6 +98,47 @@ def test_multipliers_of_one_are_the_plain_optimizer(optimizer_cls):
     assert not all(torch.equal(value, theirs[key]) for key, value in other.items())
 
 
+@pytest.mark.parametrize("optimizer_cls", [torch.optim.SGD, torch.optim.Adam])
+def test_orthonormal_factors(optimizer_cls):
+    """The first step, which only moves G, changes the model as it does without; later ones differ."""
+
+    def trained(steps, orthonormal):
+        model = headed()
+        train(model, create_lotra_optimizer(model, optimizer_cls, lr=0.05, orthonormal=orthonormal), steps)
+        return model
+
+    def updates(model):
+        return [layer.get_delta_weight("default") for layer in lotra_layers(model).values()]
+
+    def skewness(model):
+        factors = [U for layer in lotra_layers(model).values() for U in layer.factors("default")[1:]]
+        return max((U.T @ U - torch.eye(U.shape[1])).abs().max() for U in factors)
+
+    first, plain_first = trained(1, True), trained(1, False)
+    assert skewness(plain_first) > 0.1
+    assert skewness(first) < 1e-6
+    for ours, plain in zip(updates(first), updates(plain_first), strict=True):
+        assert plain.any()
+        torch.testing.assert_close(ours, plain)
+    later, plain_later = trained(4, True), trained(4, False)
+    assert skewness(later) < 1e-6
+    assert not torch.allclose(updates(later)[0], updates(plain_later)[0], rtol=1e-3)
+
+
+def test_orthonormal_leaves_other_adapters_alone():
+    base, _ = make("ChebyKAN")
+    model = get_peft_model(base, config("ChebyKAN"))
+    model.add_adapter("other", config("ChebyKAN"))
+    before = {name: [U.clone() for U in layer.factors("other")] for name, layer in lotra_layers(model).items()}
+    optimizer = create_lotra_optimizer(model, torch.optim.SGD, lr=0.1, orthonormal=True)
+    own = [layer.factors("default").U1.clone() for layer in lotra_layers(model).values()]
+    optimizer.step()
+    layers = lotra_layers(model)
+    assert not all(torch.equal(U, layer.factors("default").U1) for U, layer in zip(own, layers.values(), strict=True))
+    for name, factors in before.items():
+        assert all(map(torch.equal, factors, layers[name].factors("other")))
+
+
 def test_schedulers_and_saved_states():
     model = headed()
     optimizer = create_lotra_optimizer(model, torch.optim.AdamW, lr=0.1, lr_rule="LR-1")

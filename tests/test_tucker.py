@@ -6,7 +6,7 @@ import tensorly
 import torch
 from conftest import assert_equal
 
-from peft_lotra.tucker import TuckerFactors, decompose, hosvd, parameter_count, reconstruct
+from peft_lotra.tucker import TuckerFactors, decompose, hosvd, orthonormal, parameter_count, reconstruct
 
 
 def random_factors(ranks=(2, 3, 4), modes=(5, 6, 7), extra=(), dtype=torch.float64):
@@ -28,6 +28,28 @@ def test_reconstruct_keeps_trailing_axes_in_the_core():
             (core[..., h, w].numpy(), [U1.numpy(), U2.numpy(), U3.numpy()])
         )
     assert_equal(reconstruct(TuckerFactors(core, U1, U2, U3)), torch.from_numpy(expected))
+
+
+@pytest.mark.parametrize("extra", [(), (2, 3)])
+def test_orthonormal_is_the_same_tensor(extra):
+    factors = random_factors(extra=extra)
+    result = orthonormal(factors)
+    for before, after in zip(factors[1:], result[1:], strict=True):
+        assert (before.T @ before - torch.eye(before.shape[1])).abs().max() > 1e-2
+        assert_equal(after.T @ after, torch.eye(before.shape[1], dtype=before.dtype))
+    expected = torch.einsum("abc...,ia,ob,dc->iod...", *factors)
+    assert_equal(torch.einsum("abc...,ia,ob,dc->iod...", *result), expected)
+    for before, after in zip(result, orthonormal(result), strict=True):  # what is orthonormal stays
+        assert_equal(after, before)
+
+
+def test_orthonormal_of_a_zero_factor_and_of_16_bits():
+    core, U1, U2, U3 = random_factors(dtype=torch.float32)
+    result = orthonormal(TuckerFactors(core, U1, U2 * 0, U3))
+    assert all(factor.isfinite().all() for factor in result)
+    assert not reconstruct(result).any()
+    halves = TuckerFactors(*(factor.bfloat16() for factor in (core, U1, U2, U3)))
+    assert {factor.dtype for factor in orthonormal(halves)} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("extra", [(), (2, 3)])
