@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig
+from peft_lotra import LoTRAConfig, create_lotra_optimizer
 
 WIDTHS = {"chebyshev": (2, 32, 32, 1), "pykan": (2, 16, 16, 1)}
 # Learning rates at the start of the cosine decay, the best of a few tried for each.
@@ -66,13 +66,16 @@ def attach_lotra(kan: nn.Module, r: list[int] | None, compression_ratio: float) 
 def train(
     model: nn.Module, pde: PDE, steps: int, learning_rate: float, seed: int, grid: Tensor, label: str
 ) -> tuple[list[tuple[int, float]], float]:
-    """Adam with cosine decay on fresh points at every step.
+    """Adam with cosine decay on fresh points at every step; an adapter's factors are kept orthonormal.
 
     Returns:
         The course of the error as (step, relative L2 error), and the seconds taken.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    if isinstance(model, PeftModel):
+        optimizer = create_lotra_optimizer(model, torch.optim.Adam, lr=learning_rate, orthonormal=True)
+    else:
+        optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     course = [(0, relative_l2_error(model, pde, grid))]
     every = max(1, steps // 50)
