@@ -1,0 +1,247 @@
+"""Programs in several processes on the CPU, started by the launchers that users have.
+
+    done = launch(script, "--steps", 5, launcher="accelerate")   # waits; fails with the log unless it ends with 0
+    with running(script, options=("--max-restarts", "3")) as job:
+        job.worker(1).kill()
+        assert job.wait(60) == 0
+    results = fork(function, argument)                           # many times cheaper: no new interpreters, no imports
+
+A launcher whose arguments do not fit starts one process, or several that know nothing of each other, and says nothing:
+every program should compare `Accelerator().num_processes` with what it was started for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import debug_launcher
+from accelerate.state import AcceleratorState, GradientState
+from filelock import FileLock
+
+ROOT = Path(__file__).parents[1]
+_MARKER = "PEFT_LOTRA_TEST_JOB"
+_LOCK = Path(tempfile.gettempdir()) / f"peft_lotra_{os.getuid()}.lock"
+
+
+@dataclass
+class Launched:
+    """How a job ended; `stdout` is what all of its processes wrote, to standard error too."""
+
+    returncode: int
+    stdout: str
+
+
+@dataclass
+class Job:
+    """A running launcher and the processes that it has started."""
+
+    process: subprocess.Popen
+    marker: str
+    log: Path
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def processes(self) -> list[psutil.Process]:
+        """All that are alive, found by their environment: launchers start workers in sessions of their own."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(_MARKER) == self.marker and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return found
+
+    def worker(self, rank: int) -> psutil.Process | None:
+        """The living worker of this rank."""
+        for process in self.processes():
+            try:
+                if process.environ().get("RANK") == str(rank):
+                    return process
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        return None
+
+    def wait(self, timeout: float) -> int:
+        """The exit code. Fails with the log after `timeout` seconds."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not done after {timeout} s:\n{self.output()}") from None
+
+    def wait_for(self, condition: Callable[[], object], timeout: float = 60) -> None:
+        """Until `condition()` holds; fails with the log if the job ends before, or after `timeout` seconds."""
+        end = time.monotonic() + timeout
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise AssertionError(f"ended with {self.process.poll()} before the condition held:\n{self.output()}")
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """SIGKILL to every process at once, and again until none is left."""
+        while alive := self.processes():
+            for process in alive:
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    continue
+            psutil.wait_procs(alive, timeout=5)
+
+
+def command(launcher: str, num_processes: int, options: Sequence[str] = ()) -> list[str]:
+    """What stands before the script on the command line.
+
+    Args:
+        launcher: "torchrun", "accelerate", or "python" for one process without a launcher.
+        options: further arguments of the launcher. With accelerate's `--config_file` nothing that such a file decides
+            is given.
+    """
+    start = [sys.executable, "-m"]
+    if launcher == "torchrun":
+        # --standalone: a free port of its own. It asks for the machine's name unless told the address.
+        start += [
+            "torch.distributed.run",
+            "--standalone",
+            "--local-addr=127.0.0.1",
+            f"--nproc-per-node={num_processes}",
+        ]
+    elif launcher == "accelerate":
+        start += ["accelerate.commands.launch", "--num_processes", str(num_processes), "--main_process_port", "0"]
+        if "--config_file" not in options:
+            start += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+            start += ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
+    elif launcher == "python" and num_processes == 1 and not options:
+        start.pop()
+    else:
+        raise ValueError(f"`launcher`={launcher!r} with {num_processes} processes and options {options}")
+    return [*start, *map(str, options)]
+
+
+@contextmanager
+def running(
+    program: str | Path,
+    *args: object,
+    num_processes: int = 2,
+    launcher: str = "torchrun",
+    options: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Job]:
+    """A job that nothing is left of afterwards; one at a time, whatever the number of pytest's processes.
+
+    Args:
+        program: a script's path, or Python code. It may import from tests/ and examples/.
+        args: the script's arguments.
+        env: further environment variables.
+    """
+    marker = uuid.uuid4().hex
+    with FileLock(_LOCK), _folder() as folder:
+        if not isinstance(program, Path):
+            source, program = textwrap.dedent(program), folder / "program.py"
+            program.write_text(source)
+        log = folder / "log.txt"
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [*command(launcher, num_processes, options), str(program), *map(str, args)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**environment(), **(env or {}), _MARKER: marker},
+                start_new_session=True,
+            )
+        job = Job(process, marker, log)
+        try:
+            yield job
+        finally:
+            job.kill()
+            process.wait()
+
+
+def launch(
+    program: str | Path,
+    *args: object,
+    num_processes: int = 2,
+    launcher: str = "torchrun",
+    options: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+    check: bool = True,
+) -> Launched:
+    """Runs a job to its end, see `running`.
+
+    Args:
+        timeout: in seconds, without the wait for other jobs.
+        check: whether to fail, with the log, if the exit code is not 0.
+    """
+    arguments = {"num_processes": num_processes, "launcher": launcher, "options": options, "env": env}
+    with running(program, *args, **arguments) as job:
+        code = job.wait(timeout)
+        done = Launched(code, job.output())
+    assert not check or code == 0, f"exit code {code}:\n{done.stdout}"
+    return done
+
+
+def environment() -> dict[str, str]:
+    """This process's, without what a launcher or an `Accelerator` has put there; the project can be imported."""
+    launchers = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
+    named = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    env = {key: value for key, value in os.environ.items() if not key.startswith(launchers) and key not in named}
+    paths = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests"), env.get("PYTHONPATH", "")]
+    return {
+        **env,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo",
+        # A group that is started again meets the first one's addresses in the store that it shares with the launcher.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
+
+
+def fork(function: Callable[..., object], *args: object, num_processes: int = 2, timeout: float = 60) -> list:
+    """`function(*args)` in forks of this process that form a group; what each has returned, by rank."""
+
+    def expire(*_: object) -> None:
+        raise AssertionError(f"{function.__name__} not done after {timeout} s")
+
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    handler = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, timeout)
+    try:
+        with _folder() as folder:
+            debug_launcher(_forked, (function, args, num_processes, folder), num_processes)
+            return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_processes)]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        for child in psutil.Process().children(recursive=True):
+            if child.pid not in before:
+                child.kill()
+
+
+def _forked(function: Callable[..., object], args: tuple, num_processes: int, folder: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # left by an `Accelerator` of an earlier test
+    GradientState._reset_state()
+    result = function(*args)
+    state = AcceleratorState()
+    assert state.num_processes == num_processes, "the function should make an `Accelerator`"
+    torch.save(result, folder / f"{state.process_index}.pt")
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="peft_lotra_") as folder:
+        yield Path(folder)
