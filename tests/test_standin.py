@@ -523,6 +523,31 @@ def test_code_that_takes_tensors_only_gets_one():
         assert torch.autograd.grad(model(x).sum(), factors_of(model))[0].any()
 
 
+@pytest.mark.parametrize("without_gradients", [False, True])
+def test_autograd_functions_of_inputs_without_gradient(without_gradients):
+    """Autograd then asks for no backward, and would drop the factors in silence; the first layer of any model is so."""
+
+    def function(x, weight):
+        if not without_gradients:
+            return LinearFunction.apply(x, weight)
+        with torch.no_grad():
+            largest = weight.view(5, 24).abs().max()
+        return nn.functional.linear(x, weight) / largest
+
+    layer = type("Layer", (Scripted,), {"function": staticmethod(function)})()
+    base, model, x = adapt(layer, {"weight": {"layout": "o (i d)", "sizes": {"d": 4}}}, FLAT, torch.float64, r=2)
+    placeholder._warned.clear()
+    with pytest.warns(PerformanceWarning, match=r"TorchScript or torch\.autograd\.Function"):
+        y = model(x.detach())
+    assert_different(y, base(x))
+    assert_equal(y, dense(base, model)(x.detach()))
+    gradients = torch.autograd.grad(y.square().sum(), factors_of(model))
+    expected = torch.autograd.grad(dense(base, model)(x.detach()).square().sum(), factors_of(model))
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        assert wanted.any()
+        assert_equal(gradient, wanted)
+
+
 class TwoScripted(nn.Module):
     """Two coefficient tensors, nested adapters."""
 

@@ -32,6 +32,7 @@ class StandIn:
         updates: the active updates, of the whole parameter.
         owner: the layer's class, for warnings; None to give none.
         scale: of A's shape, to be multiplied onto `tensor` before anything else.
+        recorded: whether autograd recorded operations where this, or what it is a view of, was made.
     """
 
     handlers: dict[Any, Callable[..., Any]]  # by torch function; each may return NotImplemented
@@ -49,6 +50,7 @@ class StandIn:
         self.updates = updates
         self.owner = owner
         self.scale = scale
+        self.recorded = torch.is_grad_enabled()
 
     def like(self, tensor: torch.Tensor, axes: Axes) -> StandIn:
         return type(self)(tensor, axes, self.updates, self.owner)
@@ -119,9 +121,14 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         args, kwargs = _mapped(StandIn.scaled, args), _mapped(StandIn.scaled, kwargs)
         found = _standins([args, kwargs])
     handler = found[0].handlers.get(function)
+    if found[0].recorded and not torch.is_grad_enabled() and handler is not _described and found[0].requires_grad:
+        # In the forward of a `torch.autograd.Function`, whose backward would not know of the factors.
+        raise RuntimeError(f"a StandIn was given to `{getattr(function, '__name__', function)}` without gradients")
     if handler is not None and (len(found) == 1 or handler in (_viewed, _described)):
         result = handler(function, found[0], args, kwargs)
         if result is not NotImplemented:
+            for view in _standins([result]):
+                view.recorded = found[0].recorded
             return result
     if len(found) == 2 and function in PRODUCTS and len(args) == 2:
         ones = isinstance(args[1], Ones)
