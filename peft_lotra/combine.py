@@ -16,6 +16,7 @@ from .config import LoTRAConfig, check_ranks
 from .layer import LoTRALayer, adapter_layers
 from .offloading import onloaded
 from .ranks import choose_ranks
+from .sharding import whole
 from .tucker import TuckerFactors, compress, reconstruct, weighted_sum
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def _terms(
     terms = []
     for adapter, weight in zip(adapters, weights, strict=True):
         if adapter in layer.lotra_core:
-            core, *sides = (factor.detach().to("cpu", torch.float64) for factor in layer.factors(adapter))
+            core, *sides = (whole(factor.detach()).to("cpu", torch.float64) for factor in layer.factors(adapter))
             factors = TuckerFactors(core * layer.scaling[adapter], *sides)
             if not all(torch.isfinite(factor).all() for factor in factors):
                 raise ValueError(f"`adapters`: {adapter!r} has NaN or infinity for {parameter}; the adapter is broken")

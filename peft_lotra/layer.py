@@ -20,6 +20,7 @@ from .batches import batch_rows, is_batched, joined_batch
 from .checkpoint import CONTAINERS, factor_shapes
 from .coefficients.spec import CoefficientSpec, tensor_at
 from .offloading import onloaded
+from .sharding import whole_shape, write, writing
 from .standin import (
     SampleAxisUnknown,
     Update,
@@ -146,7 +147,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """s · G ×₁ U1 ×₂ U2 ×₃ U3 in the layout of the parameter."""
-        return self._update(adapter_name).dense(self.spec, self._stored(self.spec.parameter).shape)
+        return self._update(adapter_name).dense(self.spec, whole_shape(self._stored(self.spec.parameter)))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """parameter ← parameter · scale + Σ updates, scale ← 1, for the given or else the active adapters.
@@ -159,13 +160,14 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lotra_core]
         if not names:
             return
-        merged = self.merged_coefficients(names, safe_merge)
-        if not self.merged:
-            paths = [path for path in (self.spec.parameter, self.spec.scale) if path is not None]
-            self._before_merge = {path: self._stored(path).data.clone() for path in paths}
-        self._stored(self.spec.parameter).data.copy_(merged)
-        if self.spec.scale is not None:
-            self._stored(self.spec.scale).data.fill_(1)
+        with writing(self):
+            merged = self.merged_coefficients(names, safe_merge)
+            if not self.merged:
+                paths = [path for path in (self.spec.parameter, self.spec.scale) if path is not None]
+                self._before_merge = {path: self._stored(path).data.clone() for path in paths}
+            write(self._stored(self.spec.parameter), merged)
+            if self.spec.scale is not None:
+                self._stored(self.spec.scale).data.fill_(1)
         self.merged_adapters += names
 
     @torch.no_grad()
@@ -187,8 +189,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        for path, before in self._before_merge.items():
-            self._stored(path).data.copy_(before)
+        with writing(self):
+            for path, before in self._before_merge.items():
+                write(self._stored(path), before)
         self._before_merge = {}
         self.merged_adapters.clear()
 

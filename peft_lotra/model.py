@@ -19,6 +19,7 @@ from .coefficients.spec import tensor_at
 from .combine import coefficient_layers, combined, copied_modules, copy_trained
 from .config import LoTRAConfig
 from .layer import LoTRALayer, adapter_layers
+from .sharding import writing
 from .slim_layer import SlimLayer
 from .targets import Target, completed, is_excluded, resolve_targets
 
@@ -173,7 +174,8 @@ class LoTRAModel(BaseTuner):
             if isinstance(layer, LoTRALayer):
                 names = layer.active_adapters if adapter_names is None else adapter_names
                 names = [name for name in names if name in layer.lotra_core and name not in layer.merged_adapters]
-                layer.merged_coefficients(names, safe_merge=True)
+                with writing(layer):
+                    layer.merged_coefficients(names, safe_merge=True)
 
     def add_weighted_adapter(
         self,

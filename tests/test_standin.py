@@ -525,7 +525,7 @@ def test_code_that_takes_tensors_only_gets_one():
 
 @pytest.mark.parametrize("without_gradients", [False, True])
 def test_autograd_functions_of_inputs_without_gradient(without_gradients):
-    """Autograd then asks for no backward, and would drop the factors in silence; the first layer of any model is so."""
+    """Autograd then asks for no backward, and would drop the factors in silence. A model's first layer is so."""
 
     def function(x, weight):
         if not without_gradients:

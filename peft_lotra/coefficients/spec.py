@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from einops import rearrange, repeat
 
+from ..sharding import whole_shape
+
 _MODES = ("i", "o", "d")  # factored: input, output, basis
 _KERNEL = ("g", "t", "h", "w")  # not factored: group, and the kernel's time, height and width
 _AXIS = re.compile(r"[iodgthw]\d*")
@@ -171,13 +173,16 @@ class CoefficientSpec:
         if not tensor.is_floating_point():
             raise TypeError(f"`{parameter}` has dtype {tensor.dtype}: LoTRA adapts real floating-point tensors only")
         region = description.get("slice")
-        if region is not None and len(parse_slice(region)) > tensor.dim():
-            raise ValueError(f"`slice` {region!r} has more axes than `{parameter}` of shape {tuple(tensor.shape)}")
-        shape = tensor.shape if region is None else tensor[parse_slice(region)].shape
+        shape = whole_shape(tensor)
+        if region is not None and len(parse_slice(region)) > len(shape):
+            raise ValueError(f"`slice` {region!r} has more axes than `{parameter}` of shape {tuple(shape)}")
+        if region is not None:
+            shape = torch.empty(shape, device="meta")[parse_slice(region)].shape
         layout = Layout.fit(description["layout"], shape, description.get("sizes"))
         scale = description.get("scale")
         if scale is not None:
-            layout.expand(tensor_at(layer, scale), description["scale_layout"])  # raises if it does not fit
+            stored_scale = torch.empty(whole_shape(tensor_at(layer, scale)), device="meta")
+            layout.expand(stored_scale, description["scale_layout"])  # raises if it does not fit
         return cls(parameter, layout, scale, description.get("scale_layout"), region)
 
     def to_canonical(self, stored: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..coefficients.spec import CoefficientSpec, owner_of, tensor_at
+from ..sharding import is_sharded, whole, whole_shape
 from . import einops_backend, products  # noqa: F401  (they make themselves known)
 from .axes import Axes, expanded_scale
 from .placeholder import Ones, PerformanceWarning, StandIn, warn
@@ -34,10 +35,10 @@ __all__ = [
 
 
 def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> torch.Tensor:
-    """parameter · scale + Σ updates, in the layout of the parameter."""
-    coefficients = _stored(layer, spec.parameter)
+    """parameter · scale + Σ updates, in the layout of the parameter; whole where they are sharded."""
+    coefficients = whole(_stored(layer, spec.parameter))
     if spec.scale is not None:
-        coefficients = coefficients * expanded_scale(spec, _stored(layer, spec.scale))
+        coefficients = coefficients * expanded_scale(spec, whole(_stored(layer, spec.scale)))
     for update in updates:
         coefficients = coefficients + update.dense(spec, coefficients.shape).to(coefficients)
     return coefficients
@@ -53,16 +54,23 @@ def adapted(
     parameter = _stored(layer, spec.parameter)
     scale = None if spec.scale is None else _stored(layer, spec.scale)
     ones = None
-    if takes_tensors_only(layer):
+    if takes_tensors_only(layer) or _is_any_sharded(parameter, scale, updates):
         value = adapted_coefficients(layer, spec, updates).contiguous()
         if scale is not None:
-            ones = torch.ones_like(scale)
+            ones = torch.ones(whole_shape(scale), dtype=scale.dtype, device=scale.device)
     else:
         owner = None if quiet else type(layer).__qualname__
         value = StandIn(parameter, Axes.of(spec, parameter.shape), updates, owner)
+        value.recorded &= not quiet  # a method may well look at coefficients without gradients
         if scale is not None:
             value.scale, ones = expanded_scale(spec, scale), Ones.like_tensor(scale)
     return _placed(layer, spec, value, ones)
+
+
+def _is_any_sharded(parameter: torch.Tensor, scale: torch.Tensor | None, updates: Sequence[Update]) -> bool:
+    """Whether this is no forward pass, in which sharded parameters are whole, but a method that was called alone."""
+    factors = [factor for update in updates for factor in update.factors]
+    return any(is_sharded(tensor) for tensor in (parameter, scale, *factors) if tensor is not None)
 
 
 def replaced(layer: nn.Module, spec: CoefficientSpec, coefficients: torch.Tensor) -> AbstractContextManager[None]:
@@ -105,7 +113,8 @@ def give_tensors_to(layer: nn.Module) -> None:
 def _stored(layer: nn.Module, path: str) -> torch.Tensor:
     """The tensor itself, also while another thread has a stand-in in front of it."""
     owner, name = owner_of(layer, path)
-    tensor = owner._parameters.get(name)
+    # Not by `get`, which does not tell ZeRO-3 that the parameter is needed.
+    tensor = owner._parameters[name] if name in owner._parameters else None
     return tensor_at(layer, path) if tensor is None else tensor
 
 

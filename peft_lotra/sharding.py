@@ -1,0 +1,98 @@
+"""Parameters of which every process holds a part: torch's FSDP2 and DeepSpeed's ZeRO-3."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Partial, distribute_tensor
+else:
+
+    class FSDPModule:
+        """None exists."""
+
+    DTensor = FSDPModule
+
+
+def whole_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape with the parts of all processes. A ZeRO-3 parameter that is not gathered is empty itself."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether this process has a part of the values only, at this moment."""
+    return isinstance(tensor, DTensor) or _is_released(tensor)
+
+
+def _is_released(tensor: torch.Tensor) -> bool:
+    return not torch.compiler.is_compiling() and hasattr(tensor, "ds_shape") and tensor.numel() != tensor.ds_numel
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with the values of all processes, which therefore must all call this.
+
+    The gradient is the mean over the processes of what arrives, as that of any parameter that is trained sharded.
+
+    Raises:
+        RuntimeError: for a ZeRO-3 parameter outside of `deepspeed.zero.GatheredParameters`.
+    """
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        gathered = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+        if gathered.requires_grad:
+            gathered.register_hook(lambda gradient: gradient / mesh.size())
+        return gathered
+    if _is_released(tensor):
+        raise RuntimeError(
+            f"coefficients or factors of shape {tuple(tensor.ds_shape)} are read outside of forward, where ZeRO-3 "
+            "keeps a part of them in each process: read them in the model's forward, or, without gradients, in "
+            "`deepspeed.zero.GatheredParameters(layer.parameters())`"
+        )
+    return tensor
+
+
+@torch.no_grad()
+def write(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """tensor ← values, this process's part of them if it is sharded."""
+    if isinstance(tensor, DTensor) and not isinstance(values, DTensor):
+        values = distribute_tensor(values.to(tensor), tensor.device_mesh, tensor.placements)
+    tensor.data.copy_(values)
+
+
+@contextmanager
+def writing(layer: nn.Module) -> Iterator[None]:
+    """While this is entered, what is written to the layer's parameters stays there; all processes write the same.
+
+    FSDP2 leaves the gathered copies of its root in place after a forward pass, and drops them later.
+    """
+    for module in fsdp_modules(layer):
+        module.reshard()
+    partitioned = [parameter for parameter in layer.parameters() if hasattr(parameter, "ds_shape")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
+        yield
+
+
+def fsdp_modules(module: nn.Module) -> list[Any]:
+    """The modules given to `fully_shard` that hold `module` or are held by it."""
+    # A module does not know those around it, and the tensors do not tell; `fully_shard` makes a class for each class.
+    classes = set(FSDPModule.__subclasses__())
+    if not classes:
+        return []
+    own = set(module.modules())
+    return [
+        other
+        for other in gc.get_objects()
+        if type(other) in classes and (other in own or any(inner is module for inner in other.modules()))
+    ]

@@ -1,0 +1,299 @@
+"""FSDP2 on two processes: `test_sharding.py` starts this program and reads the report of its checks.
+
+Every check compares with the same model in one process, on the batch of both. Argument: a folder to write to.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import assert_different, assert_equal
+from kan_layers import KAN, ChebyKAN, FastKAN
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from peft_lotra import LoTRAConfig, LoTRALayer, initialize_lotra_weights, slim_kan
+
+WRAPPED = ("root", "block", "adapted layer", "base layer", "owner", "containers")
+OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
+X = torch.linspace(-0.9, 0.9, 24).reshape(8, 3)[:, torch.tensor([1, 0, 2])]
+Y = torch.stack([X.sum(1).sin(), X.prod(1)], dim=1)
+
+
+def lotra_layers(model):
+    return [module for module in model.modules() if isinstance(module, LoTRALayer)]
+
+
+def adapted(kan, **config):
+    torch.manual_seed(1)
+    model = get_peft_model(kan([3, 6, 2]), LoTRAConfig(r=(2, 3, 2), **config))
+    for layer in lotra_layers(model):
+        torch.nn.init.normal_(layer.lotra_core["default"], std=0.3)
+    return model
+
+
+def sharded(model, wrapped="root", **options):
+    """A sharded copy; `wrapped` says which modules are groups of their own beside the root."""
+    model = copy.deepcopy(model)
+    for layer in lotra_layers(model):
+        base = layer.get_base_layer()
+        groups = {
+            "root": [],
+            "block": [],
+            "adapted layer": [layer],
+            "base layer": [base],
+            "owner": [base.get_submodule(layer.spec.parameter.rpartition(".")[0])],
+            "containers": [layer.lotra_core, layer.lotra_U1, layer.lotra_U2, layer.lotra_U3],
+        }
+        for module in groups[wrapped]:
+            fully_shard(module, mesh=MESH, **options)
+    if wrapped == "block":
+        fully_shard(model.get_base_model(), mesh=MESH, **options)
+    return fully_shard(model, mesh=MESH, **options)
+
+
+def own(batch):
+    """This process's half."""
+    return batch.chunk(2)[dist.get_rank()]
+
+
+def trained(model, x, y, regularizer=lambda model: 0, steps=3):
+    """The losses of Adam's steps."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (model(x).float() - y).square().mean() + regularizer(model)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def mean(values):
+    values = values.clone()
+    dist.all_reduce(values)
+    return values / dist.get_world_size()
+
+
+def assert_same_state(model, single, tolerance=1e-5):
+    state, expected = get_model_state_dict(model, options=OPTIONS), single.state_dict()
+    if dist.get_rank() == 0:
+        assert state.keys() == expected.keys()
+        for name in expected:
+            assert_equal(state[name], expected[name], tolerance)
+
+
+def test_training(kan, wrapped):
+    start = adapted(kan)
+    single, model = copy.deepcopy(start), sharded(start, wrapped)
+    layers = lotra_layers(model)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert_equal(mean(trained(model, own(X), own(Y))), trained(single, X, Y), 1e-5)
+    assert_same_state(model, single)
+    for layer, before in zip(lotra_layers(single), lotra_layers(start), strict=True):
+        for after, at_start in zip(layer.factors("default"), before.factors("default"), strict=True):
+            assert_different(after.detach(), at_start.detach())
+    assert all(p.grad is None for layer in layers for n, p in layer.named_parameters() if "lotra_" not in n)
+    with torch.no_grad():
+        assert_equal(model(X), single(X), 1e-5)
+        with model.disable_adapter():
+            assert_equal(model(X), start.unload()(X), 1e-5)
+
+
+def test_layers_sharded_alone(kan):
+    """The base layer is the root of its own sharding, which FSDP2 finds out in its first forward."""
+    single = adapted(kan)
+    model = copy.deepcopy(single)
+    for layer in lotra_layers(model):
+        fully_shard(layer.get_base_layer(), mesh=MESH)
+    assert_different(single(X).detach(), single.get_base_model()(X * 0).detach())
+    assert_equal(model(X), single(X), 1e-5)
+    model(X).square().sum().backward()
+    single(X).square().sum().backward()
+    for layer, expected in zip(lotra_layers(model), lotra_layers(single), strict=True):
+        for factor, wanted in zip(layer.factors("default"), expected.factors("default"), strict=True):
+            assert_equal(factor.grad, wanted.grad, 1e-5)
+
+
+def test_saving(kan):
+    single = adapted(kan)
+    model = sharded(single, "adapted layer")
+    trained(single, X, Y)
+    trained(model, own(X), own(Y))
+    state = get_model_state_dict(model, options=OPTIONS)
+    folder = FOLDER / kan.__name__
+    if dist.get_rank() == 0:
+        saved = get_peft_model_state_dict(model, state_dict=state)
+        assert saved.keys() == get_peft_model_state_dict(single).keys()
+        model.save_pretrained(folder, state_dict=state)
+        torch.manual_seed(1)
+        base = kan([3, 6, 2])
+        y = base(X)
+        loaded = PeftModel.from_pretrained(base, folder)
+        assert_different(loaded(X), y)
+        assert_equal(loaded(X), single(X), 1e-5)
+
+
+def test_merging(kan, wrapped):
+    single = adapted(kan)
+    model, plain = sharded(single, wrapped), adapted(kan).unload()
+    expected = single(X).detach()
+    before = get_model_state_dict(model, options=OPTIONS)
+    with torch.no_grad():
+        if wrapped != "containers":
+            model(X)  # the root's parameters stay gathered
+        model.merge_adapter(safe_merge=True)
+        assert_equal(model(X), expected, 1e-5)
+        merged = copy.deepcopy(single)
+        merged.merge_adapter()
+        assert_same_state(model, merged)
+        model(X)
+        model.unmerge_adapter()
+        after = get_model_state_dict(model, options=OPTIONS)
+        assert all(torch.equal(after[name], before[name]) for name in after)
+        assert_equal(model(X), expected, 1e-5)
+        state = get_model_state_dict(model.merge_and_unload(), options=OPTIONS)
+    if dist.get_rank() == 0:
+        assert_different(plain(X), expected)
+        plain.load_state_dict(state)
+        assert_equal(plain(X), expected, 1e-5)
+
+
+def test_reading_outside_forward():
+    """By name, and by the layer's own regulariser: the adapted coefficients, and gradients as in one process."""
+
+    def by_name(model):
+        return 0.1 * sum(layer.cheby_coeffs.square().sum() for layer in lotra_layers(model))
+
+    def by_method(model):
+        return 0.01 * model.get_base_model().regularization_loss()
+
+    for kan, regularizer in ((ChebyKAN, by_name), (KAN, by_method)):
+        start = adapted(kan)
+        single, without = copy.deepcopy(start), copy.deepcopy(start)
+        model = sharded(start, "adapted layer")
+        losses = trained(single, X, Y, regularizer)
+        assert_different(losses, trained(without, X, Y))
+        assert_equal(mean(trained(model, own(X), own(Y), regularizer)), losses, 1e-5)
+        assert_same_state(model, single)
+
+
+def test_gradient_of_what_differs_between_processes():
+    single = adapted(ChebyKAN)
+    model = sharded(single)
+    numbers = torch.tensor([1.0, 3.0])
+    weight = torch.randn(6, 2, 4)
+    (numbers.mean() * (lotra_layers(single)[1].cheby_coeffs * weight).sum()).backward()
+    (own(numbers) * (lotra_layers(model)[1].cheby_coeffs * weight).sum()).sum().backward()
+    for factor, wanted in zip(
+        lotra_layers(model)[1].factors("default"), lotra_layers(single)[1].factors("default"), strict=True
+    ):
+        assert_equal(factor.grad.full_tensor(), wanted.grad, 1e-5)
+
+
+def test_sixteen_bit_forward(kan, wrapped):
+    start = adapted(kan)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(start, wrapped, mp_policy=policy)
+    losses = mean(trained(model, own(X), own(Y)))
+    expected = trained(copy.deepcopy(start), X, Y)
+    assert not torch.equal(losses, expected)  # rounded
+    assert_equal(losses, expected, 3e-2)
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_slim():
+    single = slim_kan(ChebyKAN([3, 6, 2]), r=(2, 3, 2))
+    with pytest.raises(NotImplementedError, match="non-contiguous parameters"):
+        sharded(single)
+    model = copy.deepcopy(single)
+    fully_shard(model, mesh=MESH, ignored_params={p for p in model.parameters() if not p.is_contiguous()})
+    assert_equal(mean(trained(model, own(X), own(Y))), trained(single, X, Y), 1e-5)
+    for layer in lotra_layers(model):
+        assert layer.cheby_coeffs.shape == layer.spec.layout.canonical_shape
+        assert layer.get_base_layer().cheby_coeffs.untyped_storage().nbytes() == 4
+    expected = single(X).detach()
+    assert_equal(model(X).detach(), expected, 1e-5)
+    plain = model.merge_and_unload()
+    assert_equal(plain(X), expected, 1e-5)
+
+
+def test_initialisation_is_refused():
+    for wrapped, run in (("base layer", False), ("root", False), ("root", True)):
+        torch.manual_seed(1)
+        model = sharded(get_peft_model(ChebyKAN([3, 6, 2]), LoTRAConfig(r=2)), wrapped)
+        if run:
+            model(X)
+        with pytest.raises(ValueError, match="initialise the adapter before the model is sharded"):
+            initialize_lotra_weights(model, lambda model=model: model(X).sum().backward(), progressbar=False)
+
+
+def test_adapters_on_a_sharded_base():
+    """First the base is sharded, then it is adapted; the root takes the factors."""
+    torch.manual_seed(1)
+    base = ChebyKAN([3, 6, 2])
+    for layer in base.layers:
+        fully_shard(layer, mesh=MESH)
+    torch.manual_seed(2)
+    model = get_peft_model(base, LoTRAConfig(r=(2, 3, 2)))
+    torch.manual_seed(1)
+    plain = ChebyKAN([3, 6, 2])
+    torch.manual_seed(2)
+    single = get_peft_model(plain, LoTRAConfig(r=(2, 3, 2)))
+    fully_shard(model, mesh=MESH)
+    assert_equal(mean(trained(model, own(X), own(Y))), trained(single, X, Y), 1e-5)
+    assert_same_state(model, single)
+
+
+# Every kind of group with one layer, and for the others those in which the parameter's group is not the layer's.
+_COMBINATIONS = [(ChebyKAN, wrapped) for wrapped in WRAPPED]
+_COMBINATIONS += [(KAN, "base layer"), (KAN, "block"), (FastKAN, "owner")]
+CHECKS = {
+    **{f"training, {kan.__name__}, {wrapped}": (test_training, kan, wrapped) for kan, wrapped in _COMBINATIONS},
+    **{f"merging, {kan.__name__}, {wrapped}": (test_merging, kan, wrapped) for kan, wrapped in _COMBINATIONS},
+    "16-bit forward, ChebyKAN": (test_sixteen_bit_forward, ChebyKAN, "root"),
+    "16-bit forward, FastKAN": (test_sixteen_bit_forward, FastKAN, "base layer"),
+    "layers sharded alone, ChebyKAN": (test_layers_sharded_alone, ChebyKAN),
+    "layers sharded alone, KAN": (test_layers_sharded_alone, KAN),
+    "saving, ChebyKAN": (test_saving, ChebyKAN),
+    "saving, KAN": (test_saving, KAN),
+    "reading outside of forward": (test_reading_outside_forward,),
+    "gradient of what differs between processes": (test_gradient_of_what_differs_between_processes,),
+    "Slim": (test_slim,),
+    "initialisation is refused": (test_initialisation_is_refused,),
+    "adapters on a sharded base": (test_adapters_on_a_sharded_base,),
+}
+
+if __name__ == "__main__":
+    FOLDER = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2
+    MESH = init_device_mesh("cpu", (2,))
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # ChebyKAN returns one
+    report = {}
+    for name, (check, *args) in CHECKS.items():
+        if len(sys.argv) > 2 and sys.argv[2] not in name:
+            continue
+        torch.manual_seed(0)
+        try:
+            check(*args)
+            report[name] = ""
+        except Exception:
+            report[name] = traceback.format_exc()
+        (FOLDER / f"{dist.get_rank()}.json").write_text(json.dumps(report))
+    dist.barrier()
+    os._exit(0)  # leaving a group whose models are alive can hang
