@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from .batches import batch_rows, is_batched, joined_batch
 from .checkpoint import CONTAINERS, factor_shapes
-from .coefficients.spec import CoefficientSpec, tensor_at
-from .offloading import onloaded
-from .sharding import whole_shape, write, writing
+from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
+from .offloading import onloaded, writing
+from .sharding import whole_shape, write
 from .standin import (
     SampleAxisUnknown,
     Update,
@@ -160,11 +160,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lotra_core]
         if not names:
             return
-        with writing(self):
+        with self._writing():
             merged = self.merged_coefficients(names, safe_merge)
             if not self.merged:
-                paths = [path for path in (self.spec.parameter, self.spec.scale) if path is not None]
-                self._before_merge = {path: self._stored(path).data.clone() for path in paths}
+                self._before_merge = {path: self._stored(path).data.clone() for path in self._paths}
             write(self._stored(self.spec.parameter), merged)
             if self.spec.scale is not None:
                 self._stored(self.spec.scale).data.fill_(1)
@@ -189,7 +188,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        with writing(self):
+        with self._writing():
             for path, before in self._before_merge.items():
                 write(self._stored(path), before)
         self._before_merge = {}
@@ -296,6 +295,14 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """While this is entered, the base layer finds A_ft where its coefficients are."""
         updates = self.active_updates()
         return adapted(self.get_base_layer(), self.spec, updates, quiet) if updates else nullcontext()
+
+    @property
+    def _paths(self) -> list[str]:
+        return [path for path in (self.spec.parameter, self.spec.scale) if path is not None]
+
+    def _writing(self) -> AbstractContextManager[None]:
+        """While this is entered, parameter and scale are in place, and what is written to them is kept."""
+        return writing(self, [owner_of(self.get_base_layer(), path)[0] for path in self._paths])
 
     def _stored(self, path: str) -> torch.Tensor:
         return tensor_at(self.get_base_layer(), path)

@@ -19,7 +19,7 @@ from .coefficients.spec import tensor_at
 from .combine import coefficient_layers, combined, copied_modules, copy_trained
 from .config import LoTRAConfig
 from .layer import LoTRALayer, adapter_layers
-from .sharding import writing
+from .offloading import writing
 from .slim_layer import SlimLayer
 from .targets import Target, completed, is_excluded, resolve_targets
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import named_module_tensors
 from torch import nn
 
-from .sharding import FSDPModule
+from .sharding import FSDPModule, writable
 
 
 @contextmanager
@@ -18,20 +19,73 @@ def onloaded(layer: nn.Module) -> Iterator[None]:
 
     The hooks of accelerate and FSDP2 would fetch them when a module's forward begins, with a stand-in already where a
     parameter was, and never those of an adapter, whose containers have no forward.
+
+    Raises:
+        RuntimeError: if accelerate has offloaded a trainable parameter, and the layer is trained.
     """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    modules = list(layer.modules())
+    for module in modules[1:]:
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    hooks = _offloading_hooks(modules)
+    if layer.training and torch.is_grad_enabled():
+        _check_trainable(hooks)
     fetched: list[tuple[nn.Module, Any]] = []
     try:
-        for module in () if torch.compiler.is_compiling() else layer.modules():
-            if isinstance(module, FSDPModule) and module is not layer:
-                module.unshard()
-            outer = module.__dict__.get("_hf_hook")
-            for hook in getattr(outer, "hooks", [outer]):
-                if getattr(hook, "offload", False):
-                    hook.pre_forward(module)
-                    hook.offload = False
-                    fetched.append((module, hook))
+        for module, hook in hooks:
+            hook.pre_forward(module)
+            hook.offload = False
+            fetched.append((module, hook))
         yield
     finally:
         for module, hook in fetched:
             hook.offload = True
             hook.post_forward(module, torch.empty(0))
+
+
+@contextmanager
+def writing(layer: nn.Module, owners: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """While this is entered, the tensors of `layer` are in place, and what is written to those of `owners` is kept.
+
+    What was on disk is in host memory afterwards.
+    """
+    # PEFT fetches them too, but forgets what is written to submodules of the base layer.
+    hooks = _offloading_hooks(layer.modules())
+    away = [(module, hook) for module, hook in hooks if any(tensor.is_meta for _, tensor in _tensors(module, hook))]
+    try:
+        for module, hook in away:
+            hook.pre_forward(module)
+        with writable(layer):
+            yield
+        for module, hook in hooks:
+            if module in owners:
+                hook.weights_map = {name: tensor.detach().cpu() for name, tensor in _tensors(module, hook)}
+    finally:
+        for module, hook in away:
+            hook.post_forward(module, torch.empty(0))
+
+
+def _offloading_hooks(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, Any]]:
+    found = []
+    for module in modules:
+        outer = module.__dict__.get("_hf_hook")
+        found += [(module, hook) for hook in getattr(outer, "hooks", [outer]) if getattr(hook, "offload", False)]
+    return found
+
+
+def _tensors(module: nn.Module, hook: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    return named_module_tensors(module, hook.offload_buffers, hook.place_submodules, remove_non_persistent=True)
+
+
+def _check_trainable(hooks: list[tuple[nn.Module, Any]]) -> None:
+    for module, hook in hooks:
+        trainable = [name for name, tensor in _tensors(module, hook) if tensor.requires_grad]
+        if trainable:
+            raise RuntimeError(
+                f"accelerate has offloaded the trainable {trainable} of a {type(module).__name__}: gradients would go "
+                "to the copies of one forward pass, and no optimizer sees them. Offload the base before it gets "
+                "adapters, or call `eval()`"
+            )

@@ -67,8 +67,8 @@ def write(tensor: torch.Tensor, values: torch.Tensor) -> None:
 
 
 @contextmanager
-def writing(layer: nn.Module) -> Iterator[None]:
-    """While this is entered, what is written to the layer's parameters stays there; all processes write the same.
+def writable(layer: nn.Module) -> Iterator[None]:
+    """While this is entered, what is written to the layer's parameters is kept; all processes write the same.
 
     FSDP2 leaves the gathered copies of its root in place after a forward pass, and drops them later.
     """

@@ -36,9 +36,12 @@ def lotra_layers(model):
     return [module for module in model.modules() if isinstance(module, LoTRALayer)]
 
 
-def adapted(kan, **config):
+def adapted(kan, widths=(3, 6, 2)):
+    """An adapted model, given its class or its base."""
     torch.manual_seed(1)
-    model = get_peft_model(kan([3, 6, 2]), LoTRAConfig(r=(2, 3, 2), **config))
+    base = kan(widths) if isinstance(kan, type) else kan
+    torch.manual_seed(2)
+    model = get_peft_model(base, LoTRAConfig(r=(2, 3, 2)))
     for layer in lotra_layers(model):
         torch.nn.init.normal_(layer.lotra_core["default"], std=0.3)
     return model

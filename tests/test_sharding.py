@@ -1,11 +1,19 @@
-"""Bases whose parameters are sharded over processes. The checks themselves are in the programs."""
+"""Bases that are sharded over processes, or placed on the CPU and on disk by accelerate."""
 
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from conftest import assert_different, assert_equal
+from kan_layers import KAN, ChebyKAN, FastKAN
 from launching import launch
+from peft import PeftModel
+from sharded_by_fsdp import X, Y, adapted, lotra_layers, trained
+
+# Sharded: the checks themselves are in the programs ------------------------------------------------------------------
 
 
 def failures(program, folder, checks, **options):
@@ -27,3 +35,71 @@ def test_zero_3(tmp_path):
     # DeepSpeed compiles something when it first runs on a machine.
     options = {"env": {"DS_ACCELERATOR": "cpu"}, "timeout": 240}
     assert failures("sharded_by_zero.py", tmp_path, checks=8, **options) == [{}, {}]
+
+
+# Placed --------------------------------------------------------------------------------------------------------------
+
+PLACES = {
+    "cpu": lambda model, folder: cpu_offload(model, execution_device="cpu"),
+    "disk": lambda model, folder: disk_offload(model, folder, execution_device="cpu"),
+    "a device map": lambda model, folder: dispatch_model(
+        model, {"layers.0": "disk", "layers.1": "cpu", "layers.2": "disk"}, offload_dir=folder
+    ),
+}
+
+
+def away(model):
+    return {name for name, p in model.named_parameters() if p.is_meta}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kan", [ChebyKAN, KAN, FastKAN])
+def test_training_with_an_offloaded_base(kan, place, tmp_path):
+    single = adapted(kan, widths=[3, 6, 5, 2])
+    model = adapted(PLACES[place](adapted(kan, widths=[3, 6, 5, 2]).unload(), tmp_path / "base"))
+    offloaded = away(model)
+    assert offloaded
+    assert not any("lotra_" in name for name in offloaded)
+    losses = trained(single, X, Y)
+    assert_different(losses[2:], losses[:1])
+    assert_equal(trained(model, X, Y), losses)
+    for layer, expected in zip(lotra_layers(model), lotra_layers(single), strict=True):
+        for factor, wanted in zip(layer.factors("default"), expected.factors("default"), strict=True):
+            assert_equal(factor.grad, wanted.grad)
+            assert_equal(factor.detach(), wanted.detach())
+    expected = single(X).detach()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(adapted(kan, widths=[3, 6, 5, 2]).unload(), tmp_path / "adapter")
+    assert_equal(loaded(X).detach(), expected)
+    with torch.no_grad(), single.disable_adapter():
+        assert_different(single(X), expected)
+    model.merge_adapter(safe_merge=True)
+    assert away(model) == offloaded
+    assert_equal(model(X).detach(), expected)
+    model.unmerge_adapter()
+    assert_equal(model(X).detach(), expected)
+    with model.disable_adapter(), single.disable_adapter():
+        assert_equal(model(X), single(X), 0)
+    for layer in lotra_layers(model):
+        layer.merge()
+    assert away(model) == offloaded
+    assert all(layer.merged for layer in lotra_layers(model))
+    assert_equal(model(X).detach(), expected)
+    for layer in lotra_layers(model):
+        layer.unmerge()
+    assert_equal(model.merge_and_unload()(X).detach(), expected)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_offloaded_adapters_are_not_trained_in_silence(place, tmp_path):
+    model = adapted(FastKAN, widths=[3, 6, 5, 2])
+    expected = model(X).detach()
+    PLACES[place](model.get_base_model(), tmp_path)
+    assert any("lotra_" in name for name in away(model))
+    with torch.no_grad():
+        assert_equal(model(X), expected)
+    with pytest.raises(RuntimeError, match="has offloaded the trainable .*Offload the base before it gets adapters"):
+        model(X)
+    model.eval()
+    assert_equal(model(X).detach(), expected)
+    assert_equal(model.merge_and_unload(safe_merge=True)(X).detach(), expected)
