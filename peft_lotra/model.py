@@ -272,7 +272,11 @@ class LoTRAModel(BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """A Slim KAN's zeros, by their names in the PeftModel: DistributedDataParallel would write to them."""
+        """A Slim KAN's zeros, by their names in the PeftModel: DistributedDataParallel would write to them.
+
+        It asks the module that it is given. Where the PeftModel is a part of that one, `outer`, tell it beforehand:
+        `outer._ddp_params_and_buffers_to_ignore = [n for n, p in outer.named_parameters() if not p.is_contiguous()]`.
+        """
         layers = [layer for layer in self.modules() if isinstance(layer, SlimLayer)]
         zeros = [tensor_at(layer.get_base_layer(), layer.spec.parameter) for layer in layers]
         return [f"base_model.{name}" for name, p in self.named_parameters() if any(p is zero for zero in zeros)]

@@ -16,9 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from conftest import assert_different, assert_equal
 from kan_layers import KAN, ChebyKAN, FastKAN
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -43,13 +47,13 @@ def adapted(kan, widths=(3, 6, 2)):
     torch.manual_seed(2)
     model = get_peft_model(base, LoTRAConfig(r=(2, 3, 2)))
     for layer in lotra_layers(model):
-        torch.nn.init.normal_(layer.lotra_core["default"], std=0.3)
+        nn.init.normal_(layer.lotra_core["default"], std=0.3)
     return model
 
 
 def sharded(model, wrapped="root", **options):
     """A sharded copy; `wrapped` says which modules are groups of their own beside the root."""
-    model = copy.deepcopy(model)
+    model, options = copy.deepcopy(model), {"mesh": MESH, **options}
     for layer in lotra_layers(model):
         base = layer.get_base_layer()
         groups = {
@@ -61,10 +65,10 @@ def sharded(model, wrapped="root", **options):
             "containers": [layer.lotra_core, layer.lotra_U1, layer.lotra_U2, layer.lotra_U3],
         }
         for module in groups[wrapped]:
-            fully_shard(module, mesh=MESH, **options)
+            fully_shard(module, **options)
     if wrapped == "block":
-        fully_shard(model.get_base_model(), mesh=MESH, **options)
-    return fully_shard(model, mesh=MESH, **options)
+        fully_shard(model.get_base_model(), **options)
+    return fully_shard(model, **options)
 
 
 def own(batch):
@@ -175,8 +179,9 @@ def test_merging(kan, wrapped):
         assert_equal(plain(X), expected, 1e-5)
 
 
-def test_reading_outside_forward():
+def test_reading_outside_forward(mesh_shape):
     """By name, and by the layer's own regulariser: the adapted coefficients, and gradients as in one process."""
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicated", "sharded")[-len(mesh_shape) :])
 
     def by_name(model):
         return 0.1 * sum(layer.cheby_coeffs.square().sum() for layer in lotra_layers(model))
@@ -187,10 +192,14 @@ def test_reading_outside_forward():
     for kan, regularizer in ((ChebyKAN, by_name), (KAN, by_method)):
         start = adapted(kan)
         single, without = copy.deepcopy(start), copy.deepcopy(start)
-        model = sharded(start, "adapted layer")
+        model = sharded(start, "adapted layer", mesh=mesh)
         losses = trained(single, X, Y, regularizer)
         assert_different(losses, trained(without, X, Y))
         assert_equal(mean(trained(model, own(X), own(Y), regularizer)), losses, 1e-5)
+        assert_same_state(model, single)
+        with torch.no_grad():
+            model.merge_adapter()
+            single.merge_adapter()
         assert_same_state(model, single)
 
 
@@ -261,6 +270,54 @@ def test_adapters_on_a_sharded_base():
     assert_same_state(model, single)
 
 
+def test_slim_in_a_larger_module_under_ddp():
+    """DDP reads the names that it should leave alone from the outermost module only."""
+    torch.manual_seed(1)
+    model = nn.Sequential(slim_kan(ChebyKAN([3, 6, 4]), r=(2, 3, 2)), nn.Linear(4, 2))
+    single = copy.deepcopy(model)
+    model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if not p.is_contiguous()]
+    assert len(model._ddp_params_and_buffers_to_ignore) == 2
+    parallel = nn.parallel.DistributedDataParallel(model)
+    assert_equal(mean(trained(parallel, own(X), own(Y))), trained(single, X, Y), 1e-5)
+    for parameter, expected in zip(model.parameters(), single.parameters(), strict=True):
+        assert_equal(parameter.detach(), expected.detach(), 1e-5)
+    assert all(layer.get_base_layer().cheby_coeffs.untyped_storage().nbytes() == 4 for layer in lotra_layers(model))
+
+
+def test_by_accelerate(class_name):
+    """On the CPU accelerate would take DDP instead, hence the private state."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=[class_name],
+        cpu_ram_efficient_loading=False,
+    )
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    assert accelerator.is_fsdp2
+    single = adapted(ChebyKAN)
+    model = copy.deepcopy(single)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    assert [type(m).__name__ for m in model.modules()].count(f"FSDP{class_name}") == 2
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = (model(own(X)) - own(Y)).square().mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        losses.append(loss.detach())
+    assert_equal(mean(torch.stack(losses)), trained(single, X, Y), 1e-5)
+    state = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(FOLDER / class_name, state_dict=state)
+        loaded = PeftModel.from_pretrained(adapted(ChebyKAN).unload(), FOLDER / class_name)
+        assert_different(loaded(X), adapted(ChebyKAN)(X).detach())
+        assert_equal(loaded(X), single(X).detach(), 1e-5)
+
+
 # Every kind of group with one layer, and for the others those in which the parameter's group is not the layer's.
 _COMBINATIONS = [(ChebyKAN, wrapped) for wrapped in WRAPPED]
 _COMBINATIONS += [(KAN, "base layer"), (KAN, "block"), (FastKAN, "owner")]
@@ -273,11 +330,15 @@ CHECKS = {
     "layers sharded alone, KAN": (test_layers_sharded_alone, KAN),
     "saving, ChebyKAN": (test_saving, ChebyKAN),
     "saving, KAN": (test_saving, KAN),
-    "reading outside of forward": (test_reading_outside_forward,),
+    "reading outside of forward": (test_reading_outside_forward, (2,)),
+    "reading outside of forward, replicated and sharded": (test_reading_outside_forward, (1, 2)),
     "gradient of what differs between processes": (test_gradient_of_what_differs_between_processes,),
     "Slim": (test_slim,),
     "initialisation is refused": (test_initialisation_is_refused,),
     "adapters on a sharded base": (test_adapters_on_a_sharded_base,),
+    "Slim in a larger module, DDP": (test_slim_in_a_larger_module_under_ddp,),
+    "by accelerate, LoTRALayer": (test_by_accelerate, "LoTRALayer"),
+    "by accelerate, ChebyKANLayer": (test_by_accelerate, "ChebyKANLayer"),
 }
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def failures(program, folder, checks, **options):
 
 @pytest.mark.processes
 def test_fsdp(tmp_path):
-    assert failures("sharded_by_fsdp.py", tmp_path, checks=29) == [{}, {}]
+    assert failures("sharded_by_fsdp.py", tmp_path, checks=33) == [{}, {}]
 
 
 @pytest.mark.processes
