@@ -1,5 +1,6 @@
 """Bases that are sharded over processes, or placed on the CPU and on disk by accelerate."""
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -12,6 +13,9 @@ from kan_layers import KAN, ChebyKAN, FastKAN
 from launching import launch
 from peft import PeftModel
 from sharded_by_fsdp import X, Y, adapted, lotra_layers, trained
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+
+from peft_lotra import LoTRALayer
 
 # Sharded: the checks themselves are in the programs ------------------------------------------------------------------
 
@@ -25,6 +29,7 @@ def failures(program, folder, checks, **options):
 
 
 @pytest.mark.processes
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="older versions may have no FSDP2 on the CPU; 2.6 has none")
 def test_fsdp(tmp_path):
     assert failures("sharded_by_fsdp.py", tmp_path, checks=33) == [{}, {}]
 
@@ -35,6 +40,30 @@ def test_zero_3(tmp_path):
     # DeepSpeed compiles something when it first runs on a machine.
     options = {"env": {"DS_ACCELERATOR": "cpu"}, "timeout": 240}
     assert failures("sharded_by_zero.py", tmp_path, checks=8, **options) == [{}, {}]
+
+
+# Wrapped -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kan", [ChebyKAN, KAN, FastKAN])
+def test_activation_checkpointing(kan):
+    """Around the adapted layer; inside, the wrapper would keep the adapter from the layer, and did so in silence."""
+    single = adapted(kan)
+    for around in (LoTRALayer, type(single.get_base_model().layers[0].get_base_layer())):
+        model = copy.deepcopy(single)
+        apply_activation_checkpointing(model, check_fn=lambda module, around=around: isinstance(module, around))
+        if around is not LoTRALayer:
+            with pytest.raises(RuntimeError, match="CheckpointWrapper stands between.*wrap the LoTRALayer instead"):
+                model(X)
+            continue
+        assert_equal(model(X), single(X), 0)
+        model(X).square().sum().backward()
+        single.zero_grad()
+        single(X).square().sum().backward()
+        for layer, expected in zip(lotra_layers(model), lotra_layers(single), strict=True):
+            for factor, wanted in zip(layer.factors("default"), expected.factors("default"), strict=True):
+                assert wanted.grad.any()
+                assert_equal(factor.grad, wanted.grad)
 
 
 # Placed --------------------------------------------------------------------------------------------------------------

@@ -118,6 +118,28 @@ def _stored(layer: nn.Module, path: str) -> torch.Tensor:
     return tensor_at(layer, path) if tensor is None else tensor
 
 
+def _check_held(layer: nn.Module, path: str) -> None:
+    """Refuse wrappers that pass attributes on from the module they wrap, as of FSDP1 and activation checkpointing.
+
+    They would hide a stand-in from the layer, or run the layer again when the stand-in is gone.
+    """
+    module = layer
+    *modules, tensor = path.split(".")
+    for name in modules:
+        _check_holds(module, name, path)
+        module = getattr(module, name)
+    _check_holds(module, tensor, path)
+
+
+def _check_holds(module: nn.Module, name: str, path: str) -> None:
+    held = name in module._parameters or name in module._modules or name in module._buffers or name in vars(module)
+    if not held and not hasattr(type(module), name):
+        raise RuntimeError(
+            f"{type(module).__qualname__} stands between an adapter and the layer whose `{path}` it adapts: "
+            "wrap the LoTRALayer instead, or a larger part of the model"
+        )
+
+
 _lock = threading.Lock()
 _entered: dict[tuple[int, str], int] = {}  # how many forward passes, in all threads, use a shadow
 
@@ -127,6 +149,7 @@ def _shadowed(layer: nn.Module, path: str, value: Any) -> Iterator[None]:
     # Python looks into the instance dictionary before it asks nn.Module for a parameter of the name. A stand-in holds
     # no state of a forward pass, so that threads can share the one that was put there last.
     owner, name = owner_of(layer, path)
+    _check_held(layer, path)
     if torch.compiler.is_compiling():
         owner.__dict__[name] = value
         try:
