@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .layer import LoTRALayer
-from .sharding import fsdp_modules, is_sharded
+from .sharding import has_shards
 from .standin import adapted_coefficients, replaced
 
 METHODS = {"gradient": (1,), "gradient_hosvd": (0, 1, 2)}  # the modes whose factors are set
@@ -75,7 +75,7 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoTRALayer]:
         adapters = sorted({key for layer in found.values() for key in layer.lotra_core})
         raise ValueError(f"`adapter_name`={adapter_name!r}: the model has the LoTRA adapters {adapters}")
     for name, layer in layers.items():
-        if fsdp_modules(layer) or any(is_sharded(p) for p in layer.parameters()):
+        if has_shards(layer):
             raise ValueError(
                 f"the parameters of {name} are sharded (FSDP2 or ZeRO-3): initialise the adapter before the model is "
                 "sharded; all processes then have the same factors"

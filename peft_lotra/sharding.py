@@ -35,6 +35,11 @@ def _is_released(tensor: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and hasattr(tensor, "ds_shape") and tensor.numel() != tensor.ds_numel
 
 
+def has_shards(module: nn.Module) -> bool:
+    """Whether some of the module's parameters are sharded, gathered at this moment or not."""
+    return bool(fsdp_modules(module)) or any(hasattr(p, "ds_shape") or is_sharded(p) for p in module.parameters())
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with the values of all processes, which therefore must all call this.
 

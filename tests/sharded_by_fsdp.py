@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from peft_lotra import LoTRAConfig, LoTRALayer, initialize_lotra_weights, slim_kan
+from peft_lotra import LoTRAConfig, LoTRALayer, fit_gauss_newton, initialize_lotra_weights, slim_kan
 
 WRAPPED = ("root", "block", "adapted layer", "base layer", "owner", "containers")
 OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -203,6 +203,16 @@ def test_reading_outside_forward(mesh_shape):
         assert_same_state(model, single)
 
 
+def test_combining():
+    single = adapted(ChebyKAN)
+    model, before = sharded(single, "adapted layer"), single(X).detach()
+    for each in (model, single):
+        each.add_weighted_adapter(["default"], [2.0], "double", "cat")
+        each.set_adapter("double")
+    assert_different(single(X), before)
+    assert_equal(model(X).detach(), single(X).detach(), 1e-5)
+
+
 def test_gradient_of_what_differs_between_processes():
     single = adapted(ChebyKAN)
     model = sharded(single)
@@ -243,7 +253,7 @@ def test_slim():
     assert_equal(plain(X), expected, 1e-5)
 
 
-def test_initialisation_is_refused():
+def test_what_needs_whole_models_is_refused():
     for wrapped, run in (("base layer", False), ("root", False), ("root", True)):
         torch.manual_seed(1)
         model = sharded(get_peft_model(ChebyKAN([3, 6, 2]), LoTRAConfig(r=2)), wrapped)
@@ -251,6 +261,8 @@ def test_initialisation_is_refused():
             model(X)
         with pytest.raises(ValueError, match="initialise the adapter before the model is sharded"):
             initialize_lotra_weights(model, lambda model=model: model(X).sum().backward(), progressbar=False)
+        with pytest.raises(ValueError, match="`model` is sharded .* fit it before it is sharded"):
+            fit_gauss_newton(model, lambda net, batch: net(batch), X, iterations=1, progressbar=False)
 
 
 def test_adapters_on_a_sharded_base():
@@ -333,8 +345,9 @@ CHECKS = {
     "reading outside of forward": (test_reading_outside_forward, (2,)),
     "reading outside of forward, replicated and sharded": (test_reading_outside_forward, (1, 2)),
     "gradient of what differs between processes": (test_gradient_of_what_differs_between_processes,),
+    "combining": (test_combining,),
     "Slim": (test_slim,),
-    "initialisation is refused": (test_initialisation_is_refused,),
+    "what needs whole models is refused": (test_what_needs_whole_models_is_refused,),
     "adapters on a sharded base": (test_adapters_on_a_sharded_base,),
     "Slim in a larger module, DDP": (test_slim_in_a_larger_module_under_ddp,),
     "by accelerate, LoTRALayer": (test_by_accelerate, "LoTRALayer"),

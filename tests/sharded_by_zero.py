@@ -21,7 +21,7 @@ from kan_layers import KAN, ChebyKAN, FastKAN
 from peft import PeftModel, get_peft_model
 from sharded_by_fsdp import X, Y, adapted, lotra_layers, mean, own, trained
 
-from peft_lotra import LoTRAConfig, initialize_lotra_weights
+from peft_lotra import LoTRAConfig, fit_gauss_newton, initialize_lotra_weights
 
 
 def partitioned(model, **zero):
@@ -116,10 +116,12 @@ def test_reading_outside_forward():
         assert_equal(layer.cheby_coeffs, lotra_layers(single)[0].cheby_coeffs.detach(), 1e-5)
 
 
-def test_initialisation_is_refused():
-    engine = partitioned(get_peft_model(ChebyKAN([3, 6, 2]), LoTRAConfig(r=2)))
+def test_what_needs_whole_models_is_refused():
+    model = partitioned(get_peft_model(ChebyKAN([3, 6, 2]), LoTRAConfig(r=2))).module
     with pytest.raises(ValueError, match="initialise the adapter before the model is sharded"):
-        initialize_lotra_weights(engine.module, lambda: engine(X).sum().backward(), progressbar=False)
+        initialize_lotra_weights(model, lambda: model(X).sum().backward(), progressbar=False)
+    with pytest.raises(ValueError, match="`model` is sharded .* fit it before it is sharded"):
+        fit_gauss_newton(model, lambda net, batch: net(batch), X, iterations=1, progressbar=False)
 
 
 def test_adapting_a_partitioned_base(kan):
@@ -142,7 +144,7 @@ CHECKS = {
     "merging, ChebyKAN": (test_merging, ChebyKAN, {}),
     "merging, KAN": (test_merging, KAN, {}),
     "reading outside of forward": (test_reading_outside_forward, {}),
-    "initialisation is refused": (test_initialisation_is_refused, {}),
+    "what needs whole models is refused": (test_what_needs_whole_models_is_refused, {}),
     "adapting a partitioned base, KAN": (test_adapting_a_partitioned_base, KAN, {}),
     "training and saving, FastKAN": (test_training_and_saving, FastKAN, {"memory_efficient_linear": False}),
 }

@@ -31,7 +31,7 @@ def failures(program, folder, checks, **options):
 @pytest.mark.processes
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="older versions may have no FSDP2 on the CPU; 2.6 has none")
 def test_fsdp(tmp_path):
-    assert failures("sharded_by_fsdp.py", tmp_path, checks=33) == [{}, {}]
+    assert failures("sharded_by_fsdp.py", tmp_path, checks=34) == [{}, {}]
 
 
 @pytest.mark.processes
