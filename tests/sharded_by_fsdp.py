@@ -207,8 +207,8 @@ def test_combining():
     single = adapted(ChebyKAN)
     model, before = sharded(single, "adapted layer"), single(X).detach()
     for each in (model, single):
-        each.add_weighted_adapter(["default"], [2.0], "double", "cat")
-        each.set_adapter("double")
+        each.add_weighted_adapter(["default"], [2.0], "twice", "cat")
+        each.set_adapter("twice")
     assert_different(single(X), before)
     assert_equal(model(X).detach(), single(X).detach(), 1e-5)
 

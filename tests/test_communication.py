@@ -31,7 +31,20 @@ def test_gradients_of_the_factors_are_all_that_is_reduced(tmp_path):
             assert f"{row['sent']['allreduce']:,}" in done.stdout
 
 
-def test_one_process_sends_nothing(tmp_path):
-    done = launch(SCRIPT, "--processes", 1, launcher="python", num_processes=1, check=False)
-    assert done.returncode == 2
-    assert "argument --processes: nothing is sent by 1 process" in done.stdout
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "1"], "argument --processes: nothing is sent by 1 process"),
+        (["--gbit", "0"], "argument --gbit: should be a positive number, got '0'"),
+        (["--latency", "inf"], "argument --latency: should be a positive number, got 'inf'"),
+    ],
+)
+def test_arguments_are_checked(arguments, message, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.syspath_prepend(SCRIPT.parents[1])
+    from communication import parse_args
+
+    monkeypatch.setattr("sys.argv", ["communication.py", *arguments])
+    with pytest.raises(SystemExit):
+        parse_args()
+    assert message in capsys.readouterr().err

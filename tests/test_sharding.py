@@ -20,26 +20,26 @@ from peft_lotra import LoTRALayer
 # Sharded: the checks themselves are in the programs ------------------------------------------------------------------
 
 
-def failures(program, folder, checks, **options):
-    """The checks of a program that failed, on each of its two processes."""
+def check(program, folder, checks, **options):
+    """Runs a program in two processes; fails with what they say of the checks that failed."""
     launch(Path(__file__).with_name(program), folder, **options)
     reports = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
     assert [len(report) for report in reports] == [checks, checks]
-    return [{check: how for check, how in report.items() if how} for report in reports]
+    failed = [f"process {rank}: {name}\n{how}" for rank in range(2) for name, how in reports[rank].items() if how]
+    assert not failed, "\n".join(failed)
 
 
 @pytest.mark.processes
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="older versions may have no FSDP2 on the CPU; 2.6 has none")
 def test_fsdp(tmp_path):
-    assert failures("sharded_by_fsdp.py", tmp_path, checks=34) == [{}, {}]
+    check("sharded_by_fsdp.py", tmp_path, checks=34)
 
 
 @pytest.mark.processes
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 def test_zero_3(tmp_path):
     # DeepSpeed compiles something when it first runs on a machine.
-    options = {"env": {"DS_ACCELERATOR": "cpu"}, "timeout": 240}
-    assert failures("sharded_by_zero.py", tmp_path, checks=8, **options) == [{}, {}]
+    check("sharded_by_zero.py", tmp_path, checks=8, env={"DS_ACCELERATOR": "cpu"}, timeout=240)
 
 
 # Wrapped -------------------------------------------------------------------------------------------------------------
