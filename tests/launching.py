@@ -235,6 +235,7 @@ def fork(function: Callable[..., object], *args: object, num_processes: int = 2,
 def _forked(function: Callable[..., object], args: tuple, num_processes: int, folder: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # left by an `Accelerator` of an earlier test
     GradientState._reset_state()
+    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # else every process is its machine's main process
     result = function(*args)
     state = AcceleratorState()
     assert state.num_processes == num_processes, "the function should make an `Accelerator`"

@@ -1,0 +1,241 @@
+"""Adapt a KAN to another PDE in several processes, by accelerate, with checkpoints that a killed run goes on from.
+
+    accelerate launch --config_file examples/accelerate/cpu_2_processes.yaml examples/accelerate_pde.py --cpu
+    accelerate launch --config_file examples/accelerate/multi_gpu_ddp.yaml examples/accelerate_pde.py --init gradient
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 2 --max-restarts 3 \
+        examples/accelerate_pde.py --cpu
+
+Every step has one batch of points, whatever the number of processes; each takes its share, so that 2 processes train
+what 1 process trains, up to rounding. The same command after an interruption goes on from the last checkpoint in
+--output-dir, which all machines should share; the last of the commands above restarts by itself (without the variable
+new processes often meet addresses of the dead). Mixed precision is the launcher's: `--mixed_precision bf16`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import tqdm
+from checkpoints import complete_directory, load_checkpoint, save_checkpoint
+from command_line import check_seed, exit_code, make_output_dir, new_parser, positive_int, ratio
+from filelock import FileLock, Timeout
+from pde_transfer import LEARNING_RATES, attach_lotra, build_kan, trained_base
+from pdes import PDE, PDES, Points, relative_l2_error
+from peft import PeftModel
+from reporting import Row, format_table, write_atomically
+from torch import Tensor, nn
+
+from peft_lotra import initialize_lotra_weights
+
+INTERIOR, PER_SIDE = 256, 32  # points of a step
+
+
+class Problem(nn.Module):
+    """The loss of a network on a PDE as one forward pass: that of points, or the error on a grid.
+
+    What wraps a module for several processes acts when its forward begins and ends. The loss is made of derivatives of
+    the network by its input; with the network alone wrapped they would be taken outside, through what the wrapper has
+    put into the graph: DDP with `static_graph=True` then gives wrong gradients, and says nothing.
+    """
+
+    def __init__(self, network: PeftModel, pde: PDE) -> None:
+        super().__init__()
+        self.network, self.pde = network, pde
+
+    def forward(self, points: Tensor, boundary: Tensor | None = None) -> Tensor:
+        if boundary is not None:
+            return self.pde.loss(self.network, Points(points, boundary))
+        with torch.autocast(points.device.type, enabled=False):
+            return torch.tensor(relative_l2_error(self.network, self.pde, points))
+
+
+def start(args: argparse.Namespace) -> Accelerator:
+    """Says how many processes work together.
+
+    Raises:
+        SystemExit: if they are not as many as the launcher was asked for, as far as that can be known.
+    """
+    accelerator = Accelerator(
+        cpu=args.cpu or not torch.accelerator.is_available(),
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # a step's batch is the same for any number of processes; otherwise the schedule takes a step for each of them
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        log_with=args.log_with,
+        project_dir=args.output_dir,
+    )
+    processes, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", 1))
+    if processes == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise SystemExit(
+            "The launcher was asked for several processes and has started one, as `accelerate launch --cpu` does: use "
+            "torchrun or a file of examples/accelerate/, and --cpu after the script's name."
+        )
+    if processes != launched:
+        raise SystemExit(f"{launched} processes were started, but each would train alone: is --cpu missing?")
+    parts = processes * accelerator.gradient_accumulation_steps
+    if PER_SIDE % parts:
+        raise SystemExit(
+            f"The {PER_SIDE} points of a side cannot be shared equally by {processes} processes × "
+            f"{accelerator.gradient_accumulation_steps} accumulation steps: their product should divide {PER_SIDE}."
+        )
+    accelerator.print(
+        f"Processes: {processes} ({accelerator.distributed_type.value}), device {accelerator.device}, "
+        f"mixed precision {accelerator.mixed_precision}"
+    )
+    return accelerator
+
+
+def batch(accelerator: Accelerator, pde: PDE, seed: int, step: int) -> list[Points]:
+    """This process's share of a step's points, one part for each accumulation step.
+
+    The points depend on the seed and the step alone: there is no state to save. Every part has the same number of
+    points of every side, hence the mean of the parts' losses is the loss of the whole.
+    """
+    points = pde.sample(torch.Generator().manual_seed(1_000_003 * seed + step), "cpu", INTERIOR, PER_SIDE)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    parts = processes * accelerator.gradient_accumulation_steps
+    return [Points(*(p[i::parts].to(accelerator.device) for p in points)) for i in range(rank, parts, processes)]
+
+
+def train(
+    accelerator: Accelerator, network: PeftModel, pde: PDE, args: argparse.Namespace
+) -> tuple[dict[str, Tensor], list[list[float]]]:
+    """Adam with cosine decay, from the last checkpoint on.
+
+    Returns:
+        The network's state on the main process, and its course as [step, loss, relative L2 error].
+    """
+    optimizer = torch.optim.Adam(
+        [p for p in network.parameters() if p.requires_grad], lr=LEARNING_RATES["chebyshev"]["lotra"]
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
+    problem, optimizer, schedule = accelerator.prepare(Problem(network, pde), optimizer, schedule)
+    names = ("pde", "steps", "base_steps", "seed", "r", "compression_ratio", "init")
+    settings = {name: getattr(args, name) for name in names}
+    folder = args.output_dir / f"{args.pde}_checkpoints"
+    progress = load_checkpoint(accelerator, folder, settings) or {"settings": settings, "step": 0, "course": []}
+    grid, every = pde.grid().to(accelerator.device), max(1, args.steps // 50)
+    steps = range(progress["step"] + 1, args.steps + 1)
+    for step in tqdm(steps, desc="LoTRA", unit="step", initial=progress["step"], total=args.steps, dynamic_ncols=True):
+        loss = torch.zeros((), device=accelerator.device)
+        for part in batch(accelerator, pde, args.seed + 1, step):
+            with accelerator.accumulate(problem):
+                part_loss = problem(*part)
+                accelerator.backward(part_loss)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            loss += part_loss.detach() / accelerator.gradient_accumulation_steps
+        progress["step"] = step
+        if step % every == 0 or step == args.steps:
+            with torch.no_grad():
+                values = accelerator.reduce(loss, "mean").item(), problem(grid).item()
+            if not all(map(math.isfinite, values)):
+                raise SystemExit(f"loss and error are {values} at step {step}: training has diverged.")
+            progress["course"].append([step, *values])
+            accelerator.log(dict(zip(("loss", "error"), values, strict=True)), step)
+        if step % args.checkpoint_every == 0 or step == args.steps:
+            save_checkpoint(accelerator, folder, progress)
+    state = accelerator.get_state_dict(problem)
+    return {name.removeprefix("network."): value for name, value in state.items()}, progress["course"]
+
+
+def run(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    family = PDES[args.pde]
+    source, target = family(family.base_parameter), family(family.target_parameter)
+    args.device = accelerator.device
+    grid = target.grid().to(args.device)
+    accelerator.init_trackers(f"{args.pde}_lotra", {"pde": args.pde, "steps": args.steps, "seed": args.seed})
+    with accelerator.main_process_first(), redirect_stdout(sys.stdout if accelerator.is_main_process else None):
+        load_base = trained_base(args, source, grid)  # the main process trains it, the others find its file
+    network = attach_lotra(load_base(), args.r, args.compression_ratio)
+    if args.init == "gradient":  # before DDP wraps the network; each process gives its share of the gradient
+        parts = batch(accelerator, target, args.seed + 1, 0)
+
+        def train_step() -> None:
+            for part in parts:
+                (target.loss(network, part) / len(parts)).backward()
+
+        initialize_lotra_weights(network, train_step, progressbar=False)
+    state, course = train(accelerator, network, target, args)
+
+    adapter = args.output_dir / f"{args.pde}_lotra"
+    with complete_directory(accelerator, adapter) as partial:
+        if accelerator.is_main_process:
+            network.save_pretrained(partial, state_dict=state)
+    if accelerator.is_main_process:
+        report(accelerator.num_processes, load_base, adapter, course, target, grid)
+
+
+def report(
+    processes: int, load_base: Callable[[], nn.Module], adapter: Path, course: list, target: PDE, grid: Tensor
+) -> None:
+    """Of the saved adapter, loaded into a fresh base; printed and as JSON."""
+    base = load_base()
+    size, zero_shot = sum(p.numel() for p in base.parameters()), relative_l2_error(base, target, grid)
+    adapted = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    numbers, error = adapted.get_nb_trainable_parameters()[0], relative_l2_error(adapted, target, grid)
+    print(format_table([Row("base, zero-shot", 0, 0.0, zero_shot), Row("LoTRA", numbers, numbers / size, error)]))
+    record = {"processes": processes, "zero_shot": zero_shot, "error": error, "course": course}
+    write_atomically(adapter.with_suffix(".json"), lambda p: p.write_text(json.dumps(record) + "\n"))
+    print(f"Written: adapter {adapter}/, {adapter}.json")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--pde", choices=list(PDES), default="elliptic", help="family of PDEs")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--compression-ratio", type=ratio, default=0.1, help="adapter parameters per coefficient")
+    size.add_argument("--r", type=positive_int, nargs="+", help="Tucker rank, or three: input output basis")
+    add("--init", choices=["random", "gradient"], default="random", help="of the adapter's factors")
+    add("--steps", type=positive_int, default=2000, help="training steps on the target")
+    add("--base-steps", type=positive_int, default=1500, help="training steps of the base")
+    add("--gradient-accumulation-steps", type=positive_int, default=1, help="parts of a process's share of a batch")
+    add("--checkpoint-every", type=positive_int, default=200, help="steps between checkpoints")
+    add("--log-with", choices=get_available_trackers(), help="accelerate's tracker, of those installed here")
+    add("--cpu", action="store_true", help="on the CPU even if there is an accelerator")
+    add("--seed", type=int, default=0, help="of weights and points")
+    add("--output-dir", type=Path, default=Path("outputs/accelerate_pde"), help="where everything is written")
+    args = parser.parse_args(argv)
+    args.kan = "chebyshev"
+    if args.r and len(args.r) not in (1, 3):
+        parser.error(f"argument --r: one or three numbers, got {len(args.r)}")
+    check_seed(parser, args)
+    try:
+        attach_lotra(build_kan(args.kan, args.seed), args.r, args.compression_ratio)
+    except ValueError as error:  # ranks that do not fit this KAN
+        parser.error(str(error))
+    make_output_dir(parser, args)
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    accelerator = start(args)
+    lock = FileLock(args.output_dir / ".lock")
+    try:
+        if accelerator.is_main_process:  # workers may outlive a killed launcher: two runs must not share checkpoints
+            lock.acquire(blocking=False)
+        code = exit_code(lambda: run(accelerator, args), "The same command goes on from the last checkpoint.")
+    except Timeout:
+        raise SystemExit(f"{args.output_dir}: another run is at work here.") from None
+    if code == 0:  # in this order: the group's end while DDP's objects are alive can hang
+        accelerator.free_memory()
+        gc.collect()
+        accelerator.end_training()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

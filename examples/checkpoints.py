@@ -1,0 +1,73 @@
+"""Checkpoints of a run in several processes: complete or absent, at whatever moment a process is killed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+@contextmanager
+def complete_directory(accelerator: Accelerator, path: Path) -> Iterator[Path]:
+    """A directory for all processes to fill, which then takes the name `path`; what was there is replaced."""
+    partial = path.with_name(".partial")
+    if accelerator.is_main_process:
+        for rest in (partial, path.with_name(".old")):  # of a killed run
+            shutil.rmtree(rest, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    yield partial
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        _remove(path)
+        partial.rename(path)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, progress: dict) -> None:
+    """Saves all that is prepared (models with their bases) and `progress`, a dict for JSON with its "step".
+
+    Earlier checkpoints are removed when this one is complete; accelerate's own limit removes them before.
+    """
+    with complete_directory(accelerator, folder / f"step_{progress['step']:07d}") as partial:
+        accelerator.save_state(partial)
+        if accelerator.is_main_process:
+            (partial / "progress.json").write_text(json.dumps(progress))
+    if accelerator.is_main_process:
+        for earlier in _checkpoints(folder)[:-1]:
+            _remove(earlier)
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path, settings: dict) -> dict | None:
+    """Loads the last checkpoint into what is prepared; returns its progress, or None if there is none.
+
+    Raises:
+        SystemExit: if it was made with other settings; nothing is loaded then.
+    """
+    checkpoints = _checkpoints(folder)
+    if not checkpoints:
+        return None
+    progress = json.loads((checkpoints[-1] / "progress.json").read_text())
+    for name, value in settings.items():
+        if progress["settings"][name] != value:
+            raise SystemExit(
+                f"{checkpoints[-1]} was made with {name}={progress['settings'][name]}, not {value}: choose another "
+                f"--output-dir, or remove {folder}."
+            )
+    accelerator.load_state(checkpoints[-1])
+    accelerator.step = 0  # backward passes since the last whole step; how many make one may have changed
+    accelerator.print(f"Goes on after step {progress['step']}, from {checkpoints[-1]}")
+    return progress
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*"))
+
+
+def _remove(path: Path) -> None:
+    """At once, not file by file."""
+    if path.exists():
+        shutil.rmtree(path.rename(path.with_name(".old")))
