@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import tqdm
+from accelerate.utils import ProjectConfiguration, tqdm
 from checkpoints import complete_directory, load_checkpoint, save_checkpoint
 from command_line import check_seed, exit_code, make_output_dir, new_parser, positive_int, ratio
 from filelock import FileLock, Timeout
@@ -72,7 +72,7 @@ def start(args: argparse.Namespace) -> Accelerator:
         # a step's batch is the same for any number of processes; otherwise the schedule takes a step for each of them
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with=args.log_with,
-        project_dir=args.output_dir,
+        project_config=ProjectConfiguration(logging_dir=str(args.output_dir / "logs")),
     )
     processes, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", 1))
     if processes == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
@@ -124,7 +124,7 @@ def train(
     settings = {name: getattr(args, name) for name in names}
     folder = args.output_dir / f"{args.pde}_checkpoints"
     progress = load_checkpoint(accelerator, folder, settings) or {"settings": settings, "step": 0, "course": []}
-    grid, every = pde.grid().to(accelerator.device), max(1, args.steps // 50)
+    grid, every = pde.grid(33).to(accelerator.device), max(1, args.steps // 50)
     steps = range(progress["step"] + 1, args.steps + 1)
     for step in tqdm(steps, desc="LoTRA", unit="step", initial=progress["step"], total=args.steps, dynamic_ncols=True):
         loss = torch.zeros((), device=accelerator.device)
@@ -155,7 +155,7 @@ def run(accelerator: Accelerator, args: argparse.Namespace) -> None:
     source, target = family(family.base_parameter), family(family.target_parameter)
     args.device = accelerator.device
     grid = target.grid().to(args.device)
-    accelerator.init_trackers(f"{args.pde}_lotra", {"pde": args.pde, "steps": args.steps, "seed": args.seed})
+    accelerator.init_trackers(args.pde, {"pde": args.pde, "steps": args.steps, "seed": args.seed})
     with accelerator.main_process_first(), redirect_stdout(sys.stdout if accelerator.is_main_process else None):
         load_base = trained_base(args, source, grid)  # the main process trains it, the others find its file
     network = attach_lotra(load_base(), args.r, args.compression_ratio)
@@ -191,6 +191,16 @@ def report(
     print(f"Written: adapter {adapter}/, {adapter}.json")
 
 
+def tracker(name: str) -> str:
+    """accelerate leaves out a tracker that is not installed."""
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    if name not in installed:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is not installed, or is no tracker of accelerate; here are {installed}"
+        )
+    return name
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
@@ -203,7 +213,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--base-steps", type=positive_int, default=1500, help="training steps of the base")
     add("--gradient-accumulation-steps", type=positive_int, default=1, help="parts of a process's share of a batch")
     add("--checkpoint-every", type=positive_int, default=200, help="steps between checkpoints")
-    add("--log-with", choices=get_available_trackers(), help="accelerate's tracker, of those installed here")
+    add("--log-with", type=tracker, metavar="NAME", help="tracker of accelerate, such as tensorboard; default: none")
     add("--cpu", action="store_true", help="on the CPU even if there is an accelerator")
     add("--seed", type=int, default=0, help="of weights and points")
     add("--output-dir", type=Path, default=Path("outputs/accelerate_pde"), help="where everything is written")

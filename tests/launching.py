@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -123,7 +124,7 @@ def command(launcher: str, num_processes: int, options: Sequence[str] = ()) -> l
         start += ["accelerate.commands.launch", "--num_processes", str(num_processes), "--main_process_port", "0"]
         if "--config_file" not in options:
             start += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-            start += ["--multi_gpu"] if num_processes > 1 else ["--cpu"]
+            start += ["--multi_gpu"] if num_processes > 1 and "--cpu" not in options else []
     elif launcher == "python" and num_processes == 1 and not options:
         start.pop()
     else:
@@ -211,8 +212,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def fork(function: Callable[..., object], *args: object, num_processes: int = 2, timeout: float = 60) -> list:
-    """`function(*args)` in forks of this process that form a group; what each has returned, by rank."""
+def fork(
+    function: Callable[..., object], *args: object, num_processes: int = 2, timeout: float = 60, **kwargs: object
+) -> list:
+    """`function(*args, **kwargs)` in forks of this process that form a group; what each has returned, by rank."""
 
     def expire(*_: object) -> None:
         raise AssertionError(f"{function.__name__} not done after {timeout} s")
@@ -222,7 +225,7 @@ def fork(function: Callable[..., object], *args: object, num_processes: int = 2,
     signal.setitimer(signal.ITIMER_REAL, timeout)
     try:
         with _folder() as folder:
-            debug_launcher(_forked, (function, args, num_processes, folder), num_processes)
+            debug_launcher(_forked, (partial(function, *args, **kwargs), num_processes, folder), num_processes)
             return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_processes)]
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -232,11 +235,11 @@ def fork(function: Callable[..., object], *args: object, num_processes: int = 2,
                 child.kill()
 
 
-def _forked(function: Callable[..., object], args: tuple, num_processes: int, folder: Path) -> None:
+def _forked(function: Callable[[], object], num_processes: int, folder: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)  # left by an `Accelerator` of an earlier test
     GradientState._reset_state()
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # else every process is its machine's main process
-    result = function(*args)
+    result = function()
     state = AcceleratorState()
     assert state.num_processes == num_processes, "the function should make an `Accelerator`"
     torch.save(result, folder / f"{state.process_index}.pt")

@@ -1,0 +1,522 @@
+"""Several processes and their deaths: examples/accelerate_pde.py and what it rests on."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from accelerate.tracking import GeneralTracker
+from conftest import assert_different, assert_equal
+from filelock import FileLock
+from launching import ROOT, fork, launch, running
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import nn
+from torch.multiprocessing import ProcessExitedException
+
+from peft_lotra import initialize_lotra_weights
+
+EXAMPLES = ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import accelerate_pde  # noqa: E402
+import checkpoints  # noqa: E402
+from pde_transfer import attach_lotra, build_kan  # noqa: E402
+from pdes import PDES  # noqa: E402
+
+pytestmark = [
+    pytest.mark.processes,
+    # Python 3.12 and later warn of forks beside threads, which pytest-xdist has
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
+SCRIPT = EXAMPLES / "accelerate_pde.py"
+COMMON = ("--pde", "parabolic", "--base-steps", 3, "--cpu")
+SHORT = (*COMMON, "--steps", 12, "--checkpoint-every", 4)
+ADAPTER, CHECKPOINTS = "parabolic_lotra", "parabolic_checkpoints"
+ADAPTER_FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def example(*arguments, patch=None):
+    """main() in a fork; what it refuses with, or None. `patch()` is called before."""
+    if patch:
+        patch()
+    sys.argv = [str(SCRIPT), *map(str, arguments)]
+    sys.stderr = sys.stdout = Path(os.devnull).open("w")
+    try:
+        code = accelerate_pde.main()
+    except SystemExit as refusal:
+        return str(refusal)
+    assert code == 0
+    return None
+
+
+def trained(folder):
+    """The adapter's tensors, and the course of training."""
+    tensors = load_file(folder / ADAPTER / "adapter_model.safetensors")
+    return tensors, json.loads((folder / f"{ADAPTER}.json").read_text())["course"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a trained base."""
+    folder = tmp_path_factory.mktemp("base")
+    fork(example, *COMMON, "--steps", 1, "--output-dir", folder, num_processes=1)
+    (file,) = folder.glob("base_*.pt")
+    assert trained(folder)[1]
+    return file
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    """A run's folder, where the base is."""
+    return new_folder(base, tmp_path / "run")
+
+
+def new_folder(base, path):
+    path.mkdir()
+    shutil.copy(base, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base, tmp_path_factory):
+    """Two processes, one random seed, no faults."""
+    folder = new_folder(base, tmp_path_factory.mktemp("uninterrupted") / "run")
+    fork(example, *SHORT, "--output-dir", folder)
+    return trained(folder)
+
+
+def assert_same(run, expected, tolerance):
+    (tensors, course), (expected_tensors, expected_course) = run, expected
+    for key, value in expected_tensors.items():
+        assert_equal(tensors[key], value, tolerance)
+    assert len(course) == len(expected_course)
+    if tolerance == 0:
+        assert course == expected_course
+    torch.testing.assert_close(torch.tensor(course), torch.tensor(expected_course), rtol=1e-5, atol=0)
+
+
+# Shares --------------------------------------------------------------------------------------------------------------
+
+
+def points_of(rank, processes, accumulation, step=1):
+    accelerator = types.SimpleNamespace(
+        process_index=rank, num_processes=processes, gradient_accumulation_steps=accumulation, device="cpu"
+    )
+    pde = PDES["hyperbolic"](2.0)
+    return accelerate_pde.batch(accelerator, pde, 0, step)
+
+
+def test_a_batch_is_shared_out_completely():
+    (whole,) = points_of(0, 1, 1)
+    assert_different(whole.interior, points_of(0, 1, 1, step=2)[0].interior)
+    parts = [part for rank in range(4) for part in points_of(rank, 4, 2)]
+    assert len(parts) == 8
+    for one, many in zip(whole, zip(*parts, strict=True), strict=True):
+        assert {len(part) for part in many} == {len(one) // 8}
+        assert sorted(torch.cat(many).tolist()) == sorted(one.tolist())
+    pde = PDES["hyperbolic"](2.0)
+    kan = build_kan("chebyshev", 0).double()
+    losses = [pde.loss(kan, type(whole)(*(p.double() for p in part))) for part in [whole, *parts]]
+    assert_different(losses[1], losses[0])
+    assert_equal(torch.stack(losses[1:]).mean(), losses[0])
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    """One process, 50 steps."""
+    folder = new_folder(base, tmp_path_factory.mktemp("alone") / "run")
+    fork(example, *COMMON, "--steps", 50, "--output-dir", folder, num_processes=1)
+    return trained(folder)
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (2, 2)])
+def test_any_number_of_processes_trains_the_same(alone, folder, processes, accumulation):
+    arguments = (*COMMON, "--steps", 50, "--output-dir", folder)
+    fork(example, *arguments, "--gradient-accumulation-steps", accumulation, num_processes=processes)
+    record = json.loads((folder / f"{ADAPTER}.json").read_text())
+    assert record["processes"] == processes
+    for key, value in alone[0].items():
+        if "core" in key:
+            assert_different(value, torch.zeros_like(value))  # trained
+    assert_same(trained(folder), alone, 1e-5)
+
+
+# What DDP sees -------------------------------------------------------------------------------------------------------
+
+
+def pde_gradients(wrapped):
+    """Gradients of two identical steps of DDP with a static graph, the PDE's loss inside or outside."""
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)])
+    pde = PDES["hyperbolic"](2.5)
+    network, share = new_network(0), accelerate_pde.batch(accelerator, pde, 0, 1)[0]
+    model = accelerator.prepare(accelerate_pde.Problem(network, pde) if wrapped else network)
+    for _ in range(2):
+        network.zero_grad()
+        accelerator.backward(model(*share) if wrapped else pde.loss(model, share))
+    return [p.grad for p in network.parameters() if p.requires_grad]
+
+
+def new_network(seed):
+    """Base by seed 0, adapter by `seed`, with a core that is not zero."""
+    kan = build_kan("chebyshev", 0)
+    torch.manual_seed(seed)
+    network = attach_lotra(kan, None, 0.1)
+    for name, parameter in network.named_parameters():
+        if "lotra_core" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def test_the_loss_belongs_inside_what_ddp_wraps():
+    network, pde = new_network(0), PDES["hyperbolic"](2.5)
+    whole = accelerate_pde.batch(types.SimpleNamespace(**ONE_PROCESS), pde, 0, 1)[0]
+    pde.loss(network, whole).backward()
+    expected = [p.grad for p in network.parameters() if p.requires_grad]
+    inside, outside = fork(pde_gradients, True)[0], fork(pde_gradients, False)[0]
+    differences = [(a - b).norm() / b.norm() for a, b in zip(outside, expected, strict=True)]
+    assert max(differences) > 1e-2, "DDP with a static graph now takes derivatives outside as well"
+    for actual, gradient in zip(inside, expected, strict=True):
+        assert_equal(actual, gradient)
+
+
+ONE_PROCESS = {"process_index": 0, "num_processes": 1, "gradient_accumulation_steps": 1, "device": "cpu"}
+
+
+def digest(tensors):
+    return [hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest() for tensor in tensors]
+
+
+def adapters_by_rank(init):
+    """Digests of U1, U2, U3 of every layer before and after `prepare`, with a random seed for each process."""
+    accelerator, pde = Accelerator(), PDES["elliptic"](1.3)
+    kan = build_kan("chebyshev", 0)
+    torch.manual_seed(accelerator.process_index)
+    network = attach_lotra(kan, None, 0.1)
+    (share,) = accelerate_pde.batch(accelerator, pde, 0, 0)
+    if init == "gradient":
+        initialize_lotra_weights(network, lambda: pde.loss(network, share).backward(), progressbar=False)
+    kinds = ("lotra_core", "lotra_U1", "lotra_U2", "lotra_U3")
+    factors = {kind: [p for name, p in network.named_parameters() if kind in name] for kind in kinds}
+    before = {kind: digest(tensors) for kind, tensors in factors.items()}
+    alone = {kind: [tensor.detach().clone() for tensor in tensors] for kind, tensors in factors.items()}
+    accelerator.prepare(accelerate_pde.Problem(network, pde))
+    return before, {kind: digest(tensors) for kind, tensors in factors.items()}, alone
+
+
+@pytest.mark.parametrize("init", ["random", "gradient"])
+def test_all_processes_start_from_the_same_factors(init):
+    (before, after, first), (other_before, other_after, other) = fork(adapters_by_rank, init)
+    assert_different(first["lotra_U1"][1], other["lotra_U1"][1])  # seeds of their own
+    assert (before["lotra_U2"] == other_before["lotra_U2"]) == (init == "gradient")
+    assert before == after == other_after  # DDP takes the first process's, bit for bit
+
+
+def test_gradient_initialisation_sees_the_whole_batch():
+    pde, kan = PDES["elliptic"](1.3), build_kan("chebyshev", 0)
+    network = attach_lotra(kan, None, 0.1)
+    whole = accelerate_pde.batch(types.SimpleNamespace(**ONE_PROCESS), pde, 0, 0)[0]
+    half = type(whole)(*(p[::2] for p in whole))
+    spans = {}
+    for name, points in {"whole": whole, "half": half}.items():
+        initialize_lotra_weights(network, lambda p=points: pde.loss(network, p).backward(), progressbar=False)
+        spans[name] = [u @ u.mT for key, u in network.state_dict().items() if "lotra_U2" in key]
+    shared = [u @ u.mT for u in fork(adapters_by_rank, "gradient")[1][2]["lotra_U2"]]
+    assert any((a - b).norm() > 1e-2 for a, b in zip(spans["half"], spans["whole"], strict=True))
+    for actual, expected in zip(shared, spans["whole"], strict=True):
+        assert_equal(actual, expected, 1e-3)  # fp32; the span depends on gaps between singular values
+
+
+def sharded():
+    """accelerate leaves FSDP out on the CPU; its state is set by hand."""
+
+    def make(**kwargs):
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="no_wrap",
+            state_dict_type="FULL_STATE_DICT",
+            cpu_ram_efficient_loading=False,
+        )
+        accelerator = Accelerator(fsdp_plugin=plugin, **kwargs)
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        prepare = accelerator.prepare
+
+        def checked(*args):
+            prepared = prepare(*args)
+            assert {type(p).__name__ for p in prepared[0].parameters()} == {"DTensor"}
+            return prepared
+
+        accelerator.prepare = checked
+        return accelerator
+
+    accelerate_pde.Accelerator = make
+
+
+def test_fsdp2_trains_the_same_and_saves_whole_tensors(uninterrupted, folder):
+    fork(example, *SHORT, "--output-dir", folder, patch=sharded)
+    assert_same(trained(folder), uninterrupted, 1e-5)
+
+
+# Killed --------------------------------------------------------------------------------------------------------------
+
+
+def die(rank):
+    if torch.distributed.get_rank() == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_in_a_step():
+    batch = accelerate_pde.batch
+
+    def patched(accelerator, pde, seed, step):
+        if step == 10:
+            die(1)
+        return batch(accelerator, pde, seed, step)
+
+    accelerate_pde.batch = patched
+
+
+def dies_with_half_a_checkpoint():
+    save_state = Accelerator.save_state
+
+    def patched(self, folder):
+        save_state(self, folder)
+        if any(folder.parent.glob("step_*")):  # not the first one
+            file = folder / "model.safetensors"
+            self.wait_for_everyone()
+            if self.is_main_process:
+                file.write_bytes(file.read_bytes()[:-100])
+            die(0)
+
+    Accelerator.save_state = patched
+
+
+def dies_between_two_checkpoints():
+    """The new one is complete and the old one still there."""
+    remove = checkpoints._remove
+
+    def patched(path):
+        if path.exists():
+            die(0)
+        remove(path)
+
+    checkpoints._remove = patched
+
+
+def dies_with_half_an_adapter():
+    save_pretrained = PeftModel.save_pretrained
+
+    def patched(self, folder, **kwargs):
+        save_pretrained(self, folder, **kwargs)
+        file = folder / "adapter_model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        die(0)
+
+    PeftModel.save_pretrained = patched
+
+
+DEATHS = {  # the checkpoints that are left
+    dies_in_a_step: [8],
+    dies_with_half_a_checkpoint: [4],
+    dies_between_two_checkpoints: [4, 8],
+    dies_with_half_an_adapter: [12],
+}
+
+
+@pytest.mark.parametrize("death", DEATHS, ids=lambda death: death.__name__)
+def test_a_killed_run_goes_on_to_the_same_end(death, uninterrupted, folder):
+    with pytest.raises(ProcessExitedException):
+        fork(example, *SHORT, "--output-dir", folder, patch=death)
+    assert sorted(path.name for path in (folder / CHECKPOINTS).glob("step_*")) == [
+        f"step_{n:07d}" for n in DEATHS[death]
+    ]
+    assert not (folder / ADAPTER).exists()
+    fork(example, *SHORT, "--output-dir", folder)
+    assert_same(trained(folder), uninterrupted, 0)
+    assert [path.name for path in (folder / CHECKPOINTS).iterdir()] == ["step_0000012"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [CHECKPOINTS, ADAPTER]
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 2), (4, 1)])
+def test_another_number_of_processes_goes_on(processes, accumulation, uninterrupted, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    arguments = (*SHORT, "--output-dir", tmp_path / "run", "--gradient-accumulation-steps", accumulation)
+    fork(example, *arguments, num_processes=processes)
+    assert_same(trained(tmp_path / "run"), uninterrupted, 1e-5)
+
+
+@pytest.fixture(scope="module")
+def stopped(base, tmp_path_factory):
+    """A run of two processes that was killed in its tenth step."""
+    folder = new_folder(base, tmp_path_factory.mktemp("stopped") / "run")
+    with pytest.raises(ProcessExitedException):
+        fork(example, *SHORT, "--output-dir", folder, patch=dies_in_a_step)
+    return folder
+
+
+# Refusals ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "processes", "message"),
+    [
+        (("--steps", 30), 1, "step_0000008 was made with steps=12, not 30: choose another --output-dir, or remove"),
+        (("--gradient-accumulation-steps", 3), 2, "cannot be shared equally by 2 processes × 3 accumulation steps"),
+    ],
+)
+def test_a_run_that_cannot_go_on(arguments, processes, message, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "run")
+    refusals = fork(example, *SHORT, *arguments, "--output-dir", tmp_path / "run", num_processes=processes)
+    assert all(message in refusal for refusal in refusals)
+    assert sorted((tmp_path / "run").rglob("*")) == sorted(
+        tmp_path / "run" / path.relative_to(stopped) for path in stopped.rglob("*")
+    )
+
+
+def test_two_runs_in_one_directory(folder):
+    with FileLock(folder / ".lock"):
+        (refusal,) = fork(example, *SHORT, "--output-dir", folder, num_processes=1)
+    assert "another run is at work here" in refusal
+
+
+@pytest.fixture
+def _fresh_accelerator():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.usefixtures("_fresh_accelerator")
+def test_processes_that_know_nothing_of_each_other(monkeypatch, tmp_path):
+    """Started as two, on a machine with an accelerator that accelerate does not use."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with pytest.raises(SystemExit, match="2 processes were started, but each would train alone: is --cpu missing?"):
+        accelerate_pde.start(accelerate_pde.parse_arguments(["--output-dir", str(tmp_path)]))
+
+
+def test_accelerate_launch_starts_one_process_with_its_own_cpu_option(tmp_path):
+    arguments = (*SHORT, "--output-dir", tmp_path / "run")
+    done = launch(SCRIPT, *arguments, launcher="accelerate", options=["--cpu"], check=False)
+    assert done.returncode != 0
+    assert "The launcher was asked for several processes and has started one" in done.stdout
+
+
+# Trackers, precision -------------------------------------------------------------------------------------------------
+
+
+class FileTracker(GeneralTracker):
+    """One file for each process that gets here."""
+
+    name, requires_logging_directory = "file", False
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    @property
+    def tracker(self):
+        return self.folder / f"log_{torch.distributed.get_rank()}"
+
+    def store_init_configuration(self, values):
+        self.write(values)
+
+    def log(self, values, step=None, **kwargs):
+        self.write({"step": step, **values})
+
+    def finish(self):
+        self.write("finished")
+
+    def write(self, values):
+        with self.tracker.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def test_the_main_process_logs(uninterrupted, folder):
+    def patch():
+        accelerate_pde.Accelerator = lambda **kwargs: Accelerator(**{**kwargs, "log_with": FileTracker(folder)})
+
+    fork(example, *SHORT, "--init", "gradient", "--output-dir", folder, patch=patch)
+    (file,) = folder.glob("log_*")
+    first, *lines, last = map(json.loads, file.read_text().splitlines())
+    assert (file.name, first["pde"], last) == ("log_0", "parabolic", "finished")
+    course = trained(folder)[1]
+    assert [[line["step"], line["loss"], line["error"]] for line in lines] == course
+    # factors of its own change nothing yet in the first step
+    assert course[-1][1] != uninterrupted[1][-1][1]
+    assert course[0][1] == uninterrupted[1][0][1]
+
+
+def bfloat16():
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # what `accelerate launch --mixed_precision bf16` does
+
+
+def test_mixed_precision_is_the_launchers(uninterrupted, folder):
+    fork(example, *SHORT, "--output-dir", folder, patch=bfloat16)
+    tensors, course = trained(folder)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    losses, expected = (torch.tensor([loss for _, loss, _ in c]) for c in (course, uninterrupted[1]))
+    assert_different(losses, expected)
+    assert_equal(losses[:1], expected[:1], 3e-2)
+
+
+def test_tensorboard_is_written_by_the_main_process(folder):
+    pytest.importorskip("tensorboardX")
+    fork(example, *SHORT, "--log-with", "tensorboard", "--output-dir", folder)
+    assert len(list((folder / "logs" / "parabolic").glob("events.*"))) == 1
+    assert {path.name for path in (folder / ADAPTER).iterdir()} == ADAPTER_FILES
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(accelerate_pde, "get_available_trackers", list)
+    with pytest.raises(SystemExit):
+        accelerate_pde.parse_arguments(["--log-with", "tensorboard", "--output-dir", str(tmp_path / "run")])
+    assert "argument --log-with: 'tensorboard' is not installed" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+# Launchers -----------------------------------------------------------------------------------------------------------
+
+
+def test_accelerate_launch_with_the_file_for_the_cpu(uninterrupted, folder):
+    config = EXAMPLES / "accelerate" / "cpu_2_processes.yaml"
+    options = ("--config_file", config)
+    done = launch(SCRIPT, *SHORT, "--output-dir", folder, launcher="accelerate", options=options)
+    assert done.stdout.count("Processes: 2 (MULTI_CPU), device cpu:0, mixed precision no") == 1
+    assert done.stdout.count("LoTRA:   0%") == 1  # one progress bar
+    assert_same(trained(folder), uninterrupted, 0)
+
+
+def test_torchrun_restarts_a_run_that_loses_a_process(uninterrupted, folder):
+    options = ("--max-restarts", "3")
+    with running(SCRIPT, *SHORT, "--output-dir", folder, options=options) as job:
+        job.wait_for(lambda: list((folder / CHECKPOINTS).glob("step_*")))
+        job.worker(1).kill()
+        assert job.wait(90) == 0, job.output()
+        log = job.output()
+    assert log.count("Processes: 2 (MULTI_CPU)") == 2
+    assert "Goes on after step" in log
+    assert_same(trained(folder), uninterrupted, 0)
+
+
+@pytest.mark.parametrize("name", ["cpu_2_processes", "multi_gpu_ddp", "fsdp2"])
+def test_the_config_files_are_read_as_they_are_meant(name):
+    parser = launch_command_parser()
+    arguments = ["--config_file", str(EXAMPLES / "accelerate" / f"{name}.yaml"), "script.py"]
+    args, _, _ = _validate_launch_command(parser.parse_args(arguments))
+    assert (args.num_processes, args.num_machines, args.main_process_port) == (2, 1, 0)
+    assert args.multi_gpu == (name != "fsdp2")
+    assert args.use_fsdp == (name == "fsdp2")
+    if args.use_fsdp:
+        assert (args.fsdp_version, args.fsdp_auto_wrap_policy) == (2, "NO_WRAP")
