@@ -283,6 +283,31 @@ def test_a_damaged_file_is_refused_before_the_base_is_touched(saved, kind):
     assert_equal(model(x), y, 0)
 
 
+def test_a_file_that_ends_anywhere_is_refused(saved):
+    """What a process leaves that is killed while it saves: PEFT writes under the final name."""
+    base, _, _, path = saved
+    file = path / WEIGHTS
+    data = file.read_bytes()
+    PeftModel.from_pretrained(copy.deepcopy(base), path)
+    for length in [*range(0, len(data), 13), *range(len(data) - 9, len(data))]:
+        file.write_bytes(data[:length])
+        with pytest.raises(ValueError, match="it is corrupt or truncated"):
+            PeftModel.from_pretrained(base, path)
+    file.unlink()
+    with pytest.raises(ValueError, match="Repo id|Can't find weights"):
+        PeftModel.from_pretrained(copy.deepcopy(base), path)
+
+
+def test_a_config_that_ends_anywhere_is_refused(saved):
+    base, _, _, path = saved
+    file = path / "adapter_config.json"
+    text = file.read_text().rstrip()
+    for length in range(0, len(text), 31):
+        file.write_text(text[:length])
+        with pytest.raises(ValueError, match="Expecting|Unterminated|Invalid|delimiter"):
+            PeftModel.from_pretrained(base, path)
+
+
 def test_a_damaged_pickle_file_is_refused(saved):
     base, x, y, path = saved
     model = PeftModel.from_pretrained(copy.deepcopy(base), path)
