@@ -17,7 +17,6 @@ import argparse
 import gc
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -26,13 +25,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, tqdm
-from checkpoints import complete_directory, load_checkpoint, save_checkpoint
+from accelerate.utils import DistributedType, ProjectConfiguration, tqdm
 from command_line import check_seed, exit_code, make_output_dir, new_parser, positive_int, ratio
 from filelock import FileLock, Timeout
 from pde_transfer import LEARNING_RATES, attach_lotra, build_kan, trained_base
 from pdes import PDE, PDES, Points, relative_l2_error
 from peft import PeftModel
+from processes import check_processes, complete_directory, load_checkpoint, save_checkpoint
 from reporting import Row, format_table, write_atomically
 from torch import Tensor, nn
 
@@ -61,10 +60,10 @@ class Problem(nn.Module):
 
 
 def start(args: argparse.Namespace) -> Accelerator:
-    """Says how many processes work together.
+    """The processes that were asked for.
 
     Raises:
-        SystemExit: if they are not as many as the launcher was asked for, as far as that can be known.
+        SystemExit: if they cannot train together.
     """
     accelerator = Accelerator(
         cpu=args.cpu or not torch.accelerator.is_available(),
@@ -74,24 +73,15 @@ def start(args: argparse.Namespace) -> Accelerator:
         log_with=args.log_with,
         project_config=ProjectConfiguration(logging_dir=str(args.output_dir / "logs")),
     )
-    processes, launched = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", 1))
-    if processes == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+    check_processes(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise SystemExit("DeepSpeed's ZeRO-3 frees parameters that second derivatives still need: use DDP or FSDP2.")
+    processes, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
+    if PER_SIDE % (processes * accumulation):
         raise SystemExit(
-            "The launcher was asked for several processes and has started one, as `accelerate launch --cpu` does: use "
-            "torchrun or a file of examples/accelerate/, and --cpu after the script's name."
+            f"The {PER_SIDE} points of a side cannot be shared equally by {processes} processes × {accumulation} "
+            f"accumulation steps: their product should divide {PER_SIDE}."
         )
-    if processes != launched:
-        raise SystemExit(f"{launched} processes were started, but each would train alone: is --cpu missing?")
-    parts = processes * accelerator.gradient_accumulation_steps
-    if PER_SIDE % parts:
-        raise SystemExit(
-            f"The {PER_SIDE} points of a side cannot be shared equally by {processes} processes × "
-            f"{accelerator.gradient_accumulation_steps} accumulation steps: their product should divide {PER_SIDE}."
-        )
-    accelerator.print(
-        f"Processes: {processes} ({accelerator.distributed_type.value}), device {accelerator.device}, "
-        f"mixed precision {accelerator.mixed_precision}"
-    )
     return accelerator
 
 

@@ -1,8 +1,9 @@
-"""Checkpoints of a run in several processes: complete or absent, at whatever moment a process is killed."""
+"""What a run in several processes needs: as many as were asked for, and checkpoints that outlive any of them."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +12,33 @@ from pathlib import Path
 from accelerate import Accelerator
 
 
+def check_processes(accelerator: Accelerator) -> None:
+    """Says how many processes work together.
+
+    Raises:
+        SystemExit: if they are not as many as the launcher was asked for, as far as that can be known.
+    """
+    processes = accelerator.num_processes
+    if processes == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise SystemExit(
+            "The launcher was asked for several processes and has started one, as `accelerate launch --cpu` does: use "
+            "torchrun or a file of examples/accelerate/, and --cpu after the script's name."
+        )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if processes != launched:
+        raise SystemExit(f"{launched} processes were started, but each would train alone: is --cpu missing?")
+    accelerator.print(
+        f"Processes: {processes} ({accelerator.distributed_type.value}), device {accelerator.device}, "
+        f"mixed precision {accelerator.mixed_precision}"
+    )
+
+
 @contextmanager
 def complete_directory(accelerator: Accelerator, path: Path) -> Iterator[Path]:
-    """A directory for all processes to fill, which then takes the name `path`; what was there is replaced."""
+    """A directory for all processes to fill, which then takes the name `path`; what was there is replaced.
+
+    Complete or absent, at whatever moment a process is killed.
+    """
     partial = path.with_name(".partial")
     if accelerator.is_main_process:
         for rest in (partial, path.with_name(".old")):  # of a killed run
