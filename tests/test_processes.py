@@ -67,7 +67,7 @@ def trained(folder):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A folder with a trained base."""
+    """The file of a trained base."""
     folder = tmp_path_factory.mktemp("base")
     fork(example, *COMMON, "--steps", 1, "--output-dir", folder, num_processes=1)
     (file,) = folder.glob("base_*.pt")
@@ -350,10 +350,16 @@ def test_a_killed_run_goes_on_to_the_same_end(death, uninterrupted, folder):
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 2), (4, 1)])
 def test_another_number_of_processes_goes_on(processes, accumulation, uninterrupted, stopped, tmp_path):
-    shutil.copytree(stopped, tmp_path / "run")
-    arguments = (*SHORT, "--output-dir", tmp_path / "run", "--gradient-accumulation-steps", accumulation)
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    arguments = (*SHORT, "--output-dir", folder, "--gradient-accumulation-steps", accumulation)
     fork(example, *arguments, num_processes=processes)
-    assert_same(trained(tmp_path / "run"), uninterrupted, 1e-5)
+    assert_same(trained(folder), uninterrupted, 1e-5)
+    expected = trained(folder)
+    (folder / ADAPTER / "of an earlier adapter").touch()
+    fork(example, *arguments, num_processes=processes)  # there is nothing left to do but to save again
+    assert_same(trained(folder), expected, 0)
+    assert {path.name for path in (folder / ADAPTER).iterdir()} == ADAPTER_FILES
 
 
 @pytest.fixture(scope="module")
@@ -516,7 +522,7 @@ def test_torchrun_restarts_a_run_that_loses_a_process(tmp_path):
     done = launch(script, *arguments, "--output-dir", tmp_path, launcher="python", num_processes=1, timeout=300)
     assert "1 of 1 runs recovered; 0 of 1 broken adapters accepted" in done.stdout
     log = (tmp_path / "run_0" / "log.txt").read_text()
-    assert log.count("Processes: 2 (MULTI_CPU)") == 2
+    assert log.count("Processes: 2 (MULTI_CPU)") >= 2
     assert "Goes on after step" in log
 
 
