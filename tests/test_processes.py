@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, DistributedType, GradientState, P
 from accelerate.tracking import GeneralTracker
 from conftest import assert_different, assert_equal
 from filelock import FileLock
-from launching import ROOT, fork, launch
+from launching import ROOT, fork, launch, running
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -27,8 +27,10 @@ from peft_lotra import initialize_lotra_weights
 
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
+sys.path.append(str(EXAMPLES / "benchmarks"))
 
 import accelerate_pde  # noqa: E402
+import kill_recovery  # noqa: E402
 import processes  # noqa: E402
 from pde_transfer import attach_lotra, build_kan  # noqa: E402
 from pdes import PDES  # noqa: E402
@@ -516,14 +518,28 @@ def test_accelerate_launch_with_the_file_for_the_cpu(uninterrupted, folder):
     assert_same(trained(folder), uninterrupted, 0)
 
 
-def test_torchrun_restarts_a_run_that_loses_a_process(tmp_path):
-    script = EXAMPLES / "benchmarks" / "kill_recovery.py"
-    arguments = ("--runs", 1, "--victims", "worker 1", "--steps", 12, "--checkpoint-every", 4)
-    done = launch(script, *arguments, "--output-dir", tmp_path, launcher="python", num_processes=1, timeout=300)
-    assert "1 of 1 runs recovered; 0 of 1 broken adapters accepted" in done.stdout
-    log = (tmp_path / "run_0" / "log.txt").read_text()
+def test_torchrun_restarts_a_run_that_loses_a_process(uninterrupted, folder):
+    with running(SCRIPT, *SHORT, "--output-dir", folder, options=["--max-restarts", "3"]) as job:
+        job.wait_for(lambda: list((folder / CHECKPOINTS).glob("step_*")))
+        job.worker(1).kill()
+        assert job.wait(120) == 0, job.output()
+        log = job.output()
     assert log.count("Processes: 2 (MULTI_CPU)") >= 2
     assert "Goes on after step" in log
+    assert_same(trained(folder), uninterrupted, 0)
+
+
+def test_the_kill_test_counts_adapters_that_should_have_been_refused(base, tmp_path):
+    network = new_network(0)
+    for name in ("whole", "cut"):
+        network.save_pretrained(tmp_path / name)
+    expected = (tmp_path / "whole" / kill_recovery.WEIGHTS).read_bytes()
+    (tmp_path / "cut" / kill_recovery.WEIGHTS).write_bytes(expected[:-1])
+    assert kill_recovery.loads(tmp_path / "whole", base)
+    assert kill_recovery.offer(tmp_path, base, expected) == (1, 0)
+    new_network(1).save_pretrained(tmp_path / "other")
+    (tmp_path / "cut" / kill_recovery.WEIGHTS).unlink()
+    assert kill_recovery.offer(tmp_path, base, expected) == (2, 1)
 
 
 @pytest.mark.parametrize("name", ["cpu_2_processes", "multi_gpu_ddp", "fsdp2", "deepspeed_zero3"])
