@@ -1,0 +1,193 @@
+"""Experiments from their files, and the runs that they consist of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from methods import FROM_SCRATCH, check_method
+from tasks import Task, make_task
+
+HERE = Path(__file__).parent
+SMOKE_STEPS = 3
+PICTURES = ("courses", "ratios", "spectra")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one task with one seed: everything that its result depends on."""
+
+    task: str
+    settings: dict[str, Any]
+    method: dict[str, Any]  # `lr` in it is a number, or absent with Levenberg–Marquardt
+    steps: int
+    seed: int
+
+    def make_task(self) -> Task:
+        return make_task(self.task, self.settings)
+
+    def path(self, results: Path) -> Path:
+        """Where the result lies: named by the settings, so that a changed setting is another result."""
+        return results / self.task / f"{self.method['method']}-{digest(asdict(self))}.json"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A task in some cases, the methods compared on it, and the seeds; see README.md for the file's fields."""
+
+    name: str
+    title: str
+    task: str
+    methods: dict[str, dict[str, Any]]
+    steps: int
+    lm_steps: int = 30
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    settings: dict[str, Any] = field(default_factory=dict)
+    cases: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+    tuning: dict[str, Any] = field(default_factory=dict)  # rates, seed, steps[, case]
+    pictures: list[str] = field(default_factory=lambda: ["courses"])
+    large: dict[str, Any] = field(default_factory=dict)  # what is different with --large
+
+    def task_of(self, case: str) -> Task:
+        return make_task(self.task, {**self.settings, **self.cases[case]})
+
+    def run(self, case: str, label: str, seed: int, lr: float | None, steps: int | None = None) -> Run:
+        method = {key: value for key, value in self.methods[label].items() if key not in ("steps", "lr")}
+        if lr is not None:
+            method["lr"] = lr
+        default = self.lm_steps if method.get("optimizer") == "lm" else self.steps
+        # asdict: defaults of the task are part of its settings
+        settings = asdict(self.task_of(case))
+        return Run(self.task, settings, method, steps or self.methods[label].get("steps", default), seed)
+
+    def tuning_runs(self, case: str, label: str) -> dict[float, Run]:
+        """By learning rate; none where there is nothing to tune."""
+        method = self.methods[label]
+        if method.get("optimizer") == "lm" or "lr" in method:
+            return {}
+        case = self.tuning.get("case", case)
+        seed, steps = self.tuning["seed"], self.tuning["steps"]
+        tuned = {key: value for key, value in method.items() if key != "spectrum"}
+        short = replace(self, methods={**self.methods, label: tuned})
+        return {lr: short.run(case, label, seed, lr, steps) for lr in self.tuning["rates"]}
+
+    def all_tuning_runs(self, results: Path) -> Iterator[Run]:
+        for case in self.cases:
+            for label in self.methods:
+                yield from self.tuning_runs(case, label).values()
+
+    def final_runs(self, case: str, label: str, results: Path) -> list[Run]:
+        """One for each seed, at the rate that has turned out best.
+
+        Raises:
+            FileNotFoundError: if the tuning has not been done.
+        """
+        lr = self.methods[label].get("lr")
+        if runs := self.tuning_runs(case, label):
+            lr = best_rate(runs, results, self.task_of(case).higher_is_better)
+        return [self.run(case, label, seed, lr) for seed in self.seeds]
+
+    def all_final_runs(self, results: Path) -> Iterator[Run]:
+        for case in self.cases:
+            for label in self.methods:
+                yield from self.final_runs(case, label, results)
+
+
+def best_rate(runs: Mapping[float, Run], results: Path, higher_is_better: bool) -> float:
+    """The rate with the best last metric; one that diverged is the worst."""
+
+    def badness(lr: float) -> float:
+        metric = json.loads(runs[lr].path(results).read_text())["marks"][-1][-1]
+        return float("inf") if metric is None else -metric if higher_is_better else metric
+
+    return min(runs, key=badness)
+
+
+def digest(settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def experiment_names(folder: Path = HERE / "experiments") -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.json"))
+
+
+def load_experiments(
+    names: Iterable[str] = (), folder: Path = HERE / "experiments", smoke: bool = False, large: bool = False
+) -> list[Experiment]:
+    """Those named, or all. `smoke`: a few steps, one seed, one case.
+
+    Raises:
+        ValueError: naming the file and what is allowed, if an experiment is not as it should be.
+    """
+    known = experiment_names(folder)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no experiment {unknown[0]!r}; there are {known}")
+    return [_load(folder / f"{name}.json", smoke, large) for name in names or known]
+
+
+def _load(path: Path, smoke: bool, large: bool) -> Experiment:
+    try:
+        content = json.loads(path.read_text())
+        if large:
+            content = _merged(content, content.get("large", {}))
+        allowed = [key for key in Experiment.__dataclass_fields__ if key != "name"]
+        if unknown := sorted(set(content) - set(allowed)):
+            raise ValueError(f"an experiment should have some of {allowed} but has {unknown}")
+        experiment = Experiment(path.stem, **content)
+        if smoke:
+            experiment = _shortened(experiment)
+        _check(experiment)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    return experiment
+
+
+def _merged(content: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """`other` on top of `content`, mapping by mapping."""
+    merged = dict(content)
+    for key, value in other.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def _shortened(experiment: Experiment) -> Experiment:
+    case = experiment.tuning.get("case", next(iter(experiment.cases)))
+    tuning = {**experiment.tuning, "rates": experiment.tuning["rates"][:2], "steps": 1} if experiment.tuning else {}
+    base = {"base_steps": SMOKE_STEPS} if experiment.task_of(case).base_steps else {}
+    return replace(
+        experiment,
+        methods={label: {k: v for k, v in m.items() if k != "steps"} for label, m in experiment.methods.items()},
+        steps=SMOKE_STEPS,
+        lm_steps=1,
+        seeds=experiment.seeds[:1],
+        settings={**experiment.settings, **base},
+        cases={case: experiment.cases[case]},
+        tuning=tuning,
+    )
+
+
+def _check(experiment: Experiment) -> None:
+    if unknown := [picture for picture in experiment.pictures if picture not in PICTURES]:
+        raise ValueError(f"`pictures` should be some of {list(PICTURES)} but has {unknown}")
+    for case in experiment.cases:
+        task = experiment.task_of(case)
+        for label, method in experiment.methods.items():
+            check_method(label, method)
+            if not task.base_steps and method["method"] not in FROM_SCRATCH:
+                raise ValueError(
+                    f"{label!r} needs a base, but `base_steps` is 0; without one there are {FROM_SCRATCH}"
+                )
+    tuned = [label for label, m in experiment.methods.items() if m.get("optimizer") != "lm" and "lr" not in m]
+    needed = ("rates", "seed", "steps")
+    if tuned and (missing := [key for key in needed if key not in experiment.tuning]):
+        raise ValueError(f"{tuned[0]!r} has no `lr`, so `tuning` should have {list(needed)} but {missing} are missing")
+    cases = list(experiment.cases)
+    if (case := experiment.tuning.get("case", cases[0])) not in cases:
+        raise ValueError(f"`tuning`: `case` should be one of {cases} but the value passed is {case!r}")
+    if experiment.tuning.get("seed") in experiment.seeds:
+        raise ValueError(f"`tuning`: `seed` should be none of the reported ones, {experiment.seeds}")

@@ -1,0 +1,99 @@
+"""What a model is trained to do, and how well it does it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Objective:
+    """A loss for every step and one number for the result. A subclass gives the first two methods, or more."""
+
+    def loss(self, model: nn.Module, step: int) -> Tensor:
+        """The training loss of a step, numbered from 0: the same for the same step, whatever came before."""
+        raise NotImplementedError
+
+    def metric(self, model: nn.Module) -> float:
+        """What the tables show, on data or points that are not trained on."""
+        raise NotImplementedError
+
+    def least_squares(self) -> tuple[Any, Any]:
+        """(residual_fn, data) for `peft_lotra.fit_gauss_newton`.
+
+        Raises:
+            ValueError: if the loss is not a sum of squares.
+        """
+        raise ValueError(f"{type(self).__name__} is not a least squares problem: optimizer 'lm' cannot be used")
+
+    def details(self, model: nn.Module) -> dict[str, float]:
+        """Further numbers at the end of a run, kept in the result."""
+        return {}
+
+
+class Data(NamedTuple):
+    """Inputs and what they should give; first axis: samples."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Supervised(Objective):
+    """mean over a batch of loss_fn(model(x), y), batches drawn with replacement, by the number of the step."""
+
+    def __init__(
+        self,
+        training: Data,
+        test: Data,
+        loss_fn: Callable[[Tensor, Tensor], Tensor],
+        metric_fn: Callable[[Tensor, Tensor], Tensor],
+        batch: int,
+        seed: int,
+    ) -> None:
+        self.training, self.test, self.loss_fn, self.metric_fn = training, test, loss_fn, metric_fn
+        self.batch, self.seed = min(batch, len(training.x)), seed
+
+    def loss(self, model: nn.Module, step: int) -> Tensor:
+        rows = torch.randint(len(self.training.x), (self.batch,), generator=generator(self.seed, step))
+        rows = rows.to(self.training.x.device)
+        return self.loss_fn(model(self.training.x[rows]), self.training.y[rows])
+
+    @torch.no_grad()
+    def metric(self, model: nn.Module) -> float:
+        return self._on(model, self.test)
+
+    @torch.no_grad()
+    def details(self, model: nn.Module) -> dict[str, float]:
+        return {"on training data": self._on(model, self.training)}
+
+    def _on(self, model: nn.Module, data: Data, rows: int = 4096) -> float:
+        outputs = torch.cat([model(x) for x in data.x.split(rows)])
+        return self.metric_fn(outputs, data.y).item()
+
+
+class Regression(Supervised):
+    """Least squares on data; the metric is ‖model(x) − y‖₂ / ‖y‖₂ unless another is given."""
+
+    def __init__(
+        self,
+        training: Data,
+        test: Data,
+        batch: int,
+        seed: int,
+        metric_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(training, test, nn.functional.mse_loss, metric_fn or relative_error, batch, seed)
+
+    def least_squares(self) -> tuple[Any, Any]:
+        return (lambda net, batch: net(batch[0]) - batch[1]), tuple(self.training)
+
+
+def relative_error(outputs: Tensor, y: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(outputs - y) / torch.linalg.vector_norm(y)
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """On the CPU, so that a seed gives the same numbers on every device."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)

@@ -1,0 +1,324 @@
+"""Tables and pictures of the results that are there, written into README.md between its markers, and into images/.
+
+    python examples/method_comparison/report.py
+    python examples/method_comparison/report.py --smoke --readme outputs/method_comparison/smoke/README.md
+
+Every experiment has a part of README.md between `<!-- begin NAME -->` and `<!-- end NAME -->`, with a row for each
+method. The first method of an experiment is the reference that the others are compared with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from command_line import new_parser
+from experiments import Experiment, experiment_names, load_experiments
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from reporting import write_atomically
+
+HERE = Path(__file__).parent
+WIDE = 3  # cases; more of them have a table in common
+PANELS = 4  # of a row of a picture
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Row:
+    """The results of one method in one case, one for each seed that has been run."""
+
+    label: str
+    results: list[dict[str, Any]]
+    lr: float | None
+    edge: bool  # the rate is the lowest or highest that was tried
+
+    @property
+    def trainable(self) -> int:
+        return self.results[0]["trainable"]
+
+    @property
+    def finals(self) -> list[float | None]:
+        return [result["marks"][-1][-1] for result in self.results]
+
+    @property
+    def seconds(self) -> float:
+        return median(result["marks"][-1][1] for result in self.results)
+
+    def at(self, seconds: float) -> list[float | None]:
+        """The last metric that was there after so many seconds."""
+        return [[m for _, s, m in result["marks"] if s <= seconds or not s][-1] for result in self.results]
+
+
+class Case:
+    """All rows of a case of an experiment, by label; the first is the reference. Rows without results are left out."""
+
+    def __init__(self, experiment: Experiment, name: str, results: Path) -> None:
+        self.experiment, self.name, self.task = experiment, name, experiment.task_of(name)
+        self.rows: dict[str, Row] = {}
+        for label in experiment.methods:
+            try:
+                runs = experiment.final_runs(name, label, results)
+            except FileNotFoundError:  # the search for its rate is not complete
+                continue
+            found = [json.loads(path.read_text()) for run in runs if (path := run.path(results)).exists()]
+            if found:
+                lr = runs[0].method.get("lr")
+                rates = sorted(experiment.tuning_runs(name, label))
+                self.rows[label] = Row(label, found, lr, bool(rates) and lr in (rates[0], rates[-1]))
+
+    @property
+    def reference(self) -> Row | None:
+        return self.rows.get(next(iter(self.experiment.methods)))
+
+    @property
+    def zero_shot(self) -> list[float | None]:
+        return self.reference.results[0]["zero_shot"] if self.reference else None
+
+    def middle(self, values: list[float | None]) -> float:
+        """The median; what diverged is worst."""
+        worst = float("-inf" if self.task.higher_is_better else "inf")
+        return median(worst if value is None else value for value in values)
+
+    def relative(self, values: list[float | None]) -> str:
+        """To the reference's final metric, of medians: a factor on errors, a difference of scores."""
+        if not self.reference:
+            return NONE
+        ours, theirs = self.middle(values), self.middle(self.reference.finals)
+        return f"{ours - theirs:+.3f}" if self.task.higher_is_better else f"{ours / theirs:.2f} ×"
+
+
+def number(value: float | None) -> str:
+    if value is None or value in (float("inf"), float("-inf")):
+        return "diverged"
+    return f"{value:.2e}" if abs(value) < 0.01 or abs(value) >= 1000 else f"{value:.3g}"
+
+
+def spread(case: Case, values: list[float | None]) -> str:
+    """median (least–greatest)"""
+    text = number(case.middle(values))
+    known = [value for value in values if value is not None]
+    return f"{text} ({number(min(known))}–{number(max(known))})" if len(known) > 1 else text
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def size(row: Row) -> str:
+    share = row.trainable / row.results[0]["coefficients"]
+    return f"{row.trainable:,} ({share:.1%})" + (" above the budget" if row.results[0]["above_budget"] else "")
+
+
+def rate(row: Row) -> str:
+    return NONE if row.lr is None else f"{row.lr:g}{' (edge)' if row.edge else ''}"
+
+
+def table_of_case(case: Case) -> str:
+    """Same steps and same seconds, beside the reference."""
+    clock = "CPU s" if "cpu" in str(case.reference and case.reference.results[0]["environment"]["device"]) else "s"
+    rows = []
+    if isinstance(case.zero_shot, float):
+        zero = [result["zero_shot"] for result in case.reference.results]
+        rows.append(["zero-shot", "0", NONE, spread(case, zero), case.relative(zero), NONE, NONE, NONE])
+    for label in case.experiment.methods:
+        row = case.rows.get(label)
+        if row is None:
+            rows.append([label, *["not run"] * 7])
+            continue
+        same = row.at(case.reference.seconds) if case.reference else None
+        rows.append(
+            [
+                label,
+                size(row),
+                rate(row),
+                spread(case, row.finals),
+                case.relative(row.finals),
+                f"{row.seconds:.1f}",
+                spread(case, same) if same else NONE,
+                case.relative(same) if same else NONE,
+            ]
+        )
+    first = next(iter(case.experiment.methods))
+    header = ["", "trainable", "rate", f"{case.task.metric}, last step", f"to {first}", clock]
+    return table([*header, f"{case.task.metric} at the {clock} of {first}", f"to {first}"], rows)
+
+
+def table_of_cases(cases: list[Case], values: Callable[[Case, Row], list[float | None]]) -> str:
+    rows = []
+    for label in cases[0].experiment.methods:
+        found = [case.rows.get(label) for case in cases]
+        first = next((row for row in found if row), None)
+        cells = [
+            f"{spread(case, values(case, row))}, {case.relative(values(case, row))}" if row else "not run"
+            for case, row in zip(cases, found, strict=True)
+        ]
+        rows.append([label, size(first) if first else NONE, *cells])
+    return table(["", "trainable", *(case.name for case in cases)], rows)
+
+
+def tables(cases: list[Case]) -> str:
+    if len(cases) <= WIDE:
+        return "\n\n".join((f"**{case.name}**\n\n" if case.name else "") + table_of_case(case) for case in cases)
+    first, metric = next(iter(cases[0].experiment.methods)), cases[0].task.metric
+    same = table_of_cases(cases, lambda case, row: row.at(case.reference.seconds) if case.reference else [None])
+    return (
+        f"{metric.capitalize()} after the last step; beside it, relative to {first}:\n\n"
+        f"{table_of_cases(cases, lambda case, row: row.finals)}\n\n"
+        f"The same at the seconds that {first} has taken:\n\n{same}"
+    )
+
+
+def draw(cases: list[Case], panel: Callable[[Axes, Case], None]) -> Figure:
+    columns = min(len(cases), PANELS)
+    rows = -(-len(cases) // columns)
+    figure = Figure(figsize=(4.6 * columns + 2.6, 3.9 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for ax, case in zip(axes, cases, strict=False):
+        panel(ax, case)
+        ax.set_title(case.name)
+        ax.grid(alpha=0.3)
+    for ax in axes[len(cases) :]:
+        ax.axis("off")
+    figure.suptitle(cases[0].experiment.title)
+    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8)
+    return figure
+
+
+def colour(case: Case, label: str) -> str:
+    return f"C{list(case.experiment.methods).index(label) % 10}"
+
+
+def courses(ax: Axes, case: Case) -> None:
+    """The metric over seconds, a line for each seed."""
+    for label, row in case.rows.items():
+        for seed, result in enumerate(row.results):
+            points = [(s, m) for _, s, m in result["marks"] if m is not None]
+            style = "--" if list(case.experiment.methods).index(label) >= 10 else "-"
+            ax.plot(*zip(*points, strict=True), style, color=colour(case, label), lw=1, label=None if seed else label)
+    if isinstance(case.zero_shot, float):
+        ax.axhline(case.zero_shot, color="0.5", ls=":", label="zero-shot, first seed")
+    if not case.task.higher_is_better:
+        ax.set_yscale("log")
+    ax.set(xlabel="seconds", ylabel=case.task.metric)
+
+
+def ratios(ax: Axes, case: Case) -> None:
+    """The metric over the number of trained parameters, a line for each method and optimizer: median and range."""
+    series: dict[tuple[str, str], list[Row]] = {}
+    for label, row in case.rows.items():
+        method = case.experiment.methods[label]
+        if row is not case.reference:
+            series.setdefault((method["method"], method.get("optimizer", "adam")), []).append(row)
+    for number_, ((method, optimizer), rows) in enumerate(series.items()):
+        rows = sorted(rows, key=lambda row: row.trainable)
+        values = [[v for v in row.finals if v is not None] or [float("nan")] for row in rows]
+        middle = [median(v) for v in values]
+        bars = [[m - min(v) for m, v in zip(middle, values, strict=True)],
+                [max(v) - m for m, v in zip(middle, values, strict=True)]]  # fmt: skip
+        x = [row.trainable for row in rows]
+        ax.errorbar(x, middle, bars, fmt="o-", ms=4, color=f"C{number_}", label=f"{method}, {optimizer}")
+    if case.reference:
+        reference = case.middle(case.reference.finals)
+        ax.axhline(reference, color="0.3", ls="--", label=f"{case.reference.label} ({case.reference.trainable:,})")
+    ax.set_xscale("log")
+    if not case.task.higher_is_better:
+        ax.set_yscale("log")
+    ax.set(xlabel="trained parameters", ylabel=case.task.metric)
+
+
+def spectra(ax: Axes, case: Case) -> None:
+    """Singular values of the reference's updates, unfolded along the modes, over the greatest of each; first seed."""
+    layers = case.reference.results[0].get("spectra", []) if case.reference else []
+    for layer, values in enumerate(layers):
+        for mode, style, singular in zip(("input", "output", "basis"), ("-", "--", ":"), values, strict=False):
+            share = [(k + 1) / len(singular) for k in range(len(singular))]
+            relative = [s / singular[0] for s in singular]
+            ax.semilogy(share, relative, style, color=f"C{layer}", label=f"layer {layer + 1}, {mode}")
+    ax.set(xlabel="share of the mode's size", ylabel="σ / σ₁", ylim=(1e-4, 1.5))
+
+
+PANELS_OF = {"courses": courses, "ratios": ratios, "spectra": spectra}
+
+
+def updated(text: str, name: str, content: str) -> str:
+    """The text with `content` between the markers of `name`.
+
+    Raises:
+        ValueError: if they are not there.
+    """
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the README should have one {begin} and one {end}: add them where the results shall stand")
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
+
+
+def report(experiments: list[Experiment], results: Path, readme: Path) -> list[Path]:
+    """Writes what has results; returns the files written."""
+    text = readme.read_text() if readme.exists() else ""
+    if not text:
+        text = "\n\n".join(f"## {e.title}\n\n<!-- begin {e.name} -->\n<!-- end {e.name} -->" for e in experiments)
+    written, images = [], readme.parent / "images"
+    for experiment in experiments:
+        cases = [Case(experiment, name, results) for name in experiment.cases]
+        if not any(case.rows for case in cases):
+            continue
+        images.mkdir(parents=True, exist_ok=True)
+        content = tables(cases)
+        for picture in experiment.pictures:
+            path = images / f"{experiment.name}_{picture}.png"
+            figure = draw(cases, PANELS_OF[picture])
+            write_atomically(path, lambda p, f=figure: f.savefig(p, dpi=90, format="png"))
+            content += f"\n\n![{experiment.title}: {picture}](images/{path.name})"
+            written.append(path)
+        text = updated(text, experiment.name, content)
+    write_atomically(readme, lambda p: p.write_text(text.rstrip() + "\n"))
+    return [*written, readme]
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("names", nargs="*", help=f"experiments; all if none is given: {', '.join(experiment_names())}")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--smoke", action="store_true", help="what run.py --smoke has done")
+    size.add_argument("--large", action="store_true", help="what run.py --large has done")
+    add("--results", type=Path, help="where results are kept; default: as in run.py")
+    add("--outputs", type=Path, default=Path("outputs/method_comparison"), help="that of run.py")
+    add("--readme", type=Path, help="file with the markers, made if it is not there; pictures go beside it")
+    args = parser.parse_args(argv)
+    try:
+        args.experiments = load_experiments(args.names, smoke=args.smoke, large=args.large)
+    except ValueError as error:
+        parser.error(str(error))
+    args.results = args.results or (args.outputs / "smoke" if args.smoke else HERE / "results")
+    other = args.outputs / ("smoke" if args.smoke else "large") / "README.md"
+    args.readme = args.readme or (other if args.smoke or args.large else HERE / "README.md")
+    args.readme.parent.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    try:
+        for path in report(args.experiments, args.results, args.readme):
+            print(f"Written: {path}")
+    except ValueError as error:
+        sys.exit(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Training by Adam or Levenberg–Marquardt, with the course of the metric over steps and seconds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from methods import parameter_groups
+from objectives import Objective
+from torch import nn
+
+from peft_lotra import fit_gauss_newton
+
+MARKS = 25  # points of a course, beside its start
+
+
+class Mark(NamedTuple):
+    """The metric after so many steps and seconds; None if it is not finite."""
+
+    step: int
+    seconds: float
+    metric: float | None
+
+
+class Stopwatch:
+    """Seconds while it runs: the process's own work on the CPU, which others on the machine hardly change, and those
+    of the wall on an accelerator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds = device, 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._start = self._now()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.seconds += self._now() - self._start
+
+    def _now(self) -> float:
+        if self.device.type == "cpu":
+            return time.process_time()
+        torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+def measured(model: nn.Module, objective: Objective) -> float | None:
+    """The metric, on a model in evaluation mode."""
+    training = model.training
+    model.eval()
+    try:
+        value = objective.metric(model)
+    finally:
+        model.train(training)
+    return value if math.isfinite(value) else None
+
+
+def train_by_adam(
+    model: nn.Module, objective: Objective, settings: Mapping[str, Any], lr: float, steps: int, watch: Stopwatch
+) -> list[Mark]:
+    """Cosine decay to zero. Ends early if the metric is not finite any more."""
+    with watch:
+        optimizer = torch.optim.Adam(parameter_groups(model, settings, lr), **settings.get("adam", {}))
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    marks = [Mark(0, watch.seconds, measured(model, objective))]
+    ends = sorted({math.ceil(steps * k / MARKS) for k in range(1, MARKS + 1)})
+    for begin, end in zip([0, *ends], ends, strict=False):
+        with watch:
+            for step in range(begin, end):
+                optimizer.zero_grad()
+                objective.loss(model, step).backward()
+                optimizer.step()
+                schedule.step()
+        marks.append(Mark(end, watch.seconds, measured(model, objective)))
+        if marks[-1].metric is None:
+            break
+    return marks
+
+
+def train_by_lm(model: nn.Module, objective: Objective, steps: int, watch: Stopwatch) -> list[Mark]:
+    """Levenberg–Marquardt on what is trainable; `steps` iterations unless no step reduces the loss any more."""
+    residual_fn, data = objective.least_squares()
+    marks = [Mark(0, watch.seconds, measured(model, objective))]
+    ends = {math.ceil(steps * k / MARKS) for k in range(1, MARKS + 1)}
+
+    def mark(result: Any) -> None:
+        watch.__exit__()
+        if result.iterations in ends:
+            marks.append(Mark(result.iterations, watch.seconds, measured(model, objective)))
+        watch.__enter__()
+
+    with watch:
+        result = fit_gauss_newton(
+            model, residual_fn, data, iterations=steps, loss_tolerance=0, progressbar=False, callback=mark
+        )
+    if result.reason == "interrupted":
+        raise KeyboardInterrupt
+    if result.iterations > marks[-1].step:
+        marks.append(Mark(result.iterations, watch.seconds, measured(model, objective)))
+    return marks

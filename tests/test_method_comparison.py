@@ -1,0 +1,212 @@
+"""The method comparison in a short form: its runs, how they go on, its configs' errors, its report."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
+for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
+    sys.path.insert(0, str(folder))
+import report  # noqa: E402
+import run  # noqa: E402
+from experiments import Run, experiment_names, load_experiments  # noqa: E402
+from methods import ranks_within  # noqa: E402
+
+# torch's own, as in pyproject.toml
+WARNINGS = ("-W", "error", "-W", "ignore:`torch.jit.script:DeprecationWarning")
+EXPERIMENT = {
+    "title": "Heat equation",
+    "task": "pde",
+    "settings": {"family": "parabolic", "parameter": 1.3, "base_parameter": 1.0, "width": 4, "base_steps": 3},
+    "steps": 3,
+    "lm_steps": 1,
+    "seeds": [0, 1],
+    "tuning": {"seed": 100, "steps": 2, "rates": [1e-3, 1e-2]},
+    "methods": {"full": {"method": "full", "spectrum": True}, "LoTRA": {"method": "lotra", "r": 2, "optimizer": "lm"}},
+    "pictures": ["courses", "ratios", "spectra"],
+}
+
+
+def start(script, *arguments):
+    command = [sys.executable, *WARNINGS, str(SUITE / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def experiments(folder, **changes):
+    """`EXPERIMENT` with changes, from a file."""
+    folder.mkdir(exist_ok=True)
+    (folder / "heat.json").write_text(json.dumps(EXPERIMENT | changes))
+    return load_experiments(folder=folder)
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+
+
+def test_smoke_from_the_command_line(tmp_path):
+    arguments = ("--smoke", "pde_elliptic", "--jobs", 2, "--outputs", tmp_path)
+    first = start("run.py", *arguments)
+    assert first.returncode == 0, first.stderr
+    done = files(tmp_path)
+    assert len(done) == 5 * 2 + 6  # rates, runs
+    second = start("run.py", *arguments)
+    assert second.returncode == 0, second.stderr
+    assert files(tmp_path) == done, "a run was repeated"
+    written = start("report.py", "--smoke", "pde_elliptic", "--outputs", tmp_path)
+    assert written.returncode == 0, written.stderr
+    text = (tmp_path / "smoke" / "README.md").read_text()
+    assert "not run" not in text
+    assert "above the budget" in text  # LoRA on bare parameters
+    assert all(path.stat().st_size > 10_000 for path in (tmp_path / "smoke" / "images").iterdir())
+
+
+def test_only_what_changed_is_run_again(tmp_path):
+    results, bases = tmp_path / "results", tmp_path / "bases"
+    first = experiments(tmp_path / "experiments")
+    run.run_all(first, 1, results, bases)
+    done = files(results)
+    assert len(done) == 2 + 4
+    changed = {**EXPERIMENT["methods"], "LoTRA": {"method": "lotra", "r": 3, "optimizer": "lm"}}
+    run.run_all(experiments(tmp_path / "experiments", methods=changed), 1, results, bases)
+    after = files(results)
+    assert len(after) == len(done) + 2
+    assert done.items() <= after.items()
+    assert len(list(bases.iterdir())) == 3  # of two seeds and the one for the rates
+
+
+def test_an_interrupted_run_leaves_no_file(tmp_path, monkeypatch):
+    experiment = experiments(tmp_path / "experiments")
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train_by_lm", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_all(experiment, 1, tmp_path / "results", tmp_path / "bases")
+    before = files(tmp_path / "results")
+    assert before
+    monkeypatch.undo()
+    run.run_all(experiment, 1, tmp_path / "results", tmp_path / "bases")
+    after = files(tmp_path / "results")
+    assert len(after) == 6
+    assert before.items() <= after.items()
+    for path in after:
+        result = json.loads(path.read_text())
+        assert Run(**result["run"]).path(tmp_path / "results") == path
+
+
+def test_every_experiment_is_as_it_should_be():
+    for size in ({}, {"smoke": True}, {"large": True}):
+        assert [experiment.name for experiment in load_experiments(**size)] == experiment_names()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "pdes"}, r"heat.json: `task` should be one of \[.*'pde'.*\] but the value passed is 'pdes'"),
+        ({"methods": {"A": {"method": "dora"}}}, r"'A': `method` should be one of \['full', .* is 'dora'"),
+        ({"methods": {"A": {"method": "full", "ratio": 0.1}}}, r"'A': the method 'full' should have .* \['ratio'\]"),
+        ({"methods": {"A": {"method": "lotra"}}}, r"'lotra' needs one of \['ratio', 'r', 'rank_pattern'\]"),
+        ({"methods": {"A": {"method": "full", "optimizer": "sgd"}}}, r"`optimizer` should be one of \['adam', 'lm'\]"),
+        ({"settings": {"family": "parabolic"}}, "parameter"),
+        ({"settings": EXPERIMENT["settings"] | {"family": "conic"}}, r"`family` should be one of .* is 'conic'"),
+        ({"settings": EXPERIMENT["settings"] | {"widht": 3}}, r"should be some of .* but has \['widht'\]"),
+        ({"settings": EXPERIMENT["settings"] | {"base_steps": 0}}, "'full' needs a base, but `base_steps` is 0"),
+        ({"tuning": {}}, r"'full' has no `lr`, so `tuning` should have .* are missing"),
+        ({"tuning": EXPERIMENT["tuning"] | {"seed": 1}}, r"`seed` should be none of the reported ones, \[0, 1\]"),
+        ({"tuning": EXPERIMENT["tuning"] | {"case": "far"}}, r"`case` should be one of \[''\] .* is 'far'"),
+        ({"pictures": ["pie"]}, r"`pictures` should be some of .* but has \['pie'\]"),
+        ({"step": 3}, r"an experiment should have some of .* but has \['step'\]"),
+    ],
+)
+def test_bad_experiments(changes, message, tmp_path):
+    experiments(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        experiments(tmp_path, **changes)
+
+
+def test_unknown_experiment(tmp_path):
+    done = start("run.py", "pde_conic", "--outputs", tmp_path / "out")
+    assert done.returncode == 2
+    assert "no experiment 'pde_conic'; there are ['" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_method_that_does_not_fit_the_model(tmp_path):
+    methods = {"LoRA": {"method": "lora", "ratio": 0.5, "lr": 1e-3}}
+    with pytest.raises(RuntimeError, match="this run failed: .*'lora'") as error:
+        run.run_all(experiments(tmp_path / "e", methods=methods), 1, tmp_path / "results", tmp_path / "bases")
+    assert "needs coefficients that are weights of nn.Linear" in str(error.value.__cause__)
+
+
+@pytest.mark.parametrize("method", ["full", "lotra", "lora", "loha", "lokr", "base_weights", "last_layer"])
+def test_methods_keep_to_their_budget_and_change_only_what_they_train(method, tmp_path):
+    settings = EXPERIMENT["settings"] | {"kan": "fastkan", "width": 8}
+    ratio = {"ratio": 0.5} if method in ("lotra", "lora", "loha", "lokr") else {}
+    methods = {"A": {"method": method, "lr": 1e-2, **ratio}}
+    (experiment,) = experiments(tmp_path / "e", settings=settings, methods=methods, seeds=[0])
+    run.run_all([experiment], 1, tmp_path / "results", tmp_path / "bases")
+    (path,) = files(tmp_path / "results")
+    result = json.loads(path.read_text())
+    assert result["coefficients"] == 2 * 8 * 8 + 8 * 8 * 8 + 8 * 8
+    assert result["marks"][0][2] == pytest.approx(result["zero_shot"], rel=1e-5)
+    assert result["marks"][-1][2] != pytest.approx(result["zero_shot"], rel=1e-5)
+    if ratio:
+        assert 0.35 * result["coefficients"] < result["trainable"] <= 0.5 * result["coefficients"]
+        assert not result["above_budget"]
+
+
+def test_ranks_within():
+    assert ranks_within(10, {"a": 4, "b": 4}, lambda name, r: {"a": 1, "b": 2}[name] * r) == {"a": 4, "b": 3}
+    assert ranks_within(10, {"a": 4, "b": 1}, lambda name, r: {"a": 1, "b": 2}[name] * r) == {"a": 4, "b": 1}
+    assert ranks_within(2, {"a": 4, "b": 4}, lambda name, r: {"a": 1, "b": 2}[name] * r) == {"a": 1, "b": 1}
+
+
+def made_results(experiment, folder, finals):
+    """Results as if they had been run: (seconds, metric) of two marks by label and seed; no diverged metric."""
+    for case in experiment.cases:
+        for lr, one in experiment.tuning_runs(case, "full").items():
+            run.write_json(one.path(folder), {"marks": [[2, 1.0, None if lr == 1e-3 else 0.5]]})
+        for label, by_seed in finals.items():
+            for one, (seconds, half, last) in zip(experiment.final_runs(case, label, folder), by_seed, strict=True):
+                marks = [[0, 0.0, 1.0], [1, seconds / 2, half], [3, seconds, last]]
+                content = {"zero_shot": 1.0, "coefficients": 100, "trainable": 50, "above_budget": False}
+                environment = {"device": "cpu, x86_64"}
+                run.write_json(one.path(folder), {**content, "marks": marks, "environment": environment})
+
+
+def test_report_of_made_results(tmp_path):
+    (experiment,) = experiments(tmp_path / "experiments", pictures=["courses"])
+    finals = {"full": [(10.0, 0.4, 0.2), (10.0, 0.4, 0.4)], "LoTRA": [(20.0, 0.6, 0.1), (16.0, 0.6, 0.2)]}
+    made_results(experiment, tmp_path / "results", finals)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- begin heat -->\nold\n<!-- end heat -->\nafter\n")
+    report.report([experiment], tmp_path / "results", readme)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- begin heat -->\n")
+    assert text.endswith("\n<!-- end heat -->\nafter\n")
+    assert "old" not in text
+    full, lotra = (line for line in text.splitlines() if line.startswith(("| full", "| LoTRA")))
+    # The rate is the one that did not diverge; the last of the grid.
+    assert full.split(" | ")[1:5] == ["50 (50.0%)", "0.01 (edge)", "0.3 (0.2–0.4)", "1.00 ×"]
+    # After the last step half of full's error; at full's seconds the middle of its course, twice as much.
+    assert lotra.split(" | ")[3:8] == ["0.15 (0.1–0.2)", "0.50 ×", "18.0", "0.6 (0.6–0.6)", "2.00 × |"]
+    again = readme.read_text()
+    report.report([experiment], tmp_path / "results", readme)
+    assert readme.read_text() == again
+
+
+def test_report_needs_its_markers(tmp_path):
+    (experiment,) = experiments(tmp_path / "experiments", pictures=["courses"])
+    made_results(experiment, tmp_path / "results", {"full": [(1.0, 0.4, 0.2)] * 2})
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- begin heat -->\n")
+    with pytest.raises(ValueError, match="should have one <!-- begin heat --> and one <!-- end heat -->"):
+        report.report([experiment], tmp_path / "results", readme)
+    assert readme.read_text() == "<!-- begin heat -->\n"
+    (tmp_path / "README.md").unlink()
+    report.report([experiment], tmp_path / "results", readme)
+    assert "| LoTRA | not run |" in readme.read_text()
