@@ -25,7 +25,7 @@ EXPERIMENT = {
     "lm_steps": 1,
     "seeds": [0, 1],
     "tuning": {"seed": 100, "steps": 2, "rates": [1e-3, 1e-2]},
-    "methods": {"full": {"method": "full", "spectrum": True}, "LoTRA": {"method": "lotra", "r": 2, "optimizer": "lm"}},
+    "methods": {"full": {"method": "full"}, "LoTRA": {"method": "lotra", "r": 2, "optimizer": "lm"}},
     "pictures": ["courses", "ratios", "spectra"],
 }
 
@@ -118,6 +118,11 @@ def test_every_experiment_is_as_it_should_be():
         ({"tuning": {}}, r"'full' has no `lr`, so `tuning` should have .* are missing"),
         ({"tuning": EXPERIMENT["tuning"] | {"seed": 1}}, r"`seed` should be none of the reported ones, \[0, 1\]"),
         ({"tuning": EXPERIMENT["tuning"] | {"case": "far"}}, r"`case` should be one of \[''\] .* is 'far'"),
+        (
+            {"methods": {"A": {"method": "full", "cases": ["far"]}}},
+            r"'A': `cases` should be of \[''\] but has \['far'\]",
+        ),
+        ({"methods": {"A": {"method": "full", "lr_of": "B"}}}, r"'A': `lr_of` should be of \['A'\] but has \['B'\]"),
         ({"pictures": ["pie"]}, r"`pictures` should be some of .* but has \['pie'\]"),
         ({"step": 3}, r"an experiment should have some of .* but has \['step'\]"),
     ],

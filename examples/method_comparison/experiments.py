@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -13,6 +14,7 @@ from methods import FROM_SCRATCH, check_method
 from tasks import Task, make_task
 
 HERE = Path(__file__).parent
+NOT_OF_A_RUN = ("lr", "lr_of", "steps", "cases")  # settings of a method that only say which runs there are
 SMOKE_STEPS = 3
 PICTURES = ("courses", "ratios", "spectra")
 
@@ -56,7 +58,7 @@ class Experiment:
         return make_task(self.task, {**self.settings, **self.cases[case]})
 
     def run(self, case: str, label: str, seed: int, lr: float | None, steps: int | None = None) -> Run:
-        method = {key: value for key, value in self.methods[label].items() if key not in ("steps", "lr")}
+        method = {key: value for key, value in self.methods[label].items() if key not in NOT_OF_A_RUN}
         if lr is not None:
             method["lr"] = lr
         default = self.lm_steps if method.get("optimizer") == "lm" else self.steps
@@ -64,20 +66,22 @@ class Experiment:
         settings = asdict(self.task_of(case))
         return Run(self.task, settings, method, steps or self.methods[label].get("steps", default), seed)
 
+    def labels(self, case: str) -> list[str]:
+        """The methods of a case."""
+        return [label for label, method in self.methods.items() if case in method.get("cases", self.cases)]
+
     def tuning_runs(self, case: str, label: str) -> dict[float, Run]:
         """By learning rate; none where there is nothing to tune."""
+        label = self.methods[label].get("lr_of", label)
         method = self.methods[label]
         if method.get("optimizer") == "lm" or "lr" in method:
             return {}
-        case = self.tuning.get("case", case)
-        seed, steps = self.tuning["seed"], self.tuning["steps"]
-        tuned = {key: value for key, value in method.items() if key != "spectrum"}
-        short = replace(self, methods={**self.methods, label: tuned})
-        return {lr: short.run(case, label, seed, lr, steps) for lr in self.tuning["rates"]}
+        case, seed, steps = self.tuning.get("case", case), self.tuning["seed"], self.tuning["steps"]
+        return {lr: self.run(case, label, seed, lr, steps) for lr in self.tuning["rates"]}
 
     def all_tuning_runs(self, results: Path) -> Iterator[Run]:
         for case in self.cases:
-            for label in self.methods:
+            for label in self.labels(case):
                 yield from self.tuning_runs(case, label).values()
 
     def final_runs(self, case: str, label: str, results: Path) -> list[Run]:
@@ -93,7 +97,7 @@ class Experiment:
 
     def all_final_runs(self, results: Path) -> Iterator[Run]:
         for case in self.cases:
-            for label in self.methods:
+            for label in self.labels(case):
                 yield from self.final_runs(case, label, results)
 
 
@@ -129,6 +133,12 @@ def load_experiments(
     return [_load(folder / f"{name}.json", smoke, large) for name in names or known]
 
 
+def missing_packages(experiment: Experiment) -> list[str]:
+    """The commands that install what the task's data is read from, where that is not there."""
+    needed = experiment.task_of(next(iter(experiment.cases))).requires
+    return [command for package, command in needed.items() if importlib.util.find_spec(package) is None]
+
+
 def _load(path: Path, smoke: bool, large: bool) -> Experiment:
     try:
         content = json.loads(path.read_text())
@@ -159,9 +169,14 @@ def _shortened(experiment: Experiment) -> Experiment:
     case = experiment.tuning.get("case", next(iter(experiment.cases)))
     tuning = {**experiment.tuning, "rates": experiment.tuning["rates"][:2], "steps": 1} if experiment.tuning else {}
     base = {"base_steps": SMOKE_STEPS} if experiment.task_of(case).base_steps else {}
+    methods = {
+        label: {k: v for k, v in m.items() if k not in ("steps", "cases")}
+        for label, m in experiment.methods.items()
+        if case in m.get("cases", experiment.cases)
+    }
     return replace(
         experiment,
-        methods={label: {k: v for k, v in m.items() if k != "steps"} for label, m in experiment.methods.items()},
+        methods=methods,
         steps=SMOKE_STEPS,
         lm_steps=1,
         seeds=experiment.seeds[:1],
@@ -178,11 +193,17 @@ def _check(experiment: Experiment) -> None:
         task = experiment.task_of(case)
         for label, method in experiment.methods.items():
             check_method(label, method)
+            for key, allowed in {"lr_of": experiment.methods, "cases": experiment.cases}.items():
+                values = [method[key]] if key == "lr_of" and key in method else method.get(key, [])
+                if unknown := [value for value in values if value not in allowed]:
+                    raise ValueError(f"{label!r}: `{key}` should be of {list(allowed)} but has {unknown}")
             if not task.base_steps and method["method"] not in FROM_SCRATCH:
                 raise ValueError(
                     f"{label!r} needs a base, but `base_steps` is 0; without one there are {FROM_SCRATCH}"
                 )
-    tuned = [label for label, m in experiment.methods.items() if m.get("optimizer") != "lm" and "lr" not in m]
+    tuned = [
+        label for label, m in experiment.methods.items() if m.get("optimizer") != "lm" and not {"lr", "lr_of"} & set(m)
+    ]
     needed = ("rates", "seed", "steps")
     if tuned and (missing := [key for key in needed if key not in experiment.tuning]):
         raise ValueError(f"{tuned[0]!r} has no `lr`, so `tuning` should have {list(needed)} but {missing} are missing")

@@ -28,7 +28,7 @@ GRADIENT_BATCHES = 4  # from which the gradient of an initialisation is taken
 HIGHEST_RANK = 64  # that is tried for PEFT's own methods
 
 # Settings that every method may have, and those of single methods.
-COMMON = ("method", "optimizer", "lr", "adam", "steps", "spectrum")
+COMMON = ("method", "optimizer", "lr", "lr_of", "adam", "steps", "cases")
 RANKS = ("ratio", "r", "rank_pattern")
 METHODS: dict[str, tuple[str, ...]] = {
     "full": (),

@@ -56,7 +56,7 @@ class Row:
 
     def at(self, seconds: float) -> list[float | None]:
         """The last metric that was there after so many seconds."""
-        return [[m for _, s, m in result["marks"] if s <= seconds or not s][-1] for result in self.results]
+        return [[m for k, s, m in result["marks"] if s <= seconds or not k][-1] for result in self.results]
 
 
 class Case:
@@ -65,7 +65,7 @@ class Case:
     def __init__(self, experiment: Experiment, name: str, results: Path) -> None:
         self.experiment, self.name, self.task = experiment, name, experiment.task_of(name)
         self.rows: dict[str, Row] = {}
-        for label in experiment.methods:
+        for label in experiment.labels(name):
             try:
                 runs = experiment.final_runs(name, label, results)
             except FileNotFoundError:  # the search for its rate is not complete
@@ -131,7 +131,7 @@ def table_of_case(case: Case) -> str:
     if isinstance(case.zero_shot, float):
         zero = [result["zero_shot"] for result in case.reference.results]
         rows.append(["zero-shot", "0", NONE, spread(case, zero), case.relative(zero), NONE, NONE, NONE])
-    for label in case.experiment.methods:
+    for label in case.experiment.labels(case.name):
         row = case.rows.get(label)
         if row is None:
             rows.append([label, *["not run"] * 7])
@@ -252,13 +252,15 @@ def spectra(ax: Axes, case: Case) -> None:
 PANELS_OF = {"courses": courses, "ratios": ratios, "spectra": spectra}
 
 
-def updated(text: str, name: str, content: str) -> str:
-    """The text with `content` between the markers of `name`.
+def updated(text: str, name: str, title: str, content: str) -> str:
+    """The text with `content` between the markers of `name`, which are added at the end if they are not there.
 
     Raises:
-        ValueError: if they are not there.
+        ValueError: if one is missing, or there twice.
     """
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if begin not in text and end not in text:
+        text = f"{text.rstrip()}\n\n## {title}\n\n{begin}\n{end}\n".lstrip()
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"the README should have one {begin} and one {end}: add them where the results shall stand")
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
@@ -268,8 +270,6 @@ def updated(text: str, name: str, content: str) -> str:
 def report(experiments: list[Experiment], results: Path, readme: Path) -> list[Path]:
     """Writes what has results; returns the files written."""
     text = readme.read_text() if readme.exists() else ""
-    if not text:
-        text = "\n\n".join(f"## {e.title}\n\n<!-- begin {e.name} -->\n<!-- end {e.name} -->" for e in experiments)
     written, images = [], readme.parent / "images"
     for experiment in experiments:
         cases = [Case(experiment, name, results) for name in experiment.cases]
@@ -283,7 +283,7 @@ def report(experiments: list[Experiment], results: Path, readme: Path) -> list[P
             write_atomically(path, lambda p, f=figure: f.savefig(p, dpi=90, format="png"))
             content += f"\n\n![{experiment.title}: {picture}](images/{path.name})"
             written.append(path)
-        text = updated(text, experiment.name, content)
+        text = updated(text, experiment.name, experiment.title, content)
     write_atomically(readme, lambda p: p.write_text(text.rstrip() + "\n"))
     return [*written, readme]
 

@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from accelerate import Accelerator
 from command_line import exit_code, new_parser, positive_int
-from experiments import Experiment, Run, digest, experiment_names, load_experiments
+from experiments import Experiment, Run, digest, experiment_names, load_experiments, missing_packages
 from methods import FROM_SCRATCH, above_budget, apply_method, count_coefficients, trainable
 from reporting import write_atomically
 from torch import nn
@@ -73,9 +73,9 @@ def perform(run: Run, results: Path, bases: Path) -> None:
         "details": objective.details(model.eval()),
         "environment": environment(device),
     }
-    if method.get("spectrum"):
-        spectra = update_spectrum(trained_base(run, bases, device), model, task.coefficients(model))
-        result["spectra"] = [[s.tolist() for s in spectrum.singular_values] for spectrum in spectra.values()]
+    if method["method"] == "full":
+        found = update_spectrum(trained_base(run, bases, device), model, task.coefficients(model)).values()
+        result["spectra"] = [[[float(f"{x:.4g}") for x in s] for s in spectrum.singular_values] for spectrum in found]
     write_json(run.path(results), result)
 
 
@@ -186,6 +186,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.experiments = load_experiments(args.names, smoke=args.smoke, large=args.large)
     except ValueError as error:
         parser.error(str(error))
+    for experiment in args.experiments:
+        if commands := missing_packages(experiment):
+            parser.error(f"{experiment.name} needs data: {'; '.join(commands)}; or name the experiments without it")
     args.results = args.results or (args.outputs / "smoke" if args.smoke else HERE / "results")
     return args
 

@@ -27,6 +27,7 @@ class Task:
     metric: ClassVar[str]  # what the objectives' metric is, for tables and axes
     higher_is_better: ClassVar[bool] = False
     only_target: ClassVar[tuple[str, ...]] = ()  # settings that the base does not depend on
+    requires: ClassVar[dict[str, str]] = {}  # packages with the data, and the command that installs each
 
     def build(self, seed: int) -> nn.Module:
         """An untrained model on the CPU; the same weights for the same seed."""

@@ -1,0 +1,131 @@
+"""Properties of organic compounds from their structure: from one family to another, or from one property to another.
+
+The tables are those of the package chemicals: critical constants collected by Yaws, structures from PubChem.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from kans import build_kan, coefficients_of
+from objectives import Data, Objective, Regression, generator
+from torch import Tensor, nn
+
+from . import Task
+
+ELEMENTS = ("C", "H", "O", "N", "S", "F", "Cl", "Br", "I", "Si", "P")
+FAMILIES = {
+    "hydrocarbons and oxygen compounds": lambda elements: elements <= {"C", "H", "O"},
+    "nitrogen compounds": lambda elements: {"C", "N"} <= elements <= {"C", "H", "O", "N"},
+    "halogen compounds": lambda elements: "C" in elements and bool(elements & {"F", "Cl", "Br", "I"}),
+    "sulphur compounds": lambda elements: {"C", "S"} <= elements <= {"C", "H", "O", "S"},
+}
+PROPERTIES = {"Tc": float, "Pc": lambda text: torch.tensor(float(text)).log().item(), "Vc": float, "omega": float}
+TEST_SAMPLES = 1000  # at most
+
+
+def features(formula: str, structure: str, weight: str) -> list[float]:
+    """Numbers of atoms, of double and triple bonds, branches, rings and hydroxyl-like ends, and the molar mass."""
+    counts = dict.fromkeys(ELEMENTS, 0)
+    for element, number in re.findall(r"([A-Z][a-z]?)(\d*)", formula):
+        if element in counts:
+            counts[element] += int(number or 1)
+    plain = re.sub(r"\[[^]]*]", "C", structure)
+    ends = len(re.findall(r"O(?=\)|$)", plain)) - len(re.findall(r"=O(?=\)|$)", plain))
+    bonds = [plain.count(sign) for sign in "=#("]
+    return [*counts.values(), *bonds, len(re.findall(r"\d", plain)) / 2, ends, float(weight)]
+
+
+@cache
+def compounds() -> tuple[list[set[str]], Tensor, dict[str, Tensor]]:
+    """Of every compound: its elements; features, shape (compounds, features), scaled to mean 0 and deviation 1; the
+    properties as they are, NaN where there is none. The package's files are read without importing it."""
+    folder = Path(importlib.util.find_spec("chemicals").origin).parent
+    structures = {}
+    for size in ("large", "small"):
+        with (folder / "Identifiers" / f"chemical identifiers pubchem {size}.tsv").open(encoding="utf-8") as lines:
+            for line in lines:
+                _, cas, formula, weight, structure, *_ = line.split("\t")
+                structures[cas] = formula, structure, weight
+    elements, rows, properties = [], [], {name: [] for name in PROPERTIES}
+    with (folder / "Critical Properties" / "Yaws Collection.tsv").open(encoding="utf-8") as lines:
+        for row in csv.DictReader(lines, delimiter="\t"):
+            if row["CAS"] in structures:
+                formula = structures[row["CAS"]][0]
+                elements.append(set(re.findall(r"[A-Z][a-z]?", formula)))
+                rows.append(features(*structures[row["CAS"]]))
+                for name, read in PROPERTIES.items():
+                    properties[name].append(read(row[name]) if row[name] else float("nan"))
+    x = torch.tensor(rows)
+    return elements, (x - x.mean(0)) / x.std(0), {name: torch.tensor(values) for name, values in properties.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Properties(Task):
+    """`property` of `family` from `samples` compounds; the base has learned `base_property` of `base_family`."""
+
+    family: str
+    property: str = "Tc"
+    samples: int = 64
+    base_family: str = "hydrocarbons and oxygen compounds"
+    base_property: str = "Tc"
+    batch: int = 256
+    kan: str = "chebyshev"
+    width: int = 16
+    basis: int = 6
+    base_steps: int = 2000
+
+    metric = "error / standard deviation"
+    only_target = ("family", "property", "samples")
+    requires = {"chemicals": "pip install --no-deps chemicals"}
+
+    def __post_init__(self) -> None:
+        for name, allowed in {"family": FAMILIES, "property": PROPERTIES}.items():
+            for key in (name, f"base_{name}"):
+                if getattr(self, key) not in allowed:
+                    raise ValueError(
+                        f"`{key}` should be one of {list(allowed)} but the value passed is {getattr(self, key)!r}"
+                    )
+
+    def build(self, seed: int) -> nn.Module:
+        inputs = len(features("", "", "0"))
+        return build_kan(self.kan, (inputs, self.width, self.width, 1), self.basis, seed)
+
+    def coefficients(self, model: nn.Module) -> dict[str, Any]:
+        return coefficients_of(model, self.kan)
+
+    def objective(self, part: str, seed: int, device: torch.device) -> Objective:
+        if part == "base":
+            family, name = self.base_family, self.base_property
+        else:
+            family, name = self.family, self.property
+        elements, x, properties = compounds()
+        y = properties[name]
+
+        def members(family: str) -> Tensor:
+            chosen = torch.tensor([FAMILIES[family](e) for e in elements])
+            return torch.nonzero(chosen & ~y.isnan())[:, 0]
+
+        # The scale of a property is that of the base's family, which the target's few compounds do not change.
+        scale = y[members(self.base_family)]
+        y = (y - scale.mean()) / scale.std()
+        rows = members(family)
+        rows = rows[torch.randperm(len(rows), generator=generator(seed, -1))]
+        samples = len(rows) - len(rows) // 5 if part == "base" else self.samples
+        rows = rows[: samples + TEST_SAMPLES]
+        data = Data(x[rows].to(device), y[rows, None].to(device))
+        training, test = (Data(*(part[k] for part in data)) for k in (slice(samples), slice(samples, None)))
+        deviation = test.y.std()
+        return Regression(
+            training, test, self.batch, seed, lambda outputs, y: (outputs - y).square().mean().sqrt() / deviation
+        )
+
+
+TASK = Properties
