@@ -1,18 +1,20 @@
 """The method comparison in a short form: its runs, how they go on, its configs' errors, its report."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
 for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
     sys.path.insert(0, str(folder))
 import report  # noqa: E402
 import run  # noqa: E402
-from experiments import Run, experiment_names, load_experiments  # noqa: E402
+from experiments import Run, experiment_names, load_experiments, missing_packages  # noqa: E402
 from methods import ranks_within  # noqa: E402
 
 # torch's own, as in pyproject.toml
@@ -30,15 +32,10 @@ EXPERIMENT = {
 }
 
 
-def start(script, *arguments):
-    command = [sys.executable, *WARNINGS, str(SUITE / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
-
-
-def experiments(folder, **changes):
+def experiments(folder, name="heat", **changes):
     """`EXPERIMENT` with changes, from a file."""
     folder.mkdir(exist_ok=True)
-    (folder / "heat.json").write_text(json.dumps(EXPERIMENT | changes))
+    (folder / f"{name}.json").write_text(json.dumps(EXPERIMENT | changes))
     return load_experiments(folder=folder)
 
 
@@ -46,17 +43,18 @@ def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
 
 
-def test_smoke_from_the_command_line(tmp_path):
+def test_smoke_from_the_command_line(tmp_path, monkeypatch):
     arguments = ("--smoke", "pde_elliptic", "--jobs", 2, "--outputs", tmp_path)
-    first = start("run.py", *arguments)
+    command = [sys.executable, *WARNINGS, str(SUITE / "run.py"), *map(str, arguments)]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert first.returncode == 0, first.stderr
     done = files(tmp_path)
-    assert len(done) == 5 * 2 + 6  # rates, runs
-    second = start("run.py", *arguments)
-    assert second.returncode == 0, second.stderr
+    assert len(done) == 5 * 2 + 7  # rates, runs
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
+    assert run.main() == 0
     assert files(tmp_path) == done, "a run was repeated"
-    written = start("report.py", "--smoke", "pde_elliptic", "--outputs", tmp_path)
-    assert written.returncode == 0, written.stderr
+    monkeypatch.setattr(sys, "argv", ["report.py", "--smoke", "pde_elliptic", "--outputs", str(tmp_path)])
+    assert report.main() == 0
     text = (tmp_path / "smoke" / "README.md").read_text()
     assert "not run" not in text
     assert "above the budget" in text  # LoRA on bare parameters
@@ -133,10 +131,10 @@ def test_bad_experiments(changes, message, tmp_path):
         experiments(tmp_path, **changes)
 
 
-def test_unknown_experiment(tmp_path):
-    done = start("run.py", "pde_conic", "--outputs", tmp_path / "out")
-    assert done.returncode == 2
-    assert "no experiment 'pde_conic'; there are ['" in done.stderr
+def test_unknown_experiment(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run.parse_arguments(["pde_conic", "--outputs", str(tmp_path / "out")])
+    assert "no experiment 'pde_conic'; there are ['" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -164,6 +162,28 @@ def test_methods_keep_to_their_budget_and_change_only_what_they_train(method, tm
         assert not result["above_budget"]
 
 
+@pytest.mark.parametrize("name", ["slim_functions", "compounds"])
+def test_tasks_on_data(name, tmp_path):
+    (experiment,) = load_experiments([name], smoke=True)
+    if missing_packages(experiment):
+        pytest.skip(missing_packages(experiment)[0])
+    run.run_all([experiment], 1, tmp_path / "results", tmp_path / "bases")
+    task = experiment.task_of(next(iter(experiment.cases)))
+    first, again, other = (task.objective("target", seed, torch.device("cpu")) for seed in (0, 0, 1))
+    assert torch.equal(first.training.x, again.training.x)
+    assert not torch.equal(first.training.x, other.training.x)
+    assert not {tuple(row) for row in first.training.x.tolist()} & {tuple(row) for row in first.test.x.tolist()}
+    model = task.build(0)
+    assert first.loss(model, 3) == again.loss(model, 3) != first.loss(model, 4)
+
+
+def test_missing_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        run.parse_arguments(["compounds"])
+    assert "compounds needs data: pip install --no-deps chemicals" in capsys.readouterr().err
+
+
 def test_ranks_within():
     assert ranks_within(10, {"a": 4, "b": 4}, lambda name, r: {"a": 1, "b": 2}[name] * r) == {"a": 4, "b": 3}
     assert ranks_within(10, {"a": 4, "b": 1}, lambda name, r: {"a": 1, "b": 2}[name] * r) == {"a": 4, "b": 1}
@@ -178,7 +198,7 @@ def made_results(experiment, folder, finals):
         for label, by_seed in finals.items():
             for one, (seconds, half, last) in zip(experiment.final_runs(case, label, folder), by_seed, strict=True):
                 marks = [[0, 0.0, 1.0], [1, seconds / 2, half], [3, seconds, last]]
-                content = {"zero_shot": 1.0, "coefficients": 100, "trainable": 50, "above_budget": False}
+                content = {"zero_shot": 1.0, "coefficients": 500, "trainable": 50, "above_budget": False}
                 environment = {"device": "cpu, x86_64"}
                 run.write_json(one.path(folder), {**content, "marks": marks, "environment": environment})
 
@@ -196,7 +216,7 @@ def test_report_of_made_results(tmp_path):
     assert "old" not in text
     full, lotra = (line for line in text.splitlines() if line.startswith(("| full", "| LoTRA")))
     # The rate is the one that did not diverge; the last of the grid.
-    assert full.split(" | ")[1:5] == ["50 (50.0%)", "0.01 (edge)", "0.3 (0.2–0.4)", "1.00 ×"]
+    assert full.split(" | ")[1:5] == ["50 (10.0%)", "0.01 (edge)", "0.3 (0.2–0.4)", "1.00 ×"]
     # After the last step half of full's error; at full's seconds the middle of its course, twice as much.
     assert lotra.split(" | ")[3:8] == ["0.15 (0.1–0.2)", "0.50 ×", "18.0", "0.6 (0.6–0.6)", "2.00 × |"]
     again = readme.read_text()
@@ -204,7 +224,7 @@ def test_report_of_made_results(tmp_path):
     assert readme.read_text() == again
 
 
-def test_report_needs_its_markers(tmp_path):
+def test_report_adds_markers_and_refuses_half_of_them(tmp_path):
     (experiment,) = experiments(tmp_path / "experiments", pictures=["courses"])
     made_results(experiment, tmp_path / "results", {"full": [(1.0, 0.4, 0.2)] * 2})
     readme = tmp_path / "README.md"
@@ -212,6 +232,32 @@ def test_report_needs_its_markers(tmp_path):
     with pytest.raises(ValueError, match="should have one <!-- begin heat --> and one <!-- end heat -->"):
         report.report([experiment], tmp_path / "results", readme)
     assert readme.read_text() == "<!-- begin heat -->\n"
-    (tmp_path / "README.md").unlink()
+    readme.write_text("# Title\n")
     report.report([experiment], tmp_path / "results", readme)
-    assert "| LoTRA | not run |" in readme.read_text()
+    text = readme.read_text()
+    assert text.startswith("# Title\n\n## Heat equation\n\n<!-- begin heat -->\n")
+    assert "| LoTRA | not run |" in text
+
+
+def test_aims_compare_medians_and_wait_for_all_methods(tmp_path):
+    methods = {
+        "full": {"method": "full"},
+        "Adam": {"method": "lotra", "r": 1, "lr": 1e-2},
+        "LM": {"method": "lotra", "r": 1, "optimizer": "lm"},
+        "LoRA": {"method": "lora_parameters", "ratio": 0.5, "lr": 1e-2},
+    }
+    (experiment,) = experiments(tmp_path / "experiments", "pde_parabolic", methods=methods, pictures=["courses"])
+    finals = {
+        "full": [(10.0, 0.4, 0.2), (10.0, 0.4, 0.4)],
+        "Adam": [(10.0, 0.6, 0.4), (10.0, 0.6, 0.5)],
+        "LM": [(20.0, 0.1, 0.01), (20.0, 0.2, 0.01)],
+    }
+    results = tmp_path / "results"
+    made_results(experiment, results, finals)
+    assert report.aims([experiment], results) == ""
+    made_results(experiment, results, finals | {"LoRA": [(10.0, 0.6, 0.5), (10.0, 0.6, 0.1)]})
+    _, _, seconds, steps, baseline = report.aims([experiment], results).splitlines()
+    # At full's 10 s LM is in the middle of its course: (0.1 + 0.2) / (0.2 + 0.4).
+    assert seconds.endswith("| parabolic | 0.50 × (LM) | ≤ 1 × | yes |")
+    assert steps.endswith("| parabolic | 1.50 × (Adam) | ≤ 1.5 × | yes |")
+    assert baseline.endswith("| pde_parabolic, LoRA | 1.50 × (Adam) | ≤ 1 × | **no** |")

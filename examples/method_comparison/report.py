@@ -30,6 +30,10 @@ from reporting import write_atomically
 HERE = Path(__file__).parent
 WIDE = 3  # cases; more of them have a table in common
 PANELS = 4  # of a row of a picture
+TENTH, SLIM = 0.1, "Slim 1/10"
+SAME_SECONDS = "LoTRA at ≤ 1/10 against full fine-tuning by Adam, same seconds"
+PDE_LIMITS = {"elliptic": 1.5, "parabolic": 1.5, "hyperbolic": 2.0}  # of LoTRA's error to full fine-tuning's, by Adam
+PEFT_BASELINES = ("pde_elliptic", "pde_parabolic", "pde_hyperbolic", "pde_fastkan")  # where PEFT's methods are
 NONE = "–"
 
 
@@ -267,6 +271,57 @@ def updated(text: str, name: str, title: str, content: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
 
 
+def complete(experiment: Experiment | None, case: str | None, results: Path) -> Case | None:
+    """A case of an experiment (None: its first), if all of its methods have been run."""
+    if experiment is None:
+        return None
+    found = Case(experiment, next(iter(experiment.cases)) if case is None else case, results)
+    return found if set(found.rows) == set(experiment.labels(found.name)) else None
+
+
+def rows_by(case: Case, methods: tuple[str, ...], optimizers: tuple[str, ...] = ("adam", "lm")) -> list[Row]:
+    settings = case.experiment.methods
+    return [
+        row
+        for label, row in case.rows.items()
+        if settings[label]["method"] in methods and settings[label].get("optimizer", "adam") in optimizers
+    ]
+
+
+def aims(experiments: list[Experiment], results: Path) -> str:
+    """What was to be shown, and what has been measured; empty as long as nothing has."""
+    by_name, lines, halved = {experiment.name: experiment for experiment in experiments}, [], []
+
+    def add(aim: str, where: str, case: Case, ours: dict[str, list[float | None]], other: Row, limit: float) -> None:
+        value, label = min((case.middle(ours[label]) / case.middle(other.finals), label) for label in ours)
+        lines.append([aim, where, f"{value:.2f} × ({label})", f"≤ {limit:g} ×", "yes" if value <= limit else "**no**"])
+        if aim == SAME_SECONDS:
+            halved.append(value <= 0.5)
+
+    for family, adam_limit in PDE_LIMITS.items():
+        if case := complete(by_name.get(f"pde_{family}"), None, results):
+            full = case.reference
+            small = [r for r in rows_by(case, ("lotra",)) if r.trainable <= TENTH * r.results[0]["coefficients"]]
+            adam = {row.label: row.finals for row in rows_by(case, ("lotra",), ("adam",)) if row in small}
+            add(SAME_SECONDS, family, case, {row.label: row.at(full.seconds) for row in small}, full, 1.0)
+            add("both by Adam, same steps", family, case, adam, full, adam_limit)
+    if len(halved) == len(PDE_LIMITS):
+        reached = "yes" if sum(halved) >= 2 else "**no**"
+        lines.append([f"{SAME_SECONDS}: half the error", "PDEs", f"on {sum(halved)}", "on 2", reached])
+    for name in PEFT_BASELINES:
+        if case := complete(by_name.get(name), None, results):
+            adam = {row.label: row.finals for row in rows_by(case, ("lotra",), ("adam",))}
+            for row in rows_by(case, ("lora", "lora_parameters", "loha", "lokr"), ("adam",)):
+                add("by Adam, LoTRA against PEFT's methods, same steps", f"{name}, {row.label}", case, adam, row, 1.0)
+    slim = by_name.get("slim_functions")
+    for name in slim.cases if slim else ():
+        case = complete(slim, name, results)
+        if case and case.task.noise:
+            ours = {SLIM: case.rows[SLIM].finals}
+            add("a Slim KAN against the dense one, noisy samples", name, case, ours, case.reference, 1.0)
+    return table(["aim", "where", "measured, ratio of medians", "limit", "reached"], lines) if lines else ""
+
+
 def report(experiments: list[Experiment], results: Path, readme: Path) -> list[Path]:
     """Writes what has results; returns the files written."""
     text = readme.read_text() if readme.exists() else ""
@@ -284,6 +339,8 @@ def report(experiments: list[Experiment], results: Path, readme: Path) -> list[P
             content += f"\n\n![{experiment.title}: {picture}](images/{path.name})"
             written.append(path)
         text = updated(text, experiment.name, experiment.title, content)
+    if reached := aims(experiments, results):
+        text = updated(text, "aims", "Aims", reached)
     write_atomically(readme, lambda p: p.write_text(text.rstrip() + "\n"))
     return [*written, readme]
 

@@ -46,7 +46,8 @@ def features(formula: str, structure: str, weight: str) -> list[float]:
 @cache
 def compounds() -> tuple[list[set[str]], Tensor, dict[str, Tensor]]:
     """Of every compound: its elements; features, shape (compounds, features), scaled to mean 0 and deviation 1; the
-    properties as they are, NaN where there is none. The package's files are read without importing it."""
+    properties as they are, NaN where there is none. Of isomers that have the same features the first is kept: no
+    compound of a test has a twin in the training data. The package's files are read without importing it."""
     folder = Path(importlib.util.find_spec("chemicals").origin).parent
     structures = {}
     for size in ("large", "small"):
@@ -55,12 +56,14 @@ def compounds() -> tuple[list[set[str]], Tensor, dict[str, Tensor]]:
                 _, cas, formula, weight, structure, *_ = line.split("\t")
                 structures[cas] = formula, structure, weight
     elements, rows, properties = [], [], {name: [] for name in PROPERTIES}
+    known = set()
     with (folder / "Critical Properties" / "Yaws Collection.tsv").open(encoding="utf-8") as lines:
         for row in csv.DictReader(lines, delimiter="\t"):
-            if row["CAS"] in structures:
-                formula = structures[row["CAS"]][0]
-                elements.append(set(re.findall(r"[A-Z][a-z]?", formula)))
-                rows.append(features(*structures[row["CAS"]]))
+            numbers = tuple(features(*structures[row["CAS"]])) if row["CAS"] in structures else None
+            if numbers and numbers not in known:
+                known.add(numbers)
+                elements.append(set(re.findall(r"[A-Z][a-z]?", structures[row["CAS"]][0])))
+                rows.append(numbers)
                 for name, read in PROPERTIES.items():
                     properties[name].append(read(row[name]) if row[name] else float("nan"))
     x = torch.tensor(rows)
