@@ -1,6 +1,7 @@
 """Properties of organic compounds from their structure: from one family to another, or from one property to another.
 
-The tables are those of the package chemicals: critical constants collected by Yaws, structures from PubChem.
+The tables are those of the package chemicals: critical constants and boiling points collected by Yaws, structures from
+PubChem.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from functools import cache
+from math import log, nan
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,20 @@ from . import Task
 
 ELEMENTS = ("C", "H", "O", "N", "S", "F", "Cl", "Br", "I", "Si", "P")
 FAMILIES = {
+    "organic compounds": lambda elements: "C" in elements,
     "hydrocarbons and oxygen compounds": lambda elements: elements <= {"C", "H", "O"},
     "nitrogen compounds": lambda elements: {"C", "N"} <= elements <= {"C", "H", "O", "N"},
     "halogen compounds": lambda elements: "C" in elements and bool(elements & {"F", "Cl", "Br", "I"}),
     "sulphur compounds": lambda elements: {"C", "S"} <= elements <= {"C", "H", "O", "S"},
 }
-PROPERTIES = {"Tc": float, "Pc": lambda text: torch.tensor(float(text)).log().item(), "Vc": float, "omega": float}
+# By name the file, and the greatest value that is believed: the tables hold boiling points of 5,000 K.
+PROPERTIES = {
+    "Tc": ("Critical Properties/Yaws Collection.tsv", 1200.0),
+    "Pc": ("Critical Properties/Yaws Collection.tsv", 1e8),
+    "Vc": ("Critical Properties/Yaws Collection.tsv", 1e-2),
+    "omega": ("Critical Properties/Yaws Collection.tsv", 3.0),
+    "Tb": ("Phase Change/Yaws Boiling Points.tsv", 900.0),
+}
 TEST_SAMPLES = 1000  # at most
 
 
@@ -45,9 +55,12 @@ def features(formula: str, structure: str, weight: str) -> list[float]:
 
 @cache
 def compounds() -> tuple[list[set[str]], Tensor, dict[str, Tensor]]:
-    """Of every compound: its elements; features, shape (compounds, features), scaled to mean 0 and deviation 1; the
-    properties as they are, NaN where there is none. Of isomers that have the same features the first is kept: no
-    compound of a test has a twin in the training data. The package's files are read without importing it."""
+    """Of every compound: its elements; log(1 + features), shape (compounds, features), scaled to mean 0 and deviation
+    1; the logarithms of the properties, NaN where there is none.
+
+    Of isomers that have the same features the first is kept: no compound of a test has a twin in the training data.
+    The package's files are read without importing it.
+    """
     folder = Path(importlib.util.find_spec("chemicals").origin).parent
     structures = {}
     for size in ("large", "small"):
@@ -55,35 +68,36 @@ def compounds() -> tuple[list[set[str]], Tensor, dict[str, Tensor]]:
             for line in lines:
                 _, cas, formula, weight, structure, *_ = line.split("\t")
                 structures[cas] = formula, structure, weight
-    elements, rows, properties = [], [], {name: [] for name in PROPERTIES}
-    known = set()
-    with (folder / "Critical Properties" / "Yaws Collection.tsv").open(encoding="utf-8") as lines:
-        for row in csv.DictReader(lines, delimiter="\t"):
-            numbers = tuple(features(*structures[row["CAS"]])) if row["CAS"] in structures else None
-            if numbers and numbers not in known:
-                known.add(numbers)
-                elements.append(set(re.findall(r"[A-Z][a-z]?", structures[row["CAS"]][0])))
-                rows.append(numbers)
-                for name, read in PROPERTIES.items():
-                    properties[name].append(read(row[name]) if row[name] else float("nan"))
-    x = torch.tensor(rows)
-    return elements, (x - x.mean(0)) / x.std(0), {name: torch.tensor(values) for name, values in properties.items()}
+    found: dict[str, dict[str, float]] = {}
+    for name, (file, most) in PROPERTIES.items():
+        with (folder / file).open(encoding="utf-8") as lines:
+            for row in csv.DictReader(lines, delimiter="\t"):
+                if row[name] and row["CAS"] in structures and 0 < float(row[name]) <= most:
+                    found.setdefault(row["CAS"], {})[name] = log(float(row[name]))
+    distinct: dict[tuple[float, ...], str] = {}
+    for cas in found:
+        distinct.setdefault(tuple(features(*structures[cas])), cas)
+    elements = [set(re.findall(r"[A-Z][a-z]?", structures[cas][0])) for cas in distinct.values()]
+    x = torch.tensor(list(distinct)).log1p()
+    properties = {name: torch.tensor([found[cas].get(name, nan) for cas in distinct.values()]) for name in PROPERTIES}
+    return elements, (x - x.mean(0)) / x.std(0), properties
 
 
 @dataclass(frozen=True, kw_only=True)
 class Properties(Task):
-    """`property` of `family` from `samples` compounds; the base has learned `base_property` of `base_family`."""
+    """log `property` of `family` from `samples` compounds; the base has learned `base_property` of `base_family`."""
 
-    family: str
-    property: str = "Tc"
+    property: str
+    family: str = "organic compounds"
     samples: int = 64
-    base_family: str = "hydrocarbons and oxygen compounds"
-    base_property: str = "Tc"
+    base_property: str = "Tb"
+    base_family: str = "organic compounds"
     batch: int = 256
     kan: str = "chebyshev"
     width: int = 16
     basis: int = 6
-    base_steps: int = 2000
+    base_steps: int = 1000
+    base_lr: float = 1e-3
 
     metric = "error / standard deviation"
     only_target = ("family", "property", "samples")
