@@ -177,7 +177,7 @@ def tables(cases: list[Case]) -> str:
     first, metric = next(iter(cases[0].experiment.methods)), cases[0].task.metric
     same = table_of_cases(cases, lambda case, row: row.at(case.reference.seconds) if case.reference else [None])
     return (
-        f"{metric.capitalize()} after the last step; beside it, relative to {first}:\n\n"
+        f"{metric[0].upper()}{metric[1:]} after the last step; beside it, relative to {first}:\n\n"
         f"{table_of_cases(cases, lambda case, row: row.finals)}\n\n"
         f"The same at the seconds that {first} has taken:\n\n{same}"
     )
@@ -186,17 +186,16 @@ def tables(cases: list[Case]) -> str:
 def draw(cases: list[Case], panel: Callable[[Axes, Case], None]) -> Figure:
     columns = min(len(cases), PANELS)
     rows = -(-len(cases) // columns)
-    figure = Figure(figsize=(4.6 * columns + 2.6, 3.9 * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(4.6 * columns + 2.6, 3.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for ax, case in zip(axes, cases, strict=False):
         panel(ax, case)
-        ax.set_title(case.name)
+        ax.set_title(case.name or case.experiment.title)
         ax.grid(alpha=0.3)
     for ax in axes[len(cases) :]:
         ax.axis("off")
-    figure.suptitle(cases[0].experiment.title)
     handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside center right", fontsize=8)
     return figure
 
 
@@ -220,19 +219,20 @@ def courses(ax: Axes, case: Case) -> None:
 
 def ratios(ax: Axes, case: Case) -> None:
     """The metric over the number of trained parameters, a line for each method and optimizer: median and range."""
-    series: dict[tuple[str, str], list[Row]] = {}
+    series: dict[str, list[Row]] = {}
     for label, row in case.rows.items():
         method = case.experiment.methods[label]
         if row is not case.reference:
-            series.setdefault((method["method"], method.get("optimizer", "adam")), []).append(row)
-    for number_, ((method, optimizer), rows) in enumerate(series.items()):
+            name = ", ".join(method[key] for key in ("method", "split", "optimizer") if key in method)
+            series.setdefault(name, []).append(row)
+    for number_, (name, rows) in enumerate(series.items()):
         rows = sorted(rows, key=lambda row: row.trainable)
         values = [[v for v in row.finals if v is not None] or [float("nan")] for row in rows]
         middle = [median(v) for v in values]
         bars = [[m - min(v) for m, v in zip(middle, values, strict=True)],
                 [max(v) - m for m, v in zip(middle, values, strict=True)]]  # fmt: skip
         x = [row.trainable for row in rows]
-        ax.errorbar(x, middle, bars, fmt="o-", ms=4, color=f"C{number_}", label=f"{method}, {optimizer}")
+        ax.errorbar(x, middle, bars, fmt="o-", ms=4, color=f"C{number_}", label=name)
     if case.reference:
         reference = case.middle(case.reference.finals)
         ax.axhline(reference, color="0.3", ls="--", label=f"{case.reference.label} ({case.reference.trainable:,})")
