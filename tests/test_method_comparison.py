@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +15,7 @@ for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
 import report  # noqa: E402
 import run  # noqa: E402
 from experiments import Run, experiment_names, load_experiments, missing_packages  # noqa: E402
-from methods import SPLITS, even_ranks, ranks_within  # noqa: E402
-
-from peft_lotra.tucker import parameter_count  # noqa: E402
+from methods import ranks_within  # noqa: E402
 
 # torch's own, as in pyproject.toml
 WARNINGS = ("-W", "error", "-W", "ignore:`torch.jit.script:DeprecationWarning")
@@ -191,26 +188,6 @@ def test_ranks_within():
     assert ranks_within(10, {"a": 4, "b": 4}, lambda name, r: {"a": 1, "b": 2}[name] * r) == {"a": 4, "b": 3}
     assert ranks_within(10, {"a": 4, "b": 1}, lambda name, r: {"a": 1, "b": 2}[name] * r) == {"a": 4, "b": 1}
     assert ranks_within(2, {"a": 4, "b": 4}, lambda name, r: {"a": 1, "b": 2}[name] * r) == {"a": 1, "b": 1}
-
-
-def test_even_ranks():
-    shapes = {"narrow": (2, 8, 4), "wide": (8, 8, 4), "last": (8, 1, 4)}
-    assert even_ranks(shapes, sum(map(math.prod, shapes.values())) * 3) == shapes
-    ranks = even_ranks(shapes, 120)  # 36 + 48 + 35; rank 3 anywhere else is above
-    assert ranks == {"narrow": (2, 2, 2), "wide": (2, 2, 2), "last": (2, 1, 3)}
-    assert sum(parameter_count(shapes[name], r) for name, r in ranks.items()) <= 120
-    assert even_ranks(shapes, 1) == dict.fromkeys(shapes, (1, 1, 1))
-
-
-@pytest.mark.parametrize("method", ["lotra", "slim"])
-def test_split_keeps_to_the_budget_and_changes_ranks(method, tmp_path):
-    methods = {split: {"method": method, "ratio": 0.5, "split": split, "lr": 1e-2} for split in SPLITS}
-    settings = EXPERIMENT["settings"] | {"width": 16}
-    (experiment,) = experiments(tmp_path / "e", settings=settings, methods=methods, seeds=[0])
-    run.run_all([experiment], 1, tmp_path / "results", tmp_path / "bases")
-    counts = [json.loads(path.read_text())["trainable"] for path in files(tmp_path / "results")]
-    assert len(set(counts)) == 2
-    assert all(0.35 < count / (2 * 16 * 8 + 16 * 16 * 8 + 16 * 8) <= 0.5 for count in counts)
 
 
 def made_results(experiment, folder, finals):

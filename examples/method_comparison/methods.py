@@ -21,7 +21,6 @@ from peft_lotra import (
     lotra_parameter_groups,
     slim_kan,
 )
-from peft_lotra.tucker import parameter_count
 
 Settings = Mapping[str, Any]
 INITIALISATIONS = ("random", "gradient", "gradient_hosvd")
@@ -31,14 +30,13 @@ HIGHEST_RANK = 64  # that is tried for PEFT's own methods
 # Settings that every method may have, and those of single methods.
 COMMON = ("method", "optimizer", "lr", "lr_of", "adam", "steps", "cases")
 RANKS = ("ratio", "r", "rank_pattern")
-SPLITS = ("proportional", "even")  # of a ratio's budget over modes
 METHODS: dict[str, tuple[str, ...]] = {
     "full": (),
     "scratch": (),
     "last_layer": (),
     "base_weights": (),
-    "lotra": (*RANKS, "split", "alpha", "init", "lr_rule"),
-    "slim": (*RANKS, "split", "lr_rule"),
+    "lotra": (*RANKS, "alpha", "init", "lr_rule"),
+    "slim": (*RANKS, "lr_rule"),
     "lora": ("ratio",),
     "lora_parameters": ("ratio",),
     "loha": ("ratio",),
@@ -59,7 +57,7 @@ def check_method(label: str, settings: Settings) -> None:
     allowed = (*COMMON, *METHODS[name])
     if unknown := sorted(set(settings) - set(allowed)):
         raise ValueError(f"{label!r}: the method {name!r} should have some of {list(allowed)} but has {unknown}")
-    for key, values in {"optimizer": OPTIMIZERS, "init": INITIALISATIONS, "split": SPLITS}.items():
+    for key, values in {"optimizer": OPTIMIZERS, "init": INITIALISATIONS}.items():
         if settings.get(key, values[0]) not in values:
             raise ValueError(f"{label!r}: `{key}` should be one of {list(values)} but the value is {settings[key]!r}")
     if "ratio" in METHODS[name] and sum(key in settings for key in RANKS) != 1:
@@ -124,39 +122,13 @@ def _base_weights(model: nn.Module, settings: Settings, task: Task, *_: Any) -> 
     return _only(model, lambda name: name not in coefficients, "weights beside its coefficients")
 
 
-def _ranks(settings: Settings, coefficients: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """For `LoTRAConfig`. "proportional": r_k = t · size, of `compression_ratio`; "even": see `even_ranks`."""
-    if "ratio" not in settings:
-        return {key: settings[key] for key in ("r", "rank_pattern") if key in settings}
-    if settings.get("split") != "even":
-        return {"compression_ratio": settings["ratio"]}
-    shapes = {name: tuple(A.shape) for name, A in coefficients.items()}
-    return {"rank_pattern": even_ranks(shapes, settings["ratio"] * sum(map(math.prod, shapes.values())))}
-
-
-def even_ranks(shapes: Mapping[str, tuple[int, ...]], budget: float) -> dict[str, tuple[int, int, int]]:
-    """Tucker ranks of all tensors: raised by one in turn, the lowest first, as long as the parameters fit.
-
-    They are nearly the same everywhere, so that narrow modes keep their full size. In proportion to the modes, two
-    inputs would get rank 1 at a tenth: the layer then sees both through one function.
-    """
-    ranks = {name: [1, 1, 1] for name in shapes}
-    open_ = [(name, mode) for name in shapes for mode in range(3)]
-    while open_:
-        name, mode = min(open_, key=lambda place: ranks[place[0]][place[1]])
-        ranks[name][mode] += 1
-        if (
-            ranks[name][mode] > shapes[name][mode]
-            or sum(parameter_count(shapes[other], r) for other, r in ranks.items()) > budget
-        ):
-            ranks[name][mode] -= 1
-            open_.remove((name, mode))
-    return {name: tuple(r) for name, r in ranks.items()}
+def _ranks(settings: Settings) -> dict[str, Any]:
+    ranks = {key: settings[key] for key in ("r", "rank_pattern") if key in settings}
+    return ranks or {"compression_ratio": settings["ratio"]}
 
 
 def _lotra(model: nn.Module, settings: Settings, task: Task, objective: Objective, *_: Any) -> nn.Module:
-    ranks = _ranks(settings, effective_coefficients(model, task.coefficients(model)))
-    config = LoTRAConfig(coefficients=task.coefficients(model), alpha=settings.get("alpha", 1.0), **ranks)
+    config = LoTRAConfig(coefficients=task.coefficients(model), alpha=settings.get("alpha", 1.0), **_ranks(settings))
     adapted = get_peft_model(model, config)
     method = settings.get("init", "random")
     if method != "random":
@@ -173,7 +145,7 @@ def _slim(model: nn.Module, settings: Settings, task: Task, *_: Any) -> nn.Modul
     coefficients = effective_coefficients(model, task.coefficients(model))
     # What is not a coefficient is trained as in the dense KAN.
     others = [p for name, p in model.named_parameters() if p.requires_grad and name not in coefficients]
-    slim = slim_kan(model, coefficients=task.coefficients(model), **_ranks(settings, coefficients))
+    slim = slim_kan(model, coefficients=task.coefficients(model), **_ranks(settings))
     for parameter in others:
         parameter.requires_grad_(True)
     return slim

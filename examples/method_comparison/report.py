@@ -25,11 +25,12 @@ from command_line import new_parser
 from experiments import Experiment, experiment_names, load_experiments
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from reporting import write_atomically
 
 HERE = Path(__file__).parent
 WIDE = 3  # cases; more of them have a table in common
-PANELS = 4  # of a row of a picture
+PANELS = 3  # of a row of a picture; more of them have two rows
 TENTH, SLIM = 0.1, "Slim 1/10"
 SAME_SECONDS = "LoTRA at ≤ 1/10 against full fine-tuning by Adam, same seconds"
 PDE_LIMITS = {"elliptic": 1.5, "parabolic": 1.5, "hyperbolic": 2.0}  # of LoTRA's error to full fine-tuning's, by Adam
@@ -184,8 +185,8 @@ def tables(cases: list[Case]) -> str:
 
 
 def draw(cases: list[Case], panel: Callable[[Axes, Case], None]) -> Figure:
-    columns = min(len(cases), PANELS)
-    rows = -(-len(cases) // columns)
+    rows = 1 if len(cases) <= PANELS else 2
+    columns = -(-len(cases) // rows)
     figure = Figure(figsize=(4.6 * columns + 2.6, 3.9 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for ax, case in zip(axes, cases, strict=False):
@@ -223,7 +224,7 @@ def ratios(ax: Axes, case: Case) -> None:
     for label, row in case.rows.items():
         method = case.experiment.methods[label]
         if row is not case.reference:
-            name = ", ".join(method[key] for key in ("method", "split", "optimizer") if key in method)
+            name = ", ".join(method[key] for key in ("method", "optimizer") if key in method)
             series.setdefault(name, []).append(row)
     for number_, (name, rows) in enumerate(series.items()):
         rows = sorted(rows, key=lambda row: row.trainable)
@@ -235,8 +236,9 @@ def ratios(ax: Axes, case: Case) -> None:
         ax.errorbar(x, middle, bars, fmt="o-", ms=4, color=f"C{number_}", label=name)
     if case.reference:
         reference = case.middle(case.reference.finals)
-        ax.axhline(reference, color="0.3", ls="--", label=f"{case.reference.label} ({case.reference.trainable:,})")
+        ax.axhline(reference, color="0.3", ls="--", label=case.reference.label)
     ax.set_xscale("log")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     if not case.task.higher_is_better:
         ax.set_yscale("log")
     ax.set(xlabel="trained parameters", ylabel=case.task.metric)
