@@ -16,9 +16,9 @@ from torch import nn
 
 from peft_lotra import (
     LoTRAConfig,
+    create_lotra_optimizer,
     effective_coefficients,
     initialize_lotra_weights,
-    lotra_parameter_groups,
     slim_kan,
 )
 
@@ -35,8 +35,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "scratch": (),
     "last_layer": (),
     "base_weights": (),
-    "lotra": (*RANKS, "alpha", "init", "lr_rule"),
-    "slim": (*RANKS, "lr_rule"),
+    "lotra": (*RANKS, "alpha", "init", "lr_rule", "orthonormal"),
+    "slim": (*RANKS, "lr_rule", "orthonormal"),
     "lora": ("ratio",),
     "lora_parameters": ("ratio",),
     "loha": ("ratio",),
@@ -84,11 +84,13 @@ def apply_method(model: nn.Module, settings: Settings, task: Task, objective: Ob
     return _APPLY[settings["method"]](model, settings, task, objective)
 
 
-def parameter_groups(model: nn.Module, settings: Settings, lr: float) -> list[dict[str, Any]]:
-    """For torch's optimizers."""
+def adam_of(model: nn.Module, settings: Settings, lr: float) -> torch.optim.Optimizer:
+    """Adam on what is trainable."""
+    others = settings.get("adam", {})
     if settings["method"] in ("lotra", "slim"):
-        return lotra_parameter_groups(model, lr=lr, lr_rule=settings.get("lr_rule", "LR-4"))
-    return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
+        others = {key: settings[key] for key in ("lr_rule", "orthonormal") if key in settings} | others
+        return create_lotra_optimizer(model, torch.optim.Adam, lr=lr, **others)
+    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr, **others)
 
 
 def _everything(model: nn.Module, *_: Any) -> nn.Module:

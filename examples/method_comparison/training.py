@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from methods import parameter_groups
+from methods import adam_of
 from objectives import Objective
 from torch import nn
 
@@ -62,7 +62,7 @@ def train_by_adam(
 ) -> list[Mark]:
     """Cosine decay to zero. Ends early if the metric is not finite any more."""
     with watch:
-        optimizer = torch.optim.Adam(parameter_groups(model, settings, lr), **settings.get("adam", {}))
+        optimizer = adam_of(model, settings, lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     marks = [Mark(0, watch.seconds, measured(model, objective))]
     ends = sorted({math.ceil(steps * k / MARKS) for k in range(1, MARKS + 1)})
