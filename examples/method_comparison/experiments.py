@@ -135,7 +135,7 @@ def load_experiments(
 
 def missing_packages(experiment: Experiment) -> list[str]:
     """The commands that install what the task's data is read from, where that is not there."""
-    needed = experiment.task_of(next(iter(experiment.cases))).requires
+    needed = {p: command for case in experiment.cases for p, command in experiment.task_of(case).requires.items()}
     return [command for package, command in needed.items() if importlib.util.find_spec(package) is None]
 
 

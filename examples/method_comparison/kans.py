@@ -1,4 +1,4 @@
-"""The KANs of the tasks: layers of one kind in a row."""
+"""The KANs of the tasks: layers of one kind in a row, and convolutional ones with residual connections."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from chebyshev_kan import chebyshev_basis
+from einops import rearrange
 from layers import KINDS, OneLayer
-from torch import nn
+from torch import Tensor, nn
+
+from peft_lotra import register_kan_layer
 
 
 def build_kan(kind: str, widths: Sequence[int], basis: int, seed: int) -> nn.Sequential:
@@ -30,3 +35,56 @@ def build_kan(kind: str, widths: Sequence[int], basis: int, seed: int) -> nn.Seq
 def coefficients_of(kan: nn.Sequential, kind: str) -> dict[str, Any]:
     """What `LoTRAConfig(coefficients=...)` has to be told."""
     return dict(KINDS[kind].coefficients(kan[0].layer))
+
+
+class ConvKANLayer(nn.Module):
+    """y_o(p) = Σ_h Σ_w Σ_i Σ_d weight[o, (i d), h, w] · T_d(tanh x_i(p + (h, w)))
+
+    Shapes: x (N, n, height, width), conv.weight (m, n · n_d, kernel, kernel), y (N, m, height, width).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, basis: int) -> None:
+        super().__init__()
+        self.basis = basis
+        self.conv = nn.Conv2d(in_channels * basis, out_channels, kernel, padding=kernel // 2, bias=False)
+        nn.init.normal_(self.conv.weight, std=(in_channels * basis) ** -0.5 / kernel)
+        with torch.no_grad():  # less of the higher degrees, as in ChebyshevKANLayer
+            self.conv.weight /= torch.arange(1, basis + 1).repeat(in_channels)[:, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(rearrange(chebyshev_basis(torch.tanh(x), self.basis - 1), "b i h w d -> b (i d) h w"))
+
+
+register_kan_layer(ConvKANLayer, lambda layer: {"conv.weight": {"layout": "o (i d) h w", "sizes": {"d": layer.basis}}})
+
+
+class ResidualBlock(nn.Module):
+    """x + conv_2(norm_2(conv_1(norm_1(x)))), shape (N, channels, height, width)"""
+
+    def __init__(self, channels: int, basis: int) -> None:
+        super().__init__()
+        layers = ((nn.GroupNorm(1, channels), ConvKANLayer(channels, channels, 3, basis)) for _ in range(2))
+        self.layers = nn.Sequential(*(module for pair in layers for module in pair))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class ResNetKAN(nn.Module):
+    """(N, size²) → (N, classes): a convolution, residual blocks with the size halved between them, a KAN layer on the
+    mean over each quarter of the image."""
+
+    def __init__(self, size: int, channels: int, blocks: int, classes: int, basis: int) -> None:
+        super().__init__()
+        self.size = size
+        self.stem = ConvKANLayer(1, channels, 3, basis)
+        self.blocks = nn.ModuleList(ResidualBlock(channels, basis) for _ in range(blocks))
+        self.norm = nn.LayerNorm(4 * channels)
+        self.head = ConvKANLayer(4 * channels, classes, 1, basis)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.view(-1, 1, self.size, self.size))
+        for number, block in enumerate(self.blocks):
+            x = block(F.avg_pool2d(x, 2) if number else x)
+        x = self.norm(F.adaptive_avg_pool2d(x, 2).flatten(1))
+        return self.head(x[..., None, None]).flatten(1)

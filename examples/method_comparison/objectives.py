@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 
 class Objective:
@@ -19,6 +21,23 @@ class Objective:
     def metric(self, model: nn.Module) -> float:
         """What the tables show, on data or points that are not trained on."""
         raise NotImplementedError
+
+    def train(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        steps: int,
+        goes_on: Callable[[int], bool],
+    ) -> None:
+        """`steps` steps of the optimizer; `goes_on` is asked after each, with their number."""
+        for step in range(steps):
+            optimizer.zero_grad()
+            self.loss(model, step).backward()
+            optimizer.step()
+            schedule.step()
+            if not goes_on(step + 1):
+                break
 
     def least_squares(self) -> tuple[Any, Any]:
         """(residual_fn, data) for `peft_lotra.fit_gauss_newton`.
@@ -55,10 +74,15 @@ class Supervised(Objective):
         self.training, self.test, self.loss_fn, self.metric_fn = training, test, loss_fn, metric_fn
         self.batch, self.seed = min(batch, len(training.x)), seed
 
-    def loss(self, model: nn.Module, step: int) -> Tensor:
+    def drawn(self, step: int) -> Data:
+        """The batch of a step."""
         rows = torch.randint(len(self.training.x), (self.batch,), generator=generator(self.seed, step))
         rows = rows.to(self.training.x.device)
-        return self.loss_fn(model(self.training.x[rows]), self.training.y[rows])
+        return Data(self.training.x[rows], self.training.y[rows])
+
+    def loss(self, model: nn.Module, step: int) -> Tensor:
+        x, y = self.drawn(step)
+        return self.loss_fn(model(x), y)
 
     @torch.no_grad()
     def metric(self, model: nn.Module) -> float:
@@ -88,6 +112,18 @@ class Regression(Supervised):
 
     def least_squares(self) -> tuple[Any, Any]:
         return (lambda net, batch: net(batch[0]) - batch[1]), tuple(self.training)
+
+
+class Classification(Supervised):
+    """Cross-entropy of model(x), shape (samples, classes), and y, the numbers of the classes; the metric is the
+    accuracy in %."""
+
+    def __init__(self, training: Data, test: Data, batch: int, seed: int) -> None:
+        super().__init__(training, test, nn.functional.cross_entropy, accuracy, batch, seed)
+
+
+def accuracy(outputs: Tensor, y: Tensor) -> Tensor:
+    return 100 * (outputs.argmax(-1) == y).float().mean()
 
 
 def relative_error(outputs: Tensor, y: Tensor) -> Tensor:

