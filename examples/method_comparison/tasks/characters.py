@@ -6,6 +6,7 @@ Both are read from the Python that runs this.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,6 +46,12 @@ def text(name: str) -> Tensor:
     return torch.tensor([CHARACTERS[character] for character in content if character in CHARACTERS])
 
 
+def shares(modules: Sequence[str], characters: int) -> list[Tensor]:
+    """The same number of characters of every module, from its middle: the beginning is mostly prose."""
+    length = characters // len(modules)
+    return [source[max(0, len(source) - length) // 2 :][:length] for source in map(text, modules)]
+
+
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     """Of every token, given those before it; mean, in nats. shapes: (N, t, tokens), (N, t)"""
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
@@ -52,15 +59,16 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Characters(Task):
-    """Windows of `length` characters; `samples` characters of source code to train on."""
+    """Windows of `length` characters; `samples` characters of source code to train on, the same share of each
+    module."""
 
-    samples: int = 200_000
-    test_samples: int = 9_600  # the same share of each module
+    samples: int = 100_000
+    test_samples: int = 9_600
     length: int = 48
     batch: int = 16
-    hidden: int = 32
+    hidden: int = 64
     kan_hidden: int = 64
-    layers: int = 2
+    layers: int = 1
     heads: int = 4
     basis: int = 5
 
@@ -86,8 +94,8 @@ class Characters(Task):
             prose = text("prose")
             training, tests = prose[: -self.test_samples], [prose[-self.test_samples :]]
         else:
-            training = torch.cat([text(name) for name in TRAINING_MODULES])[: self.samples]
-            tests = [text(name)[: self.test_samples // len(TEST_MODULES)] for name in TEST_MODULES]
+            training = torch.cat(shares(TRAINING_MODULES, self.samples))
+            tests = shares(TEST_MODULES, self.test_samples)
         windows = training.to(device).unfold(0, self.length, 1)  # from every character on; a view
         held_out = torch.cat([test.unfold(0, self.length, self.length) for test in tests]).to(device)
         return OnTokens(Data(windows, windows), Data(held_out, held_out), cross_entropy, self.batch, seed)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kans import ResNetKAN, build_kan, coefficients_of
+from kans import Normed, ResNetKAN, build_kan, coefficients_of
 from objectives import Classification, Data, Objective, generator
 from torch import Tensor, nn
 
@@ -107,7 +107,11 @@ class Images(Task):
     def build(self, seed: int) -> nn.Module:
         classes = len(self.labels)
         if self.network == "kan":
-            return build_kan(self.kan, (self.size**2, *[self.width] * self.depth, classes), self.basis, seed)
+            widths = (self.size**2, *[self.width] * self.depth, classes)
+            kan = build_kan(self.kan, widths, self.basis, seed)
+            if self.kan == "fastkan":  # it has a norm of its own
+                return kan
+            return nn.Sequential(*(Normed(n, one.layer) for n, one in zip(widths, kan, strict=False)))
         torch.manual_seed(seed)
         return ResNetKAN(self.size, self.width, self.depth, classes, self.basis)
 

