@@ -12,6 +12,7 @@ import torch
 SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
 for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
     sys.path.insert(0, str(folder))
+import report  # noqa: E402
 import run  # noqa: E402
 from experiments import load_experiments  # noqa: E402
 from kans import ConvKANLayer, ResNetKAN  # noqa: E402
@@ -211,3 +212,24 @@ def test_runs_on_reviews(tmp_path):
     methods = {"full": {"method": "full", "lr": 1e-2}, "A": {"method": "lotra", "ratio": 0.5, "lr": 1e-2}}
     found = results(tmp_path, "reviews", small, methods)
     assert all(0 <= result["marks"][-1][2] <= 100 for result in found.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "finals", "measured"),
+    [
+        ("text_code", {"LoTRA 1/4": 1.7, "LoTRA 1/10": 1.98, "LoTRA 1/10, gradient": 1.94}, ["0.970 ×", "yes"]),
+        ("text_code", {"LoTRA 1/4": 1.7, "LoTRA 1/10": 2.06, "LoTRA 1/10, gradient": 2.1}, ["1.030 ×", "**no**"]),
+        ("text_reviews", {"LoTRA 1/4": 3.0, "LoTRA 1/10": 1.5, "LoTRA 1/16": 1.25}, ["-0.50 points", "yes"]),
+        ("text_reviews", {"LoTRA 1/4": 3.0, "LoTRA 1/10": 0.5, "LoTRA 1/16": 0.25}, ["-1.50 points", "**no**"]),
+    ],
+)
+def test_how_near_to_the_reference(name, finals, measured, monkeypatch):
+    (experiment,) = load_experiments([name])
+    case = report.Case(experiment, "", Path("nowhere"))
+    monkeypatch.setattr(report, "complete", lambda *_: case)
+    for label, value in {"full": 2.0, **finals}.items():
+        result = {"trainable": 25 if "1/4" in label else 10, "coefficients": 100, "marks": [[1, 1.0, value]]}
+        case.rows[label] = report.Row(label, [result], 1e-3, False)
+    (line,) = [line for line in report.aims([experiment], Path("nowhere")).splitlines() if name in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert [cells[2].split(" (")[0], cells[4]] == measured
