@@ -126,6 +126,14 @@ def test_residual_blocks_are_the_identity_without_coefficients():
     torch.testing.assert_close(block(y), y)
 
 
+def test_backward_through_frozen_convolutions():
+    model = ResNetKAN(8, 16, 2, 5, 5)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("conv" not in name)
+    model(torch.randn(32, 64)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 def test_rotation():
     x = torch.rand(2, 1, 8, 8)
     assert not torch.allclose(images.rotated(x, 90), x)

@@ -65,7 +65,10 @@ class ConvKANLayer(nn.Module):
             self.conv.weight /= torch.arange(1, basis + 1).repeat(in_channels)[:, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(rearrange(chebyshev_basis(torch.tanh(x), self.basis - 1), "b i h w d -> b (i d) h w"))
+        basis = rearrange(chebyshev_basis(torch.tanh(x), self.basis - 1), "b i h w d -> b (i d) h w")
+        # Of one channel, it is a view with the channels last. Residual blocks then mix both orders, and the backward
+        # pass of a frozen convolution (torch 2.13, CPU) crashes.
+        return self.conv(basis.contiguous())
 
 
 register_kan_layer(ConvKANLayer, lambda layer: {"conv.weight": {"layout": "o (i d) h w", "sizes": {"d": layer.basis}}})
