@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .layer import LoTRALayer
+from .sharding import has_shards
 from .tucker import orthonormal as orthonormal_factors
 
 Multipliers = Mapping[str, float]
@@ -38,7 +39,7 @@ def create_lotra_optimizer(
     """`optimizer_cls` over all trainable parameters, with the learning rates of `lotra_parameter_groups`.
 
     With `orthonormal`, each step ends with U_k ← Q_k, G ← G ×₁ R1 ×₂ R2 ×₃ R3 for U_k = Q_k R_k. The update is the
-    same, but entrywise steps like Adam's then meet factors of constant size. Ours; not for sharded parameters.
+    same, but entrywise steps like Adam's then meet factors of constant size. Ours.
 
     Args:
         model: an adapted model.
@@ -46,17 +47,30 @@ def create_lotra_optimizer(
         lr, lr_rule, weight_decay: see `lotra_parameter_groups`.
         orthonormal: whether to keep the columns of U1, U2, U3 orthonormal.
         kwargs: for the optimizer.
+
+    Raises:
+        ValueError: see `lotra_parameter_groups`; also with `orthonormal` for a sharded model, here or in a step.
     """
     groups = lotra_parameter_groups(model, lr=lr, lr_rule=lr_rule, weight_decay=weight_decay)
     optimizer = optimizer_cls(groups, **kwargs)
     if orthonormal:
+        _check_whole(model)
         optimizer.register_step_post_hook(lambda *_: _orthonormalize(model))
     return optimizer
+
+
+def _check_whole(model: nn.Module) -> None:
+    if has_shards(model):
+        raise ValueError(
+            "`orthonormal`=True needs whole factors in every process, and the model is sharded (FSDP2 or ZeRO-3): "
+            "leave it out, or use DDP"
+        )
 
 
 @torch.no_grad()
 def _orthonormalize(model: nn.Module) -> None:
     """U_k ← Q_k, G ← G ×_k R_k for the adapters that are being trained."""
+    _check_whole(model)  # it may have been sharded since
     for layer in model.modules():
         if isinstance(layer, LoTRALayer):
             for name in layer.lotra_core:

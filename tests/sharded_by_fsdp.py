@@ -28,7 +28,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from peft_lotra import LoTRAConfig, LoTRALayer, fit_gauss_newton, initialize_lotra_weights, slim_kan
+from peft_lotra import (
+    LoTRAConfig,
+    LoTRALayer,
+    create_lotra_optimizer,
+    fit_gauss_newton,
+    initialize_lotra_weights,
+    slim_kan,
+)
 
 WRAPPED = ("root", "block", "adapted layer", "base layer", "owner", "containers")
 OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -263,6 +270,8 @@ def test_what_needs_whole_models_is_refused():
             initialize_lotra_weights(model, lambda model=model: model(X).sum().backward(), progressbar=False)
         with pytest.raises(ValueError, match="`model` is sharded .* fit it before it is sharded"):
             fit_gauss_newton(model, lambda net, batch: net(batch), X, iterations=1, progressbar=False)
+        with pytest.raises(ValueError, match="`orthonormal`=True needs whole factors .* leave it out, or use DDP"):
+            create_lotra_optimizer(model, torch.optim.Adam, lr=1e-2, orthonormal=True)
 
 
 def test_adapters_on_a_sharded_base():
