@@ -14,8 +14,8 @@ for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
     sys.path.insert(0, str(folder))
 import report  # noqa: E402
 import run  # noqa: E402
+from compared_methods import ranks_within  # noqa: E402
 from experiments import Run, experiment_names, load_experiments, missing_packages  # noqa: E402
-from methods import ranks_within  # noqa: E402
 
 # torch's own, as in pyproject.toml
 WARNINGS = ("-W", "error", "-W", "ignore:`torch.jit.script:DeprecationWarning")

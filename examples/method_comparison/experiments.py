@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from methods import FROM_SCRATCH, check_method
+from compared_methods import FROM_SCRATCH, check_method
 from tasks import Task, make_task
 
 HERE = Path(__file__).parent

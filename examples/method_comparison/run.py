@@ -32,8 +32,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from accelerate import Accelerator
 from command_line import exit_code, new_parser, positive_int
+from compared_methods import FROM_SCRATCH, above_budget, apply_method, count_coefficients, trainable
 from experiments import Experiment, Run, digest, experiment_names, load_experiments, missing_packages
-from methods import FROM_SCRATCH, above_budget, apply_method, count_coefficients, trainable
 from reporting import write_atomically
 from torch import nn
 from tqdm import tqdm

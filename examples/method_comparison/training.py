@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from methods import adam_of
+from compared_methods import adam_of
 from objectives import Objective
 from torch import nn
 

@@ -121,12 +121,10 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         args, kwargs = _mapped(StandIn.scaled, args), _mapped(StandIn.scaled, kwargs)
         found = _standins([args, kwargs])
     handler = found[0].handlers.get(function)
-    name = getattr(function, "__name__", str(function))
-    writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or kwargs.get("out") is not None
     unrecorded = found[0].recorded and not torch.is_grad_enabled() and found[0].requires_grad
-    if unrecorded and handler is not _described and not writes:
+    if unrecorded and handler is not _described and not _writes(function, kwargs):
         # In the forward of a `torch.autograd.Function`, whose backward would not know of the factors.
-        raise RuntimeError(f"a StandIn was given to `{name}` without gradients")
+        raise RuntimeError(f"a StandIn was given to `{_name(function)}` without gradients")
     if handler is not None and (len(found) == 1 or handler in (_viewed, _described)):
         result = handler(function, found[0], args, kwargs)
         if result is not NotImplemented:
@@ -138,13 +136,22 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         product, other = (args[0], args[1]) if ones else (args[1], args[0])
         if isinstance(other, Ones) and torch.broadcast_shapes(product.shape, other.shape) == product.shape:
             return product
-    if writes:
+    if _writes(function, kwargs):
         raise TypeError(
-            f"`{name}` would write to adapted coefficients, which are a parameter and its update without memory of "
-            "their own: use the operation that returns a new tensor"
+            f"`{_name(function)}` would write to adapted coefficients, which are a parameter and its update without "
+            "memory of their own: use the operation that returns a new tensor"
         )
-    warn(name, found[0].owner)
+    warn(_name(function), found[0].owner)
     return function(*_mapped(_dense, args), **_mapped(_dense, kwargs))
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return getattr(function, "__name__", str(function))
+
+
+def _writes(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    name = _name(function)
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or kwargs.get("out") is not None
 
 
 def _viewed(function: Callable[..., Any], standin: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
