@@ -223,12 +223,14 @@ def courses(ax: Axes, case: Case) -> None:
 
 
 def ratios(ax: Axes, case: Case) -> None:
-    """The metric over the number of trained parameters, a line for each method and optimizer: median and range."""
+    """The metric over the number of trained parameters, a line for each method, optimizer and kind of factors: median
+    and range."""
     series: dict[str, list[Row]] = {}
     for label, row in case.rows.items():
         method = case.experiment.methods[label]
         if row is not case.reference:
-            name = ", ".join(method[key] for key in ("method", "optimizer") if key in method)
+            name = ", ".join(method[key] for key in ("method", "optimizer", "init") if key in method)
+            name += ", orthonormal" * method.get("orthonormal", False)
             series.setdefault(name, []).append(row)
     for number_, (name, rows) in enumerate(series.items()):
         rows = sorted(rows, key=lambda row: row.trainable)
