@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.utils._pytree import tree_flatten, tree_map
 from tqdm import tqdm
 
-from .sharding import has_shards
+from .sharding import check_not_sharded
 
 _Residual = Callable[[Callable[..., Any], Any], torch.Tensor]
 
@@ -181,11 +181,9 @@ class _Problem:
     """r(θ) and J(θ) of a model, residual functions and data; rows are divided by √N so that ‖r‖² is the loss."""
 
     def __init__(self, model: nn.Module, residual_fn: Any, chunk_size: int | None) -> None:
-        if has_shards(model):
-            raise ValueError(
-                "`model` is sharded (FSDP2 or ZeRO-3), but every process needs all that is fitted: fit it before it "
-                "is sharded, or save the adapter and fit it in one process"
-            )
+        check_not_sharded(
+            model, "`model`", "fit it before it is sharded, or save the adapter and fit it in one process"
+        )
         self.model = model
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.trained:

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .layer import LoTRALayer
-from .sharding import has_shards
+from .sharding import check_not_sharded
 from .standin import adapted_coefficients, replaced
 
 METHODS = {"gradient": (1,), "gradient_hosvd": (0, 1, 2)}  # the modes whose factors are set
@@ -75,11 +75,8 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoTRALayer]:
         adapters = sorted({key for layer in found.values() for key in layer.lotra_core})
         raise ValueError(f"`adapter_name`={adapter_name!r}: the model has the LoTRA adapters {adapters}")
     for name, layer in layers.items():
-        if has_shards(layer):
-            raise ValueError(
-                f"the parameters of {name} are sharded (FSDP2 or ZeRO-3): initialise the adapter before the model is "
-                "sharded; all processes then have the same factors"
-            )
+        instead = "initialise the adapter before the model is sharded; all processes then have the same factors"
+        check_not_sharded(layer, f"the layer {name}", instead)
         if layer.lotra_core[adapter_name].any():
             raise ValueError(
                 f"the adapter {adapter_name!r} has a core that is not zero at {name}: it has been trained, or was "

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .layer import LoTRALayer
-from .sharding import has_shards
+from .sharding import check_not_sharded
 from .tucker import orthonormal as orthonormal_factors
 
 Multipliers = Mapping[str, float]
@@ -60,11 +60,8 @@ def create_lotra_optimizer(
 
 
 def _check_whole(model: nn.Module) -> None:
-    if has_shards(model):
-        raise ValueError(
-            "`orthonormal`=True needs whole factors in every process, and the model is sharded (FSDP2 or ZeRO-3): "
-            "leave it out, or use DDP"
-        )
+    instead = "`orthonormal`=True needs whole factors in every process: leave it out, or use DDP"
+    check_not_sharded(model, "`model`", instead)
 
 
 @torch.no_grad()

@@ -40,6 +40,12 @@ def has_shards(module: nn.Module) -> bool:
     return bool(fsdp_modules(module)) or any(hasattr(p, "ds_shape") or is_sharded(p) for p in module.parameters())
 
 
+def check_not_sharded(module: nn.Module, what: str, instead: str) -> None:
+    """Raise ValueError, saying what to do `instead`, if the module is sharded."""
+    if has_shards(module):
+        raise ValueError(f"{what} is sharded (FSDP2 or ZeRO-3): {instead}")
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with the values of all processes, which therefore must all call this.
 

@@ -154,9 +154,7 @@ def pytest_collection_modifyitems(config, items):
         source = inspect.getsource(item.function)
         in_table = "config0" in getattr(getattr(item, "callspec", None), "params", ()) or "LoTRAConfig" in item.name
         made = in_table or "LoraConfig" in item.name.split("[")[-1] or re.search(r"\bLoraConfig\(", source)
-        if made and not re.search(
-            r"lora_[AB]|\blora\.|LoraLayer|LoraModel|_register_custom_module|\bclass .*Lora", source
-        ):
+        if made and not LORA_ONLY.search(source):
             kept.append(item)
     items[:] = kept
 

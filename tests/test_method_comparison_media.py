@@ -12,7 +12,8 @@ import torch
 SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
 for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
     sys.path.insert(0, str(folder))
-import report  # noqa: E402
+import aims  # noqa: E402
+import rows  # noqa: E402
 import run  # noqa: E402
 from experiments import load_experiments  # noqa: E402
 from kans import ConvKANLayer, ResNetKAN  # noqa: E402
@@ -233,11 +234,11 @@ def test_runs_on_reviews(tmp_path):
 )
 def test_how_near_to_the_reference(name, finals, measured, monkeypatch):
     (experiment,) = load_experiments([name])
-    case = report.Case(experiment, "", Path("nowhere"))
-    monkeypatch.setattr(report, "complete", lambda *_: case)
+    case = rows.Case(experiment, "", Path("nowhere"))
+    monkeypatch.setattr(aims, "complete", lambda *_: case)
     for label, value in {"full": 2.0, **finals}.items():
         result = {"trainable": 25 if "1/4" in label else 10, "coefficients": 100, "marks": [[1, 1.0, value]]}
-        case.rows[label] = report.Row(label, [result], 1e-3, False)
-    (line,) = [line for line in report.aims([experiment], Path("nowhere")).splitlines() if name in line]
+        case.rows[label] = rows.Row(label, [result], 1e-3, False)
+    (line,) = [line for line in aims.aims([experiment], Path("nowhere")).splitlines() if name in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert [cells[2].split(" (")[0], cells[4]] == measured

@@ -10,100 +10,26 @@ method. The first method of an experiment is the reference that the others are c
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from aims import aims
 from command_line import new_parser
 from experiments import Experiment, experiment_names, load_experiments
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from reporting import write_atomically
+from rows import NONE, Case, Row, table
 
 HERE = Path(__file__).parent
 WIDE = 3  # cases; more of them have a table in common
 PANELS = 3  # of a row of a picture; more of them have two rows
-NEAR_REFERENCE = {  # methods that shall come near to the first one of an experiment, in every case
-    **dict.fromkeys(("images_kan", "images_resnet", "text_code", "text_reviews"), ("lotra",)),
-    "slim_images": ("slim",),
-}
-TENTH, SLIM = 0.1, "Slim 1/10"
-SAME_SECONDS = "LoTRA at ≤ 1/10 against full fine-tuning by Adam, same seconds"
-PDE_LIMITS = {"elliptic": 1.5, "parabolic": 1.5, "hyperbolic": 2.0}  # of LoTRA's error to full fine-tuning's, by Adam
-PEFT_BASELINES = ("pde_elliptic", "pde_parabolic", "pde_hyperbolic", "pde_fastkan")  # where PEFT's methods are
-NONE = "–"
-
-
-@dataclass(frozen=True)
-class Row:
-    """The results of one method in one case, one for each seed that has been run."""
-
-    label: str
-    results: list[dict[str, Any]]
-    lr: float | None
-    edge: bool  # the rate is the lowest or highest that was tried
-
-    @property
-    def trainable(self) -> int:
-        return self.results[0]["trainable"]
-
-    @property
-    def finals(self) -> list[float | None]:
-        return [result["marks"][-1][-1] for result in self.results]
-
-    @property
-    def seconds(self) -> float:
-        return median(result["marks"][-1][1] for result in self.results)
-
-    def at(self, seconds: float) -> list[float | None]:
-        """The last metric that was there after so many seconds."""
-        return [[m for k, s, m in result["marks"] if s <= seconds or not k][-1] for result in self.results]
-
-
-class Case:
-    """All rows of a case of an experiment, by label; the first is the reference. Rows without results are left out."""
-
-    def __init__(self, experiment: Experiment, name: str, results: Path) -> None:
-        self.experiment, self.name, self.task = experiment, name, experiment.task_of(name)
-        self.rows: dict[str, Row] = {}
-        for label in experiment.labels(name):
-            try:
-                runs = experiment.final_runs(name, label, results)
-            except FileNotFoundError:  # the search for its rate is not complete
-                continue
-            found = [json.loads(path.read_text()) for run in runs if (path := run.path(results)).exists()]
-            if found:
-                lr = runs[0].method.get("lr")
-                rates = sorted(experiment.tuning_runs(name, label))
-                self.rows[label] = Row(label, found, lr, bool(rates) and lr in (rates[0], rates[-1]))
-
-    @property
-    def reference(self) -> Row | None:
-        return self.rows.get(next(iter(self.experiment.methods)))
-
-    @property
-    def zero_shot(self) -> list[float | None]:
-        return self.reference.results[0]["zero_shot"] if self.reference else None
-
-    def middle(self, values: list[float | None]) -> float:
-        """The median; what diverged is worst."""
-        worst = float("-inf" if self.task.higher_is_better else "inf")
-        return median(worst if value is None else value for value in values)
-
-    def relative(self, values: list[float | None]) -> str:
-        """To the reference's final metric, of medians: a factor on errors, a difference of scores."""
-        if not self.reference:
-            return NONE
-        ours, theirs = self.middle(values), self.middle(self.reference.finals)
-        return f"{ours - theirs:+.3f}" if self.task.higher_is_better else f"{ours / theirs:.2f} ×"
 
 
 def number(value: float | None) -> str:
@@ -117,11 +43,6 @@ def spread(case: Case, values: list[float | None]) -> str:
     text = number(case.middle(values))
     known = [value for value in values if value is not None]
     return f"{text} ({number(min(known))}–{number(max(known))})" if len(known) > 1 else text
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def size(row: Row) -> str:
@@ -277,75 +198,6 @@ def updated(text: str, name: str, title: str, content: str) -> str:
         raise ValueError(f"the README should have one {begin} and one {end}: add them where the results shall stand")
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
-
-
-def complete(experiment: Experiment | None, case: str | None, results: Path) -> Case | None:
-    """A case of an experiment (None: its first), if all of its methods have been run."""
-    if experiment is None:
-        return None
-    found = Case(experiment, next(iter(experiment.cases)) if case is None else case, results)
-    return found if set(found.rows) == set(experiment.labels(found.name)) else None
-
-
-def rows_by(case: Case, methods: tuple[str, ...], optimizers: tuple[str, ...] = ("adam", "lm")) -> list[Row]:
-    settings = case.experiment.methods
-    return [
-        row
-        for label, row in case.rows.items()
-        if settings[label]["method"] in methods and settings[label].get("optimizer", "adam") in optimizers
-    ]
-
-
-def near_reference(where: str, case: Case, rows: list[Row]) -> list[str]:
-    """How near the best of the rows comes to the reference: by a difference of accuracies, a factor on losses."""
-    best = (max if case.task.higher_is_better else min)(rows, key=lambda row: case.middle(row.finals))
-    ours, theirs = case.middle(best.finals), case.middle(case.reference.finals)
-    if case.task.higher_is_better:
-        measured, limit, reached = f"{ours - theirs:+.2f} points", "≥ −1 point", ours >= theirs - 1
-    else:
-        measured, limit, reached = f"{ours / theirs:.3f} ×", "≤ 1.02 ×", ours <= 1.02 * theirs
-    aim = f"near to {case.reference.label}, at a tenth of the parameters"
-    return [aim, where, f"{measured} ({best.label})", limit, "yes" if reached else "**no**"]
-
-
-def aims(experiments: list[Experiment], results: Path) -> str:
-    """What was to be shown, and what has been measured; empty as long as nothing has."""
-    by_name, lines, halved = {experiment.name: experiment for experiment in experiments}, [], []
-
-    def add(aim: str, where: str, case: Case, ours: dict[str, list[float | None]], other: Row, limit: float) -> None:
-        value, label = min((case.middle(ours[label]) / case.middle(other.finals), label) for label in ours)
-        lines.append([aim, where, f"{value:.2f} × ({label})", f"≤ {limit:g} ×", "yes" if value <= limit else "**no**"])
-        if aim == SAME_SECONDS:
-            halved.append(value <= 0.5)
-
-    for family, adam_limit in PDE_LIMITS.items():
-        if case := complete(by_name.get(f"pde_{family}"), None, results):
-            full = case.reference
-            small = [r for r in rows_by(case, ("lotra",)) if r.trainable <= TENTH * r.results[0]["coefficients"]]
-            adam = {row.label: row.finals for row in rows_by(case, ("lotra",), ("adam",)) if row in small}
-            add(SAME_SECONDS, family, case, {row.label: row.at(full.seconds) for row in small}, full, 1.0)
-            add("both by Adam, same steps", family, case, adam, full, adam_limit)
-    if len(halved) == len(PDE_LIMITS):
-        reached = "yes" if sum(halved) >= 2 else "**no**"
-        lines.append([f"{SAME_SECONDS}: half the error", "PDEs", f"on {sum(halved)}", "on 2", reached])
-    for name in PEFT_BASELINES:
-        if case := complete(by_name.get(name), None, results):
-            adam = {row.label: row.finals for row in rows_by(case, ("lotra",), ("adam",))}
-            for row in rows_by(case, ("lora", "lora_parameters", "loha", "lokr"), ("adam",)):
-                add("by Adam, LoTRA against PEFT's methods, same steps", f"{name}, {row.label}", case, adam, row, 1.0)
-    slim = by_name.get("slim_functions")
-    for name in slim.cases if slim else ():
-        case = complete(slim, name, results)
-        if case and case.task.noise:
-            ours = {SLIM: case.rows[SLIM].finals}
-            add("a Slim KAN against the dense one, noisy samples", name, case, ours, case.reference, 1.0)
-    for name, methods in NEAR_REFERENCE.items():
-        experiment = by_name.get(name)
-        for case_name in experiment.cases if experiment else ():
-            if case := complete(experiment, case_name, results):
-                small = [r for r in rows_by(case, methods) if r.trainable <= TENTH * r.results[0]["coefficients"]]
-                lines.append(near_reference(f"{name}, {case_name}".removesuffix(", "), case, small))
-    return table(["aim", "where", "measured, ratio of medians", "limit", "reached"], lines) if lines else ""
 
 
 def report(experiments: list[Experiment], results: Path, readme: Path) -> list[Path]:

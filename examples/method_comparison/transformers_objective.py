@@ -1,4 +1,4 @@
-"""An objective on tokens, trained by transformers' Trainer."""
+"""A Transformer-KAN's sizes, and an objective on tokens, trained by transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import IterableDataset
+from transformer_kan import TransformerKANConfig
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+
+def transformer_config(task: Any, vocabulary: int, **others: Any) -> TransformerKANConfig:
+    """From a task's `hidden`, `kan_hidden`, `layers`, `heads`, `basis` and `length`."""
+    return TransformerKANConfig(
+        vocab_size=vocabulary,
+        hidden_size=task.hidden,
+        num_hidden_layers=task.layers,
+        num_attention_heads=task.heads,
+        max_position_embeddings=task.length,
+        kan_hidden_size=task.kan_hidden,
+        kan_degree=task.basis - 1,
+        use_cache=False,
+        **others,
+    )
 
 
 class OnTokens(Supervised):

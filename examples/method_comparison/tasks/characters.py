@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from objectives import Data, Objective
 from torch import Tensor, nn
-from transformer_kan import TransformerKANConfig, TransformerKANForCausalLM
-from transformers_objective import OnTokens
+from transformer_kan import TransformerKANForCausalLM
+from transformers_objective import OnTokens, transformer_config
 
 from . import Task
 
@@ -77,17 +77,7 @@ class Characters(Task):
 
     def build(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        config = TransformerKANConfig(
-            vocab_size=len(CHARACTERS),
-            hidden_size=self.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            max_position_embeddings=self.length,
-            kan_hidden_size=self.kan_hidden,
-            kan_degree=self.basis - 1,
-            use_cache=False,
-        )
-        return TransformerKANForCausalLM(config)
+        return TransformerKANForCausalLM(transformer_config(self, len(CHARACTERS)))
 
     def objective(self, part: str, seed: int, device: torch.device) -> Objective:
         if part == "base":

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from objectives import Data, Objective, accuracy, generator
 from torch import nn
-from transformer_kan import TransformerKANConfig, TransformerKANForSequenceClassification
-from transformers_objective import OnTokens
+from transformer_kan import TransformerKANForSequenceClassification
+from transformers_objective import OnTokens, transformer_config
 
 from . import Task
 
@@ -80,19 +80,9 @@ class Reviews(Task):
 
     def build(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        config = TransformerKANConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            max_position_embeddings=self.length,
-            kan_hidden_size=self.kan_hidden,
-            kan_degree=self.basis - 1,
-            num_labels=2,
-            pad_token_id=PAD,
-            use_cache=False,
+        return TransformerKANForSequenceClassification(
+            transformer_config(self, self.vocabulary, num_labels=2, pad_token_id=PAD)
         )
-        return TransformerKANForSequenceClassification(config)
 
     def tokens(self, text: Text) -> list[int]:
         words = text.words[-self.length :]
