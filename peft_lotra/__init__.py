@@ -3,23 +3,22 @@
 Importing this package registers LoTRA with PEFT, for `get_peft_model`, `PeftModel.from_pretrained` and the rest.
 """
 
-from .analysis import activation_curves, coefficient_updates, effective_coefficients, update_spectrum
-from .coefficients import infer_coefficients, register_kan_layer, registered_kan_layers, verify_coefficients
+from . import registration as _registration
+from .adapters.extraction import extract_adapter
+from .adapters.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
+from .adapters.lora_conversion import convert_to_lora, save_as_lora
+from .adapters.slim import slim_kan
+from .analysis.updates import update_spectrum
+from .coefficients import register_kan_layer, registered_kan_layers
 from .config import LoTRAConfig
-from .extraction import extract_adapter
-from .gauss_newton import GaussNewtonResult, fit_gauss_newton
-from .hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
-from .initialization import initialize_lotra_weights
+from .inference.search import infer_coefficients, verify_coefficients
 from .layer import LoTRALayer
-from .lora_conversion import convert_to_lora, save_as_lora
 from .model import LoTRAModel
-from .optimizers import create_lotra_optimizer, lotra_parameter_groups
-from .plotting import plot_activations, plot_spectrum
-from .ranks import suggest_ranks
-from .registration import register
-from .slim import slim_kan
-from .spectrum import Spectrum
 from .standin import PerformanceWarning
+from .tensors.ranks import suggest_ranks
+from .training.gauss_newton import GaussNewtonResult, fit_gauss_newton
+from .training.initialization import initialize_lotra_weights
+from .training.learning_rates import create_lotra_optimizer, lotra_parameter_groups
 
 __version__ = "0.1.0"
 
@@ -29,12 +28,8 @@ __all__ = [
     "LoTRALayer",
     "LoTRAModel",
     "PerformanceWarning",
-    "Spectrum",
-    "activation_curves",
-    "coefficient_updates",
     "convert_to_lora",
     "create_lotra_optimizer",
-    "effective_coefficients",
     "extract_adapter",
     "fit_gauss_newton",
     "hotswap_adapter",
@@ -42,8 +37,6 @@ __all__ = [
     "infer_coefficients",
     "initialize_lotra_weights",
     "lotra_parameter_groups",
-    "plot_activations",
-    "plot_spectrum",
     "register_kan_layer",
     "registered_kan_layers",
     "save_as_lora",
@@ -53,4 +46,4 @@ __all__ = [
     "verify_coefficients",
 ]
 
-register(LoTRAConfig, LoTRAModel)
+_registration.register(LoTRAConfig, LoTRAModel)

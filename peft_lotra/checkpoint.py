@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 
-from .targets import saved_targets
-
-if TYPE_CHECKING:
-    from .config import LoTRAConfig
-
 CONTAINERS = ("lotra_core", "lotra_U1", "lotra_U2", "lotra_U3")
-
-
-def factor_shapes(shape: tuple[int, ...], ranks: tuple[int, int, int]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Container name and shape of G, U1, U2, U3 for a coefficient tensor of shape (n, m, n_d, ...)."""
-    yield CONTAINERS[0], (*ranks, *shape[3:])
-    yield from ((name, (size, r)) for name, size, r in zip(CONTAINERS[1:], shape[:3], ranks, strict=True))
 
 
 def is_adapter_key(key: str) -> bool:
@@ -47,10 +35,14 @@ def check_weights(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str,
             raise ValueError(f"{origin} has NaN or infinity in {key}: the adapter is broken; use an earlier save")
 
 
-def check_saved_adapter(config: LoTRAConfig, path: str, subfolder: str | None = None) -> None:
-    """Raise ValueError if the adapter file in a local directory is unreadable, not finite, or not what `config` says.
+def check_saved_weights(path: str, subfolder: str | None, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError if the adapter file in a local directory is unreadable, not finite, or not what is `expected`.
 
     Without a local file there is nothing to check.
+
+    Args:
+        path, subfolder: as in `PeftConfig.from_pretrained`.
+        expected: key and shape of every adapter tensor.
     """
     directory = os.path.join(path, subfolder or "")
     files = [os.path.join(directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
@@ -63,11 +55,4 @@ def check_saved_adapter(config: LoTRAConfig, path: str, subfolder: str | None = 
         raise ValueError(
             f"the adapter file {file} cannot be read ({error}): it is corrupt or truncated; copy or save it again"
         ) from error
-    check_weights(dict(saved_shapes(config)), weights, f"the adapter file {file}")
-
-
-def saved_shapes(config: LoTRAConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Key and shape of every adapter tensor in the file saved with a completed config."""
-    for key, target in saved_targets(config):
-        for name, shape in factor_shapes(target.spec.layout.canonical_shape, target.ranks):
-            yield f"base_model.model.{key}.{name}", shape
+    check_weights(expected, weights, f"the adapter file {file}")

@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from numbers import Real
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.utils.other import get_pattern_key
 
-from .checkpoint import check_saved_adapter
+from .checkpoint import CONTAINERS, check_saved_weights
+from .coefficients import CoefficientSpec, Layout
 from .coefficients.spec import check_description
 from .registration import LOTRA
+from .tensors.ranks import Ranks, as_triple
+from .tensors.tucker import factor_shapes
+
+
+@dataclass(frozen=True)
+class Target:
+    """One coefficient tensor to adapt."""
+
+    module: str  # name of the KAN layer
+    spec: CoefficientSpec
+    ranks: Ranks = (1, 1, 1)
+    alpha: float = 1.0
+
+    @property
+    def parameter(self) -> str:
+        """Full name of the coefficient parameter in the base model."""
+        return f"{self.module}.{self.spec.parameter}"
 
 
 @dataclass
 class LoTRAConfig(PeftConfig):
     """A_ft = A_pt + alpha · G ×₁ U1 ×₂ U2 ×₃ U3 for every KAN coefficient tensor that the fields select.
 
-    On injection the model's own copy of the config is completed: `target_modules`, `coefficients` and `rank_pattern`
-    then name every adapted layer, so that a saved adapter loads without the registrations of the machine that made it.
-    The object passed in is not changed and can be used again.
+    On injection the model's own copy of the config becomes self-contained: `target_modules`, `coefficients` and
+    `rank_pattern` then name every adapted layer, so that a saved adapter loads without the registrations of the
+    machine that made it. The object passed in is not changed and can be used again.
 
     Args:
         r: Tucker ranks (input, output, basis), or one number for all three. Upper bounds: in each layer they are
@@ -126,8 +147,71 @@ class LoTRAConfig(PeftConfig):
             ValueError: if the adapter file cannot be read, holds NaN or infinity, or does not fit the config.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        check_saved_adapter(config, pretrained_model_name_or_path, subfolder)
+        check_saved_weights(pretrained_model_name_or_path, subfolder, config.saved_shapes())
         return config
+
+    def self_contained(self, targets: list[Target]) -> LoTRAConfig:
+        """A copy that names every target with its layout and ranks, so that it needs no registry to load."""
+        ranks = {
+            module: _one_or_many({target.spec.parameter: list(target.ranks) for target in group})
+            for module, group in _by_module(targets)
+        }
+        # Keys of the user's that matched nothing stay: PEFT warns about them.
+        unmatched = {
+            key: value
+            for key, value in self.rank_pattern.items()
+            if key not in ranks
+            and key not in {target.parameter for target in targets}
+            and not any(re.match(rf"(.*\.)?({key})$", module) for module in ranks)
+        }
+        coefficients = {}
+        for target in targets:
+            owner = target.parameter.rpartition(".")[0]
+            layer = {} if owner == target.module else {"layer": target.module}
+            coefficients[target.parameter] = target.spec.describe() | layer
+        return replace(self, target_modules=set(ranks), rank_pattern={**ranks, **unmatched}, coefficients=coefficients)
+
+    def saved_targets(self) -> list[tuple[str, Target]]:
+        """The targets of a self-contained config, each with the name of its LoTRALayer; none of any other config."""
+        targets = []
+        for parameter, description in self.coefficients.items():
+            if not isinstance(description, Mapping) or not description.get("sizes"):
+                return []
+            module = description.get("layer", parameter.rpartition(".")[0])
+            path = parameter.removeprefix(f"{module}.")
+            spec = CoefficientSpec(path, Layout(description["layout"], description["sizes"]))
+            ranks = pattern_value(self.rank_pattern, module, path)
+            if ranks is None:
+                return []
+            targets.append(Target(module, spec, as_triple(ranks)))
+        named = []
+        for module, group in _by_module(sorted(targets, key=lambda target: (target.module, target.spec.parameter))):
+            named += [(module + ".base_layer" * (len(group) - 1 - depth), t) for depth, t in enumerate(group)]
+        return named
+
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Key and shape of every adapter tensor in the file saved with a self-contained config."""
+        return {
+            f"base_model.model.{name}.{container}": shape
+            for name, target in self.saved_targets()
+            for container, shape in zip(
+                CONTAINERS, factor_shapes(target.spec.layout.canonical_shape, target.ranks), strict=True
+            )
+        }
+
+
+def pattern_value(pattern: Mapping[str, Any], module: str, parameter: str, default: Any = None) -> Any:
+    """A tensor's entry, by its module's full name or else PEFT's pattern rule; it may map parameters to values."""
+    value = pattern.get(module if module in pattern else get_pattern_key(pattern, module), default)
+    return value.get(parameter, default) if isinstance(value, Mapping) else value
+
+
+def _by_module(targets: list[Target]) -> Iterator[tuple[str, list[Target]]]:
+    return ((module, list(group)) for module, group in groupby(targets, key=lambda target: target.module))
+
+
+def _one_or_many(by_parameter: dict[str, Any]) -> Any:
+    return by_parameter if len(by_parameter) > 1 else next(iter(by_parameter.values()))
 
 
 def check_ranks(r: Any, name: str) -> int | tuple[int, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from inspect import ismethod
@@ -16,11 +16,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .batches import batch_rows, is_batched, joined_batch
-from .checkpoint import CONTAINERS, factor_shapes
+from .checkpoint import CONTAINERS
 from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
-from .offloading import onloaded, writing
-from .sharding import whole_shape, write
+from .mixed_batch import batch_rows, is_batched, joined_batch
+from .placement.offloaded import tensors_in_place, writable_tensors
+from .placement.sharded import full_shape, write
 from .standin import (
     SampleAxisUnknown,
     Update,
@@ -30,7 +30,7 @@ from .standin import (
     is_refusal,
     takes_tensors_only,
 )
-from .tucker import TuckerFactors
+from .tensors.tucker import Ranks, TuckerFactors, factor_shapes
 
 # Methods of KAN layers that rewrite coefficients, by the beginning of their names.
 _REWRITING = ("update_grid", "initialize_grid", "reset_parameters", "swap")
@@ -56,7 +56,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.spec = spec
         for name in CONTAINERS:
             setattr(self, name, nn.ParameterDict())
-        self.r: dict[str, tuple[int, int, int]] = {}
+        self.r: dict[str, Ranks] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}  # alpha, unless it was rescaled
         self.in_features, self.out_features = spec.layout.canonical_shape[:2]
@@ -69,7 +69,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def update_layer(
         self,
         adapter_name: str,
-        ranks: tuple[int, int, int],
+        ranks: Ranks,
         alpha: float = 1.0,
         init_weights: bool = True,
         inference_mode: bool = False,
@@ -88,7 +88,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name] = tuple(ranks)
         self.alpha[adapter_name] = self.scaling[adapter_name] = alpha
         coefficients = self._stored(self.spec.parameter)
-        for name, shape in factor_shapes(self.spec.layout.canonical_shape, ranks):
+        for name, shape in zip(CONTAINERS, factor_shapes(self.spec.layout.canonical_shape, ranks), strict=True):
             # A base without memory yet, or offloaded, is no reason for an adapter without.
             device = None if coefficients.is_meta else coefficients.device
             container = getattr(self, name)
@@ -141,13 +141,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lotra_core]
 
-    def is_trainable(self, adapter_name: str) -> bool:
-        """Whether this layer has the adapter, and its factors require gradients."""
-        return adapter_name in self.lotra_core and self.lotra_core[adapter_name].requires_grad
-
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """s · G ×₁ U1 ×₂ U2 ×₃ U3 in the layout of the parameter."""
-        return self._update(adapter_name).dense(self.spec, whole_shape(self._stored(self.spec.parameter)))
+        return self._update(adapter_name).dense(self.spec, full_shape(self._stored(self.spec.parameter)))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """parameter ← parameter · scale + Σ updates, scale ← 1, for the given or else the active adapters.
@@ -161,7 +157,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         with self._writing():
-            merged = self.merged_coefficients(names, safe_merge)
+            merged = self._merged_coefficients(names, safe_merge)
             if not self.merged:
                 self._before_merge = {path: self._stored(path).data.clone() for path in self._paths}
             write(self._stored(self.spec.parameter), merged)
@@ -170,7 +166,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters += names
 
     @torch.no_grad()
-    def merged_coefficients(self, adapter_names: list[str], safe_merge: bool = False) -> torch.Tensor:
+    def _merged_coefficients(self, adapter_names: list[str], safe_merge: bool = False) -> torch.Tensor:
         """A + Σ updates in the layout of the parameter, for adapters that are not merged yet.
 
         Raises:
@@ -220,7 +216,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return self._run(args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
-        with onloaded(self):
+        with tensors_in_place(self):
             with_stand_in = not takes_tensors_only(self.get_base_layer())
             try:
                 with self._adapted():
@@ -240,7 +236,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 f"{len(names)} and {length} respectively, in a {type(self.get_base_layer()).__qualname__}. "
                 "The batch has to be the first axis of what the layer takes"
             )
-        if any(layer.merged for layer in adapter_layers(self)):
+        if any(layer.merged for layer in adapted_tensors(self).values()):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
@@ -251,7 +247,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         It is one pass of the base layer on all samples where they can be told apart in its contractions, else one on
         the samples of each adapter.
         """
-        layers = list(adapter_layers(self))
+        layers = list(adapted_tensors(self).values())
         known = {name for layer in layers for name in layer.lotra_core}
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(names):
@@ -278,7 +274,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         results = [run(batch_rows(args, r, n), batch_rows(kwargs, r, n), {name: None}) for name, r in rows.items()]
         return joined_batch(results, list(rows.values()))
 
-    def active_updates(self, besides: str | None = None) -> list[Update]:
+    def _active_updates(self, besides: str | None = None) -> list[Update]:
         """The updates that count on top of what the base layer holds, without that of the adapter `besides`."""
         if self._samples is not None:
             return [
@@ -293,7 +289,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def _adapted(self, quiet: bool = False) -> AbstractContextManager[None]:
         """While this is entered, the base layer finds A_ft where its coefficients are."""
-        updates = self.active_updates()
+        updates = self._active_updates()
         return adapted(self.get_base_layer(), self.spec, updates, quiet) if updates else nullcontext()
 
     @property
@@ -302,7 +298,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def _writing(self) -> AbstractContextManager[None]:
         """While this is entered, parameter and scale are in place, and what is written to them is kept."""
-        return writing(self, [owner_of(self.get_base_layer(), path)[0] for path in self._paths])
+        return writable_tensors(self, [owner_of(self.get_base_layer(), path)[0] for path in self._paths])
 
     def _stored(self, path: str) -> torch.Tensor:
         return tensor_at(self.get_base_layer(), path)
@@ -323,9 +319,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
         value = getattr(self.base_layer, name)
-        if name == self.spec.parameter and (updates := self.active_updates()):
+        if name == self.spec.parameter and (updates := self._active_updates()):
             return adapted_coefficients(self.get_base_layer(), self.spec, updates)
-        if name == self.spec.scale and self.active_updates():
+        if name == self.spec.scale and self._active_updates():
             return torch.ones_like(value)
         if not ismethod(value):
             return value
@@ -351,8 +347,23 @@ if torch.__version__ < (2, 13):
     LoTRALayer.forward = torch.compiler.disable(LoTRALayer.forward)
 
 
-def adapter_layers(module: nn.Module) -> Iterator[LoTRALayer]:
-    """The LoTRALayers around one KAN layer, outermost first."""
-    while isinstance(module, LoTRALayer):
-        yield module
-        module = module.base_layer
+def adapted_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, LoTRALayer]:
+    """The LoTRALayer of every adapted coefficient tensor, by the tensor's full name in the model without adapters.
+
+    A module with several tensors has nested LoTRALayers: the outer one comes first.
+
+    Args:
+        model: any module; a PeftModel's names are those of its base model.
+        adapter: only layers that have this adapter.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoTRALayer) and (adapter is None or adapter in module.lotra_core):
+            path = f"{name}.{module.spec.parameter}".replace("base_layer.", "").removeprefix("base_model.model.")
+            found[path.removeprefix(".")] = module
+    return found
+
+
+def first_tensor(returned: Any) -> torch.Tensor:
+    """A layer's or model's output, which may come first among several things that it returns."""
+    return next(leaf for leaf in tree_leaves(returned) if isinstance(leaf, torch.Tensor))

@@ -14,14 +14,14 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .checkpoint import CONTAINERS, check_weights
+from .checkpoint import check_weights
 from .coefficients.spec import tensor_at
-from .combine import coefficient_layers, combined, copied_modules, copy_trained
-from .config import LoTRAConfig
-from .layer import LoTRALayer, adapter_layers
-from .offloading import writing
+from .combination import combine_adapters, copied_modules, copy_trained
+from .config import LoTRAConfig, Target
+from .layer import LoTRALayer, adapted_tensors
+from .placement.offloaded import writable_tensors
 from .slim_layer import SlimLayer
-from .targets import Target, completed, is_excluded, resolve_targets
+from .targets import is_excluded, resolve_targets
 
 
 class LoTRAModel(BaseTuner):
@@ -36,73 +36,15 @@ class LoTRAModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config: LoTRAConfig, model_config: dict[str, Any]) -> LoTRAConfig:
-        # The config is completed in a copy: the user's object stays as it is and serves for other models too.
+        # A copy becomes self-contained: the user's object stays as it is and serves for other models too.
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         _check_name(adapter_name)
-        targets = self.checked_targets(peft_config)
+        targets = resolve_targets(self.model, peft_config)
         self._targets: dict[str, list[Target]] = {}
         for target in targets:
             self._targets.setdefault(target.module, []).append(target)
-        self.peft_config[adapter_name] = completed(peft_config, targets)
+        self.peft_config[adapter_name] = peft_config.self_contained(targets)
         return self.peft_config[adapter_name]
-
-    def checked_targets(self, config: LoTRAConfig) -> list[Target]:
-        """What `config` selects of this model; ValueError where it does not fit the model or the adapters in it."""
-        self._check_modules_to_save(config)
-        targets = resolve_targets(self.model, config)
-        self._check_not_inside(config, targets)
-        self._check_slim(config, targets)
-        self._check_against_existing_adapters(targets)
-        return targets
-
-    def _check_modules_to_save(self, config: LoTRAConfig) -> None:
-        for entry in config.modules_to_save or ():
-            container = next((name for name in CONTAINERS if name.endswith(entry)), None)
-            if container is not None:
-                raise ValueError(
-                    f"`modules_to_save` entry {entry!r}: PEFT compares endings, and the adapter's own {container} has "
-                    "this one too; give a longer part of the module's name, or give the module a longer name"
-                )
-
-    def _check_not_inside(self, config: LoTRAConfig, targets: list[Target]) -> None:
-        # PEFT refuses them too, with the adapters in the model already.
-        for target in targets:
-            layer = self.model.get_submodule(target.module)
-            layer = layer.get_base_layer() if isinstance(layer, LoTRALayer) else layer
-            for child, _ in layer.named_children():
-                entry = next((e for e in config.modules_to_save or () if f"{target.module}.{child}".endswith(e)), None)
-                if entry is not None:
-                    raise ValueError(
-                        f"`modules_to_save` entry {entry!r} means {target.module}.{child}, inside an adapted layer, "
-                        "where PEFT saves no module: leave it frozen, or name the layer, which then is trained in full"
-                    )
-
-    def _check_slim(self, config: LoTRAConfig, targets: list[Target]) -> None:
-        for target in targets:
-            if config.slim and target.spec.slice is not None:
-                raise ValueError(
-                    f"`slim`=True: {target.parameter} holds more than coefficients (slice {target.spec.slice!r}), so "
-                    "that it cannot be left out of memory; leave the layer out by `exclude_modules`"
-                )
-            if config.slim and target.alpha == 0:
-                raise ValueError(
-                    f"`slim`=True with `alpha` 0 for {target.parameter}: its coefficients would stay zero"
-                )
-            for layer in adapter_layers(self.model.get_submodule(target.module)):
-                if layer.spec.parameter == target.spec.parameter and isinstance(layer, SlimLayer) != config.slim:
-                    raise ValueError(
-                        f"`slim`={config.slim}, but {target.parameter} has one with `slim`={not config.slim}: both "
-                        "would share its coefficients, which are zero in a Slim KAN; merge and unload those first"
-                    )
-
-    def _check_against_existing_adapters(self, targets: list[Target]) -> None:
-        for target in targets:
-            for layer in adapter_layers(self.model.get_submodule(target.module)):
-                if layer.spec.parameter == target.spec.parameter and layer.spec != target.spec:
-                    raise ValueError(
-                        f"{target.parameter} is adapted already with {layer.spec.describe()}; a further adapter must "
-                        f"describe it alike, got {target.spec.describe()}"
-                    )
 
     def _check_target_module_exists(self, peft_config: LoTRAConfig, key: str) -> bool | _ExcludedModule:
         if is_excluded(peft_config, key):
@@ -125,7 +67,7 @@ class LoTRAModel(BaseTuner):
                 "pass the config that was saved with it"
             )
         for tensor in self._targets[current_key]:
-            layer = next((x for x in adapter_layers(target) if x.spec.parameter == tensor.spec.parameter), None)
+            layer = adapted_tensors(target).get(tensor.spec.parameter)
             is_new = layer is None
             if is_new:
                 layer = target = (SlimLayer if peft_config.slim else LoTRALayer)(target, tensor.spec)
@@ -147,10 +89,10 @@ class LoTRAModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # The base class makes new, trainable parameters where it casts; frozen adapters stay frozen here.
-        layers = [layer for layer in self.model.modules() if isinstance(layer, LoTRALayer)]
-        trainable = {layer: layer.is_trainable(adapter_name) for layer in layers}
+        layers = adapted_tensors(self.model, adapter_name).values()
+        trainable = [layer.lotra_core[adapter_name].requires_grad for layer in layers]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer, requires_grad in trainable.items():
+        for layer, requires_grad in zip(layers, trainable, strict=True):
             layer.set_requires_grad(adapter_name, requires_grad)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -170,12 +112,11 @@ class LoTRAModel(BaseTuner):
 
     def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raise before any layer is merged, so that a broken adapter leaves no half-merged model."""
-        for layer in self.model.modules() if safe_merge else ():
-            if isinstance(layer, LoTRALayer):
-                names = layer.active_adapters if adapter_names is None else adapter_names
-                names = [name for name in names if name in layer.lotra_core and name not in layer.merged_adapters]
-                with writing(layer):
-                    layer.merged_coefficients(names, safe_merge=True)
+        for layer in adapted_tensors(self.model).values() if safe_merge else ():
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            names = [name for name in names if name in layer.lotra_core and name not in layer.merged_adapters]
+            with writable_tensors(layer):
+                layer._merged_coefficients(names, safe_merge=True)
 
     def add_weighted_adapter(
         self,
@@ -218,8 +159,8 @@ class LoTRAModel(BaseTuner):
             raise ValueError(
                 f"`adapter_name` {adapter_name!r} exists already: choose another, or call `delete_adapter` first"
             )
-        config, factors, errors = combined(
-            self, adapters, weights, combination_type, svd_rank, density, majority_sign_method
+        config, factors, errors = combine_adapters(
+            self.model, self.peft_config, adapters, weights, combination_type, svd_rank, density, majority_sign_method
         )
         self.peft_config[adapter_name] = config
         try:
@@ -228,10 +169,10 @@ class LoTRAModel(BaseTuner):
             del self.peft_config[adapter_name]
             raise
         self._cast_adapter_dtype(adapter_name)  # as `add_adapter` does by default
-        layers = coefficient_layers(self.model)
+        layers = adapted_tensors(self.model)
         for parameter, values in factors.items():
-            layers[parameter][1].set_factors(adapter_name, values)
-        for wrapper, owners in copied_modules(self, adapters):
+            layers[parameter].set_factors(adapter_name, values)
+        for wrapper, owners in copied_modules(self.model, adapters):
             for owner in owners:
                 copy_trained(wrapper, owner, adapter_name)
         return errors
@@ -250,7 +191,7 @@ class LoTRAModel(BaseTuner):
     def _hook_adapter_names(self, names: list[str], num_beams: int) -> list[RemovableHandle]:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = {layer for module in self.modules() for layer in adapter_layers(module)}
+        layers = adapted_tensors(self.model).values()
         nested = {layer.base_layer for layer in layers}  # the outermost speaks for those that it wraps
         unknown = {*names, "__base__"} - {name for layer in layers for name in layer.lotra_core} - {"__base__"}
         if unknown:
@@ -277,7 +218,7 @@ class LoTRAModel(BaseTuner):
         It asks the module that it is given. Where the PeftModel is a part of that one, `outer`, tell it beforehand:
         `outer._ddp_params_and_buffers_to_ignore = [n for n, p in outer.named_parameters() if not p.is_contiguous()]`.
         """
-        layers = [layer for layer in self.modules() if isinstance(layer, SlimLayer)]
+        layers = [layer for layer in adapted_tensors(self).values() if isinstance(layer, SlimLayer)]
         zeros = [tensor_at(layer.get_base_layer(), layer.spec.parameter) for layer in layers]
         return [f"base_model.{name}" for name, p in self.named_parameters() if any(p is zero for zero in zeros)]
 

@@ -10,6 +10,8 @@ from peft.mapping import (
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
 
+from .coefficients.registry import qualified_name
+
 
 def extend_peft_type(name: str) -> PeftType:
     """The member `PeftType.<name>`, added to the enum if PEFT does not have it.
@@ -49,16 +51,12 @@ def register(config_cls: type, model_cls: type) -> None:
         RuntimeError: if PEFT already has another method of the name.
     """
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(LOTRA)
-    if registered is not None and _qualified_name(registered) != _qualified_name(config_cls):
+    if registered is not None and qualified_name(registered) != qualified_name(config_cls):
         raise RuntimeError(
-            f"PEFT already has a method called LOTRA, {_qualified_name(registered)}: either this PEFT ships its own, "
+            f"PEFT already has a method called LOTRA, {qualified_name(registered)}: either this PEFT ships its own, "
             "or another plugin took the name. Use one of the two in a process"
         )
     # This package's modules were imported anew in the process, as notebooks do: PEFT refuses to register twice.
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         mapping.pop(LOTRA, None)
     register_peft_method(name="lotra", config_cls=config_cls, model_cls=model_cls)
-
-
-def _qualified_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

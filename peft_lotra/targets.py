@@ -6,20 +6,19 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from .coefficients import CoefficientSpec, Layout, known_coefficients, registered_kan_layers
+from .checkpoint import CONTAINERS
+from .coefficients import CoefficientSpec, known_coefficients, registered_kan_layers
 from .coefficients.spec import tensor_at
-from .ranks import as_triple, choose_ranks
-
-if TYPE_CHECKING:
-    from .config import LoTRAConfig
+from .config import LoTRAConfig, Target, pattern_value
+from .layer import adapted_tensors
+from .slim_layer import SlimLayer
+from .tensors.ranks import choose_ranks
 
 # Modules that hold parameters for the module around them and have no forward of their own.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -31,82 +30,28 @@ _HOW_TO_DECLARE = (
 )
 
 
-@dataclass(frozen=True)
-class Target:
-    """One coefficient tensor to adapt."""
-
-    module: str  # name of the KAN layer
-    spec: CoefficientSpec
-    ranks: tuple[int, int, int] = (1, 1, 1)
-    alpha: float = 1.0
-
-    @property
-    def parameter(self) -> str:
-        """Full name of the coefficient parameter in the base model."""
-        return f"{self.module}.{self.spec.parameter}"
-
-
 def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
     """The coefficient tensors of `model` that `config` selects, with ranks and scaling; nothing is changed.
 
     They come in the order of the modules, and for one module in that of their parameter paths, the order of nesting.
 
+    Args:
+        model: a base model, which may have adapters already.
+        config: what is asked of it.
+
     Raises:
-        NoMatchingPeftModuleError, ValueError: naming what was looked for, or the layer and field that do not fit.
+        NoMatchingPeftModuleError, ValueError: naming what was looked for, or the layer and field that do not fit the
+            model or the adapters in it.
     """
+    _check_modules_to_save(config)
     base = _BaseModel.of(model)
     selected = _select(base.layers, _known_targets(base, config), config)
     _check_not_shared(model, base.layers, selected)
-    return _with_ranks(selected, config)
-
-
-def completed(config: LoTRAConfig, targets: list[Target]) -> LoTRAConfig:
-    """A copy of `config` that names every target with its layout and ranks, so that it needs no registry to load."""
-    ranks = {
-        module: _one_or_many({target.spec.parameter: list(target.ranks) for target in group})
-        for module, group in _by_module(targets)
-    }
-    # Keys of the user's that matched nothing stay: PEFT warns about them.
-    unmatched = {
-        key: value
-        for key, value in config.rank_pattern.items()
-        if key not in ranks
-        and key not in {target.parameter for target in targets}
-        and not any(re.match(rf"(.*\.)?({key})$", module) for module in ranks)
-    }
-    coefficients = {}
-    for target in targets:
-        owner = target.parameter.rpartition(".")[0]
-        layer = {} if owner == target.module else {"layer": target.module}
-        coefficients[target.parameter] = target.spec.describe() | layer
-    return replace(config, target_modules=set(ranks), rank_pattern={**ranks, **unmatched}, coefficients=coefficients)
-
-
-def saved_targets(config: LoTRAConfig) -> list[tuple[str, Target]]:
-    """The targets of a completed config, each with the name of its LoTRALayer; none if the config is not completed."""
-    targets = []
-    for parameter, description in config.coefficients.items():
-        if not isinstance(description, Mapping) or not description.get("sizes"):
-            return []
-        module = description.get("layer", parameter.rpartition(".")[0])
-        path = parameter.removeprefix(f"{module}.")
-        spec = CoefficientSpec(path, Layout(description["layout"], description["sizes"]))
-        ranks = _pattern_value(config.rank_pattern, module, path)
-        if ranks is None:
-            return []
-        targets.append(Target(module, spec, as_triple(ranks)))
-    named = []
-    for module, group in _by_module(sorted(targets, key=lambda target: (target.module, target.spec.parameter))):
-        named += [(module + ".base_layer" * (len(group) - 1 - depth), target) for depth, target in enumerate(group)]
-    return named
-
-
-def _by_module(targets: list[Target]) -> Iterator[tuple[str, list[Target]]]:
-    return ((module, list(group)) for module, group in groupby(targets, key=lambda target: target.module))
-
-
-def _one_or_many(by_parameter: dict[str, Any]) -> Any:
-    return by_parameter if len(by_parameter) > 1 else next(iter(by_parameter.values()))
+    targets = _with_ranks(selected, config)
+    _check_not_inside(base.layers, config, targets)
+    _check_slim(config, targets)
+    _check_existing_adapters(model, config, targets)
+    return targets
 
 
 @dataclass(frozen=True)
@@ -251,6 +196,57 @@ def _check_not_shared(model: nn.Module, layers: Mapping[str, nn.Module], targets
                 )
 
 
+def _check_modules_to_save(config: LoTRAConfig) -> None:
+    for entry in config.modules_to_save or ():
+        container = next((name for name in CONTAINERS if name.endswith(entry)), None)
+        if container is not None:
+            raise ValueError(
+                f"`modules_to_save` entry {entry!r}: PEFT compares endings, and the adapter's own {container} has "
+                "this one too; give a longer part of the module's name, or give the module a longer name"
+            )
+
+
+def _check_not_inside(layers: Mapping[str, nn.Module], config: LoTRAConfig, targets: list[Target]) -> None:
+    # PEFT refuses them too, with the adapters in the model already.
+    for target in targets:
+        for child, _ in layers[target.module].named_children():
+            entry = next((e for e in config.modules_to_save or () if f"{target.module}.{child}".endswith(e)), None)
+            if entry is not None:
+                raise ValueError(
+                    f"`modules_to_save` entry {entry!r} means {target.module}.{child}, inside an adapted layer, "
+                    "where PEFT saves no module: leave it frozen, or name the layer, which then is trained in full"
+                )
+
+
+def _check_slim(config: LoTRAConfig, targets: list[Target]) -> None:
+    for target in targets:
+        if config.slim and target.spec.slice is not None:
+            raise ValueError(
+                f"`slim`=True: {target.parameter} holds more than coefficients (slice {target.spec.slice!r}), so "
+                "that it cannot be left out of memory; leave the layer out by `exclude_modules`"
+            )
+        if config.slim and target.alpha == 0:
+            raise ValueError(f"`slim`=True with `alpha` 0 for {target.parameter}: its coefficients would stay zero")
+
+
+def _check_existing_adapters(model: nn.Module, config: LoTRAConfig, targets: list[Target]) -> None:
+    adapted = adapted_tensors(model)
+    for target in targets:
+        layer = adapted.get(target.parameter)
+        if layer is None:
+            continue
+        if layer.spec != target.spec:
+            raise ValueError(
+                f"{target.parameter} is adapted already with {layer.spec.describe()}; a further adapter must "
+                f"describe it alike, got {target.spec.describe()}"
+            )
+        if isinstance(layer, SlimLayer) != config.slim:
+            raise ValueError(
+                f"`slim`={config.slim}, but {target.parameter} has one with `slim`={not config.slim}: both "
+                "would share its coefficients, which are zero in a Slim KAN; merge and unload those first"
+            )
+
+
 def _check_target_modules(
     target_modules: set[str] | str, kan_layers: list[str], layers: Mapping[str, nn.Module]
 ) -> None:
@@ -300,7 +296,7 @@ def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
     """The targets with their ranks and alpha."""
     given = {
         target.parameter: config.rank_pattern.get(target.parameter)
-        or _pattern_value(config.rank_pattern, target.module, target.spec.parameter)
+        or pattern_value(config.rank_pattern, target.module, target.spec.parameter)
         for target in targets
     }
     shapes = {target.parameter: target.spec.layout.canonical_shape for target in targets}
@@ -310,16 +306,10 @@ def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
         replace(
             target,
             ranks=ranks[target.parameter],
-            alpha=_pattern_value(config.alpha_pattern, target.module, target.spec.parameter, config.alpha),
+            alpha=pattern_value(config.alpha_pattern, target.module, target.spec.parameter, config.alpha),
         )
         for target in targets
     ]
-
-
-def _pattern_value(pattern: Mapping[str, Any], module: str, parameter: str, default: Any = None) -> Any:
-    """A tensor's entry, by its module's full name or else PEFT's pattern rule; it may map parameters to values."""
-    value = pattern.get(module if module in pattern else get_pattern_key(pattern, module), default)
-    return value.get(parameter, default) if isinstance(value, Mapping) else value
 
 
 def _shortened(names: list[str], most: int = 20) -> list[str]:

@@ -24,9 +24,10 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.func import functional_call
 
-from .coefficients import CoefficientSpec, verify_coefficients
+from .coefficients import CoefficientSpec
 from .config import LoTRAConfig
-from .layer import LoTRALayer
+from .inference.search import verify_coefficients
+from .layer import adapted_tensors, first_tensor
 
 # Relative to the largest entry of the expected tensor.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -71,7 +72,7 @@ class KANLayerTests:
     def _oracle(self, base: nn.Module, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """The plain layer's output with A + update written into its parameter, entry by entry."""
         parameters = {}
-        for layer in lotra_layers(model):
+        for layer in adapted_tensors(model).values():
             spec, plain = layer.spec, base[0]
             update = scattered(spec, *(getattr(layer, name)["default"] for name in layer.adapter_layer_names))
             update = update * layer.scaling["default"]
@@ -92,7 +93,7 @@ class KANLayerTests:
     def test_fresh_adapter_changes_nothing(self) -> None:
         base, x = self._base(torch.float64)
         model = self._adapted(base, init_weights=True)
-        assert lotra_layers(model)
+        assert adapted_tensors(model)
         assert_close(first_tensor(model(x)), first_tensor(base(x)), 0)
 
     def test_values(self) -> None:
@@ -107,7 +108,7 @@ class KANLayerTests:
         base, x = self._base(torch.float64)
         model = self._adapted(base)
         factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        assert len(factors) == 4 * len(lotra_layers(model))
+        assert len(factors) == 4 * len(adapted_tensors(model))
         x.requires_grad_()
         weights = torch.randn_like(first_tensor(base(x)))
         actual = torch.autograd.grad((first_tensor(model(x)) * weights).sum(), [x, *factors])
@@ -186,20 +187,10 @@ class KANLayerTests:
             assert_close(first_tensor(twin(x)), y, 0)
 
 
-def lotra_layers(model: nn.Module) -> list[LoTRALayer]:
-    """All LoTRALayers of a model."""
-    return [module for module in model.modules() if isinstance(module, LoTRALayer)]
-
-
 def tensor_at(layer: nn.Module, path: str) -> torch.Tensor:
     """The tensor at a dotted path."""
     owner, _, name = path.rpartition(".")
     return getattr(layer.get_submodule(owner), name)
-
-
-def first_tensor(output: Any) -> torch.Tensor:
-    """The layer's output, which may come first in a tuple of several things."""
-    return output if isinstance(output, torch.Tensor) else next(t for t in output if isinstance(t, torch.Tensor))
 
 
 def scattered(

@@ -13,17 +13,15 @@ from kan_layers import ChebyKAN, FastKAN, PackedKANLayer, chebyshev
 from peft import get_peft_model
 from torch import nn
 
-from peft_lotra import (
-    LoTRAConfig,
+from peft_lotra import LoTRAConfig, suggest_ranks, update_spectrum
+from peft_lotra.analysis import (
+    Spectrum,
     activation_curves,
     coefficient_updates,
     effective_coefficients,
     plot_activations,
     plot_spectrum,
-    suggest_ranks,
-    update_spectrum,
 )
-from peft_lotra.spectrum import Spectrum
 
 
 def unfolded(tensor, mode):

@@ -13,7 +13,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.combine import coefficient_layers, combined
+from peft_lotra.combination import combine_adapters
+from peft_lotra.layer import adapted_tensors
 
 NAMES = ["one", "two"]
 PRUNED = ["ties", "dare_linear", "dare_ties", "magnitude_prune"]
@@ -214,9 +215,7 @@ def test_adapters_on_different_layers(tmp_path):
 )  # fmt: skip
 def test_any_layout(layer, coefficients):
     model = adapted(nn.Sequential(layer()).double(), coefficients=coefficients)
-    full = {
-        name: layer.spec.layout.canonical_shape[:3] for name, (_, layer) in coefficient_layers(model.model).items()
-    }
+    full = {name: layer.spec.layout.canonical_shape[:3] for name, layer in adapted_tensors(model).items()}
     pruned = {"svd_rank": full, "density": 0.5}
     for kind, rest in {"cat": {}, "svd": {"svd_rank": full}, "magnitude_prune": pruned}.items():
         model.add_weighted_adapter(NAMES, [0.5, 2], kind, kind, **rest)
@@ -350,5 +349,5 @@ def test_large_layers_never_become_dense():
             return result
 
     with Seen():
-        combined(model.base_model, NAMES, [1, 1], "svd", 4, None, "total")
+        combine_adapters(model.base_model.model, model.peft_config, NAMES, [1, 1], "svd", 4, None, "total")
     assert max(shapes) < 96 * 96

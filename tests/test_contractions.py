@@ -13,7 +13,7 @@ from torch import nn
 from peft_lotra.coefficients import CoefficientSpec
 from peft_lotra.standin import PerformanceWarning, Update, adapted, factorised, placeholder
 from peft_lotra.standin.costs import DENSE, ORDERS
-from peft_lotra.tucker import TuckerFactors
+from peft_lotra.tensors.tucker import TuckerFactors
 
 N, M, D, G, B = 5, 7, 4, 2, 6  # inputs, outputs, basis, groups, batch
 SIZES = {"i": N, "o": M, "d": D, "g": G, "h": 3, "w": 2, "t": 2}

@@ -12,7 +12,8 @@ from kan_layers import ChebyKAN, PackedKANLayer, TwoTensorKANLayer
 from peft import PeftModel
 from torch import nn
 
-from peft_lotra import LoTRAConfig, coefficient_updates, extract_adapter
+from peft_lotra import LoTRAConfig, extract_adapter
+from peft_lotra.analysis import coefficient_updates
 
 
 def finetuned(base, names=("coef", "spline_weight", "weight", "cheby_coeffs", "fouriercoeffs", "spline_scaler")):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.func import functional_call, jvp
 
 from peft_lotra import GaussNewtonResult, fit_gauss_newton
-from peft_lotra.gauss_newton import _linear_system, _NormalEquations, _Problem, _ResidualSpace
+from peft_lotra.training.gauss_newton import _linear_system, _NormalEquations, _Problem, _ResidualSpace
 
 KAN = "o (d i), given"
 

@@ -17,10 +17,11 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, infer_coefficients, register_kan_layer, verify_coefficients
 from peft_lotra.coefficients import registry
-from peft_lotra.coefficients.patterns import agree
-from peft_lotra.coefficients.response import Passes, infer_layer
 from peft_lotra.coefficients.spec import Layout
-from peft_lotra.testing import first_tensor, lotra_layers, scattered
+from peft_lotra.inference.layouts import agree
+from peft_lotra.inference.response import Passes, infer_layer
+from peft_lotra.layer import adapted_tensors, first_tensor
+from peft_lotra.testing import scattered
 
 ROWS = torch.rand(12, 8, generator=torch.Generator().manual_seed(1)) * 1.8 - 0.9
 IMAGES = torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(2))
@@ -349,7 +350,9 @@ def test_a_model_and_its_report(tmp_path):
     torch.manual_seed(3)
     model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, coefficients=coefficients, init_weights=False))
     oracle = copy.deepcopy(base)
-    for (path, _), layer in zip(coefficients.items(), sorted(lotra_layers(model), key=_position), strict=True):
+    for (path, _), layer in zip(
+        coefficients.items(), sorted(adapted_tensors(model).values(), key=_position), strict=True
+    ):
         factors = [getattr(layer, name)["default"] for name in layer.adapter_layer_names]
         oracle.get_parameter(path).data += scattered(layer.spec, *factors)
     y = model(x)
@@ -386,7 +389,7 @@ def test_what_is_inferred_can_be_adapted(layer, x):
         copy.deepcopy(base), LoTRAConfig(r=2, coefficients=infer_coefficients(base, x), init_weights=False)
     )
     y, plain = first_tensor(model(x)), copy.deepcopy(base)
-    for lotra in lotra_layers(model):
+    for lotra in adapted_tensors(model).values():
         update = scattered(lotra.spec, *(getattr(lotra, name)["default"] for name in lotra.adapter_layer_names))
         if lotra.spec.slice is not None:
             update = torch.nn.functional.pad(update, (0, 4))

@@ -15,7 +15,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.testing import KANLayerTests, lotra_layers
+from peft_lotra.layer import adapted_tensors
+from peft_lotra.testing import KANLayerTests
 
 
 @pytest.mark.parametrize("options", [{}, {"groups": 2, "stride": 2, "kernel_size": (3, 2)}])
@@ -80,7 +81,7 @@ def adapt_save_load_merge(make, x, tmp_path, **kwargs):
 
 def test_inkan_network(tmp_path):
     model, base = adapt_save_load_merge(lambda: KANNetwork([3, 6, 2], compile_basis=False), torch.rand(9, 3), tmp_path)
-    assert len(lotra_layers(model)) == 2
+    assert len(adapted_tensors(model)) == 2
     merged = model.merge_and_unload()
     assert_different(merged.layers[0].weight[:, : 3 * 8], base.layers[0].weight[:, : 3 * 8])
     assert_equal(merged.layers[0].weight[:, 3 * 8 :], base.layers[0].weight[:, 3 * 8 :], 0)
@@ -95,7 +96,7 @@ def test_convkan_residual_block(tmp_path):
         torch.rand(2, 4, 8, 8),
         tmp_path,
     )
-    assert len(lotra_layers(model)) == 2
+    assert len(adapted_tensors(model)) == 2
 
 
 def test_kan_gpt(tmp_path):
@@ -115,7 +116,7 @@ def test_kan_gpt(tmp_path):
 
     tokens = torch.randint(11, (2, 6))
     model, _ = adapt_save_load_merge(Logits, tokens, tmp_path)
-    assert len(lotra_layers(model)) == 5  # attention in and out, two of the MLP, the head
+    assert len(adapted_tensors(model)) == 5  # attention in and out, two of the MLP, the head
     _, loss = model.get_base_model().gpt(tokens, tokens)
     loss.backward()
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
@@ -136,7 +137,7 @@ def test_multkan_around_adapted_layers(tmp_path, monkeypatch):
     kan.save_act = True
     model(x)
     fine = kan.refine(12)  # fits the splines of a new network to the adapted ones
-    assert not lotra_layers(fine)
+    assert not adapted_tensors(fine)
     with pytest.raises(RuntimeError, match=r"Missing key.*act_fun.0.coef"):  # copies a state dict into a plain network
         kan.prune()
     assert_equal(model(x), y, 0)

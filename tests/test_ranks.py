@@ -6,9 +6,9 @@ import re
 import pytest
 import torch
 
-from peft_lotra.ranks import choose_ranks, ranks_for_budget, suggest_ranks
-from peft_lotra.spectrum import Spectrum
-from peft_lotra.tucker import TuckerFactors, parameter_count, reconstruct
+from peft_lotra.tensors.ranks import choose_ranks, ranks_for_budget, suggest_ranks
+from peft_lotra.tensors.spectrum import Spectrum
+from peft_lotra.tensors.tucker import TuckerFactors, parameter_count, reconstruct
 
 SHAPES = {"first": (2, 32, 8), "middle": (32, 32, 8), "last": (32, 1, 8)}
 TOTAL = sum(math.prod(shape) for shape in SHAPES.values())

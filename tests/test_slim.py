@@ -13,8 +13,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_lotra import LoTRAConfig, effective_coefficients, slim_kan
-from peft_lotra.tucker import decompose, reconstruct
+from peft_lotra import LoTRAConfig, slim_kan
+from peft_lotra.analysis import effective_coefficients
+from peft_lotra.tensors.tucker import decompose, reconstruct
 
 
 def zeroed(name, base):

@@ -6,7 +6,7 @@ import tensorly
 import torch
 from conftest import assert_equal
 
-from peft_lotra.tucker import TuckerFactors, decompose, hosvd, orthonormal, parameter_count, reconstruct
+from peft_lotra.tensors.tucker import TuckerFactors, decompose, hosvd, orthonormal, parameter_count, reconstruct
 
 
 def random_factors(ranks=(2, 3, 4), modes=(5, 6, 7), extra=(), dtype=torch.float64):

@@ -14,13 +14,8 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from tasks import Task
 from torch import nn
 
-from peft_lotra import (
-    LoTRAConfig,
-    create_lotra_optimizer,
-    effective_coefficients,
-    initialize_lotra_weights,
-    slim_kan,
-)
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, initialize_lotra_weights, slim_kan
+from peft_lotra.analysis import effective_coefficients
 
 Settings = Mapping[str, Any]
 INITIALISATIONS = ("random", "gradient", "gradient_hosvd")

@@ -1,15 +1,6 @@
 """Where a KAN layer keeps its coefficient tensor A, and how A lies there."""
 
-from .inference import infer_coefficients, verify_coefficients
 from .registry import known_coefficients, register_kan_layer, registered_kan_layers
 from .spec import CoefficientSpec, Layout
 
-__all__ = [
-    "CoefficientSpec",
-    "Layout",
-    "infer_coefficients",
-    "known_coefficients",
-    "register_kan_layer",
-    "registered_kan_layers",
-    "verify_coefficients",
-]
+__all__ = ["CoefficientSpec", "Layout", "known_coefficients", "register_kan_layer", "registered_kan_layers"]

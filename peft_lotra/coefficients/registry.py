@@ -33,7 +33,7 @@ def register_kan_layer(
     Raises:
         ValueError, TypeError: if the mapping is malformed.
     """
-    name = layer_class if isinstance(layer_class, str) else _qualified_name(layer_class)
+    name = layer_class if isinstance(layer_class, str) else qualified_name(layer_class)
     if not callable(coefficients):
         for description in coefficients.values():
             check_description(description)
@@ -48,14 +48,15 @@ def registered_kan_layers() -> list[str]:
 def known_coefficients(layer: nn.Module) -> list[CoefficientSpec]:
     """The coefficient tensors of `layer` if its class, or the nearest base class, is registered; else none."""
     for cls in type(layer).__mro__:
-        coefficients = _REGISTRY.get(_qualified_name(cls))
+        coefficients = _REGISTRY.get(qualified_name(cls))
         if coefficients is not None:
             descriptions = coefficients(layer) if callable(coefficients) else coefficients
             return [CoefficientSpec.resolve(layer, path, text) for path, text in descriptions.items()]
     return []
 
 
-def _qualified_name(cls: type) -> str:
+def qualified_name(cls: type) -> str:
+    """Module and name of a class, such as "kan.KANLayer.KANLayer"."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 

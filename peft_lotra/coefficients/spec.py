@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from einops import rearrange, repeat
 
-from ..sharding import whole_shape
+from ..placement.sharded import full_shape
 
 _MODES = ("i", "o", "d")  # factored: input, output, basis
 _KERNEL = ("g", "t", "h", "w")  # not factored: group, and the kernel's time, height and width
@@ -173,7 +173,7 @@ class CoefficientSpec:
         if not tensor.is_floating_point():
             raise TypeError(f"`{parameter}` has dtype {tensor.dtype}: LoTRA adapts real floating-point tensors only")
         region = description.get("slice")
-        shape = whole_shape(tensor)
+        shape = full_shape(tensor)
         if region is not None and len(parse_slice(region)) > len(shape):
             raise ValueError(f"`slice` {region!r} has more axes than `{parameter}` of shape {tuple(shape)}")
         if region is not None:
@@ -181,7 +181,7 @@ class CoefficientSpec:
         layout = Layout.fit(description["layout"], shape, description.get("sizes"))
         scale = description.get("scale")
         if scale is not None:
-            stored_scale = torch.empty(whole_shape(tensor_at(layer, scale)), device="meta")
+            stored_scale = torch.empty(full_shape(tensor_at(layer, scale)), device="meta")
             layout.expand(stored_scale, description["scale_layout"])  # raises if it does not fit
         return cls(parameter, layout, scale, description.get("scale_layout"), region)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..coefficients.spec import CoefficientSpec, owner_of, tensor_at
-from ..sharding import is_sharded, whole, whole_shape
+from ..placement.sharded import full_shape, full_tensor, is_sharded
 from . import einops_backend, products  # noqa: F401  (they make themselves known)
 from .axes import Axes, expanded_scale
 from .placeholder import Ones, PerformanceWarning, StandIn, warn
@@ -36,9 +36,9 @@ __all__ = [
 
 def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> torch.Tensor:
     """parameter · scale + Σ updates, in the layout of the parameter; whole where they are sharded."""
-    coefficients = whole(_stored(layer, spec.parameter))
+    coefficients = full_tensor(_stored(layer, spec.parameter))
     if spec.scale is not None:
-        coefficients = coefficients * expanded_scale(spec, whole(_stored(layer, spec.scale)))
+        coefficients = coefficients * expanded_scale(spec, full_tensor(_stored(layer, spec.scale)))
     for update in updates:
         coefficients = coefficients + update.dense(spec, coefficients.shape).to(coefficients)
     return coefficients
@@ -57,7 +57,7 @@ def adapted(
     if takes_tensors_only(layer) or _is_any_sharded(parameter, scale, updates):
         value = adapted_coefficients(layer, spec, updates).contiguous()
         if scale is not None:
-            ones = torch.ones(whole_shape(scale), dtype=scale.dtype, device=scale.device)
+            ones = torch.ones(full_shape(scale), dtype=scale.dtype, device=scale.device)
     else:
         owner = None if quiet else type(layer).__qualname__
         value = StandIn(parameter, Axes.of(spec, parameter.shape), updates, owner)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from ..coefficients.spec import CoefficientSpec
-from ..sharding import whole
-from ..tucker import TuckerFactors, reconstruct
+from ..placement.sharded import full_tensor
+from ..tensors.tucker import TuckerFactors, reconstruct
 from .axes import MODES, Axes
 
 _16_BIT = (torch.float16, torch.bfloat16)
@@ -37,7 +37,7 @@ class Update(NamedTuple):
         """The update of a parameter of this shape, in its layout; 16-bit factors are multiplied out in fp32."""
         if self.samples is not None:
             raise SampleAxisUnknown
-        factors = TuckerFactors(*map(whole, self.in_fp32.factors))
+        factors = TuckerFactors(*map(full_tensor, self.in_fp32.factors))
         return spec.stored_update(reconstruct(factors) * self.scaling, shape).to(self.factors.core.dtype)
 
     def rows(self, axes: Axes) -> Update:

@@ -8,10 +8,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from .analysis import coefficients_of, plain_targets
-from .config import LoTRAConfig
+from ..analysis.updates import coefficients_of, plain_targets
+from ..config import LoTRAConfig
+from ..tensors.tucker import decompose
 from .extraction import fill
-from .tucker import decompose
 
 
 def slim_kan(model: nn.Module, *, init: str = "random", **config: Any) -> PeftModel:

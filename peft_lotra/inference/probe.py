@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .patterns import Tolerance
-from .running import Run, map_tensors, tensors_in
-from .spec import Layout
+from ..coefficients import Layout
+from .layouts import Tolerance
+from .recording import Run, map_tensors, tensors_in
 
 
 @dataclass

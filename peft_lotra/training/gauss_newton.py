@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.utils._pytree import tree_flatten, tree_map
 from tqdm import tqdm
 
-from .sharding import check_not_sharded
+from ..placement.sharded import check_not_sharded
 
 _Residual = Callable[[Callable[..., Any], Any], torch.Tensor]
 

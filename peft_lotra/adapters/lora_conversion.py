@@ -12,13 +12,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from .checkpoint import is_adapter_key
-from .coefficients.spec import Layout, owner_of
-from .combine import coefficient_layers
-from .layer import LoTRALayer
-from .model import LoTRAModel, lotra_model
-from .offloading import onloaded
-from .slim_layer import SlimLayer
+from ..checkpoint import is_adapter_key
+from ..coefficients.spec import Layout, owner_of
+from ..layer import LoTRALayer, adapted_tensors
+from ..model import LoTRAModel, lotra_model
+from ..placement.offloaded import tensors_in_place
+from ..slim_layer import SlimLayer
 
 
 def convert_to_lora(
@@ -52,11 +51,7 @@ def convert_to_lora(
             f"`rank` should be a positive integer value, a fraction of ‖Δ‖² in (0, 1] as a float, or None, but the "
             f"value passed is {rank!r}"
         )
-    layers = {
-        parameter: layer
-        for parameter, (_, layer) in coefficient_layers(tuner.model).items()
-        if adapter_name in layer.lotra_core
-    }
+    layers = adapted_tensors(tuner.model, adapter_name)
     for parameter, layer in layers.items():
         obstacle = _obstacle(layer, adapter_name)
         if obstacle is not None:
@@ -106,7 +101,7 @@ def _obstacle(layer: LoTRALayer, adapter_name: str) -> str | None:
 @torch.no_grad()
 def _matrices(layer: LoTRALayer, adapter_name: str, rank: int | float | None) -> tuple[torch.Tensor, torch.Tensor]:
     """lora_A, shape (k, n·n_d), and lora_B, shape (m, k), in the adapter's dtype; computed in fp64."""
-    with onloaded(layer):
+    with tensors_in_place(layer):
         dtype = layer.lotra_core[adapter_name].dtype
         core, U1, U2, U3 = (
             factor.detach().to("cpu", torch.float64, copy=True) for factor in layer.factors(adapter_name)

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .patterns import NoLayout, NoOutputs, Pair, Responses, find_layout, find_part
+from ..coefficients import CoefficientSpec, Layout
+from ..coefficients.spec import parse_slice
+from .layouts import NoLayout, NoOutputs, Pair, Responses, find_layout, find_part
 from .probe import FINITE_DIFFERENCES, PRECISIONS, Passes, Probe, Refused, Unusable
-from .running import tensors_in
-from .spec import CoefficientSpec, Layout, parse_slice
+from .recording import tensors_in
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from torch import nn
 
-from .checkpoint import CONTAINERS, check_saved_adapter, check_weights, is_adapter_key, saved_shapes
-from .combine import coefficient_layers
-from .config import LoTRAConfig
-from .layer import LoTRALayer
-from .model import LoTRAModel, lotra_model
-from .slim_layer import SlimLayer
-from .targets import Target, completed, saved_targets
+from ..checkpoint import CONTAINERS, check_saved_weights, check_weights, is_adapter_key
+from ..config import LoTRAConfig, Target
+from ..layer import adapted_tensors
+from ..model import LoTRAModel, lotra_model
+from ..slim_layer import SlimLayer
+from ..targets import resolve_targets
 
 
 def hotswap_adapter(
@@ -69,7 +68,7 @@ def hotswap_adapter(
             f"`model_name_or_path` {model_name_or_path!r} is a {config.peft_type.value} adapter: only LoTRA adapters "
             "can be swapped in here"
         )
-    check_saved_adapter(config, model_name_or_path, kwargs.get("subfolder"))
+    check_saved_weights(model_name_or_path, kwargs.get("subfolder"), config.saved_shapes())
     weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
     hotswap_adapter_from_state_dict(model, weights, adapter_name, config)
 
@@ -87,9 +86,9 @@ def hotswap_adapter_from_state_dict(
         config: the new adapter's, as in `peft_config` of a model that has it.
     """
     tuner = lotra_model(model, adapter_name)
-    targets = tuner.checked_targets(config)
-    config = completed(config, targets)
-    check_weights(dict(saved_shapes(config)), state_dict, "`state_dict`")
+    targets = resolve_targets(tuner.model, config)
+    config = config.self_contained(targets)
+    check_weights(config.saved_shapes(), state_dict, "`state_dict`")
     _check_slot(tuner, adapter_name, config, targets)
     model = getattr(model, "_orig_mod", model)
     slot = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -110,7 +109,7 @@ def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig, targe
             f"the new adapter has `trainable_token_indices` {tokens}, {adapter_name!r} has {own_tokens}: only rows of "
             "the same tokens can be swapped; use `load_adapter`"
         )
-    layers = _slot(tuner, adapter_name)
+    layers = adapted_tensors(tuner.model, adapter_name)
     missing = [target.parameter for target in targets if target.parameter not in layers]
     if missing:
         raise ValueError(
@@ -138,12 +137,6 @@ def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig, targe
         )
 
 
-def _slot(tuner: LoTRAModel, adapter_name: str) -> dict[str, LoTRALayer]:
-    """The layers that have the adapter, by full parameter name."""
-    layers = coefficient_layers(tuner.model)
-    return {name: layer for name, (_, layer) in layers.items() if adapter_name in layer.lotra_core}
-
-
 def _factors(
     tuner: LoTRAModel,
     state_dict: Mapping[str, torch.Tensor],
@@ -152,9 +145,9 @@ def _factors(
     targets: list[Target],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Every factor of the slot, and its new values."""
-    keys = {target.parameter: f"base_model.model.{key}" for key, target in saved_targets(config)}
+    keys = {target.parameter: f"base_model.model.{key}" for key, target in config.saved_targets()}
     alphas = {target.parameter: target.alpha for target in targets}
-    for parameter, layer in _slot(tuner, adapter_name).items():
+    for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
         alpha, own_alpha = alphas.get(parameter), layer.alpha[adapter_name]
         for container, own in zip(CONTAINERS, layer.factors(adapter_name), strict=True):
             values = torch.zeros_like(own)

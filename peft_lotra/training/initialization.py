@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from .layer import LoTRALayer
-from .sharding import check_not_sharded
-from .standin import adapted_coefficients, replaced
+from ..layer import LoTRALayer, adapted_tensors
+from ..placement.sharded import check_not_sharded
+from ..preserved import preserved, preserved_random_state
+from ..standin import adapted_coefficients, replaced
 
 METHODS = {"gradient": (1,), "gradient_hosvd": (0, 1, 2)}  # the modes whose factors are set
 _FACTORS = ("lotra_U1", "lotra_U2", "lotra_U3")
@@ -56,7 +57,7 @@ def initialize_lotra_weights(
     layers = _layers(model, adapter_name)
     gradients = _gradients(model, layers, adapter_name, train_step)
     new: dict[nn.Parameter, torch.Tensor] = {}
-    with _preserved_random_state(model):
+    with preserved_random_state(model):
         for name, layer in tqdm(layers.items(), desc="initialize LoTRA", disable=not progressbar):
             gradient = _averaged(gradients.pop(name), layer)
             _check_gradient(gradient, name)
@@ -69,10 +70,9 @@ def initialize_lotra_weights(
 
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoTRALayer]:
-    found = {name: module for name, module in model.named_modules() if isinstance(module, LoTRALayer)}
-    layers = {name: layer for name, layer in found.items() if adapter_name in layer.lotra_core}
+    layers = adapted_tensors(model, adapter_name)
     if not layers:
-        adapters = sorted({key for layer in found.values() for key in layer.lotra_core})
+        adapters = sorted({key for layer in adapted_tensors(model).values() for key in layer.lotra_core})
         raise ValueError(f"`adapter_name`={adapter_name!r}: the model has the LoTRA adapters {adapters}")
     for name, layer in layers.items():
         instead = "initialise the adapter before the model is sharded; all processes then have the same factors"
@@ -103,10 +103,10 @@ def _gradients(
         return hook
 
     with ExitStack() as stack:
-        stack.enter_context(_preserved(model))
+        stack.enter_context(preserved(model))
         for name, layer in layers.items():
             base = layer.get_base_layer()
-            coefficients = adapted_coefficients(base, layer.spec, layer.active_updates(besides=adapter_name))
+            coefficients = adapted_coefficients(base, layer.spec, layer._active_updates(besides=adapter_name))
             coefficients = coefficients.detach().requires_grad_()
             coefficients.register_post_accumulate_grad_hook(collect(name, layer))
             stack.enter_context(replaced(base, layer.spec, coefficients))
@@ -115,36 +115,6 @@ def _gradients(
         with torch.enable_grad():
             train_step()
     return gradients
-
-
-@contextmanager
-def _preserved(model: nn.Module) -> Iterator[None]:
-    """Afterwards gradients, flags, modes, buffers and random state are what they were; inside, no `.grad` is set."""
-    parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    with _preserved_random_state(model):
-        try:
-            for p, _, _ in parameters:
-                p.grad = None
-            yield
-        finally:
-            for p, gradient, flag in parameters:
-                p.grad = gradient
-                p.requires_grad_(flag)
-            for module, training in modes:
-                module.training = training
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
-
-
-@contextmanager
-def _preserved_random_state(model: nn.Module) -> Iterator[None]:
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    kind = next((device.type for device in devices), "cuda")
-    with torch.random.fork_rng(sorted(device.index or 0 for device in devices), device_type=kind):
-        yield
 
 
 def _averaged(gradient: torch.Tensor | None, layer: LoTRALayer) -> torch.Tensor:

@@ -1,14 +1,15 @@
-"""Run a layer with tensors in the place of its parameters, and record what depends on them; leave no trace in it."""
+"""Run a layer with tensors in the place of its parameters, and record what depends on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from ..preserved import preserved
 
 
 def map_tensors(thing: Any, function: Callable[[torch.Tensor], Any]) -> Any:
@@ -30,39 +31,6 @@ def tensors_in(thing: Any) -> list[torch.Tensor]:
 
 def _differentiable(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
-
-
-@contextmanager
-def preserved(module: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
-    """Inside, `module` is in eval mode, is not compiled, and has copies of its buffers.
-
-    With `dtype`, these copies, tensors that are plain attributes, and new tensors are of this type. Afterwards the
-    attributes of the module, its parameters (the objects) and its buffers are what they were, as is the random state.
-    """
-    modules = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]  # these cannot be restored
-    saved = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
-    cuda = {t.device for t in (*module.parameters(), *module.buffers()) if t.is_cuda}
-    default = torch.get_default_dtype()
-    with torch.random.fork_rng(sorted(cuda, key=str)), torch.compiler.set_stance("force_eager"):
-        try:
-            torch.set_default_dtype(dtype or default)
-            for m, attributes, _, buffers in saved:
-                m.__dict__["training"] = False
-                for name, b in buffers.items():
-                    if b is not None:
-                        m._buffers[name] = b.detach().to(dtype if b.is_floating_point() else None, copy=True)
-                for name, value in attributes.items() if dtype else ():
-                    if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
-                        m.__dict__[name] = value.to(dtype, copy=True)
-            yield
-        finally:
-            torch.set_default_dtype(default)
-            for m, attributes, parameters, buffers in saved:
-                m.__dict__.clear()
-                m.__dict__.update(attributes)
-                for now, before in ((m._parameters, parameters), (m._buffers, buffers)):
-                    now.clear()
-                    now.update(before)
 
 
 class Recorder(TorchFunctionMode):
@@ -147,23 +115,18 @@ class Run:
     ):
         places = {path: (layer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in values}
         before = {path: owner._parameters[name] for path, (owner, name) in places.items()}
-        flags = [(p, p.requires_grad) for p in layer.parameters() if _differentiable(p)]
         recorder = Recorder()
         recorder.index(x)
-        with preserved(layer, dtype), torch.enable_grad():
-            try:
-                for p, _ in flags:
-                    p.requires_grad_(True)  # a use of the parameter itself shall show
-                for path, (owner, name) in places.items():
-                    owner.__dict__[name] = values[path]
-                with recorder:
-                    result = layer(*args, **kwargs)
-                self.reassigned = {
-                    path for path, (owner, name) in places.items() if owner._parameters.get(name) is not before[path]
-                }
-            finally:
-                for p, flag in flags:
-                    p.requires_grad_(flag)
+        with preserved(layer, training=False, dtype=dtype), torch.enable_grad():
+            for p in filter(_differentiable, layer.parameters()):
+                p.requires_grad_(True)  # a use of the parameter itself shall show
+            for path, (owner, name) in places.items():
+                owner.__dict__[name] = values[path]
+            with recorder:
+                result = layer(*args, **kwargs)
+            self.reassigned = {
+                path for path, (owner, name) in places.items() if owner._parameters.get(name) is not before[path]
+            }
         self.returned = [t for t in tensors_in(result) if _differentiable(t)]
         self.outputs = [recorder.index(t) for t in self.returned if t.requires_grad]
         self.tensors, self.sources, self.overwritten = recorder.tensors, recorder.sources, recorder.overwritten

@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 
-from .spec import Layout
+from ..coefficients import Layout
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # (numbered, plain) responses, each in the shape of the parameter
 Factor = tuple[str, int]  # (mode, size)

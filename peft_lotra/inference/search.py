@@ -11,16 +11,19 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .patterns import agree
-from .registry import known_coefficients
+from ..coefficients import CoefficientSpec, known_coefficients
+from ..config import LoTRAConfig
+from ..layer import adapted_tensors
+from ..preserved import preserved
+from ..targets import resolve_targets
+from .layouts import agree
+from .recording import map_tensors, tensors_in
 from .response import Finding, Passes, infer_layer
-from .running import map_tensors, preserved, tensors_in
-from .spec import CoefficientSpec
 
 _MOST_TESTS = 2  # a linear weight is tested in the layer around it and, once more, in the one around that
 
 
-class Coefficients(dict):
+class InferredCoefficients(dict):
     """Maps coefficient parameters to their descriptions, for `LoTRAConfig(coefficients=...)`; prints as a report.
 
     Attributes:
@@ -35,7 +38,7 @@ class Coefficients(dict):
         return self.report or super().__str__()
 
 
-def infer_coefficients(model: nn.Module, *sample: Any, **kwargs: Any) -> Coefficients:
+def infer_coefficients(model: nn.Module, *sample: Any, **kwargs: Any) -> InferredCoefficients:
     """The coefficient tensors of a model's KAN layers, found by running it on a sample.
 
         coefficients = infer_coefficients(model, x)
@@ -77,7 +80,7 @@ def infer_coefficients(model: nn.Module, *sample: Any, **kwargs: Any) -> Coeffic
 
 def verify_coefficients(
     model: nn.Module, *sample: Any, coefficients: Mapping[str, Any] | None = None, **kwargs: Any
-) -> Coefficients:
+) -> InferredCoefficients:
     """Check the declared layouts of a model's coefficient tensors by running it on a sample.
 
     Declared are those of registered classes and those in `coefficients`, in the form of
@@ -86,16 +89,9 @@ def verify_coefficients(
     Raises:
         ValueError: naming the first layer and parameter whose layout, slice or scale is not the one found.
     """
-    from ..config import LoTRAConfig  # which imports this package
-    from ..targets import resolve_targets
-
-    declared: list[tuple[str, nn.Module, CoefficientSpec]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and isinstance(getattr(module, "spec", None), CoefficientSpec):
-            base = name
-            while isinstance(model.get_submodule(base), BaseTunerLayer):
-                base = f"{base}.base_layer"
-            declared.append((base, model.get_submodule(base), module.spec))
+    names = {module: name for name, module in model.named_modules()}
+    layers = [(layer.get_base_layer(), layer.spec) for layer in adapted_tensors(model).values()]
+    declared = [(names[layer], layer, spec) for layer, spec in layers]
     if declared and coefficients:
         raise ValueError("`coefficients` describes a base model, and this one is adapted: leave the argument out")
     if not declared:
@@ -155,8 +151,8 @@ def _join(module: str, path: str) -> str:
     return f"{module}.{path}" if module else path
 
 
-def _result(found: Mapping[str, tuple[str, CoefficientSpec]], report: str, passes: Passes) -> Coefficients:
-    result = Coefficients()
+def _result(found: Mapping[str, tuple[str, CoefficientSpec]], report: str, passes: Passes) -> InferredCoefficients:
+    result = InferredCoefficients()
     for parameter, (module, spec) in found.items():
         owned = parameter.rpartition(".")[0] == module
         result[parameter] = spec.describe() | ({} if owned else {"layer": module})
@@ -184,7 +180,7 @@ def _recorded_calls(
 
         return run
 
-    with preserved(model), torch.no_grad():
+    with preserved(model, training=False), torch.no_grad():
         for name, module in model.named_modules():
             if (plain or not _is_plain(module)) and not isinstance(module, torch.jit.ScriptModule):
                 module.__dict__["forward"] = recording(name, module.forward)  # some call it without `__call__`

@@ -10,11 +10,11 @@ import torch
 from accelerate.utils import named_module_tensors
 from torch import nn
 
-from .sharding import FSDPModule, writable
+from .sharded import FSDPModule, gathered_for_writing
 
 
 @contextmanager
-def onloaded(layer: nn.Module) -> Iterator[None]:
+def tensors_in_place(layer: nn.Module) -> Iterator[None]:
     """While this is entered, the tensors of `layer` and its submodules are in place, and its hooks leave them there.
 
     The hooks of accelerate and FSDP2 would fetch them when a module's forward begins, with a stand-in already where a
@@ -47,7 +47,7 @@ def onloaded(layer: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def writing(layer: nn.Module, owners: Sequence[nn.Module] = ()) -> Iterator[None]:
+def writable_tensors(layer: nn.Module, owners: Sequence[nn.Module] = ()) -> Iterator[None]:
     """While this is entered, the tensors of `layer` are in place, and what is written to those of `owners` is kept.
 
     What was on disk is in host memory afterwards.
@@ -58,7 +58,7 @@ def writing(layer: nn.Module, owners: Sequence[nn.Module] = ()) -> Iterator[None
     try:
         for module, hook in away:
             hook.pre_forward(module)
-        with writable(layer):
+        with gathered_for_writing(layer):
             yield
         for module, hook in hooks:
             if module in owners:

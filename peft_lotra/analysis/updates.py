@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-from .config import LoTRAConfig
-from .layer import LoTRALayer
-from .spectrum import Spectrum
-from .standin import adapted_coefficients
-from .targets import Target, resolve_targets
+from ..coefficients.registry import Descriptions
+from ..config import LoTRAConfig, Target
+from ..layer import adapted_tensors, first_tensor
+from ..preserved import preserved
+from ..standin import adapted_coefficients
+from ..targets import resolve_targets
+from ..tensors.spectrum import Spectrum
 
-Coefficients = Mapping[str, str | Mapping[str, Any]]
 
-
-def effective_coefficients(model: nn.Module, coefficients: Coefficients | None = None) -> dict[str, torch.Tensor]:
+def effective_coefficients(model: nn.Module, coefficients: Descriptions | None = None) -> dict[str, torch.Tensor]:
     """A = parameter · scale in the order (n, m, n_d, ...), by full parameter name, for every KAN layer of a model.
 
     Args:
@@ -33,7 +31,7 @@ def effective_coefficients(model: nn.Module, coefficients: Coefficients | None =
 
 
 def coefficient_updates(
-    base: nn.Module, finetuned: nn.Module, coefficients: Coefficients | None = None
+    base: nn.Module, finetuned: nn.Module, coefficients: Descriptions | None = None
 ) -> dict[str, torch.Tensor]:
     """Δ = A_ft − A_pt in the order (n, m, n_d, ...), by full parameter name; float64, on the CPU.
 
@@ -48,7 +46,7 @@ def coefficient_updates(
 
 
 def update_spectrum(
-    base: nn.Module, finetuned: nn.Module, coefficients: Coefficients | None = None
+    base: nn.Module, finetuned: nn.Module, coefficients: Descriptions | None = None
 ) -> dict[str, Spectrum]:
     """The singular values of A_ft − A_pt unfolded along its modes, and what they say of ranks, by parameter name.
 
@@ -79,7 +77,7 @@ def updates_between(
 
 def plain_targets(name: str, model: nn.Module, config: LoTRAConfig) -> list[Target]:
     """The targets of `config` in a model that must have no adapters."""
-    if any(isinstance(module, LoTRALayer) for module in model.modules()):
+    if adapted_tensors(model):
         raise ValueError(f"`{name}` has LoTRA adapters: pass a plain model, such as `merge_and_unload()` returns")
     return resolve_targets(model, config)
 
@@ -114,13 +112,12 @@ def activation_curves(
     rows = reference.repeat(len(inputs), 1)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        y = layer(x)
-        y = y if isinstance(y, torch.Tensor) else y[0]
+        y = first_tensor(layer(x))
         if y.dim() != 2 or len(y) != len(x):
             raise ValueError(f"`layer` should map {tuple(x.shape)} to (batch, m), got the shape {tuple(y.shape)}")
         return y
 
-    with evaluating(layer):
+    with preserved(layer, training=False):
         origin = run(reference[None])[0]
         outside = [edge for edge in edges if not (0 <= edge[0] < len(reference) and 0 <= edge[1] < len(origin))]
         if outside:
@@ -131,15 +128,3 @@ def activation_curves(
             x[:, i] = inputs.to(x)
             curves.append(run(x)[:, o] - origin[o])
     return torch.stack(curves)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """While this is entered, dropout and running statistics rest."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer import LoTRALayer
-from .sharding import check_not_sharded
-from .tucker import orthonormal as orthonormal_factors
+from ..layer import adapted_tensors
+from ..placement.sharded import check_not_sharded
+from ..tensors.tucker import orthonormal as orthonormal_factors
 
 Multipliers = Mapping[str, float]
 
@@ -68,11 +68,10 @@ def _check_whole(model: nn.Module) -> None:
 def _orthonormalize(model: nn.Module) -> None:
     """U_k ← Q_k, G ← G ×_k R_k for the adapters that are being trained."""
     _check_whole(model)  # it may have been sharded since
-    for layer in model.modules():
-        if isinstance(layer, LoTRALayer):
-            for name in layer.lotra_core:
-                if all(factor.requires_grad for factor in layer.factors(name)):
-                    layer.set_factors(name, orthonormal_factors(layer.factors(name)))
+    for layer in adapted_tensors(model).values():
+        for name in layer.lotra_core:
+            if all(factor.requires_grad for factor in layer.factors(name)):
+                layer.set_factors(name, orthonormal_factors(layer.factors(name)))
 
 
 def lotra_parameter_groups(
@@ -144,10 +143,9 @@ def _multipliers(
 ) -> dict[nn.Parameter, tuple[str, float]]:
     """(component, multiplier) of every parameter of an adapter."""
     found = {}
-    for layer in model.modules():
-        if isinstance(layer, LoTRALayer):
-            multipliers = rule(*layer.spec.layout.canonical_shape[:3])
-            for component in _COMPONENTS:
-                for parameter in getattr(layer, f"lotra_{component}").values():
-                    found[parameter] = component, float(multipliers.get(component, 1))
+    for layer in adapted_tensors(model).values():
+        multipliers = rule(*layer.spec.layout.canonical_shape[:3])
+        for component in _COMPONENTS:
+            for parameter in getattr(layer, f"lotra_{component}").values():
+                found[parameter] = component, float(multipliers.get(component, 1))
     return found

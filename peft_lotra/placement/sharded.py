@@ -21,7 +21,7 @@ else:
     DTensor = FSDPModule
 
 
-def whole_shape(tensor: torch.Tensor) -> torch.Size:
+def full_shape(tensor: torch.Tensor) -> torch.Size:
     """The shape with the parts of all processes. A ZeRO-3 parameter that is not gathered is empty itself."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
@@ -46,7 +46,7 @@ def check_not_sharded(module: nn.Module, what: str, instead: str) -> None:
         raise ValueError(f"{what} is sharded (FSDP2 or ZeRO-3): {instead}")
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with the values of all processes, which therefore must all call this.
 
     The gradient is the mean over the processes of what arrives, as that of any parameter that is trained sharded.
@@ -78,7 +78,7 @@ def write(tensor: torch.Tensor, values: torch.Tensor) -> None:
 
 
 @contextmanager
-def writable(layer: nn.Module) -> Iterator[None]:
+def gathered_for_writing(layer: nn.Module) -> Iterator[None]:
     """While this is entered, what is written to the layer's parameters is kept; all processes write the same.
 
     FSDP2 leaves the gathered copies of its root in place after a forward pass, and drops them later.

@@ -13,6 +13,8 @@ import tensorly
 import torch
 from tensorly.decomposition import partial_tucker
 
+Ranks = tuple[int, int, int]  # (r1, r2, r3)
+
 
 class TuckerFactors(NamedTuple):
     """A tensor in Tucker form, G ×₁ U1 ×₂ U2 ×₃ U3."""
@@ -132,6 +134,11 @@ def hosvd(tensor: torch.Tensor) -> tuple[TuckerFactors, tuple[torch.Tensor, torc
     return TuckerFactors(torch.einsum("abd...,dc->abc...", core, vectors[2]), *vectors), values
 
 
-def parameter_count(shape: Sequence[int], ranks: Sequence[int]) -> int:
+def factor_shapes(shape: Sequence[int], ranks: Ranks) -> tuple[tuple[int, ...], ...]:
+    """The shapes of G, U1, U2, U3 for a tensor of shape (n, m, n_d, ...)."""
+    return ((*ranks, *shape[3:]), *((size, r) for size, r in zip(shape[:3], ranks, strict=True)))
+
+
+def parameter_count(shape: Sequence[int], ranks: Ranks) -> int:
     """r1·r2·r3·(trailing sizes) + n·r1 + m·r2 + n_d·r3, for a tensor of shape (n, m, n_d, ...)."""
-    return math.prod(ranks) * math.prod(shape[3:]) + sum(size * r for size, r in zip(shape[:3], ranks, strict=True))
+    return sum(map(math.prod, factor_shapes(shape, ranks)))

@@ -6,40 +6,26 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, merge_utils
 from torch import nn
 
 from .config import LoTRAConfig, check_ranks
-from .layer import LoTRALayer, adapter_layers
-from .offloading import onloaded
-from .ranks import choose_ranks
-from .sharding import whole
-from .tucker import TuckerFactors, compress, reconstruct, weighted_sum
-
-if TYPE_CHECKING:
-    from .model import LoTRAModel
+from .layer import LoTRALayer, adapted_tensors
+from .placement.offloaded import tensors_in_place
+from .placement.sharded import full_tensor
+from .tensors.ranks import choose_ranks
+from .tensors.tucker import Ranks, TuckerFactors, compress, reconstruct, weighted_sum
 
 _SUMS = ("cat", "svd", "linear")
 _PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 
 
-def coefficient_layers(model: nn.Module) -> dict[str, tuple[str, LoTRALayer]]:
-    """For the full name of every adapted parameter: the name of its module, and its LoTRALayer."""
-    found: dict[str, tuple[str, LoTRALayer]] = {}
-    inner: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        if module not in inner:
-            layers = list(adapter_layers(module))
-            found |= {f"{name}.{layer.spec.parameter}": (name, layer) for layer in layers}
-            inner.update(layers)
-    return found
-
-
-def combined(
-    model: LoTRAModel,
+def combine_adapters(
+    model: nn.Module,
+    configs: Mapping[str, LoTRAConfig],
     adapters: Sequence[str],
     weights: Sequence[float],
     combination_type: str,
@@ -49,23 +35,27 @@ def combined(
 ) -> tuple[LoTRAConfig, dict[str, TuckerFactors], dict[str, float]]:
     """The config, the factors and the relative errors of the new adapter; `model` is not changed.
 
-    See `LoTRAModel.add_weighted_adapter` for arguments and errors.
+    Args:
+        model: the base model with the adapters in it.
+        configs: of all adapters, by name.
+
+    See `LoTRAModel.add_weighted_adapter` for the other arguments, and errors.
     """
-    _check_adapters(model, adapters, weights)
+    _check_adapters(model, configs, adapters, weights)
     rule = _checked_rule(combination_type, density, majority_sign_method)
     if rule == "cat" and svd_rank is not None:
         raise ValueError(
             f"`svd_rank` {svd_rank!r} with `combination_type` 'cat', where the ranks add up: use 'svd' to choose them"
         )
     layers = {
-        parameter: (module, layer)
-        for parameter, (module, layer) in coefficient_layers(model.model).items()
+        parameter: layer
+        for parameter, layer in adapted_tensors(model).items()
         if any(adapter in layer.lotra_core for adapter in adapters)
     }
     ranks = {} if rule == "cat" else _ranks(layers, adapters, svd_rank)
     factors, errors = {}, {}
-    for parameter, (_, layer) in layers.items():
-        with onloaded(layer):
+    for parameter, layer in layers.items():
+        with tensors_in_place(layer):
             terms = _terms(parameter, layer, adapters, weights)
         if rule in _SUMS:
             total = weighted_sum(terms)
@@ -74,23 +64,25 @@ def combined(
         factors[parameter], errors[parameter] = total, 0.0
         if rule != "cat":
             factors[parameter], errors[parameter] = compress(total, ranks[parameter])
-    return _config(model, adapters, layers, factors), factors, errors
+    return _config(configs, adapters, layers, factors), factors, errors
 
 
-def _check_adapters(model: LoTRAModel, adapters: Sequence[str], weights: Sequence[float]) -> None:
+def _check_adapters(
+    model: nn.Module, configs: Mapping[str, LoTRAConfig], adapters: Sequence[str], weights: Sequence[float]
+) -> None:
     if isinstance(adapters, str) or not adapters:
         raise ValueError(
             f"`adapters` should be a list of at least one adapter name but the value passed is {adapters!r}"
         )
-    unknown = [name for name in adapters if name not in model.peft_config]
+    unknown = [name for name in adapters if name not in configs]
     if unknown:
-        raise ValueError(f"`adapters` names {unknown}, which do not exist: the model has {list(model.peft_config)}")
+        raise ValueError(f"`adapters` names {unknown}, which do not exist: the model has {list(configs)}")
     if len(weights) != len(adapters):
         raise ValueError(f"`weights` should be one number for each of {list(adapters)}, but {weights!r} is passed")
     wrong = [w for w in weights if not isinstance(w, Real) or isinstance(w, bool) or not math.isfinite(w)]
     if wrong:
         raise ValueError(f"`weights` should be finite numbers but {wrong} is among the values passed")
-    slim = {name: model.peft_config[name].slim for name in adapters}
+    slim = {name: configs[name].slim for name in adapters}
     if len(set(slim.values())) > 1:
         raise ValueError(f"`adapters` with `slim` = {slim}: combine those that agree in it")
     shared = [owners for _, owners in copied_modules(model, adapters) if len(owners) > 1]
@@ -99,16 +91,16 @@ def _check_adapters(model: LoTRAModel, adapters: Sequence[str], weights: Sequenc
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
             f"{len(shared)} such instance(s). Trained copies are not combined: at most one of {shared[0]} may have one"
         )
-    tokens = [name for name in adapters if model.peft_config[name].trainable_token_indices is not None]
+    tokens = [name for name in adapters if configs[name].trainable_token_indices is not None]
     if len(set(tokens)) > 1:
         raise ValueError(
             f"`adapters` {tokens} have `trainable_token_indices`: at most one of them may have trained rows"
         )
 
 
-def copied_modules(model: LoTRAModel, adapters: Sequence[str]) -> list[tuple[AuxiliaryTrainingWrapper, list[str]]]:
+def copied_modules(model: nn.Module, adapters: Sequence[str]) -> list[tuple[AuxiliaryTrainingWrapper, list[str]]]:
     """Modules of which adapters hold a trained copy, or trained rows, and those of `adapters` that do."""
-    wrappers = [module for module in model.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     return [(w, [name for name in dict.fromkeys(adapters) if name in w._get_available_adapters()]) for w in wrappers]
 
 
@@ -143,15 +135,13 @@ def _checked_rule(combination_type: str, density: float | None, majority_sign_me
     return rule
 
 
-def _ranks(
-    layers: Mapping[str, tuple[str, LoTRALayer]], adapters: Sequence[str], svd_rank: Any
-) -> dict[str, tuple[int, int, int]]:
-    shapes = {parameter: layer.spec.layout.canonical_shape for parameter, (_, layer) in layers.items()}
+def _ranks(layers: Mapping[str, LoTRALayer], adapters: Sequence[str], svd_rank: Any) -> dict[str, Ranks]:
+    shapes = {parameter: layer.spec.layout.canonical_shape for parameter, layer in layers.items()}
     if svd_rank is not None and not isinstance(svd_rank, Mapping):
         return choose_ranks(shapes, {}, check_ranks(svd_rank, "svd_rank"), None)
     largest = {
         parameter: tuple(map(max, zip(*(layer.r[name] for name in adapters if name in layer.r), strict=True)))
-        for parameter, (_, layer) in layers.items()
+        for parameter, layer in layers.items()
     }
     given = {key: check_ranks(r, f"svd_rank[{key!r}]") for key, r in (svd_rank or {}).items()}
     unknown = sorted(set(given) - set(shapes))
@@ -167,7 +157,7 @@ def _terms(
     terms = []
     for adapter, weight in zip(adapters, weights, strict=True):
         if adapter in layer.lotra_core:
-            core, *sides = (whole(factor.detach()).to("cpu", torch.float64) for factor in layer.factors(adapter))
+            core, *sides = (full_tensor(factor.detach()).to("cpu", torch.float64) for factor in layer.factors(adapter))
             factors = TuckerFactors(core * layer.scaling[adapter], *sides)
             if not all(torch.isfinite(factor).all() for factor in factors):
                 raise ValueError(f"`adapters`: {adapter!r} has NaN or infinity for {parameter}; the adapter is broken")
@@ -187,22 +177,22 @@ def _pruned_sum(
 
 
 def _config(
-    model: LoTRAModel,
+    configs: Mapping[str, LoTRAConfig],
     adapters: Sequence[str],
-    layers: Mapping[str, tuple[str, LoTRALayer]],
+    layers: Mapping[str, LoTRALayer],
     factors: Mapping[str, TuckerFactors],
 ) -> LoTRAConfig:
     """Like the first adapter's, but with every tensor, its layout and its ranks by name."""
-    described = {key: value for name in adapters for key, value in model.peft_config[name].coefficients.items()}
-    saved = {entry for name in adapters for entry in model.peft_config[name].modules_to_save or ()}
-    tokens = [model.peft_config[name].trainable_token_indices for name in adapters]
+    described = {key: value for name in adapters for key, value in configs[name].coefficients.items()}
+    saved = {entry for name in adapters for entry in configs[name].modules_to_save or ()}
+    tokens = [configs[name].trainable_token_indices for name in adapters]
     return replace(
-        model.peft_config[adapters[0]],
+        configs[adapters[0]],
         r=None,
         compression_ratio=None,
         alpha=1.0,
         alpha_pattern={},
-        target_modules={module for module, _ in layers.values()},
+        target_modules={key.removesuffix(f".{layer.spec.parameter}") for key, layer in layers.items()},
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -12,9 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .spectrum import Spectrum
-from .tucker import parameter_count
-
-Ranks = tuple[int, int, int]
+from .tucker import Ranks, parameter_count
 
 DEFAULT_COMPRESSION_RATIO = 0.1  # "ten times fewer parameters", as in the source
 

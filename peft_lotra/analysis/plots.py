@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .analysis import activation_curves
-from .spectrum import Spectrum
+from ..tensors.spectrum import Spectrum
+from .updates import activation_curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

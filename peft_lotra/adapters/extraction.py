@@ -11,14 +11,13 @@ from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from .analysis import updates_between
-from .coefficients import CoefficientSpec
-from .coefficients.spec import parse_slice
-from .config import LoTRAConfig
-from .gauss_newton import fit_gauss_newton
-from .layer import LoTRALayer
-from .targets import Target
-from .tucker import TuckerFactors, decompose
+from ..analysis.updates import updates_between
+from ..coefficients import CoefficientSpec
+from ..coefficients.spec import parse_slice
+from ..config import LoTRAConfig, Target
+from ..layer import adapted_tensors, first_tensor
+from ..tensors.tucker import TuckerFactors, decompose
+from ..training.gauss_newton import fit_gauss_newton
 
 
 def extract_adapter(
@@ -84,7 +83,7 @@ def _fit(model: PeftModel, finetuned: nn.Module, inputs: Any, iterations: int, p
     """Let the adapter alone, not `modules_to_save`, come nearer to the outputs of `finetuned`."""
 
     def residual(net: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        difference = _output(net(x)) - _output(finetuned(x))
+        difference = first_tensor(net(x)) - first_tensor(finetuned(x))
         return difference.flatten(1) if difference.ndim > 1 else difference
 
     others = [p for name, p in model.named_parameters() if p.requires_grad and model.base_model.prefix not in name]
@@ -97,28 +96,19 @@ def _fit(model: PeftModel, finetuned: nn.Module, inputs: Any, iterations: int, p
             p.requires_grad_(True)
 
 
-def _output(returned: Any) -> torch.Tensor:
-    return returned if isinstance(returned, torch.Tensor) else returned[0]
-
-
 def _relative_error(model: PeftModel, target: Target, update: torch.Tensor) -> float:
-    extracted = target.spec.to_canonical(_layer(model, target).get_delta_weight(model.active_adapter)).to(update)
+    layer = adapted_tensors(model)[target.parameter]
+    extracted = target.spec.to_canonical(layer.get_delta_weight(model.active_adapter)).to(update)
     return ((extracted - update).norm() / update.norm()).nan_to_num().item()
 
 
-def _layer(model: PeftModel, target: Target) -> LoTRALayer:
-    modules = model.get_base_model().get_submodule(target.module).modules()
-    return next(module for module in modules if isinstance(module, LoTRALayer) and module.spec == target.spec)
-
-
-@torch.no_grad()
 def fill(model: PeftModel, factors: dict[Target, TuckerFactors]) -> None:
     """Let the active adapter's update of every target be G ×₁ U1 ×₂ U2 ×₃ U3; G is divided by the scaling."""
+    layers, adapter = adapted_tensors(model), model.active_adapter
     for target, (core, *others) in factors.items():
-        layer = _layer(model, target)
-        values = (core / layer.scaling[model.active_adapter] if core.any() else core, *others)
-        for container, value in zip(layer.adapter_layer_names, values, strict=True):
-            getattr(layer, container)[model.active_adapter].copy_(value)
+        layer = layers[target.parameter]
+        core = core / layer.scaling[adapter] if core.any() else core
+        layer.set_factors(adapter, TuckerFactors(core, *others))
 
 
 def _check_the_rest(

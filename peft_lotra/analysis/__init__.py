@@ -1,0 +1,14 @@
+"""What fine-tuning changed in a KAN: coefficients, updates, their spectra, and functions on edges; with pictures."""
+
+from ..tensors.spectrum import Spectrum
+from .plots import plot_activations, plot_spectrum
+from .updates import activation_curves, coefficient_updates, effective_coefficients
+
+__all__ = [
+    "Spectrum",
+    "activation_curves",
+    "coefficient_updates",
+    "effective_coefficients",
+    "plot_activations",
+    "plot_spectrum",
+]

@@ -1,0 +1,1 @@
+"""Coefficient tensors found, and declared layouts verified, by running the layers of a model."""

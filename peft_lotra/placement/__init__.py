@@ -1,0 +1,1 @@
+"""Tensors that are elsewhere: sharded over processes, or offloaded."""

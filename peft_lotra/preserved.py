@@ -1,0 +1,61 @@
+"""Run a model and leave no trace in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def preserved(model: nn.Module, training: bool | None = None, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Afterwards the model's attributes, parameters, gradients, flags, buffers and random state are what they were.
+
+    Inside, no parameter has a `.grad`, buffers are copies, and nothing is compiled.
+
+    Args:
+        model: any module.
+        training: the mode of all modules inside; None leaves them as they are.
+        dtype: of the copies of buffers, of tensors that are plain attributes, and of new tensors.
+    """
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # these cannot be restored
+    saved = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
+    flags = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    default = torch.get_default_dtype()
+    with preserved_random_state(model), torch.compiler.set_stance("force_eager"):
+        try:
+            torch.set_default_dtype(dtype or default)
+            for p, _, _ in flags:
+                p.grad = None
+            for m, attributes, _, buffers in saved:
+                m.__dict__["training"] = m.training if training is None else training
+                for name, b in buffers.items():
+                    if b is not None:
+                        m._buffers[name] = b.detach().to(dtype if b.is_floating_point() else None, copy=True)
+                for name, value in attributes.items() if dtype else ():
+                    if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
+                        m.__dict__[name] = value.to(dtype, copy=True)
+            yield
+        finally:
+            torch.set_default_dtype(default)
+            for m, attributes, parameters, buffers in saved:
+                m.__dict__.clear()
+                m.__dict__.update(attributes)
+                m._parameters.clear()
+                m._parameters.update(parameters)
+                m._buffers.clear()
+                m._buffers.update(buffers)
+            for p, gradient, requires_grad in flags:
+                p.requires_grad_(requires_grad)
+                p.grad = gradient
+
+
+@contextmanager
+def preserved_random_state(model: nn.Module) -> Iterator[None]:
+    """Afterwards the random state of the CPU and of the model's devices is what it was."""
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    with torch.random.fork_rng(sorted({device.index or 0 for device in devices}), device_type=kind):
+        yield

@@ -1,0 +1,1 @@
+"""Tucker algebra, spectra and ranks of plain tensors."""

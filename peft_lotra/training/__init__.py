@@ -1,0 +1,1 @@
+"""Initialisation, learning rates and second-order fitting of adapters."""

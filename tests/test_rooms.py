@@ -1,0 +1,54 @@
+"""The package's rooms import one way: no circle, not even one that is hidden in a function."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "peft_lotra"
+# From the ground up; a room imports from itself and from those before it.
+ROOMS = ("preserved", "tensors", "placement", "coefficients", "standin", "checkpoint", "registration", "config")
+ROOMS += ("mixed_batch", "layer", "slim_layer", "targets", "combination", "model")
+ROOMS += ("inference", "analysis", "training", "adapters", "testing")
+
+
+def modules():
+    """Module -> the modules of this package that it imports, wherever in its code."""
+    paths = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    paths = {name.removesuffix(".__init__"): path for name, path in paths.items() if name != "__init__"}
+    found = {}
+    for name, path in paths.items():
+        package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.Import) and any("peft_lotra" in alias.name for alias in node.names))
+            if isinstance(node, ast.ImportFrom) and node.level:
+                source = package[: len(package) - node.level + 1] + (node.module.split(".") if node.module else [])
+                for alias in node.names:
+                    names = [".".join([*source, alias.name]), ".".join(source)]
+                    found[name].add(next(candidate for candidate in names if candidate in paths))
+    return found
+
+
+def test_every_room_has_its_place():
+    assert {name.split(".")[0] for name in modules()} == set(ROOMS)
+
+
+def test_rooms_import_those_before_them():
+    against = [
+        f"{name} imports {other}"
+        for name, others in modules().items()
+        for other in others
+        if ROOMS.index(other.split(".")[0]) > ROOMS.index(name.split(".")[0])
+    ]
+    assert not against
+
+
+def test_modules_import_in_no_circle():
+    graph = modules()
+    while leaves := [name for name, others in graph.items() if not others & graph.keys() - {name}]:
+        for name in leaves:
+            del graph[name]
+    assert not graph
+
+
+def test_no_file_is_too_long():
+    assert not [path for path in PACKAGE.rglob("*.py") if len(path.read_text().splitlines()) > 400]
