@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import wraps
 from inspect import ismethod
 from typing import Any
@@ -16,20 +15,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from . import mixed_batch
 from .checkpoint import CONTAINERS
 from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
-from .mixed_batch import batch_rows, is_batched, joined_batch
+from .mixed_batch import MixedBatch, Shares
 from .placement.offloaded import tensors_in_place, writable_tensors
 from .placement.sharded import full_shape, write
-from .standin import (
-    SampleAxisUnknown,
-    Update,
-    adapted,
-    adapted_coefficients,
-    give_tensors_to,
-    is_refusal,
-    takes_tensors_only,
-)
+from .standin import Adapted, Update, adapted_coefficients, is_sharded, replaced, warn
 from .tensors.tucker import Ranks, TuckerFactors, factor_shapes
 
 # Methods of KAN layers that rewrite coefficients, by the beginning of their names.
@@ -63,8 +55,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self._before_merge: dict[str, torch.Tensor] = {}  # by path: parameter and scale
-        # While a batch has several adapters: which samples see each, None for all of them.
-        self._samples: dict[str, torch.Tensor | None] | None = None
+        self._needs_tensor = False  # whether the base layer was found to take its coefficients as a plain tensor only
 
     def update_layer(
         self,
@@ -201,96 +192,74 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             layer = layer.base_layer
         return layer
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The base layer's own forward, with A_ft in place of A; `adapter_names` gives every sample its own adapter.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's own forward, with A_ft in place of A; in a mixed batch, with every sample's own A_ft.
 
         Raises:
-            ValueError: if there is not one name for each row of the first tensor, or adapters are merged.
+            ValueError: in a mixed batch, if the first tensor has not one row for each name, or adapters are merged.
         """
-        if adapter_names is not None:
-            self._check_adapter_names(adapter_names, args, kwargs)
+        batch = mixed_batch.current(self)
+        if isinstance(batch, MixedBatch):
+            names, layers = batch.names_for(self), list(adapted_tensors(self).values())
+            mixed_batch.check_names(names, args, kwargs, self.get_base_layer())
+            if any(layer.merged for layer in layers):
+                raise ValueError(
+                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+                )
             if not self.disable_adapters:
-                return self._mixed_batch_forward(adapter_names, args, kwargs)
+                adapters = {name for layer in layers for name in layer.lotra_core}
+                in_one_pass = not any(layer._needs_tensor for layer in layers)
+                return mixed_batch.run_mixed(layers, adapters, names, self._run, args, kwargs, in_one_pass)
         if self.disable_adapters and self.merged:
             self.unmerge()
         return self._run(args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
+        layer, spec = self.get_base_layer(), self.spec
         with tensors_in_place(self):
-            with_stand_in = not takes_tensors_only(self.get_base_layer())
-            try:
-                with self._adapted():
-                    return self.base_layer(*args, **kwargs)
-            except (TypeError, RuntimeError) as error:
-                if not (with_stand_in and is_refusal(error)):
-                    raise
-            give_tensors_to(self.get_base_layer())
-            with self._adapted():
+            updates = self._active_updates()
+            if not (updates and self._needs_tensor):
+                adapted = Adapted(layer, spec, updates, is_zero=self._base_is_zero)
+                try:
+                    with adapted:
+                        return self.base_layer(*args, **kwargs)
+                except Exception:
+                    if not adapted.call.needs_tensor:
+                        raise
+                self._needs_tensor = True
+                warn("TorchScript, torch.autograd.Function or torch.vmap", type(layer).__qualname__)
+            with replaced(layer, spec, adapted_coefficients(layer, spec, updates).contiguous()):
                 return self.base_layer(*args, **kwargs)
 
-    def _check_adapter_names(self, names: Sequence[str], args: Any, kwargs: Any) -> None:
-        length = next((len(leaf) for leaf in tree_leaves((args, kwargs)) if is_batched(leaf)), 0)
-        if len(names) != length:
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {length} respectively, in a {type(self.get_base_layer()).__qualname__}. "
-                "The batch has to be the first axis of what the layer takes"
-            )
-        if any(layer.merged for layer in adapted_tensors(self).values()):
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-
-    def _mixed_batch_forward(self, names: Sequence[str], args: Any, kwargs: Any) -> Any:
-        """A forward pass in which every sample sees the update of its own adapter.
-
-        It is one pass of the base layer on all samples where they can be told apart in its contractions, else one on
-        the samples of each adapter.
-        """
-        layers = list(adapted_tensors(self).values())
-        known = {name for layer in layers for name in layer.lotra_core}
-        rows: dict[str, list[int]] = {}
-        for row, name in enumerate(names):
-            rows.setdefault(name if name in known else "__base__", []).append(row)
-
-        def run(args: Any, kwargs: Any, samples: dict[str, torch.Tensor | None]) -> Any:
-            try:
-                for layer in layers:
-                    layer._samples = samples
-                return self._run(args, kwargs)
-            finally:
-                for layer in layers:
-                    layer._samples = None
-
-        if len(rows) > 1 and not takes_tensors_only(self.get_base_layer()):
-            device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if is_batched(leaf))
-            places = [list(rows).index(name if name in rows else "__base__") for name in names]
-            owners = torch.tensor(places, device=device)
-            try:
-                return run(args, kwargs, {name: owners == k for k, name in enumerate(rows)})
-            except SampleAxisUnknown:
-                pass
-        n = len(names)
-        results = [run(batch_rows(args, r, n), batch_rows(kwargs, r, n), {name: None}) for name, r in rows.items()]
-        return joined_batch(results, list(rows.values()))
-
-    def _active_updates(self, besides: str | None = None) -> list[Update]:
+    def _active_updates(self, besides: str | None = None) -> tuple[Update, ...]:
         """The updates that count on top of what the base layer holds, without that of the adapter `besides`."""
-        if self._samples is not None:
-            return [
-                self._update(name)._replace(samples=samples)
-                for name, samples in self._samples.items()
+        shares = mixed_batch.current(self)
+        if isinstance(shares, Shares):
+            return tuple(
+                self._update(name)._replace(weights=weights)
+                for name, weights in shares.weights.items()
                 if name in self.lotra_core
-            ]
+            )
         if self.disable_adapters:
-            return []
-        names = [name for name in self._active_here() if name not in self.merged_adapters]
-        return [self._update(name) for name in names if name != besides]
+            return ()
+        updates = []
+        for name in self.active_adapters:
+            if name in self.lotra_core and name not in self.merged_adapters and name != besides:
+                updates.append(self._update(name))
+        return tuple(updates)
 
-    def _adapted(self, quiet: bool = False) -> AbstractContextManager[None]:
-        """While this is entered, the base layer finds A_ft where its coefficients are."""
-        updates = self._active_updates()
-        return adapted(self.get_base_layer(), self.spec, updates, quiet) if updates else nullcontext()
+    def _adapted_for_methods(self) -> AbstractContextManager[None]:
+        """While this is entered, the base layer finds A_ft where its coefficients are, also outside of forward."""
+        layer, updates = self.get_base_layer(), self._active_updates()
+        if updates and is_sharded(layer, self.spec, updates):
+            return replaced(layer, self.spec, adapted_coefficients(layer, self.spec, updates).contiguous())
+        # A regulariser needs the dense coefficients; there is nothing to warn of.
+        return Adapted(layer, self.spec, updates, quiet=True, is_zero=self._base_is_zero)
+
+    @property
+    def _base_is_zero(self) -> bool:
+        """Whether A is zero, held without memory."""
+        return False
 
     @property
     def _paths(self) -> list[str]:
@@ -333,7 +302,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                     f"`{name}` would rewrite coefficients under a LoTRA adapter, whose update belongs to the old "
                     "ones: call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt anew"
                 )
-            with self._adapted(quiet=True):  # a regulariser needs the dense coefficients; there is nothing to warn of
+            with self._adapted_for_methods():
                 return value(*args, **kwargs)
 
         return method

@@ -1,32 +1,153 @@
-"""Rows of a batch taken out of a layer's arguments, and put together again from its results."""
+"""Batches in which every sample has an adapter of its own: which names belong to the running call, and a layer's pass.
+
+The names are on a stack of the thread, so that calls in other threads, and calls inside of this one, do not see them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from .standin import SampleAxisUnknown
+
+BASE = "__base__"  # the name of no adapter
 
 
-def is_batched(leaf: Any) -> bool:
+@dataclass(frozen=True)
+class MixedBatch:
+    """The adapters of a call's samples.
+
+    Attributes:
+        names: one for each sample.
+        in_encoder: those that the modules of `encoder` see: beam search repeats samples behind the encoder only.
+    """
+
+    names: tuple[str, ...]
+    in_encoder: tuple[str, ...] = ()
+    encoder: Collection[nn.Module] = ()
+
+    def names_for(self, module: nn.Module) -> tuple[str, ...]:
+        return self.in_encoder if module in self.encoder else self.names
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which samples see which adapter, in a pass of the layers around one KAN layer."""
+
+    layers: Collection[nn.Module]
+    weights: Mapping[str, torch.Tensor | None]  # by adapter, shape (batch, 1); None: all samples
+
+
+class _Calls(threading.local):
+    stack: tuple[MixedBatch | Shares | None, ...] = ()
+
+
+_calls = _Calls()
+
+
+@contextmanager
+def entered(entry: MixedBatch | Shares | None) -> Iterator[None]:
+    """While this is entered, the thread's calls are of this batch; of none that is mixed, for None."""
+    before = _calls.stack
+    _calls.stack = (*before, entry)
+    try:
+        yield
+    finally:
+        _calls.stack = before
+
+
+def current(module: nn.Module) -> MixedBatch | Shares | None:
+    """What the running call says to a module."""
+    for entry in reversed(_calls.stack):
+        if not isinstance(entry, Shares) or module in entry.layers:
+            return entry
+    return None
+
+
+def pass_names_on(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """A forward pre-hook for PEFT's own modules, which take the names as an argument."""
+    batch = current(module)
+    if not isinstance(batch, MixedBatch):
+        return None
+    return args, kwargs | {"adapter_names": list(batch.names_for(module))}
+
+
+def check_names(names: Sequence[str], args: Any, kwargs: Any, layer: nn.Module) -> None:
+    """Raise ValueError unless there is one name for each row of the first tensor that a layer takes."""
+    length = next((len(leaf) for leaf in tree_leaves((args, kwargs)) if _is_batched(leaf)), 0)
+    if len(names) != length:
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {length} respectively, in a {type(layer).__qualname__}. "
+            "The batch has to be the first axis of what the layer takes"
+        )
+
+
+def run_mixed(
+    layers: Collection[nn.Module],
+    adapters: Collection[str],
+    names: Sequence[str],
+    run: Callable[[Any, Any], Any],
+    args: Any,
+    kwargs: Any,
+    in_one_pass: bool,
+) -> Any:
+    """A forward pass in which every sample sees the update of its own adapter.
+
+    It is one pass of the base layer on all samples where they can be told apart in its contractions, else one on the
+    samples of each adapter.
+
+    Args:
+        layers: those around the KAN layer.
+        adapters: that they have.
+        names: one for each sample.
+        run: the pass, of args and kwargs.
+        in_one_pass: whether to try that.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(name if name in adapters else BASE, []).append(row)
+    if len(rows) > 1 and in_one_pass:
+        device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if _is_batched(leaf))
+        places = [list(rows).index(name if name in rows else BASE) for name in names]
+        owners = torch.tensor(places, device=device)[:, None]
+        try:
+            with entered(Shares(layers, {name: owners == k for k, name in enumerate(rows)})):
+                return run(args, kwargs)
+        except SampleAxisUnknown:
+            pass
+    results = []
+    for name, own in rows.items():
+        with entered(Shares(layers, {name: None})):
+            results.append(run(*_batch_rows((args, kwargs), own, len(names))))
+    return _joined_batch(results, list(rows.values()))
+
+
+def _is_batched(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
 
 
-def batch_rows(tree: Any, rows: Sequence[int], length: int) -> Any:
+def _batch_rows(tree: Any, rows: Sequence[int], length: int) -> Any:
     """x[rows] for every tensor x of `length` rows in nested arguments; other values stay."""
     if len(rows) == length:
         return tree
 
     def taken(leaf: Any) -> Any:
-        if not is_batched(leaf) or len(leaf) != length:
+        if not _is_batched(leaf) or len(leaf) != length:
             return leaf
         return leaf.index_select(0, torch.tensor(rows, device=leaf.device))
 
     return tree_map(taken, tree)
 
 
-def joined_batch(results: Sequence[Any], rows: Sequence[Sequence[int]]) -> Any:
+def _joined_batch(results: Sequence[Any], rows: Sequence[Sequence[int]]) -> Any:
     """One result from several: y with y[rows[j]] = results[j], for every tensor of nested results.
 
     A layer may have flattened leading axes into its rows; each sample then has as many rows as every other.
@@ -43,7 +164,7 @@ def joined_batch(results: Sequence[Any], rows: Sequence[Sequence[int]]) -> Any:
         if not any(isinstance(part, torch.Tensor) for part in parts):
             if all(part == parts[0] for part in parts):
                 return parts[0]
-        elif all(is_batched(part) for part in parts):
+        elif all(_is_batched(part) for part in parts):
             each = {divmod(len(part), len(own)) for part, own in zip(parts, rows, strict=True)}
             if len(each) == 1 and (size := each.pop())[1] == 0:
                 whole = torch.cat(list(parts)).unflatten(0, (len(order), size[0]))

@@ -12,13 +12,14 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
+from . import mixed_batch
 from .checkpoint import check_weights
 from .coefficients.spec import tensor_at
 from .combination import combine_adapters, copied_modules, copy_trained
 from .config import LoTRAConfig, Target
 from .layer import LoTRALayer, adapted_tensors
+from .mixed_batch import MixedBatch
 from .placement.offloaded import writable_tensors
 from .slim_layer import SlimLayer
 from .targets import is_excluded, resolve_targets
@@ -181,35 +182,28 @@ class LoTRAModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """While this is entered, `adapter_names` (one per sample, "__base__" for none) reach every adapted layer."""
         names = kwargs.get("adapter_names")
-        handles = [] if names is None else self._hook_adapter_names(list(names), kwargs.get("num_beams") or 1)
-        try:
+        batch = None if names is None else self._mixed_batch(list(names), kwargs.get("num_beams") or 1)
+        with mixed_batch.entered(batch):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook_adapter_names(self, names: list[str], num_beams: int) -> list[RemovableHandle]:
+    def _mixed_batch(self, names: list[str], num_beams: int) -> MixedBatch:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = adapted_tensors(self.model).values()
-        nested = {layer.base_layer for layer in layers}  # the outermost speaks for those that it wraps
-        unknown = {*names, "__base__"} - {name for layer in layers for name in layer.lotra_core} - {"__base__"}
+        adapters = {name for layer in adapted_tensors(self.model).values() for name in layer.lotra_core}
+        unknown = set(names) - adapters - {mixed_batch.BASE}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                hooks = module._forward_pre_hooks.values()
+                if mixed_batch.pass_names_on not in hooks:
+                    module.register_forward_pre_hook(mixed_batch.pass_names_on, with_kwargs=True)
         # Beam search repeats every sample, except for the encoder of an encoder-decoder.
-        repeated = [name for name in names for _ in range(num_beams)]
+        repeated = tuple(name for name in names for _ in range(num_beams))
         encoder = self.model.get_encoder() if num_beams > 1 and hasattr(self.model, "get_encoder") else None
         # transformers' models without an encoder return themselves.
         in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
-
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, kwargs | {"adapter_names": names if module in in_encoder else repeated}
-
-        return [
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-            for module in self.modules()
-            if isinstance(module, LoTRALayer | AuxiliaryTrainingWrapper) and module not in nested
-        ]
+        return MixedBatch(repeated, tuple(names), in_encoder)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

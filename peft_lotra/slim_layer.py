@@ -69,6 +69,10 @@ class SlimLayer(LoTRALayer):
             layer._make_dense()
         return base_layer
 
+    @property
+    def _base_is_zero(self) -> bool:
+        return not self.merged
+
     def _make_dense(self) -> None:
         if not self.merged:
             parameter = self._stored(self.spec.parameter)

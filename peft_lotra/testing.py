@@ -15,19 +15,24 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from torch.func import functional_call
 
 from .coefficients import CoefficientSpec
 from .config import LoTRAConfig
 from .inference.search import verify_coefficients
 from .layer import adapted_tensors, first_tensor
+from .standin import plan
+from .standin import tensor as standin_tensor
+from .standin.cost import DENSE
 
 # Relative to the largest entry of the expected tensor.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -69,21 +74,6 @@ class KANLayerTests:
         config = LoTRAConfig(r=self.ranks, coefficients=self.coefficients, **{"init_weights": False} | kwargs)
         return get_peft_model(copy.deepcopy(base), config)
 
-    def _oracle(self, base: nn.Module, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """The plain layer's output with A + update written into its parameter, entry by entry."""
-        parameters = {}
-        for layer in adapted_tensors(model).values():
-            spec, plain = layer.spec, base[0]
-            update = scattered(spec, *(getattr(layer, name)["default"] for name in layer.adapter_layer_names))
-            update = update * layer.scaling["default"]
-            if spec.scale is not None:
-                update = update / _repeated(spec, tensor_at(plain, spec.scale))
-            coefficients = tensor_at(plain, spec.parameter).detach()
-            whole = torch.zeros_like(coefficients, dtype=update.dtype)
-            whole[_region(spec)] = update
-            parameters[spec.parameter] = (coefficients + whole).to(coefficients.dtype)
-        return first_tensor(functional_call(base[0], parameters, (x,)))
-
     # The tests -------------------------------------------------------------------------------------------------------
 
     def test_layout(self) -> None:
@@ -102,7 +92,7 @@ class KANLayerTests:
             model = self._adapted(base, alpha=0.7)
             y = first_tensor(model(x))
             assert_differs(y, first_tensor(base(x)))
-            assert_close(y, self._oracle(base, model, x))
+            assert_close(y, first_tensor(dense_model(base, model)(x)))
 
     def test_gradients(self) -> None:
         base, x = self._base(torch.float64)
@@ -112,7 +102,7 @@ class KANLayerTests:
         x.requires_grad_()
         weights = torch.randn_like(first_tensor(base(x)))
         actual = torch.autograd.grad((first_tensor(model(x)) * weights).sum(), [x, *factors])
-        expected = torch.autograd.grad((self._oracle(base, model, x) * weights).sum(), [x, *factors])
+        expected = torch.autograd.grad((first_tensor(dense_model(base, model)(x)) * weights).sum(), [x, *factors])
         for a, e in zip(actual, expected, strict=True):
             assert e.any()
             assert_close(a, e)
@@ -128,7 +118,7 @@ class KANLayerTests:
             return torch.autograd.grad(slope.square().sum(), factors)
 
         try:
-            expected = gradients(self._oracle(base, model, x))
+            expected = gradients(first_tensor(dense_model(base, model)(x)))
         except RuntimeError as error:
             pytest.skip(f"the layer itself has no second derivatives: {error}")
         for a, e in zip(gradients(first_tensor(model(x))), expected, strict=True):
@@ -187,13 +177,75 @@ class KANLayerTests:
             assert_close(first_tensor(twin(x)), y, 0)
 
 
+@contextmanager
+def forced_order(order: str) -> Iterator[SimpleNamespace]:
+    """While this is entered, contractions go this way round where they can; `taken.times` counts the plans that do.
+
+    Args:
+        order: one of `peft_lotra.standin.cost.ORDERS`, or `DENSE`.
+    """
+    taken, counted = SimpleNamespace(times=0), plan.cheapest_order
+
+    def forced(*sizes: Any) -> str:
+        on_x = sizes[5]
+        possible = order == DENSE or set(order) <= set(on_x)
+        taken.times += possible
+        return order if possible else ""
+
+    plan.cheapest_order = forced
+    plan._plan.cache_clear()
+    try:
+        yield taken
+    finally:
+        plan.cheapest_order = counted
+        plan._plan.cache_clear()
+
+
+def forget_warnings() -> None:
+    """Let every `PerformanceWarning` come once again."""
+    standin_tensor._warned.clear()
+
+
+def dense_model(base: nn.Module, model: nn.Module, weights: Mapping[str, float] | None = None) -> nn.Module:
+    """A copy of `base` whose coefficients are A + Σ_j w_j · Δ_j: every stored entry looks its own (i, o, d, ...) up.
+
+    The oracle for an adapted model: it shares no code with the adapter, and is differentiable by the factors.
+
+    Args:
+        base: the plain model.
+        model: the adapted one.
+        weights: w by adapter; by default 1 for those that are active in a layer.
+    """
+    oracle = copy.deepcopy(base)
+    for path, layer in adapted_tensors(model).items():
+        spec = layer.spec
+        plain = oracle.get_submodule(path.removesuffix(spec.parameter).removesuffix("."))
+        owner, _, name = spec.parameter.rpartition(".")
+        holder = plain.get_submodule(owner)
+        coefficients = getattr(holder, name).detach()
+        total = torch.zeros_like(coefficients)
+        for adapter, weight in (weights or dict.fromkeys(layer.active_adapters, 1.0)).items():
+            if adapter not in layer.lotra_core:
+                continue
+            factors = (getattr(layer, container)[adapter] for container in layer.adapter_layer_names)
+            update = weight * layer.scaling[adapter] * _scattered(spec, *factors)
+            if spec.scale is not None:
+                update = update / _repeated(spec, tensor_at(plain, spec.scale))
+            whole = torch.zeros_like(coefficients, dtype=update.dtype)
+            whole[_region(spec)] = update
+            total = total + whole
+        del holder._parameters[name]
+        setattr(holder, name, (coefficients + total).to(coefficients.dtype))
+    return oracle
+
+
 def tensor_at(layer: nn.Module, path: str) -> torch.Tensor:
     """The tensor at a dotted path."""
     owner, _, name = path.rpartition(".")
     return getattr(layer.get_submodule(owner), name)
 
 
-def scattered(
+def _scattered(
     spec: CoefficientSpec, core: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor
 ) -> torch.Tensor:
     """G ×₁ U1 ×₂ U2 ×₃ U3 in the stored layout: every stored entry looks up its own (i, o, d, ...)."""

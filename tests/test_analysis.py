@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from cases import CASES, config, make, randomize
 from conftest import assert_different, assert_equal
 from kan_layers import ChebyKAN, FastKAN, PackedKANLayer, chebyshev
+from layer_table import LAYERS, MODELS, config, make, randomize
 from peft import get_peft_model
 from torch import nn
 
@@ -22,6 +22,7 @@ from peft_lotra.analysis import (
     plot_activations,
     plot_spectrum,
 )
+from peft_lotra.layer import adapted_tensors
 
 
 def unfolded(tensor, mode):
@@ -57,26 +58,24 @@ def test_spectrum_of_zero():
     assert spectrum.energy_kept((1, 1, 1)) == (1, 1, 1)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MODELS)
 def test_updates_are_those_of_the_effective_coefficients(name):
     """Merging an adapter changes A by s · G ×₁ U1 ×₂ U2 ×₃ U3, wherever the library keeps A."""
     base, _ = make(name)
     model = get_peft_model(copy.deepcopy(base), config(name, alpha=0.5))
     randomize(model)
-    layers = {k.removeprefix("base_model.model."): m for k, m in model.named_modules() if hasattr(m, "lotra_core")}
     expected = {}
-    for path, layer in layers.items():
-        containers = (layer.lotra_core, layer.lotra_U1, layer.lotra_U2, layer.lotra_U3)
-        factors = [container["default"].detach() for container in containers]
-        expected[f"{path}.{CASES[name].parameter}"] = 0.5 * torch.einsum("abc,ia,ob,dc->iod", *factors)
+    for parameter, layer in adapted_tensors(model).items():
+        factors = [factor.detach() for factor in layer.factors("default")]
+        expected[parameter] = 0.5 * torch.einsum("abc,ia,ob,dc->iod", *factors)
     with pytest.raises(ValueError, match="`finetuned` has LoTRA adapters"):
-        coefficient_updates(base, model, CASES[name].coefficients)
-    updates = coefficient_updates(base, model.merge_and_unload(), CASES[name].coefficients)
+        coefficient_updates(base, model, LAYERS[name].coefficients(3))
+    updates = coefficient_updates(base, model.merge_and_unload(), LAYERS[name].coefficients(3))
     assert list(updates) == list(expected)
     for parameter, update in updates.items():
         assert expected[parameter].any()
         assert_equal(update, expected[parameter])
-    spectra = update_spectrum(base, base, CASES[name].coefficients)
+    spectra = update_spectrum(base, base, LAYERS[name].coefficients(3))
     assert {spectrum.energy for spectrum in spectra.values()} == {0.0}
 
 

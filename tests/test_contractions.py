@@ -1,7 +1,6 @@
 """Every operation and view that the stand-in answers, in every order, against the dense tensor written by einops."""
 
 import warnings
-from types import SimpleNamespace
 
 import einops
 import pytest
@@ -11,9 +10,10 @@ from conftest import assert_different, assert_equal
 from torch import nn
 
 from peft_lotra.coefficients import CoefficientSpec
-from peft_lotra.standin import PerformanceWarning, Update, adapted, factorised, placeholder
-from peft_lotra.standin.costs import DENSE, ORDERS
+from peft_lotra.standin import Adapted, PerformanceWarning, Update
+from peft_lotra.standin.cost import DENSE, ORDERS
 from peft_lotra.tensors.tucker import TuckerFactors
+from peft_lotra.testing import forced_order, forget_warnings
 
 N, M, D, G, B = 5, 7, 4, 2, 6  # inputs, outputs, basis, groups, batch
 SIZES = {"i": N, "o": M, "d": D, "g": G, "h": 3, "w": 2, "t": 2}
@@ -110,26 +110,13 @@ OPERATIONS = {
 
 @pytest.fixture(autouse=True)
 def _forget_warnings():
-    placeholder._warned.clear()
-
-
-def _force(monkeypatch, order):
-    """Let contractions go this way round where they can; the number of times they did."""
-    taken = SimpleNamespace(times=0)
-
-    def forced(x, positions, terms, modes, kernel, on_x, ranks):
-        possible = order == DENSE or set(order) <= set(on_x)
-        taken.times += possible
-        return order if possible else ""
-
-    monkeypatch.setattr(factorised, "cheapest_order", forced)
-    return taken
+    forget_warnings()
 
 
 def _check(layer, x, updates, tolerance=None, second=True):
     """Values, gradients and second derivatives are those of the dense tensor."""
     oracle = layer.function(x, layer.weight + sum(layer.dense(update) for update in updates))
-    with adapted(layer, layer.spec, updates):
+    with Adapted(layer, layer.spec, tuple(updates)):
         y = layer(x)
     assert_different(y, layer(x))
     assert_equal(y, oracle, tolerance)
@@ -151,23 +138,23 @@ def _check(layer, x, updates, tolerance=None, second=True):
 
 @pytest.mark.parametrize("order", [*ORDERS, DENSE])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation(name, order, monkeypatch):
+def test_operation(name, order):
     pattern, shape, function = OPERATIONS[name]
     layer = Layer(pattern, function)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    taken = _force(monkeypatch, order)
-    _check(layer, x, [layer.update()])
+    with forced_order(order) as taken:
+        _check(layer, x, [layer.update()])
     assert taken.times or order  # no operation of the table is answered densely
 
 
 @pytest.mark.parametrize("order", ["", "di"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation_with_several_updates(name, order, monkeypatch):
+def test_operation_with_several_updates(name, order):
     pattern, shape, function = OPERATIONS[name]
     layer = Layer(pattern, function)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    _force(monkeypatch, order)
-    _check(layer, x, [layer.update(), layer.update((1, 1, 1), 1.0), layer.update((2, 2, 3))])
+    with forced_order(order):
+        _check(layer, x, [layer.update(), layer.update((1, 1, 1), 1.0), layer.update((2, 2, 3))])
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -180,13 +167,12 @@ def test_operation_in_fp32(name):
 INDICES = torch.tensor([[3, 0, 3], [19, 7, 1]])
 
 
-def test_a_product_promotes_dtypes(monkeypatch):
+def test_a_product_promotes_dtypes():
     layer = Layer("o i d", lambda x, w: (x * w).sum((-2, -1)), torch.float32)
-    taken = _force(monkeypatch, "")
     x = torch.randn(B, 1, N, D, dtype=torch.float64, requires_grad=True)
     update = layer.update()
     oracle = layer.function(x, layer.weight + layer.dense(update))
-    with adapted(layer, layer.spec, [update]):
+    with forced_order("") as taken, Adapted(layer, layer.spec, (update,)):
         assert_equal(layer(x), oracle, 1e-6)
     assert taken.times == 1
 
@@ -203,11 +189,12 @@ LOOKUPS = {
 
 
 @pytest.mark.parametrize("name", LOOKUPS)
-def test_lookup(name, monkeypatch):
+def test_lookup(name):
     layer = Layer("(i d) o", LOOKUPS[name])
-    assert _force(monkeypatch, "").times == 0
-    # torch has no second derivative of embedding_bag
-    _check(layer, INDICES, [layer.update()], second="bag" not in name)
+    with forced_order("") as taken:
+        # torch has no second derivative of embedding_bag
+        _check(layer, INDICES, [layer.update()], second="bag" not in name)
+    assert taken.times == 1
 
 
 # Chains of views, each of which ends as the matrix "o (i d)".
@@ -237,12 +224,12 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_views(name, monkeypatch):
+def test_views(name):
     pattern, chain = VIEWS[name]
-    taken = _force(monkeypatch, "")
     layer = Layer(pattern, lambda x, w: F.linear(x, chain(w)))
     x = torch.randn(FLAT, dtype=torch.float64, requires_grad=True)
-    _check(layer, x, [layer.update()], 3e-6 if name == "to" else None)
+    with forced_order("") as taken:
+        _check(layer, x, [layer.update()], 3e-6 if name == "to" else None)
     assert taken.times == 1
 
 
@@ -262,8 +249,7 @@ PARTS = {
 
 @pytest.mark.parametrize("name", PARTS)
 @pytest.mark.parametrize("outputs", ["all", "some"])
-def test_parts(name, outputs, monkeypatch):
-    taken = _force(monkeypatch, "")
+def test_parts(name, outputs):
     rows = slice(None) if outputs == "all" else slice(2, 6, 3)
 
     def function(x, w):
@@ -272,7 +258,8 @@ def test_parts(name, outputs, monkeypatch):
 
     layer = Layer("d1 o i d2", function)
     x = torch.randn(2, B, N, D // 2, dtype=torch.float64, requires_grad=True)
-    _check(layer, x, [layer.update()])
+    with forced_order("") as taken:
+        _check(layer, x, [layer.update()])
     assert taken.times == 2
 
 
@@ -305,14 +292,14 @@ def test_anything_else_is_dense_exact_and_warned_of_once(function, operation):
     x = torch.randn(FLAT, dtype=torch.float64, requires_grad=True)
     update = layer.update()
     with pytest.warns(PerformanceWarning, match=rf"Layer calls `_*{operation}_*` on its coefficients.*exact"):
-        with adapted(layer, layer.spec, [update]):
+        with Adapted(layer, layer.spec, (update,)):
             layer(x)
     _check(layer, x, [update])  # warnings are errors here
 
 
 def test_a_quiet_stand_in_does_not_warn():
     layer = Layer("o (i d)", lambda x, w: w.abs().sum())
-    with adapted(layer, layer.spec, [layer.update()], quiet=True):
+    with Adapted(layer, layer.spec, (layer.update(),), quiet=True):
         layer(None)
 
 
@@ -335,7 +322,7 @@ def test_the_dense_product_with_a_batch_is_not_warned_of():
 )
 def test_writing_to_the_coefficients_is_refused(function):
     layer = Layer("o (i d)", function)
-    with adapted(layer, layer.spec, [layer.update()]), pytest.raises(TypeError, match="would write to adapted coeff"):
+    with Adapted(layer, layer.spec, (layer.update(),)), pytest.raises(TypeError, match="would write to adapted coeff"):
         layer(torch.ones(M, N * D, dtype=torch.float64))
 
 
@@ -351,7 +338,7 @@ def test_questions_about_the_coefficients_are_not_dense():
         return x.view_as(w)
 
     layer = Layer("o (i d)", function)
-    with adapted(layer, layer.spec, [layer.update()]):
+    with Adapted(layer, layer.spec, (layer.update(),)):
         layer(torch.ones(M * N * D, dtype=torch.float64))
 
 

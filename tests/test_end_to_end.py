@@ -3,9 +3,9 @@
 import copy
 
 import torch
-from cases import lotra_layers
 from conftest import assert_different, assert_equal
 from kan import KAN
+from layer_table import lotra_layers
 from peft import PeftModel, get_peft_model
 
 from peft_lotra import LoTRAConfig

@@ -6,9 +6,9 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from cases import CASES, make
 from conftest import assert_different, assert_equal
 from kan_layers import ChebyKAN, PackedKANLayer, TwoTensorKANLayer
+from layer_table import LAYERS, MODELS, make
 from peft import PeftModel
 from torch import nn
 
@@ -25,15 +25,16 @@ def finetuned(base, names=("coef", "spline_weight", "weight", "cheby_coeffs", "f
     return model
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_full_ranks_extract_everything(name, tmp_path):
     base, x = make(name)
     full = finetuned(base)
     assert_different(full(x), base(x))
-    ranks = {key: u.shape[:3] for key, u in coefficient_updates(base, full, CASES[name].coefficients).items()}
+    coefficients = dict(LAYERS[name].coefficients(3))
+    ranks = {key: u.shape[:3] for key, u in coefficient_updates(base, full, coefficients).items()}
     model, errors = extract_adapter(
-        copy.deepcopy(base), full, LoTRAConfig(coefficients=CASES[name].coefficients, rank_pattern=ranks, alpha=0.5)
+        copy.deepcopy(base), full, LoTRAConfig(coefficients=coefficients, rank_pattern=ranks, alpha=0.5)
     )
     assert set(errors) == set(ranks)
     assert max(errors.values()) < 1e-10

@@ -6,9 +6,9 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from cases import config, make, randomize
 from conftest import assert_different, assert_equal
 from kan_layers import EinsumKANLayer
+from layer_table import config, make, randomize
 from peft import get_peft_model
 from torch import nn
 from torch.func import functional_call, jvp
@@ -16,7 +16,7 @@ from torch.func import functional_call, jvp
 from peft_lotra import GaussNewtonResult, fit_gauss_newton
 from peft_lotra.training.gauss_newton import _linear_system, _NormalEquations, _Problem, _ResidualSpace
 
-KAN = "o (d i), given"
+KAN = "o (d i)"
 
 
 def points(rows, dtype=torch.float64, seed=3):

@@ -9,9 +9,9 @@ from collections import OrderedDict
 import pytest
 import torch
 from accelerate import cpu_offload
-from cases import CASES, config, factors_of, lotra_layers, make, randomize
 from conftest import FULLGRAPH, assert_different, assert_equal
 from kan_layers import ChebyKAN, ChebyKANLayer, TwoTensorKANLayer
+from layer_table import MODELS, config, lotra_layers, make, randomize
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -53,7 +53,7 @@ def cheby(tmp_path):
     return base, model, tmp_path / "new"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_model_is_not_compiled_again(name, tmp_path):
     torch.manual_seed(1)
@@ -138,16 +138,16 @@ def test_what_the_new_adapter_does_not_fill_is_zero(cheby):
     expected = PeftModel.from_pretrained(copy.deepcopy(base), path)
     assert_different(model(X), base(X))
     assert_equal(model(X), expected(X))
-    assert not any(factor.any() for factor in factors_of(lotra_layers(model)["layers.0"], "default"))
-    core, U1, U2, U3 = factors_of(lotra_layers(model)["layers.1"], "default")
-    G, *sides = factors_of(lotra_layers(expected)["layers.1"], "default")
+    assert not any(factor.any() for factor in lotra_layers(model)["layers.0"].factors("default"))
+    core, U1, U2, U3 = lotra_layers(model)["layers.1"].factors("default")
+    G, *sides = lotra_layers(expected)["layers.1"].factors("default")
     assert torch.equal(core[:1, :2, :1], G)
     model(X).square().sum().backward()
     for factor in (core, core.grad):
         assert factor[:1, :2, :1].all()
         factor.data[:1, :2, :1] = 0
         assert not factor.any()
-    assert not any(factor.grad.any() for factor in factors_of(lotra_layers(model)["layers.0"], "default"))
+    assert not any(factor.grad.any() for factor in lotra_layers(model)["layers.0"].factors("default"))
     for own, U in zip((U1, U2, U3), sides, strict=True):
         assert torch.equal(own[:, : U.shape[1]], U)
         assert own.grad[:, : U.shape[1]].all()

@@ -20,8 +20,8 @@ from peft_lotra.coefficients import registry
 from peft_lotra.coefficients.spec import Layout
 from peft_lotra.inference.layouts import agree
 from peft_lotra.inference.response import Passes, infer_layer
-from peft_lotra.layer import adapted_tensors, first_tensor
-from peft_lotra.testing import scattered
+from peft_lotra.layer import first_tensor
+from peft_lotra.testing import dense_model
 
 ROWS = torch.rand(12, 8, generator=torch.Generator().manual_seed(1)) * 1.8 - 0.9
 IMAGES = torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(2))
@@ -349,15 +349,9 @@ def test_a_model_and_its_report(tmp_path):
 
     torch.manual_seed(3)
     model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, coefficients=coefficients, init_weights=False))
-    oracle = copy.deepcopy(base)
-    for (path, _), layer in zip(
-        coefficients.items(), sorted(adapted_tensors(model).values(), key=_position), strict=True
-    ):
-        factors = [getattr(layer, name)["default"] for name in layer.adapter_layer_names]
-        oracle.get_parameter(path).data += scattered(layer.spec, *factors)
     y = model(x)
     assert_different(y, base(x))
-    assert_equal(y, oracle(x))
+    assert_equal(y, dense_model(base, model)(x))
     assert str(verify_coefficients(model, x)).count("; verified") == 4
     with pytest.raises(ValueError, match="`coefficients` describes a base model, and this one is adapted"):
         verify_coefficients(model, x, coefficients=coefficients)
@@ -365,10 +359,6 @@ def test_a_model_and_its_report(tmp_path):
         infer_coefficients(model, x)
     model.save_pretrained(tmp_path)
     assert_equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), y, 0)
-
-
-def _position(layer):
-    return ["spline_linear.weight", "weight", "rbf_weight", "cheby_weight"].index(layer.spec.parameter)
 
 
 @pytest.mark.parametrize(
@@ -388,16 +378,9 @@ def test_what_is_inferred_can_be_adapted(layer, x):
     model = get_peft_model(
         copy.deepcopy(base), LoTRAConfig(r=2, coefficients=infer_coefficients(base, x), init_weights=False)
     )
-    y, plain = first_tensor(model(x)), copy.deepcopy(base)
-    for lotra in adapted_tensors(model).values():
-        update = scattered(lotra.spec, *(getattr(lotra, name)["default"] for name in lotra.adapter_layer_names))
-        if lotra.spec.slice is not None:
-            update = torch.nn.functional.pad(update, (0, 4))
-        if lotra.spec.scale is not None:
-            update = update / plain[0].get_parameter(lotra.spec.scale).detach().unsqueeze(-1)
-        plain[0].get_parameter(lotra.spec.parameter).data += update
+    y = first_tensor(model(x))
     assert_different(y, first_tensor(base(x)))
-    assert_equal(y, first_tensor(plain(x)), 1e-4)
+    assert_equal(y, first_tensor(dense_model(base, model)(x)), 1e-4)
 
 
 # Wrong declarations --------------------------------------------------------------------------------------------------

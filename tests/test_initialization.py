@@ -6,9 +6,9 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
-from cases import CASES, config, lotra_layers, make, randomize
 from conftest import assert_different, assert_equal
 from kan_layers import BatchNormKANLayer, ChebyKAN, ChebyKANLayer
+from layer_table import MODELS, config, lotra_layers, make, randomize
 from peft import get_peft_model
 from torch import nn
 
@@ -26,28 +26,22 @@ def initialize(model, x, **kwargs):
     initialize_lotra_weights(model, lambda: loss_of(model, x).backward(), progressbar=False, **kwargs)
 
 
-def oracle_gradients(name, base, x):
-    """∂L/∂A of the plain base by layer, in canonical order; A is the product with the scale."""
-    case, gradients = CASES[name], {}
-    for path, layer in base.named_modules():
-        owner_path, _, attribute = case.parameter.rpartition(".")
-        try:
-            owner = layer.get_submodule(owner_path)
-        except AttributeError:
-            continue
-        if attribute not in owner._parameters or (owner_path and not hasattr(layer, "rbf")):
-            continue
-        model = copy.deepcopy(base)
-        inner = model.get_submodule(path)
-        owner = inner.get_submodule(owner_path)
+def oracle_gradients(base, model, x):
+    """∂L/∂A of the plain base by layer; A is the product with the scale."""
+    gradients = {}
+    for path, adapted in lotra_layers(model).items():
+        plain = copy.deepcopy(base)
+        layer, spec = plain.get_submodule(path), adapted.spec
+        owner, _, attribute = spec.parameter.rpartition(".")
+        owner = layer.get_submodule(owner)
         coefficients = getattr(owner, attribute).detach()
-        if case.scale is not None:
-            coefficients = coefficients * getattr(inner, case.scale).detach().unsqueeze(-1)
-            getattr(inner, case.scale).data.fill_(1)
+        if spec.scale is not None:
+            coefficients = coefficients * getattr(layer, spec.scale).detach().unsqueeze(-1)
+            getattr(layer, spec.scale).data.fill_(1)
         coefficients.requires_grad_()
         del owner._parameters[attribute]
         setattr(owner, attribute, coefficients)
-        (gradients[path],) = torch.autograd.grad(loss_of(model, x), coefficients)
+        (gradients[path],) = torch.autograd.grad(loss_of(plain, x), coefficients)
     return gradients
 
 
@@ -61,14 +55,14 @@ def assert_same_span(vectors, expected):
 
 
 @pytest.mark.parametrize("method", ["gradient", "gradient_hosvd"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MODELS)
 def test_factors_are_the_leading_singular_vectors(name, method):
     base, _ = make(name)
     x = torch.rand(16, 3, dtype=torch.float64) * 1.8 - 0.9
     model = get_peft_model(copy.deepcopy(base), config(name))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     initialize(model, x, method=method)
-    gradients = oracle_gradients(name, base, x)
+    gradients = oracle_gradients(base, model, x)
     assert gradients.keys() == lotra_layers(model).keys()
     for path, layer in lotra_layers(model).items():
         gradient = canonical(layer, gradients[path])
@@ -125,7 +119,7 @@ def test_other_active_adapters_count():
     assert_equal(model(x), y, 0)
     merged = copy.deepcopy(model)
     merged.base_model.set_adapter(["default"])
-    gradients = oracle_gradients("ChebyKAN", merged.merge_and_unload(), x)
+    gradients = oracle_gradients(merged.merge_and_unload(), model, x)
     for path, layer in lotra_layers(model).items():
         u = torch.linalg.svd(canonical(layer, gradients[path]).movedim(1, 0).flatten(1))[0]
         assert_same_span(layer.lotra_U2["second"].detach(), u[:, : layer.r["second"][1]])

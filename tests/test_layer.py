@@ -5,13 +5,15 @@ import pickle
 
 import pytest
 import torch
-from cases import CASES, config, dense_oracle, factors_of, lotra_layers, make, randomize
 from conftest import TOLERANCE, assert_different, assert_equal
+from layer_table import LAYERS, MODELS, config, lotra_layers, make, randomize
 from peft import get_peft_model
 
-all_cases = pytest.mark.parametrize("name", CASES)
+from peft_lotra.testing import dense_model
+
+all_cases = pytest.mark.parametrize("name", MODELS)
 case_and_dtype = pytest.mark.parametrize(
-    ("name", "dtype"), [(name, dtype) for name, case in CASES.items() for dtype in case.dtypes]
+    ("name", "dtype"), [(name, dtype) for name in MODELS for dtype in LAYERS[name].dtypes]
 )
 
 
@@ -42,7 +44,7 @@ def test_init_weights_false_is_not_the_identity(name):
 @all_cases
 def test_output_is_that_of_the_dense_formula(name):
     base, model, x = adapted(name, alpha=0.7)
-    oracle = dense_oracle(name, base, model)
+    oracle = dense_model(base, model)
     assert_different(model(x), base(x))
     assert_equal(model(x), oracle(x))
 
@@ -51,12 +53,12 @@ def test_output_is_that_of_the_dense_formula(name):
 def test_gradients_are_those_of_the_dense_formula(name):
     base, model, x = adapted(name, alpha=0.7)
     for layer in lotra_layers(model).values():
-        assert all(factor.requires_grad for factor in factors_of(layer, "default"))
-    factors = [factor for layer in lotra_layers(model).values() for factor in factors_of(layer, "default")]
+        assert all(factor.requires_grad for factor in layer.factors("default"))
+    factors = [factor for layer in lotra_layers(model).values() for factor in layer.factors("default")]
     x.requires_grad_()
     weights = torch.randn(8, 2, dtype=x.dtype)
     actual = torch.autograd.grad((model(x) * weights).sum(), [x, *factors])
-    expected = torch.autograd.grad((dense_oracle(name, base, model)(x) * weights).sum(), [x, *factors])
+    expected = torch.autograd.grad((dense_model(base, model)(x) * weights).sum(), [x, *factors])
     for a, e in zip(actual, expected, strict=True):
         assert e.abs().max() > 0
         assert_equal(a, e)
@@ -66,14 +68,14 @@ def test_gradients_are_those_of_the_dense_formula(name):
 def test_second_derivatives_are_those_of_the_dense_formula(name):
     """What a physics-informed loss needs: the factors' gradient of a derivative by the input."""
     base, model, x = adapted(name)
-    factors = [factor for layer in lotra_layers(model).values() for factor in factors_of(layer, "default")]
+    factors = [factor for layer in lotra_layers(model).values() for factor in layer.factors("default")]
     x.requires_grad_()
 
     def gradients(net):
         (slope,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
         return torch.autograd.grad(slope.square().sum(), factors)
 
-    for a, e in zip(gradients(model), gradients(dense_oracle(name, base, model)), strict=True):
+    for a, e in zip(gradients(model), gradients(dense_model(base, model)), strict=True):
         assert e.abs().max() > 0
         assert_equal(a, e, 1e-9)
 
@@ -141,7 +143,7 @@ def test_active_adapters_add_up(name):
     single = model(x)
     model.base_model.set_adapter(["default", "other"])
     assert_different(model(x), single)
-    assert_equal(model(x), dense_oracle(name, base, model, ("default", "other"))(x))
+    assert_equal(model(x), dense_model(base, model)(x))
     # one merged, the other not: both still count
     both = model(x)
     model.merge_adapter(["other"])
@@ -156,9 +158,9 @@ def test_adapter_dtype_and_shapes(name):
     for layer in lotra_layers(model).values():
         n, m, n_d = layer.spec.layout.canonical_shape
         r1, r2, r3 = layer.r["default"]
-        assert [tuple(f.shape) for f in factors_of(layer, "default")] == [(r1, r2, r3), (n, r1), (m, r2), (n_d, r3)]
+        assert [tuple(f.shape) for f in layer.factors("default")] == [(r1, r2, r3), (n, r1), (m, r2), (n_d, r3)]
         assert (layer.in_features, layer.out_features) == (n, m)
-        assert all(f.dtype == torch.float64 for f in factors_of(layer, "default"))
+        assert all(f.dtype == torch.float64 for f in layer.factors("default"))
 
 
 def test_adapters_of_16_bit_bases_are_kept_in_fp32_unless_told_otherwise():
@@ -167,9 +169,9 @@ def test_adapters_of_16_bit_bases_are_kept_in_fp32_unless_told_otherwise():
         model = get_peft_model(copy.deepcopy(base), config("ChebyKAN"), autocast_adapter_dtype=autocast)
         randomize(model)
         layer = next(iter(lotra_layers(model).values()))
-        assert {f.dtype for f in factors_of(layer, "default")} == {expected}
+        assert {f.dtype for f in layer.factors("default")} == {expected}
         assert_different(model(x), base(x))
-        assert_equal(model(x), dense_oracle("ChebyKAN", base.double(), model.double())(x.double()).bfloat16(), 3e-2)
+        assert_equal(model(x), dense_model(base.double(), model.double())(x.double()).bfloat16(), 3e-2)
 
 
 @all_cases

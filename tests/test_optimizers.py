@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from cases import config, lotra_layers, make
 from kan_layers import ChebyKAN
+from layer_table import config, lotra_layers, make
 from peft import get_peft_model
 from torch import nn
 

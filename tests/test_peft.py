@@ -9,9 +9,9 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from cases import CASES, config, lotra_layers, make, randomize
 from conftest import assert_different, assert_equal
 from kan_layers import ChebyKAN, ChebyKANLayer, FastKAN
+from layer_table import LAYERS, MODELS, config, lotra_layers, make, randomize
 from peft import (
     AutoPeftModel,
     PeftConfig,
@@ -40,11 +40,11 @@ def saved(tmp_path):
     return base, x, model(x).detach(), tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_round_trip_is_exact(name, dtype, low_cpu_mem_usage, tmp_path):
-    if dtype not in CASES[name].dtypes:
+    if dtype not in LAYERS[name].dtypes:
         pytest.skip("the library itself does not run in this dtype")
     torch.manual_seed(1)
     base, x = make(name, dtype)
@@ -64,7 +64,7 @@ def test_round_trip_is_exact(name, dtype, low_cpu_mem_usage, tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MODELS)
 def test_adapter_file_size(name, tmp_path):
     base, _ = make(name, torch.float32)
     model = get_peft_model(base, config(name))

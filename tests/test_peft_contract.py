@@ -8,9 +8,9 @@ import pickle
 import pytest
 import torch
 from accelerate import cpu_offload
-from cases import lotra_layers, randomize
 from conftest import assert_different, assert_equal
 from kan_layers import KAN, ChebyKAN, FastKAN, TwoTensorKANLayer
+from layer_table import lotra_layers, randomize
 from peft import (
     PeftModel,
     get_base_model_state_dict,

@@ -6,9 +6,9 @@ import re
 
 import pytest
 import torch
-from cases import CASES, dense_oracle, lotra_layers, make
 from conftest import FULLGRAPH, assert_different, assert_equal
 from kan_layers import KAN, ChebyKAN, ConvKANLayer, FastKAN, PackedKANLayer, TwoTensorKANLayer
+from layer_table import LAYERS, MODELS, lotra_layers, make
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -16,14 +16,14 @@ from torch import nn
 from peft_lotra import LoTRAConfig, slim_kan
 from peft_lotra.analysis import effective_coefficients
 from peft_lotra.tensors.tucker import decompose, reconstruct
+from peft_lotra.testing import dense_model
 
 
 def zeroed(name, base):
-    """A copy of a case's model with coefficients zero."""
+    """A copy of a model with coefficients zero."""
     model = copy.deepcopy(base)
-    for key, parameter in model.named_parameters():
-        if key.endswith(f".{CASES[name].parameter}"):
-            parameter.data.zero_()
+    for key in effective_coefficients(base, LAYERS[name].coefficients(3)):
+        model.get_parameter(key).data.zero_()
     return model
 
 
@@ -40,16 +40,16 @@ def assert_empty(model):
         assert not parameter.any()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_coefficients_are_the_factors(name, tmp_path):
     base, x = make(name)
     pristine = copy.deepcopy(base)
     with torch.no_grad():  # pykan keeps activations, and with a graph they cannot be copied
-        model = slim_kan(base, r=(2, 2, 3), coefficients=CASES[name].coefficients)
+        model = slim_kan(base, r=(2, 2, 3), coefficients=dict(LAYERS[name].coefficients(3)))
         assert_empty(model)
         y, zero = model(x), zeroed(name, pristine)
         assert_different(y, zero(x))
-        assert_equal(y, dense_oracle(name, zeroed(name, pristine), model)(x))
+        assert_equal(y, dense_model(zeroed(name, pristine), model)(x))
         with model.disable_adapter():
             assert_equal(model(x), zero(x))
 

@@ -2,93 +2,40 @@
 
 import copy
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import FULLGRAPH, TOLERANCE, assert_different, assert_equal
-from kan.KANLayer import KANLayer
-from kan_layers import (
-    ChebyKANLayer,
-    ConvKANLayer,
-    EinsumKANLayer,
-    FastKANLayer,
-    GroupedPolyConvKANLayer,
-    KANLinear,
-    MatrixKANLayer,
-    NaiveFourierKANLayer,
-    PackedKANLayer,
-    PreActivatedKANLayer,
-    TupleKANLayer,
-    TwoTensorKANLayer,
-    UnfoldConvKANLayer,
-)
+from kan_layers import ChebyKANLayer, FastKANLayer, KANLinear, PreActivatedKANLayer
+from layer_table import LAYERS, REGISTERED
 from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from peft_lotra import LoTRAConfig, LoTRALayer, PerformanceWarning
-from peft_lotra.standin import factorised, placeholder
-from peft_lotra.standin.costs import DENSE, ORDERS, cheapest_order
+from peft_lotra import LoTRAConfig, LoTRALayer, PerformanceWarning, slim_kan
+from peft_lotra.layer import adapted_tensors
+from peft_lotra.standin import placing
+from peft_lotra.standin.cost import DENSE, ORDERS, cheapest_order
+from peft_lotra.standin.tensor import StandIn
+from peft_lotra.testing import dense_model, forced_order, forget_warnings
 
-FLAT, IMAGE = (9, 6), (2, 4, 7, 6)
-LAYERS = {
-    "pykan": (lambda: KANLayer(in_dim=6, out_dim=5, num=4, k=3), None, FLAT),
-    "efficient-kan": (lambda: KANLinear(6, 5), None, FLAT),
-    "efficient-kan, no scaler": (lambda: KANLinear(6, 5, enable_standalone_scale_spline=False), None, (3, *FLAT)),
-    "fast-kan": (lambda: FastKANLayer(6, 5), None, (3, *FLAT)),
-    "ChebyKAN": (lambda: ChebyKANLayer(6, 5, 3), None, FLAT),
-    "ChebyKAN, one output": (lambda: ChebyKANLayer(6, 1, 3), None, FLAT),
-    "o (d i)": (
-        lambda: MatrixKANLayer(6, 5, order="d i"),
-        {"weight": {"layout": "o (d i)", "sizes": {"d": 4}}},
-        (2, *FLAT),
-    ),
-    "d o i": (lambda: EinsumKANLayer(6, 5), {"coeffs": "d o i"}, (2, *FLAT)),
-    "FourierKAN": (lambda: NaiveFourierKANLayer(6, 5), {"fouriercoeffs": "d1 o i d2"}, FLAT),
-    "FourierKAN, i o": (lambda: NaiveFourierKANLayer(6, 5, order="i o"), {"fouriercoeffs": "d1 i o d2"}, FLAT),
-    "packed": (
-        lambda: PackedKANLayer(6, 5),
-        {"weight": {"layout": "o (i d)", "sizes": {"d": 6}, "slice": ":, :36"}},
-        FLAT,
-    ),
-    "two tensors": (
-        lambda: TwoTensorKANLayer(6, 5),
-        {"rbf_weight": {"layout": "(i d) o", "sizes": {"d": 5}}, "cheby_weight": "i o d"},
-        FLAT,
-    ),
-    "tuple": (lambda: TupleKANLayer(6, 5, 3), {"cheby_coeffs": "i o d"}, FLAT),
-    "convolution": (
-        lambda: ConvKANLayer(4, 5),
-        {"spline_conv.weight": {"layout": "o (i d) h w", "sizes": {"d": 4}}},
-        IMAGE,
-    ),
-    "convolution, groups": (
-        lambda: GroupedPolyConvKANLayer(4, 6, groups=2),
-        {"poly_weights": {"layout": "g o (d i) h w", "sizes": {"d": 4}}},
-        IMAGE,
-    ),
-    "convolution, unfolded": (
-        lambda: UnfoldConvKANLayer(4, 6, groups=2),
-        {
-            "spline_weight": {
-                "layout": "g o (i h w) d",
-                "sizes": {"h": 3, "w": 3},
-                "scale": "spline_scaler",
-                "scale_layout": "g o (i h w)",
-            }
-        },
-        IMAGE,
-    ),
-}
-REGISTERED = ["pykan", "efficient-kan", "efficient-kan, no scaler", "fast-kan", "ChebyKAN"]
+FLAT = (9, 6)
 all_layers = pytest.mark.parametrize("name", LAYERS)
 registered = pytest.mark.parametrize("name", REGISTERED)
 
 
+@pytest.fixture
+def order(request):
+    """Contractions go this way round; the one that is counted as the cheapest for "counted"."""
+    with nullcontext() if request.param == "counted" else forced_order(request.param):
+        yield request.param
+
+
 @pytest.fixture(autouse=True)
 def _forget_warnings():
-    placeholder._warned.clear()
+    forget_warnings()
 
 
 class First(nn.Module):
@@ -105,9 +52,9 @@ class First(nn.Module):
 
 def adapted(name, dtype=torch.float64, adapters=1, r=(2, 3, 2)):
     """The base, an adapted copy, an input."""
-    make, coefficients, shape = LAYERS[name]
-    r = (2, 1, 2) if "one output" in name else r
-    return adapt(make(), coefficients, shape, dtype, adapters, r)
+    row = LAYERS[name]
+    r = (r[0], min(r[1], row.sizes[1]), r[2])
+    return adapt(row.make(), row.declared, row.sample(dtype).shape, dtype, adapters, r)
 
 
 def adapt(layer, coefficients, shape, dtype=torch.float32, adapters=1, r=(8, 8, 4)):
@@ -125,45 +72,19 @@ def adapt(layer, coefficients, shape, dtype=torch.float32, adapters=1, r=(8, 8, 
     return base.requires_grad_(False), model, (torch.rand(shape, dtype=dtype) * 1.6 - 0.8).requires_grad_()
 
 
+def dense(base, model):
+    """x -> the output of the dense oracle, made anew: each result may be differentiated once."""
+    return lambda x: dense_model(base, model)(x)
+
+
 def factors_of(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def dense(base, model):
-    """x -> the base's output with A · scale + Σ Δ put into its parameter, by another way than the stand-in's."""
-
-    def oracle(x):
-        tensors = {}
-        for layer in model.modules():
-            if isinstance(layer, LoTRALayer):
-                spec, inner = layer.spec, layer.get_base_layer()
-                weight = inner.get_parameter(spec.parameter).detach()
-                if spec.scale is not None:
-                    scale = inner.get_parameter(spec.scale).detach()
-                    weight = weight * spec.layout.expand(scale, spec.scale_layout)
-                    tensors[f"layer.{spec.scale}"] = torch.ones_like(scale)
-                names = [name for name in layer.active_adapters if name in layer.lotra_core]
-                tensors[f"layer.{spec.parameter}"] = weight + sum(map(layer.get_delta_weight, names))
-        return torch.func.functional_call(base, tensors, x)
-
-    return oracle
-
-
-def _forced(order):
-    """A `cheapest_order` that is always this one, where x has the modes."""
-
-    def cheapest_order(x, positions, terms, modes, kernel, on_x, ranks):
-        return order if order == DENSE or set(order) <= set(on_x) else ""
-
-    return cheapest_order
-
-
 @pytest.mark.parametrize("adapters", [1, 3])
-@pytest.mark.parametrize("order", [*ORDERS, DENSE, "counted"])
+@pytest.mark.parametrize("order", [*ORDERS, DENSE, "counted"], indirect=True)
 @all_layers
-def test_values_and_derivatives(name, order, adapters, monkeypatch):
-    if order != "counted":
-        monkeypatch.setattr(factorised, "cheapest_order", _forced(order))
+def test_values_and_derivatives(name, order, adapters):
     base, model, x = adapted(name, adapters=adapters)
     oracle = dense(base, model)
     y, expected = model(x), oracle(x)
@@ -182,10 +103,9 @@ def test_values_and_derivatives(name, order, adapters, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("order", ["", "di", DENSE])
+@pytest.mark.parametrize("order", ["", "di", DENSE], indirect=True)
 @all_layers
-def test_a_zero_core_changes_no_bit(name, order, dtype, monkeypatch):
-    monkeypatch.setattr(factorised, "cheapest_order", _forced(order))
+def test_a_zero_core_changes_no_bit(name, order, dtype):
     base, model, x = adapted(name, dtype)
     assert_different(model(x), base(x))
     for key, parameter in model.named_parameters():
@@ -194,10 +114,9 @@ def test_a_zero_core_changes_no_bit(name, order, dtype, monkeypatch):
     assert_equal(model(x), base(x), 0)
 
 
-@pytest.mark.parametrize("order", ["", "di", DENSE])
+@pytest.mark.parametrize("order", ["", "di", DENSE], indirect=True)
 @all_layers
-def test_training_and_inference_give_the_same_bits(name, order, monkeypatch):
-    monkeypatch.setattr(factorised, "cheapest_order", _forced(order))
+def test_training_and_inference_give_the_same_bits(name, order):
     base, model, x = adapted(name)
     y = model(x)
     assert_different(y, base(x))
@@ -304,54 +223,27 @@ def test_the_cost_of_the_adapter_is_linear_in_the_inputs():
 
 def test_large_ranks_are_computed_densely_and_small_ones_thinly():
     n = m = 512
-    sizes = {"x": 256 * n * 8, "positions": 256, "terms": n * 8, "modes": (n, m, 8), "kernel": 1, "on_x": "id"}
+    sizes = {"positions": 256, "depth": n * 8, "terms": n * 8, "modes": (n, m, 8), "kernel": 1, "on_x": "id"}
+    sizes |= {"device": "cpu"}
     assert cheapest_order(**sizes, ranks=((8, 8, 4),)) == ""
     assert cheapest_order(**sizes, ranks=((8, 8, 4),) * 8) == ""
     assert "d" in cheapest_order(**sizes, ranks=((150, 150, 2),))
-    assert cheapest_order(**sizes | {"x": 8192 * n * 8, "positions": 8192}, ranks=((512, 512, 8),)) == DENSE
+    assert cheapest_order(**sizes | {"positions": 8192}, ranks=((512, 512, 8),)) == DENSE
 
 
 @wide
 def test_a_slim_layer_costs_what_its_factors_cost(name):
-    """A = 0, held as one zero: the base contraction is skipped."""
-    layer = WIDE[name]()
-    path = next(
-        path
-        for path in ("spline_weight", "spline_linear.weight", "cheby_coeffs")
-        if path in dict(layer.named_parameters())
-    )
-    layer.get_parameter(path).data.zero_()
-    rank = round(0.29 * WIDTH), round(0.29 * WIDTH), 2
-    base, model, x = adapt(layer, None, (BATCH, WIDTH), r=rank)
-    full = flops(copy.deepcopy(base).requires_grad_(True), x)
-    expected = model(x)
-    assert_different(expected, base(x))
-    parameter = next(p for key, p in model.named_parameters() if key.endswith(path))
-    parameter.data = torch.zeros(()).expand(parameter.shape)
-    assert_equal(model(x), expected)
+    """A = 0, held as one zero: the base contraction is skipped, also for coefficients that a number multiplies."""
+    base, x = First(WIDE[name]()), torch.rand(BATCH, WIDTH) * 1.6 - 0.8
+    full = flops(base, x)
+    model = slim_kan(copy.deepcopy(base), r=(round(0.29 * WIDTH), round(0.29 * WIDTH), 2))
+    for path in adapted_tensors(model):
+        nn.init.zeros_(base.get_parameter(path))
+    assert_different(model(x), base(x))
+    assert_equal(model(x), dense(base, model)(x), 1e-4)
     # the residual of efficient-kan and fast-kan, which no adapter changes
     residual = 0 if name == "ChebyKAN" else 4 * BATCH * WIDTH**2
-    assert flops(model, x, "cpu") - residual <= 0.25 * (full - 1.5 * residual)
-
-
-def test_an_expanded_zero_times_a_number_stays_one():
-    layer = nn.Sequential(KANLinear(4, 4, enable_standalone_scale_spline=False))  # computes weight * 1.0
-    model = get_peft_model(layer, LoTRAConfig(r=2, init_weights=False))
-    parameter = next(p for key, p in model.named_parameters() if key.endswith("spline_weight"))
-    parameter.data = torch.zeros_like(parameter)
-    x = torch.rand(8, 4)
-    expected, dense_flops = model(x), flops(model, x, "cpu")
-    parameter.data = torch.zeros(()).expand(parameter.shape)
-    assert_equal(model(x), expected)
-    assert flops(model, x, "cpu") < dense_flops
-
-
-def test_only_an_expanded_zero_counts_as_zero():
-    assert placeholder.is_zero_expanded(torch.zeros(()).expand(3, 4))
-    assert placeholder.is_zero_expanded(torch.zeros(()).expand(3, 4).view(12).transpose(0, 0))
-    assert not placeholder.is_zero_expanded(torch.ones(()).expand(3, 4))
-    assert not placeholder.is_zero_expanded(torch.zeros(3, 4))
-    assert not placeholder.is_zero_expanded(torch.zeros(3).expand(4, 3))
+    assert flops(model, x) - residual <= 0.25 * (full - 1.5 * residual)
 
 
 @all_layers
@@ -362,7 +254,7 @@ def test_a_disabled_or_merged_adapter_has_no_stand_in(name, monkeypatch):
     def refuse(*args):
         raise AssertionError("a stand-in was made")
 
-    monkeypatch.setattr(placeholder.StandIn, "__init__", refuse)
+    monkeypatch.setattr(placing, "handle_of", refuse)
     with pytest.raises(AssertionError, match="stand-in"):
         model(x)
     with model.disable_adapter():
@@ -430,11 +322,10 @@ def test_checkpointing(name, use_reentrant):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-@pytest.mark.parametrize("order", ["", "di", DENSE])
+@pytest.mark.parametrize("order", ["", "di", DENSE], indirect=True)
 @pytest.mark.parametrize("name", [*REGISTERED[1:], "FourierKAN", "convolution"])
-def test_transforms(name, order, monkeypatch):
+def test_transforms(name, order):
     """jacrev, hessian and vmap, over samples and over adapters, with the values of the dense layer."""
-    monkeypatch.setattr(factorised, "cheapest_order", _forced(order))
     base, model, x = adapted(name)
     oracle, x = dense(base, model), x.detach()
     sample = x[:1]
@@ -484,7 +375,7 @@ def test_threads(name):
         thread.join()
     assert not wrong
     layer = next(layer for layer in model.modules() if isinstance(layer, LoTRALayer))
-    assert not any(isinstance(v, placeholder.StandIn) for m in layer.modules() for v in vars(m).values())
+    assert not any(isinstance(v, StandIn) for m in layer.modules() for v in vars(m).values())
 
 
 class Scripted(nn.Module):
@@ -515,8 +406,8 @@ def test_code_that_takes_tensors_only_gets_one():
     for function in (LinearFunction.apply, scripted):
         layer = type("Layer", (Scripted,), {"function": staticmethod(function)})()
         base, model, x = adapt(layer, {"weight": {"layout": "o (i d)", "sizes": {"d": 4}}}, FLAT, torch.float64, r=2)
-        placeholder._warned.clear()
-        with pytest.warns(PerformanceWarning, match=r"TorchScript or torch\.autograd\.Function"):
+        forget_warnings()
+        with pytest.warns(PerformanceWarning, match=r"TorchScript, torch\.autograd\.Function or torch\.vmap"):
             y = model(x)
         assert_different(y, base(x))
         assert_equal(model(x), dense(base, model)(x))
@@ -536,13 +427,13 @@ def test_autograd_functions_of_inputs_without_gradient(without_gradients):
 
     layer = type("Layer", (Scripted,), {"function": staticmethod(function)})()
     base, model, x = adapt(layer, {"weight": {"layout": "o (i d)", "sizes": {"d": 4}}}, FLAT, torch.float64, r=2)
-    placeholder._warned.clear()
-    with pytest.warns(PerformanceWarning, match=r"TorchScript or torch\.autograd\.Function"):
+    forget_warnings()
+    with pytest.warns(PerformanceWarning, match=r"TorchScript, torch\.autograd\.Function or torch\.vmap"):
         y = model(x.detach())
     assert_different(y, base(x))
-    assert_equal(y, dense(base, model)(x.detach()))
+    assert_equal(y, dense_model(base, model)(x.detach()))
     gradients = torch.autograd.grad(y.square().sum(), factors_of(model))
-    expected = torch.autograd.grad(dense(base, model)(x.detach()).square().sum(), factors_of(model))
+    expected = torch.autograd.grad(dense_model(base, model)(x.detach()).square().sum(), factors_of(model))
     for gradient, wanted in zip(gradients, expected, strict=True):
         assert wanted.any()
         assert_equal(gradient, wanted)

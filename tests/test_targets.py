@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from cases import factors_of, lotra_layers
 from conftest import assert_equal
 from kan_layers import ChebyKAN, ChebyKANLayer, FastKANLayer, MatrixKANLayer, TwoTensorKANLayer
+from layer_table import lotra_layers
 from peft import get_peft_model
 from torch import nn
 
@@ -98,8 +98,8 @@ def test_several_coefficient_tensors_on_one_module_are_nested():
     y = model(x)
     assert (y - base(x)).abs().max() > 1e-3
     oracle = copy.deepcopy(base)
-    oracle[0].rbf_weight.data += torch.einsum("abc,ia,ob,dc->ido", *factors_of(outer, "default")).flatten(0, 1)
-    oracle[0].cheby_weight.data += torch.einsum("abc,ia,ob,dc->iod", *factors_of(outer.base_layer, "default"))
+    oracle[0].rbf_weight.data += torch.einsum("abc,ia,ob,dc->ido", *outer.factors("default")).flatten(0, 1)
+    oracle[0].cheby_weight.data += torch.einsum("abc,ia,ob,dc->iod", *outer.base_layer.factors("default"))
     assert_equal(y, oracle(x))
     assert_equal(model.merge_and_unload()(x), y)
 

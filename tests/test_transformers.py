@@ -10,8 +10,8 @@ import peft
 import pytest
 import torch
 import transformers
-from cases import lotra_layers
 from conftest import assert_different, assert_equal
+from layer_table import lotra_layers
 from packaging.version import Version
 from peft import (
     AutoPeftModel,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,9 +26,9 @@ def full_shape(tensor: torch.Tensor) -> torch.Size:
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether this process has a part of the values only, at this moment."""
-    return isinstance(tensor, DTensor) or _is_released(tensor)
+def any_sharded(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether this process has a part only of some of these tensors, at this moment."""
+    return any(isinstance(tensor, DTensor) or _is_released(tensor) for tensor in tensors)
 
 
 def _is_released(tensor: torch.Tensor) -> bool:
@@ -37,7 +37,8 @@ def _is_released(tensor: torch.Tensor) -> bool:
 
 def has_shards(module: nn.Module) -> bool:
     """Whether some of the module's parameters are sharded, gathered at this moment or not."""
-    return bool(fsdp_modules(module)) or any(hasattr(p, "ds_shape") or is_sharded(p) for p in module.parameters())
+    parameters = list(module.parameters())
+    return bool(fsdp_modules(module)) or any(hasattr(p, "ds_shape") for p in parameters) or any_sharded(parameters)
 
 
 def check_not_sharded(module: nn.Module, what: str, instead: str) -> None:

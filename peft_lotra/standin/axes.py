@@ -1,15 +1,15 @@
 """The named axes of a coefficient tensor, followed through every view that a layer takes of it.
 
 A layer writes `weight.view(o, -1)` or `coeffs[0:1].transpose(1, 2)`. Each axis of the result is known as a row of
-atoms: pieces of the modes i, o, d, g, t, h, w that lie flattened on it. Plain Python, no tensors of A's size.
+atoms: pieces of the modes i, o, d, g, t, h, w that lie flattened on it. Plain, hashable Python, no tensors.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -17,6 +17,23 @@ from ..coefficients.spec import CoefficientSpec, parse_slice
 
 MODES = ("i", "o", "d", "g", "t", "h", "w")
 NEW = ""  # the mode of an axis that a view added
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def planned(function: Function) -> Function:
+    """A pure function of hashable arguments, computed once for each.
+
+    torch.compile and torch.export trace it anew instead: sizes that they keep open are `None` in the arguments.
+    """
+    cached = lru_cache(maxsize=4096)(function)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        return function(*args) if torch.compiler.is_compiling() else cached(*args)
+
+    call.cache_clear = cached.cache_clear  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]
 
 
 class Atom(NamedTuple):
@@ -56,20 +73,41 @@ class Place(NamedTuple):
     after: int
 
 
+Rows = range | tuple[int, ...] | None  # of a factor, in order; None: all
+
+
+class Arrangement(NamedTuple):
+    """How a tensor with one axis per mode, in the order of `MODES`, is laid out like a view; None: nothing to do."""
+
+    split: tuple[int, ...] | None  # reshape: every mode into its atoms
+    order: tuple[int, ...] | None  # permute: the atoms as they lie
+    spread: tuple[tuple[int, ...], tuple[int, ...]] | None  # reshape and expand: axes that a view added
+    shape: tuple[int, ...] | None  # reshape: the axes
+    padding: tuple[int, ...] | None  # pad: entries beside the coefficients
+    flat: int | None  # flatten from this axis on
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.split is not None:
+            tensor = tensor.reshape(self.split)
+        if self.order is not None:
+            tensor = tensor.permute(self.order)
+        if self.spread is not None:
+            tensor = tensor.reshape(self.spread[0]).expand(self.spread[1])
+        if self.shape is not None:
+            tensor = tensor.reshape(self.shape)
+        if self.padding is not None:
+            tensor = torch.nn.functional.pad(tensor, self.padding)
+        return tensor if self.flat is None else tensor.flatten(self.flat)
+
+
 class Axes(NamedTuple):
     """All axes of a view, and for each mode the row of its factor at which the view begins."""
 
     axes: tuple[Axis, ...]
-    starts: dict[str, int]
-
-    @classmethod
-    def of(cls, spec: CoefficientSpec, shape: torch.Size) -> Axes:
-        """The axes of the parameter itself."""
-        arguments = spec.axes, tuple(spec.layout.sizes.items()), spec.slice, tuple(shape)
-        return (_parameter_axes if torch.compiler.is_compiling() else _cached_axes)(*arguments)
+    starts: tuple[tuple[str, int], ...]
 
     def place(self, mode: str, ranks: Mapping[str, int] | None = None) -> Place | None:
-        """Where `mode` lies if it lies on one axis in one piece, else None; `ranks` as in `arrange`."""
+        """Where `mode` lies if it lies on one axis in one piece, else None; `ranks` as in `arrangement`."""
         found = [k for k, axis in enumerate(self.axes) if any(atom.mode == mode for atom in axis.atoms)]
         if len(found) != 1:
             return None
@@ -85,28 +123,35 @@ class Axes(NamedTuple):
                 sizes[k] = rank if k == replaced[0] else 1
         return Place(found[0], math.prod(sizes[:first]), math.prod(sizes[first:last]), math.prod(sizes[last:]))
 
-    def rows(self, factor: torch.Tensor, mode: str, dim: int = 0) -> torch.Tensor:
-        """The rows of a factor that this view shows, in the view's order, along `dim`."""
-        atoms = [atom for axis in self.axes for atom in axis.atoms if atom.mode == mode]
-        whole = 1
-        for atom in reversed(atoms):
-            whole = whole * atom.size if atom.stride == whole or atom.size == 1 else math.inf
-        if self.starts[mode] == 0 and whole == factor.shape[dim]:
-            return factor
-        rows = torch.tensor([self.starts[mode]], device=factor.device)
-        for _, size, stride in atoms:
-            rows = (rows[:, None] + stride * torch.arange(size, device=factor.device)).flatten()
-        return factor.index_select(dim, rows)
+    def modes(self) -> tuple[str, ...]:
+        """Those of the whole tensor, in the order of `MODES`; i, o and d come first."""
+        return tuple([mode for mode, _ in self.starts])
 
-    def arrange(self, tensor: torch.Tensor, ranks: Mapping[str, int]) -> torch.Tensor:
-        """A tensor with one axis per mode, in the order of `MODES`, laid out like this view.
+    def size(self, mode: str) -> int:
+        """How many rows of a mode's factor this view shows."""
+        return math.prod([atom.size for axis in self.axes for atom in axis.atoms if atom.mode == mode])
+
+    def rows(self, mode: str, count: int) -> Rows:
+        """The rows of a factor of `count` rows that this view shows, in the view's order."""
+        rows = [dict(self.starts)[mode]]
+        for atom in [atom for axis in self.axes for atom in axis.atoms if atom.mode == mode]:
+            rows = [row + atom.stride * k for row in rows for k in range(atom.size)]
+        if rows == list(range(count)):
+            return None
+        consecutive = range(rows[0], rows[-1] + 1)
+        return consecutive if rows == list(consecutive) else tuple(rows)
+
+    def arrangement(self, ranks: Mapping[str, int], flat: int | None = None) -> Arrangement:
+        """How a tensor of shape (i, o, d, ...) is laid out like this view.
 
         Args:
-            tensor: shape (i, o, d, ...): the rows of each mode that the view shows, modes of `ranks` excepted.
             ranks: modes that are replaced by a rank, and the rank; each takes the place of the mode's first atom.
+            flat: the axis from which on the result is flattened.
         """
-        parts: dict[str, list[int]] = {mode: [] for mode in MODES}  # sizes of a mode's atoms
-        order, atoms, shape = [], [], []  # labels of atoms as they come; their sizes; the sizes of the axes
+        parts: dict[str, list[int]] = {mode: [] for mode in self.modes()}  # sizes of a mode's atoms
+        order: list[tuple[str, int]] = []  # labels of atoms as they come
+        atoms: list[tuple[str, int]] = []  # modes and sizes, added ones too
+        shape: list[int] = []
         for axis in self.axes:
             size = 1
             for mode, length, _ in axis.atoms:
@@ -120,26 +165,37 @@ class Axes(NamedTuple):
                 atoms.append((mode, length))
                 size *= length
             shape.append(size)
-        labels = [(mode, k) for mode in MODES for k in range(len(parts[mode]))]
-        tensor = tensor.reshape([parts[mode][k] for mode, k in labels])
-        tensor = tensor.permute([labels.index(label) for label in order])
-        if any(mode == NEW and length > 1 for mode, length in atoms):
-            tensor = tensor.reshape([1 if mode == NEW else length for mode, length in atoms])
-            tensor = tensor.expand([length for _, length in atoms])
-        tensor = tensor.reshape(shape)
+        labels = [(mode, k) for mode in self.modes() for k in range(len(parts[mode]))]
         # On an axis whose mode became a rank, the entries beside the coefficients are those of the factor's rows.
         padding = [
             (axis.before, axis.after) if not any(atom.mode in ranks for atom in axis.atoms) else (0, 0)
             for axis in self.axes
         ]
-        if any(pair != (0, 0) for pair in padding):
-            tensor = torch.nn.functional.pad(tensor, [n for pair in reversed(padding) for n in pair])
-        return tensor
+        canonical = [math.prod(sizes) for sizes in parts.values()]
+        split = [parts[mode][k] for mode, k in labels]
+        permutation = [labels.index(label) for label in order]
+        permuted = [split[k] for k in permutation]
+        if flat is not None and not any(map(any, padding)):
+            shape = [*shape[:flat], math.prod(shape[flat:])]
+        spread = None
+        if any(mode == NEW and length > 1 for mode, length in atoms):
+            spread = (
+                tuple([1 if mode == NEW else length for mode, length in atoms]),
+                tuple([length for _, length in atoms]),
+            )
+        return Arrangement(
+            None if split == canonical else tuple(split),
+            None if permutation == list(range(len(permutation))) else tuple(permutation),
+            spread,
+            None if shape == permuted and spread is None else tuple(shape),
+            tuple([n for pair in reversed(padding) for n in pair]) if any(map(any, padding)) else None,
+            flat if flat is not None and flat < len(shape) - 1 else None,
+        )
 
-    def permuted(self, order: list[int]) -> Axes:
+    def permuted(self, order: Sequence[int]) -> Axes:
         return self._replace(axes=tuple(self.axes[k] for k in order))
 
-    def reshaped(self, shape: torch.Size) -> Axes | None:
+    def reshaped(self, shape: Sequence[int]) -> Axes | None:
         """The axes after a reshape to `shape`; None if it cuts an atom unevenly."""
         pieces: list[Atom | Axis] = []  # a padded axis is one piece
         for axis in self.axes:
@@ -172,7 +228,7 @@ class Axes(NamedTuple):
             axes.append(packed[0] if packed else Axis(tuple(group)))
         return None if pieces else self._replace(axes=tuple(axes))
 
-    def expanded(self, shape: torch.Size) -> Axes | None:
+    def expanded(self, shape: Sequence[int]) -> Axes | None:
         """The axes after broadcasting to `shape`."""
         axes = [Axis((Atom(NEW, size, 0),)) for size in shape[: len(shape) - len(self.axes)]]
         for axis, size in zip(self.axes, shape[len(axes) :], strict=True):
@@ -205,9 +261,15 @@ class Axes(NamedTuple):
                     return None if narrowed is None else BESIDE
                 if isinstance(part, slice):
                     axes.append(narrowed)
-        return Axes(tuple(axes), starts)
+        return Axes(tuple(axes), tuple(starts.items()))
 
 
+def parameter_axes(spec: CoefficientSpec, shape: tuple[int, ...]) -> Axes:
+    """The axes of the parameter itself."""
+    return _parameter_axes(spec.axes, tuple(spec.layout.sizes.items()), spec.slice, tuple(shape))
+
+
+@planned
 def _parameter_axes(
     names: tuple[tuple[str, ...], ...], sizes: tuple[tuple[str, int], ...], region: str | None, shape: tuple[int, ...]
 ) -> Axes:
@@ -224,29 +286,42 @@ def _parameter_axes(
             start, stop, _ = part.indices(shape[k])
             axes[k] = axes[k]._replace(before=start, after=shape[k] - stop)
     present = [name[0] for name, _ in sizes]
-    return Axes(tuple(axes), {mode: 0 for mode in MODES if mode in present})
-
-
-_cached_axes = lru_cache(maxsize=1024)(_parameter_axes)
+    return Axes(tuple(axes), tuple([(mode, 0) for mode in MODES if mode in present]))
 
 
 def _number(part: str) -> int:
     return int(part[1:] or 0)
 
 
-def expanded_scale(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
-    """The declared scale, repeated to the parameter's shape as a view where that is possible."""
-    sizes = spec.layout.sizes
-    own = [name for group in spec.scale_axes for name in group]
-    names = [name for group in spec.axes for name in group]
-    scale = scale.reshape([sizes[name] for name in own]).permute([own.index(name) for name in names if name in own])
-    scale = scale.reshape([sizes[name] if name in own else 1 for name in names])
-    scale = scale.expand([sizes[name] for name in names])
-    return scale.reshape([math.prod([sizes[name] for name in group]) for group in spec.axes])
+def spread_scale(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
+    """The declared scale in a shape that broadcasts with the parameter's: its product with A is the effective one."""
+    return _scale_arrangement(spec.axes, spec.scale_axes, tuple(spec.layout.sizes.items()))(scale)
+
+
+@planned
+def _scale_arrangement(
+    axes: tuple[tuple[str, ...], ...], own: tuple[tuple[str, ...], ...], sizes: tuple[tuple[str, int], ...]
+) -> Arrangement:
+    size = dict(sizes)
+    given = [name for group in own for name in group]
+    names = [name for group in axes for name in group]
+    order = [given.index(name) for name in names if name in given]
+    # An axis of several names needs the scale repeated unless it has all of them, or none.
+    whole = all(len({name in given for name in group}) == 1 for group in axes)
+    thin = tuple([size[name] if name in given else 1 for name in names])
+    full = tuple([math.prod([size[name] for name in group if name in given or not whole]) for group in axes])
+    return Arrangement(
+        tuple([size[name] for name in given]) if any(len(group) > 1 for group in own) else None,
+        tuple(order) if order != sorted(order) else None,
+        None if whole else (thin, tuple([size[name] for name in names])),
+        full,
+        None,
+        None,
+    )
 
 
 _BESIDE = Axis(())
-BESIDE = Axes((), {})
+BESIDE = Axes((), ())
 
 
 def _narrowed(axis: Axis, rows: range, starts: dict[str, int]) -> Axis | None:

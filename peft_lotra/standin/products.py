@@ -9,108 +9,98 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from string import ascii_letters
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .contractions import Contraction
-from .placeholder import PRODUCTS, StandIn, factorised, is_zero_expanded
-from .updates import SampleAxisUnknown
+from .axes import planned
+from .operations import Contraction, Form, Weight
 
-_QUOTIENTS = (torch.div, torch.true_divide, torch.Tensor.div, torch.Tensor.true_divide, torch.Tensor.__truediv__)
+PRODUCTS = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply)
+PRODUCTS += (torch.Tensor.__mul__, torch.Tensor.__rmul__)
+QUOTIENTS = (torch.div, torch.true_divide, torch.Tensor.div, torch.Tensor.true_divide, torch.Tensor.__truediv__)
+SUMS = (torch.sum, torch.Tensor.sum)
 
 
-class Product(StandIn):
+class Product(NamedTuple):
     """x · weight, elementwise."""
 
-    def __init__(self, weight: StandIn, x: torch.Tensor) -> None:
-        if is_zero_expanded(weight.tensor):
-            product = weight.tensor.new_zeros(()).expand(torch.broadcast_shapes(x.shape, weight.shape))
-        else:
-            product = x * weight.tensor
-        # With a batch, the layer itself forms batch × A, and the dense form is nothing to warn of. Without, this is a
-        # scale or mask that nobody declared; its product with Δ has no low rank.
-        owner = weight.owner if product.numel() == weight.tensor.numel() else None
-        super().__init__(product, weight.axes, weight.updates, owner)
-        self._weight = weight
-        self.x = x
+    tensor: torch.Tensor  # x · A
+    weight: Weight
+    x: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: Weight, x: torch.Tensor) -> Product:
+        if weight.is_zero:
+            return cls(weight.tensor.new_zeros(()).expand(torch.broadcast_shapes(x.shape, weight.shape)), weight, x)
+        return cls(x * weight.tensor, weight, x)
 
     @property
-    def weight(self) -> StandIn:
-        return self._weight
+    def has_batch(self) -> bool:
+        """Whether the layer itself forms batch × A: then the dense form is nothing to warn of.
 
-    def dense(self) -> torch.Tensor:
-        return self.x * self._weight.dense()
-
-
-def _times(function: Callable[..., Any], standin: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if len(args) != 2 or kwargs:
-        return NotImplemented
-    other = args[1] if args[0] is standin else args[0]
-    if _is_number(other):
-        return _by_number(function, standin, other)
-    if any(update.samples is not None for update in standin.updates):
-        raise SampleAxisUnknown  # before the product is formed
-    return Product(standin, other) if isinstance(other, torch.Tensor) else NotImplemented
+        Without, this is a scale or mask that nobody declared; its product with Δ has no low rank.
+        """
+        return self.tensor.numel() != self.weight.tensor.numel()
 
 
-def _over(function: Callable[..., Any], standin: StandIn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if len(args) != 2 or kwargs or args[0] is not standin or not _is_number(args[1]):
-        return NotImplemented
-    return _by_number(function, standin, args[1])
-
-
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) or (isinstance(value, torch.Tensor) and value.dim() == 0)
 
 
-def _by_number(function: Callable[..., Any], standin: StandIn, number: Any) -> StandIn:
+def by_number(function: Callable[..., Any], weight: Weight, number: Any) -> Weight:
     """function(A, number) + Σ function(s · G, number) ×₁ U1 ×₂ U2 ×₃ U3 for a function that is linear in A."""
-    updates = [u._replace(factors=u.factors._replace(core=function(u.factors.core, number))) for u in standin.updates]
-    tensor = standin.tensor if is_zero_expanded(standin.tensor) else function(standin.tensor, number)
-    return type(standin)(tensor, standin.axes, updates, standin.owner)
+    updates = [u._replace(factors=u.factors._replace(core=function(u.factors.core, number))) for u in weight.updates]
+    tensor = weight.tensor if weight.is_zero else function(weight.tensor, number)
+    return weight._replace(tensor=tensor, updates=tuple(updates))
 
 
-def _sum(function: Callable[..., Any], product: Product, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    description = _sum_contraction(*args, **kwargs)
-    return NotImplemented if description is None else factorised(description, function, product, args, kwargs)
-
-
-def _sum_contraction(
-    product: Product, dim: int | tuple[int, ...] | None = None, keepdim: bool = False, **others: Any
-) -> Contraction | None:
-    x, weight, ndim = product.x, product.weight, product.tensor.dim()
+def summed(product: Product, dim: Any = None, keepdim: bool = False, **others: Any) -> Contraction | None:
+    """(x · weight).sum(dim, keepdim) as a contraction; None for other arguments."""
     if dim is None or others:
         return None
-    dims = sorted(d % ndim for d in ((dim,) if isinstance(dim, int) else dim))
-    letters = ascii_letters[:ndim]
-    lacking = ndim - weight.ndim  # axes that only x has
-    of_x = [k for k in range(ndim) if k >= ndim - x.dim() and x.shape[k - ndim] != 1]
-    of_weight = [k for k in range(ndim) if k >= lacking]
-    out = [k for k in range(ndim) if k not in dims]
-    place = {k: k if keepdim else out.index(k) for k in out}
-    thin = [k for k in of_weight if weight.shape[k - lacking] != 1 or k not in of_x]
-    equation = "".join(letters[k] for k in of_x), "".join(letters[k] for k in thin), "".join(letters[k] for k in out)
+    x, ndim = product.x, product.tensor.dim()
+    dims = tuple(sorted([d % ndim for d in ((dim,) if isinstance(dim, int) else dim)]))
+    form, equation, of_x, thin = _sum_form(tuple(x.shape), tuple(product.weight.shape), ndim, dims, keepdim)
 
     def apply(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(x.dtype, w.dtype)  # as in the product
         x, w = x.to(dtype), w.to(dtype)
         x = x.reshape([x.shape[k - ndim] for k in of_x])
-        w = w.reshape([w.shape[k - lacking] for k in thin])
-        y = torch.einsum("{},{}->{}".format(*equation), x, w)
+        w = w.reshape([w.shape[k - ndim] for k in thin])
+        y = torch.einsum(equation, x, w)
         for d in dims if keepdim else ():
             y = y.unsqueeze(d)
         return y
 
-    return Contraction(
-        apply,
-        x,
-        carried={k - lacking: place[k] for k in out if k in thin and k not in of_x},
-        summed={k - lacking: (k - ndim) % x.dim() for k in dims if k in thin and k in of_x},
-        terms=math.prod([weight.shape[k - lacking] for k in dims if k in thin]),
-        positions=math.prod([x.shape[k - ndim] for k in of_x if k not in dims]),
+    return Contraction(form, apply, x)
+
+
+@planned
+def _sum_form(
+    of: tuple[int, ...], shape: tuple[int, ...], ndim: int, dims: tuple[int, ...], keepdim: bool
+) -> tuple[Form, str, tuple[int, ...], tuple[int, ...]]:
+    """The form, the einsum, and the axes of the product that x and the thin tensor have.
+
+    Args:
+        of: the shape of x.
+        shape: of the weight.
+        ndim: of the product.
+        dims: the axes that are summed.
+        keepdim: whether they stay, of size 1.
+    """
+    letters = ascii_letters[:ndim]
+    lacking = ndim - len(shape)  # axes that only x has
+    of_x = [k for k in range(ndim) if k >= ndim - len(of) and of[k - ndim] != 1]
+    of_weight = [k for k in range(ndim) if k >= lacking]
+    out = [k for k in range(ndim) if k not in dims]
+    place = {k: k if keepdim else out.index(k) for k in out}
+    thin = [k for k in of_weight if shape[k - lacking] != 1 or k not in of_x]
+    inputs = ["".join([letters[k] for k in axes]) for axes in (of_x, thin, out)]
+    form = Form(
+        carried=tuple([(k - lacking, place[k]) for k in out if k in thin and k not in of_x]),
+        summed=tuple([(k - lacking, (k - ndim) % len(of)) for k in dims if k in thin and k in of_x]),
+        terms=math.prod([shape[k - lacking] for k in dims if k in thin]),
+        depth=math.prod([of[k - ndim] for k in of_x if k in dims]),
     )
-
-
-StandIn.handlers |= dict.fromkeys(PRODUCTS, _times) | dict.fromkeys(_QUOTIENTS, _over)
-Product.handlers = {torch.sum: _sum, torch.Tensor.sum: _sum}
+    return form, "{},{}->{}".format(*inputs), tuple(of_x), tuple(thin)

@@ -1,7 +1,7 @@
 """Operations that show the coefficients differently and compute nothing: they act on A and on the names of its axes.
 
-Each function takes torch's own, the stand-in and the remaining arguments, and returns stand-ins, or NotImplemented
-where the names cannot follow.
+Each function takes torch's own, the weight and the remaining arguments, and returns weights, tensors, or
+NotImplemented where the names cannot follow.
 """
 
 from __future__ import annotations
@@ -11,84 +11,113 @@ from typing import Any
 
 import torch
 
-from .axes import BESIDE, Axes
+from ..tensors.tucker import TuckerFactors
+from .axes import BESIDE, Axes, planned
+from .operations import Weight
 
 
-def _view(standin: Any, tensor: torch.Tensor, axes: Axes | None) -> Any:
-    if axes is BESIDE:
+def _view(weight: Weight, tensor: torch.Tensor, axes: Axes | None) -> Any:
+    if axes == BESIDE:
         return tensor  # no coefficient in it
-    return NotImplemented if axes is None else standin.like(tensor, axes)
+    return NotImplemented if axes is None else weight._replace(tensor=tensor, axes=axes)
 
 
-def _reshape(function: Callable[..., Any], standin: Any, *args: Any, **kwargs: Any) -> Any:
-    if any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):
-        return NotImplemented  # `view` of the bits
-    tensor = function(standin.tensor, *args, **kwargs)
-    return _view(standin, tensor, standin.axes.reshaped(tensor.shape))
+def _reshape(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: Any) -> Any:
+    for arg in (*args, *kwargs.values()):
+        if isinstance(arg, torch.dtype):
+            return NotImplemented  # `view` of the bits
+    tensor = function(weight.tensor, *args, **kwargs)
+    return _view(weight, tensor, _reshaped(weight.axes, tuple(tensor.shape)))
 
 
-def _permute(function: Callable[..., Any], standin: Any, *args: Any, **kwargs: Any) -> Any:
+@planned
+def _reshaped(axes: Axes, shape: tuple[int, ...]) -> Axes | None:
+    return axes.reshaped(shape)
+
+
+def _permute(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: Any) -> Any:
+    tensor = function(weight.tensor, *args, **kwargs)
+    args = tuple([tuple(arg) if isinstance(arg, list) else arg for arg in args])
+    named = tuple([(key, tuple(arg) if isinstance(arg, list) else arg) for key, arg in kwargs.items()])
+    return _view(weight, tensor, _permuted(weight.axes, function, args, named))
+
+
+@planned
+def _permuted(
+    axes: Axes, function: Callable[..., Any], args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
+) -> Axes:
     # torch itself tells the order: the axes of the probe have the sizes 1, 2, 3, ...
-    probe = torch.empty(tuple(range(1, standin.ndim + 1)), device="meta")
-    order = [size - 1 for size in function(probe, *args, **kwargs).shape]
-    return _view(standin, function(standin.tensor, *args, **kwargs), standin.axes.permuted(order))
+    probe = torch.empty(tuple(range(1, len(axes.axes) + 1)), device="meta")
+    return axes.permuted([size - 1 for size in function(probe, *args, **dict(kwargs)).shape])
 
 
-def _expand(function: Callable[..., Any], standin: Any, *args: Any, **kwargs: Any) -> Any:
-    tensor = function(standin.tensor, *args, **kwargs)
-    return _view(standin, tensor, standin.axes.expanded(tensor.shape))
+def _expand(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: Any) -> Any:
+    tensor = function(weight.tensor, *args, **kwargs)
+    return _view(weight, tensor, weight.axes.expanded(tensor.shape))
 
 
-def _same(function: Callable[..., Any], standin: Any, *args: Any, **kwargs: Any) -> Any:
+def _same(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: Any) -> Any:
     """Copies, and conversions of dtype and device."""
-    tensor = function(standin.tensor, *args, **kwargs)
+    tensor = function(weight.tensor, *args, **kwargs)
     if not isinstance(tensor, torch.Tensor):
         return tensor  # `type()` asks
     if not tensor.is_floating_point():
         return NotImplemented
-    return standin.like(tensor, standin.axes)
+    return weight._replace(tensor=tensor)
 
 
-def _index(standin: Any, tensor: torch.Tensor, *index: Any) -> Any:
-    return _view(standin, tensor, standin.axes.indexed(index))
+def _detach(function: Callable[..., Any], weight: Weight) -> Weight:
+    updates = [u._replace(factors=TuckerFactors(*(factor.detach() for factor in u.factors))) for u in weight.updates]
+    return weight._replace(tensor=weight.tensor.detach(), updates=tuple(updates))
 
 
-def _getitem(function: Callable[..., Any], standin: Any, index: Any) -> Any:
+def _index(weight: Weight, tensor: torch.Tensor, *index: Any) -> Any:
+    # Slices are no keys before Python 3.12.
+    parts = tuple([(part.start, part.stop, part.step) if isinstance(part, slice) else part for part in index])
+    return _view(weight, tensor, _indexed(weight.axes, parts))
+
+
+@planned
+def _indexed(axes: Axes, index: tuple[Any, ...]) -> Axes | None:
+    return axes.indexed(tuple([slice(*part) if isinstance(part, tuple) else part for part in index]))
+
+
+def _getitem(function: Callable[..., Any], weight: Weight, index: Any) -> Any:
     index = index if isinstance(index, tuple) else (index,)
     if not all(part is None or part is Ellipsis or type(part) is int or isinstance(part, slice) for part in index):
         return NotImplemented
-    return _index(standin, standin.tensor[index], *index)
+    return _index(weight, weight.tensor[index], *index)
 
 
-def _select(function: Callable[..., Any], standin: Any, dim: int, index: int) -> Any:
-    return _index(standin, standin.tensor.select(dim, index), *_along(standin, dim, int(index)))
+def _select(function: Callable[..., Any], weight: Weight, dim: int, index: int) -> Any:
+    return _index(weight, weight.tensor.select(dim, index), *_along(weight, dim, int(index)))
 
 
-def _narrow(function: Callable[..., Any], standin: Any, dim: int, start: int, length: int) -> Any:
-    start = int(start) % standin.shape[dim] if start else 0
-    return _getitem(function, standin, _along(standin, dim, slice(start, start + length)))
+def _narrow(function: Callable[..., Any], weight: Weight, dim: int, start: int, length: int) -> Any:
+    start = int(start) % weight.shape[dim] if start else 0
+    return _getitem(function, weight, _along(weight, dim, slice(start, start + length)))
 
 
-def _parts(function: Callable[..., Any], standin: Any, *args: Any, **kwargs: Any) -> Any:
+def _parts(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: Any) -> Any:
     """split, chunk, ...: slices, one after another, along one axis."""
-    tensors = function(standin.tensor, *args, **kwargs)
+    tensors = function(weight.tensor, *args, **kwargs)
     # The axis is the argument `dim` or else the second one of a call; torch's default is the first axis.
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     starts = [0]
     for tensor in tensors:
         starts.append(starts[-1] + tensor.shape[dim])
     slices = [slice(start, stop) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
-    parts = [_index(standin, t, *_along(standin, dim, s)) for t, s in zip(tensors, slices, strict=True)]
+    parts = [_index(weight, t, *_along(weight, dim, s)) for t, s in zip(tensors, slices, strict=True)]
     return NotImplemented if any(part is NotImplemented for part in parts) else tuple(parts)
 
 
-def _unbind(function: Callable[..., Any], standin: Any, dim: int = 0) -> Any:
-    parts = [_select(function, standin, dim, k) for k in range(standin.shape[dim])]
+def _unbind(function: Callable[..., Any], weight: Weight, dim: int = 0) -> Any:
+    parts = [_select(function, weight, dim, k) for k in range(weight.shape[dim])]
     return NotImplemented if any(part is NotImplemented for part in parts) else tuple(parts)
 
 
-def _along(standin: Any, dim: int, part: int | slice) -> tuple[Any, ...]:
-    return (slice(None),) * (dim % standin.ndim) + (part,)
+def _along(weight: Weight, dim: int, part: int | slice) -> tuple[Any, ...]:
+    return (slice(None),) * (dim % weight.ndim) + (part,)
 
 
 def _table() -> dict[Any, Callable[..., Any]]:
@@ -102,6 +131,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
         _narrow: "narrow",
         _parts: "split chunk tensor_split",
         _unbind: "unbind",
+        _detach: "detach",
     }
     table = {
         getattr(namespace, name): handler
@@ -112,6 +142,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
     }
     for name in ("T", "mT", "H", "mH"):
         table[getattr(torch.Tensor, name).__get__] = _permute
+    table[torch.Tensor.data.__get__] = _detach
     return table
 
 

@@ -13,40 +13,87 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .axes import Axes, planned
+from .update import Update
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+class Form(NamedTuple):
+    """What a plan needs to know of an operation y = f(x, weight), linear in both."""
+
+    carried: Pairs  # axis of the weight -> the axis of y that it becomes
+    summed: Pairs  # axis of the weight -> the axis of x that it is summed with, of the same size
+    terms: int  # products that are summed in one entry of y
+    depth: int  # entries of x for each position, that is for each entry of y along its output axis
+    is_linear: bool = False  # y has the axes of x that are not summed, in order, and one output axis among them
+
 
 class Contraction(NamedTuple):
-    """y = apply(x, weight) + offset, linear in both."""
+    """y = apply(x, weight) + offset."""
 
+    form: Form
     apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     x: torch.Tensor
-    carried: dict[int, int]  # axis of the weight -> the axis of y that it becomes
-    summed: dict[int, int]  # axis of the weight -> the axis of x that it is summed with, of the same size
-    terms: int  # products that are summed in one entry of y
-    positions: int  # about how many entries y has for each entry of its output axis
     offset: torch.Tensor | None = None
-    is_linear: bool = False  # y has the axes of x that are not summed, in order, and one output axis among them
+
+
+class Weight(NamedTuple):
+    """A + Σ updates, or a view of it.
+
+    Attributes:
+        tensor: A, or a view of it.
+        axes: the names of its axes.
+        updates: the active updates, of the whole parameter.
+        is_zero: whether A is zero, so that it need not be contracted.
+    """
+
+    tensor: torch.Tensor
+    axes: Axes
+    updates: tuple[Update, ...]
+    is_zero: bool = False
+
+    @property
+    def ndim(self) -> int:
+        return self.tensor.ndim
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
 
 
 def linear(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Contraction | None:
     if weight.ndim != 2:
         return None
-    return _contraction(F.linear, input, weight, {0: -1}, {1: input.ndim - 1}, offset=bias, is_linear=True)
+    form = _matrix_form(0, 1, -1, input.ndim - 1, weight.shape[1], True)
+    return Contraction(form, F.linear, input, bias)
 
 
 def matmul(*args: Any, **kwargs: Any) -> Contraction | None:
-    """Also mm, bmm and mv, whose operands have other names. Whichever operand is the real tensor is x."""
+    """Also mm, bmm and mv, whose operands have other names. Whichever operand is the weight, x is the other."""
     named = [kwargs[name] for name in ("input", "self", "other", "mat2", "vec", "tensor2") if name in kwargs]
     if len(args) + len(named) != 2 or len(named) != len(kwargs):
         return None
     a, b = (*args, *named)
-    if not isinstance(a, torch.Tensor):
+    if isinstance(a, Weight):
         if a.ndim < 2:
             return None
-        carried = {a.ndim - 2: -2 if b.ndim > 1 else -1}
-        return _contraction(_swapped(torch.matmul), b, a, carried, {a.ndim - 1: max(b.ndim - 2, 0)})
+        axis = -2 if b.ndim > 1 else -1
+        form = _matrix_form(a.ndim - 2, a.ndim - 1, axis, max(b.ndim - 2, 0), a.shape[-1], False)
+        return Contraction(form, lambda x, w: torch.matmul(w, x), b)
     if b.ndim < 2:
         return None
-    return _contraction(torch.matmul, a, b, {b.ndim - 1: -1}, {b.ndim - 2: a.ndim - 1}, is_linear=b.ndim == 2)
+    form = _matrix_form(b.ndim - 1, b.ndim - 2, -1, a.ndim - 1, b.shape[-2], b.ndim == 2)
+    return Contraction(form, torch.matmul, a)
+
+
+def _reflected_matmul(weight: Any, x: Any) -> Contraction | None:
+    return matmul(x, weight)
+
+
+@planned
+def _matrix_form(carried: int, summed: int, axis_of_y: int, axis_of_x: int, terms: int, is_linear: bool) -> Form:
+    return Form(((carried, axis_of_y),), ((summed, axis_of_x),), terms, terms, is_linear)
 
 
 def tensordot(a: Any, b: Any, dims: Any = 2, out: None = None) -> Contraction | None:
@@ -56,41 +103,55 @@ def tensordot(a: Any, b: Any, dims: Any = 2, out: None = None) -> Contraction | 
     pairs = [(i % a.ndim, j % b.ndim) for i, j in zip(*map(_as_list, dims), strict=True)]
     free_a = [k for k in range(a.ndim) if k not in [i for i, _ in pairs]]
     free_b = [k for k in range(b.ndim) if k not in [j for _, j in pairs]]
-    if isinstance(a, torch.Tensor):
-        carried = {k: len(free_a) + place for place, k in enumerate(free_b)}
-        return _contraction(lambda x, w: torch.tensordot(x, w, dims), a, b, carried, {j: i for i, j in pairs})
-    carried = {k: place for place, k in enumerate(free_a)}
-    return _contraction(lambda x, w: torch.tensordot(w, x, dims), b, a, carried, dict(pairs))
+    terms = math.prod([a.shape[i] for i, _ in pairs])
+    if isinstance(a, Weight):
+        carried = tuple([(k, place) for place, k in enumerate(free_a)])
+        return Contraction(Form(carried, tuple(pairs), terms, terms), lambda x, w: torch.tensordot(w, x, dims), b)
+    carried = tuple([(k, len(free_a) + place) for place, k in enumerate(free_b)])
+    form = Form(carried, tuple([(j, i) for i, j in pairs]), terms, terms)
+    return Contraction(form, lambda x, w: torch.tensordot(x, w, dims), a)
 
 
 def einsum(equation: Any, *operands: Any) -> Contraction | None:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
-    if not isinstance(equation, str) or not all(hasattr(operand, "ndim") for operand in operands):
+    if not isinstance(equation, str) or len(operands) != 2:
         return None
+    where = 0 if isinstance(operands[0], Weight) else 1
+    weight, x = operands[where], operands[1 - where]
+    form = _einsum_form(equation, where, x.ndim, tuple(weight.shape))
+    # An axis of size 1 would be repeated.
+    if form is None or any([weight.shape[k] != x.shape[axis] for k, axis in form.summed]):
+        return None
+    if where:
+        return Contraction(form, lambda x, w: torch.einsum(equation, x, w), x)
+    return Contraction(form, lambda x, w: torch.einsum(equation, w, x), x)
+
+
+@planned
+def _einsum_form(equation: str, where: int, ndim: int, shape: tuple[int, ...]) -> Form | None:
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     subscripts = inputs.split(",")
-    if len(operands) != 2 or len(subscripts) != 2:
+    if len(subscripts) != 2:
         return None
     if not arrow:
         letters = inputs.replace(",", "").replace("...", "")
         output = "..." * ("..." in inputs) + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-    where = next(k for k, operand in enumerate(operands) if not isinstance(operand, torch.Tensor))
-    weight, x = operands[where], operands[1 - where]
     ours, theirs = subscripts[where], subscripts[1 - where]
     if "..." in ours or len(set(ours)) < len(ours):
         return None
-    carried = {k: _axis(c, output) for k, c in enumerate(ours) if c in output and c not in theirs}
-    summed = {k: _axis(c, theirs) % x.ndim for k, c in enumerate(ours) if theirs.count(c) == 1 and c not in output}
-    if any(weight.shape[k] != x.shape[axis] for k, axis in summed.items()):
-        return None
-
-    def apply(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return torch.einsum(equation, *((x, weight) if where else (weight, x)))
-
+    carried = [(k, _axis(c, output)) for k, c in enumerate(ours) if c in output and c not in theirs]
+    summed = [(k, _axis(c, theirs) % ndim) for k, c in enumerate(ours) if theirs.count(c) == 1 and c not in output]
     is_linear = len(carried) == 1 and [c for c in output if c not in ours] == [c for c in theirs if c not in ours]
     is_linear = is_linear and len(carried) + len(summed) == len(ours)
-    return _contraction(apply, x, weight, carried, summed, is_linear=is_linear)
+    terms = math.prod([shape[k] for k, _ in summed])
+    return Form(tuple(carried), tuple(summed), terms, terms, is_linear)
+
+
+def _axis(letter: str, subscripts: str) -> int:
+    """Where a letter stands, from the end if an ellipsis comes before it."""
+    before, _, after = subscripts.partition("...")
+    return after.index(letter) - len(after) if letter in after else before.index(letter)
 
 
 def conv(
@@ -105,16 +166,17 @@ def conv(
         place = weight.axes.place("o")
         if place is None or (place.axis, place.before) != (0, groups):
             return None
-    return _contraction(
+    summed = ((1, channels % input.ndim),) if groups == 1 else ()
+    form = Form(((0, channels),), summed, math.prod(weight.shape[1:]), weight.shape[1] * groups)
+    return Contraction(
+        form,
         lambda x, w: function(x, w, None, stride, padding, dilation, groups),
         input,
-        weight,
-        {0: channels},
-        {1: channels % input.ndim} if groups == 1 else {},
-        terms=math.prod(weight.shape[1:]),
-        positions=input.numel() // input.shape[channels],
-        offset=None if bias is None else bias.reshape(-1, *(1,) * kernel),
+        None if bias is None else bias.reshape(-1, *(1,) * kernel),
     )
+
+
+_LOOKUP = Form(((1, -1),), (), 1, 1)
 
 
 def embedding(
@@ -124,7 +186,7 @@ def embedding(
     # With `padding_idx` or `scale_grad_by_freq` the gradient is not that of the value; `max_norm` is not linear.
     if (padding_idx is not None and padding_idx >= 0) or max_norm is not None or scale_grad_by_freq:
         return None
-    return _contraction(F.embedding, input, weight, {1: -1}, {}, terms=1, positions=input.numel())
+    return Contraction(_LOOKUP, F.embedding, input)
 
 
 def embedding_bag(
@@ -136,42 +198,11 @@ def embedding_bag(
         return None
     kwargs = {"mode": mode, "per_sample_weights": per_sample_weights}
     kwargs |= {"include_last_offset": include_last_offset, "padding_idx": padding_idx}
-    return _contraction(
-        lambda x, w: F.embedding_bag(x, w, offsets, **kwargs),
-        input, weight, {1: -1}, {}, terms=1, positions=input.numel(),
-    )  # fmt: skip
-
-
-def _contraction(
-    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    x: torch.Tensor,
-    weight: Any,
-    carried: dict[int, int],
-    summed: dict[int, int],
-    terms: int | None = None,
-    positions: int | None = None,
-    offset: torch.Tensor | None = None,
-    is_linear: bool = False,
-) -> Contraction:
-    if terms is None:
-        terms = math.prod([weight.shape[k] for k in summed])
-    if positions is None:
-        positions = x.numel() // max(terms, 1)
-    return Contraction(apply, x, carried, summed, terms, positions, offset, is_linear)
-
-
-def _swapped(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    return lambda x, weight: function(weight, x)
+    return Contraction(_LOOKUP, lambda x, w: F.embedding_bag(x, w, offsets, **kwargs), input)
 
 
 def _as_list(dims: Any) -> list[int]:
     return [dims] if isinstance(dims, int) else list(dims)
-
-
-def _axis(letter: str, subscripts: str) -> int:
-    """Where a letter stands, from the end if an ellipsis comes before it."""
-    before, _, after = subscripts.partition("...")
-    return after.index(letter) - len(after) if letter in after else before.index(letter)
 
 
 CONTRACTIONS: dict[Any, Callable[..., Contraction | None]] = {
@@ -184,5 +215,6 @@ CONTRACTIONS: dict[Any, Callable[..., Contraction | None]] = {
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), conv),
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), matmul),
     torch.Tensor.__matmul__: matmul,
+    torch.Tensor.__rmatmul__: _reflected_matmul,
     **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.mv), matmul),
 }

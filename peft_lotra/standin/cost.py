@@ -1,0 +1,83 @@
+"""Which way round an update's part of a contraction is computed: counted from the sizes alone.
+
+The count is of a training step, so that training and inference go the same way and give the same bits. It has the
+products, the numbers that move from and to memory, and the calls themselves: on small layers these cost most.
+
+Whether a loss takes derivatives by the input is not known beforehand. It makes what depends on the input some four
+times as expensive (`_DERIVATIVES`), and leaves A + Δ, which is formed once, as it was. The order is taken that is
+never far from the best: the one whose largest ratio to the cheapest, over both kinds of losses, is least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+DENSE = "dense"
+ORDERS = ("", "d", "i", "di", "id")  # modes whose factors are contracted with x, in turn, before the operation
+
+Triple = tuple[int, int, int]
+
+# Multiply-adds in the time that it takes to move one number from or to memory, about.
+_TRAFFIC = 16
+# Multiply-adds in the time of one call of torch, its part in the backward pass apart, by kind of device.
+# CPU: examples/benchmarks/call_cost.py. Others: an estimate, from 5 µs and 10 Tera multiply-adds in a second.
+_CALL = {"cpu": 100_000, "meta": 100_000}
+_CALL_ELSEWHERE = 50_000_000
+_DERIVATIVES = 4
+_POSITIONS = 256  # taken where the batch is open, while a graph is compiled
+
+
+def cheapest_order(
+    positions: int | None, depth: int, terms: int, modes: Triple, kernel: int, on_x: str, ranks: tuple[Triple, ...],
+    device: str,
+) -> str:  # fmt: skip
+    """One of `ORDERS`, or `DENSE`.
+
+    Args:
+        positions: entries of the output for each entry of its output axis; None if that is open.
+        depth: entries of the other operand x for each position.
+        terms: products summed in one entry of the output.
+        modes: (n, m, n_d) of the weight.
+        kernel: entries of the weight for each (i, o, d).
+        on_x: those of the modes i and d that x has too and that are summed.
+        ranks: (r1, r2, r3) of each update; r2 counts P times where an update has P terms.
+        device: the kind of device, such as "cpu".
+    """
+    positions = _POSITIONS if positions is None else positions
+    n, m, n_d = modes
+    call = _CALL.get(device, _CALL_ELSEWHERE)
+    x = positions * depth
+    costs = {}  # what depends on x, and what does not
+    for order in ORDERS:
+        if not set(order) <= set(on_x):
+            continue
+        of_x = 0
+        for k, (r1, r2, r3) in enumerate(ranks):
+            size, summed = x, terms
+            for mode in order:
+                full, rank = (n, r1) if mode == "i" else (n_d, r3)
+                of_x += size * rank + _TRAFFIC * (size + size // full * rank) + 4 * call
+                size, summed = size // full * rank, summed // full * rank
+            of_x += positions * r2 * (summed + m)
+            if order or k == 0:  # without factors on x, all updates share one operation
+                of_x += _TRAFFIC * (size + 2 * positions * m) + 4 * call
+        of_factors = sum(kernel * products(modes, r, ("o", *order)) + (7 - 2 * len(order)) * call for r in ranks)
+        costs[order] = 3 * of_x, 3 * of_factors  # the two gradients cost as much again, each
+    # The dense form adds the gradient of A to what the frozen layer computes, besides forming A + Δ and its gradient.
+    entries = n * m * n_d * kernel
+    build = sum(kernel * products(modes, r, ()) + 2 * _TRAFFIC * entries + 9 * call for r in ranks)
+    gradient = positions * terms * m + _TRAFFIC * (x + positions * m + 2 * entries) + call
+    costs[DENSE] = gradient, 3 * build
+    first, second = ([factor * a + b for a, b in costs.values()] for factor in (1, _DERIVATIVES))
+    regrets = [max(a / min(first), b / min(second)) for a, b in zip(first, second, strict=True)]
+    return list(costs)[regrets.index(min(regrets))]
+
+
+def products(modes: Triple, ranks: Triple, kept: Iterable[str]) -> int:
+    """Multiply-adds of G times the factors of all modes but `kept`, the smaller intermediate first."""
+    (n, m, n_d), (r1, r2, r3), kept = modes, ranks, set(kept)
+    if "i" in kept:
+        cost = 0 if "d" in kept else r1 * r2 * r3 * n_d
+    else:
+        cost = r1 * r2 * r3 * n if "d" in kept else r2 * min(n * r3 * (r1 + n_d), r1 * n_d * (r3 + n))
+    return cost if "o" in kept else cost + n * n_d * r2 * m

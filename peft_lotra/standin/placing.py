@@ -1,0 +1,126 @@
+"""Puts stand-ins, or tensors, where a layer looks for its coefficient parameter and its scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..coefficients.spec import CoefficientSpec
+from ..placement.sharded import any_sharded, full_shape, full_tensor
+from .axes import parameter_axes, spread_scale
+from .calls import Occupied, held
+from .operations import Weight
+from .tensor import Call, Ones, handle_of, stand_in
+from .update import Update
+
+
+def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> torch.Tensor:
+    """parameter · scale + Σ updates, in the layout of the parameter; whole where they are sharded."""
+    coefficients = full_tensor(_located(layer, spec.parameter)[2])
+    if spec.scale is not None:
+        coefficients = coefficients * spread_scale(spec, full_tensor(_located(layer, spec.scale)[2]))
+    for update in updates:
+        coefficients = coefficients + update.dense(spec, coefficients.shape).to(coefficients)
+    return coefficients
+
+
+class Adapted:
+    """While this is entered, `layer` finds A + Σ updates where its coefficient parameter is, and ones as its scale.
+
+    Without updates it finds its own tensors, whatever it finds in other threads.
+
+    Args:
+        layer, spec: the layer and where its coefficients are.
+        updates: those that count.
+        quiet: whether the dense sum may be formed without a warning, and without gradients.
+        is_zero: whether A is zero.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        spec: CoefficientSpec,
+        updates: tuple[Update, ...],
+        quiet: bool = False,
+        is_zero: bool = False,
+    ) -> None:
+        self.call = Call(None if quiet else type(layer).__qualname__, not quiet and torch.is_grad_enabled())
+        owner, name, parameter = _located(layer, spec.parameter)
+        scale = None if spec.scale is None else _located(layer, spec.scale)
+        if not updates:
+            self._passes = [Occupied(owner, name, (parameter, self.call))]
+            self._passes += [] if scale is None else [Occupied(*scale[:2], (scale[2], self.call))]
+            return
+        coefficients = parameter if scale is None or is_zero else parameter * spread_scale(spec, scale[2])
+        weight = Weight(coefficients, parameter_axes(spec, parameter.shape), updates, is_zero)
+        self._passes = [self._standing(owner, name, parameter, weight)]
+        if scale is not None:
+            ones = Ones(scale[2].new_ones(()).expand(scale[2].shape))
+            self._passes.append(self._standing(*scale, ones))
+
+    def _standing(self, owner: nn.Module, name: str, tensor: torch.Tensor, meant: Weight | Ones) -> Occupied:
+        if torch.compiler.is_compiling():
+            return Occupied(owner, name, None, stand_in(meant, self.call))
+        return Occupied(owner, name, (meant, self.call), handle_of(owner, name, tensor))
+
+    def __enter__(self) -> None:
+        for place in self._passes:
+            place.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for place in self._passes:
+            place.__exit__(*error)
+
+
+@contextmanager
+def replaced(layer: nn.Module, spec: CoefficientSpec, coefficients: torch.Tensor) -> Iterator[None]:
+    """While this is entered, `layer` finds the tensor where its parameter is, and ones as its scale.
+
+    It does so in all threads, so that no other one runs the layer meanwhile.
+    """
+    owner, name, _ = _located(layer, spec.parameter)
+    with held(owner, name, coefficients):
+        if spec.scale is None:
+            yield
+            return
+        owner, name, scale = _located(layer, spec.scale)
+        with held(owner, name, torch.ones(full_shape(scale), dtype=scale.dtype, device=scale.device)):
+            yield
+
+
+def is_sharded(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> bool:
+    """Whether this is no forward pass, in which sharded parameters are whole, but a method that was called alone."""
+    tensors = [_located(layer, path)[2] for path in (spec.parameter, spec.scale) if path is not None]
+    return any_sharded([*tensors, *[factor for update in updates for factor in update.factors]])
+
+
+def _located(layer: nn.Module, path: str) -> tuple[nn.Module, str, torch.Tensor]:
+    """The module that holds a tensor, the tensor's name there, and the tensor itself, whatever stands in front of it.
+
+    Raises:
+        RuntimeError: if a wrapper, as of FSDP1 and activation checkpointing, passes it on from the module it wraps.
+            It would hide a stand-in from the layer, or run the layer again when the stand-in is gone.
+    """
+    owner = layer
+    *modules, name = path.split(".")
+    for module in modules:
+        if module not in owner._modules and not hasattr(type(owner), module):
+            raise _hidden(owner, path)
+        owner = getattr(owner, module)
+    # Not by `get`, which does not tell ZeRO-3 that the parameter is needed.
+    if name in owner._parameters and owner._parameters[name] is not None:
+        return owner, name, owner._parameters[name]  # type: ignore[return-value]
+    if name not in owner._buffers and name not in vars(owner) and not hasattr(type(owner), name):
+        raise _hidden(owner, path)
+    return owner, name, getattr(owner, name)
+
+
+def _hidden(module: nn.Module, path: str) -> RuntimeError:
+    return RuntimeError(
+        f"{type(module).__qualname__} stands between an adapter and the layer whose `{path}` it adapts: "
+        "wrap the LoTRALayer instead, or a larger part of the model"
+    )
