@@ -166,7 +166,7 @@ def _terms(
 
 
 def _pruned_sum(
-    rule: str, terms: Sequence[tuple[float, TuckerFactors]], density: float, majority_sign_method: str
+    rule: str, terms: Sequence[tuple[float, TuckerFactors]], density: float | None, majority_sign_method: str
 ) -> TuckerFactors:
     """What the rule makes of the dense updates, as the core of identities."""
     updates = [reconstruct(factors) for _, factors in terms]

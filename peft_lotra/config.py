@@ -88,7 +88,7 @@ class LoTRAConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    coefficients: dict[str, str | dict[str, Any]] = field(default_factory=dict)
+    coefficients: dict[str, Any] = field(default_factory=dict)
     init_weights: bool = True
     slim: bool = False
 
@@ -202,7 +202,7 @@ class LoTRAConfig(PeftConfig):
 
 def pattern_value(pattern: Mapping[str, Any], module: str, parameter: str, default: Any = None) -> Any:
     """A tensor's entry, by its module's full name or else PEFT's pattern rule; it may map parameters to values."""
-    value = pattern.get(module if module in pattern else get_pattern_key(pattern, module), default)
+    value = pattern.get(module if module in pattern else get_pattern_key(list(pattern), module), default)
     return value.get(parameter, default) if isinstance(value, Mapping) else value
 
 

@@ -21,7 +21,8 @@ from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from .mixed_batch import MixedBatch, Shares
 from .placement.offloaded import tensors_in_place, writable_tensors
 from .placement.sharded import full_shape, write
-from .standin import Adapted, Update, adapted_coefficients, is_sharded, replaced, warn
+from .standin import Adapted, Update, adapted_coefficients, is_sharded, replaced, traced, warn
+from .tensors.ranks import as_triple
 from .tensors.tucker import Ranks, TuckerFactors, factor_shapes
 
 # Methods of KAN layers that rewrite coefficients, by the beginning of their names.
@@ -76,7 +77,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 f"`r` should be three positive integer values up to the modes {modes} of {self.spec.parameter}, "
                 f"but the value passed is {ranks}"
             )
-        self.r[adapter_name] = tuple(ranks)
+        self.r[adapter_name] = as_triple(ranks)
         self.alpha[adapter_name] = self.scaling[adapter_name] = alpha
         coefficients = self._stored(self.spec.parameter)
         for name, shape in zip(CONTAINERS, factor_shapes(self.spec.layout.canonical_shape, ranks), strict=True):
@@ -103,7 +104,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             nn.init.normal_(factor, std=1 / math.sqrt(factor.shape[0]))
 
     def factors(self, adapter_name: str) -> TuckerFactors:
-        return TuckerFactors(*(getattr(self, name)[adapter_name] for name in CONTAINERS))
+        held: Any = self._modules  # not by attributes, which are looked up on the base layer too
+        return TuckerFactors(*[held[name]._parameters[adapter_name] for name in CONTAINERS])
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, factors: TuckerFactors) -> None:
@@ -185,7 +187,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The base layer, all nested adapters merged into it if `merge`."""
-        layer = self
+        layer: nn.Module = self
         while isinstance(layer, LoTRALayer):
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
@@ -215,21 +217,30 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return self._run(args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
-        layer, spec = self.get_base_layer(), self.spec
+        if not torch.compiler.is_dynamo_compiling() or self._needs_tensor:
+            return self._run_eagerly(args, kwargs)
+        with traced(self.get_base_layer(), self.spec, self._active_updates(), self._base_is_zero):
+            return self.base_layer(*args, **kwargs)
+
+    # Where torch.compile breaks the graph at this layer, it must not compile parts of what runs in it.
+    @torch.compiler.disable
+    def _run_eagerly(self, args: Any, kwargs: Any) -> Any:
+        inner: Any = self._modules["base_layer"]
+        spec, layer = self.spec, self.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner
         with tensors_in_place(self):
             updates = self._active_updates()
             if not (updates and self._needs_tensor):
                 adapted = Adapted(layer, spec, updates, is_zero=self._base_is_zero)
                 try:
                     with adapted:
-                        return self.base_layer(*args, **kwargs)
+                        return inner(*args, **kwargs)
                 except Exception:
-                    if not adapted.call.needs_tensor:
+                    if not adapted.needs_tensor:
                         raise
                 self._needs_tensor = True
                 warn("TorchScript, torch.autograd.Function or torch.vmap", type(layer).__qualname__)
             with replaced(layer, spec, adapted_coefficients(layer, spec, updates).contiguous()):
-                return self.base_layer(*args, **kwargs)
+                return inner(*args, **kwargs)
 
     def _active_updates(self, besides: str | None = None) -> tuple[Update, ...]:
         """The updates that count on top of what the base layer holds, without that of the adapter `besides`."""
@@ -242,9 +253,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             )
         if self.disable_adapters:
             return ()
-        updates = []
+        own: Any = self._modules["lotra_core"]
+        updates, merged = [], self.merged_adapters
         for name in self.active_adapters:
-            if name in self.lotra_core and name not in self.merged_adapters and name != besides:
+            if name in own._parameters and name not in merged and name != besides:
                 updates.append(self._update(name))
         return tuple(updates)
 
@@ -312,8 +324,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
 
 # Older dynamos do not follow the stand-in: there, these layers run between compiled graphs.
-if torch.__version__ < (2, 13):
-    LoTRALayer.forward = torch.compiler.disable(LoTRALayer.forward)
+if torch.__version__ < (2, 13):  # type: ignore[operator]
+    LoTRALayer.forward = torch.compiler.disable(LoTRALayer.forward)  # type: ignore[method-assign]
 
 
 def adapted_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, LoTRALayer]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -24,7 +26,7 @@ def extend_peft_type(name: str) -> PeftType:
     """
     if name in PeftType.__members__:
         return PeftType[name]
-    member = str.__new__(PeftType, name)
+    member: Any = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
     member.__objclass__ = PeftType
@@ -33,8 +35,7 @@ def extend_peft_type(name: str) -> PeftType:
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
-    if hasattr(PeftType, "_hashable_values_"):  # from Python 3.13
-        PeftType._hashable_values_.append(name)
+    getattr(PeftType, "_hashable_values_", []).append(name)  # from Python 3.13
     found = getattr(PeftType, name, None) is PeftType(name) is PeftType[name] is list(PeftType)[-1]
     if not found or member.value != name or name not in list(PeftType):
         raise RuntimeError(f"PeftType could not be extended by {name} on this Python; please report this")

@@ -100,7 +100,8 @@ class SlimLayer(LoTRALayer):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        path, layer = prefix, self
+        path = prefix
+        layer: nn.Module = self
         while isinstance(layer, LoTRALayer):
             path, layer = f"{path}base_layer.", layer.base_layer
         coefficients = state_dict.get(path + self.spec.parameter)

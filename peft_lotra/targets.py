@@ -89,8 +89,8 @@ def _known_targets(base: _BaseModel, config: LoTRAConfig) -> list[Target]:
                 targets[target.parameter] = target
     for parameter, key in _given_parameters(base.parameters, config):
         description = config.coefficients[key]
-        module = description.get("layer") if isinstance(description, Mapping) else None
-        module = _layer_of(parameter, key, layers) if module is None else module
+        given = description.get("layer") if isinstance(description, Mapping) else None
+        module = _layer_of(parameter, key, layers) if given is None else given
         if module not in layers or not parameter.startswith(f"{module}." if module else ""):
             raise ValueError(
                 f"`coefficients[{key!r}]` gives the layer {module!r}, which is no module around {parameter} "
@@ -147,9 +147,9 @@ def _naming(module: str) -> Iterator[None]:
 def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
     """The module that a `coefficients` key means: what precedes the key, else the owner of the parameter."""
     if parameter != key:
-        before = re.match(rf"(.*\.)?({key})$", parameter).group(1)
-        if before is not None:
-            return before.removesuffix(".")
+        found = re.match(rf"(.*\.)?({key})$", parameter)
+        if found is not None and found[1] is not None:
+            return found[1].removesuffix(".")
     module = parameter.rpartition(".")[0]
     while isinstance(layers.get(module), _CONTAINERS):
         module = module.rpartition(".")[0]
@@ -165,12 +165,11 @@ def _select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRAC
             f"and pass the result as `LoTRAConfig(coefficients=...)`; or {_HOW_TO_DECLARE}, and check it by "
             "`peft_lotra.verify_coefficients(model, *sample, coefficients=...)`"
         )
-    kan_layers = list(dict.fromkeys(target.module for target in known))
-    chosen = kan_layers
+    kan_layers = chosen = list(dict.fromkeys(target.module for target in known))
     if config.target_modules is not None:
         chosen = [module for module in kan_layers if _entries_for(module, config.target_modules)]
         _check_target_modules(config.target_modules, kan_layers, layers)
-    chosen = {module for module in chosen if not is_excluded(config, module) and _has_index(config, module)}
+    chosen = [module for module in chosen if not is_excluded(config, module) and _has_index(config, module)]
     if not chosen:
         fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
         given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
@@ -248,10 +247,10 @@ def _check_existing_adapters(model: nn.Module, config: LoTRAConfig, targets: lis
 
 
 def _check_target_modules(
-    target_modules: set[str] | str, kan_layers: list[str], layers: Mapping[str, nn.Module]
+    target_modules: Collection[str] | str, kan_layers: list[str], layers: Mapping[str, nn.Module]
 ) -> None:
     """Raise if an entry means no KAN layer. Modules without coefficients that it means besides are passed over."""
-    entries = {target_modules} if isinstance(target_modules, str) else target_modules
+    entries = {target_modules} if isinstance(target_modules, str) else set(target_modules)
     used = {entry for module in kan_layers for entry in _entries_for(module, target_modules)}
     for entry in sorted(entries - used):
         pattern = target_modules if isinstance(target_modules, str) else [entry]

@@ -148,7 +148,7 @@ class KANLayerTests:
             base, x = self._base(dtype)
             model = self._adapted(base)
             y = first_tensor(model(x)).detach()
-            model.save_pretrained(tmp_path / str(dtype))
+            model.save_pretrained(str(tmp_path / str(dtype)))
             torch.manual_seed(2)
             loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / str(dtype))
             assert_close(first_tensor(loaded(x)), y, 0)
@@ -156,7 +156,7 @@ class KANLayerTests:
     def test_state_dict(self) -> None:
         base, _ = self._base(torch.float64)
         model = self._adapted(base)
-        held = {key.replace(".base_layer", ""): value for key, value in model.base_model.model.state_dict().items()}
+        held = {key.replace(".base_layer", ""): value for key, value in model.get_base_model().state_dict().items()}
         adapters = {key for key in held if ".lotra_" in key}
         assert held.keys() - adapters == base.state_dict().keys()
         for key, value in base.state_dict().items():
@@ -185,6 +185,7 @@ def forced_order(order: str) -> Iterator[SimpleNamespace]:
         order: one of `peft_lotra.standin.cost.ORDERS`, or `DENSE`.
     """
     taken, counted = SimpleNamespace(times=0), plan.cheapest_order
+    room: Any = plan
 
     def forced(*sizes: Any) -> str:
         on_x = sizes[5]
@@ -192,13 +193,13 @@ def forced_order(order: str) -> Iterator[SimpleNamespace]:
         taken.times += possible
         return order if possible else ""
 
-    plan.cheapest_order = forced
-    plan._plan.cache_clear()
+    room.cheapest_order = forced
+    room._plan.cache_clear()
     try:
         yield taken
     finally:
-        plan.cheapest_order = counted
-        plan._plan.cache_clear()
+        room.cheapest_order = counted
+        room._plan.cache_clear()
 
 
 def forget_warnings() -> None:
@@ -293,7 +294,7 @@ def _region(spec: CoefficientSpec) -> tuple[slice, ...]:
 def _repeated(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
     """The scale at every stored entry of the coefficients."""
     digits = _digits(spec)
-    return scale.detach()[tuple(_joined(spec, digits, axes) for axes in _groups(spec.scale_layout))]
+    return scale.detach()[tuple(_joined(spec, digits, axes) for axes in _groups(spec.scale_layout or ""))]
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:

@@ -16,6 +16,7 @@ from ..coefficients import CoefficientSpec
 from ..coefficients.spec import parse_slice
 from ..config import LoTRAConfig, Target
 from ..layer import adapted_tensors, first_tensor
+from ..model import LoTRAModel
 from ..tensors.tucker import TuckerFactors, decompose
 from ..training.gauss_newton import fit_gauss_newton
 
@@ -86,7 +87,7 @@ def _fit(model: PeftModel, finetuned: nn.Module, inputs: Any, iterations: int, p
         difference = first_tensor(net(x)) - first_tensor(finetuned(x))
         return difference.flatten(1) if difference.ndim > 1 else difference
 
-    others = [p for name, p in model.named_parameters() if p.requires_grad and model.base_model.prefix not in name]
+    others = [p for name, p in model.named_parameters() if p.requires_grad and LoTRAModel.prefix not in name]
     try:
         for p in others:
             p.requires_grad_(False)
@@ -141,7 +142,7 @@ def _differ(before: torch.Tensor, after: torch.Tensor, spec: CoefficientSpec | N
     if before.shape != after.shape:
         return True
     differs = before != after.to(before.device)
-    if spec is not None:
+    if spec is not None and spec.slice is not None:
         differs[parse_slice(spec.slice)] = False
     return bool(differs.any())
 

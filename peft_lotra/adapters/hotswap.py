@@ -148,7 +148,7 @@ def _factors(
     keys = {target.parameter: f"base_model.model.{key}" for key, target in config.saved_targets()}
     alphas = {target.parameter: target.alpha for target in targets}
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
-        alpha, own_alpha = alphas.get(parameter), layer.alpha[adapter_name]
+        alpha, own_alpha = alphas.get(parameter, 0.0), layer.alpha[adapter_name]
         for container, own in zip(CONTAINERS, layer.factors(adapter_name), strict=True):
             values = torch.zeros_like(own)
             if parameter in keys:

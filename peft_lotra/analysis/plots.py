@@ -39,12 +39,12 @@ def plot_spectrum(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | Seq
         marked = (marked,) * 3 if isinstance(marked, int) else marked
         axes.set(title=f"{name} {spectrum.shape}", xlabel="k", ylabel="σ_k / ‖Δ‖", yscale="log" if norm else "linear")
         for (mode, style), values, rank in zip(_MODES.items(), spectrum.singular_values, marked, strict=True):
-            values = (values / norm if norm else values).tolist()
+            shares = (values / norm if norm else values).tolist()
             # Below rounding there is no information, and a logarithmic axis would stretch over it.
-            values = [value if value > 1e-12 or not norm else math.nan for value in values]
-            (line,) = axes.plot(range(1, len(values) + 1), values, f".{style}", label=mode)
-            if 0 < rank <= len(values):
-                axes.plot(rank, values[rank - 1], "o", color=line.get_color(), fillstyle="none", markersize=10)
+            shares = [share if share > 1e-12 or not norm else math.nan for share in shares]
+            (line,) = axes.plot(range(1, len(shares) + 1), shares, f".{style}", label=mode)
+            if 0 < rank <= len(shares):
+                axes.plot(rank, shares[rank - 1], "o", color=line.get_color(), fillstyle="none", markersize=10)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     _legend(figure, panels[0], "kept" if ranks else None)

@@ -66,9 +66,9 @@ def updates_between(
     targets = plain_targets("base", base, config)
     found = {(target.module, target.spec) for target in plain_targets("finetuned", finetuned, config)}
     if differing := found ^ {(target.module, target.spec) for target in targets}:
-        differing = sorted({f"{module}.{spec.parameter}" for module, spec in differing})
+        names = sorted({f"{module}.{spec.parameter}" for module, spec in differing})
         raise ValueError(
-            f"`base` and `finetuned` differ in the layout or shape of {differing}: is `finetuned` trained from `base`?"
+            f"`base` and `finetuned` differ in the layout or shape of {names}: is `finetuned` trained from `base`?"
         )
     for target in targets:
         before, after = (coefficients_of(model, target).to("cpu", torch.float64) for model in (base, finetuned))

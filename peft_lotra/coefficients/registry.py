@@ -60,17 +60,17 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _efficient_kan(layer: nn.Module) -> Descriptions:
+def _efficient_kan(layer: Any) -> Descriptions:
     # The scaler is optional there (`enable_standalone_scale_spline`).
     scale = {"scale": "spline_scaler", "scale_layout": "o i"} if hasattr(layer, "spline_scaler") else {}
     return {"spline_weight": {"layout": "o i d", **scale}}
 
 
-def _fast_kan(layer: nn.Module) -> Descriptions:
+def _fast_kan(layer: Any) -> Descriptions:
     return {"spline_linear.weight": {"layout": "o (i d)", "sizes": {"d": layer.rbf.num_grids}}}
 
 
-def _convkan(layer: nn.Module) -> Descriptions:
+def _convkan(layer: Any) -> Descriptions:
     # A pixel's patch is flattened into the inputs of the inner layer.
     height, width = layer.kernel_size
     scale = {"scale": "kan_layer.spline_scaler", "scale_layout": "g o (i h w)"}
@@ -78,7 +78,7 @@ def _convkan(layer: nn.Module) -> Descriptions:
     return {"kan_layer.spline_weight": {"layout": "g o (i h w) d", "sizes": {"h": height, "w": width}, **scale}}
 
 
-def _inkan(layer: nn.Module) -> Descriptions:
+def _inkan(layer: Any) -> Descriptions:
     if layer.dim == 2:  # functions of two inputs at once: no input mode
         return {}
     coefficients = f":, :{layer.in_features * layer.n_bases}"  # the residual weights follow

@@ -237,9 +237,10 @@ def check_description(description: str | Mapping[str, Any]) -> dict[str, Any]:
 def parse_slice(text: str) -> tuple[slice, ...]:
     """`":, :48"` -> `(slice(None), slice(None, 48))`; ValueError if it is written otherwise."""
     parts = [re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*", part) for part in str(text).split(",")]
-    if not all(parts):
+    found = [[None if bound is None else int(bound) for bound in part.groups()] for part in parts if part]
+    if len(found) < len(parts):
         raise ValueError(f"`slice` is written like ':, :48', a range for each stored axis, got {text!r}")
-    return tuple(slice(*(None if bound is None else int(bound) for bound in part.groups())) for part in parts)
+    return tuple(slice(start, stop) for start, stop in found)
 
 
 def tensor_at(layer: torch.nn.Module, path: str) -> torch.Tensor:

@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -71,8 +71,12 @@ class Responses:
         def apply(pairs: list[Pair]) -> list[Pair]:
             return [(function(numbered), function(plain)) for numbered, plain in pairs]
 
-        kernel = {letter: apply(pairs) for letter, pairs in self.kernel.items()}
-        return Responses(*apply([self.output]), apply(self.inputs), kernel, self.single_input, self.single_output)
+        return replace(
+            self,
+            output=apply([self.output])[0],
+            inputs=apply(self.inputs),
+            kernel={letter: apply(pairs) for letter, pairs in self.kernel.items()},
+        )
 
 
 def find_layout(responses: Responses, tolerance: Tolerance, features: int) -> Layout:
@@ -185,7 +189,7 @@ def _verify(layout: Layout, responses: Responses, tolerance: Tolerance) -> None:
         return tensor.reshape(*tensor.shape[:3], -1)
 
     numbered, plain = map(canonical, responses.output)
-    checks = [(numbered, plain, (0, 2), "outputs")]
+    checks: list[tuple[torch.Tensor, torch.Tensor, tuple[int, ...], str]] = [(numbered, plain, (0, 2), "outputs")]
     checks += [(canonical(a), canonical(b), (1, 2), "input features") for a, b in responses.inputs]
     for numbered, plain, axes, what in checks:
         if not _distinct(numbered, plain, axes, tolerance):
@@ -261,9 +265,9 @@ def agree(one: Layout, two: Layout) -> bool:
     for layout in (one, two):
         index = torch.arange(math.prod(layout.canonical_shape)).view(layout.canonical_shape)
         n, m, n_d = index.shape[:3]
-        modes = torch.meshgrid(torch.arange(n), torch.arange(m), torch.arange(n_d), indexing="ij")
+        grid = torch.meshgrid(torch.arange(n), torch.arange(m), torch.arange(n_d), indexing="ij")
         rest = index[0, 0, 0].flatten()
-        modes = [mode.reshape(n, m, n_d, 1).expand(n, m, n_d, len(rest)) for mode in modes]
+        modes = [mode.reshape(n, m, n_d, 1).expand(n, m, n_d, len(rest)) for mode in grid]
         modes.append(torch.arange(len(rest)).expand(n, m, n_d, -1))
         labels.append([layout.from_canonical(mode.reshape(layout.canonical_shape)).flatten() for mode in modes])
     return all(

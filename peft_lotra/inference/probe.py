@@ -206,11 +206,12 @@ class Probe:
         if paths not in self._changed:
             before = {path: self.values[path].detach() for path in paths}
             steps = {path: self._noise(v) * (v.square().mean().sqrt()) for path, v in before.items()}
-            runs = [
+            plus, minus = (
                 self.run(self.x, {path: (v + s * steps[path]).requires_grad_(True) for path, v in before.items()})
                 for s in (1, -1)
-            ]
-            self._changed[paths] = tuple(self._alike(runs))
+            )
+            self._alike([plus, minus])
+            self._changed[paths] = plus, minus
         return self._changed[paths]
 
     def _meetings(self, path: str, frontier: tuple[int, ...]) -> tuple[set[int], set[int]]:
@@ -237,9 +238,9 @@ class Probe:
         """z and u, with the one tensor in which the parameter meets x as z."""
         products, _ = self._meetings(path, frontier)
         plus_minus = next(runs for paths, runs in reversed(self._changed.items()) if path in paths)
-        if len(products) != 1 or self._last_affine(self.values[path], *products, *plus_minus) != products:
-            raise Refused("its entries cannot be told apart by output")
         z = tuple(products)
+        if len(z) != 1 or self._last_affine(self.values[path], z[0], *plus_minus) != products:
+            raise Refused("its entries cannot be told apart by output")
         return z, self._input_of([path], z)
 
     def groups(self, z: dict[str, tuple[int, ...]]) -> Iterable[tuple[list[str], tuple[int, ...], int]]:
@@ -310,19 +311,19 @@ class Probe:
     def scale(self, path: str, frontier: tuple[int, ...], layout: Layout) -> tuple[str, str] | tuple[None, None]:
         """The parameter, and its layout, that is multiplied onto this one before it meets x."""
         value = self.values[path]
-        products = {
+        numbers = {
             s
             for k in self._ancestors(frontier)
             if self.moves(k)
             for s in self.base.sources[k]
             if self.base.depends(s, value) and not self.moves(s)
         }
-        others = [p for p, v in self.values.items() if p != path and any(self.base.depends(k, v) for k in products)]
+        others = [p for p, v in self.values.items() if p != path and any(self.base.depends(k, v) for k in numbers)]
         if not others:
             return None, None
         changed = {p: self.uniform(self.values[p].shape, value).requires_grad_(True) for p in others}
         run = self.run(self.x, changed)
-        products = [run.tensors[k] for k in products]
+        products = [run.tensors[k] for k in numbers]
         factor = self.gradients(products, [torch.ones_like(product) for product in products], [path])[path]
         for other in others:
             for pattern in _scale_patterns(layout, changed[other].shape):

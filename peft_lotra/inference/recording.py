@@ -102,7 +102,10 @@ class Run:
         tensors, sources: what was recorded, and the numbers of what it was made of; `x` has the number 0.
         overwritten: the numbers of those that the layer has written into later.
         reassigned: the paths of parameters that the layer has assigned anew.
+        x: the leaf that the input was made from.
     """
+
+    x: torch.Tensor
 
     def __init__(
         self,

@@ -93,7 +93,7 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
     results: dict[str, Finding] = {}
     tensors: dict[str, tuple[int, ...]] = {}
     weights = []  # parameters that multiply functions of x
-    places: dict[str, tuple[tuple[int, ...], int]] = {}  # of found tensors: z and u
+    found: dict[str, tuple[CoefficientSpec, tuple[int, ...], int]] = {}  # with z and u
     for path in paths:
         try:
             tensors[path] = probe.contractions(path)
@@ -109,18 +109,19 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
                 except NoOutputs:  # something linear comes after the contraction, and mixes the outputs
                     place = probe.first_contraction(path, z)
                     layout, part = _Contraction(probe, *place, [path]).find(path, region)
-                scale = (None, None) if part else probe.scale(path, place[0], layout)
-                results[path] = Finding(CoefficientSpec(path, layout, *scale, part))
+                scale, scale_layout = (None, None) if part else probe.scale(path, place[0], layout)
+                spec = CoefficientSpec(path, layout, scale, scale_layout, part)
+                results[path] = Finding(spec)
                 weights.append(path)
-                places[path] = place
+                found[path] = (spec, *place)
             except Refused as refused:
                 results[path] = Finding(reason=str(refused))
             except NoLayout as failure:
                 results[path] = Finding(reason=str(failure), linear=failure.linear and probe.sees_x(path, z))
                 if failure.mixing:
                     weights.append(path)
-    for path, (z, u) in places.items():
-        others = [other for other in weights if other not in (path, results[path].spec.scale)]
+    for path, (spec, z, u) in found.items():
+        others = [other for other in weights if other not in (path, spec.scale)]
         inside = [other for other in others if probe.in_basis(path, z, u, other)]
         if inside:
             reason = f"its functions of x contain the weights {inside}: it is the layer of a network behind them"
@@ -157,7 +158,7 @@ class _Contraction:
         output, out_axis = self._output(path)
         failure = None
         for feature, kernel in [(None, ())] if single else _axis_choices(u.shape):
-            axes = [out_axis] if kernel and z.ndim == 2 + len(kernel) else None
+            axes = [out_axis] if kernel and z.ndim == 2 + len(kernel) and out_axis is not None else None
             pair = self._slope(path, feature), self._slope(path, None)
             if feature is not None and not self._fits(pair, u.shape[feature]):
                 continue
@@ -256,7 +257,7 @@ class _Contraction:
             w = torch.ones_like(z)  # a product of weights along each axis, so that all outputs see the same φ
             for k, size in enumerate(z.shape):
                 w = w * self._probe.uniform([size], z).view([-1] + [1] * (z.ndim - 1 - k))
-            if axis is not None:
+            if axis is not None and numbers is not None:
                 own = numbers[start : start + z.shape[axis]]
                 w = w * own.view([-1] + [1] * (z.ndim - 1 - axis))
                 start += z.shape[axis]

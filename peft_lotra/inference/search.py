@@ -95,7 +95,7 @@ def verify_coefficients(
     if declared and coefficients:
         raise ValueError("`coefficients` describes a base model, and this one is adapted: leave the argument out")
     if not declared:
-        targets = resolve_targets(model, LoTRAConfig(r=1, coefficients=coefficients or {}))
+        targets = resolve_targets(model, LoTRAConfig(r=1, coefficients=dict(coefficients or {})))
         declared = [(target.module, model.get_submodule(target.module), target.spec) for target in targets]
     calls = _recorded_calls(model, sample, kwargs, plain=True)
     passes, lines = Passes(), []
@@ -123,11 +123,15 @@ def _disagreement(layer: nn.Module, given: CoefficientSpec, found: CoefficientSp
         return f"{declared}, but the layer's response does not confirm it: {reason}"
     if found.slice != given.slice or not agree(given.layout, found.layout):
         return f"{declared}, found {_described(found, name=False)}"
-    if given.scale is not None:
+    if given.scale is not None and given.scale_layout is not None:
         size = layer.get_parameter(given.scale).shape if given.scale == found.scale else None
         test = None if size is None else torch.arange(float(size.numel())).view(size)
-        same = test is not None and torch.equal(
-            given.layout.expand(test, given.scale_layout), found.layout.expand(test, found.scale_layout)
+        same = (
+            test is not None
+            and found.scale_layout is not None
+            and torch.equal(
+                given.layout.expand(test, given.scale_layout), found.layout.expand(test, found.scale_layout)
+            )
         )
         if not same:
             return f"{declared}, found the scale {found.scale} {found.scale_layout or ''}".rstrip()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +13,7 @@ from torch import nn
 from .sharded import FSDPModule, gathered_for_writing
 
 
-@contextmanager
-def tensors_in_place(layer: nn.Module) -> Iterator[None]:
+def tensors_in_place(layer: nn.Module) -> AbstractContextManager[None]:
     """While this is entered, the tensors of `layer` and its submodules are in place, and its hooks leave them there.
 
     The hooks of accelerate and FSDP2 would fetch them when a module's forward begins, with a stand-in already where a
@@ -23,14 +22,20 @@ def tensors_in_place(layer: nn.Module) -> Iterator[None]:
     Raises:
         RuntimeError: if accelerate has offloaded a trainable parameter, and the layer is trained.
     """
-    if torch.compiler.is_compiling():
-        yield
-        return
-    modules = list(layer.modules())
-    for module in modules[1:]:
-        if isinstance(module, FSDPModule):
+    hooked, modules = False, [layer]
+    for module in modules:  # not by `modules()`, which would cost a tenth of a small layer's pass
+        for child in module._modules.values():
+            if child is not None:
+                modules.append(child)
+        hooked = hooked or "_hf_hook" in module.__dict__
+        if isinstance(module, FSDPModule) and module is not layer:
             module.unshard()
-    hooks = _offloading_hooks(modules)
+    return _fetched(layer) if hooked else nullcontext()
+
+
+@contextmanager
+def _fetched(layer: nn.Module) -> Iterator[None]:
+    hooks = _offloading_hooks(layer.modules())
     if layer.training and torch.is_grad_enabled():
         _check_trainable(hooks)
     fetched: list[tuple[nn.Module, Any]] = []

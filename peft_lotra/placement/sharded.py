@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-if torch.distributed.is_available():
+if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 else:
@@ -31,7 +31,7 @@ def any_sharded(tensors: Iterable[torch.Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) or _is_released(tensor) for tensor in tensors)
 
 
-def _is_released(tensor: torch.Tensor) -> bool:
+def _is_released(tensor: Any) -> bool:
     return not torch.compiler.is_compiling() and hasattr(tensor, "ds_shape") and tensor.numel() != tensor.ds_numel
 
 
@@ -47,7 +47,7 @@ def check_not_sharded(module: nn.Module, what: str, instead: str) -> None:
         raise ValueError(f"{what} is sharded (FSDP2 or ZeRO-3): {instead}")
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: Any) -> torch.Tensor:
     """The tensor with the values of all processes, which therefore must all call this.
 
     The gradient is the mean over the processes of what arrives, as that of any parameter that is trained sharded.

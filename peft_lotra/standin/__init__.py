@@ -4,7 +4,7 @@ The adapter does not know how a layer evaluates its basis. It puts a stand-in wh
 and the layer runs its own code with it. The rest of the package only says which updates are active.
 """
 
-from .placing import Adapted, adapted_coefficients, is_sharded, replaced
+from .placing import Adapted, adapted_coefficients, is_sharded, replaced, traced
 from .tensor import PerformanceWarning, warn
 from .update import SampleAxisUnknown, Update
 
@@ -16,5 +16,6 @@ __all__ = [
     "adapted_coefficients",
     "is_sharded",
     "replaced",
+    "traced",
     "warn",
 ]

@@ -141,11 +141,14 @@ class Axes(NamedTuple):
         consecutive = range(rows[0], rows[-1] + 1)
         return consecutive if rows == list(consecutive) else tuple(rows)
 
-    def arrangement(self, ranks: Mapping[str, int], flat: int | None = None) -> Arrangement:
-        """How a tensor of shape (i, o, d, ...) is laid out like this view.
+    def arrangement(
+        self, ranks: Mapping[str, int], given: tuple[int, ...] = (), flat: int | None = None
+    ) -> Arrangement:
+        """How a tensor with one axis per mode, (i, o, d, ...), is laid out like this view.
 
         Args:
             ranks: modes that are replaced by a rank, and the rank; each takes the place of the mode's first atom.
+            given: the shape that it has in memory, if another one.
             flat: the axis from which on the result is flattened.
         """
         parts: dict[str, list[int]] = {mode: [] for mode in self.modes()}  # sizes of a mode's atoms
@@ -171,7 +174,7 @@ class Axes(NamedTuple):
             (axis.before, axis.after) if not any(atom.mode in ranks for atom in axis.atoms) else (0, 0)
             for axis in self.axes
         ]
-        canonical = [math.prod(sizes) for sizes in parts.values()]
+        given = given or tuple([math.prod(sizes) for sizes in parts.values()])
         split = [parts[mode][k] for mode, k in labels]
         permutation = [labels.index(label) for label in order]
         permuted = [split[k] for k in permutation]
@@ -183,11 +186,13 @@ class Axes(NamedTuple):
                 tuple([1 if mode == NEW else length for mode, length in atoms]),
                 tuple([length for _, length in atoms]),
             )
+        if spread is None and permutation == sorted(permutation):  # one reshape is enough
+            split = shape
         return Arrangement(
-            None if split == canonical else tuple(split),
+            None if tuple(split) == given else tuple(split),
             None if permutation == list(range(len(permutation))) else tuple(permutation),
             spread,
-            None if shape == permuted and spread is None else tuple(shape),
+            None if spread is None and shape in (permuted, split) else tuple(shape),
             tuple([n for pair in reversed(padding) for n in pair]) if any(map(any, padding)) else None,
             flat if flat is not None and flat < len(shape) - 1 else None,
         )
@@ -225,7 +230,7 @@ class Axes(NamedTuple):
             packed = [piece for piece in group if isinstance(piece, Axis)]
             if packed and len(group) > 1:
                 return None
-            axes.append(packed[0] if packed else Axis(tuple(group)))
+            axes.append(packed[0] if packed else Axis(tuple([atom for atom in group if isinstance(atom, Atom)])))
         return None if pieces else self._replace(axes=tuple(axes))
 
     def expanded(self, shape: Sequence[int]) -> Axes | None:
@@ -264,22 +269,17 @@ class Axes(NamedTuple):
         return Axes(tuple(axes), tuple(starts.items()))
 
 
+@planned
 def parameter_axes(spec: CoefficientSpec, shape: tuple[int, ...]) -> Axes:
     """The axes of the parameter itself."""
-    return _parameter_axes(spec.axes, tuple(spec.layout.sizes.items()), spec.slice, tuple(shape))
-
-
-@planned
-def _parameter_axes(
-    names: tuple[tuple[str, ...], ...], sizes: tuple[tuple[str, int], ...], region: str | None, shape: tuple[int, ...]
-) -> Axes:
+    sizes, region = spec.layout.sizes.items(), spec.slice
     axes = []
-    for group in names:
+    for group in spec.axes:
         atoms = []
         for name in group:
             # A mode's parts are joined in the order of their numbers: the later ones vary faster.
             later = [size for part, size in sizes if part[0] == name[0] and _number(part) > _number(name)]
-            atoms.append(Atom(name[0], dict(sizes)[name], math.prod(later)))
+            atoms.append(Atom(name[0], spec.layout.sizes[name], math.prod(later)))
         axes.append(Axis(tuple(atoms)))
     if region is not None:
         for k, part in enumerate(parse_slice(region)):
@@ -295,14 +295,12 @@ def _number(part: str) -> int:
 
 def spread_scale(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
     """The declared scale in a shape that broadcasts with the parameter's: its product with A is the effective one."""
-    return _scale_arrangement(spec.axes, spec.scale_axes, tuple(spec.layout.sizes.items()))(scale)
+    return _scale_arrangement(spec)(scale)
 
 
 @planned
-def _scale_arrangement(
-    axes: tuple[tuple[str, ...], ...], own: tuple[tuple[str, ...], ...], sizes: tuple[tuple[str, int], ...]
-) -> Arrangement:
-    size = dict(sizes)
+def _scale_arrangement(spec: CoefficientSpec) -> Arrangement:
+    size, axes, own = spec.layout.sizes, spec.axes, spec.scale_axes
     given = [name for group in own for name in group]
     names = [name for group in axes for name in group]
     order = [given.index(name) for name in names if name in given]

@@ -8,8 +8,9 @@ from there when the pass ends. A tensor that is put there as it is, is for one t
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ class _Stacks(threading.local):
 
 
 _stacks = _Stacks()
-_changed = threading.Condition()
+_lock = threading.RLock()
+_changed = threading.Condition(_lock)
+_waiting = [0]  # threads
 _passes: dict[Place, int] = {}  # how many passes run, in all threads
 _handles: set[Place] = set()  # where the module's attribute is a handle
 _held: dict[Place, int] = {}  # the thread that has a tensor there
@@ -45,71 +48,73 @@ def running(owner: nn.Module, name: str) -> Any:
     return stack[-1]
 
 
-class Occupied:
-    """While this is entered, this thread has `meant` at a place; with a `handle`, the module's attribute is that."""
-
-    def __init__(self, owner: nn.Module, name: str, meant: Any, handle: Any = None) -> None:
-        self.owner, self.name, self.meant, self.handle = owner, name, meant, handle
-
-    def __enter__(self) -> None:
-        if torch.compiler.is_compiling():
-            if self.handle is not None:
-                self.owner.__dict__[self.name] = self.handle
-            return
-        place = id(self.owner), self.name
-        with _changed:
-            while _held.get(place, threading.get_ident()) != threading.get_ident():
-                _changed.wait()
+def enter(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> None:
+    """Let this thread have something at places until `leave`: (owner, name, what it means there, handle or None)."""
+    for owner, name, meant, handle in places:
+        place = id(owner), name
+        with _lock:
+            if place in _held:
+                _wait(partial(_is_free, place, threading.get_ident()))
             _passes[place] = _passes.get(place, 0) + 1
-            if self.handle is not None:
-                self.owner.__dict__[self.name] = self.handle
+            if handle is not None:
+                owner.__dict__[name] = handle
                 _handles.add(place)
-        _stacks.at.setdefault(place, []).append(self.meant)
+        _stacks.at.setdefault(place, []).append(meant)
 
-    def __exit__(self, *_: Any) -> None:
-        if torch.compiler.is_compiling():
-            if self.handle is not None:
-                del self.owner.__dict__[self.name]
-            return
-        place = id(self.owner), self.name
+
+def leave(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> None:
+    assigned = False
+    for owner, name, _, _ in places:
+        place = id(owner), name
         stack = _stacks.at[place]
         stack.pop()
         if not stack:
             del _stacks.at[place]
-        with _changed:
+        with _lock:
             _passes[place] -= 1
-            if _passes[place]:
-                return
-            del _passes[place]
-            _changed.notify_all()
-            assigned = place in _handles and self.owner.__dict__.pop(self.name, None) is None
-            _handles.discard(place)
-        if assigned:
-            raise RuntimeError(f"{type(self.owner).__qualname__} assigned its coefficients `{self.name}` in forward")
+            if not _passes[place]:
+                del _passes[place]
+                if place in _handles:
+                    _handles.remove(place)
+                    assigned = owner.__dict__.pop(name, None) is None or assigned
+            if _waiting[0]:
+                _changed.notify_all()
+    if assigned:
+        raise _assigned(places)
+
+
+def _is_free(place: Place, thread: int) -> bool:
+    return _held.get(place, thread) == thread
+
+
+def _wait(free: Callable[[], bool]) -> None:
+    """Give the lock away until `free()`."""
+    _waiting[0] += 1
+    try:
+        _changed.wait_for(free)
+    finally:
+        _waiting[0] -= 1
+
+
+def _assigned(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> RuntimeError:
+    owner, names = places[0][0], " or ".join([f"`{name}`" for _, name, _, _ in places])
+    return RuntimeError(f"{type(owner).__qualname__} assigned its coefficients {names} in forward")
 
 
 @contextmanager
 def held(owner: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
     """While this is entered, `tensor` is at a place, and no other thread runs a pass of the layer."""
-    if torch.compiler.is_compiling():
-        owner.__dict__[name] = tensor
-        try:
-            yield
-        finally:
-            del owner.__dict__[name]
-        return
     place, thread = (id(owner), name), threading.get_ident()
-    with _changed:
-        own = len(_stacks.at.get(place, ()))
-        while _held.get(place, thread) != thread or _passes.get(place, 0) > own:
-            _changed.wait()
+    own = len(_stacks.at.get(place, ()))
+    with _lock:
+        _wait(lambda: _is_free(place, thread) and _passes.get(place, 0) <= own)
         outer, before = _held.get(place), owner.__dict__.get(name)
         _held[place] = thread
         owner.__dict__[name] = tensor
     try:
         yield
     finally:
-        with _changed:
+        with _lock:
             if outer is None:
                 del _held[place]
             assigned = owner.__dict__.pop(name, None) is not tensor
@@ -117,4 +122,4 @@ def held(owner: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
                 owner.__dict__[name] = before
             _changed.notify_all()
         if assigned:
-            raise RuntimeError(f"{type(owner).__qualname__} assigned its coefficients `{name}` in forward")
+            raise _assigned([(owner, name, None, None)])

@@ -19,10 +19,11 @@ Triple = tuple[int, int, int]
 
 # Multiply-adds in the time that it takes to move one number from or to memory, about.
 _TRAFFIC = 16
-# Multiply-adds in the time of one call of torch, its part in the backward pass apart, by kind of device.
-# CPU: examples/benchmarks/call_cost.py. Others: an estimate, from 5 µs and 10 Tera multiply-adds in a second.
-_CALL = {"cpu": 100_000, "meta": 100_000}
-_CALL_ELSEWHERE = 50_000_000
+# Multiply-adds in the time of one call of torch, a third of what it takes forward and backward, by kind of device.
+# The CPU's, also that of _TRAFFIC, are what examples/benchmarks/call_cost.py prints; "meta" counts for it. Elsewhere
+# this is an estimate, of 5 µs at 20 Tera multiply-adds in a second.
+_CALL = {"cpu": 350_000, "meta": 350_000}
+_CALL_ELSEWHERE = 100_000_000
 _DERIVATIVES = 4
 _POSITIONS = 256  # taken where the batch is open, while a graph is compiled
 

@@ -119,10 +119,13 @@ def einsum(equation: Any, *operands: Any) -> Contraction | None:
         return None
     where = 0 if isinstance(operands[0], Weight) else 1
     weight, x = operands[where], operands[1 - where]
-    form = _einsum_form(equation, where, x.ndim, tuple(weight.shape))
-    # An axis of size 1 would be repeated.
-    if form is None or any([weight.shape[k] != x.shape[axis] for k, axis in form.summed]):
+    shape = weight.tensor.shape
+    form = _einsum_form(equation, where, x.ndim, shape)
+    if form is None:
         return None
+    for k, axis in form.summed:
+        if shape[k] != x.shape[axis]:  # an axis of size 1 would be repeated
+            return None
     if where:
         return Contraction(form, lambda x, w: torch.einsum(equation, x, w), x)
     return Contraction(form, lambda x, w: torch.einsum(equation, w, x), x)

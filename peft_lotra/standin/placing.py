@@ -12,7 +12,7 @@ from torch import nn
 from ..coefficients.spec import CoefficientSpec
 from ..placement.sharded import any_sharded, full_shape, full_tensor
 from .axes import parameter_axes, spread_scale
-from .calls import Occupied, held
+from .calls import enter, held, leave
 from .operations import Weight
 from .tensor import Call, Ones, handle_of, stand_in
 from .update import Update
@@ -28,7 +28,7 @@ def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Itera
     return coefficients
 
 
-class Adapted:
+class Adapted(Call):
     """While this is entered, `layer` finds A + Σ updates where its coefficient parameter is, and ones as its scale.
 
     Without updates it finds its own tensors, whatever it finds in other threads.
@@ -48,32 +48,47 @@ class Adapted:
         quiet: bool = False,
         is_zero: bool = False,
     ) -> None:
-        self.call = Call(None if quiet else type(layer).__qualname__, not quiet and torch.is_grad_enabled())
-        owner, name, parameter = _located(layer, spec.parameter)
-        scale = None if spec.scale is None else _located(layer, spec.scale)
-        if not updates:
-            self._passes = [Occupied(owner, name, (parameter, self.call))]
-            self._passes += [] if scale is None else [Occupied(*scale[:2], (scale[2], self.call))]
-            return
-        coefficients = parameter if scale is None or is_zero else parameter * spread_scale(spec, scale[2])
-        weight = Weight(coefficients, parameter_axes(spec, parameter.shape), updates, is_zero)
-        self._passes = [self._standing(owner, name, parameter, weight)]
-        if scale is not None:
-            ones = Ones(scale[2].new_ones(()).expand(scale[2].shape))
-            self._passes.append(self._standing(*scale, ones))
-
-    def _standing(self, owner: nn.Module, name: str, tensor: torch.Tensor, meant: Weight | Ones) -> Occupied:
-        if torch.compiler.is_compiling():
-            return Occupied(owner, name, None, stand_in(meant, self.call))
-        return Occupied(owner, name, (meant, self.call), handle_of(owner, name, tensor))
+        super().__init__(layer, quiet)
+        self._places = []
+        for owner, name, tensor, meant in _meanings(layer, spec, updates, is_zero):
+            handle = handle_of(owner, name, tensor) if updates else None
+            self._places.append((owner, name, (meant, self), handle))
 
     def __enter__(self) -> None:
-        for place in self._passes:
-            place.__enter__()
+        enter(self._places)
 
-    def __exit__(self, *error: Any) -> None:
-        for place in self._passes:
-            place.__exit__(*error)
+    def __exit__(self, *_: Any) -> None:
+        leave(self._places)
+
+
+@contextmanager
+def traced(layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], is_zero: bool) -> Iterator[None]:
+    """`Adapted` where torch.compile traces the pass, alone in its thread."""
+    call, placed = Call(layer), []
+    try:
+        for owner, name, _, meant in _meanings(layer, spec, updates, is_zero) if updates else ():
+            owner.__dict__[name] = stand_in(meant, call)
+            placed.append((owner, name))
+        yield
+    finally:
+        for owner, name in placed:
+            owner.__dict__.pop(name, None)
+
+
+def _meanings(
+    layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], is_zero: bool
+) -> Iterable[tuple[nn.Module, str, torch.Tensor, Any]]:
+    """Where the layer looks for coefficients and scale, what is there, and what it is to find."""
+    owner, name, parameter = _located(layer, spec.parameter)
+    coefficients: torch.Tensor = parameter
+    others: tuple[Any, ...] = ()
+    if spec.scale is not None:
+        holder, path, scale = _located(layer, spec.scale)
+        others = ((holder, path, scale, Ones(scale) if updates else scale),)
+        if updates and not is_zero:
+            coefficients = parameter * spread_scale(spec, scale)
+    meant = Weight(coefficients, parameter_axes(spec, parameter.shape), updates, is_zero) if updates else parameter
+    return (owner, name, parameter, meant), *others
 
 
 @contextmanager

@@ -9,7 +9,7 @@ short list of calls of torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,90 +18,75 @@ import torch.nn.functional as F
 from .axes import Arrangement, Axes, Rows, planned
 from .cost import DENSE, cheapest_order
 from .operations import Contraction, Form, Weight
-from .update import SampleAxisUnknown, Update, flat_mode_product
+from .update import SampleAxisUnknown, Step, Update, flat_mode_product, multiplied, planned_steps
 
-Ranks = tuple[int, int, int]  # (r1, P · r2, r3)
+Shapes = tuple[tuple[int, ...], ...]  # of G, U1, U2, U3
 
 
 class Group(NamedTuple):
     """Updates whose thin tensors lie side by side in one operation."""
 
     members: tuple[int, ...]
+    steps: tuple[tuple[Step, ...], ...]  # from the core of each to its B
+    joined: tuple[tuple[int, ...], ...]  # the shapes of several B that are joined along o
     on_x: tuple[tuple[int, int, int, int], ...]  # (factor, axis of x, before, after), in turn
     arrangement: Arrangement  # of B, like the weight
+
+
+class DensePlan(NamedTuple):
+    """How A + an update is formed, lying in memory like A."""
+
+    rows: tuple[Rows, ...] | None
+    steps: tuple[Step, ...]
+    arrangement: Arrangement
+    last: int  # the factor that is multiplied then, as one matrix product from the left; 0: none
+    shape: tuple[int, ...]
 
 
 class Plan(NamedTuple):
     """How the updates' part of one operation is computed."""
 
     order: str
-    rows: tuple[Rows, ...]
+    dense: tuple[DensePlan, ...]  # for the dense order
+    rows: tuple[Rows, ...] | None
     groups: tuple[Group, ...]
     depth: int  # of x as a matrix, where the operation is one matrix product; else 0
-    place: tuple[int, int, int]  # (axis of y, before, after) of the outputs
+    outputs: tuple[int, int, int]  # (axis of y, before, after)
     padding: tuple[int, int] | None  # outputs that belong to no coefficient
     sample_shape: tuple[int, ...]  # in which weights per sample broadcast to y without its outputs
 
 
-def contract(
-    c: Contraction,
-    weight: Weight,
-    base: Callable[[], torch.Tensor],
-    dense: Callable[[], torch.Tensor],
-) -> torch.Tensor | None:
-    """The operation with A + Σ updates; None if it has no factorised form.
-
-    Args:
-        c: the operation.
-        weight: its weight.
-        base: the operation with A, offset included.
-        dense: the operation with the dense A + Σ updates.
+def plan_for(c: Contraction, weight: Weight) -> Plan | None:
+    """The plan of an operation with A + Σ updates; None if it has no factorised form.
 
     Raises:
         SampleAxisUnknown: if updates are weighted by sample, and which rows are whose cannot be told.
     """
-    updates = weight.updates
-    plan = _plan_for(c, weight)
-    if plan is None:
-        return None
-    if plan.order == DENSE:
-        return dense()
-    y = None if weight.is_zero else base()
-    for group in plan.groups:
-        term = _thin_term(plan, group, c, [updates[k] for k in group.members], weight.tensor.dtype)
-        y = term if y is None else y + term.to(y.dtype)
-    return y + c.offset if weight.is_zero and c.offset is not None else y
-
-
-def _plan_for(c: Contraction, weight: Weight) -> Plan | None:
-    core, *factors = weight.updates[0].factors
-    full = [len(factor) for factor in factors]
-    full += core.shape[3 : len(weight.axes.starts)]
-    ranks, samples, lead = [], 0, ()
+    samples: int = 0
+    lead: tuple[int, ...] = ()
+    shapes = []
     for update in weight.updates:
-        r1, r2, r3 = update.ranks
-        ranks.append((r1, update.terms * r2, r3))
+        core, U1, U2, U3 = update.factors
+        shapes.append((core.shape, U1.shape, U2.shape, U3.shape))
         if update.weights is not None:
             samples, lead = len(update.weights), tuple(c.x.shape[: c.x.dim() - len(c.form.summed)])
     # Where a graph is compiled the batch may be open, and a plan that looked at it would bind the graph to it.
     positions = None if torch.compiler.is_compiling() else c.x.numel() // c.form.depth
-    device = c.x.device.type
-    return _plan(c.form, weight.axes, tuple(full), c.x.dim(), positions, tuple(ranks), device, samples, lead)
+    return _plan(c.form, weight.axes, tuple(shapes), c.x.dim(), positions, c.x.device.type, samples, lead)
 
 
 @planned
 def _plan(
-    form: Form, axes: Axes, full: tuple[int, ...], ndim: int, positions: int | None, ranks: tuple[Ranks, ...],
-    device: str, samples: int, lead: tuple[int, ...],
+    form: Form, axes: Axes, shapes: tuple[Shapes, ...], ndim: int, positions: int | None, device: str, samples: int,
+    lead: tuple[int, ...],
 ) -> Plan | None:  # fmt: skip
     """None if there is no factorised form.
 
     Args:
         form, axes: of the operation and of the weight.
-        full: the sizes of the modes of the whole parameter.
+        shapes: of the updates' factors.
         ndim: of x.
         positions: of x; None if open.
-        ranks: of the updates, which share one operation.
         device: the kind of device.
         samples: their number, where updates are weighted by sample; else 0.
         lead: then the sizes of x's axes that are not summed.
@@ -125,28 +110,45 @@ def _plan(
         if place is not None and place.axis in summed and not axes.axes[place.axis].is_padded:
             on_x += mode
     modes = axes.size("i"), axes.size("o"), axes.size("d")
-    kernel = math.prod([axes.size(mode) for mode in axes.modes()[3:]])
+    kernel = tuple([axes.size(mode) for mode in axes.modes()[3:]])
+    terms = [math.prod(core[len(axes.modes()) :]) for core, *_ in shapes]  # P
+    ranks = tuple([(core[0], p * core[1], core[2]) for p, (core, *_) in zip(terms, shapes, strict=True)])
     order = ""
     if not samples:
-        order = cheapest_order(positions, form.depth, form.terms, modes, kernel, on_x, ranks, device)
+        order = cheapest_order(positions, form.depth, form.terms, modes, math.prod(kernel), on_x, ranks, device)
     # Without factors on x, all updates share one operation.
     members = [tuple(range(len(ranks)))] if order == "" else [(k,) for k in range(len(ranks))]
     by_x = [output.axis, *sorted(summed, key=summed.__getitem__)]
     groups = []
     for group in members if order != DENSE else ():
-        (r1, _, r3), steps, replaced = ranks[group[0]], [], {}
+        r1, _, r3 = ranks[group[0]]
+        steps: list[tuple[int, int, int, int]] = []
+        replaced: dict[str, int] = {}
         for mode in order:
-            axis, before, _, after = axes.place(mode, replaced)
-            steps.append((1 if mode == "i" else 3, summed[axis], before, after))
+            place = axes.place(mode, replaced)
+            if place is not None:  # it is, or the order would have been another
+                steps.append((1 if mode == "i" else 3, summed[place.axis], place.before, place.after))
             replaced[mode] = r1 if mode == "i" else r3
         replaced["o"] = sum([ranks[k][1] for k in group])
-        laid = axes.permuted(by_x).arrangement(replaced, flat=1) if is_matrix else axes.arrangement(replaced)
-        groups.append(Group(group, tuple(steps), laid))
-    rows = tuple([axes.rows(mode, count) for mode, count in zip(axes.modes(), full, strict=True)])
+        kept = ("o", *order)
+        cores = [(*ranks[k], *kernel) for k in group]
+        own, given = zip(*[planned_steps(core, modes, kept) for core in cores], strict=True)
+        joined = [(*[core[k] if "iod"[k] in kept else modes[k] for k in range(3)], *kernel) for core in cores]
+        laid = axes.permuted(by_x) if is_matrix else axes
+        laid_out = laid.arrangement(replaced, given[0] if len(group) == 1 else (), 1 if is_matrix else None)
+        groups.append(Group(group, own, tuple(joined), tuple(steps), laid_out))
+    dense = tuple([_dense_plan(axes, own) for own in shapes]) if order == DENSE else ()
     depth = math.prod([axes.axes[axis].size for axis in summed]) if is_matrix else 0
-    place = carried[output.axis], output.before, output.after
+    outputs = carried[output.axis], output.before, output.after
     padding = (stored.before, stored.after) if stored.is_padded else None
-    return Plan(order, rows, tuple(groups), depth, place, padding, sample_shape)
+    return Plan(order, dense, _rows(axes, shapes[0]), tuple(groups), depth, outputs, padding, sample_shape)
+
+
+def _rows(axes: Axes, shapes: Shapes) -> tuple[Rows, ...] | None:
+    """The rows of U1, U2, U3 and of the core's further axes that a view shows; None if it shows all."""
+    full = *[shape[0] for shape in shapes[1:]], *shapes[0][3:]
+    rows = tuple([axes.rows(mode, count) for mode, count in zip(axes.modes(), full, strict=False)])
+    return rows if any([part is not None for part in rows]) else None
 
 
 def _sample_shape(samples: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -160,19 +162,45 @@ def _sample_shape(samples: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple([samples if k == axes[0] else 1 for k in range(len(sizes))])
 
 
-def _thin_term(
-    plan: Plan, group: Group, c: Contraction, updates: Sequence[Update], dtype: torch.dtype
-) -> torch.Tensor:
-    updates = [update.shown(plan.rows) for update in updates]
-    B = _joined([update.multiplied(("o", *plan.order)) for update in updates])
-    U2 = _joined([update.factors.U2 for update in updates])
+def apply(plan: Plan, c: Contraction, weight: Weight, y: torch.Tensor | None) -> torch.Tensor:
+    """The operation with A + Σ updates in factorised form.
+
+    Args:
+        plan: not of the dense order.
+        c, weight: the operation.
+        y: the operation with A, offset included; None if A is zero.
+    """
+    total = c.offset if y is None else y
+    for group in plan.groups:
+        term = _thin_term(plan, group, c, weight)
+        total = term if total is None else total + term.to(total.dtype)
+    assert total is not None  # there is a group
+    return total
+
+
+def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torch.Tensor:
+    updates, tensors, factors = [], [], []
+    for k, steps in zip(group.members, group.steps, strict=True):
+        update = weight.updates[k].shown(plan.rows)
+        core = update.factors.core if update.scaling == 1 else update.factors.core * update.scaling
+        if update.weights is not None and update.weights.shape[1] > 1:  # P terms, side by side like the outputs
+            core = core.movedim(-1, 1).flatten(1, 2)
+        updates.append(update)
+        tensors.append(multiplied(steps, core, update.factors))
+        factors.append(update.factors.U2)
+    B, U2 = tensors[0], factors[0]
+    if len(tensors) > 1:
+        B = torch.cat([t.reshape(shape) for t, shape in zip(tensors, group.joined, strict=True)], dim=1)
+        U2 = torch.cat(factors, dim=1)
     if plan.padding is not None:
         U2 = F.pad(U2, (0, 0, *plan.padding))
     x = c.x
     for factor, axis, before, after in group.on_x:
         x = flat_mode_product(x, updates[0].factors[factor].T.to(x.dtype), axis, before, after)
-    thin = group.arrangement(B).to(dtype)
-    axis, before, after = plan.place
+    thin = group.arrangement(B)
+    if thin.dtype != weight.tensor.dtype:
+        thin = thin.to(weight.tensor.dtype)
+    axis, before, after = plan.outputs
     if not plan.depth:
         y = c.apply(x, thin)
         return flat_mode_product(y, U2.to(y.dtype), axis, before, after)
@@ -189,60 +217,59 @@ def _thin_term(
 def _weighted(y: torch.Tensor, updates: Sequence[Update], shape: tuple[int, ...]) -> torch.Tensor:
     """Σ_p w_p · y_p of every update, side by side. shape: (..., Σ P · r2) -> (..., Σ r2)"""
     parts = []
-    for update, part in zip(updates, y.split([u.terms * u.ranks[1] for u in updates], dim=-1), strict=True):
+    sizes = [u.factors.U2.shape[1] * (1 if u.weights is None else u.weights.shape[1]) for u in updates]
+    for update, part in zip(updates, y.split(sizes, dim=-1), strict=True):
         weights = update.weights
         if weights is not None:
             weights = weights.to(y.dtype).reshape(*shape, -1, 1)
-            part = part.unflatten(-1, (update.terms, -1))
+            part = part.unflatten(-1, (weights.shape[-2], -1))
             # Zero, also where the value of an adapter that a sample does not see is not finite.
             part = torch.where(weights == 0, 0, part * weights).sum(-2)
         parts.append(part)
-    return _joined(parts, dim=-1)
+    return torch.cat(parts, dim=-1)
 
 
-def _joined(tensors: list[torch.Tensor], dim: int = 1) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)
-
-
-class DensePlan(NamedTuple):
-    """How A + Σ updates is formed, lying in memory like A."""
-
-    rows: tuple[Rows, ...]
-    last: int  # the factor that is multiplied last, as one matrix product from the left; 0: none in particular
-    arrangement: Arrangement
-
-
-def dense_sum(weight: Weight) -> torch.Tensor:
+def dense_sum(weight: Weight, plans: tuple[DensePlan, ...] = ()) -> torch.Tensor:
     """A + Σ updates.
+
+    Args:
+        weight: A and the updates.
+        plans: of the updates, where they are known.
 
     Raises:
         SampleAxisUnknown: if an update differs from sample to sample.
     """
     total = weight.tensor
-    for update in weight.updates:
+    for k, update in enumerate(weight.updates):
         if update.weights is not None:
             raise SampleAxisUnknown
-        core, *factors = update.factors
-        full = (*map(len, factors), *core.shape[3:])
-        plan = _dense_plan(weight.axes, full, update.ranks)
+        core, U1, U2, U3 = update.factors
+        plan = plans[k] if plans else _dense_plan(weight.axes, (core.shape, U1.shape, U2.shape, U3.shape))
         update = update.shown(plan.rows)
-        if plan.last:
-            rest = plan.arrangement(update.multiplied(("iod"[plan.last - 1],)))
-            delta = (update.factors[plan.last] @ rest).reshape(total.shape)
+        factors, scaling = update.factors, update.scaling
+        delta = plan.arrangement(multiplied(plan.steps, factors.core, factors))
+        if not plan.last:
+            total = total + (delta * scaling).to(total.dtype)
+        elif delta.dtype == total.dtype and not torch.is_autocast_enabled(total.device.type):
+            flat = total.reshape(plan.shape[0], -1)
+            total = torch.addmm(flat, factors[plan.last], delta, alpha=scaling).view(plan.shape)
         else:
-            delta = plan.arrangement(update.multiplied(()))
-        total = total + delta.to(total.dtype)
+            total = total + (factors[plan.last] @ delta * scaling).view(plan.shape).to(total.dtype)
     # A sum lies like its first term where that is transposed; the layer's operation then rounds as with A.
-    return total.contiguous() if weight.tensor.is_contiguous() else total
+    return total if total.is_contiguous() or not weight.tensor.is_contiguous() else total.contiguous()
 
 
 @planned
-def _dense_plan(axes: Axes, full: tuple[int, ...], ranks: tuple[int, int, int]) -> DensePlan:
-    rows = tuple([axes.rows(mode, count) for mode, count in zip(axes.modes(), full, strict=True)])
+def _dense_plan(axes: Axes, shapes: Shapes) -> DensePlan:
+    modes = axes.size("i"), axes.size("o"), axes.size("d")
+    core = (*shapes[0][:3], *[axes.size(mode) for mode in axes.modes()[3:]])
+    shape, last, kept = tuple([axis.size for axis in axes.axes]), 0, ""
     first = axes.axes[0] if axes.axes else None
-    if first is not None and len(first.atoms) == 1 and not any(axis.is_padded for axis in axes.axes):
+    if first is not None and len(first.atoms) == 1 and not any([axis.is_padded for axis in axes.axes]):
         mode = first.atoms[0].mode
         if mode in ("i", "o", "d") and axes.size(mode) == first.size:
-            last = "iod".index(mode) + 1
-            return DensePlan(rows, last, axes.arrangement({mode: ranks[last - 1]}, flat=1))
-    return DensePlan(rows, 0, axes.arrangement({}))
+            last, kept = "iod".index(mode) + 1, mode
+    steps, given = planned_steps(core, modes, kept)
+    ranks = {kept: core[last - 1]} if kept else {}
+    laid_out = axes.arrangement(ranks, given, 1 if kept else None)
+    return DensePlan(_rows(axes, shapes), steps, laid_out, last, shape)

@@ -16,7 +16,7 @@ import torch
 from .axes import planned
 from .operations import Contraction, Form, Weight
 
-PRODUCTS = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply)
+PRODUCTS: tuple[Any, ...] = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply)
 PRODUCTS += (torch.Tensor.__mul__, torch.Tensor.__rmul__)
 QUOTIENTS = (torch.div, torch.true_divide, torch.Tensor.div, torch.Tensor.true_divide, torch.Tensor.__truediv__)
 SUMS = (torch.sum, torch.Tensor.sum)

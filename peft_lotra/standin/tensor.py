@@ -1,25 +1,28 @@
 """The tensor that a layer finds in its coefficient parameter's place, and that answers torch's functions itself.
 
-It is a subclass of torch.Tensor over the memory of A, so that it has A's shape, dtype and device for any code. Views
-act on the real A and on the names of its axes; contractions are computed in factorised form; everything else gets the
-exact dense A + Δ. What would reach A's plain values past torch's functions (TorchScript, `torch.autograd.Function`,
-`torch.vmap` over the parameter) is refused, and the layer is run again with A + Δ as a plain tensor.
+It is a subclass of torch.Tensor with A's shape, dtype and device. Views act on the real A and on the names of its
+axes; contractions are computed in factorised form; everything else gets the exact dense A + Δ. What asks for values
+past torch's functions (TorchScript, `torch.autograd.Function`, `torch.vmap` over the parameter) is refused, and the
+layer is run again with A + Δ as a plain tensor.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import CheckpointFunction
 
+from .axes import planned
 from .calls import running
+from .cost import DENSE
 from .operations import CONTRACTIONS, Contraction, Weight
-from .plan import contract, dense_sum
+from .plan import apply, dense_sum, plan_for
 from .products import PRODUCTS, QUOTIENTS, SUMS, Product, by_number, is_number, summed
 from .update import SampleAxisUnknown
 from .views import VIEWS
@@ -33,7 +36,6 @@ class TensorNeeded(RuntimeError):
     """Code that takes plain tensors only was given a stand-in."""
 
 
-@dataclass
 class Call:
     """One forward pass of an adapted layer.
 
@@ -43,27 +45,32 @@ class Call:
         needs_tensor: whether code of the layer was found to take plain tensors only.
     """
 
-    owner: str | None
-    recorded: bool
-    needs_tensor: bool = False
+    def __init__(self, layer: nn.Module, quiet: bool = False) -> None:
+        self.owner = None if quiet else type(layer).__qualname__
+        self.recorded = not quiet and torch.is_grad_enabled()
+        self.needs_tensor = False
 
     def refuse(self, what: str) -> TensorNeeded:
         self.needs_tensor = True
         return TensorNeeded(f"{what} takes plain tensors only, and was given the stand-in of adapted coefficients")
 
 
-@dataclass(frozen=True)
-class Ones:
-    """In the place of a scale that A holds already: a product with it is the other factor."""
+class Ones(NamedTuple):
+    """Ones, in the place of a scale that A holds already: a product with them is the other factor."""
 
-    tensor: torch.Tensor
+    tensor: torch.Tensor  # the scale, or a view of it
 
 
 Meant = Weight | Product | Ones | torch.Tensor
+_STANDING = (Weight, Product, Ones)
 
 
 class StandIn(torch.Tensor):
-    """A + Σ updates, or a view of it, in the place of a coefficient parameter or of its scale."""
+    """A + Σ updates, or a view of it, in the place of a coefficient parameter or of its scale.
+
+    It has no memory: what gets past torch's functions finds no values. In a graph that is being compiled it is a
+    tensor on the meta device, which no operation takes together with others.
+    """
 
     meant: tuple[Meant, Call] | None  # None: what the thread's running pass has at `place`
     place: tuple[nn.Module, str]
@@ -77,34 +84,43 @@ class StandIn(torch.Tensor):
     def __iter__(self) -> Any:
         return iter(self.unbind(0))
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"StandIn(shape={tuple(self.shape)})"
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
-class GuardedStandIn(StandIn):
-    """The stand-in outside of graphs that are compiled, where what asks no torch function must not get A."""
+class EagerStandIn(StandIn):
+    """The stand-in outside of graphs that are compiled."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         standin = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StandIn))
         raise _meaning(standin)[1].refuse(f"`{func}`")
 
 
 def stand_in(meant: Weight | Product | Ones, call: Call) -> StandIn:
     """The tensor that stands for coefficients, or for a scale, in one pass."""
-    kind = StandIn if torch.compiler.is_compiling() else GuardedStandIn
-    standin = meant.tensor.detach().as_subclass(kind)
+    like = meant.tensor
+    if torch.compiler.is_dynamo_compiling():
+        standin = torch.empty(like.shape, dtype=like.dtype, device="meta").as_subclass(StandIn)
+    else:
+        standin = _without_memory(
+            EagerStandIn, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
+        )
     standin.meant = meant, call
     return standin
 
 
-def handle_of(owner: nn.Module, name: str, tensor: torch.Tensor) -> StandIn:
+def handle_of(owner: nn.Module, name: str, like: torch.Tensor) -> StandIn:
     """The tensor that stands for what the running pass of each thread has at a place."""
-    handle = tensor.detach().as_subclass(GuardedStandIn)
+    handle = _without_memory(EagerStandIn, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device)
     handle.meant, handle.place = None, (owner, name)
     return handle
+
+
+# torch's own way to a tensor without memory; it has no public name yet.
+_without_memory: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
 def _meaning(standin: StandIn) -> tuple[Meant, Call]:
@@ -114,16 +130,16 @@ def _meaning(standin: StandIn) -> tuple[Meant, Call]:
 def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a torch function returns that is called with stand-ins somewhere in its arguments."""
     found = []
-    for arg in (*args, *kwargs.values()):
+    for arg in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(arg, StandIn):
             found.append(arg)
-        elif isinstance(arg, list | tuple):
+        elif isinstance(arg, (list, tuple)):
             found += [leaf for leaf in tree_leaves(arg) if isinstance(leaf, StandIn)]
     first, handler = found[0], _HANDLERS.get(function)
     meant, call = _meaning(first)
-    if handler is _told or not isinstance(meant, Weight | Product | Ones):
+    if handler is _told or not isinstance(meant, _STANDING):
         return _called(function, args, kwargs, _stored)
-    if function == _REQUIRES_GRAD:
+    if handler is _requires_grad:
         return _requires_grad(meant)
     if handler is _shown and (not args or args[0] is not first):
         return _called(function, args, kwargs, _stored)  # `x.view_as(weight)` wants its shape only
@@ -134,23 +150,34 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         )
     if call.recorded and not torch.is_grad_enabled() and _requires_grad(meant):
         # In the forward of a `torch.autograd.Function`, whose backward would not know of the factors.
+        if _is_checkpointed():
+            raise RuntimeError(
+                f"a {call.owner} calls `checkpoint(use_reentrant=True)` in its own forward, which would give its "
+                "adapter no gradients: checkpoint the adapted layer, or a larger part of the model, instead"
+            )
         raise call.refuse(f"`{_name(function)}` without gradients")
     result = NotImplemented
     if handler is not None and (len(found) == 1 or handler is _shown):
         result = handler(function, first, meant, args, kwargs)
     elif handler is _multiplied and len(found) == len(args) == 2:
-        result = _by_ones(meant, _meaning(found[1])[0])
+        result = _by_ones(first, found[1])
     if result is NotImplemented:
         if isinstance(meant, Weight) or (isinstance(meant, Product) and not meant.has_batch):
             warn(_name(function), call.owner)
         return _called(function, args, kwargs, _dense)
+    if isinstance(result, _STANDING):
+        return stand_in(result, call)
     if type(result) is tuple:
-        return tuple([_wrapped(part, call) for part in result])
-    return _wrapped(result, call)
+        return tuple([stand_in(part, call) if isinstance(part, Weight) else part for part in result])
+    return result
 
 
-def _wrapped(result: Any, call: Call) -> Any:
-    return stand_in(result, call) if isinstance(result, Weight | Product | Ones) else result
+def _is_checkpointed() -> bool:
+    """Whether this runs inside of a reentrant checkpoint."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 # Handlers, each for a kind of functions: they return tensors, what further stand-ins stand for, or NotImplemented.
@@ -167,16 +194,16 @@ def _shown(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...],
         return Ones(function(meant.tensor, *args[1:], **kwargs))
     if isinstance(meant, Product):
         return NotImplemented
-    # Other stand-ins, as in `weight.expand_as(weight)`, tell their shape only.
-    others = [_stored(_meaning(arg)[0]) if isinstance(arg, StandIn) else arg for arg in args[1:]]
+    others = []
+    for arg in args[1:]:  # other stand-ins, as in `weight.expand_as(weight)`, tell their shape only
+        others.append(_stored(_meaning(arg)[0]) if isinstance(arg, StandIn) else arg)
     return VIEWS[function](function, meant, *others, **kwargs)
 
 
 def _contracted(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(meant, Weight):
         return NotImplemented
-    named = {key: _put(standin, meant, (arg,))[0] for key, arg in kwargs.items()} if kwargs else kwargs
-    contraction = CONTRACTIONS[function](*_put(standin, meant, args), **named)
+    contraction = _with(standin, meant, CONTRACTIONS[function], args, kwargs)
     return _factorised(contraction, function, standin, meant, meant, args, kwargs)
 
 
@@ -201,7 +228,7 @@ def _divided(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...
 def _summed(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not isinstance(meant, Product):
         return NotImplemented
-    contraction = summed(*_put(standin, meant, args), **kwargs)
+    contraction = _with(standin, meant, summed, args, kwargs)
     return _factorised(contraction, function, standin, meant, meant.weight, args, kwargs)
 
 
@@ -214,34 +241,42 @@ def _factorised(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    def called(value: torch.Tensor) -> torch.Tensor:
-        named = {key: _put(standin, value, (arg,))[0] for key, arg in kwargs.items()} if kwargs else kwargs
-        return function(*_put(standin, value, args), **named)
-
-    if contraction is None:
+    plan = None if contraction is None else plan_for(contraction, weight)
+    if contraction is None or plan is None:
         return NotImplemented
-    result = contract(contraction, weight, lambda: called(meant.tensor), lambda: called(_dense(meant)))
-    return NotImplemented if result is None else result
+    if plan.order == DENSE:
+        dense = dense_sum(meant, plan.dense) if isinstance(meant, Weight) else _dense(meant)
+        return _with(standin, dense, function, args, kwargs)
+    y = None if weight.is_zero else _with(standin, meant.tensor, function, args, kwargs)
+    return apply(plan, contraction, weight, y)
 
 
-def _by_ones(one: Meant, other: Meant) -> Any:
-    """The product of adapted coefficients with a scale that they hold already."""
-    weight, ones = (one, other) if isinstance(other, Ones) else (other, one)
-    if isinstance(weight, Weight) and isinstance(ones, Ones):
-        if torch.broadcast_shapes(weight.tensor.shape, ones.tensor.shape) == weight.tensor.shape:
-            return weight
+def _by_ones(one: StandIn, other: StandIn) -> Any:
+    """The product of adapted coefficients with a scale that they hold already: themselves."""
+    for weight, ones in ((one, other), (other, one)):
+        (a, _), (b, _) = _meaning(weight), _meaning(ones)
+        if isinstance(a, Weight) and isinstance(b, Ones):
+            return weight if _is_broadcast(tuple(b.tensor.shape), tuple(a.tensor.shape)) else NotImplemented
     return NotImplemented
 
 
-def _put(standin: StandIn, value: Any, args: Any) -> Any:
-    """The arguments, in nested lists and tuples, with `value` in place of the stand-in."""
-    put = []
-    for arg in args:
-        if arg is standin:
-            put.append(value)
-        else:
-            put.append(type(arg)(_put(standin, value, arg)) if type(arg) in (list, tuple) else arg)
-    return put
+@planned
+def _is_broadcast(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape broadcasts to the other shape."""
+    return len(shape) <= len(to) and all([a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)])
+
+
+def _with(
+    standin: StandIn, value: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The function of the arguments with `value` in place of the stand-in."""
+    if args and not kwargs:
+        if args[-1] is standin:
+            return function(*args[:-1], value)
+        if len(args) > 1 and args[1] is standin:
+            return function(args[0], value, *args[2:])
+    args, kwargs = tree_map_only(StandIn, lambda _: value, (args, kwargs))
+    return function(*args, **kwargs)
 
 
 def _called(
@@ -259,7 +294,9 @@ def _stored(meant: Meant) -> torch.Tensor:
 def _dense(meant: Meant) -> torch.Tensor:
     if isinstance(meant, Weight):
         return dense_sum(meant)
-    return meant.x * dense_sum(meant.weight) if isinstance(meant, Product) else _stored(meant)
+    if isinstance(meant, Ones):
+        return torch.ones_like(meant.tensor)
+    return meant.x * dense_sum(meant.weight) if isinstance(meant, Product) else meant
 
 
 def _requires_grad(meant: Meant) -> bool:
@@ -302,7 +339,6 @@ def _functions(names: str) -> list[Any]:
     return [function if callable(function) else function.__get__ for function in found]
 
 
-_REQUIRES_GRAD = torch.Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(
         _functions(
@@ -314,6 +350,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
         ),
         _told,
     ),
+    **dict.fromkeys(_functions("requires_grad"), _requires_grad),
     **dict.fromkeys(VIEWS, _shown),
     **dict.fromkeys(CONTRACTIONS, _contracted),
     **dict.fromkeys(PRODUCTS, _multiplied),

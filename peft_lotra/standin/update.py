@@ -32,17 +32,6 @@ class Update(NamedTuple):
     scaling: float
     weights: torch.Tensor | None = None
 
-    @property
-    def terms(self) -> int:
-        """P, the number of thin terms that are weighted and summed."""
-        return 1 if self.weights is None else self.weights.shape[1]
-
-    @property
-    def ranks(self) -> tuple[int, int, int]:
-        """(r1, r2, r3)."""
-        _, U1, U2, U3 = self.factors
-        return U1.shape[1], U2.shape[1], U3.shape[1]
-
     def dense(self, spec: CoefficientSpec, shape: torch.Size) -> torch.Tensor:
         """The update of a parameter of this shape, in its layout; 16-bit factors are multiplied out in fp32.
 
@@ -52,13 +41,14 @@ class Update(NamedTuple):
         if self.weights is not None:
             raise SampleAxisUnknown
         dtype = self.factors.core.dtype
-        factors = TuckerFactors(*(full_tensor(factor) for factor in _in_fp32(self).factors))
+        update = _in_fp32(self) if dtype in _16_BIT else self
+        factors = TuckerFactors(*(full_tensor(factor) for factor in update.factors))
         return spec.stored_update(reconstruct(factors) * self.scaling, shape).to(dtype)
 
-    def shown(self, rows: tuple[Rows, ...]) -> Update:
+    def shown(self, rows: tuple[Rows, ...] | None) -> Update:
         """The update of what a view shows, in at least fp32: `rows` of U1, U2, U3 and of the core's further axes."""
-        update = _in_fp32(self)
-        if not any(part is not None for part in rows):
+        update = _in_fp32(self) if self.factors.core.dtype in _16_BIT else self
+        if rows is None:
             return update
         core, *factors = update.factors
         for dim, part in enumerate(rows[3:], start=3):
@@ -66,30 +56,9 @@ class Update(NamedTuple):
         factors = [_selected(factor, part, 0) for factor, part in zip(factors, rows, strict=False)]
         return update._replace(factors=TuckerFactors(core, *factors))
 
-    def multiplied(self, kept: Collection[str]) -> torch.Tensor:
-        """s · G times the factors of all modes but `kept`, whose axes stay ranks; shape (i, o, d, ...).
-
-        P terms lie side by side on the axis of o, which must be kept then.
-        """
-        core, U1, U2, U3 = self.factors
-        tensor = core if self.scaling == 1 else core * self.scaling
-        if self.terms > 1:
-            tensor = tensor.movedim(-1, 1).flatten(1, 2)
-        (n, r1), (n_d, r3) = U1.shape, U3.shape
-        if "i" not in kept and r1 * n_d * (r3 + n) >= n * r3 * (r1 + n_d):  # the smaller intermediate first
-            tensor = mode_product(tensor, U1, 0)
-            kept = (*kept, "i")
-        if "d" not in kept:
-            tensor = mode_product(tensor, U3, 2)
-        if "i" not in kept:
-            tensor = mode_product(tensor, U1, 0)
-        return tensor if "o" in kept else mode_product(tensor, U2, 1)
-
 
 def _in_fp32(update: Update) -> Update:
     """With factors in at least fp32: 16-bit factors are multiplied out in fp32."""
-    if update.factors.core.dtype not in _16_BIT:
-        return update
     return update._replace(factors=TuckerFactors(*(factor.float() for factor in update.factors)))
 
 
@@ -101,19 +70,62 @@ def _selected(tensor: torch.Tensor, rows: Rows, dim: int) -> torch.Tensor:
     return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
 
 
-def mode_product(x: torch.Tensor, matrix: torch.Tensor, axis: int) -> torch.Tensor:
-    """x ×_axis M, M: (out, in).
+class Step(NamedTuple):
+    """One product of a factor with a tensor, as a product of matrices.
 
-    As a product of matrices, not by `matmul` of more axes, which goes one way or another, and rounds differently,
-    depending on what requires a gradient.
+    Not by `matmul` of more axes, which goes one way or another, and rounds differently, depending on what requires a
+    gradient.
     """
-    shape = x.shape
-    if axis == 0:
-        return (matrix @ x.reshape(shape[0], -1)).reshape(-1, *shape[1:])
-    if axis == len(shape) - 1:
-        return F.linear(x.reshape(-1, shape[axis]), matrix).reshape(*shape[:axis], -1)
-    flat = x.reshape(math.prod(shape[:axis]), shape[axis], -1)
-    return torch.bmm(matrix.expand(len(flat), -1, -1), flat).reshape(*shape[:axis], -1, *shape[axis + 1 :])
+
+    factor: int
+    shape: tuple[int, ...] | None  # reshape the tensor first
+    batch: int  # so many products M @ tensor[k]; 0: M @ tensor; -1: tensor @ M.T
+
+
+def planned_steps(
+    core: tuple[int, ...], sizes: tuple[int, ...], kept: Collection[str]
+) -> tuple[tuple[Step, ...], tuple[int, ...]]:
+    """G times the factors of all modes but `kept`, whose axes stay ranks; and the shape that the result has in memory.
+
+    Args:
+        core: the shape of G.
+        sizes: (n, m, n_d).
+        kept: of "i", "o", "d".
+    """
+    (r1, _, r3), (n, _, n_d) = core[:3], sizes
+    d_first = r1 * n_d * (r3 + n) < n * r3 * (r1 + n_d)  # the smaller intermediate first
+    steps: list[Step] = []
+    shape, given = list(core), tuple(core)
+    needed: tuple[int, ...]
+    result: tuple[int, ...]
+    for mode in "dio" if d_first or "i" in kept else "ido":
+        axis = "iod".index(mode)
+        if mode in kept:
+            continue
+        before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+        if axis == 0:
+            needed, batch, result = (shape[0], after), 0, (sizes[0], after)
+        elif after == 1:
+            needed, batch = (*shape[:axis], shape[axis]) if given == tuple(shape) else (before, shape[axis]), -1
+            result = (*needed[:-1], sizes[axis])
+        else:
+            needed, batch, result = (before, shape[axis], after), before, (before, sizes[axis], after)
+        steps.append(Step(axis + 1, None if given == needed else needed, batch))
+        shape[axis], given = sizes[axis], result
+    return tuple(steps), given
+
+
+def multiplied(steps: tuple[Step, ...], tensor: torch.Tensor, factors: TuckerFactors) -> torch.Tensor:
+    """The products that `planned_steps` has planned, of G or a multiple of it."""
+    for factor, shape, batch in steps:
+        if shape is not None:
+            tensor = tensor.reshape(shape)
+        matrix = factors[factor]
+        if batch > 0:
+            tensor = torch.bmm(matrix.expand(batch, -1, -1), tensor)
+        else:
+            tensor = F.linear(tensor, matrix) if batch else matrix @ tensor
+    return tensor
 
 
 def flat_mode_product(x: torch.Tensor, matrix: torch.Tensor, axis: int, before: int, after: int) -> torch.Tensor:

@@ -121,7 +121,7 @@ def _along(weight: Weight, dim: int, part: int | slice) -> tuple[Any, ...]:
 
 
 def _table() -> dict[Any, Callable[..., Any]]:
-    handlers = {
+    handlers: dict[Callable[..., Any], str] = {
         _reshape: "reshape reshape_as view view_as flatten unflatten ravel squeeze unsqueeze _unsafe_view",
         _permute: "permute transpose swapaxes swapdims movedim moveaxis t adjoint",
         _expand: "expand expand_as broadcast_to",
@@ -142,7 +142,7 @@ def _table() -> dict[Any, Callable[..., Any]]:
     }
     for name in ("T", "mT", "H", "mH"):
         table[getattr(torch.Tensor, name).__get__] = _permute
-    table[torch.Tensor.data.__get__] = _detach
+    table[vars(torch._C.TensorBase)["data"].__get__] = _detach
     return table
 
 

@@ -19,7 +19,8 @@ DEFAULT_COMPRESSION_RATIO = 0.1  # "ten times fewer parameters", as in the sourc
 
 def as_triple(r: int | Sequence[int]) -> Ranks:
     """(r1, r2, r3) from one number for all modes, or from three."""
-    return (r, r, r) if isinstance(r, int) else tuple(r)
+    r1, r2, r3 = (r, r, r) if isinstance(r, int) else r
+    return r1, r2, r3
 
 
 def choose_ranks(
@@ -68,7 +69,7 @@ def _clipped(shapes: Mapping[str, tuple[int, ...]], r: int | Ranks) -> dict[str,
         raise ValueError(
             f"`r`={r!r} is above the modes (input, output, basis) of every layer; the largest are {tuple(largest)}"
         )
-    return {name: tuple(map(min, ranks, shape[:3])) for name, shape in shapes.items()}
+    return {name: as_triple(list(map(min, ranks, shape[:3]))) for name, shape in shapes.items()}
 
 
 def _budgeted(
@@ -103,8 +104,8 @@ def ranks_for_budget(shapes: Sequence[Sequence[int]], budget: int) -> list[tuple
         ValueError: if rank (1, 1, 1) everywhere already exceeds the budget.
     """
 
-    def ranks(shape: Sequence[int], r: int) -> tuple[int, int, int]:
-        return tuple(min(r, size) for size in shape[:3])
+    def ranks(shape: Sequence[int], r: int) -> Ranks:
+        return as_triple([min(r, size) for size in shape[:3]])
 
     def costs(r: int) -> list[int]:
         return [parameter_count(shape, ranks(shape, r)) for shape in shapes]

@@ -54,7 +54,7 @@ class Spectrum:
     def energy_kept(self, ranks: Sequence[int]) -> tuple[float, float, float]:
         """Σ_{k ≤ r} σ_k² / Σ_k σ_k² for each mode; 1 where there is nothing to keep."""
         squares = [values.square() for values in self.singular_values]
-        return tuple(
+        return tuple(  # type: ignore[return-value]
             (square[:r].sum() / square.sum()).item() if square.any() else 1.0
             for square, r in zip(squares, ranks, strict=True)
         )

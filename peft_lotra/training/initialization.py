@@ -95,10 +95,11 @@ def _gradients(
 
     def collect(name: str, layer: LoTRALayer) -> Callable[[torch.Tensor], None]:
         def hook(coefficients: torch.Tensor) -> None:
+            assert coefficients.grad is not None  # it has just been accumulated
             gradient = layer.spec.to_canonical(coefficients.grad.detach())
             gradient = gradient.to("cpu", torch.promote_types(gradient.dtype, torch.float32), copy=True)
-            coefficients.grad = None
-            gradients[name] = gradient if gradients[name] is None else gradients[name] + gradient
+            coefficients.grad, before = None, gradients[name]
+            gradients[name] = gradient if before is None else before + gradient
 
         return hook
 
