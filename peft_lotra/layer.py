@@ -21,7 +21,7 @@ from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from .mixed_batch import MixedBatch, Shares
 from .placement.offloaded import tensors_in_place, writable_tensors
 from .placement.sharded import full_shape, write
-from .standin import Adapted, Update, adapted_coefficients, is_sharded, replaced, traced, warn
+from .standin import Adapted, Update, adapted_coefficients, adapted_rows, is_sharded, replaced, traced, warn
 from .tensors.ranks import as_triple
 from .tensors.tucker import Ranks, TuckerFactors, factor_shapes
 
@@ -146,31 +146,32 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with `safe_merge`, if the merged coefficients are not all finite; nothing is changed then.
         """
+        self._merge(safe_merge, adapter_names, keep=True)
+
+    @torch.no_grad()
+    def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lotra_core]
         if not names:
             return
         with self._writing():
-            merged = self._merged_coefficients(names, safe_merge)
-            if not self.merged:
+            if safe_merge:
+                self._check_finite(names)
+            if keep and not self.merged:
                 self._before_merge = {path: self._stored(path).data.clone() for path in self._paths}
-            write(self._stored(self.spec.parameter), merged)
+            for rows, values in adapted_rows(self.get_base_layer(), self.spec, tuple(map(self._update, names))):
+                write(self._stored(self.spec.parameter), values, rows)
             if self.spec.scale is not None:
                 self._stored(self.spec.scale).data.fill_(1)
         self.merged_adapters += names
 
     @torch.no_grad()
-    def _merged_coefficients(self, adapter_names: list[str], safe_merge: bool = False) -> torch.Tensor:
-        """A + Σ updates in the layout of the parameter, for adapters that are not merged yet.
-
-        Raises:
-            ValueError: with `safe_merge`, if a sum is not all finite.
-        """
-        merged = adapted_coefficients(self.get_base_layer(), self.spec, map(self._update, adapter_names))
-        if safe_merge and not torch.isfinite(merged).all():
+    def _check_finite(self, adapter_names: list[str]) -> None:
+        """Raise ValueError if A + Σ updates is not all finite."""
+        merged = adapted_rows(self.get_base_layer(), self.spec, tuple(map(self._update, adapter_names)))
+        if not all(torch.isfinite(values).all() for _, values in merged):
             broken = [name for name in adapter_names if not torch.isfinite(self.get_delta_weight(name)).all()]
             names = ", ".join(broken or adapter_names)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
-        return merged
 
     def unmerge(self) -> None:
         """Restore parameter and scale as they were before the first `merge`, to the bit."""
@@ -190,7 +191,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         layer: nn.Module = self
         while isinstance(layer, LoTRALayer):
             if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                layer._merge(safe_merge, adapter_names, keep=False)
             layer = layer.base_layer
         return layer
 

@@ -119,7 +119,7 @@ class LoTRAModel(BaseTuner):
             names = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in names if name in layer.lotra_core and name not in layer.merged_adapters]
             with writable_tensors(layer):
-                layer._merged_coefficients(names, safe_merge=True)
+                layer._check_finite(names)
 
     def add_weighted_adapter(
         self,

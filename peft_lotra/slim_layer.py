@@ -43,14 +43,13 @@ class SlimLayer(LoTRALayer):
                 core.mul_(math.sqrt(size) / abs(self.scaling[adapter_name]))
                 U3.mul_(shares.sqrt().to(U3)[:, None])
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """parameter ← Σ updates, dense from here on, scale ← 1; see `LoTRALayer.merge`."""
+    def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
         self._make_dense()
         try:
-            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+            super()._merge(safe_merge, adapter_names, keep)
         finally:
             self._empty()
-        if self.merged:
+        if self.merged and keep:
             before = self._before_merge[self.spec.parameter]
             self._before_merge[self.spec.parameter] = before.new_zeros(()).expand(before.shape)
 

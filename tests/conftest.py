@@ -3,8 +3,12 @@ import os
 # One thread for each of pytest's processes, and for the processes that tests start: more would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+
+from peft_lotra.testing import forced_order, forget_warnings
 
 # Whether adapted layers are traced by torch.compile; before, they run between graphs.
 FULLGRAPH = torch.__version__ >= (2, 13)
@@ -16,6 +20,18 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, to
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _forget_warnings():
+    forget_warnings()
+
+
+@pytest.fixture
+def order(request):
+    """Contractions go this way round; the one that is counted as the cheapest for "counted"."""
+    with nullcontext() if request.param == "counted" else forced_order(request.param):
+        yield request.param
 
 
 def assert_equal(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:

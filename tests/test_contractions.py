@@ -13,7 +13,7 @@ from peft_lotra.coefficients import CoefficientSpec
 from peft_lotra.standin import Adapted, PerformanceWarning, Update
 from peft_lotra.standin.cost import DENSE, ORDERS
 from peft_lotra.tensors.tucker import TuckerFactors
-from peft_lotra.testing import forced_order, forget_warnings
+from peft_lotra.testing import forced_order
 
 N, M, D, G, B = 5, 7, 4, 2, 6  # inputs, outputs, basis, groups, batch
 SIZES = {"i": N, "o": M, "d": D, "g": G, "h": 3, "w": 2, "t": 2}
@@ -106,11 +106,6 @@ OPERATIONS = {
     "(x * w).sum, inputs kept": ("i o d", (B, N, 1, D), lambda x, w: (x * w).sum(-1)),
     "a number": ("o (i d)", FLAT, lambda x, w: F.linear(x, 2 * (w * 0.3) / 0.7)),
 }
-
-
-@pytest.fixture(autouse=True)
-def _forget_warnings():
-    forget_warnings()
 
 
 def _check(layer, x, updates, tolerance=None, second=True):

@@ -71,11 +71,11 @@ def full_tensor(tensor: Any) -> torch.Tensor:
 
 
 @torch.no_grad()
-def write(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """tensor ← values, this process's part of them if it is sharded."""
+def write(tensor: torch.Tensor, values: torch.Tensor, rows: slice = slice(None)) -> None:
+    """tensor[rows] ← values; if it is sharded, all rows, this process's part of them."""
     if isinstance(tensor, DTensor) and not isinstance(values, DTensor):
         values = distribute_tensor(values.to(tensor), tensor.device_mesh, tensor.placements)
-    tensor.data.copy_(values)
+    (tensor.data if rows == slice(None) else tensor.data[rows]).copy_(values)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ The adapter does not know how a layer evaluates its basis. It puts a stand-in wh
 and the layer runs its own code with it. The rest of the package only says which updates are active.
 """
 
-from .placing import Adapted, adapted_coefficients, is_sharded, replaced, traced
+from .placing import Adapted, adapted_coefficients, adapted_rows, is_sharded, replaced, traced
 from .tensor import PerformanceWarning, warn
 from .update import SampleAxisUnknown, Update
 
@@ -14,6 +14,7 @@ __all__ = [
     "SampleAxisUnknown",
     "Update",
     "adapted_coefficients",
+    "adapted_rows",
     "is_sharded",
     "replaced",
     "traced",

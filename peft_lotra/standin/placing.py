@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from ..placement.sharded import any_sharded, full_shape, full_tensor
 from .axes import parameter_axes, spread_scale
 from .calls import enter, held, leave
 from .operations import Weight
+from .plan import dense_sum
 from .tensor import Call, Ones, handle_of, stand_in
 from .update import Update
 
@@ -26,6 +28,28 @@ def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Itera
     for update in updates:
         coefficients = coefficients + update.dense(spec, coefficients.shape).to(coefficients)
     return coefficients
+
+
+def adapted_rows(
+    layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...]
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """A + Σ updates, some rows of the parameter's first axis at a time, so that there is no second copy of it."""
+    if is_sharded(layer, spec, updates):
+        yield slice(None), adapted_coefficients(layer, spec, updates)
+        return
+    parameter = _located(layer, spec.parameter)[2]
+    scale = None if spec.scale is None else spread_scale(spec, _located(layer, spec.scale)[2])
+    axes = parameter_axes(spec, parameter.shape)
+    block = math.prod([atom.size for atom in axes.axes[0].atoms[1:]])  # a row of the first mode on this axis
+    step = max(len(parameter) // 16 // block, 1) * block
+    for start in range(axes.axes[0].before, len(parameter) - axes.axes[0].after, step):
+        rows = slice(start, min(start + step, len(parameter) - axes.axes[0].after))
+        part = parameter[rows]
+        if scale is not None:
+            part = part * (scale if len(scale) == 1 else scale[rows])
+        shown = axes.indexed((rows,))
+        assert shown is not None  # whole rows of the first mode
+        yield rows, dense_sum(Weight(part, shown, updates))
 
 
 class Adapted(Call):
