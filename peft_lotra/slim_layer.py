@@ -22,7 +22,7 @@ class SlimLayer(LoTRALayer):
     def __init__(self, base_layer: nn.Module, spec: CoefficientSpec) -> None:
         super().__init__(base_layer, spec)
         with torch.no_grad():
-            coefficients = spec.to_canonical(adapted_coefficients(self.get_base_layer(), spec, ())).double()
+            coefficients = spec.to_canonical(adapted_coefficients(self.get_base_layer(), spec, ())).detach().double()
         self.variances = coefficients.square().transpose(0, 2).flatten(1).mean(1)  # shape: (n_d,)
         self.register_load_state_dict_post_hook(_empty_after_load)
         self._empty()

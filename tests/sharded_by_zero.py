@@ -40,6 +40,10 @@ def partitioned(model, **zero):
     return engine
 
 
+# Comparisons in fp32, DeepSpeed's own: three steps of Adam move a factor by at most 0.03, hence their rounding is far
+# below the tolerance of 1e-5 of the largest value.
+
+
 def trained_by_engine(engine, x, y, steps=3):
     losses = []
     for _ in range(steps):
