@@ -46,7 +46,8 @@ class Shares:
 
 
 class _Calls(threading.local):
-    stack: tuple[MixedBatch | Shares | None, ...] = ()
+    def __init__(self) -> None:  # no attribute of the class: torch.compile guards on what is in __dict__
+        self.stack: tuple[MixedBatch | Shares | None, ...] = ()
 
 
 _calls = _Calls()

@@ -1,6 +1,7 @@
 """The benchmark of training steps runs, in a short form, and what it counts is plausible."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,9 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "benchmarks" / "step_cost.py"
 FLOOR, FULL, LOTRA = "frozen layer", "full fine-tuning", "LoTRA"
 
 
-def run(*arguments):
+def run(*arguments, warnings="error"):
     return subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT), "--threads", "1", *map(str, arguments)],
+        [sys.executable, "-W", warnings, str(SCRIPT), "--threads", "1", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,
@@ -21,7 +22,7 @@ def run(*arguments):
 
 
 def test_step_cost(tmp_path):
-    short = ("--widths", 16, 32, "--batch", 32, "--pairs", 2, "--output-dir", tmp_path)
+    short = ("--widths", 16, 32, "--batches", 32, "--seconds", 0, "--output-dir", tmp_path)
     done = run(*short, "--parts", "step", "inference", "slim", "initialization")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "step_cost.png").stat().st_size > 10_000
@@ -35,7 +36,7 @@ def test_step_cost(tmp_path):
     for (layer, width), parts in costs.items():
         step, inference, slim = (parts[part] for part in ("step", "inference", "slim"))
         assert ("LoRA, target_modules" in step) == (layer == "fastkan")
-        assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in step.values() if not row["refused"])
+        assert all(len(row["seconds"]) == 5 and min(row["seconds"]) > 0 for row in step.values() if not row["refused"])
         # Forward and input gradient are a matrix product each; the gradient of the coefficients is a third.
         assert step[FULL]["flops"] == pytest.approx(1.5 * step[FLOOR]["flops"], rel=0.01)
         assert step[FLOOR]["flops"] < step[LOTRA]["flops"]
@@ -51,8 +52,36 @@ def test_step_cost(tmp_path):
         assert slim["dense"]["coefficient_bytes"] == 4 * 8 * width**2
 
 
+STEP = ("--layers", "chebyshev", "--widths", 16, "--seconds", 0, "--parts", "step")
+
+
+def lotra_of(output_dir):
+    rows = json.loads((output_dir / "step_cost.json").read_text())["rows"]
+    return {(row["batch"], row["dtype"], row["mode"]): row for row in rows if row["method"] == LOTRA}
+
+
+def test_types_of_a_step(tmp_path):
+    """TF32 changes nothing on a CPU, bf16 saves fewer bytes."""
+    done = run(*STEP, "--batches", 8, 16, "--dtypes", "fp32", "tf32", "bf16", "--output-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = lotra_of(tmp_path)
+    assert len(rows) == 2 * 3
+    assert rows[16, "tf32", "eager"]["flops"] == rows[16, "fp32", "eager"]["flops"] > 0
+    assert rows[16, "bf16", "eager"]["saved_bytes"] < rows[16, "fp32", "eager"]["saved_bytes"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_steps(tmp_path):
+    """Their time is taken; what they do is not counted."""
+    done = run(*STEP, "--batches", 8, "--modes", "compile", "--output-dir", tmp_path, warnings="default")
+    assert done.returncode == 0, done.stderr
+    row = lotra_of(tmp_path)[8, "fp32", "compile"]
+    assert min(row["seconds"]) > 0
+    assert row["flops"] is None
+
+
 def test_growth(tmp_path):
-    short = ("--layers", "chebyshev", "--widths", 16, "--batch", 16, "--pairs", 2, "--output-dir", tmp_path)
+    short = ("--layers", "chebyshev", "--widths", 16, "--batches", 16, "--seconds", 0, "--output-dir", tmp_path)
     done = run(*short, "--parts", "growth")
     assert done.returncode == 0, done.stderr
     growths = json.loads((tmp_path / "step_cost.json").read_text())["growth"]
@@ -69,6 +98,8 @@ def test_growth(tmp_path):
         (("--layers", "linear"), "invalid choice: 'linear'"),
         (("--basis", 3), "more than 3"),
         (("--device", "abacus"), "'abacus' cannot be used"),
+        (("--modes", "eager", "graphs"), "graphs need --device cuda, got 'cpu'"),
+        (("--seconds", -1), "a number from 0 on, got -1.0"),
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):

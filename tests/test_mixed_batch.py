@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -287,3 +288,22 @@ def test_eight_adapters_over_64_samples():
     y = model(x, adapter_names=names)
     assert math.isfinite(y.sum().item())
     assert_equal(y, one_by_one(model, x, names), 1e-6)
+
+
+def test_the_first_passes_of_a_thread_may_be_compiled():
+    """What belongs to a thread's calls is not there before the first of them."""
+    models = [
+        get_peft_model(nn.Sequential(ChebyKANLayer(n, 3, 2)), LoTRAConfig(r=2, init_weights=False)) for n in (4, 5)
+    ]
+    outputs = []
+    torch._dynamo.reset()
+
+    def run():
+        for n, model in zip((4, 5), models, strict=True):
+            model.compile(backend="eager")
+            outputs.append(model(torch.ones(6, n)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(outputs) == 2

@@ -27,6 +27,8 @@ class Row:
     batch: int
     r: list[int]
     method: str
+    dtype: str = "fp32"
+    mode: str = "eager"
     trainable: int | None = None
     flops: int | None = None
     saved_bytes: int | None = None
@@ -39,7 +41,8 @@ class Row:
     @property
     def title(self) -> str:
         layer, r = KINDS[self.layer].title, tuple(self.r)
-        return f"{layer}, n = m = {self.width}, n_d = {self.basis}, batch {self.batch}, r = {r}"
+        sizes = f"n = m = {self.width}, n_d = {self.basis}, batch {self.batch}, r = {r}"
+        return f"{layer}, {sizes}, {self.dtype}, {self.mode}"
 
 
 def ratio(row: Row, reference: Row, cost: str) -> float | None:

@@ -8,6 +8,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -100,8 +101,19 @@ def synchronize(device: torch.device) -> None:
 
 
 def clock(device: torch.device, *stages: Callable[[], object]) -> list[float]:
-    """Seconds from the start to the end of each stage, run one after the other."""
+    """Seconds from the start to the end of each stage, run one after the other.
+
+    CUDA stamps events on its stream, so that the program may run ahead of it as it does in training.
+    """
     synchronize(device)
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(stages) + 1)]
+        events[0].record()
+        for stage, event in zip(stages, events[1:], strict=True):
+            stage()
+            event.record()
+        synchronize(device)
+        return [events[0].elapsed_time(event) / 1e3 for event in events[1:]]
     start, ends = time.perf_counter(), []
     for stage in stages:
         stage()
@@ -110,18 +122,38 @@ def clock(device: torch.device, *stages: Callable[[], object]) -> list[float]:
     return ends
 
 
+def steady(device: torch.device, *stages: Callable[[], object], repeats: int = 3) -> list[float]:
+    """`clock`, the mean of `repeats` passes through the stages in a row.
+
+    A pass before them is not timed: it meets caches that another method has filled, which nobody does who trains.
+    """
+    for stage in stages:
+        stage()
+    ends = clock(device, *(stages * repeats))
+    lengths = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
+    return list(accumulate(sum(lengths[k :: len(stages)]) / repeats for k in range(len(stages))))
+
+
 def interleaved(
-    runs: Mapping[str, Callable[[], list[float]]], rounds: int, warm_up: int = 2
+    runs: Mapping[str, Callable[[], list[float]]], rounds: int = 5, seconds: float = 0, warm_up: int = 2
 ) -> dict[str, list[list[float]]]:
-    """Each of `runs` once per round, in a fresh random order: what disturbs the machine disturbs all of them alike."""
+    """Each of `runs` once per round, in a fresh random order: what disturbs the machine disturbs all of them alike.
+
+    Args:
+        rounds: at least so many.
+        seconds: rounds go on until so much time has passed.
+        warm_up: rounds before, which are left out.
+    """
     order, results = list(runs), {name: [] for name in runs}
     shuffle = random.Random(0).shuffle
-    for number in range(warm_up + rounds):
+    start, number = time.perf_counter(), 0
+    while number < warm_up + rounds or time.perf_counter() - start < seconds:
         shuffle(order)
         for name in order:
             result = runs[name]()
             if number >= warm_up:
                 results[name].append(result)
+        number += 1
     return results
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from peft_lotra import LoTRAConfig
+from peft_lotra import LoTRAConfig, slim_kan
 
 FLOOR, FULL, LOTRA, LOTRA_8 = "frozen layer", "full fine-tuning", "LoTRA", "LoTRA, 8 adapters"
 LORA_RANK = 8
@@ -26,7 +27,8 @@ class Trained:
     def __post_init__(self) -> None:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.trainable = sum(p.numel() for p in trainable)
-        self.optimizer = torch.optim.Adam(trainable, lr=1e-5) if trainable else None
+        on_cuda = any(p.is_cuda for p in trainable)  # else its counter of steps would keep it out of CUDA graphs
+        self.optimizer = torch.optim.Adam(trainable, lr=1e-5, capturable=on_cuda) if trainable else None
 
     def tensors(self) -> list[Tensor]:
         """Everything that lives from step to step: parameters, buffers, optimizer state."""
@@ -34,17 +36,38 @@ class Trained:
         moments = [value for entry in state for value in entry.values() if isinstance(value, Tensor)]
         return [*self.model.parameters(), *self.model.buffers(), *moments]
 
-    def forward_backward(self, x: Tensor, gradient: Tensor) -> None:
-        self.model(x).backward(gradient)
+    def clear(self, x: Tensor) -> None:
+        x.grad = None
+        if self.optimizer:
+            self.optimizer.zero_grad()
+
+    def forward_backward(self, x: Tensor, gradient: Tensor, autocast: bool = False) -> None:
+        self.clear(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            y = self.model(x)
+        y.backward(gradient.to(y.dtype))
 
     def update(self) -> None:
         if self.optimizer:
             self.optimizer.step()
 
-    def clear(self, x: Tensor) -> None:
-        x.grad = None
-        if self.optimizer:
-            self.optimizer.zero_grad()
+
+def captured(stages: list[Callable[[], object]]) -> list[Callable[[], object]]:
+    """The stages of a training step as CUDA graphs, to be replayed in turn."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # capturing wants what is made at first use to be there
+        for stage in 3 * stages:
+            stage()
+    torch.cuda.current_stream().wait_stream(stream)
+    replays: list[Callable[[], object]] = []
+    pool = torch.cuda.graph_pool_handle()
+    for stage in stages:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            stage()
+        replays.append(graph.replay)
+    return replays
 
 
 def owner_of_coefficients(layer: nn.Module, kind: Kind) -> tuple[nn.Module, str]:
@@ -114,15 +137,12 @@ def inference_methods(layer: nn.Module, kind: Kind, r: tuple[int, int, int]) -> 
 
 def slim_and_dense(layer: nn.Module, kind: Kind, compression_ratio: float) -> dict[str, Trained]:
     """A KAN layer trained from scratch, and one with LoTRA's factors alone for coefficients: A = 0, not stored."""
-    slim = copy.deepcopy(layer)
-    owner, name = owner_of_coefficients(slim, kind)
-    coefficients = getattr(owner, name)
-    zero = torch.zeros((), device=coefficients.device).expand(coefficients.shape)
-    setattr(owner, name, nn.Parameter(zero, requires_grad=False))
-    if hasattr(slim, "spline_scaler"):
-        slim.spline_scaler = None  # there is nothing left to scale
-    others = [parameter for parameter in slim.parameters() if parameter.requires_grad]
-    model = with_lotra(slim, kind, compression_ratio=compression_ratio)
+    slim = OneLayer(copy.deepcopy(layer))
+    if hasattr(slim.layer, "spline_scaler"):
+        slim.layer.spline_scaler = None  # there is nothing left to scale
+    coefficients = dict(kind.coefficients(slim.layer))
+    others = [parameter for name, parameter in slim.layer.named_parameters() if name != kind.parameter]
+    model = slim_kan(slim, compression_ratio=compression_ratio, coefficients=coefficients)
     for parameter in others:
         parameter.requires_grad_(True)
     return {"dense": Trained(OneLayer(layer)), "Slim": Trained(model)}

@@ -2,10 +2,12 @@
 
     python examples/benchmarks/step_cost.py
     python examples/benchmarks/step_cost.py --layers fastkan --widths 512 1024 --parts step
+    python examples/benchmarks/step_cost.py --device cuda --parts step --widths 512 1024 2048 4096 \\
+        --batches 1024 8192 65536 --dtypes fp32 tf32 bf16 --modes eager compile graphs
 
 Everything is measured in one run, the methods in turn, and given as ratios. A step is a forward and backward pass with
 the gradient to the layer's input; the frozen layer's (the "floor") is the least that any adapter can cost. Prints
-tables, and writes all numbers as JSON (after each layer and width) and a picture.
+tables, and writes all numbers as JSON (after each case) and a picture.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import argparse
 import copy
 import importlib.util
 import json
+import math
 import platform
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -28,10 +32,11 @@ sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 from command_line import check_device, exit_code, make_output_dir, new_parser, positive_int
 from cost_report import Row, draw, format_growth, format_rows
 from layers import KINDS, SPLINE_ORDER, OneLayer
-from measuring import clock, count_flops, fitted_exponent, interleaved, peak_bytes, saved_bytes
+from measuring import clock, count_flops, fitted_exponent, interleaved, peak_bytes, saved_bytes, steady
 from methods import (
     FULL,
     Trained,
+    captured,
     inference_methods,
     lotra_and_floor,
     slim_and_dense,
@@ -45,6 +50,8 @@ from tqdm import tqdm
 from peft_lotra import initialize_lotra_weights
 
 PARTS = ("step", "inference", "slim", "initialization", "growth")
+DTYPES = ("fp32", "tf32", "bf16")  # of matrix products; bf16 by autocast, parameters stay in fp32
+MODES = ("eager", "compile", "graphs")
 SLIM_RATIO = 0.1  # factors of a Slim layer per coefficient of the dense one
 GROWTH = (1, 2, 4, 8)  # the factors by which the part "growth" enlarges one size at a time
 GROWTH_BATCH = 64  # at most, to begin with
@@ -53,12 +60,18 @@ GROWTH_BATCH = 64  # at most, to begin with
 class Case:
     """One layer of one size with its input, on a device; the costs of the methods on it."""
 
-    def __init__(self, args: argparse.Namespace, kind: str, width: int, **sizes: Any) -> None:
-        self.kind, self.pairs, self.device = KINDS[kind], args.pairs, torch.device(args.device)
-        basis, batch = sizes.get("basis", args.basis), sizes.get("batch", batch_of(args, kind))
+    def __init__(
+        self, args: argparse.Namespace, kind: str, width: int, batch: int, dtype: str = "fp32", mode: str = "eager",
+        **sizes: Any,
+    ) -> None:  # fmt: skip
+        self.kind, self.seconds, self.device = KINDS[kind], args.seconds, torch.device(args.device)
+        self.bf16, self.mode = dtype == "bf16", mode
+        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
+        basis = sizes.get("basis", args.basis)
         self.sizes = (width, width, basis)
         self.r = tuple(map(min, sizes.get("r", args.r), self.sizes))
-        self.row = partial(Row, layer=kind, width=width, basis=basis, batch=batch, r=list(self.r))
+        row = partial(Row, layer=kind, width=width, basis=basis, batch=batch, r=list(self.r))
+        self.row = partial(row, dtype=dtype, mode=mode)
         torch.manual_seed(args.seed)
         # Inside the range of every basis.
         self.x = (torch.rand(batch, width, device=self.device) * 1.8 - 0.9).requires_grad_()
@@ -102,29 +115,37 @@ class Case:
             full.forward_backward(self.x, self.gradient)
             full.update()
 
-        calls = {FULL: step, "gradient initialisation": initialize}
-        seconds = interleaved({name: partial(clock, self.device, call) for name, call in calls.items()}, self.pairs)
-        return [
-            self.row(
-                "initialization", method=name, flops=count_flops(call), seconds=[ends[0] for ends in seconds[name]]
-            )
-            for name, call in calls.items()
-        ]
+        return self._called("initialization", {FULL: step, "gradient initialisation": initialize}, clock)
 
     @torch.no_grad()
     def inference(self) -> list[Row]:
         models = inference_methods(self.layer(), self.kind, self.r)
-        calls = {name: partial(model, self.x) for name, model in models.items()}
-        seconds = interleaved({name: partial(clock, self.device, call) for name, call in calls.items()}, self.pairs)
+        return self._called("inference", {name: partial(model, self.x) for name, model in models.items()}, steady)
+
+    def _called(
+        self, part: str, calls: dict[str, Callable[[], object]], clock: Callable[..., list[float]]
+    ) -> list[Row]:
+        runs = {name: partial(clock, self.device, call) for name, call in calls.items()}
+        seconds = interleaved(runs, seconds=self.seconds)
         return [
-            self.row("inference", method=name, flops=count_flops(call), seconds=[ends[0] for ends in seconds[name]])
+            self.row(part, method=name, flops=count_flops(call), seconds=[ends[0] for ends in seconds[name]])
             for name, call in calls.items()
         ]
 
     def _trained(self, part: str, methods: dict[str, Trained | str]) -> list[Row]:
         """A row for each method; with the reason instead of costs where there is only that."""
-        runs = {name: partial(self._timed_step, m) for name, m in methods.items() if isinstance(m, Trained)}
-        seconds = interleaved(runs, self.pairs)
+        methods = dict(methods)
+        runs = {}
+        for name, method in methods.items():
+            if isinstance(method, Trained):
+                try:
+                    runs[name] = partial(steady, self.device, *self._stages(method))
+                    runs[name]()
+                except torch.OutOfMemoryError as error:
+                    methods[name] = str(error).splitlines()[0]
+                    runs.pop(name, None)
+                    method.clear(self.x)
+        seconds = interleaved(runs, seconds=self.seconds)
         return [
             self.row(part, method=name, refused=method)
             if isinstance(method, str)
@@ -132,41 +153,43 @@ class Case:
             for name, method in methods.items()
         ]
 
-    def _timed_step(self, method: Trained) -> list[float]:
-        method.clear(self.x)
-        return clock(self.device, partial(method.forward_backward, self.x, self.gradient), method.update)
+    def _stages(self, method: Trained) -> list[Callable[[], object]]:
+        """A training step in two: forward and backward, Adam."""
+        if self.mode == "compile":
+            method.model.compile()
+        stages = [partial(method.forward_backward, self.x, self.gradient, self.bf16), method.update]
+        return captured(stages) if self.mode == "graphs" else stages
 
     def _trained_row(self, part: str, name: str, method: Trained, seconds: list[list[float]]) -> Row:
-        def step() -> None:
-            method.forward_backward(self.x, self.gradient)
-            method.update()
-
-        method.clear(self.x)
-        held = [*method.tensors(), self.x, self.gradient]
-        peak = peak_bytes(step, held, self.device)
-        method.clear(self.x)
-        flops = count_flops(step)
-        method.clear(self.x)
-        saved = saved_bytes(partial(method.model, self.x), method.model.parameters())
-        return self.row(
+        row = self.row(
             part,
             method=name,
             trainable=method.trainable,
-            flops=flops,
-            saved_bytes=saved,
-            peak_bytes=peak,
             seconds=[first for first, _ in seconds],
             seconds_with_adam=[last for _, last in seconds],
         )
+        if self.mode == "eager":
+
+            def step() -> None:
+                method.forward_backward(self.x, self.gradient, self.bf16)
+                method.update()
+
+            method.clear(self.x)
+            row.peak_bytes = peak_bytes(step, [*method.tensors(), self.x, self.gradient], self.device)
+            row.flops = count_flops(step)
+            method.clear(self.x)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                row.saved_bytes = saved_bytes(partial(method.model, self.x), method.model.parameters())
+        return row
 
 
-def batch_of(args: argparse.Namespace, kind: str) -> int:
-    return args.pykan_batch if kind == "pykan" else args.batch
+def batches_of(args: argparse.Namespace, kind: str) -> list[int]:
+    return [args.pykan_batch] if kind == "pykan" else args.batches
 
 
 def growth(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
     """What LoTRA costs beyond the frozen layer, over one size at a time, and p of the fit cost ≈ c · sizeᵖ."""
-    start = {"width": args.widths[0], "basis": args.basis, "batch": min(GROWTH_BATCH, batch_of(args, kind))}
+    start = {"width": args.widths[0], "basis": args.basis, "batch": min(GROWTH_BATCH, batches_of(args, kind)[0])}
     start |= {"rank": max(1, args.r[0] // 2), "adapters": 1}
     records = []
     for name, first in start.items():
@@ -174,7 +197,8 @@ def growth(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
         for size in sizes:
             now = start | {name: size}
             r = (now["rank"], now["rank"], args.r[2])
-            case = Case(args, kind, now["width"], basis=now["basis"], batch=now["batch"], r=r)
+            case = Case(args, kind, now["width"], now["batch"], basis=now["basis"], r=r)
+            case.seconds /= 4  # there are many sizes
             own = case.lotra_beyond_floor(now["adapters"])
             flops.append(own[0])
             seconds.append(own[1])
@@ -198,18 +222,30 @@ def run(args: argparse.Namespace) -> None:
         record = {"environment": environment, "settings": settings, "rows": list(map(asdict, rows)), "growth": growths}
         write_atomically(args.output_dir / "step_cost.json", lambda p: p.write_text(json.dumps(record, indent=1)))
 
-    parts = [part for part in PARTS[:-1] if part in args.parts]
-    cases = [(kind, width) for width in args.widths for kind in args.layers if parts]
+    settings_of_step = [(dtype, mode) for dtype in args.dtypes for mode in args.modes]
+    settings_of = {part: settings_of_step if part == "step" else [("fp32", "eager")] for part in PARTS[:-1]}
+    cases = [
+        (width, batch, kind, part, setting)
+        for width in args.widths
+        for kind in args.layers
+        for batch in batches_of(args, kind)
+        for part in PARTS[:-1]
+        if part in args.parts
+        for setting in settings_of[part]
+    ]
     growing = args.layers if "growth" in args.parts else []
     with tqdm(total=len(cases) + len(growing), unit="case", dynamic_ncols=True) as bar:
-        for kind, width in cases:
-            bar.set_description(f"{kind} {width}")
-            case = Case(args, kind, width)
-            tables = {part: getattr(case, part)() for part in parts}
-            rows += [row for table in tables.values() for row in table]
+        title = None
+        for width, batch, kind, part, setting in cases:
+            bar.set_description(f"{kind} {width} {part}")
+            torch.compiler.reset()
+            table = getattr(Case(args, kind, width, batch, *setting), part)()
+            rows += table
             write()
-            title = next(iter(tables.values()))[0].title
-            bar.write("\n\n".join(["", title, *map(format_rows, tables.values())]))
+            if title != table[0].title:
+                title = table[0].title
+                bar.write(f"\n{title}")
+            bar.write(f"\n{format_rows(table)}")
             bar.update()
         for kind in growing:
             bar.set_description(f"{kind} growth")
@@ -218,8 +254,9 @@ def run(args: argparse.Namespace) -> None:
             bar.write(f"\n{KINDS[kind].title}\n\n{format_growth(records)}")
             bar.update()
     files = "step_cost.json"
-    if "step" in parts:
-        figure = draw([row for row in rows if row.part == "step"])
+    if steps := [row for row in rows if row.part == "step" and (row.dtype, row.mode) == settings_of_step[0]]:
+        batch_of = {row.layer: row.batch for row in reversed(steps)}
+        figure = draw([row for row in steps if row.batch == batch_of[row.layer]])
         picture = args.output_dir / "step_cost.png"
         write_atomically(picture, lambda p: figure.savefig(p, dpi=120, format="png"))
         files += ", step_cost.png"
@@ -236,13 +273,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--layers", nargs="+", choices=list(KINDS), help="default: all; pykan only if it is installed")
-    add("--widths", type=positive_int, nargs="+", default=[64, 256, 512], help="n = m; growth starts from the first")
+    add("--widths", type=positive_int, nargs="+", default=[64, 256], help="n = m; growth starts from the first")
     add("--basis", type=positive_int, default=8, help=f"basis functions n_d, more than {SPLINE_ORDER}")
-    add("--batch", type=positive_int, default=256, help="batch size")
+    add("--batches", type=positive_int, nargs="+", default=[256], help="batch sizes; the picture has the first")
+    add("--dtypes", nargs="+", choices=DTYPES, default=["fp32"], help="of a step's products; bf16 is autocast")
+    add("--modes", nargs="+", choices=MODES, default=["eager"], help="of a step; graphs are CUDA's")
     # pykan forms batch × n × m values a dozen times over.
     add("--pykan-batch", type=positive_int, default=16, help="batch size for pykan, whose memory grows as batch·n·m")
     add("--r", type=positive_int, nargs=3, default=(8, 8, 4), help="LoTRA's ranks: input output basis")
-    add("--pairs", type=positive_int, default=20, help="timed rounds, in each of which every method runs once")
+    add("--seconds", type=float, default=1.5, help="of a table's timed rounds, which are five at least")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
     add(
         "--threads", type=positive_int, help="of the CPU; one gives steadier times on a busy machine; default: torch's"
@@ -259,7 +298,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.layers = [kind for kind in KINDS if kind != "pykan" or importlib.util.find_spec("kan")]
     elif "pykan" in args.layers and not importlib.util.find_spec("kan"):
         parser.error("argument --layers: pykan cannot be imported; pip install pykan")
+    if not 0 <= args.seconds < math.inf:
+        parser.error(f"argument --seconds: should be a number from 0 on, got {args.seconds}")
     check_device(parser, args)
+    if "graphs" in args.modes and torch.device(args.device).type != "cuda":
+        parser.error(f"argument --modes: graphs need --device cuda, got {args.device!r}")
     make_output_dir(parser, args)
     return args
 
