@@ -118,3 +118,16 @@ def test_serving(tmp_path):
     assert results["loading"]["ratio"] > 0
     assert list(results["mixed"]) == ["efficient", "fastkan", "chebyshev"]
     assert all(0 < result["difference"] < 1e-5 and result["ratio"] > 0 for result in results["mixed"].values())
+
+
+def test_small_layers(tmp_path):
+    command = [sys.executable, "-W", "error", str(SCRIPT.with_name("small_layers.py")), "--output-dir", str(tmp_path)]
+    command += ["--parts", "calls", "steps", "constants", "--widths", "4", "--batch", "8", "--seconds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "small_layers.json").read_text())
+    assert list(results["calls"]) == ["chebyshev", "fastkan", "efficient"]
+    assert all(0 < count <= 80 for count in results["calls"].values())
+    (row,) = results["steps"]
+    assert row["over full"].keys() == {LOTRA, "last layer"}
+    assert all(value > 0 for value in results["constants"].values())

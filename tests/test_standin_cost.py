@@ -1,6 +1,7 @@
 """What an adapted layer costs: FLOPs, memory, and which way round is taken."""
 
 import copy
+import gc
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from adapted_layers import First, adapt, adapted, dense
 from conftest import assert_different, assert_equal
 from kan_layers import ChebyKANLayer, FastKANLayer, KANLinear
-from layer_table import LAYERS
+from layer_table import LAYERS, REGISTERED
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,10 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import peft_lotra
 from peft_lotra import slim_kan
 from peft_lotra.layer import adapted_tensors
-from peft_lotra.standin import placing
+from peft_lotra.standin import Adapted, placing
 from peft_lotra.standin.cost import DENSE, cheapest_order
+from peft_lotra.standin.tensor import EagerStandIn
 
 all_layers = pytest.mark.parametrize("name", LAYERS)
+registered = pytest.mark.parametrize("name", REGISTERED)
 PACKAGE = Path(peft_lotra.__file__).parent
 WIDTH, BATCH, BASIS = 512, 256, 8
 WIDE = {
@@ -166,6 +169,23 @@ def test_merging_needs_no_second_copy_of_the_coefficients(name, safe_merge):
     assert made.entries <= WIDTH * WIDTH * BASIS / 12
     assert_different(y, base(x))
     assert_equal(merged(x), y, 1e-4)
+
+
+@registered
+def test_nothing_of_a_pass_is_left_when_it_ends(name):
+    """Not even until Python looks for cycles: a stand-in may hold A times its scale."""
+    _, model, x = adapted(name)
+    gc.collect()
+    gc.disable()
+    try:
+        y = model(x)
+        assert y.requires_grad
+        assert not [thing for thing in gc.get_objects() if type(thing) is EagerStandIn]
+        with torch.no_grad():
+            model(x)
+        assert not [thing for thing in gc.get_objects() if type(thing) in (EagerStandIn, Adapted)]
+    finally:
+        gc.enable()
 
 
 def calls(function):

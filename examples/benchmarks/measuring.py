@@ -122,13 +122,12 @@ def clock(device: torch.device, *stages: Callable[[], object]) -> list[float]:
     return ends
 
 
-def steady(device: torch.device, *stages: Callable[[], object], repeats: int = 3) -> list[float]:
-    """`clock`, the mean of `repeats` passes through the stages in a row.
+def steady(device: torch.device, *stages: Callable[[], object], seconds: float = 0.03) -> list[float]:
+    """`clock`, the mean of passes through the stages in a row: three, or as many as take so many seconds.
 
-    A pass before them is not timed: it meets caches that another method has filled, which nobody does who trains.
+    A pass before them is left out: it meets caches that another method has filled, which nobody does who trains.
     """
-    for stage in stages:
-        stage()
+    repeats = max(3, math.ceil(seconds / clock(device, *stages)[-1]))
     ends = clock(device, *(stages * repeats))
     lengths = [end - start for start, end in zip([0.0, *ends], ends, strict=False)]
     return list(accumulate(sum(lengths[k :: len(stages)]) / repeats for k in range(len(stages))))

@@ -17,11 +17,12 @@ ORDERS = ("", "d", "i", "di", "id")  # modes whose factors are contracted with x
 
 Triple = tuple[int, int, int]
 
-# Multiply-adds in the time that it takes to move one number from or to memory, about.
+# Multiply-adds in the time that it takes to move one number from or to memory: from 2 in a cache to 34 outside, on the
+# CPUs where `examples/benchmarks/small_layers.py --parts constants` ran.
 _TRAFFIC = 16
-# Multiply-adds in the time of one call of torch, a third of what it takes forward and backward, by kind of device.
-# The CPU's, also that of _TRAFFIC, are what examples/benchmarks/call_cost.py prints; "meta" counts for it. Elsewhere
-# this is an estimate, of 5 µs at 20 Tera multiply-adds in a second.
+# Multiply-adds in the time of one call of torch, a third of what it takes forward and backward, by kind of device. The
+# same command printed 160,000 to 350,000; "meta" counts for the CPU. Elsewhere this is an estimate, of 5 µs at 20 Tera
+# multiply-adds in a second.
 _CALL = {"cpu": 350_000, "meta": 350_000}
 _CALL_ELSEWHERE = 100_000_000
 _DERIVATIVES = 4

@@ -82,7 +82,8 @@ class Adapted(Call):
         enter(self._places)
 
     def __exit__(self, *_: Any) -> None:
-        leave(self._places)
+        places, self._places = self._places, []  # they refer to this, and what they hold is to be freed at once
+        leave(places)
 
 
 @contextmanager
