@@ -122,7 +122,7 @@ def test_serving(tmp_path):
 
 def test_small_layers(tmp_path):
     command = [sys.executable, "-W", "error", str(SCRIPT.with_name("small_layers.py")), "--output-dir", str(tmp_path)]
-    command += ["--parts", "calls", "steps", "constants", "--widths", "4", "--batch", "8", "--seconds", "1"]
+    command += ["--parts", "calls", "steps", "constants", "--widths", "8", "--batch", "8", "--seconds", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "small_layers.json").read_text())
