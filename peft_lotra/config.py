@@ -68,6 +68,8 @@ class LoTRAConfig(PeftConfig):
             `sizes` (of flattened axes), `slice` (the part of a packed parameter), `scale` and `scale_layout` (a factor
             before the contraction), and `layer` (the module whose forward uses the parameter, if the key does not
             tell).
+        allow_unread: whether a forward pass of an adapted layer may go by without using its coefficients, as in a
+            layer with branches; otherwise that is an error, since the adapter would have no effect.
         init_weights: True: G = 0, factors normal with variance 1/size; the adapted model starts equal to the base.
             False: G is random too, for tests.
         slim: A_pt = 0 without memory: the coefficient tensors are the update alone, and those of the model are lost.
@@ -89,6 +91,7 @@ class LoTRAConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     coefficients: dict[str, Any] = field(default_factory=dict)
+    allow_unread: bool = False
     init_weights: bool = True
     slim: bool = False
 
@@ -131,7 +134,7 @@ class LoTRAConfig(PeftConfig):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str (regular expression)")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        for name in ("init_weights", "slim"):
+        for name in ("allow_unread", "init_weights", "slim"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` should be True or False but the value passed is {getattr(self, name)!r}")
 

@@ -56,6 +56,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self._before_merge: dict[str, torch.Tensor] = {}  # by path: parameter and scale
+        self._allows_unread = False  # whether the base layer need not use its coefficients in every pass
         self._needs_tensor = False  # whether the base layer was found to take its coefficients as a plain tensor only
 
     def update_layer(
@@ -220,8 +221,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def _run(self, args: Any, kwargs: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling() or self._needs_tensor:
             return self._run_eagerly(args, kwargs)
-        with traced(self.get_base_layer(), self.spec, self._active_updates(), self._base_is_zero):
-            return self.base_layer(*args, **kwargs)
+        updates = self._active_updates()
+        with traced(self.get_base_layer(), self.spec, updates, self._base_is_zero) as call:
+            y = self.base_layer(*args, **kwargs)
+        if updates and not call.acted:
+            self._check_unread()
+        return y
 
     # Where torch.compile breaks the graph at this layer, it must not compile parts of what runs in it.
     @torch.compiler.disable
@@ -234,7 +239,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 adapted = Adapted(layer, spec, updates, is_zero=self._base_is_zero)
                 try:
                     with adapted:
-                        return inner(*args, **kwargs)
+                        y = inner(*args, **kwargs)
+                    if updates and not adapted.acted:
+                        self._check_unread()
+                    return y
                 except Exception:
                     if not adapted.needs_tensor:
                         raise
@@ -242,6 +250,17 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 warn("TorchScript, torch.autograd.Function or torch.vmap", type(layer).__qualname__)
             with replaced(layer, spec, adapted_coefficients(layer, spec, updates).contiguous()):
                 return inner(*args, **kwargs)
+
+    def _check_unread(self) -> None:
+        """Raise RuntimeError after a pass that computed nothing from the coefficients, unless that is expected."""
+        if not self._allows_unread:
+            raise RuntimeError(
+                f"a forward pass of {type(self.get_base_layer()).__qualname__} did not use `{self.spec.parameter}`, "
+                "and its adapter had no effect: the layer uses another tensor, gets at this one otherwise than as an "
+                "attribute, keeps a copy of it, or uses it after the pass. `verify_coefficients(model, *sample)` says "
+                "whether it is the right one; `LoTRAConfig(allow_unread=True)` is for layers that do not use it in "
+                "every pass"
+            )
 
     def _active_updates(self, besides: str | None = None) -> tuple[Update, ...]:
         """The updates that count on top of what the base layer holds, without that of the adapter `besides`."""
@@ -261,7 +280,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 updates.append(self._update(name))
         return tuple(updates)
 
-    def _adapted_for_methods(self) -> AbstractContextManager[None]:
+    def _adapted_for_methods(self) -> AbstractContextManager[object]:
         """While this is entered, the base layer finds A_ft where its coefficients are, also outside of forward."""
         layer, updates = self.get_base_layer(), self._active_updates()
         if updates and is_sharded(layer, self.spec, updates):
@@ -273,6 +292,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     def _base_is_zero(self) -> bool:
         """Whether A is zero, held without memory."""
         return False
+
+    def _holds_coefficients(self, name: str) -> bool:
+        return any(path.startswith(f"{name}.") for path in self._paths)
 
     @property
     def _paths(self) -> list[str]:
@@ -301,6 +323,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
         value = getattr(self.base_layer, name)
+        if isinstance(value, nn.Module) and self._holds_coefficients(name) and self._active_updates():
+            raise RuntimeError(
+                f"`{name}` of a {type(self.get_base_layer()).__qualname__} holds its adapted coefficients "
+                f"`{self.spec.parameter}`, and past the adapter it has those of the base: call the layer itself, "
+                f"adapt `{name}` instead of it, or read `base_layer.{name}` if the base is meant"
+            )
         if name == self.spec.parameter and (updates := self._active_updates()):
             return adapted_coefficients(self.get_base_layer(), self.spec, updates)
         if name == self.spec.scale and self._active_updates():

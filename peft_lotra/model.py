@@ -81,6 +81,7 @@ class LoTRAModel(BaseTuner):
                 init_weights=peft_config.init_weights,
                 inference_mode=peft_config.inference_mode,
             )
+            layer._allows_unread |= peft_config.allow_unread
             if is_new and adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
         self._replace_module(parent, target_name, target, target)

@@ -14,7 +14,7 @@ from torch import nn
 
 from .checkpoint import CONTAINERS
 from .coefficients import CoefficientSpec, known_coefficients, registered_kan_layers
-from .coefficients.spec import tensor_at
+from .coefficients.spec import owner_of, tensor_at
 from .config import LoTRAConfig, Target, pattern_value
 from .layer import adapted_tensors
 from .slim_layer import SlimLayer
@@ -46,6 +46,7 @@ def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
     _check_modules_to_save(config)
     base = _BaseModel.of(model)
     selected = _select(base.layers, _known_targets(base, config), config)
+    _check_stored(base.layers, selected)
     _check_not_shared(model, base.layers, selected)
     targets = _with_ranks(selected, config)
     _check_not_inside(base.layers, config, targets)
@@ -175,6 +176,22 @@ def _select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRAC
         given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
         raise NoMatchingPeftModuleError(f"no KAN layer is left by {given}; the model's KAN layers are {kan_layers}")
     return [target for target in known if target.module in chosen]
+
+
+def _check_stored(layers: Mapping[str, nn.Module], targets: list[Target]) -> None:
+    """Refuse a tensor that its module computes, as for weight_norm, pruning or LoRA: nothing could stand in for it."""
+    for target in targets:
+        layer, spec = layers[target.module], target.spec
+        for path in filter(None, (spec.parameter, spec.scale)):
+            owner, name = owner_of(layer, path)
+            if name not in owner._parameters and name not in owner._buffers:
+                raise ValueError(
+                    f"`{path}` of the KAN layer {target.module} ({type(owner).__qualname__}) is computed from other "
+                    "tensors, by a parametrization, pruning or another adapter, and cannot be adapted: make it a "
+                    f"parameter first (torch.nn.utils.parametrize.remove_parametrizations(module, {name!r}), "
+                    f"torch.nn.utils.prune.remove(module, {name!r}), torch.nn.utils.remove_weight_norm, or "
+                    "merge_and_unload), or leave the layer out by `exclude_modules`"
+                )
 
 
 def _check_not_shared(model: nn.Module, layers: Mapping[str, nn.Module], targets: list[Target]) -> None:

@@ -15,6 +15,7 @@ from ..coefficients import CoefficientSpec, known_coefficients
 from ..config import LoTRAConfig
 from ..layer import adapted_tensors
 from ..preserved import preserved
+from ..standin.placing import is_used
 from ..targets import resolve_targets
 from .layouts import agree
 from .recording import map_tensors, tensors_in
@@ -47,9 +48,9 @@ def infer_coefficients(model: nn.Module, *sample: Any, **kwargs: Any) -> Inferre
 
     The model runs once, then each layer a few times on what it received, in float64 where it can, on the device where
     it is. From the derivatives of y_o = Σ_i Σ_d A[i, o, d]·φ_d(x_i) by the stored entries follows to which input,
-    output and basis function each belongs. Layers of registered classes are taken as registered. In every run modules
-    are in eval mode, and random numbers the same. The model is left exactly as it was. The sample should be like the
-    data: basis functions that it does not reach are not seen.
+    output and basis function each belongs. Layers of registered classes run once, and are taken as registered if they
+    use what is registered. In every run modules are in eval mode, and random numbers the same. The model is left
+    exactly as it was. The sample should be like the data: basis functions that it does not reach are not seen.
 
     Raises:
         ValueError: if the model does not run on the sample, or no coefficient tensor is found; the text then says why
@@ -220,10 +221,20 @@ class _Search:
     def take_registered(self, name: str, layer: nn.Module) -> None:
         specs = [] if self.is_registered(name) else known_coefficients(layer)
         for spec in specs:
+            if name in self.calls and not self._is_used(layer, spec, *self.calls[name]):
+                reason = "registered, but a pass of the layer does not use it"
+                self._left_out[_join(name, spec.parameter)] = (name, reason)
+                return
+        for spec in specs:
             self._add(name, spec, "registered")
         if specs:
             self._registered.append(name)
             self._open = {full: tests for full, tests in self._open.items() if not full.startswith(_join(name, ""))}
+
+    def _is_used(self, layer: nn.Module, spec: CoefficientSpec, args: tuple, kwargs: dict) -> bool:
+        self.passes.forward += 1
+        with preserved(layer, training=False), torch.no_grad():
+            return is_used(layer, spec, args, kwargs)
 
     def _add(self, name: str, spec: CoefficientSpec, how: str) -> None:
         full = _join(name, spec.parameter)

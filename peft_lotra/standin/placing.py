@@ -12,6 +12,7 @@ from torch import nn
 
 from ..coefficients.spec import CoefficientSpec
 from ..placement.sharded import any_sharded, full_shape, full_tensor
+from ..tensors.tucker import TuckerFactors, factor_shapes
 from .axes import parameter_axes, spread_scale
 from .calls import enter, held, leave
 from .operations import Weight
@@ -78,23 +79,34 @@ class Adapted(Call):
             handle = handle_of(owner, name, tensor) if updates else None
             self._places.append((owner, name, (meant, self), handle))
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Adapted:
         enter(self._places)
+        return self
 
     def __exit__(self, *_: Any) -> None:
         places, self._places = self._places, []  # they refer to this, and what they hold is to be freed at once
         leave(places)
 
 
+def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> bool:
+    """Whether a forward pass of the layer computes something from its coefficients."""
+    parameter = _located(layer, spec.parameter)[2]
+    shapes = factor_shapes(spec.layout.canonical_shape, (1, 1, 1))
+    factors = TuckerFactors(*[parameter.new_zeros(shape) for shape in shapes])
+    with Adapted(layer, spec, (Update(factors, 1.0),), quiet=True) as adapted:
+        layer(*args, **kwargs)
+    return adapted.acted
+
+
 @contextmanager
-def traced(layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], is_zero: bool) -> Iterator[None]:
+def traced(layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], is_zero: bool) -> Iterator[Call]:
     """`Adapted` where torch.compile traces the pass, alone in its thread."""
     call, placed = Call(layer), []
     try:
         for owner, name, _, meant in _meanings(layer, spec, updates, is_zero) if updates else ():
             owner.__dict__[name] = stand_in(meant, call)
             placed.append((owner, name))
-        yield
+        yield call
     finally:
         for owner, name in placed:
             owner.__dict__.pop(name, None)

@@ -43,12 +43,13 @@ class Call:
         owner: the layer's class, for warnings; None to give none.
         recorded: whether autograd records the pass.
         needs_tensor: whether code of the layer was found to take plain tensors only.
+        acted: whether something was computed from the coefficients: not from their shape, or a view of them, alone.
     """
 
     def __init__(self, layer: nn.Module, quiet: bool = False) -> None:
         self.owner = None if quiet else type(layer).__qualname__
         self.recorded = not quiet and torch.is_grad_enabled()
-        self.needs_tensor = False
+        self.needs_tensor = self.acted = False
 
     def refuse(self, what: str) -> TensorNeeded:
         self.needs_tensor = True
@@ -97,6 +98,9 @@ class EagerStandIn(StandIn):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         standin = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StandIn))
         raise _meaning(standin)[1].refuse(f"`{func}`")
+
+
+_NOT_YET = (*_STANDING, StandIn, tuple)  # results that hold no values of the coefficients
 
 
 def stand_in(meant: Weight | Product | Ones, call: Call) -> StandIn:
@@ -161,6 +165,8 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         result = handler(function, first, meant, args, kwargs)
     elif handler is _multiplied and len(found) == len(args) == 2:
         result = _by_ones(first, found[1])
+    if not isinstance(result, _NOT_YET) and (len(found) > 1 or not isinstance(meant, Ones)):
+        call.acted = True
     if result is NotImplemented:
         if isinstance(meant, Weight) or (isinstance(meant, Product) and not meant.has_batch):
             warn(_name(function), call.owner)
