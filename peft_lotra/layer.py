@@ -21,7 +21,17 @@ from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from .mixed_batch import MixedBatch, Shares
 from .placement.offloaded import tensors_in_place, writable_tensors
 from .placement.sharded import full_shape, write
-from .standin import Adapted, Update, adapted_coefficients, adapted_rows, is_sharded, replaced, traced, warn
+from .standin import (
+    Adapted,
+    Update,
+    adapted_coefficients,
+    adapted_rows,
+    is_sharded,
+    read_only,
+    replaced,
+    traced,
+    warn,
+)
 from .tensors.ranks import as_triple
 from .tensors.tucker import Ranks, TuckerFactors, factor_shapes
 
@@ -56,6 +66,10 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self._before_merge: dict[str, torch.Tensor] = {}  # by path: parameter and scale
+        # What frameworks hang on modules later is each module's own.
+        names = {name for name in dir(base_layer) if not name.startswith("_")}
+        names |= getattr(base_layer, "_names_of_base", set())
+        self._names_of_base = frozenset(names.difference(vars(self), self._modules, dir(nn.Module)))
         self._allows_unread = False  # whether the base layer need not use its coefficients in every pass
         self._needs_tensor = False  # whether the base layer was found to take its coefficients as a plain tensor only
 
@@ -315,6 +329,18 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             if not factor.is_meta and device != torch.device("meta"):
                 factor.data = factor.data.to(device)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the base layer had when it was wrapped is set there: the wrapper's would be lost with it."""
+        if name not in self.__dict__.get("_names_of_base", ()) or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        elif name in self._paths:
+            raise AttributeError(
+                f"`{name}` of a {type(self.get_base_layer()).__qualname__} is under a LoTRA adapter, whose update "
+                "belongs to the present values: call `merge_and_unload()` or `unload()` on the model first"
+            )
+        else:
+            setattr(self.base_layer, name, value)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -330,9 +356,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 f"adapt `{name}` instead of it, or read `base_layer.{name}` if the base is meant"
             )
         if name == self.spec.parameter and (updates := self._active_updates()):
-            return adapted_coefficients(self.get_base_layer(), self.spec, updates)
+            return read_only(adapted_coefficients(self.get_base_layer(), self.spec, updates))
         if name == self.spec.scale and self._active_updates():
-            return torch.ones_like(value)
+            return read_only(torch.ones_like(value))
         if not ismethod(value):
             return value
 

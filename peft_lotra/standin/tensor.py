@@ -147,19 +147,19 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         return _requires_grad(meant)
     if handler is _shown and (not args or args[0] is not first):
         return _called(function, args, kwargs, _stored)  # `x.view_as(weight)` wants its shape only
-    if handler is None and not isinstance(meant, Ones) and _writes(function, kwargs):
+    if handler is None and writes(function, kwargs):
         raise TypeError(
             f"`{_name(function)}` would write to adapted coefficients, which are a parameter and its update without "
             "memory of their own: use the operation that returns a new tensor"
         )
     if call.recorded and not torch.is_grad_enabled() and _requires_grad(meant):
-        # In the forward of a `torch.autograd.Function`, whose backward would not know of the factors.
-        if _is_checkpointed():
+        if _runs_in(CheckpointFunction.forward):
             raise RuntimeError(
                 f"a {call.owner} calls `checkpoint(use_reentrant=True)` in its own forward, which would give its "
                 "adapter no gradients: checkpoint the adapted layer, or a larger part of the model, instead"
             )
-        raise call.refuse(f"`{_name(function)}` without gradients")
+        if _runs_in(torch.autograd.Function.apply.__func__):  # type: ignore[attr-defined]  # its backward would not know of the factors
+            raise call.refuse(f"`{_name(function)}` without gradients")
     result = NotImplemented
     if handler is not None and (len(found) == 1 or handler is _shown):
         result = handler(function, first, meant, args, kwargs)
@@ -178,10 +178,10 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     return result
 
 
-def _is_checkpointed() -> bool:
-    """Whether this runs inside of a reentrant checkpoint."""
+def _runs_in(function: Any) -> bool:
+    """Whether a call of a Python function is under way in this thread."""
     frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+    while frame is not None and frame.f_code is not function.__code__:
         frame = frame.f_back
     return frame is not None
 
@@ -317,7 +317,8 @@ def _name(function: Callable[..., Any]) -> str:
     return getattr(function, "__name__", str(function))
 
 
-def _writes(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+def writes(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a torch function writes to one of its arguments."""
     name = _name(function)
     in_place = name.endswith("_") and not name.endswith("__")
     return in_place or name in ("__setitem__", "__set__") or kwargs.get("out") is not None
