@@ -125,7 +125,14 @@ class LoTRAConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
+                _check_entries(name, value, str, "names of modules, or a regular expression")
                 setattr(self, name, set(value))
+        if self.modules_to_save is not None:
+            _check_entries("modules_to_save", self.modules_to_save, str, "names of modules")
+        if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
+            _check_entries("layers_pattern", self.layers_pattern, str, "names, or one name")
+        if self.layers_to_transform is not None and type(self.layers_to_transform) is not int:
+            _check_entries("layers_to_transform", self.layers_to_transform, int, "indices of layers, or one index")
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(self, name) is not None and isinstance(self.target_modules, str):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str (regular expression)")
@@ -226,9 +233,15 @@ def check_ranks(r: Any, name: str) -> int | tuple[int, int, int]:
 
 
 def _checked_mapping(name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"`{name}` should be a mapping but the value passed is {value!r}")
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"`{name}` should be a mapping from names but the value passed is {value!r}")
     return value
+
+
+def _check_entries(name: str, value: Any, kind: type, what: str) -> None:
+    wrong = not isinstance(value, list | tuple | set)
+    if wrong or any(not isinstance(entry, kind) or isinstance(entry, bool) for entry in value):
+        raise TypeError(f"`{name}` should be a list of {what}, but the value passed is {value!r}")
 
 
 def _named(name: str, value: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from .layer import LoTRALayer, adapted_tensors
 from .mixed_batch import MixedBatch
 from .placement.offloaded import writable_tensors
 from .slim_layer import SlimLayer
-from .targets import is_excluded, resolve_targets
+from .targets import is_excluded, resolve_targets, warn_of_no_effect
 
 
 class LoTRAModel(BaseTuner):
@@ -43,6 +43,7 @@ class LoTRAModel(BaseTuner):
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         _check_name(adapter_name)
         targets = resolve_targets(self.model, peft_config)
+        warn_of_no_effect(peft_config, targets)
         self._targets: dict[str, list[Target]] = {}
         for target in targets:
             self._targets.setdefault(target.module, []).append(target)
