@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from .checkpoint import CONTAINERS, check_saved_weights
 from .coefficients import CoefficientSpec, Layout
-from .coefficients.spec import check_description
+from .coefficients.spec import check_descriptions
 from .registration import LOTRA
 from .tensors.ranks import Ranks, as_triple
 from .tensors.tucker import factor_shapes
@@ -88,7 +88,7 @@ class LoTRAConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    coefficients: dict[str, Any] = field(default_factory=dict)
+    coefficients: Mapping[str, Any] = field(default_factory=dict)
     init_weights: bool = True
     slim: bool = False
 
@@ -117,11 +117,7 @@ class LoTRAConfig(PeftConfig):
             else check_ranks(ranks, f"rank_pattern[{key!r}]")
             for key, ranks in _checked_mapping("rank_pattern", self.rank_pattern).items()
         }
-        for key, description in _checked_mapping("coefficients", self.coefficients).items():
-            try:
-                check_description(description)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"`coefficients[{key!r}]`: {error}") from None
+        check_descriptions(self.coefficients)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):

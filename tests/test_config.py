@@ -1,10 +1,22 @@
 import re
 
 import pytest
+import torch
+from kan_layers import ChebyKAN
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from peft_lotra import LoTRAConfig
+from peft_lotra import (
+    LoTRAConfig,
+    create_lotra_optimizer,
+    extract_adapter,
+    fit_gauss_newton,
+    infer_coefficients,
+    initialize_lotra_weights,
+    slim_kan,
+    update_spectrum,
+    verify_coefficients,
+)
 
 
 def test_defaults():
@@ -92,3 +104,32 @@ def test_survives_json(tmp_path):
 def test_errors(kwargs, error, message):
     with pytest.raises(error, match=re.escape(message)):
         LoTRAConfig(**kwargs)
+
+
+X = torch.rand(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: infer_coefficients("kan.pt", X),
+            "`model` should be a torch.nn.Module but the value passed is 'kan.pt'",
+        ),
+        (lambda: verify_coefficients(3, X), "`model` should be a torch.nn.Module but the value passed is 3"),
+        (lambda: verify_coefficients(ChebyKAN([3, 2]), X, coefficients=["w"]), "`coefficients` should be a mapping"),
+        (lambda: update_spectrum(None, ChebyKAN([3, 2])), "`base` should be a torch.nn.Module but"),
+        (lambda: update_spectrum(ChebyKAN([3, 2]), None), "`finetuned` should be a torch.nn.Module but"),
+        (
+            lambda: extract_adapter(ChebyKAN([3, 2]), 3, LoTRAConfig(r=1)),
+            "`finetuned` should be a torch.nn.Module but",
+        ),
+        (lambda: slim_kan(3), "`model` should be a torch.nn.Module but"),
+        (lambda: initialize_lotra_weights(3, lambda: None), "`model` should be a torch.nn.Module but"),
+        (lambda: create_lotra_optimizer(3, torch.optim.SGD, lr=1.0), "`model` should be a torch.nn.Module but"),
+        (lambda: fit_gauss_newton(3, lambda net, x: net(x), X), "`model` should be a torch.nn.Module but"),
+    ],
+)
+def test_arguments_of_another_type_are_named(call, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call()
