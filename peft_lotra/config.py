@@ -50,17 +50,20 @@ class LoTRAConfig(PeftConfig):
         compression_ratio: instead of `r`, a budget c in (0, 1] over all adapted layers together: adapter parameters
             ≤ c · (number of coefficients). The largest `r` that fits is taken, and r + 1 in layers where that still
             fits. 0.1 if neither `r` nor `compression_ratio` is given and `rank_pattern` leaves layers open.
-        alpha: factor on the update. Unlike LoRA's `lora_alpha`, it is not divided by the rank.
+        alpha: factor on the update. Unlike LoRA's `lora_alpha`, it is not divided by the rank. With 0 there is no
+            update, and a warning.
         target_modules: KAN layers to adapt: names or name endings, or a regular expression on the full name. None
             means every KAN layer that is known, by `register_kan_layer` or by `coefficients`.
         exclude_modules: KAN layers to leave out, in the same form.
-        layers_to_transform: adapt only layers with these indices (the first number in the module's name).
+        layers_to_transform: adapt only layers with these indices (the first number in the module's name), each of which
+            some layer must have.
         layers_pattern: the name before that number, if the first one is not meant.
         rank_pattern: ranks for single layers, keyed by module name or a regular expression on its ending, or by the
             parameter's full name, as `suggest_ranks` gives them. They are taken exactly; a rank above its mode is an
-            error. For a module with several coefficient tensors the value may map parameter paths to ranks.
+            error. For a module with several coefficient tensors the value may map parameter paths to ranks. A full
+            name goes before an expression, and of two expressions the first.
         alpha_pattern: `alpha` for single layers, keyed likewise.
-        modules_to_save: modules other than adapters that are trained and saved with them.
+        modules_to_save: modules other than adapters that are trained and saved with them, by endings of their names.
         trainable_token_indices: rows of embeddings that are trained and saved with the adapters: indices into the
             input embedding, or a mapping from names of embedding modules to indices.
         coefficients: coefficient tensors that are not registered: maps a parameter's full name, or a regular

@@ -150,7 +150,9 @@ def pytest_collectstart(collector):
                 other.LoraConfig = LoraConfig
 
 
-LORA_ONLY = re.compile(r"nested_config_cls|lora_[AB]|\blora\.|LoraLayer|LoraModel|_register_custom_module|\bclass .*Lora")
+LORA_ONLY = re.compile(
+    r"nested_config_cls|lora_[AB]|\blora\.|LoraLayer|LoraModel|_register_custom_module|\bclass .*Lora"
+)
 
 
 def pytest_collection_modifyitems(config, items):
