@@ -55,8 +55,8 @@ class LoTRAConfig(PeftConfig):
         target_modules: KAN layers to adapt: names or name endings, or a regular expression on the full name. None
             means every KAN layer that is known, by `register_kan_layer` or by `coefficients`.
         exclude_modules: KAN layers to leave out, in the same form.
-        layers_to_transform: adapt only layers with these indices (the first number in the module's name), each of which
-            some layer must have.
+        layers_to_transform: adapt only layers with these indices (the first number in the module's name), all
+            of which there must be.
         layers_pattern: the name before that number, if the first one is not meant.
         rank_pattern: ranks for single layers, keyed by module name or a regular expression on its ending, or by the
             parameter's full name, as `suggest_ranks` gives them. They are taken exactly; a rank above its mode is an

@@ -289,6 +289,11 @@ def test_reasons(reason, arguments):
     assert fit(adapted(core=0.5), **arguments).reason == reason
 
 
+@pytest.mark.parametrize("callback", [[].append, bool, lambda *results: None, lambda result, more=0: None])
+def test_callbacks_of_every_form_that_takes_one_result(callback):
+    assert fit(adapted(), iterations=1, callback=callback).iterations == 1
+
+
 def test_points_learnt_by_heart_end_without_a_step():
     model = adapted()
     result = fit(model, lambda net, x: net(x) - net(x).detach())
@@ -341,7 +346,9 @@ BAD = [
     ({"residual_fn": lambda net, x: regression(net, x).int()}, TypeError, r"it gave one of torch\.int32"),
     ({"residual_fn": lambda net, x: regression(net, x) + 0j}, TypeError, r"it gave one of torch\.complex128"),
     ({"residual_fn": {"a": lambda net, x: 3}, "data": {"a": X}}, TypeError, r"`residual_fn\['a'\]` should give a"),
-    ({"callback": 3}, TypeError, "`callback` should be a function of a GaussNewtonResult but the value passed is 3"),
+    ({"callback": 3}, TypeError, "`callback` should be a function of one GaussNewtonResult but the value passed is 3"),
+    ({"callback": lambda: None}, TypeError, "`callback` should be a function of one GaussNewtonResult"),
+    ({"callback": lambda result, *, more: None}, TypeError, "`callback` should be a function of one"),
     ({"callback": []}, TypeError, r"`callback` .*\[\]"),
     ({"residual_fn": lambda net, x: net(x) * float("nan")}, ValueError, "finite residuals, but 16 of 16"),
     (

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from numbers import Integral, Real
 from typing import Any
 
@@ -117,8 +118,8 @@ def fit_gauss_newton(
         damping_decrease=(damping_decrease, 1), gradient_tolerance=(gradient_tolerance, 0),
         loss_tolerance=(loss_tolerance, 0), max_seconds=(max_seconds, 0), chunk_size=(chunk_size, 1),
     )  # fmt: skip
-    if callback is not None and not callable(callback):
-        raise TypeError(f"`callback` should be a function of a GaussNewtonResult but the value passed is {callback!r}")
+    if callback is not None:
+        _check_callback(callback)
     problem = _Problem(model, residual_fn, chunk_size)
     if not isinstance(resume_from, GaussNewtonResult | None):
         raise TypeError(f"`resume_from` should be a GaussNewtonResult but the value passed is {resume_from!r}")
@@ -320,6 +321,17 @@ def _checked_shape(values: Any, chunk: tuple[torch.Tensor, ...], name: str) -> t
 
 def _at(name: str) -> str:
     return f"[{name!r}]" if name else ""
+
+
+def _check_callback(callback: Any) -> None:
+    try:
+        signature(callback).bind("result")
+    except TypeError:
+        raise TypeError(
+            f"`callback` should be a function of one GaussNewtonResult but the value passed is {callback!r}"
+        ) from None
+    except ValueError:
+        pass  # it does not tell what it takes, as some builtins
 
 
 def _check_numbers(**arguments: tuple[Any, float]) -> None:
