@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from .checkpoint import CONTAINERS, check_saved_weights
 from .coefficients import CoefficientSpec, Layout
-from .coefficients.spec import check_description
+from .coefficients.spec import check_descriptions
 from .registration import LOTRA
 from .tensors.ranks import Ranks, as_triple
 from .tensors.tucker import factor_shapes
@@ -50,17 +50,20 @@ class LoTRAConfig(PeftConfig):
         compression_ratio: instead of `r`, a budget c in (0, 1] over all adapted layers together: adapter parameters
             ≤ c · (number of coefficients). The largest `r` that fits is taken, and r + 1 in layers where that still
             fits. 0.1 if neither `r` nor `compression_ratio` is given and `rank_pattern` leaves layers open.
-        alpha: factor on the update. Unlike LoRA's `lora_alpha`, it is not divided by the rank.
+        alpha: factor on the update. Unlike LoRA's `lora_alpha`, it is not divided by the rank. With 0 there is no
+            update, and a warning.
         target_modules: KAN layers to adapt: names or name endings, or a regular expression on the full name. None
             means every KAN layer that is known, by `register_kan_layer` or by `coefficients`.
         exclude_modules: KAN layers to leave out, in the same form.
-        layers_to_transform: adapt only layers with these indices (the first number in the module's name).
+        layers_to_transform: adapt only layers with these indices (the first number in the module's name), all
+            of which there must be.
         layers_pattern: the name before that number, if the first one is not meant.
         rank_pattern: ranks for single layers, keyed by module name or a regular expression on its ending, or by the
             parameter's full name, as `suggest_ranks` gives them. They are taken exactly; a rank above its mode is an
-            error. For a module with several coefficient tensors the value may map parameter paths to ranks.
+            error. For a module with several coefficient tensors the value may map parameter paths to ranks. A full
+            name goes before an expression, and of two expressions the first.
         alpha_pattern: `alpha` for single layers, keyed likewise.
-        modules_to_save: modules other than adapters that are trained and saved with them.
+        modules_to_save: modules other than adapters that are trained and saved with them, by endings of their names.
         trainable_token_indices: rows of embeddings that are trained and saved with the adapters: indices into the
             input embedding, or a mapping from names of embedding modules to indices.
         coefficients: coefficient tensors that are not registered: maps a parameter's full name, or a regular
@@ -90,7 +93,7 @@ class LoTRAConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    coefficients: dict[str, Any] = field(default_factory=dict)
+    coefficients: Mapping[str, Any] = field(default_factory=dict)
     allow_unread: bool = False
     init_weights: bool = True
     slim: bool = False
@@ -120,15 +123,18 @@ class LoTRAConfig(PeftConfig):
             else check_ranks(ranks, f"rank_pattern[{key!r}]")
             for key, ranks in _checked_mapping("rank_pattern", self.rank_pattern).items()
         }
-        for key, description in _checked_mapping("coefficients", self.coefficients).items():
-            try:
-                check_description(description)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"`coefficients[{key!r}]`: {error}") from None
+        check_descriptions(self.coefficients)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
+                _check_entries(name, value, str, "names of modules, or a regular expression")
                 setattr(self, name, set(value))
+        if self.modules_to_save is not None:
+            _check_entries("modules_to_save", self.modules_to_save, str, "names of modules")
+        if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
+            _check_entries("layers_pattern", self.layers_pattern, str, "names, or one name")
+        if self.layers_to_transform is not None and type(self.layers_to_transform) is not int:
+            _check_entries("layers_to_transform", self.layers_to_transform, int, "indices of layers, or one index")
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(self, name) is not None and isinstance(self.target_modules, str):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str (regular expression)")
@@ -229,9 +235,15 @@ def check_ranks(r: Any, name: str) -> int | tuple[int, int, int]:
 
 
 def _checked_mapping(name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"`{name}` should be a mapping but the value passed is {value!r}")
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"`{name}` should be a mapping from names but the value passed is {value!r}")
     return value
+
+
+def _check_entries(name: str, value: Any, kind: type, what: str) -> None:
+    wrong = not isinstance(value, list | tuple | set)
+    if wrong or any(not isinstance(entry, kind) or isinstance(entry, bool) for entry in value):
+        raise TypeError(f"`{name}` should be a list of {what}, but the value passed is {value!r}")
 
 
 def _named(name: str, value: Any) -> dict[str, Any]:

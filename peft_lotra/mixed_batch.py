@@ -75,7 +75,7 @@ def current(module: nn.Module) -> MixedBatch | Shares | None:
 def pass_names_on(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """A forward pre-hook for PEFT's own modules, which take the names as an argument."""
     batch = current(module)
-    if not isinstance(batch, MixedBatch):
+    if not isinstance(batch, MixedBatch) or not batch.names:  # they fail on a batch of no samples
         return None
     return args, kwargs | {"adapter_names": list(batch.names_for(module))}
 
@@ -115,6 +115,7 @@ def run_mixed(
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         rows.setdefault(name if name in adapters else BASE, []).append(row)
+    rows = rows or {BASE: []}  # a batch of no samples
     if len(rows) > 1 and in_one_pass:
         device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if _is_batched(leaf))
         places = [list(rows).index(name if name in rows else BASE) for name in names]

@@ -22,7 +22,14 @@ from .layer import LoTRALayer, adapted_tensors
 from .mixed_batch import MixedBatch
 from .placement.offloaded import writable_tensors
 from .slim_layer import SlimLayer
-from .targets import is_excluded, resolve_targets
+from .targets import is_excluded, resolve_targets, warn_of_no_effect
+
+
+class _Configs(dict):
+    """LoTRAConfigs by adapter name. PEFT's functions look names up here that they are given."""
+
+    def __missing__(self, name: Any) -> Any:
+        raise ValueError(f"`adapter_name` {name!r} does not exist: the model has the adapters {list(self)}")
 
 
 class LoTRAModel(BaseTuner):
@@ -38,11 +45,16 @@ class LoTRAModel(BaseTuner):
 
     peft_config: dict[str, Any]  # LoTRAConfigs, by name
 
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        if not isinstance(self.peft_config, _Configs):  # a model with an adapter injected has one already
+            self.peft_config = _Configs(self.peft_config)
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> LoTRAConfig:
         # A copy becomes self-contained: the user's object stays as it is and serves for other models too.
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         _check_name(adapter_name)
         targets = resolve_targets(self.model, peft_config)
+        warn_of_no_effect(peft_config, targets)
         self._targets: dict[str, list[Target]] = {}
         for target in targets:
             self._targets.setdefault(target.module, []).append(target)
@@ -101,7 +113,7 @@ class LoTRAModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the coefficients and keep them; with `safe_merge`, all layers are checked first."""
-        self._check_finite(adapter_names, safe_merge)
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def _unload_and_optionally_merge(  # type: ignore[override]
@@ -111,11 +123,15 @@ class LoTRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        self._check_finite(adapter_names, merge and safe_merge)
+        self._check_merge(adapter_names, merge and safe_merge)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore
 
-    def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise before any layer is merged, so that a broken adapter leaves no half-merged model."""
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise before any layer is merged, so that a wrong name or a broken adapter leaves no half-merged model."""
+        if adapter_names is not None and not isinstance(adapter_names, list | tuple | set):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")  # as PEFT says it
+        for name in adapter_names or ():
+            self.peft_config[name]  # raises if there is none
         for layer in adapted_tensors(self.model).values() if safe_merge else ():
             names = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in names if name in layer.lotra_core and name not in layer.merged_adapters]
@@ -185,11 +201,13 @@ class LoTRAModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """While this is entered, `adapter_names` (one per sample, "__base__" for none) reach every adapted layer."""
         names = kwargs.get("adapter_names")
-        batch = None if names is None else self._mixed_batch(list(names), kwargs.get("num_beams") or 1)
+        batch = None if names is None else self._mixed_batch(names, kwargs.get("num_beams") or 1)
         with mixed_batch.entered(batch):
             yield
 
-    def _mixed_batch(self, names: list[str], num_beams: int) -> MixedBatch:
+    def _mixed_batch(self, names: Sequence[str], num_beams: int) -> MixedBatch:
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"`adapter_names` should be a list with a name for each sample, but {names!r} is passed")
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         adapters = {name for layer in adapted_tensors(self.model).values() for name in layer.lotra_core}
@@ -253,8 +271,5 @@ def lotra_model(model: nn.Module, adapter_name: str) -> LoTRAModel:
     tuner = getattr(model, "base_model", None)
     if not isinstance(model, PeftModel) or not isinstance(tuner, LoTRAModel):
         raise TypeError(f"`model` should be a PeftModel with LoTRA adapters but a {type(model).__name__} is passed")
-    if adapter_name not in tuner.peft_config:
-        raise ValueError(
-            f"`adapter_name` {adapter_name!r} does not exist: the model has the adapters {list(tuner.peft_config)}"
-        )
+    tuner.peft_config[adapter_name]  # raises if there is none
     return tuner

@@ -1,12 +1,20 @@
-"""Run a model and leave no trace in it."""
+"""Run a model, if it is one, and leave no trace in it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+
+
+def check_model(**models: Any) -> None:
+    """Raise TypeError, naming the argument, if what is given for a model is none."""
+    for name, model in models.items():
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"`{name}` should be a torch.nn.Module but the value passed is {model!r}")
 
 
 @contextmanager

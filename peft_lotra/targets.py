@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -22,6 +24,9 @@ from .tensors.ranks import choose_ranks
 
 # Modules that hold parameters for the module around them and have no forward of their own.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+# What PeftModelForSequenceClassification and others add to `modules_to_save`, whether the model has it or not.
+_NAMES_OF_HEADS = ("classifier", "score", "qa_outputs")
 
 _HOW_TO_DECLARE = (
     "declare the layer with `register_kan_layer(Layer, {'<parameter>': '<layout>'})` "
@@ -43,8 +48,8 @@ def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
         NoMatchingPeftModuleError, ValueError: naming what was looked for, or the layer and field that do not fit the
             model or the adapters in it.
     """
-    _check_modules_to_save(config)
     base = _BaseModel.of(model)
+    _check_modules_to_save(config, base.layers)
     selected = _select(base.layers, _known_targets(base, config), config)
     _check_stored(base.layers, selected)
     _check_not_shared(model, base.layers, selected)
@@ -128,6 +133,13 @@ def _given_parameters(parameters: list[str], config: LoTRAConfig) -> list[tuple[
         if key in config.coefficients:
             given.append((parameter, key))
     unmatched = sorted(set(config.coefficients) - {key for _, key in given})
+    for key in unmatched:
+        taken = {parameter: other for parameter, other in given if _means(key, parameter)}
+        if taken:
+            raise ValueError(
+                f"`coefficients` key {key!r} means only parameters that other keys take, {taken}: a full name goes "
+                "before a pattern, and of two the first; put the narrower one first, or leave this one out"
+            )
     if unmatched:
         raise ValueError(
             f"`coefficients` names {unmatched}, which match no parameter of this model; it has "
@@ -145,10 +157,15 @@ def _naming(module: str) -> Iterator[None]:
         raise type(error)(f"KAN layer {module!r}: {error}") from None
 
 
+def _means(key: str, name: str) -> re.Match[str] | None:
+    """Whether a key of a pattern means this name, by PEFT's rule; what precedes the key is the first group."""
+    return re.match(rf"(.*\.)?({key})$", name)
+
+
 def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
     """The module that a `coefficients` key means: what precedes the key, else the owner of the parameter."""
     if parameter != key:
-        found = re.match(rf"(.*\.)?({key})$", parameter)
+        found = _means(key, parameter)
         if found is not None and found[1] is not None:
             return found[1].removesuffix(".")
     module = parameter.rpartition(".")[0]
@@ -170,11 +187,19 @@ def _select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRAC
     if config.target_modules is not None:
         chosen = [module for module in kan_layers if _entries_for(module, config.target_modules)]
         _check_target_modules(config.target_modules, kan_layers, layers)
-    chosen = [module for module in chosen if not is_excluded(config, module) and _has_index(config, module)]
+    allowed = [module for module in chosen if not is_excluded(config, module)]
+    chosen = [module for module in allowed if _has_index(config, module)]
     if not chosen:
         fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
         given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
         raise NoMatchingPeftModuleError(f"no KAN layer is left by {given}; the model's KAN layers are {kan_layers}")
+    indices = {_index(config, module) for module in allowed}
+    missing = sorted(set(_wanted_indices(config)) - indices)
+    if missing:
+        raise NoMatchingPeftModuleError(
+            f"`layers_to_transform` names {missing}, which are indices of no KAN layer that the other fields leave; "
+            f"there are {sorted(index for index in indices if index is not None)}, of {allowed}"
+        )
     return [target for target in known if target.module in chosen]
 
 
@@ -212,13 +237,20 @@ def _check_not_shared(model: nn.Module, layers: Mapping[str, nn.Module], targets
                 )
 
 
-def _check_modules_to_save(config: LoTRAConfig) -> None:
+def _check_modules_to_save(config: LoTRAConfig, layers: Mapping[str, nn.Module]) -> None:
     for entry in config.modules_to_save or ():
         container = next((name for name in CONTAINERS if name.endswith(entry)), None)
         if container is not None:
             raise ValueError(
                 f"`modules_to_save` entry {entry!r}: PEFT compares endings, and the adapter's own {container} has "
                 "this one too; give a longer part of the module's name, or give the module a longer name"
+            )
+        # With a task type PEFT adds the names that a head may have.
+        added = config.task_type is not None and entry in _NAMES_OF_HEADS
+        if not added and not any(name.endswith(entry) for name in layers):
+            raise ValueError(
+                f"`modules_to_save` entry {entry!r} matches no module; the model has "
+                f"{_shortened([name for name in layers if name])}"
             )
 
 
@@ -263,6 +295,24 @@ def _check_existing_adapters(model: nn.Module, config: LoTRAConfig, targets: lis
             )
 
 
+def warn_of_no_effect(config: LoTRAConfig, targets: list[Target]) -> None:
+    """Warn of what a config says in vain: `alpha` 0, and keys of patterns of which earlier ones take all."""
+    idle = [target.parameter for target in targets if target.alpha == 0]
+    if idle:
+        warnings.warn(f"`alpha` is 0 for {idle}: the adapter changes nothing there and gets no gradient", stacklevel=2)
+    modules = list(dict.fromkeys(target.module for target in targets))
+    for name in ("rank_pattern", "alpha_pattern"):
+        keys = list(getattr(config, name))
+        for place, key in enumerate(keys):
+            meant = [module for module in modules if module not in keys and _means(key, module)]
+            if meant and all(any(_means(earlier, module) for earlier in keys[:place]) for module in meant):
+                warnings.warn(
+                    f"`{name}` key {key!r} has no effect: of two keys the first counts, and those before it take all "
+                    f"that it means, {meant}; put the narrower one first",
+                    stacklevel=2,
+                )
+
+
 def _check_target_modules(
     target_modules: Collection[str] | str, kan_layers: list[str], layers: Mapping[str, nn.Module]
 ) -> None:
@@ -273,6 +323,11 @@ def _check_target_modules(
         pattern = target_modules if isinstance(target_modules, str) else [entry]
         others = [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if _entries_for(name, pattern)]
         what = f"matches only modules without known coefficients: {others}" if others else "matches no module"
+        if entry.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            what = (
+                "means every linear layer to other methods; LoTRA adapts KAN layers, and all that are known where "
+                "`target_modules` is left out"
+            )
         raise NoMatchingPeftModuleError(
             f"`target_modules` entry {entry!r} {what}. The model's KAN layers are {kan_layers}; {_HOW_TO_DECLARE}"
         )
@@ -296,16 +351,23 @@ def is_excluded(config: LoTRAConfig, module: str) -> bool:
 
 
 def _has_index(config: LoTRAConfig, module: str) -> bool:
-    if config.layers_to_transform is None:
-        return True
+    return config.layers_to_transform is None or _index(config, module) in _wanted_indices(config)
+
+
+def _wanted_indices(config: LoTRAConfig) -> list[int]:
     wanted = config.layers_to_transform
+    return [wanted] if isinstance(wanted, int) else list(wanted or ())
+
+
+def _index(config: LoTRAConfig, module: str) -> int | None:
+    """The number in a module's name that `layers_to_transform` means."""
     patterns = config.layers_pattern or [""]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         before = rf"(?:^|\.){pattern}\." if pattern else r"(?:^|\.)"
         index = re.search(rf"{before}(\d+)(?:\.|$)", module)
         if index is not None:
-            return int(index.group(1)) in ([wanted] if isinstance(wanted, int) else wanted)
-    return False
+            return int(index.group(1))
+    return None
 
 
 def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:

@@ -3,7 +3,8 @@
 Where a test module of PEFT's has been imported, it finds under the name `LoraConfig` a config of LoTRA that reads
 LoRA's fields, and its models get KAN layers where they make linear ones. Of every table, the rows that are
 about LoRA and need nothing that only LoRA has are kept. With `LOTRA_SUITE=LoRA` the same rows run on LoRA and on the
-models as they are, to compare with. Outcomes are written to the file `LOTRA_SUITE_OUTCOMES`.
+models as they are, to compare with. Outcomes are written to the file `LOTRA_SUITE_OUTCOMES`, with the numbers of rows
+and of tests that were dropped.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def is_read(fields):
 
 
 class LoraConfig(LoTRAConfig):
-    """LoRA's fields for a LoTRA adapter: one rank for all modes, at most 4, and alpha = lora_alpha / r."""
+    """LoRA's fields for a LoTRA adapter: one rank for all modes, at most 3, and alpha = lora_alpha / r."""
 
     target_parameters = None
 
@@ -54,7 +55,7 @@ class LoraConfig(LoTRAConfig):
             fields.setdefault("r", 8)
             if fields["r"] > 0:
                 fields["alpha"] = fields.pop("lora_alpha", 8) / fields["r"]
-                fields["r"] = min(fields["r"], 4)  # the smallest of their models has modes (5, 1, 3)
+                fields["r"] = min(fields["r"], 3)  # their smallest model has one layer, with the modes (3, 3, 3)
             fields["rank_pattern"] = {key: min(r, 3) for key, r in fields.get("rank_pattern", {}).items()}
             fields["init_weights"] = fields.pop("init_lora_weights", True)
         super().__init__(**fields)
@@ -110,6 +111,10 @@ def translated(value, as_it_is=False):
     return None
 
 
+outcomes: dict[str, str] = {}
+dropped = {"rows": 0, "tests": 0}
+
+
 def translate_marks(function):
     for k, mark in enumerate(marks := getattr(function, "pytestmark", ())):
         if mark.name == "parametrize":
@@ -122,6 +127,7 @@ def translate_marks(function):
                 if entry is not None and not ("model_id" in names and entry[names.index("model_id")] not in MODELS):
                     kept.append(tuple(entry) if len(names) > 1 else entry[0])
                     ids.append(label)
+            dropped["rows"] += len(rows) - len(kept)
             if others.get("ids"):
                 others["ids"] = ids
             marks[k] = pytest.mark.parametrize(mark.args[0], kept, *rest, **others).mark
@@ -144,7 +150,9 @@ def pytest_collectstart(collector):
                 other.LoraConfig = LoraConfig
 
 
-LORA_ONLY = re.compile(r"lora_[AB]|\blora\.|LoraLayer|LoraModel|_register_custom_module|\bclass .*Lora")
+LORA_ONLY = re.compile(
+    r"nested_config_cls|lora_[AB]|\blora\.|LoraLayer|LoraModel|_register_custom_module|\bclass .*Lora"
+)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -156,6 +164,7 @@ def pytest_collection_modifyitems(config, items):
         made = in_table or "LoraConfig" in item.name.split("[")[-1] or re.search(r"\bLoraConfig\(", source)
         if made and not LORA_ONLY.search(source):
             kept.append(item)
+    dropped["tests"] = len(items) - len(kept)
     items[:] = kept
 
 
@@ -169,9 +178,6 @@ def pytest_configure(config):
             sys.modules[name] = stub
 
 
-outcomes: dict[str, str] = {}
-
-
 def pytest_runtest_logreport(report):
     if report.when == "call" or report.outcome != "passed":
         error = str(report.longrepr).strip().splitlines()[-1:] if report.failed else []
@@ -181,4 +187,4 @@ def pytest_runtest_logreport(report):
 def pytest_sessionfinish(session):
     if path := os.environ.get("LOTRA_SUITE_OUTCOMES"):
         with open(path, "w") as file:
-            json.dump(outcomes, file)
+            json.dump({"dropped": dropped, "outcomes": outcomes}, file)

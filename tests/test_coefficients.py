@@ -171,6 +171,13 @@ def test_register_by_class_by_name_and_for_subclasses():
 
 @pytest.mark.usefixtures("scratch_registry")
 def test_register_checks_the_description():
-    with pytest.raises(ValueError, match="lacks the axes"):
-        register_kan_layer(nn.Linear, {"weight": "o i"})
+    for layer, coefficients, error, message in (
+        (nn.Linear, {"weight": "o i"}, ValueError, r"`coefficients\['weight'\]`: layout 'o i' lacks the axes"),
+        (nn.Linear, {"weight": 3}, TypeError, r"`coefficients\['weight'\]`: coefficients are described by a layout"),
+        (nn.Linear, ["weight"], TypeError, "`coefficients` should be a mapping from names but the value passed is"),
+        (nn.Linear, {3: "i o d"}, TypeError, "`coefficients` should be a mapping from names but the value passed is"),
+        (nn.Linear(2, 3), {"weight": "i o d"}, TypeError, "`layer_class` should be a class or its qualified name"),
+    ):
+        with pytest.raises(error, match=message):
+            register_kan_layer(layer, coefficients)
     assert known_coefficients(nn.Linear(2, 3)) == []

@@ -1,10 +1,22 @@
 import re
 
 import pytest
+import torch
+from kan_layers import ChebyKAN
 from peft import PeftConfig
 from peft.utils.peft_types import PeftType
 
-from peft_lotra import LoTRAConfig
+from peft_lotra import (
+    LoTRAConfig,
+    create_lotra_optimizer,
+    extract_adapter,
+    fit_gauss_newton,
+    infer_coefficients,
+    initialize_lotra_weights,
+    slim_kan,
+    update_spectrum,
+    verify_coefficients,
+)
 
 
 def test_defaults():
@@ -59,10 +71,23 @@ def test_survives_json(tmp_path):
         ({"alpha": float("inf")}, ValueError, "`alpha` should be a finite number but the value passed is inf"),
         ({"alpha": None}, ValueError, "`alpha` should be a finite number but the value passed is None"),
         ({"alpha_pattern": {"a": "x"}}, ValueError, "`alpha_pattern['a']` should be a finite number"),
-        ({"alpha_pattern": []}, TypeError, "`alpha_pattern` should be a mapping but the value passed is []"),
+        ({"alpha_pattern": []}, TypeError, "`alpha_pattern` should be a mapping from names but the value passed is"),
         ({"rank_pattern": {"a": 0}}, ValueError, "`rank_pattern['a']` should be a positive integer value"),
         ({"rank_pattern": {"a": {"w": 0}}}, ValueError, "`rank_pattern['a']['w']` should be a positive integer"),
         ({"rank_pattern": 3}, TypeError, "`rank_pattern` should be a mapping"),
+        (
+            {"rank_pattern": {3: 1}},
+            TypeError,
+            "`rank_pattern` should be a mapping from names but the value passed is {3",
+        ),
+        ({"target_modules": 3}, TypeError, "`target_modules` should be a list of names of modules, or a regular"),
+        ({"target_modules": ["a", 3]}, TypeError, "but the value passed is ['a', 3]"),
+        ({"exclude_modules": [None]}, TypeError, "`exclude_modules` should be a list of names of modules, or a"),
+        ({"modules_to_save": "head"}, TypeError, "`modules_to_save` should be a list of names of modules, but the"),
+        ({"modules_to_save": {"head": 2}}, TypeError, "but the value passed is {'head': 2}"),
+        ({"layers_to_transform": "1"}, TypeError, "`layers_to_transform` should be a list of indices of layers, or"),
+        ({"layers_to_transform": [0, True]}, TypeError, "but the value passed is [0, True]"),
+        ({"layers_to_transform": 0, "layers_pattern": 3}, TypeError, "`layers_pattern` should be a list of names"),
         ({"coefficients": ["w"]}, TypeError, "`coefficients` should be a mapping"),
         ({"coefficients": {"w": "i o"}}, ValueError, "`coefficients['w']`: layout 'i o' lacks the axes ['d']"),
         ({"coefficients": {"w": 1}}, TypeError, "`coefficients['w']`: coefficients are described by a layout or"),
@@ -79,3 +104,32 @@ def test_survives_json(tmp_path):
 def test_errors(kwargs, error, message):
     with pytest.raises(error, match=re.escape(message)):
         LoTRAConfig(**kwargs)
+
+
+X = torch.rand(4, 3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: infer_coefficients("kan.pt", X),
+            "`model` should be a torch.nn.Module but the value passed is 'kan.pt'",
+        ),
+        (lambda: verify_coefficients(3, X), "`model` should be a torch.nn.Module but the value passed is 3"),
+        (lambda: verify_coefficients(ChebyKAN([3, 2]), X, coefficients=["w"]), "`coefficients` should be a mapping"),
+        (lambda: update_spectrum(None, ChebyKAN([3, 2])), "`base` should be a torch.nn.Module but"),
+        (lambda: update_spectrum(ChebyKAN([3, 2]), None), "`finetuned` should be a torch.nn.Module but"),
+        (
+            lambda: extract_adapter(ChebyKAN([3, 2]), 3, LoTRAConfig(r=1)),
+            "`finetuned` should be a torch.nn.Module but",
+        ),
+        (lambda: slim_kan(3), "`model` should be a torch.nn.Module but"),
+        (lambda: initialize_lotra_weights(3, lambda: None), "`model` should be a torch.nn.Module but"),
+        (lambda: create_lotra_optimizer(3, torch.optim.SGD, lr=1.0), "`model` should be a torch.nn.Module but"),
+        (lambda: fit_gauss_newton(3, lambda net, x: net(x), X), "`model` should be a torch.nn.Module but"),
+    ],
+)
+def test_arguments_of_another_type_are_named(call, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call()

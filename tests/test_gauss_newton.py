@@ -14,7 +14,8 @@ from torch import nn
 from torch.func import functional_call, jvp
 
 from peft_lotra import GaussNewtonResult, fit_gauss_newton
-from peft_lotra.training.gauss_newton import _linear_system, _NormalEquations, _Problem, _ResidualSpace
+from peft_lotra.training.damped_system import NormalEquations, ResidualSpace, linear_system
+from peft_lotra.training.gauss_newton import _Problem
 
 KAN = "o (d i)"
 
@@ -108,12 +109,12 @@ def test_step_equals_dense_least_squares(residual_fn, by_autograd, rows):
 def test_both_forms_agree(damping):
     J, r = torch.randn(30, 17, dtype=torch.float64), torch.randn(30, dtype=torch.float64)
     J[:, 3] = 0  # a factor whose core is zero
-    forms = [form(J.split(7), r, 17) for form in (_NormalEquations, _ResidualSpace)]
+    forms = [form(J.split(7), r, 17) for form in (NormalEquations, ResidualSpace)]
     steps = [form.step(damping) for form in forms]
     assert_equal(steps[1], steps[0], 1e-8)
     gain = r.square().sum() - (r + J @ steps[0]).square().sum()
-    assert type(_linear_system(J.split(7), r, 17)) is _NormalEquations
-    assert type(_linear_system(J.T.split(7), r[:17], 30)) is _ResidualSpace
+    assert type(linear_system(J.split(7), r, 17)) is NormalEquations
+    assert type(linear_system(J.T.split(7), r[:17], 30)) is ResidualSpace
     cosines = (J.T @ r).abs() / (J.norm(dim=0) * r.norm())
     for form, step in zip(forms, steps, strict=True):
         assert form.predicted_gain(step, damping) == pytest.approx(gain.item(), rel=1e-6)
@@ -288,10 +289,38 @@ def test_reasons(reason, arguments):
     assert fit(adapted(core=0.5), **arguments).reason == reason
 
 
+@pytest.mark.parametrize("callback", [[].append, bool, lambda *results: None, lambda result, more=0: None])
+def test_callbacks_of_every_form_that_takes_one_result(callback):
+    assert fit(adapted(), iterations=1, callback=callback).iterations == 1
+
+
 def test_points_learnt_by_heart_end_without_a_step():
     model = adapted()
     result = fit(model, lambda net, x: net(x) - net(x).detach())
     assert (result.reason, result.iterations, result.losses) == ("gradient", 0, (0.0,))
+
+
+def test_the_first_loss_is_known_where_the_first_iteration_ends_the_fit():
+    def uphill(net, x):  # whatever the step, r grows, while its derivative is not zero
+        y = net(x)
+        return 1 + torch.where(y >= 0, y, -2 * y)
+
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    result = fit(model, uphill, torch.ones(4, 1, dtype=torch.float64))
+    assert (result.reason, result.iterations, result.losses) == ("damping", 0, (1.0,))
+    assert model.weight.item() == 0
+
+
+def test_the_first_loss_is_known_where_the_first_step_is_interrupted(monkeypatch):
+    def interrupted(self, theta, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Problem, "jacobian", interrupted)
+    model = adapted()
+    result = fit(model)
+    loss = regression(model, points(60)).square().sum().item() / 60
+    assert (result.reason, result.iterations, result.losses) == ("interrupted", 0, (pytest.approx(loss, rel=1e-12),))
 
 
 def test_progress_bar(capfd):
@@ -310,7 +339,17 @@ BAD = [
     ({"residual_fn": None}, TypeError, "`residual_fn` should be a function"),
     ({"residual_fn": {}}, TypeError, "`residual_fn` should be a function"),
     ({"residual_fn": lambda net, x: regression(net, x).square().mean()}, ValueError, r"not their mean.*gave \(\)"),
-    ({"residual_fn": lambda net, x: None}, ValueError, "NoneType"),
+    ({"residual_fn": lambda net, x: None}, TypeError, "made by torch from what `net` returns, but it gave a NoneType"),
+    ({"residual_fn": lambda net, x: regression(net, x).detach().numpy()}, TypeError, "it gave a ndarray"),
+    ({"residual_fn": lambda net, x: 0.0}, TypeError, "it gave a float"),
+    ({"residual_fn": lambda net, x: regression(net, x) > 0}, TypeError, r"it gave one of torch\.bool"),
+    ({"residual_fn": lambda net, x: regression(net, x).int()}, TypeError, r"it gave one of torch\.int32"),
+    ({"residual_fn": lambda net, x: regression(net, x) + 0j}, TypeError, r"it gave one of torch\.complex128"),
+    ({"residual_fn": {"a": lambda net, x: 3}, "data": {"a": X}}, TypeError, r"`residual_fn\['a'\]` should give a"),
+    ({"callback": 3}, TypeError, "`callback` should be a function of one GaussNewtonResult but the value passed is 3"),
+    ({"callback": lambda: None}, TypeError, "`callback` should be a function of one GaussNewtonResult"),
+    ({"callback": lambda result, *, more: None}, TypeError, "`callback` should be a function of one"),
+    ({"callback": []}, TypeError, r"`callback` .*\[\]"),
     ({"residual_fn": lambda net, x: net(x) * float("nan")}, ValueError, "finite residuals, but 16 of 16"),
     (
         {"residual_fn": lambda net, x: net(x) * 0 + (x.sum(1, True) * 0).sqrt() * net(x)},

@@ -382,7 +382,8 @@ def test_merged_and_offloaded_slots(cheby):
 
 def test_alpha_of_the_slot(cheby):
     base, _, path = cheby
-    model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, alpha=0.0))
+    with pytest.warns(UserWarning, match="`alpha` is 0"):
+        model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, alpha=0.0))
     saved(base, path, LoTRAConfig(r=2))
     with pytest.raises(ValueError, match="`alpha` 0 for layers.0.cheby_coeffs, so that it holds no update of `alpha`"):
         hotswap_adapter(model, path)

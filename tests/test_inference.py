@@ -389,14 +389,19 @@ def test_what_is_inferred_can_be_adapted(layer, x):
 @pytest.mark.parametrize(
     ("layer", "wrong", "message"),
     [
-        (lambda: kans.ChebyKANLayer(4, 4, 2), {"cheby_coeffs": "o i d"}, "found 'i o d' (n, m, n_d) = (4, 4, 3)"),
+        (
+            lambda: kans.ChebyKANLayer(4, 4, 2),
+            {"cheby_coeffs": "o i d"},
+            "declared is 'o i d' (n, m, n_d) = (4, 4, 3), found 'i o d' (n, m, n_d) = (4, 4, 3): axis 0 of the "
+            "parameter holds i=4, not o=4; axis 1 of the parameter holds o=4, not i=4 (i input, o output, d basis)",
+        ),
         (lambda: kans.ChebyKANLayer(4, 3, 3), {"cheby_coeffs": "d o i"}, "found 'i o d' (n, m, n_d) = (4, 3, 4)"),
         (
             lambda: kans.MatrixKANLayer(4, 3),
             {"weight": {"layout": "o (d i)", "sizes": {"d": 4}}},
-            "declared is 'o (d i)' (n, m, n_d) = (4, 3, 4), found 'o (i d)' (n, m, n_d) = (4, 3, 4)",
+            "found 'o (i d)' (n, m, n_d) = (4, 3, 4): axis 1 of the parameter holds i=4 d=4, not d=4 i=4 (i ",
         ),
-        (lambda: kans.MatrixKANLayer(4, 3), {"weight": {"layout": "o (i d)", "sizes": {"d": 2}}}, "found 'o (i d)'"),
+        (lambda: kans.MatrixKANLayer(4, 3), {"weight": {"layout": "o (i d)", "sizes": {"d": 2}}}, "axis 1 of the"),
         (
             lambda: kans.KANLinear(4, 4),
             {"spline_weight": {"layout": "o i d", "scale": "spline_scaler", "scale_layout": "i o"}},

@@ -196,6 +196,28 @@ def test_modules_to_save_and_gradients():
     assert_equal(mixed, core.grad, 1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:std")  # of pykan, which takes deviations over the batch
+@pytest.mark.parametrize("name", ["pykan", "ChebyKAN", "o (d i)", "FourierKAN", "packed", "two tensors"])
+def test_a_batch_of_no_samples(name):
+    base, x = make(name, torch.float64)
+    model = adapted(copy.deepcopy(base), lambda **kwargs: config(name, **kwargs))
+    assert model(x, adapter_names=NAMES).shape == (8, 2)
+    for names in ([], ()):
+        y = model(x[:0], adapter_names=names)
+        assert (y.shape, y.dtype) == (base(x[:0]).shape, x.dtype) == ((0, 2), torch.float64)
+    with pytest.raises(ValueError, match="Length of `adapter_names` .* but got 0 and 8 respectively"):
+        model(x, adapter_names=[])
+
+
+def test_a_batch_of_no_samples_and_a_trained_copy_of_a_module():
+    net = nn.Sequential()
+    net.add_module("kan", ChebyKAN([3, 5]))
+    net.add_module("head", nn.Linear(5, 2))
+    model = adapted(net, adapters=("one", "two"), modules_to_save=["head"])
+    assert model(torch.rand(2, 3), adapter_names=["one", "two"]).shape == (2, 2)
+    assert model(torch.rand(0, 3), adapter_names=[]).shape == (0, 2)
+
+
 def test_slim_kans_and_16_bit():
     model = adapted(ChebyKAN([3, 5, 2]), slim=True)
     x = torch.rand(8, 3)
@@ -241,8 +263,9 @@ def test_errors_are_those_of_lora_and_leave_nothing_behind():
             model(x, adapter_names=names)
     with pytest.raises(ValueError, match=r"Trying to infer with non-existing adapter\(s\): four, six"):
         model(x, adapter_names=["six", "four"] * 4)
-    with pytest.raises(ValueError, match="non-existing"):
-        model(x, adapter_names="one")
+    for names in ("one", 3, [None] * 8, {"one": 8}):
+        with pytest.raises(TypeError, match="`adapter_names` should be a list with a name for each sample, but "):
+            model(x, adapter_names=names)
     model.train()
     with pytest.raises(ValueError, match="Cannot pass `adapter_names` when the model is in training mode"):
         model(x, adapter_names=NAMES)

@@ -213,6 +213,32 @@ def test_state_dict_functions(saved):
     assert_equal(injected(x), y, 0)
 
 
+def test_names_of_no_adapter_are_refused_and_those_there_are_listed(saved):
+    base, x, y, path = saved
+    model = PeftModel.from_pretrained(copy.deepcopy(base), path)
+    model.add_adapter("other", LoTRAConfig(r=1))
+    message = re.escape("`adapter_name` 'typo' does not exist: the model has the adapters ['default', 'other']")
+    for call in (
+        lambda: model.merge_adapter(["default", "typo"]),
+        lambda: model.merge_and_unload(adapter_names=["typo"]),
+        lambda: get_peft_model_state_dict(model, adapter_name="typo"),
+        lambda: set_peft_model_state_dict(model, load_file(path / WEIGHTS), adapter_name="typo"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+        assert not any(layer.merged for layer in lotra_layers(model).values())
+        assert_equal(model(x), y, 0)
+    for names in ("default", 3):
+        with pytest.raises(TypeError, match=f"adapter_names should be a list of strings, got {names!r}"):
+            model.merge_adapter(names)
+    injected = inject_adapter_in_model(LoTRAConfig(r=2), copy.deepcopy(base))
+    with pytest.raises(ValueError, match=re.escape("the model has the adapters ['default']")):
+        get_peft_model_state_dict(injected, adapter_name="typo")
+    model.merge_adapter(["other", "default"])
+    assert_different(model(x), base(x))
+    assert_equal(model(x), y)
+
+
 def test_auto_classes_and_status(saved):
     base, x, y, path = saved
     assert type(PeftConfig.from_pretrained(path)) is LoTRAConfig

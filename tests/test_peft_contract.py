@@ -19,7 +19,7 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft.helpers import disable_input_dtype_casting
+from peft.helpers import disable_input_dtype_casting, rescale_adapter_scale
 from torch import nn
 
 from peft_lotra import LoTRAConfig, LoTRALayer
@@ -40,6 +40,33 @@ def trainable(model):
 def factors(adapter, *layers):
     names = "lotra_core", "lotra_U1", "lotra_U2", "lotra_U3"
     return {f"base_model.model.layers.{k}.{name}.{adapter}" for k in layers for name in names}
+
+
+# Sizes of another model ----------------------------------------------------------------------------------------------
+
+
+def test_ignore_mismatched_sizes_leaves_out_saved_modules_and_no_factor(tmp_path):
+    def base(width=4, outputs=2):
+        net = nn.Sequential()
+        net.add_module("kan", ChebyKAN([3, width]))
+        net.add_module("head", nn.Linear(width, outputs))
+        return net
+
+    model = adapted(base(), modules_to_save=["head"])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch for base_model.model.head"):
+        PeftModel.from_pretrained(base(outputs=5), tmp_path)
+    with pytest.warns(UserWarning, match="base_model.model.head.modules_to_save.default.weight: found shape"):
+        loaded = PeftModel.from_pretrained(base(outputs=5), tmp_path, ignore_mismatched_sizes=True)
+    (own,), (saved,) = lotra_layers(loaded).values(), lotra_layers(model).values()
+    for values, expected in zip(own.factors("default"), saved.factors("default"), strict=True):
+        assert_equal(values, expected, 0)
+    weights = get_peft_model_state_dict(model)
+    cut = {key: value[:1] if "lotra_U2" in key else value for key, value in weights.items()}
+    with pytest.raises(ValueError, match="lotra_U2.* of shape"):
+        set_peft_model_state_dict(model, cut, ignore_mismatched_sizes=True)
+    with pytest.raises(ValueError, match="does not fit the shape"):
+        PeftModel.from_pretrained(base(width=5), tmp_path, ignore_mismatched_sizes=True)
 
 
 # Scaling -------------------------------------------------------------------------------------------------------------
@@ -71,6 +98,20 @@ def test_layers_are_scaled_and_unscaled():
     scaled(1, "unscale_layer", None)
     model.delete_adapter("other")
     assert all(set(layer.alpha) == {"default"} for layer in layers)
+
+
+def test_rescale_adapter_scale_takes_lora_alone_and_layers_scale_themselves():
+    """PEFT asks for a LoraLayer (`peft/helpers.py:213` of 0.21.2)."""
+    base = ChebyKAN([3, 2]).double()
+    model, x = adapted(copy.deepcopy(base)), X.double()
+    y = model(x)
+    with pytest.raises(ValueError, match="scaling is only supported for models with `LoraLayer`s"):
+        with rescale_adapter_scale(model, 0.5):
+            pass
+    for layer in lotra_layers(model).values():
+        layer.scale_layer(0.5)
+    assert_different(model(x), y)
+    assert_equal(model(x) - base(x), (y - base(x)) / 2)
 
 
 # Status and what is trained ------------------------------------------------------------------------------------------

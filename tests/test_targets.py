@@ -152,6 +152,36 @@ def test_a_pattern_that_matches_nothing_is_warned_about(field):
         get_peft_model(Model(), LoTRAConfig(r=2, **{field: {"nowhere": 1}}))
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_of_which_an_earlier_one_takes_all_is_warned_about(field):
+    narrow_first = {r"1\.mlp": 2, "layers.2.mlp": 2, "mlp": 1, "head": 2}
+    get_peft_model(Model(), LoTRAConfig(r=2, **{field: narrow_first}))
+    wide_first = {"mlp": 1, r"1\.mlp": 2, "layers.2.mlp": 2}
+    message = rf"`{field}` key '1\\\\.mlp' has no effect: of two keys the first counts.*\['layers.1.mlp'\]; put the"
+    with pytest.warns(UserWarning, match=message) as warned:
+        get_peft_model(Model(), LoTRAConfig(r=2, **{field: wide_first}))
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("kwargs", [{"alpha": 0}, {"alpha_pattern": {"layers.1.mlp": 0.0}}])
+def test_an_alpha_of_zero_is_warned_about(kwargs):
+    idle = [f"{name}.cheby_coeffs" for name in KNOWN[1:] if "alpha" in kwargs or name == "layers.1.mlp"]
+    message = re.escape(f"`alpha` is 0 for {idle}: the adapter changes nothing there and gets no gradient")
+    with pytest.warns(UserWarning, match=message):
+        get_peft_model(Model(), LoTRAConfig(r=2, target_modules=["mlp"], **kwargs))
+
+
+def test_heads_that_peft_names_for_a_task_may_lack():
+    """PeftModelForSequenceClassification adds "classifier" and "score" to `modules_to_save`; a model has one."""
+    model = Model()
+    model.add_module("score", nn.Linear(2, 2))
+    model.prepare_inputs_for_generation = None
+    adapted = get_peft_model(model, LoTRAConfig(r=2, task_type="SEQ_CLS"))
+    assert adapted.peft_config["default"].modules_to_save == ["classifier", "score"]
+    with pytest.raises(ValueError, match="`modules_to_save` entry 'nothing' matches no module"):
+        get_peft_model(Model(), LoTRAConfig(r=2, task_type="SEQ_CLS", modules_to_save=["nothing"]))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -165,13 +195,39 @@ def test_a_pattern_that_matches_nothing_is_warned_about(field):
             {"target_modules": ["head", "tail"]},
             "['tail (MatrixKANLayer)']. The model's KAN layers are ['head', 'layers.",
         ),
+        (
+            {"target_modules": "all-linear"},
+            "'all-linear' means every linear layer to other methods; LoTRA adapts KAN layers, and all that are known "
+            "where `target_modules` is left out. The model's KAN layers are ['head', ",
+        ),
+        ({"target_modules": ["all-linear"]}, "'all-linear' means every linear layer to other methods"),
+        (
+            {"modules_to_save": ["linear", "nothing"]},
+            "`modules_to_save` entry 'nothing' matches no module; the model has ['head', ",
+        ),
+        ({"modules_to_save": ["score"]}, "`modules_to_save` entry 'score' matches no module"),
         ({"exclude_modules": r".*"}, "no KAN layer is left by {'exclude_modules': '.*'}; the model's KAN layers are"),
         ({"layers_to_transform": 7}, "no KAN layer is left by {'layers_to_transform': 7}"),
+        (
+            {"layers_to_transform": [0, 99, 7]},
+            "`layers_to_transform` names [7, 99], which are indices of no KAN layer that the other fields leave; "
+            "there are [0, 1, 2], of ['head', 'layers.0.mlp', ",
+        ),
+        ({"layers_to_transform": [0, 1], "exclude_modules": ["layers.1.mlp"]}, "names [1], which are indices of no"),
         (
             {"layers_to_transform": 0, "layers_pattern": "blocks"},
             "no KAN layer is left by {'layers_to_transform': 0, ",
         ),
         ({"coefficients": {"nowhere": "i o d"}}, "`coefficients` names ['nowhere'], which match no parameter of this"),
+        (
+            {"coefficients": {"cheby_coeffs": "i o d", r"layers\.1\.mlp\.cheby_coeffs": "o i d"}},
+            r"key 'layers\\.1\\.mlp\\.cheby_coeffs' means only parameters that other keys take, "
+            "{'layers.1.mlp.cheby_coeffs': 'cheby_coeffs'}: a full name goes before a pattern, and of two the first",
+        ),
+        (
+            {"coefficients": {"tail.w.*": TAIL["tail.weight"]} | TAIL},
+            "key 'tail.w.*' means only parameters that other keys take, {'tail.weight': 'tail.weight'}",
+        ),
         (
             {"coefficients": {"tail.weight": "i o d"}},
             "KAN layer 'tail': layout 'i o d' has 3 axes, the tensor has shape",

@@ -10,7 +10,7 @@ from torch import nn
 from ..coefficients.registry import Descriptions
 from ..config import LoTRAConfig, Target
 from ..layer import adapted_tensors, first_tensor
-from ..preserved import preserved
+from ..preserved import check_model, preserved
 from ..standin import adapted_coefficients
 from ..targets import resolve_targets
 from ..tensors.spectrum import Spectrum
@@ -26,7 +26,7 @@ def effective_coefficients(model: nn.Module, coefficients: Descriptions | None =
     Raises:
         ValueError: if the model has no KAN layer, or has adapters.
     """
-    config = LoTRAConfig(r=1, coefficients=dict(coefficients or {}))
+    config = LoTRAConfig(r=1, coefficients=coefficients or {})
     return {target.parameter: coefficients_of(model, target) for target in plain_targets("model", model, config)}
 
 
@@ -41,7 +41,7 @@ def coefficient_updates(
     Raises:
         ValueError: if a model has no KAN layer or has adapters, or the two do not have the same layers.
     """
-    config = LoTRAConfig(r=1, coefficients=dict(coefficients or {}))
+    config = LoTRAConfig(r=1, coefficients=coefficients or {})
     return {target.parameter: update for target, update in updates_between(base, finetuned, config)}
 
 
@@ -77,6 +77,7 @@ def updates_between(
 
 def plain_targets(name: str, model: nn.Module, config: LoTRAConfig) -> list[Target]:
     """The targets of `config` in a model that must have no adapters."""
+    check_model(**{name: model})
     if adapted_tensors(model):
         raise ValueError(f"`{name}` has LoTRA adapters: pass a plain model, such as `merge_and_unload()` returns")
     return resolve_targets(model, config)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .spec import CoefficientSpec, check_description
+from .spec import CoefficientSpec, check_descriptions
 
 Descriptions = Mapping[str, str | Mapping[str, Any]]
 
@@ -31,12 +31,13 @@ def register_kan_layer(
             mapping serves where the answer depends on the instance, such as the size of a flattened axis.
 
     Raises:
-        ValueError, TypeError: if the mapping is malformed.
+        ValueError, TypeError: if an argument is none of these, or the mapping is malformed.
     """
+    if not isinstance(layer_class, str | type):
+        raise TypeError(f"`layer_class` should be a class or its qualified name, but {layer_class!r} is passed")
     name = layer_class if isinstance(layer_class, str) else qualified_name(layer_class)
     if not callable(coefficients):
-        for description in coefficients.values():
-            check_description(description)
+        check_descriptions(coefficients)
     _REGISTRY[name] = coefficients
 
 

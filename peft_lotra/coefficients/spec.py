@@ -105,6 +105,11 @@ class Layout:
         groups = [[axis for axis in self.sizes if axis[0] == letter] for letter in _MODES + _KERNEL]
         return " ".join(f"({' '.join(sorted(axes, key=_part_number))})" for axes in groups if axes)
 
+    @property
+    def stored_axes(self) -> list[str]:
+        """What each axis of the stored tensor holds, with sizes: `["o=4", "i=3 d=8"]` for `"o (i d)"`."""
+        return [" ".join(f"{axis}={self.sizes[axis]}" for axis in group) for group in _parse(self.pattern)]
+
     @cached_property
     def canonical_shape(self) -> tuple[int, ...]:
         """(n, m, n_d, ...): the sizes of A's modes, then of its unfactored axes."""
@@ -232,6 +237,17 @@ def check_description(description: str | Mapping[str, Any]) -> dict[str, Any]:
     if description.get("scale_layout") is not None:
         check_layout(description["scale_layout"], modes=())
     return dict(description)
+
+
+def check_descriptions(coefficients: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError, naming argument and key, unless every value is a description."""
+    if not isinstance(coefficients, Mapping) or not all(isinstance(key, str) for key in coefficients):
+        raise TypeError(f"`coefficients` should be a mapping from names but the value passed is {coefficients!r}")
+    for key, description in coefficients.items():
+        try:
+            check_description(description)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"`coefficients[{key!r}]`: {error}") from None
 
 
 def parse_slice(text: str) -> tuple[slice, ...]:

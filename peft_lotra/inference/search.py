@@ -11,10 +11,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..coefficients import CoefficientSpec, known_coefficients
+from ..coefficients import CoefficientSpec, Layout, known_coefficients
 from ..config import LoTRAConfig
 from ..layer import adapted_tensors
-from ..preserved import preserved
+from ..preserved import check_model, preserved
 from ..standin.placing import is_used
 from ..targets import resolve_targets
 from .layouts import agree
@@ -53,9 +53,11 @@ def infer_coefficients(model: nn.Module, *sample: Any, **kwargs: Any) -> Inferre
     exactly as it was. The sample should be like the data: basis functions that it does not reach are not seen.
 
     Raises:
+        TypeError: if `model` is none.
         ValueError: if the model does not run on the sample, or no coefficient tensor is found; the text then says why
             for each parameter.
     """
+    check_model(model=model)
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if adapted:
         raise ValueError(
@@ -88,15 +90,17 @@ def verify_coefficients(
     `LoTRAConfig(coefficients=...)`; in a model that LoTRA has adapted, those of its layers. See `infer_coefficients`.
 
     Raises:
+        TypeError: if `model` is none, or `coefficients` no mapping.
         ValueError: naming the first layer and parameter whose layout, slice or scale is not the one found.
     """
+    check_model(model=model)
     names = {module: name for name, module in model.named_modules()}
     layers = [(layer.get_base_layer(), layer.spec) for layer in adapted_tensors(model).values()]
     declared = [(names[layer], layer, spec) for layer, spec in layers]
     if declared and coefficients:
         raise ValueError("`coefficients` describes a base model, and this one is adapted: leave the argument out")
     if not declared:
-        targets = resolve_targets(model, LoTRAConfig(r=1, coefficients=dict(coefficients or {})))
+        targets = resolve_targets(model, LoTRAConfig(r=1, coefficients=coefficients or {}))
         declared = [(target.module, model.get_submodule(target.module), target.spec) for target in targets]
     calls = _recorded_calls(model, sample, kwargs, plain=True)
     passes, lines = Passes(), []
@@ -123,7 +127,7 @@ def _disagreement(layer: nn.Module, given: CoefficientSpec, found: CoefficientSp
     if found is None:
         return f"{declared}, but the layer's response does not confirm it: {reason}"
     if found.slice != given.slice or not agree(given.layout, found.layout):
-        return f"{declared}, found {_described(found, name=False)}"
+        return f"{declared}, found {_described(found, name=False)}{_differing_axes(given.layout, found.layout)}"
     if given.scale is not None and given.scale_layout is not None:
         size = layer.get_parameter(given.scale).shape if given.scale == found.scale else None
         test = None if size is None else torch.arange(float(size.numel())).view(size)
@@ -137,6 +141,13 @@ def _disagreement(layer: nn.Module, given: CoefficientSpec, found: CoefficientSp
         if not same:
             return f"{declared}, found the scale {found.scale} {found.scale_layout or ''}".rstrip()
     return ""
+
+
+def _differing_axes(given: Layout, found: Layout) -> str:
+    """What the stored axes hold, where the two differ: both shapes (n, m, n_d) may be the same."""
+    pairs = enumerate(zip(given.stored_axes, found.stored_axes, strict=True))
+    held = [f"axis {axis} of the parameter holds {b}, not {a}" for axis, (a, b) in pairs if a != b]
+    return f": {'; '.join(held)} (i input, o output, d basis)" if held else ""
 
 
 def _described(spec: CoefficientSpec, name: bool = True) -> str:

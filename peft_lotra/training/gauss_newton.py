@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,13 +18,13 @@ from torch.utils._pytree import tree_flatten, tree_map
 from tqdm import tqdm
 
 from ..placement.sharded import check_not_sharded
+from ..preserved import check_model
+from .damped_system import linear_system
 
 _Residual = Callable[[Callable[..., Any], Any], torch.Tensor]
 
 # Numbers that a chunk of per-sample gradients may hold, where `chunk_size` is not given: 64 MiB in fp32.
 _CHUNK_NUMBERS = 2**24
-# D = diag(JᵀJ) + this · its mean · I
-_FLOOR = 1e-3
 # Bounds of the damping: with more the step is nothing, with less the fp64 factorisation fails.
 _LEAST_DAMPING, _MOST_DAMPING = 1e-14, 1e10
 
@@ -33,7 +34,8 @@ class GaussNewtonResult:
     """What a fit did, in plain values: it survives JSON, and `resume_from=` goes on from it.
 
     Attributes:
-        losses: the loss at the start, and after every iteration on the points of that iteration.
+        losses: the loss at the start, and after every iteration on the points of that iteration; none if the fit was
+            interrupted before the first was known.
         damping: λ for the next iteration.
         iterations: the number of iterations done, resumed ones included.
         reason: why the fit ended: "iterations", "gradient", "loss", "damping" (no step reduces the loss any more),
@@ -116,6 +118,8 @@ def fit_gauss_newton(
         damping_decrease=(damping_decrease, 1), gradient_tolerance=(gradient_tolerance, 0),
         loss_tolerance=(loss_tolerance, 0), max_seconds=(max_seconds, 0), chunk_size=(chunk_size, 1),
     )  # fmt: skip
+    if callback is not None:
+        _check_callback(callback)
     problem = _Problem(model, residual_fn, chunk_size)
     if not isinstance(resume_from, GaussNewtonResult | None):
         raise TypeError(f"`resume_from` should be a GaussNewtonResult but the value passed is {resume_from!r}")
@@ -129,7 +133,8 @@ def fit_gauss_newton(
             if residuals is None or callable(data):
                 residuals = problem.checked_residuals(theta, batch, first=iteration == first)
             before = residuals.square().sum().item()
-            system = _linear_system(problem.jacobian(theta, batch), residuals, len(theta))
+            result = replace(result, losses=result.losses or (before,))
+            system = linear_system(problem.jacobian(theta, batch), residuals, len(theta))
             if not math.isfinite(system.scale):
                 raise ValueError(f"`residual_fn` has derivatives that are not finite, in iteration {iteration}")
             if iteration == first and not system.scale:
@@ -139,7 +144,6 @@ def fit_gauss_newton(
                 )
             if system.cosine <= gradient_tolerance:
                 reason = "gradient"
-                result = replace(result, losses=result.losses or (before,))
                 break
             while damping <= _MOST_DAMPING:
                 step = system.step(damping)
@@ -154,7 +158,7 @@ def fit_gauss_newton(
                 break
             if gain > system.predicted_gain(step, damping) / 4:
                 damping = max(damping / damping_decrease, _LEAST_DAMPING)
-            losses = (*(result.losses or (before,)), before - gain)
+            losses = (*result.losses, before - gain)
             # In one statement: an interrupt finds both old or both new.
             theta, result = candidate, GaussNewtonResult(losses, damping, iteration + 1, "running")
             problem.write(theta)
@@ -181,6 +185,7 @@ class _Problem:
     """r(θ) and J(θ) of a model, residual functions and data; rows are divided by √N so that ‖r‖² is the loss."""
 
     def __init__(self, model: nn.Module, residual_fn: Any, chunk_size: int | None) -> None:
+        check_model(model=model)
         check_not_sharded(
             model, "`model`", "fit it before it is sharded, or save the adapter and fit it in one process"
         )
@@ -298,92 +303,35 @@ class _Problem:
                 yield torch.cat(columns, dim=1) / math.sqrt(size)
 
 
-class _NormalEquations:
-    """(JᵀJ + λD) δ = −Jᵀr, which needs P² numbers and a block of J at a time."""
-
-    def __init__(self, blocks: Iterable[torch.Tensor], residuals: torch.Tensor, size: int) -> None:
-        self.matrix = residuals.new_zeros(size, size)
-        gradient, done = residuals.new_zeros(size), 0
-        for block in blocks:
-            block = block.double()
-            self.matrix.addmm_(block.T, block)
-            gradient.addmv_(block.T, residuals[done : done + len(block)])
-            done += len(block)
-        self._measure(gradient, self.matrix.diagonal().clone(), residuals)
-
-    def _measure(self, gradient: torch.Tensor, squares: torch.Tensor, residuals: torch.Tensor) -> None:
-        self.gradient = gradient  # Jᵀr
-        self.scale = squares.mean().item()
-        # A factor has derivative zero while its core is zero: the second term gives it a damping all the same.
-        self.diagonal = squares + _FLOOR * self.scale
-        cosines = gradient.abs() / (squares.sqrt() * torch.linalg.vector_norm(residuals))
-        self.cosine = cosines.nan_to_num(0.0).max().item()  # zero where a norm is
-
-    def step(self, damping: float) -> torch.Tensor:
-        return -_solve(self.matrix, damping * self.diagonal, self.gradient)
-
-    def predicted_gain(self, step: torch.Tensor, damping: float) -> float:
-        """‖r‖² − ‖r + Jδ‖² = −rᵀJδ + λ·δᵀDδ for the δ that solves the equation."""
-        return (damping * (self.diagonal @ step.square()) - self.gradient @ step).item()
-
-
-class _ResidualSpace(_NormalEquations):
-    """δ = −D⁻¹Jᵀ(JD⁻¹Jᵀ + λI)⁻¹r, the same δ, which needs J and R² numbers."""
-
-    def __init__(self, blocks: Iterable[torch.Tensor], residuals: torch.Tensor, size: int) -> None:
-        self.jacobian, done = torch.empty(0), 0
-        for block in blocks:
-            if not done:
-                self.jacobian = block.new_empty(len(residuals), size)
-            self.jacobian[done : done + len(block)] = block
-            done += len(block)
-        self.residuals = residuals
-        gradient, squares = residuals.new_empty(size), residuals.new_empty(size)
-        for columns, block in self._columns():
-            torch.mv(block.T, residuals, out=gradient[columns])
-            torch.sum(block.square(), dim=0, out=squares[columns])
-        self._measure(gradient, squares, residuals)
-        self.matrix = residuals.new_zeros(len(residuals), len(residuals))
-        for columns, block in self._columns():
-            self.matrix.addmm_(block / self.diagonal[columns], block.T)
-
-    def _columns(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """J in fp64, some columns at a time: all of it may be twice as large as J itself."""
-        width = max(1, _CHUNK_NUMBERS // 4 // len(self.jacobian))
-        for start in range(0, self.jacobian.shape[1], width):
-            yield slice(start, start + width), self.jacobian[:, start : start + width].double()
-
-    def step(self, damping: float) -> torch.Tensor:
-        weights = _solve(self.matrix, torch.full_like(self.residuals, damping), self.residuals)
-        return -torch.cat([block.T @ weights for _, block in self._columns()]) / self.diagonal
-
-
-def _linear_system(blocks: Iterable[torch.Tensor], residuals: torch.Tensor, size: int) -> _NormalEquations:
-    """The cheaper of the two forms."""
-    return (_ResidualSpace if len(residuals) < size else _NormalEquations)(blocks, residuals, size)
-
-
-def _solve(matrix: torch.Tensor, shift: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """(M + diag(shift))⁻¹ b; zero, which is no step, where this is not positive definite in floating point."""
-    shifted = matrix.clone()
-    shifted.diagonal().add_(shift)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    return torch.zeros_like(right) if failed else torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1)
-
-
 def _checked_shape(values: Any, chunk: tuple[torch.Tensor, ...], name: str) -> torch.Tensor:
+    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+        got = f"one of {values.dtype}" if isinstance(values, torch.Tensor) else f"a {type(values).__qualname__}"
+        raise TypeError(
+            f"`residual_fn{_at(name)}` should give a tensor of real floating-point numbers, made by torch from what "
+            f"`net` returns, but it gave {got}"
+        )
     rows = len(chunk[0])
-    if not isinstance(values, torch.Tensor) or values.ndim not in (1, 2) or len(values) != rows or not values.numel():
-        got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values)
+    if values.ndim not in (1, 2) or len(values) != rows or not values.numel():
         raise ValueError(
             f"`residual_fn{_at(name)}` should give the residuals of every sample, shape ({rows},) or ({rows}, k) for "
-            f"a batch of {rows}, not their mean or sum, but it gave {got}"
+            f"a batch of {rows}, not their mean or sum, but it gave {tuple(values.shape)}"
         )
     return values
 
 
 def _at(name: str) -> str:
     return f"[{name!r}]" if name else ""
+
+
+def _check_callback(callback: Any) -> None:
+    try:
+        signature(callback).bind("result")
+    except TypeError:
+        raise TypeError(
+            f"`callback` should be a function of one GaussNewtonResult but the value passed is {callback!r}"
+        ) from None
+    except ValueError:
+        pass  # it does not tell what it takes, as some builtins
 
 
 def _check_numbers(**arguments: tuple[Any, float]) -> None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..layer import LoTRALayer, adapted_tensors
 from ..placement.sharded import check_not_sharded
-from ..preserved import preserved, preserved_random_state
+from ..preserved import check_model, preserved, preserved_random_state
 from ..standin import adapted_coefficients, replaced
 
 METHODS = {"gradient": (1,), "gradient_hosvd": (0, 1, 2)}  # the modes whose factors are set
@@ -47,11 +47,13 @@ def initialize_lotra_weights(
     Directions that the gradient does not have (its unfolding has fewer than r2) are random, orthonormal to the others.
 
     Raises:
+        TypeError: if `model` is none.
         ValueError: if there is no such adapter, method or gradient (none, zero or not finite), or the adapter has been
             trained or merged already; no factor is changed then.
 
     Source: eq. 8, for r2 > 1 and several samples; "gradient_hosvd" is ours.
     """
+    check_model(model=model)
     if method not in METHODS:
         raise ValueError(f"`method` should be one of {list(METHODS)}, got {method!r}")
     layers = _layers(model, adapter_name)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..layer import adapted_tensors
 from ..placement.sharded import check_not_sharded
+from ..preserved import check_model
 from ..tensors.tucker import orthonormal as orthonormal_factors
 
 Multipliers = Mapping[str, float]
@@ -100,11 +101,13 @@ def lotra_parameter_groups(
         weight_decay: for all groups; None leaves the optimizer's own default.
 
     Raises:
+        TypeError: if `model` is none.
         ValueError: if nothing of an adapter is trainable, or an argument is not as described.
 
     Source: LR-1 is Theorem 2, for gradient descent; LR-4 the source's baseline; the others are ours ("adam": the same
     argument where every entry moves by about ±η).
     """
+    check_model(model=model)
     if not isinstance(lr, Real | torch.Tensor) or not 0 < lr:
         raise ValueError(f"`lr` should be a positive number, got {lr!r}")
     multiplier_of = _multipliers(model, _rule(lr_rule))
