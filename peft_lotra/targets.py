@@ -15,7 +15,7 @@ from torch import nn
 from .checkpoint import CONTAINERS
 from .coefficients import CoefficientSpec, known_coefficients, registered_kan_layers
 from .coefficients.spec import tensor_at
-from .config import LoTRAConfig, Target, pattern_value
+from .config import LoTRAConfig, Target, name_endings, pattern_value
 from .layer import adapted_tensors
 from .slim_layer import SlimLayer
 from .tensors.ranks import choose_ranks
@@ -45,7 +45,11 @@ def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
     """
     _check_modules_to_save(config)
     base = _BaseModel.of(model)
-    selected = _select(base.layers, _known_targets(base, config), config)
+    known = _known_targets(base, config)
+    if config.is_self_contained:
+        selected = [target for target in known if target.parameter in config.coefficients]
+    else:
+        selected = _select(base.layers, known, config)
     _check_not_shared(model, base.layers, selected)
     targets = _with_ranks(selected, config)
     _check_not_inside(base.layers, config, targets)
@@ -120,7 +124,7 @@ def _known_targets(base: _BaseModel, config: LoTRAConfig) -> list[Target]:
 def _given_parameters(parameters: list[str], config: LoTRAConfig) -> list[tuple[str, str]]:
     """Each parameter that `config.coefficients` means, with its key: the full name, or else the first pattern."""
     full_names = set(config.coefficients) & set(parameters)
-    patterns = [key for key in config.coefficients if key not in full_names]
+    patterns = [key for key in config.coefficients if key not in full_names and not config.is_self_contained]
     given = []
     for parameter in parameters:
         key = parameter if parameter in full_names else get_pattern_key(patterns, parameter)
@@ -266,8 +270,7 @@ def _entries_for(module: str, patterns: Collection[str] | str) -> list[str]:
     collection has names or endings of names."""
     if isinstance(patterns, str):
         return [patterns] if re.fullmatch(patterns, module) else []
-    parts = module.split(".")
-    endings = {".".join(parts[start:]) for start in range(len(parts))}
+    endings = name_endings(module)
     return [entry for entry in patterns if entry in endings]
 
 
@@ -275,7 +278,7 @@ def is_excluded(config: LoTRAConfig, module: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` keeps adapters off this module."""
     if config.exclude_modules and _entries_for(module, config.exclude_modules):
         return True
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save or [])
+    return any(f".{name}." in f".{module}." for name in config.modules_to_save or [])
 
 
 def _has_index(config: LoTRAConfig, module: str) -> bool:
