@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from torch import nn
 
 CONTAINERS = ("lotra_core", "lotra_U1", "lotra_U2", "lotra_U3")
 PREFIX = "base_model.model."  # of every name in a file that PEFT writes
@@ -27,6 +30,17 @@ class SavedAdapter(NamedTuple):
 
     origin: str  # the file, as errors name it
     weights: Mapping[str, torch.Tensor]
+
+
+@contextmanager
+def naming(file: str | None) -> Iterator[None]:
+    """Errors raised inside become a ValueError or TypeError that names the file, if there is one."""
+    try:
+        yield
+    except Exception as error:  # PEFT, json, the file system and Python about arguments raise their own
+        if file is None:
+            raise
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{file}: {error}") from error
 
 
 def is_adapter_key(key: str) -> bool:
@@ -56,7 +70,7 @@ def check_tensor(key: str, given: torch.Tensor, slot: Slot, origin: str) -> None
     if tuple(given.shape) != tuple(slot.shape):
         raise ValueError(
             f"{origin} has {key} of shape {tuple(given.shape)}, expected {tuple(slot.shape)}: "
-            "an adapter of other ranks, or for another base model"
+            "an adapter of other ranks (`rank_pattern`), or for another base model"
         )
     is_factor = is_adapter_key(key)
     if is_factor and not given.is_floating_point():
@@ -79,6 +93,32 @@ def digest(weights: Mapping[str, torch.Tensor], meaning: Mapping[str, Any]) -> s
         total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
+
+
+def refuse_checkpoints(model: nn.Module) -> None:
+    """Make pykan's `saveckpt`, and `log_history` with `auto_save`, raise: `loadckpt` knows no adapters."""
+    for module in model.modules():
+        if hasattr(type(module), "saveckpt"):
+            module.__dict__ |= {"saveckpt": _refused_checkpoint, "log_history": partial(_refused_history, module)}
+
+
+def allow_checkpoints(model: nn.Module) -> None:
+    """Undo `refuse_checkpoints`."""
+    for module in model.modules():
+        if module.__dict__.pop("saveckpt", None) is not None:
+            del module.__dict__["log_history"]
+
+
+def _refused_checkpoint(*_: Any, **__: Any) -> None:
+    raise RuntimeError(
+        "`saveckpt` (and `auto_save`, which calls it) would write a checkpoint that `loadckpt` cannot read while "
+        "adapters are attached: set `auto_save = False` and use `save_pretrained`, or call `merge_and_unload()` first"
+    )
+
+
+def _refused_history(module: nn.Module, *_: Any, **__: Any) -> None:
+    if module.auto_save:
+        _refused_checkpoint()
 
 
 def read_adapter(directory: str) -> SavedAdapter | None:

@@ -16,7 +16,17 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, TaskType
 from peft.utils.other import get_pattern_key
 
-from .checkpoint import CONTAINERS, PREFIX, SavedAdapter, Slot, check_weights, digest, is_adapter_key, read_adapter
+from .checkpoint import (
+    CONTAINERS,
+    PREFIX,
+    SavedAdapter,
+    Slot,
+    check_weights,
+    digest,
+    is_adapter_key,
+    naming,
+    read_adapter,
+)
 from .coefficients import CoefficientSpec, Layout
 from .coefficients.spec import check_description
 from .registration import LOTRA
@@ -113,6 +123,7 @@ class LoTRAConfig(PeftConfig):
         self._written: Mapping[str, torch.Tensor] = {}  # what is being saved, by name
         self._copies: frozenset[str] = frozenset()  # of it, names of trained copies of modules, and of token rows
         self._saved: SavedAdapter | None = None  # the adapter file that the config was read with
+        self._file: str | None = None  # the config's own file then
         self._check_names()
         if self.r is not None and self.compression_ratio is not None:
             raise ValueError(
@@ -187,15 +198,12 @@ class LoTRAConfig(PeftConfig):
                 read, holds NaN or infinity, or does not fit the config.
         """
         directory = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
-        file = os.path.join(directory, CONFIG_NAME)
-        try:
+        with naming(os.path.join(directory, CONFIG_NAME)):
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except Exception as error:  # of json, of the file system, and of Python about arguments
-            raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{file}: {error}") from error
-        return config._checked(directory, file) if isinstance(config, LoTRAConfig) else config
+            return config._checked(directory) if isinstance(config, LoTRAConfig) else config
 
-    def _checked(self, directory: str, file: str) -> LoTRAConfig:
-        """This config as it came from `file`, with the adapter file in `directory`."""
+    def _checked(self, directory: str) -> LoTRAConfig:
+        """This config as it came from a directory, with the adapter file there."""
         # Applied when the adapter was made.
         modules = {target.module for _, target in self.saved_targets()}
         alphas = {module: self.alpha_pattern.get(module, self.alpha) for module in modules if self.alpha_pattern}
@@ -217,23 +225,22 @@ class LoTRAConfig(PeftConfig):
             return self
         if obstacle:
             raise ValueError(
-                f"{file}: {obstacle}. The config of a saved adapter names every tensor in full, as `save_pretrained` "
-                "writes it"
+                f"{obstacle}. The config of a saved adapter names every tensor in full, as `save_pretrained` writes it"
             )
         copies = {key: Slot(tuple(t.shape), t.dtype) for key, t in saved.weights.items() if not is_adapter_key(key)}
         check_weights(config.saved_slots() | copies, saved.weights, saved.origin)
         if self.digest is None:
             warnings.warn(
-                f"{file} has no `digest`, so that nobody notices whether the adapter was changed or damaged: save it "
-                "again to add one",
+                f"{CONFIG_NAME} in {directory} has no `digest`, so that a change or damage of the adapter would not "
+                "be noticed: save it again to add one",
                 stacklevel=4,
             )
         elif self.digest != digest(saved.weights, self._meaning()):
             raise ValueError(
-                f"{saved.origin} and {file} do not fit the `digest` there: one of them was changed or damaged; use an "
-                f"earlier save. If it was changed on purpose, remove `digest` from {CONFIG_NAME}"
+                f"{saved.origin} and this config do not fit the `digest` here: one of them was changed or damaged; "
+                f"use an earlier save. If it was changed on purpose, remove `digest` from {CONFIG_NAME}"
             )
-        config._saved = saved
+        config._saved, config._file = saved, os.path.join(directory, CONFIG_NAME)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -113,6 +113,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for own, values in zip(self.factors(adapter_name), factors, strict=True):
             own.copy_(values)
 
+    def dtype_in_use(self, adapter_name: str) -> torch.dtype:
+        """The dtype of the smaller range that the factors are cast to: their own, or that of the coefficients."""
+        dtypes = self.lotra_core[adapter_name].dtype, self._stored(self.spec.parameter).dtype
+        return min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
+
     def _update(self, adapter_name: str) -> Update:
         return Update(self.factors(adapter_name), self.scaling[adapter_name])
 

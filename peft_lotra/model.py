@@ -15,7 +15,16 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from . import mixed_batch
-from .checkpoint import CONTAINERS, PREFIX, Slot, check_weights, is_adapter_key
+from .checkpoint import (
+    CONTAINERS,
+    PREFIX,
+    Slot,
+    allow_checkpoints,
+    check_weights,
+    is_adapter_key,
+    naming,
+    refuse_checkpoints,
+)
 from .coefficients.spec import tensor_at
 from .combination import combine_adapters, copied_modules, copy_trained
 from .config import LoTRAConfig, Target
@@ -64,16 +73,16 @@ class LoTRAModel(BaseTuner):
 
         After an exception, because of the file that the adapter comes from too, the model is as it was.
         """
-        saved = self.peft_config[adapter_name]._saved
+        config = self.peft_config[adapter_name]
         try:
-            with restored_on_error(self):
+            with naming(config._file), restored_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-                tensors = {f"{PREFIX}{key}": tensor for key, (_, tensor) in _tensors(model, adapter_name).items()}
-                if saved is not None:
-                    slots = {key: Slot(tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-                    check_weights(slots, saved.weights, saved.origin)
-                self._self_contained._copies = frozenset(key for key in tensors if not is_adapter_key(key))
+                slots = {f"{PREFIX}{key}": slot for key, (_, slot) in _slots(model, adapter_name).items()}
+                if config._saved is not None:
+                    check_weights(slots, config._saved.weights, config._saved.origin)
+                self._self_contained._copies = frozenset(key for key in slots if not is_adapter_key(key))
                 self.peft_config[adapter_name] = self._self_contained
+                refuse_checkpoints(model)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -140,6 +149,7 @@ class LoTRAModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         self._check_finite(adapter_names, merge and safe_merge)
+        allow_checkpoints(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore
 
     def _check_finite(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -254,7 +264,7 @@ class LoTRAModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         assert isinstance(config, LoTRAConfig)
-        tensors = {key: state_dict.get(name) for key, (name, _) in _tensors(model, adapter_name).items()}
+        tensors = {key: state_dict.get(name) for key, (name, _) in _slots(model, adapter_name).items()}
         config._written = {PREFIX + key.removeprefix(PREFIX): t for key, t in tensors.items() if t is not None}
         # Of a gathered state dict, other processes than the first have nothing, and write nothing.
         if state_dict or not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
@@ -266,25 +276,28 @@ class LoTRAModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {name: Slot(t.shape, t.dtype) for name, t in _tensors(model, adapter_name).values()}
-        check_weights(expected, remapped, f"the state dict for the adapter {adapter_name!r}")
+        check_weights(
+            dict(_slots(model, adapter_name).values()), remapped, f"the state dict for the adapter {adapter_name!r}"
+        )
         return remapped
 
 
-def _tensors(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, torch.Tensor]]:
-    """All tensors of an adapter, trained copies and token rows included: name in its file -> name in `model`, tensor.
+def _slots(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Slot]]:
+    """What an adapter consists of, trained copies and token rows included: name in its file -> name in `model`, slot.
 
     Names of a model that is not wrapped in a PeftModel have no prefix.
     """
-    found: dict[str, tuple[str, torch.Tensor]] = {}
+    found: dict[str, tuple[str, Slot]] = {}
     for module_name, module in model.named_modules():
         if isinstance(module, LoTRALayer) and adapter_name in module.lotra_core:
+            dtype = module.dtype_in_use(adapter_name)
             for key, factor in zip(CONTAINERS, module.factors(adapter_name), strict=True):
-                found[f"{module_name}.{key}"] = f"{module_name}.{key}.{adapter_name}", factor
+                found[f"{module_name}.{key}"] = f"{module_name}.{key}.{adapter_name}", Slot(tuple(factor.shape), dtype)
         elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
-            held = module.state_dict(keep_vars=True)
+            held = module.state_dict()
             for key, name in module.adapter_state_dict_load_map(adapter_name).items():
-                found[f"{module_name}.{key}"] = f"{module_name}.{name}", held[name]
+                slot = Slot(tuple(held[name].shape), held[name].dtype)
+                found[f"{module_name}.{key}"] = f"{module_name}.{name}", slot
     return found
 
 

@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import get_pattern_key
+from peft.utils.other import _get_input_embeddings_name, get_pattern_key
 from torch import nn
 
 from .checkpoint import CONTAINERS
@@ -54,6 +55,7 @@ def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
     targets = _with_ranks(selected, config)
     _check_not_inside(base.layers, config, targets)
     _check_slim(config, targets)
+    _check_tokens(model, base.layers, config)
     _check_existing_adapters(model, config, targets)
     return targets
 
@@ -230,6 +232,21 @@ def _check_slim(config: LoTRAConfig, targets: list[Target]) -> None:
             )
         if config.slim and target.alpha == 0:
             raise ValueError(f"`slim`=True with `alpha` 0 for {target.parameter}: its coefficients would stay zero")
+
+
+def _check_tokens(model: nn.Module, layers: Mapping[str, nn.Module], config: LoTRAConfig) -> None:
+    # PEFT refuses them too, with the adapters in the model already.
+    tokens = config.trainable_token_indices
+    if tokens is not None and not isinstance(tokens, Mapping):
+        tokens = {_get_input_embeddings_name(model, "embed_tokens") or "": tokens}
+    for name, indices in (tokens or {}).items():
+        embedding = next((layer for key, layer in layers.items() if key.endswith(name)), None)
+        rows = getattr(embedding, "weight", torch.empty(0)).shape[0]
+        if any(not 0 <= index < rows for index in indices) or not rows:
+            raise ValueError(
+                f"`trainable_token_indices` gives the rows {indices} of {name!r}, which has {rows} rows in this "
+                "model: give rows that there are, by the name of an embedding"
+            )
 
 
 def _check_existing_adapters(model: nn.Module, config: LoTRAConfig, targets: list[Target]) -> None:

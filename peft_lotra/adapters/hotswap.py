@@ -157,9 +157,10 @@ def _factors(
                 if container == "lotra_core" and alpha != own_alpha:
                     given = given.to("cpu", torch.float64) * (alpha / own_alpha)
                 values[tuple(map(slice, given.shape))] = given.to(values)
-                if not values.isfinite().all():
+                dtype = layer.dtype_in_use(adapter_name)
+                if not values.to(dtype).isfinite().all():
                     raise ValueError(
-                        f"{container} of {parameter} is too large for {own.dtype} (with `alpha` {own_alpha} of the "
+                        f"{container} of {parameter} is too large for {dtype} (with `alpha` {own_alpha} of the "
                         "slot): use `load_adapter`"
                     )
             yield own, values
