@@ -35,6 +35,9 @@ from .preserved import restored_on_error
 from .slim_layer import SlimLayer
 from .targets import is_excluded, resolve_targets
 
+# By task type, what PEFT trains in full.
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 
 class LoTRAModel(BaseTuner):
     """A model whose KAN layers compute with A + s · G ×₁ U1 ×₂ U2 ×₃ U3; made by `peft.get_peft_model`.
@@ -53,6 +56,14 @@ class LoTRAModel(BaseTuner):
         # A copy becomes self-contained: the user's object stays as it is and serves for other models too.
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         _check_name(adapter_name)
+        task = peft_config.task_type
+        if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(self.model, "prepare_inputs_for_generation"):
+            raise ValueError(
+                f"`task_type` {task!r} is for models that generate, by `prepare_inputs_for_generation`, which a "
+                f"{type(self.model).__name__} does not have: leave it out"
+            )
+        if task in _HEADS:  # PEFT names them too late for a copy
+            peft_config = replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or ()), *_HEADS[task]])
         targets = resolve_targets(self.model, peft_config)
         self._targets: dict[str, list[Target]] = {}
         for target in targets:

@@ -5,8 +5,10 @@ import json
 import random
 import re
 import signal
+import sys
 import time
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,13 +24,19 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
+from test_transformers import needs_loader, needs_mixin
 from torch import nn
+from transformers import PretrainedConfig
 
 from peft_lotra import LoTRAConfig, hotswap_adapter, hotswap_adapter_from_state_dict
 from peft_lotra.coefficients.spec import parse_slice
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from transformer_kan import TransformerKANConfig, TransformerKANForCausalLM
+
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 X = torch.linspace(-1, 1, 12).reshape(4, 3)
+TOKENS = torch.arange(10).reshape(2, 5)
 unsigned = pytest.mark.filterwarnings("ignore:.*has no `digest`:UserWarning")
 
 
@@ -223,6 +231,7 @@ def test_a_trained_copy_that_does_not_fit(edit, message, tmp_path):
     [
         ({"modules_to_save": {"layers.0": 2}}, TypeError, "`modules_to_save` should be a list of str"),
         ({"modules_to_save": ["layers"]}, ValueError, "no KAN layer is left"),
+        ({"task_type": "CAUSAL_LM"}, ValueError, "`task_type` 'CAUSAL_LM' is for models that generate"),
         (
             {"trainable_token_indices": [1]},
             ValueError,
@@ -249,6 +258,18 @@ def test_a_refused_config_leaves_the_model_as_it_was(kwargs, error, message):
     model.add_adapter("second", LoTRAConfig(r=1))
     model.set_adapter("second")
     assert_different(model(X), y)
+
+
+@pytest.mark.parametrize(("task", "head"), [("TOKEN_CLS", "classifier"), ("QUESTION_ANS", "qa_outputs")])
+def test_heads_that_peft_names_by_itself_are_saved_and_loaded(task, head, tmp_path):
+    base = nn.Sequential(OrderedDict(layers=nn.Sequential(ChebyKANLayer(3, 4, 3)), **{head: nn.Linear(4, 2)}))
+    base.config = PretrainedConfig()
+    model = adapted(base, task_type=task)
+    assert_different(model.get_base_model()(X), base(X))
+    model.save_pretrained(tmp_path)
+    assert f"base_model.model.{head}.bias" in load_file(tmp_path / WEIGHTS)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_equal(loaded.get_base_model()(X), model.get_base_model()(X), 0)
 
 
 # The digest ----------------------------------------------------------------------------------------------------------
@@ -466,7 +487,7 @@ def test_a_long_name_with_spaces_is_saved_below_the_directory(tmp_path):
 
 
 VALUES = [None, True, -1, 0, 1, 7, 10**30, 0.5, 1e400, "", "x", "i o d", "(a+)+!", [], [1], ["x"], {}, {"x": 1}, "\0"]
-VALUES += [[[]], {"x": {}}, {"": None}, "é" * 300]
+VALUES += [[[]], {"x": {}}, {"": None}, "é" * 300, "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS"]
 
 
 def mutated(draw, value):
@@ -543,3 +564,48 @@ def test_files_that_are_cut_off(saved):
     assert_untouched(base, before)
     (path / WEIGHTS).write_bytes(data)
     assert_equal(PeftModel.from_pretrained(base, path)(X), y, 0)
+
+
+# Where transformers reads --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpt(tmp_path):
+    """A model of transformers, and the directory and logits of an adapter that it has saved by itself."""
+    base = TransformerKANForCausalLM(
+        TransformerKANConfig(
+            vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, kan_hidden_size=6, kan_degree=3
+        )
+    ).eval()
+    model = copy.deepcopy(base)
+    model.add_adapter(LoTRAConfig(r=2, init_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    return base, model(TOKENS).logits.detach(), tmp_path / "adapter"
+
+
+@needs_mixin
+def test_what_transformers_saves_has_a_digest(gpt):
+    base, logits, path = gpt
+    assert_different(base(TOKENS).logits, logits)
+    assert_equal(PeftModel.from_pretrained(copy.deepcopy(base), path)(TOKENS).logits, logits, 0)
+    edit_weights(path, lambda weights: [tensor.mul_(2) for tensor in weights.values()], signed=True)
+    before = remains(base)
+    with pytest.raises(ValueError, match="do not fit the `digest`"):
+        PeftModel.from_pretrained(base, path)
+    assert_untouched(base, before)
+
+
+@needs_mixin
+@needs_loader
+def test_transformers_refuses_what_the_config_shows(gpt, at_once):
+    base, _, path = gpt
+    before = remains(base)
+    for fields in ({"rank_pattern": 3}, {"modules_to_save": {"lm_head": 2}}, {"trainable_token_indices": [99]}):
+        good = load_config(path)
+        edit_config(path, **fields)
+        with pytest.raises((ValueError, TypeError), match=f"`{next(iter(fields))}`"):
+            base.load_adapter(path)
+        (path / CONFIG).write_text(json.dumps(good))
+    with pytest.raises(ValueError, match="no name of a directory"):
+        base.load_adapter(path, adapter_name="a/b")
+    assert_untouched(base, before)
