@@ -584,6 +584,7 @@ def gpt(tmp_path):
 
 
 @needs_mixin
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # PEFT calls what was renamed
 def test_what_transformers_saves_has_a_digest(gpt):
     base, logits, path = gpt
     assert_different(base(TOKENS).logits, logits)
