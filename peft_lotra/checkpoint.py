@@ -1,14 +1,46 @@
-"""Checks of saved adapters, made before anything of a model is changed."""
+"""Checks of adapters that are saved or loaded, made before anything of a model is changed."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from torch import nn
 
 CONTAINERS = ("lotra_core", "lotra_U1", "lotra_U2", "lotra_U3")
+PREFIX = "base_model.model."  # of every name in a file that PEFT writes
+
+
+class Slot(NamedTuple):
+    """The place that a tensor of a file is meant for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float64
+
+
+class SavedAdapter(NamedTuple):
+    """What an adapter file holds."""
+
+    origin: str  # the file, as errors name it
+    weights: Mapping[str, torch.Tensor]
+
+
+@contextmanager
+def naming(file: str | None) -> Iterator[None]:
+    """Errors raised inside become a ValueError or TypeError that names the file, if there is one."""
+    try:
+        yield
+    except Exception as error:  # PEFT, json, the file system and Python about arguments raise their own
+        if file is None:
+            raise
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{file}: {error}") from error
 
 
 def is_adapter_key(key: str) -> bool:
@@ -16,43 +48,100 @@ def is_adapter_key(key: str) -> bool:
     return any(f".{name}" in f".{key}" for name in CONTAINERS)
 
 
-def check_weights(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, torch.Tensor], origin: str) -> None:
-    """Raise ValueError unless `weights` has exactly the `expected` adapter tensors, of these shapes, all finite."""
-    held = set(filter(is_adapter_key, weights))
-    missing, unexpected = sorted(set(expected) - held), sorted(held - set(expected))
+def check_weights(expected: Mapping[str, Slot], weights: Mapping[str, torch.Tensor], origin: str) -> None:
+    """Raise ValueError unless `weights` has exactly the `expected` names and shapes, and values that fit there.
+
+    Factors are real floating-point numbers, finite after the cast to the dtype that they are used in. Trained copies
+    of modules hold no NaN, and nothing finite in them becomes infinite by the cast.
+    """
+    missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unexpected:
         raise ValueError(
             f"{origin} does not belong to this adapter: it lacks {missing or 'nothing'}, and has "
-            f"{unexpected or 'nothing'} beyond it. Was it made for another base model, or other `target_modules`?"
+            f"{unexpected or 'nothing'} beyond it. Was it made for another base model, or other `target_modules`? "
+            "Of the base model's own tensors, only those that `modules_to_save` names are loaded"
         )
-    for key, shape in expected.items():
-        if tuple(weights[key].shape) != tuple(shape):
-            raise ValueError(
-                f"{origin} has {key} of shape {tuple(weights[key].shape)}, expected {tuple(shape)}: "
-                "an adapter of other ranks, or for another base model"
-            )
-        if not torch.isfinite(weights[key]).all():
-            raise ValueError(f"{origin} has NaN or infinity in {key}: the adapter is broken; use an earlier save")
+    for key, slot in expected.items():
+        check_tensor(key, weights[key], slot, origin)
 
 
-def check_saved_weights(path: str, subfolder: str | None, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError if the adapter file in a local directory is unreadable, not finite, or not what is `expected`.
+def check_tensor(key: str, given: torch.Tensor, slot: Slot, origin: str) -> None:
+    """`check_weights` for one tensor."""
+    if tuple(given.shape) != tuple(slot.shape):
+        raise ValueError(
+            f"{origin} has {key} of shape {tuple(given.shape)}, expected {tuple(slot.shape)}: "
+            "an adapter of other ranks (`rank_pattern`), or for another base model"
+        )
+    is_factor = is_adapter_key(key)
+    if is_factor and not given.is_floating_point():
+        raise ValueError(f"{origin} has {key} of dtype {given.dtype}: factors are real floating-point tensors")
+    if given.is_meta or not (given.is_floating_point() and slot.dtype.is_floating_point):
+        return
+    if given.isnan().any() or (is_factor and given.isinf().any()):
+        raise ValueError(f"{origin} has NaN or infinity in {key}: the adapter is broken; use an earlier save")
+    if given.dtype != slot.dtype and not torch.equal(given.isinf(), given.to(slot.dtype).isinf()):
+        raise ValueError(
+            f"{origin} has values up to {given.abs().max().item():.3g} in {key}, too large for the {slot.dtype} that "
+            "they are used in: load the base model in a wider dtype, such as torch.float32"
+        )
 
-    Without a local file there is nothing to check.
 
-    Args:
-        path, subfolder: as in `PeftConfig.from_pretrained`.
-        expected: key and shape of every adapter tensor.
+def digest(weights: Mapping[str, torch.Tensor], meaning: Mapping[str, Any]) -> str:
+    """sha256 over `meaning`, plain data, and every tensor's name, dtype, shape and bytes, in the order of names."""
+    total = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
+    for key, tensor in sorted((key.replace(PREFIX, ""), tensor) for key, tensor in weights.items()):
+        total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def refuse_checkpoints(model: nn.Module) -> None:
+    """Make pykan's `saveckpt`, and `log_history` with `auto_save`, raise: `loadckpt` knows no adapters."""
+    for module in model.modules():
+        if hasattr(type(module), "saveckpt"):
+            module.__dict__ |= {"saveckpt": _refused_checkpoint, "log_history": partial(_refused_history, module)}
+
+
+def allow_checkpoints(model: nn.Module) -> None:
+    """Undo `refuse_checkpoints`."""
+    for module in model.modules():
+        if module.__dict__.pop("saveckpt", None) is not None:
+            del module.__dict__["log_history"]
+
+
+def _refused_checkpoint(*_: Any, **__: Any) -> None:
+    raise RuntimeError(
+        "`saveckpt` (and `auto_save`, which calls it) would write a checkpoint that `loadckpt` cannot read while "
+        "adapters are attached: set `auto_save = False` and use `save_pretrained`, or call `merge_and_unload()` first"
+    )
+
+
+def _refused_history(module: nn.Module, *_: Any, **__: Any) -> None:
+    if module.auto_save:
+        _refused_checkpoint()
+
+
+def read_adapter(directory: str) -> SavedAdapter | None:
+    """The adapter file in a local directory; None if there is none.
+
+    Raises:
+        ValueError: if it cannot be read, or holds other things than tensors by name.
     """
-    directory = os.path.join(path, subfolder or "")
     files = [os.path.join(directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
     file = next(filter(os.path.isfile, files), None)
     if file is None:
-        return
+        return None
     try:
-        weights = load_peft_weights(path, device="cpu", subfolder=subfolder)
+        weights = load_peft_weights(directory, device="cpu")
     except Exception as error:  # safetensors, pickle and zip each raise their own
         raise ValueError(
             f"the adapter file {file} cannot be read ({error}): it is corrupt or truncated; copy or save it again"
         ) from error
-    check_weights(expected, weights, f"the adapter file {file}")
+    things = weights.items() if isinstance(weights, Mapping) else [("it", weights)]
+    for key, thing in things:
+        if not (isinstance(key, str) and isinstance(thing, torch.Tensor) and thing.layout is torch.strided):
+            raise ValueError(
+                f"the adapter file {file} should hold dense tensors by name, but {key!r} is a {type(thing).__name__}: "
+                "save the adapter again by `save_pretrained`"
+            )
+    return SavedAdapter(f"the adapter file {file}", weights)

@@ -12,11 +12,11 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, merge_utils
 from torch import nn
 
-from .config import LoTRAConfig, check_ranks
+from .config import LoTRAConfig
 from .layer import LoTRALayer, adapted_tensors
 from .placement.offloaded import tensors_in_place
 from .placement.sharded import full_tensor
-from .tensors.ranks import choose_ranks
+from .tensors.ranks import check_ranks, choose_ranks
 from .tensors.tucker import Ranks, TuckerFactors, compress, reconstruct, weighted_sum
 
 _SUMS = ("cat", "svd", "linear")

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+import os
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from numbers import Real
 from typing import Any
 
+import torch
 from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME, TaskType
 from peft.utils.other import get_pattern_key
 
-from .checkpoint import CONTAINERS, check_saved_weights
+from .checkpoint import (
+    CONTAINERS,
+    PREFIX,
+    SavedAdapter,
+    Slot,
+    check_weights,
+    digest,
+    is_adapter_key,
+    naming,
+    read_adapter,
+)
 from .coefficients import CoefficientSpec, Layout
 from .coefficients.spec import check_descriptions
 from .registration import LOTRA
-from .tensors.ranks import Ranks, as_triple
+from .tensors.ranks import Ranks, as_triple, check_ranks
 from .tensors.tucker import factor_shapes
+
+# What a list in a field has, or, where there is an "or", the field itself.
+_NAMES = (
+    ("target_modules", str, "names of modules, or a regular expression"),
+    ("exclude_modules", str, "names of modules, or a regular expression"),
+    ("modules_to_save", str, "names of modules"),
+    ("layers_pattern", str, "names, or one name"),
+    ("layers_to_transform", int, "indices of layers, or one index"),
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +99,9 @@ class LoTRAConfig(PeftConfig):
             False: G is random too, for tests.
         slim: A_pt = 0 without memory: the coefficient tensors are the update alone, and those of the model are lost.
             `slim_kan` sets it. G is then random, scaled to the layer's own initialisation.
+        digest: sha256 of the saved tensors and of what the config says of them. `save_pretrained` sets it, and an
+            adapter file that does not fit it is not loaded. Who edits tensors or config by hand on purpose removes
+            the field from `adapter_config.json`; the adapter then loads with a warning.
 
     Raises:
         ValueError, TypeError: naming the field, the value and what is allowed.
@@ -97,10 +122,24 @@ class LoTRAConfig(PeftConfig):
     allow_unread: bool = False
     init_weights: bool = True
     slim: bool = False
+    digest: str | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_written": {}, "_saved": None}  # copies do without tensors
 
     def __post_init__(self) -> None:
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            raise ValueError(
+                f"`task_type` should be one of {[task.value for task in TaskType]}, or None, but the value passed is "
+                f"{self.task_type!r}"
+            )
         super().__post_init__()
         self.peft_type = LOTRA
+        self._written: Mapping[str, torch.Tensor] = {}  # what is being saved, by name
+        self._copies: frozenset[str] = frozenset()  # of it, names of trained copies of modules, and of token rows
+        self._saved: SavedAdapter | None = None  # the adapter file that the config was read with
+        self._file: str | None = None  # the config's own file then
+        self._check_names()
         if self.r is not None and self.compression_ratio is not None:
             raise ValueError(
                 f"give `r` or `compression_ratio`, not both: got r={self.r!r}, "
@@ -127,22 +166,31 @@ class LoTRAConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                _check_entries(name, value, str, "names of modules, or a regular expression")
                 setattr(self, name, set(value))
-        if self.modules_to_save is not None:
-            _check_entries("modules_to_save", self.modules_to_save, str, "names of modules")
-        if self.layers_pattern is not None and not isinstance(self.layers_pattern, str):
-            _check_entries("layers_pattern", self.layers_pattern, str, "names, or one name")
-        if self.layers_to_transform is not None and type(self.layers_to_transform) is not int:
-            _check_entries("layers_to_transform", self.layers_to_transform, int, "indices of layers, or one index")
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(self, name) is not None and isinstance(self.target_modules, str):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str (regular expression)")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        for name in ("allow_unread", "init_weights", "slim"):
+        for name in ("allow_unread", "init_weights", "slim", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` should be True or False but the value passed is {getattr(self, name)!r}")
+
+    def _check_names(self) -> None:
+        """Raise TypeError unless the fields that name modules, layers and tokens hold names and whole numbers."""
+        for name, kind, what in _NAMES:
+            value = getattr(self, name)
+            if value is not None and not (" or " in what and type(value) is kind) and not _is_list_of(kind, value):
+                raise TypeError(f"`{name}` should be a list of {what}, but the value passed is {value!r}")
+        tokens = self.trainable_token_indices
+        rows = tokens.values() if isinstance(tokens, Mapping) else [[] if tokens is None else tokens]
+        if not all(_is_list_of(int, indices) for indices in rows):
+            raise TypeError(
+                "`trainable_token_indices` should be a list of indices, or one for each name of an embedding, but the "
+                f"value passed is {tokens!r}"
+            )
+        if not isinstance(self.digest, str | None):
+            raise TypeError(f"`digest` should be a str but the value passed is {self.digest!r}: leave it out")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, with sets as sorted lists: a saved config does not depend on the hash seed."""
@@ -150,35 +198,135 @@ class LoTRAConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """The config of a saved adapter. A damaged adapter file beside it is reported here, before a model is touched.
+        """The config of a saved adapter, checked with the adapter file beside it before a model is touched.
+
+        Beside an adapter file the config is self-contained: its names are compared as they are, and nothing in it is
+        taken for a regular expression. An adapter without `digest` is loaded with a warning.
 
         Raises:
-            ValueError: if the adapter file cannot be read, holds NaN or infinity, or does not fit the config.
+            ValueError, TypeError: naming the file, and the field if one is wrong: if the adapter file lacks, cannot be
+                read, holds NaN or infinity, or does not fit the config.
         """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        check_saved_weights(pretrained_model_name_or_path, subfolder, config.saved_shapes())
+        directory = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
+        with naming(os.path.join(directory, CONFIG_NAME)):
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            return config._checked(directory) if isinstance(config, LoTRAConfig) else config
+
+    def _checked(self, directory: str) -> LoTRAConfig:
+        """This config as it came from a directory, with the adapter file there."""
+        # Applied when the adapter was made.
+        modules = {target.module for _, target in self.saved_targets()}
+        alphas = {module: self.alpha_pattern.get(module, self.alpha) for module in modules if self.alpha_pattern}
+        config = replace(
+            self,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            alpha_pattern=self.alpha_pattern | alphas,
+        )
+        saved = read_adapter(directory)
+        obstacle = config._obstacle()
+        if saved is None:
+            if os.path.isdir(directory) and not obstacle:
+                raise ValueError(
+                    f"{directory} has {CONFIG_NAME} but no adapter file (adapter_model.safetensors or "
+                    "adapter_model.bin) beside it: copy the whole directory, or save the adapter again"
+                )
+            return self
+        if obstacle:
+            raise ValueError(
+                f"{obstacle}. The config of a saved adapter names every tensor in full, as `save_pretrained` writes it"
+            )
+        copies = {key: Slot(tuple(t.shape), t.dtype) for key, t in saved.weights.items() if not is_adapter_key(key)}
+        check_weights(config.saved_slots() | copies, saved.weights, saved.origin)
+        if self.digest is None:
+            warnings.warn(
+                f"{CONFIG_NAME} in {directory} has no `digest`, so that a change or damage of the adapter would not "
+                "be noticed: save it again to add one",
+                stacklevel=4,
+            )
+        elif self.digest != digest(saved.weights, self._meaning()):
+            raise ValueError(
+                f"{saved.origin} and this config do not fit the `digest` here: one of them was changed or damaged; "
+                f"use an earlier save. If it was changed on purpose, remove `digest` from {CONFIG_NAME}"
+            )
+        config._saved, config._file = saved, os.path.join(directory, CONFIG_NAME)
         return config
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, with the `digest` of the tensors that were last asked for to be saved."""
+        written, self._written = self._written, {}
+        plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta for t in written.values())
+        self.digest = digest(written, self._meaning()) if written and plain else None
+        super().save_pretrained(save_directory, **kwargs)
+
+    def check_written(self, adapter_name: str) -> None:
+        """Raise ValueError unless the tensors that are being saved are those that the config names."""
+        expected = {key: tuple(slot.shape) for key, slot in self.saved_slots().items()}
+        written = {key: tuple(t.shape) for key, t in self._written.items() if is_adapter_key(key)}
+        wrong = {key for key in expected.keys() | written.keys() if expected.get(key) != written.get(key)}
+        wrong |= self._copies - self._written.keys()
+        if wrong:
+            layers = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in wrong})
+            raise ValueError(
+                f"the adapter {adapter_name!r} cannot be saved: what there is of {layers} is not what its config "
+                "names. Were these layers replaced or rebuilt after they were adapted, so that their update is lost, "
+                "or is `state_dict` not the whole model's? Adapt the model as it is now by a new `get_peft_model`"
+            )
+
+    def _meaning(self) -> dict[str, Any]:
+        """What the config says of the tensors of its adapter."""
+        fields = ("alpha", "alpha_pattern", "coefficients", "rank_pattern", "slim", "modules_to_save")
+        said = self.to_dict()
+        return {name: said[name] for name in (*fields, "trainable_token_indices")}
+
     def self_contained(self, targets: list[Target]) -> LoTRAConfig:
-        """A copy that names every target with its layout and ranks, so that it needs no registry to load."""
-        ranks = {
-            module: _one_or_many({target.spec.parameter: list(target.ranks) for target in group})
-            for module, group in _by_module(targets)
-        }
-        # Keys of the user's that matched nothing stay: PEFT warns about them.
-        unmatched = {
-            key: value
-            for key, value in self.rank_pattern.items()
-            if key not in ranks
-            and key not in {target.parameter for target in targets}
-            and not any(re.match(rf"(.*\.)?({key})$", module) for module in ranks)
-        }
+        """A copy that names every target with its layout, ranks and scaling, so that it needs no registry to load."""
+        modules = {module: list(group) for module, group in _by_module(targets)}
         coefficients = {}
         for target in targets:
             owner = target.parameter.rpartition(".")[0]
             layer = {} if owner == target.module else {"layer": target.module}
             coefficients[target.parameter] = target.spec.describe() | layer
-        return replace(self, target_modules=set(ranks), rank_pattern={**ranks, **unmatched}, coefficients=coefficients)
+        return replace(
+            self,
+            target_modules=set(modules),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            rank_pattern={
+                module: _one_or_many({target.spec.parameter: list(target.ranks) for target in group})
+                for module, group in modules.items()
+            },
+            alpha_pattern={module: group[0].alpha for module, group in modules.items() if self.alpha_pattern},
+            coefficients=coefficients,
+        )
+
+    @property
+    def is_self_contained(self) -> bool:
+        """Whether this names every target, as `self_contained` does; its names are no regular expressions then."""
+        return self._obstacle() is None
+
+    def _obstacle(self) -> str | None:
+        """The field that keeps the config from being self-contained, and why; None if it is."""
+        modules = {target.module for _, target in self.saved_targets()}
+        if not modules:
+            return "`coefficients` and `rank_pattern` should give a layout with `sizes`, and ranks, for every tensor"
+        for name in ("rank_pattern", "alpha_pattern"):
+            unknown = sorted(getattr(self, name).keys() - modules)
+            if unknown:
+                return f"`{name}` names {unknown}, but the modules of `coefficients` are {sorted(modules)}"
+        if self.alpha_pattern and self.alpha_pattern.keys() != modules:
+            return f"`alpha_pattern` lacks {sorted(modules - self.alpha_pattern.keys())}"
+        if not isinstance(self.target_modules, set):
+            return f"`target_modules` should be a list of names but is {self.target_modules!r}"
+        left_out = sorted(module for module in modules if not self.target_modules & name_endings(module))
+        if left_out:
+            return f"`target_modules` leaves out {left_out}, which `coefficients` names"
+        used = [
+            n for n in ("exclude_modules", "layers_to_transform", "layers_pattern") if getattr(self, n) is not None
+        ]
+        return f"{used} are given besides" if used else None
 
     def saved_targets(self) -> list[tuple[str, Target]]:
         """The targets of a self-contained config, each with the name of its LoTRALayer; none of any other config."""
@@ -186,11 +334,12 @@ class LoTRAConfig(PeftConfig):
         for parameter, description in self.coefficients.items():
             if not isinstance(description, Mapping) or not description.get("sizes"):
                 return []
-            module = description.get("layer", parameter.rpartition(".")[0])
+            module = description.get("layer") or parameter.rpartition(".")[0]
             path = parameter.removeprefix(f"{module}.")
             spec = CoefficientSpec(path, Layout(description["layout"], description["sizes"]))
-            ranks = pattern_value(self.rank_pattern, module, path)
-            if ranks is None:
+            ranks = self.rank_pattern.get(module)
+            ranks = ranks.get(path) if isinstance(ranks, Mapping) else ranks
+            if ranks is None or {axis for group in spec.axes for axis in group} != description["sizes"].keys():
                 return []
             targets.append(Target(module, spec, as_triple(ranks)))
         named = []
@@ -198,15 +347,21 @@ class LoTRAConfig(PeftConfig):
             named += [(module + ".base_layer" * (len(group) - 1 - depth), t) for depth, t in enumerate(group)]
         return named
 
-    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Key and shape of every adapter tensor in the file saved with a self-contained config."""
+    def saved_slots(self) -> dict[str, Slot]:
+        """Name and shape of every core and factor in the file saved with a self-contained config."""
         return {
-            f"base_model.model.{name}.{container}": shape
+            f"{PREFIX}{name}.{container}": Slot(shape)
             for name, target in self.saved_targets()
             for container, shape in zip(
                 CONTAINERS, factor_shapes(target.spec.layout.canonical_shape, target.ranks), strict=True
             )
         }
+
+
+def name_endings(module: str) -> set[str]:
+    """`"a.b.c"` -> `{"a.b.c", "b.c", "c"}`."""
+    parts = module.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
 
 
 def pattern_value(pattern: Mapping[str, Any], module: str, parameter: str, default: Any = None) -> Any:
@@ -223,27 +378,15 @@ def _one_or_many(by_parameter: dict[str, Any]) -> Any:
     return by_parameter if len(by_parameter) > 1 else next(iter(by_parameter.values()))
 
 
-def check_ranks(r: Any, name: str) -> int | tuple[int, int, int]:
-    """`r` as an int or a triple of ints, all positive; ValueError naming `name` otherwise."""
-    triple = (r,) * 3 if type(r) is int else tuple(r) if isinstance(r, list | tuple) else ()
-    if len(triple) != 3 or any(type(rank) is not int or rank <= 0 for rank in triple):
-        raise ValueError(
-            f"`{name}` should be a positive integer value, or three of them (input, output, basis), "
-            f"but the value passed is {r!r}"
-        )
-    return r if type(r) is int else triple
+def _is_list_of(kind: type, value: Any) -> bool:
+    is_collection = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
+    return is_collection and all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in value)
 
 
 def _checked_mapping(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"`{name}` should be a mapping from names but the value passed is {value!r}")
     return value
-
-
-def _check_entries(name: str, value: Any, kind: type, what: str) -> None:
-    wrong = not isinstance(value, list | tuple | set)
-    if wrong or any(not isinstance(entry, kind) or isinstance(entry, bool) for entry in value):
-        raise TypeError(f"`{name}` should be a list of {what}, but the value passed is {value!r}")
 
 
 def _named(name: str, value: Any) -> dict[str, Any]:

@@ -21,17 +21,8 @@ from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from .mixed_batch import MixedBatch, Shares
 from .placement.offloaded import tensors_in_place, writable_tensors
 from .placement.sharded import full_shape, write
-from .standin import (
-    Adapted,
-    Update,
-    adapted_coefficients,
-    adapted_rows,
-    is_sharded,
-    read_only,
-    replaced,
-    traced,
-    warn,
-)
+from .standin import Adapted, Update, adapted_coefficients, adapted_rows, is_sharded, replaced, traced, warn
+from .standin.reading import read_only
 from .tensors.ranks import as_triple
 from .tensors.tucker import Ranks, TuckerFactors, factor_shapes
 
@@ -127,6 +118,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """Write the values of G, U1, U2, U3; shapes as the adapter's ranks say."""
         for own, values in zip(self.factors(adapter_name), factors, strict=True):
             own.copy_(values)
+
+    def dtype_in_use(self, adapter_name: str) -> torch.dtype:
+        """The dtype of the smaller range that the factors are cast to: their own, or that of the coefficients."""
+        dtypes = self.lotra_core[adapter_name].dtype, self._stored(self.spec.parameter).dtype
+        return min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
 
     def _update(self, adapter_name: str) -> Update:
         return Update(self.factors(adapter_name), self.scaling[adapter_name])
@@ -307,9 +303,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """Whether A is zero, held without memory."""
         return False
 
-    def _holds_coefficients(self, name: str) -> bool:
-        return any(path.startswith(f"{name}.") for path in self._paths)
-
     @property
     def _paths(self) -> list[str]:
         return [path for path in (self.spec.parameter, self.spec.scale) if path is not None]
@@ -349,7 +342,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
         value = getattr(self.base_layer, name)
-        if isinstance(value, nn.Module) and self._holds_coefficients(name) and self._active_updates():
+        if any(path.startswith(f"{name}.") for path in self._paths) and self._active_updates():
             raise RuntimeError(
                 f"`{name}` of a {type(self.get_base_layer()).__qualname__} holds its adapted coefficients "
                 f"`{self.spec.parameter}`, and past the adapter it has those of the base: call the layer itself, "

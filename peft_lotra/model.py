@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,13 +15,23 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from . import mixed_batch
-from .checkpoint import check_weights
+from .checkpoint import (
+    CONTAINERS,
+    PREFIX,
+    Slot,
+    allow_checkpoints,
+    check_weights,
+    is_adapter_key,
+    naming,
+    refuse_checkpoints,
+)
 from .coefficients.spec import tensor_at
 from .combination import combine_adapters, copied_modules, copy_trained
 from .config import LoTRAConfig, Target
 from .layer import LoTRALayer, adapted_tensors
 from .mixed_batch import MixedBatch
 from .placement.offloaded import writable_tensors
+from .preserved import restored_on_error
 from .slim_layer import SlimLayer
 from .targets import is_excluded, resolve_targets, warn_of_no_effect
 
@@ -30,6 +41,10 @@ class _Configs(dict):
 
     def __missing__(self, name: Any) -> Any:
         raise ValueError(f"`adapter_name` {name!r} does not exist: the model has the adapters {list(self)}")
+
+
+# By task type, what PEFT trains in full.
+_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 class LoTRAModel(BaseTuner):
@@ -53,13 +68,48 @@ class LoTRAModel(BaseTuner):
         # A copy becomes self-contained: the user's object stays as it is and serves for other models too.
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         _check_name(adapter_name)
+        task = peft_config.task_type
+        if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(self.model, "prepare_inputs_for_generation"):
+            raise ValueError(
+                f"`task_type` {task!r} is for models that generate, by `prepare_inputs_for_generation`, which a "
+                f"{type(self.model).__name__} does not have: leave it out"
+            )
+        if task in _HEADS:  # PEFT names them too late for a copy
+            peft_config = replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or ()), *_HEADS[task]])
         targets = resolve_targets(self.model, peft_config)
         warn_of_no_effect(peft_config, targets)
         self._targets: dict[str, list[Target]] = {}
         for target in targets:
             self._targets.setdefault(target.module, []).append(target)
-        self.peft_config[adapter_name] = peft_config.self_contained(targets)
+        self._self_contained = peft_config.self_contained(targets)
+        # PEFT warns about entries that mean nothing, and so sees the user's own while it injects.
+        parameters = {target.parameter for target in targets}
+        self.peft_config[adapter_name] = replace(
+            self._self_contained,
+            exclude_modules=peft_config.exclude_modules,
+            rank_pattern={key: r for key, r in peft_config.rank_pattern.items() if key not in parameters},
+            alpha_pattern=peft_config.alpha_pattern,
+        )
         return self.peft_config[adapter_name]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to `model`, with the arguments of PEFT's base class.
+
+        After an exception, because of the file that the adapter comes from too, the model is as it was.
+        """
+        config = self.peft_config[adapter_name]
+        try:
+            with naming(config._file), restored_on_error(self):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                slots = {f"{PREFIX}{key}": slot for key, (_, slot) in _slots(model, adapter_name).items()}
+                if config._saved is not None:
+                    check_weights(slots, config._saved.weights, config._saved.origin)
+                self._self_contained._copies = frozenset(key for key in slots if not is_adapter_key(key))
+                self.peft_config[adapter_name] = self._self_contained
+                refuse_checkpoints(model)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            raise
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         if is_excluded(peft_config, key):
@@ -124,6 +174,7 @@ class LoTRAModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         self._check_merge(adapter_names, merge and safe_merge)
+        allow_checkpoints(self.model)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -183,11 +234,7 @@ class LoTRAModel(BaseTuner):
             self.model, self.peft_config, adapters, weights, combination_type, svd_rank, density, majority_sign_method
         )
         self.peft_config[adapter_name] = config
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except Exception:
-            del self.peft_config[adapter_name]
-            raise
+        self.inject_adapter(self.model, adapter_name)
         self._cast_adapter_dtype(adapter_name)  # as `add_adapter` does by default
         layers = adapted_tensors(self.model)
         for parameter, values in factors.items():
@@ -238,27 +285,69 @@ class LoTRAModel(BaseTuner):
         return [f"base_model.{name}" for name, p in self.named_parameters() if any(p is zero for zero in zeros)]
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        assert isinstance(config, LoTRAConfig)
+        tensors = {key: state_dict.get(name) for key, (name, _) in _slots(model, adapter_name).items()}
+        config._written = {PREFIX + key.removeprefix(PREFIX): t for key, t in tensors.items() if t is not None}
+        # Of a gathered state dict, other processes than the first have nothing, and write nothing.
+        if state_dict or not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+            config.check_written(adapter_name)
+        return own
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {
-            f"{module}.{name}": tuple(parameter.shape)
-            for module, layer in model.named_modules()
-            if isinstance(layer, LoTRALayer)
-            for name, parameter in layer.named_parameters()
-            if name.startswith(cls.prefix) and name.endswith(f".{adapter_name}")
-        }
-        check_weights(expected, remapped, f"the state dict for the adapter {adapter_name!r}")
+        check_weights(
+            dict(_slots(model, adapter_name).values()), remapped, f"the state dict for the adapter {adapter_name!r}"
+        )
         return remapped
 
 
+def _slots(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Slot]]:
+    """What an adapter consists of, trained copies and token rows included: name in its file -> name in `model`, slot.
+
+    Names of a model that is not wrapped in a PeftModel have no prefix.
+    """
+    found: dict[str, tuple[str, Slot]] = {}
+    for module_name, module in model.named_modules():
+        if isinstance(module, LoTRALayer) and adapter_name in module.lotra_core:
+            dtype = module.dtype_in_use(adapter_name)
+            for key, factor in zip(CONTAINERS, module.factors(adapter_name), strict=True):
+                found[f"{module_name}.{key}"] = f"{module_name}.{key}.{adapter_name}", Slot(tuple(factor.shape), dtype)
+        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
+            held = module.state_dict()
+            for key, name in module.adapter_state_dict_load_map(adapter_name).items():
+                slot = Slot(tuple(held[name].shape), held[name].dtype)
+                found[f"{module_name}.{key}"] = f"{module_name}.{name}", slot
+    return found
+
+
 def _check_name(adapter_name: str) -> None:
+    """Raise unless the name can be a module's, a directory's and a sample's in a mixed batch."""
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"`adapter_name` should be a str but the value passed is {adapter_name!r}")
     if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
         raise ValueError(
             f"`adapter_name` {adapter_name!r} is a name that torch's containers of parameters do not take (empty, "
             "with a dot, or one of their attributes): choose another"
         )
+    if len(adapter_name) > 100 or not adapter_name.isprintable() or set(adapter_name) & set("/\\:"):
+        raise ValueError(
+            f"`adapter_name` {adapter_name[:100]!r} is no name of a directory to save to: choose one of up to 100 "
+            "printable characters, without / \\ :"
+        )
+    if adapter_name == mixed_batch.BASE:
+        raise ValueError(f"`adapter_name` {adapter_name!r} means no adapter, in a mixed batch: choose another")
 
 
 def lotra_model(model: nn.Module, adapter_name: str) -> LoTRAModel:

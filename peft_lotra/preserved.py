@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,6 +59,34 @@ def preserved(model: nn.Module, training: bool | None = None, dtype: torch.dtype
             for p, gradient, requires_grad in flags:
                 p.requires_grad_(requires_grad)
                 p.grad = gradient
+
+
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """After an exception inside, the model has the modules, attributes, parameters and flags that it had before.
+
+    Values of tensors are not restored.
+    """
+    saved = [(m, dict(m.__dict__)) for m in model.modules()]
+    held = [
+        (container, container.copy())
+        for _, attributes in saved
+        for container in attributes.values()
+        if type(container) in (dict, OrderedDict, list, set)
+    ]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for m, attributes in saved:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+        for container, contents in held:
+            container.clear()
+            container.extend(contents) if isinstance(container, list) else container.update(contents)
+        for p, requires_grad in flags:
+            p.requires_grad_(requires_grad)
+        raise
 
 
 @contextmanager

@@ -6,18 +6,19 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+import torch
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import get_pattern_key
+from peft.utils.other import _get_input_embeddings_name, get_pattern_key
 from torch import nn
 
+from .base_model import BaseModel
 from .checkpoint import CONTAINERS
 from .coefficients import CoefficientSpec, known_coefficients, registered_kan_layers
 from .coefficients.spec import owner_of, tensor_at
-from .config import LoTRAConfig, Target, pattern_value
+from .config import LoTRAConfig, Target, name_endings, pattern_value
 from .layer import adapted_tensors
 from .slim_layer import SlimLayer
 from .tensors.ranks import choose_ranks
@@ -48,43 +49,24 @@ def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
         NoMatchingPeftModuleError, ValueError: naming what was looked for, or the layer and field that do not fit the
             model or the adapters in it.
     """
-    base = _BaseModel.of(model)
+    base = BaseModel.of(model)
     _check_modules_to_save(config, base.layers)
-    selected = _select(base.layers, _known_targets(base, config), config)
+    known = _known_targets(base, config)
+    if config.is_self_contained:
+        selected = [target for target in known if target.parameter in config.coefficients]
+    else:
+        selected = _select(base.layers, known, config)
     _check_stored(base.layers, selected)
     _check_not_shared(model, base.layers, selected)
     targets = _with_ranks(selected, config)
     _check_not_inside(base.layers, config, targets)
     _check_slim(config, targets)
+    _check_tokens(model, base.layers, config)
     _check_existing_adapters(model, config, targets)
     return targets
 
 
-@dataclass(frozen=True)
-class _BaseModel:
-    """The base model as it would be without adapters."""
-
-    layers: dict[str, nn.Module]  # by name; without the modules inside a layer that is adapted already
-    parameters: list[str]  # full names, of all parameters
-
-    @classmethod
-    def of(cls, model: nn.Module) -> _BaseModel:
-        layers, parameters = {}, []
-        inside: str | None = None  # the adapted layer whose submodules are being passed
-        for name, module in model.named_modules():
-            if inside is not None and name.startswith(inside):
-                continue
-            is_adapted = isinstance(module, BaseTunerLayer)
-            if is_adapted:
-                inside = f"{name}."
-                module = module.get_base_layer()
-            layers[name] = module
-            paths = [path for path, _ in module.named_parameters(recurse=is_adapted)]
-            parameters += [f"{name}.{path}" if name else path for path in paths]
-        return cls(layers, parameters)
-
-
-def _known_targets(base: _BaseModel, config: LoTRAConfig) -> list[Target]:
+def _known_targets(base: BaseModel, config: LoTRAConfig) -> list[Target]:
     """Every coefficient tensor that is registered or given in `config.coefficients`; the latter wins."""
     layers = base.layers
     targets: dict[str, Target] = {}  # by full parameter name
@@ -126,7 +108,7 @@ def _known_targets(base: _BaseModel, config: LoTRAConfig) -> list[Target]:
 def _given_parameters(parameters: list[str], config: LoTRAConfig) -> list[tuple[str, str]]:
     """Each parameter that `config.coefficients` means, with its key: the full name, or else the first pattern."""
     full_names = set(config.coefficients) & set(parameters)
-    patterns = [key for key in config.coefficients if key not in full_names]
+    patterns = [key for key in config.coefficients if key not in full_names and not config.is_self_contained]
     given = []
     for parameter in parameters:
         key = parameter if parameter in full_names else get_pattern_key(patterns, parameter)
@@ -245,8 +227,9 @@ def _check_modules_to_save(config: LoTRAConfig, layers: Mapping[str, nn.Module])
                 f"`modules_to_save` entry {entry!r}: PEFT compares endings, and the adapter's own {container} has "
                 "this one too; give a longer part of the module's name, or give the module a longer name"
             )
-        # With a task type PEFT adds the names that a head may have.
+        # With a task type PEFT adds the names that a head may have, of which one will do.
         added = config.task_type is not None and entry in _NAMES_OF_HEADS
+        added = added and any(name.endswith(_NAMES_OF_HEADS) for name in layers)
         if not added and not any(name.endswith(entry) for name in layers):
             raise ValueError(
                 f"`modules_to_save` entry {entry!r} matches no module; the model has "
@@ -275,6 +258,21 @@ def _check_slim(config: LoTRAConfig, targets: list[Target]) -> None:
             )
         if config.slim and target.alpha == 0:
             raise ValueError(f"`slim`=True with `alpha` 0 for {target.parameter}: its coefficients would stay zero")
+
+
+def _check_tokens(model: nn.Module, layers: Mapping[str, nn.Module], config: LoTRAConfig) -> None:
+    # PEFT refuses them too, with the adapters in the model already.
+    tokens = config.trainable_token_indices
+    if tokens is not None and not isinstance(tokens, Mapping):
+        tokens = {_get_input_embeddings_name(model, "embed_tokens") or "": tokens}
+    for name, indices in (tokens or {}).items():
+        embedding = next((layer for key, layer in layers.items() if key.endswith(name)), None)
+        rows = getattr(embedding, "weight", torch.empty(0)).shape[0]
+        if any(not 0 <= index < rows for index in indices) or not rows:
+            raise ValueError(
+                f"`trainable_token_indices` gives the rows {indices} of {name!r}, which has {rows} rows in this "
+                "model: give rows that there are, by the name of an embedding"
+            )
 
 
 def _check_existing_adapters(model: nn.Module, config: LoTRAConfig, targets: list[Target]) -> None:
@@ -338,8 +336,7 @@ def _entries_for(module: str, patterns: Collection[str] | str) -> list[str]:
     collection has names or endings of names."""
     if isinstance(patterns, str):
         return [patterns] if re.fullmatch(patterns, module) else []
-    parts = module.split(".")
-    endings = {".".join(parts[start:]) for start in range(len(parts))}
+    endings = name_endings(module)
     return [entry for entry in patterns if entry in endings]
 
 
@@ -347,7 +344,7 @@ def is_excluded(config: LoTRAConfig, module: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` keeps adapters off this module."""
     if config.exclude_modules and _entries_for(module, config.exclude_modules):
         return True
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save or [])
+    return any(f".{name}." in f".{module}." for name in config.modules_to_save or [])
 
 
 def _has_index(config: LoTRAConfig, module: str) -> bool:

@@ -320,7 +320,7 @@ def test_a_file_that_ends_anywhere_is_refused(saved):
         with pytest.raises(ValueError, match="it is corrupt or truncated"):
             PeftModel.from_pretrained(base, path)
     file.unlink()
-    with pytest.raises(ValueError, match="Repo id|Can't find weights"):
+    with pytest.raises(ValueError, match="has adapter_config.json but no adapter file"):
         PeftModel.from_pretrained(copy.deepcopy(base), path)
 
 

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from torch import nn
 
-from ..checkpoint import CONTAINERS, check_saved_weights, check_weights, is_adapter_key
+from ..checkpoint import CONTAINERS, PREFIX, Slot, check_tensor, check_weights, is_adapter_key
 from ..config import LoTRAConfig, Target
 from ..layer import adapted_tensors
 from ..model import LoTRAModel, lotra_model
@@ -68,7 +68,7 @@ def hotswap_adapter(
             f"`model_name_or_path` {model_name_or_path!r} is a {config.peft_type.value} adapter: only LoTRA adapters "
             "can be swapped in here"
         )
-    check_saved_weights(model_name_or_path, kwargs.get("subfolder"), config.saved_shapes())
+    config = LoTRAConfig.from_pretrained(model_name_or_path, **kwargs)
     weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
     hotswap_adapter_from_state_dict(model, weights, adapter_name, config)
 
@@ -88,7 +88,8 @@ def hotswap_adapter_from_state_dict(
     tuner = lotra_model(model, adapter_name)
     targets = resolve_targets(tuner.model, config)
     config = config.self_contained(targets)
-    check_weights(config.saved_shapes(), state_dict, "`state_dict`")
+    factors = {key: tensor for key, tensor in state_dict.items() if is_adapter_key(key)}
+    check_weights(config.saved_slots(), factors, "`state_dict`")
     _check_slot(tuner, adapter_name, config, targets)
     model = getattr(model, "_orig_mod", model)
     slot = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -145,7 +146,7 @@ def _factors(
     targets: list[Target],
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Every factor of the slot, and its new values."""
-    keys = {target.parameter: f"base_model.model.{key}" for key, target in config.saved_targets()}
+    keys = {target.parameter: f"{PREFIX}{key}" for key, target in config.saved_targets()}
     alphas = {target.parameter: target.alpha for target in targets}
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
         alpha, own_alpha = alphas.get(parameter, 0.0), layer.alpha[adapter_name]
@@ -156,9 +157,10 @@ def _factors(
                 if container == "lotra_core" and alpha != own_alpha:
                     given = given.to("cpu", torch.float64) * (alpha / own_alpha)
                 values[tuple(map(slice, given.shape))] = given.to(values)
-                if not values.isfinite().all():
+                dtype = layer.dtype_in_use(adapter_name)
+                if not values.to(dtype).isfinite().all():
                     raise ValueError(
-                        f"{container} of {parameter} is too large for {own.dtype} (with `alpha` {own_alpha} of the "
+                        f"{container} of {parameter} is too large for {dtype} (with `alpha` {own_alpha} of the "
                         "slot): use `load_adapter`"
                     )
             yield own, values
@@ -177,6 +179,5 @@ def _others(
                 "(`modules_to_save`, `trainable_token_indices`) can be swapped for those of the same modules only; "
                 "use `load_adapter`"
             )
-        if new[key].isnan().any():
-            raise ValueError(f"the new adapter has NaN in {key}: it is broken; use an earlier save")
+        check_tensor(key, new[key], Slot(own[key].shape, own[key].dtype), "the new adapter")
         yield own[key], new[key].to(own[key])

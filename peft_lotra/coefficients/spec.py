@@ -16,7 +16,8 @@ from ..placement.sharded import full_shape
 
 _MODES = ("i", "o", "d")  # factored: input, output, basis
 _KERNEL = ("g", "t", "h", "w")  # not factored: group, and the kernel's time, height and width
-_AXIS = re.compile(r"[iodgthw]\d*")
+_AXIS = re.compile(r"[iodgthw][0-9]{0,9}")
+_BOUND = re.compile(r"(-?[0-9]{1,18})?")  # of a slice
 _FIELDS = ("layout", "sizes", "slice", "scale", "scale_layout", "layer")
 
 
@@ -228,6 +229,12 @@ def check_description(description: str | Mapping[str, Any]) -> dict[str, Any]:
     sizes = description.get("sizes") or {}
     if not isinstance(sizes, Mapping) or not all(type(size) is int and size > 0 for size in sizes.values()):
         raise ValueError(f"`sizes` maps axes to positive integers, got {sizes!r}")
+    unused = sorted(set(sizes) - {axis for group in _parse(description["layout"]) for axis in group})
+    if unused:
+        raise ValueError(f"`sizes` names the axes {unused}, which layout {description['layout']!r} does not have")
+    for field_name in ("slice", "scale", "layer"):
+        if not isinstance(description.get(field_name), str | None):
+            raise TypeError(f"`{field_name}` should be a str but the value passed is {description[field_name]!r}")
     if description.get("slice") is not None:
         parse_slice(description["slice"])
         if description.get("scale") is not None:
@@ -252,11 +259,10 @@ def check_descriptions(coefficients: Mapping[str, Any]) -> None:
 
 def parse_slice(text: str) -> tuple[slice, ...]:
     """`":, :48"` -> `(slice(None), slice(None, 48))`; ValueError if it is written otherwise."""
-    parts = [re.fullmatch(r"\s*(-?\d+)?\s*:\s*(-?\d+)?\s*", part) for part in str(text).split(",")]
-    found = [[None if bound is None else int(bound) for bound in part.groups()] for part in parts if part]
-    if len(found) < len(parts):
+    ranges = [[bound.strip() for bound in part.split(":")] for part in str(text).split(",")]
+    if any(len(bounds) != 2 or not all(map(_BOUND.fullmatch, bounds)) for bounds in ranges):
         raise ValueError(f"`slice` is written like ':, :48', a range for each stored axis, got {text!r}")
-    return tuple(slice(start, stop) for start, stop in found)
+    return tuple(slice(*(int(bound) if bound else None for bound in bounds)) for bounds in ranges)
 
 
 def tensor_at(layer: torch.nn.Module, path: str) -> torch.Tensor:

@@ -5,7 +5,6 @@ and the layer runs its own code with it. The rest of the package only says which
 """
 
 from .placing import Adapted, adapted_coefficients, adapted_rows, is_sharded, replaced, traced
-from .reading import read_only
 from .tensor import PerformanceWarning, warn
 from .update import SampleAxisUnknown, Update
 
@@ -17,7 +16,6 @@ __all__ = [
     "adapted_coefficients",
     "adapted_rows",
     "is_sharded",
-    "read_only",
     "replaced",
     "traced",
     "warn",

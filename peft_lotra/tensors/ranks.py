@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from numbers import Integral, Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,6 +15,17 @@ from .spectrum import Spectrum
 from .tucker import Ranks, parameter_count
 
 DEFAULT_COMPRESSION_RATIO = 0.1  # "ten times fewer parameters", as in the source
+
+
+def check_ranks(r: Any, name: str) -> int | tuple[int, int, int]:
+    """`r` as an int or a triple of ints, all positive; ValueError naming `name` otherwise."""
+    triple = (r,) * 3 if type(r) is int else tuple(r) if isinstance(r, list | tuple) else ()
+    if len(triple) != 3 or any(type(rank) is not int or rank <= 0 for rank in triple):
+        raise ValueError(
+            f"`{name}` should be a positive integer value, or three of them (input, output, basis), "
+            f"but the value passed is {r!r}"
+        )
+    return r if type(r) is int else triple
 
 
 def as_triple(r: int | Sequence[int]) -> Ranks:
