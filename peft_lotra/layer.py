@@ -58,8 +58,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self._before_merge: dict[str, torch.Tensor] = {}  # by path: parameter and scale
         # What frameworks hang on modules later is each module's own.
-        names = {name for name in dir(base_layer) if not name.startswith("_")}
-        names |= getattr(base_layer, "_names_of_base", set())
+        names = {name for name in dir(self.get_base_layer()) if not name.startswith("_")}
         self._names_of_base = frozenset(names.difference(vars(self), self._modules, dir(nn.Module)))
         self._allows_unread = False  # whether the base layer need not use its coefficients in every pass
         self._needs_tensor = False  # whether the base layer was found to take its coefficients as a plain tensor only

@@ -23,7 +23,7 @@ class SlimLayer(LoTRALayer):
         super().__init__(base_layer, spec)
         with torch.no_grad():
             coefficients = spec.to_canonical(adapted_coefficients(self.get_base_layer(), spec, ())).detach().double()
-        self.variances = coefficients.square().transpose(0, 2).flatten(1).mean(1)  # shape: (n_d,)
+        self._variances = coefficients.square().transpose(0, 2).flatten(1).mean(1)  # shape: (n_d,)
         self.register_load_state_dict_post_hook(_empty_after_load)
         self._empty()
 
@@ -36,9 +36,9 @@ class SlimLayer(LoTRALayer):
         super().reset_lotra_parameters(adapter_name, init_weights=False)
         core, U1, U2, U3 = self.factors(adapter_name)
         if init_weights:
-            total = self.variances.sum().item()
+            total = self._variances.sum().item()
             size = len(U1) * len(U2) * total / math.prod(self.r[adapter_name])
-            shares = self.variances * (len(U3) / total) if total else self.variances
+            shares = self._variances * (len(U3) / total) if total else self._variances
             with torch.no_grad():
                 core.mul_(math.sqrt(size) / abs(self.scaling[adapter_name]))
                 U3.mul_(shares.sqrt().to(U3)[:, None])
