@@ -72,11 +72,11 @@ def current(module: nn.Module) -> MixedBatch | Shares | None:
     return None
 
 
-def pass_names_on(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def pass_names_on(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """A forward pre-hook for PEFT's own modules, which take the names as an argument."""
     batch = current(module)
-    if not isinstance(batch, MixedBatch) or not batch.names:  # they fail on a batch of no samples
-        return None
+    if not isinstance(batch, MixedBatch) or not batch.names or module.disable_adapters:
+        return None  # they fail on a batch of no samples, and on names for another one while adapters are off
     return args, kwargs | {"adapter_names": list(batch.names_for(module))}
 
 
