@@ -7,13 +7,15 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from adapted_layers import adapt
 from conftest import assert_different, assert_equal
+from kan_layers import ChebyKANLayer
 from layer_table import config, lotra_layers, make, randomize
 from peft import get_peft_model
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from peft_lotra import mixed_batch
+from peft_lotra import PerformanceWarning, mixed_batch
 from peft_lotra.standin import calls
 from peft_lotra.standin.tensor import StandIn
 
@@ -61,7 +63,7 @@ def assert_same(results, expected):
 
 def assert_untouched(model):
     """No pass is under way, and none was found to need the dense coefficients."""
-    assert (calls._stacks.at, calls._passes, calls._handles, calls._held) == ({}, {}, set(), {})
+    assert (calls._stacks.at, calls._passes, calls._handles, calls._held, calls._suspended) == ({}, {}, set(), {}, {})
     assert mixed_batch._calls.stack == ()
     for layer in lotra_layers(model).values():
         assert not layer._needs_tensor
@@ -76,9 +78,10 @@ class AtCall(TorchFunctionMode):
         self.k, self.visit, self.count = k, visit, 0
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        if self.count == self.k:
-            self.visit()
+        if func is not torch._C._set_grad_enabled:  # by which torch leaves `no_grad`
+            self.count += 1
+            if self.count == self.k:
+                self.visit()
         return func(*args, **(kwargs or {}))
 
 
@@ -230,6 +233,44 @@ def test_a_storm_of_other_adapters_by_sample(name, modules_to_save):
     assert_untouched(model)
 
 
+@pytest.mark.parametrize("active", ["one", "two"])
+@libraries
+def test_a_copy_of_a_module_that_not_every_adapter_has(name, active):
+    """The output is that of each adapter alone, whichever one is active."""
+    model, x = adapted(name, modules_to_save=["head"])
+    model.delete_adapter("two")
+    model.add_adapter("two", config(name))
+    randomize(model, "two")
+    nn.init.normal_(model.base_model.model.head.modules_to_save["one"].weight)
+    model.eval()
+    expected = {adapter: with_active(model, x, adapter) for adapter in ("one", "two")} | {
+        "__base__": disabled(model, x)
+    }
+    model.set_adapter(active)
+    outputs = alone(model, x)
+    for names, y in zip(BATCHES, outputs, strict=True):
+        if len(set(names)) == 1:  # pykan takes deviations over a batch
+            assert_equal(y, expected[names[0]])
+    assert_equal(disabled(model, x), expected["__base__"])
+
+
+def test_modules_are_told_once_how_to_get_the_names():
+    """Also if the first calls come from several threads."""
+    model, x = adapted("ChebyKAN", modules_to_save=["head"])
+    model.eval()
+    head, start = model.base_model.model.head, threading.Barrier(8)
+
+    def work():
+        start.wait(20)
+        return model(x, adapter_names=BATCHES[1])
+
+    assert not head._forward_pre_hooks
+    with ThreadPoolExecutor(8) as pool:
+        outputs = [future.result(20) for future in [pool.submit(work) for _ in range(8)]]
+    assert len(head._forward_pre_hooks) == 1
+    assert_same(outputs[1:], outputs[:-1])
+
+
 # Calls inside of calls -----------------------------------------------------------------------------------------------
 
 
@@ -279,4 +320,202 @@ def test_a_call_inside_of_a_call(name, inner, outer):
         assert_same(results, expected)
         assert_equal(seen.pop(), y, 0)
     assert not seen
+    assert_untouched(model)
+
+
+# Calls that fail -----------------------------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    """Of the user's own code."""
+
+
+FAILURES = [
+    Failure("of a user"),
+    RuntimeError("no StandIn: takes plain tensors only, and was given the stand-in of adapted coefficients"),
+    ValueError("a StandIn"),
+    KeyboardInterrupt(),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: f"{type(failure).__name__} {failure}"[:24])
+@libraries
+def test_a_call_that_fails_changes_no_later_one(name, failure):
+    """Raised before each call of torch: in layers, between them, and in what they call."""
+    model, x = adapted(name, modules_to_save=["head"])
+    model.eval()
+    expected = {outer: work(model, x) for outer, work in OUTER.items()}
+
+    def fail():
+        raise failure
+
+    for work in OUTER.values():
+        for k in points(lambda work=work: work(model, x)):
+            with pytest.raises(type(failure)) as caught, AtCall(k, fail):
+                work(model, x)
+            assert caught.value is failure
+            assert_untouched(model)
+    for outer, work in OUTER.items():
+        assert_same(work(model, x), expected[outer])
+
+
+@libraries
+def test_an_inner_call_that_fails_is_not_seen_by_the_outer_one(name):
+    model, x = adapted(name, modules_to_save=["head"])
+    model.eval()
+    failures = []
+
+    def fail():
+        with pytest.raises(Failure), AtCall(len(failures) % 12 + 1, fail_inside):
+            model(x, adapter_names=BATCHES[1])
+        failures.append(1)
+
+    def fail_inside():
+        raise Failure
+
+    for work in OUTER.values():
+        expected = work(model, x)
+        for k in points(lambda work=work: work(model, x)):
+            with AtCall(k, fail):
+                results = work(model, x)
+            assert_same(results, expected)
+    assert len(failures) > 40
+    assert_untouched(model)
+
+
+@libraries
+def test_a_thread_that_fails_does_not_disturb_the_others(name):
+    model, x = adapted(name)
+    expected = gradients(model, x)
+
+    def fail():
+        raise RuntimeError("a StandIn")
+
+    numbers = iter(range(10**9))
+
+    def fails():
+        with pytest.raises(RuntimeError, match="a StandIn"), AtCall(next(numbers) % 10 + 1, fail):
+            inferred(model, x)
+
+    storm(lambda: assert_same(gradients(model, x), expected), fails, fails)
+    assert_untouched(model)
+
+
+@pytest.mark.parametrize("hook", ["register_forward_pre_hook", "register_forward_hook"])
+@libraries
+def test_hooks_that_call_the_model_and_hooks_that_fail(name, hook):
+    """Of the layer inside the adapter, and of the adapted layer."""
+    model, x = adapted(name)
+    model.eval()
+    layer = list(lotra_layers(model).values())[-1]
+    expected, y = OUTER["adapters by sample"](model, x), model(x)
+    assert_different(expected[0], y)
+    for module in (layer, layer.get_base_layer()):
+        running, seen = [], []
+
+        def call(*_, running=running, seen=seen):
+            if not running:
+                running.append(1)
+                try:
+                    seen.append(model(x, adapter_names=BATCHES[3]))
+                finally:
+                    running.pop()
+
+        handle = getattr(module, hook)(call)
+        assert_same(OUTER["adapters by sample"](model, x), expected)
+        assert_equal(model(x), y, 0)
+        handle.remove()
+        wanted = model(x, adapter_names=BATCHES[3])
+        assert len(seen) >= 2
+        assert all(torch.equal(other, wanted) for other in seen)
+
+        def fail(*_):
+            raise KeyboardInterrupt
+
+        handle = getattr(module, hook)(fail)
+        for names in (None, BATCHES[1]):
+            with pytest.raises(KeyboardInterrupt):
+                model(x, adapter_names=names)
+            assert_untouched(model)
+        handle.remove()
+    assert_same(OUTER["adapters by sample"](model, x), expected)
+    assert_equal(model(x), y, 0)
+
+
+class Choosy(ChebyKANLayer):
+    """Calls `inside()` first; has its coefficients as a plain tensor where `picky()` says so, else in its own way."""
+
+    inside, picky = staticmethod(lambda: None), staticmethod(lambda: True)
+
+    def forward(self, x):
+        self.inside()
+        if self.picky():
+            return Product.apply(x, self.cheby_coeffs)
+        return super().forward(x)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.sum(-1)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+        return g @ weight.sum(-1).T, (x.T @ g)[..., None].expand_as(weight)
+
+
+def choosy():
+    _, model, x = adapt(Choosy(6, 5, 3), {"cheby_coeffs": "i o d"}, (9, 6), torch.float64, r=2)
+    (layer,) = lotra_layers(model).values()
+    return model, x, layer, layer.get_base_layer()
+
+
+def test_a_layer_that_helps_itself_and_fails_later_is_not_run_again():
+    """Its error is not taken for the refusal that it has seen to itself."""
+    model, x, layer, base = choosy()
+    runs = []
+
+    def helps_itself():
+        runs.append(1)
+        with pytest.raises(RuntimeError, match="takes plain tensors only"):
+            Product.apply(x, base.cheby_coeffs)
+        base.cheby_coeffs.permute(1, 0, 2)
+        raise Failure
+
+    base.inside = helps_itself
+    with pytest.raises(Failure):
+        model(x)
+    assert len(runs) == 1
+    assert not layer._needs_tensor
+    base.inside, base.picky = lambda: None, lambda: False
+    y = model(x)  # no warning
+    base.picky = lambda: True
+    with pytest.warns(PerformanceWarning):
+        assert_different(model(x), y)
+    assert layer._needs_tensor
+
+
+@pytest.mark.filterwarnings("ignore::peft_lotra.PerformanceWarning")
+def test_threads_find_out_inside_of_inner_calls_that_a_layer_takes_tensors_only():
+    """Neither waits for the other one's outer call, which waits as well."""
+    model, x, layer, base = choosy()
+    expected = model(x).detach()
+    layer._needs_tensor = False
+    inner, met = threading.local(), threading.Barrier(2)
+
+    def inside():
+        if not getattr(inner, "runs", False):
+            inner.runs = True
+            met.wait(20)
+            assert_equal(model(x).detach(), expected, 0)
+            assert_equal(model(x).detach(), expected, 0)
+
+    base.inside = inside
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(lambda: model(x).detach()) for _ in range(2)]
+        assert_same([future.result(20) for future in futures], [expected] * 2)
+    assert layer._needs_tensor
+    layer._needs_tensor = False
     assert_untouched(model)
