@@ -211,20 +211,19 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: in a mixed batch, if the first tensor has not one row for each name, or adapters are merged.
         """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
         batch = mixed_batch.current(self)
-        if isinstance(batch, MixedBatch):
+        if isinstance(batch, MixedBatch) and not self.disable_adapters:
             names, layers = batch.names_for(self), list(adapted_tensors(self).values())
             mixed_batch.check_names(names, args, kwargs, self.get_base_layer())
             if any(layer.merged for layer in layers):
                 raise ValueError(
                     "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
                 )
-            if not self.disable_adapters:
-                adapters = {name for layer in layers for name in layer.lotra_core}
-                in_one_pass = not any(layer._needs_tensor for layer in layers)
-                return mixed_batch.run_mixed(layers, adapters, names, self._run, args, kwargs, in_one_pass)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+            adapters = {name for layer in layers for name in layer.lotra_core}
+            in_one_pass = not any(layer._needs_tensor for layer in layers)
+            return mixed_batch.run_mixed(layers, adapters, names, self._run, args, kwargs, in_one_pass)
         return self._run(args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
@@ -273,6 +272,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
 
     def _active_updates(self, besides: str | None = None) -> tuple[Update, ...]:
         """The updates that count on top of what the base layer holds, without that of the adapter `besides`."""
+        if self.disable_adapters:
+            return ()
         shares = mixed_batch.current(self)
         if isinstance(shares, Shares):
             return tuple(
@@ -280,8 +281,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 for name, weights in shares.weights.items()
                 if name in self.lotra_core
             )
-        if self.disable_adapters:
-            return ()
         own: Any = self._modules["lotra_core"]
         updates, merged = [], self.merged_adapters
         for name in self.active_adapters:

@@ -72,12 +72,31 @@ def current(module: nn.Module) -> MixedBatch | Shares | None:
     return None
 
 
-def pass_names_on(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+def pass_names_on(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """A forward pre-hook for PEFT's own modules, which take the names as an argument."""
     batch = current(module)
-    if not isinstance(batch, MixedBatch) or not batch.names:  # they fail on a batch of no samples
-        return None
-    return args, kwargs | {"adapter_names": list(batch.names_for(module))}
+    if not isinstance(batch, MixedBatch) or not batch.names or module.disable_adapters:
+        return None  # they fail on a batch of no samples, and on names for another one while adapters are off
+    names = [name if name in module._adapters else BASE for name in batch.names_for(module)]
+    return args, kwargs | {"adapter_names": names}
+
+
+def use_copies(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """A forward hook for the same modules, which ignore the names if the active adapter has no copy of them."""
+    if "adapter_names" not in kwargs or module._adapters.issuperset(module.active_adapters):
+        return output
+    return module._mixed_batch_forward(*args, **kwargs)
+
+
+_lock = threading.Lock()
+
+
+def tell(module: nn.Module) -> None:
+    """Let one of PEFT's own modules know the names of the running call, from now on."""
+    with _lock:
+        if pass_names_on not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(pass_names_on, with_kwargs=True)
+            module.register_forward_hook(use_copies, with_kwargs=True)
 
 
 def check_names(names: Sequence[str], args: Any, kwargs: Any, layer: nn.Module) -> None:

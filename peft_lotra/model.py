@@ -263,9 +263,7 @@ class LoTRAModel(BaseTuner):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         for module in self.model.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                hooks = module._forward_pre_hooks.values()
-                if mixed_batch.pass_names_on not in hooks:
-                    module.register_forward_pre_hook(mixed_batch.pass_names_on, with_kwargs=True)
+                mixed_batch.tell(module)
         # Beam search repeats every sample, except for the encoder of an encoder-decoder.
         repeated = tuple(name for name in names for _ in range(num_beams))
         encoder = self.model.get_encoder() if num_beams > 1 and hasattr(self.model, "get_encoder") else None

@@ -31,6 +31,7 @@ _waiting = [0]  # threads
 _passes: dict[Place, int] = {}  # how many passes run, in all threads
 _handles: set[Place] = set()  # where the module's attribute is a handle
 _held: dict[Place, int] = {}  # the thread that has a tensor there
+_suspended: dict[Place, int] = {}  # how many of the passes wait for, or are around, a tensor there
 
 
 def running(owner: nn.Module, name: str) -> Any:
@@ -87,6 +88,15 @@ def _is_free(place: Place, thread: int) -> bool:
     return _held.get(place, thread) == thread
 
 
+def _suspend(place: Place, passes: int) -> None:
+    """Count passes of this thread that read nothing meanwhile: nobody waits for their end, which may wait as well."""
+    if passes:
+        _suspended[place] = _suspended.get(place, 0) + passes
+        if not _suspended[place]:
+            del _suspended[place]
+        _changed.notify_all()
+
+
 def _wait(free: Callable[[], bool]) -> None:
     """Give the lock away until `free()`."""
     _waiting[0] += 1
@@ -107,7 +117,12 @@ def held(owner: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
     place, thread = (id(owner), name), threading.get_ident()
     own = len(_stacks.at.get(place, ()))
     with _lock:
-        _wait(lambda: _is_free(place, thread) and _passes.get(place, 0) <= own)
+        _suspend(place, own)
+        try:
+            _wait(lambda: _is_free(place, thread) and _passes.get(place, 0) <= _suspended.get(place, 0))
+        except BaseException:
+            _suspend(place, -own)
+            raise
         outer, before = _held.get(place), owner.__dict__.get(name)
         _held[place] = thread
         owner.__dict__[name] = tensor
@@ -115,6 +130,7 @@ def held(owner: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
         yield
     finally:
         with _lock:
+            _suspend(place, -own)
             if outer is None:
                 del _held[place]
             assigned = owner.__dict__.pop(name, None) is not tensor

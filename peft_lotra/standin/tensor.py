@@ -160,6 +160,7 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
             )
         if _runs_in(torch.autograd.Function.apply.__func__):  # type: ignore[attr-defined]  # its backward would not know of the factors
             raise call.refuse(f"`{_name(function)}` without gradients")
+    call.needs_tensor = False  # the layer has helped itself, if it goes on after a refusal
     result = NotImplemented
     if handler is not None and (len(found) == 1 or handler is _shown):
         result = handler(function, first, meant, args, kwargs)
