@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
+import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -55,10 +58,33 @@ def make_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def exit_code(job: Callable[[], None], kept: str) -> int:
-    """0 after the job; 130 after Ctrl-C, when `kept` says what is left of it."""
+    """0 after the job; 130 after Ctrl-C, 1 where nothing can be written: then `kept` says what is left of it."""
     try:
         job()
     except KeyboardInterrupt:
         print(f"\nInterrupted. {kept}", file=sys.stderr)
         return 130
+    except Exception as error:
+        reason = _writing_error(error)
+        if reason is None:
+            raise
+        print(f"\nCannot write: {reason}. {kept}", file=sys.stderr)
+        return 1
     return 0
+
+
+_NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def _writing_error(error: BaseException | None) -> str | None:
+    """What the system said against writing, wherever in the chain of causes; torch and safetensors hide it."""
+    while error is not None:
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+            number = int(found[1])
+        if number in _NOT_WRITABLE:
+            return os.strerror(number)
+        if re.search("iostream error|inline_container", str(error)):
+            return "a file ends before its end, on a full disk or at a limit of its size"
+        error = error.__cause__ or error.__context__
+    return None
