@@ -59,7 +59,7 @@ def initialize_lotra_weights(
         raise ValueError(f"`method` should be one of {list(METHODS)}, got {method!r}")
     layers = _layers(model, adapter_name)
     gradients = _gradients(model, layers, adapter_name, train_step)
-    new: dict[nn.Parameter, torch.Tensor] = {}
+    new: dict[torch.Tensor, torch.Tensor] = {}
     with preserved_random_state(model):
         for name, layer in tqdm(layers.items(), desc="initialize LoTRA", disable=not progressbar):
             gradient = _averaged(gradients.pop(name), layer)
