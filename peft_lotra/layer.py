@@ -218,9 +218,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             names, layers = batch.names_for(self), list(adapted_tensors(self).values())
             mixed_batch.check_names(names, args, kwargs, self.get_base_layer())
             if any(layer.merged for layer in layers):
-                raise ValueError(
-                    "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-                )
+                what = "Cannot pass `adapter_names` when there are merged adapters"
+                raise ValueError(f"{what}, please call `unmerge_adapter` first.")
             adapters = {name for layer in layers for name in layer.lotra_core}
             in_one_pass = not any(layer._needs_tensor for layer in layers)
             return mixed_batch.run_mixed(layers, adapters, names, self._run, args, kwargs, in_one_pass)
@@ -276,11 +275,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
             return ()
         shares = mixed_batch.current(self)
         if isinstance(shares, Shares):
-            return tuple(
-                self._update(name)._replace(weights=weights)
-                for name, weights in shares.weights.items()
-                if name in self.lotra_core
-            )
+            present = [(name, weights) for name, weights in shares.weights.items() if name in self.lotra_core]
+            return tuple(self._update(name)._replace(weights=weights) for name, weights in present)
         own: Any = self._modules["lotra_core"]
         updates, merged = [], self.merged_adapters
         for name in self.active_adapters:

@@ -215,28 +215,34 @@ def digest(tensors):
 
 
 def adapters_by_rank(init):
-    """Digests of U1, U2, U3 of every layer before and after `prepare`, with a random seed for each process."""
+    """With a random seed for each process: digests of every layer's factors before and after `prepare`, the factors
+    before `prepare`, and those that were drawn.
+    """
     accelerator, pde = Accelerator(), PDES["elliptic"](1.3)
     kan = build_kan("chebyshev", 0)
     torch.manual_seed(accelerator.process_index)
     network = attach_lotra(kan, None, 0.1)
     (share,) = accelerate_pde.batch(accelerator, pde, 0, 0)
-    if init == "gradient":
-        initialize_lotra_weights(network, lambda: pde.loss(network, share).backward(), progressbar=False)
     kinds = ("lotra_core", "lotra_U1", "lotra_U2", "lotra_U3")
     factors = {kind: [p for name, p in network.named_parameters() if kind in name] for kind in kinds}
+    drawn = {kind: [tensor.detach().clone() for tensor in tensors] for kind, tensors in factors.items()}
+    if init == "gradient":
+        initialize_lotra_weights(network, lambda: pde.loss(network, share).backward(), progressbar=False)
     before = {kind: digest(tensors) for kind, tensors in factors.items()}
     alone = {kind: [tensor.detach().clone() for tensor in tensors] for kind, tensors in factors.items()}
     accelerator.prepare(accelerate_pde.Problem(network, pde))
-    return before, {kind: digest(tensors) for kind, tensors in factors.items()}, alone
+    return before, {kind: digest(tensors) for kind, tensors in factors.items()}, alone, drawn
 
 
 @pytest.mark.parametrize("init", ["random", "gradient"])
 def test_all_processes_start_from_the_same_factors(init):
-    (before, after, first), (other_before, other_after, other) = fork(adapters_by_rank, init)
-    assert_different(first["lotra_U1"][1], other["lotra_U1"][1])  # seeds of their own
-    assert (before["lotra_U2"] == other_before["lotra_U2"]) == (init == "gradient")
+    (before, after, _, drawn), (other_before, other_after, _, other_drawn) = fork(adapters_by_rank, init)
+    for kind in ("lotra_U1", "lotra_U2", "lotra_U3"):
+        assert_different(drawn[kind][1], other_drawn[kind][1])  # seeds of their own
+    assert (before == other_before) == (init == "gradient")  # all factors, not those alone that the gradient sets
     assert before == after == other_after  # DDP takes the first process's, bit for bit
+    if init == "gradient":
+        assert before["lotra_U1"] == digest(drawn["lotra_U1"])
 
 
 def test_gradient_initialisation_sees_the_whole_batch():

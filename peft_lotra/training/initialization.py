@@ -29,12 +29,13 @@ def initialize_lotra_weights(
     """U2 ← the r2 leading left singular vectors of the mode-o unfolding of ∂L/∂A; with G = 0, the model is unchanged.
 
     The gradient is that of the model as it is, other active adapters included, by the coefficients of every layer that
-    has the adapter. Only those factors are written; everything else in the model is afterwards what it was before
+    has the adapter. Only its factors are written; everything else in the model is afterwards what it was before
     (parameters, buffers, `.grad`, modes, random state), also if `train_step` raises. Gradients leave the accelerator
     layer by layer as they are made: beside the step itself, host memory for one copy of the coefficients is needed.
 
     Call it before the model is wrapped for distributed training. Then each process runs `train_step` on its own data,
-    the gradients are averaged, and all processes end with the same factors to the bit.
+    the gradients are averaged, and all factors end the same in all processes, to the bit: those that the gradient does
+    not set are the first process's, whatever the random seeds were.
 
     Args:
         model: an adapted model, from `get_peft_model`.
@@ -58,7 +59,7 @@ def initialize_lotra_weights(
         raise ValueError(f"`method` should be one of {list(METHODS)}, got {method!r}")
     layers = _layers(model, adapter_name)
     gradients = _gradients(model, layers, adapter_name, train_step)
-    new: dict[nn.Parameter, torch.Tensor] = {}
+    new: dict[torch.Tensor, torch.Tensor] = {}
     with preserved_random_state(model):
         for name, layer in tqdm(layers.items(), desc="initialize LoTRA", disable=not progressbar):
             gradient = _averaged(gradients.pop(name), layer)
@@ -66,7 +67,9 @@ def initialize_lotra_weights(
             for mode in METHODS[method]:
                 factor = getattr(layer, _FACTORS[mode])[adapter_name]
                 vectors = _leading_vectors(gradient.movedim(mode, 0).flatten(1), factor.shape[1])
-                new[factor] = _shared(vectors.to(factor))
+                new[factor] = vectors.to(factor)
+            for factor in layer.factors(adapter_name):
+                new[factor] = _shared(new.get(factor, factor.detach().clone()))
     for factor, vectors in new.items():
         factor.data.copy_(vectors)
 
