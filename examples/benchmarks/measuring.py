@@ -134,7 +134,7 @@ def steady(device: torch.device, *stages: Callable[[], object], seconds: float =
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], list[float]]], rounds: int = 5, seconds: float = 0, warm_up: int = 2
+    runs: Mapping[str, Callable[[], list[float]]], rounds: int = 5, seconds: float = 0, warm_up: int = 1
 ) -> dict[str, list[list[float]]]:
     """Each of `runs` once per round, in a fresh random order: what disturbs the machine disturbs all of them alike.
 

@@ -50,7 +50,7 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
 
         for name, (_, config) in kinds.items():
             get_peft_model(model(name), config).save_pretrained(f"{folder}/{name}")
-        runs = interleaved({name: lambda name=name: load(name) for name in kinds}, args.rounds, warm_up=1)
+        runs = interleaved({name: lambda name=name: load(name) for name in kinds}, args.rounds)
     seconds = {name: [first for (first,) in rounds] for name, rounds in runs.items()}
     ratio = median_ratio(seconds["LoTRA"], seconds["LoRA"])
     print(f"Loading an adapter of {args.layers} layers: {ratio:.2f} × the time of LoRA")

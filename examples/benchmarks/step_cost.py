@@ -281,7 +281,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     # pykan forms batch × n × m values a dozen times over.
     add("--pykan-batch", type=positive_int, default=16, help="batch size for pykan, whose memory grows as batch·n·m")
     add("--r", type=positive_int, nargs=3, default=(8, 8, 4), help="LoTRA's ranks: input output basis")
-    add("--seconds", type=float, default=1.5, help="of a table's timed rounds, which are five at least")
+    add("--seconds", type=float, default=0.8, help="of a table's timed rounds, which are five at least")
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
     add(
         "--threads", type=positive_int, help="of the CPU; one gives steadier times on a busy machine; default: torch's"
