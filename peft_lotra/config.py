@@ -33,13 +33,13 @@ from .registration import LOTRA
 from .tensors.ranks import Ranks, as_triple, check_ranks
 from .tensors.tucker import factor_shapes
 
-# What a list in a field has, or, where there is an "or", the field itself.
+# Fields that are lists: of what, whether one entry may stand alone, and how errors say it.
 _NAMES = (
-    ("target_modules", str, "names of modules, or a regular expression"),
-    ("exclude_modules", str, "names of modules, or a regular expression"),
-    ("modules_to_save", str, "names of modules"),
-    ("layers_pattern", str, "names, or one name"),
-    ("layers_to_transform", int, "indices of layers, or one index"),
+    ("target_modules", str, True, "names of modules, or a regular expression"),
+    ("exclude_modules", str, True, "names of modules, or a regular expression"),
+    ("modules_to_save", str, False, "names of modules"),
+    ("layers_pattern", str, True, "names, or one name"),
+    ("layers_to_transform", int, True, "indices of layers, or one index"),
 )
 
 
@@ -178,9 +178,9 @@ class LoTRAConfig(PeftConfig):
 
     def _check_names(self) -> None:
         """Raise TypeError unless the fields that name modules, layers and tokens hold names and whole numbers."""
-        for name, kind, what in _NAMES:
+        for name, kind, alone, what in _NAMES:
             value = getattr(self, name)
-            if value is not None and not (" or " in what and type(value) is kind) and not _is_list_of(kind, value):
+            if value is not None and not (alone and type(value) is kind) and not _is_list_of(kind, value):
                 raise TypeError(f"`{name}` should be a list of {what}, but the value passed is {value!r}")
         tokens = self.trainable_token_indices
         rows = tokens.values() if isinstance(tokens, Mapping) else [[] if tokens is None else tokens]

@@ -33,7 +33,7 @@ from .mixed_batch import MixedBatch
 from .placement.offloaded import writable_tensors
 from .preserved import restored_on_error
 from .slim_layer import SlimLayer
-from .targets import is_excluded, resolve_targets, warn_of_no_effect
+from .targets import HEADS, is_excluded, resolve_targets, warn_of_no_effect
 
 
 class _Configs(dict):
@@ -41,10 +41,6 @@ class _Configs(dict):
 
     def __missing__(self, name: Any) -> Any:
         raise ValueError(f"`adapter_name` {name!r} does not exist: the model has the adapters {list(self)}")
-
-
-# By task type, what PEFT trains in full.
-_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 class LoTRAModel(BaseTuner):
@@ -69,13 +65,8 @@ class LoTRAModel(BaseTuner):
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         _check_name(adapter_name)
         task = peft_config.task_type
-        if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(self.model, "prepare_inputs_for_generation"):
-            raise ValueError(
-                f"`task_type` {task!r} is for models that generate, by `prepare_inputs_for_generation`, which a "
-                f"{type(self.model).__name__} does not have: leave it out"
-            )
-        if task in _HEADS:  # PEFT names them too late for a copy
-            peft_config = replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or ()), *_HEADS[task]])
+        if task in HEADS:  # PEFT names them too late for a copy
+            peft_config = replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or ()), *HEADS[task]])
         targets = resolve_targets(self.model, peft_config)
         warn_of_no_effect(peft_config, targets)
         self._targets: dict[str, list[Target]] = {}

@@ -17,6 +17,7 @@ from torch import nn
 from .base_model import BaseModel
 from .checkpoint import CONTAINERS
 from .coefficients import CoefficientSpec, known_coefficients, registered_kan_layers
+from .coefficients.registry import qualified_name
 from .coefficients.spec import owner_of, tensor_at
 from .config import LoTRAConfig, Target, name_endings, pattern_value
 from .layer import adapted_tensors
@@ -26,8 +27,9 @@ from .tensors.ranks import choose_ranks
 # Modules that hold parameters for the module around them and have no forward of their own.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
-# What PeftModelForSequenceClassification and others add to `modules_to_save`, whether the model has it or not.
-_NAMES_OF_HEADS = ("classifier", "score", "qa_outputs")
+# By task type, what PEFT adds to `modules_to_save`, whether the model has it or not; for SEQ_CLS as for TOKEN_CLS.
+HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+_NAMES_OF_HEADS = sum(HEADS.values(), ())
 
 _HOW_TO_DECLARE = (
     "declare the layer with `register_kan_layer(Layer, {'<parameter>': '<layout>'})` "
@@ -50,6 +52,7 @@ def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
             model or the adapters in it.
     """
     base = BaseModel.of(model)
+    _check_task(model, config)
     _check_modules_to_save(config, base.layers)
     known = _known_targets(base, config)
     if config.is_self_contained:
@@ -158,9 +161,10 @@ def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
 
 def _select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRAConfig) -> list[Target]:
     if not known:
+        classes = dict.fromkeys(qualified_name(type(layer)) for layer in layers.values())
         raise NoMatchingPeftModuleError(
             f"no KAN layer found. Looked for the classes {registered_kan_layers()} and, by `coefficients`, for "
-            f"{sorted(config.coefficients) or 'nothing else'}. This model has {_shortened(_class_names(layers))}; "
+            f"{sorted(config.coefficients) or 'nothing else'}. This model has {_shortened(list(classes))}; "
             "let `peft_lotra.infer_coefficients(model, *sample)` find the layouts by running the model on a sample, "
             f"and pass the result as `LoTRAConfig(coefficients=...)`; or {_HOW_TO_DECLARE}, and check it by "
             "`peft_lotra.verify_coefficients(model, *sample, coefficients=...)`"
@@ -169,18 +173,19 @@ def _select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRAC
     if config.target_modules is not None:
         chosen = [module for module in kan_layers if _entries_for(module, config.target_modules)]
         _check_target_modules(config.target_modules, kan_layers, layers)
-    allowed = [module for module in chosen if not is_excluded(config, module)]
-    chosen = [module for module in allowed if _has_index(config, module)]
+    given_indices = config.layers_to_transform
+    wanted = [given_indices] if isinstance(given_indices, int) else given_indices
+    indices = {module: _index(config, module) for module in chosen if not is_excluded(config, module)}
+    chosen = [module for module, index in indices.items() if wanted is None or index in wanted]
     if not chosen:
         fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
         given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
         raise NoMatchingPeftModuleError(f"no KAN layer is left by {given}; the model's KAN layers are {kan_layers}")
-    indices = {_index(config, module) for module in allowed}
-    missing = sorted(set(_wanted_indices(config)) - indices)
+    missing = sorted(set(wanted or ()).difference(indices.values()))
     if missing:
         raise NoMatchingPeftModuleError(
             f"`layers_to_transform` names {missing}, which are indices of no KAN layer that the other fields leave; "
-            f"there are {sorted(index for index in indices if index is not None)}, of {allowed}"
+            f"there are {sorted({index for index in indices.values() if index is not None})}, of {list(indices)}"
         )
     return [target for target in known if target.module in chosen]
 
@@ -217,6 +222,15 @@ def _check_not_shared(model: nn.Module, layers: Mapping[str, nn.Module], targets
                     f"{target.parameter} cannot be adapted: the model has the same object under the names "
                     f"{names[id(thing)]}; untie them (copy.deepcopy) or leave them out by `exclude_modules`"
                 )
+
+
+def _check_task(model: nn.Module, config: LoTRAConfig) -> None:
+    task = config.task_type
+    if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+        raise ValueError(
+            f"`task_type` {task!r} is for models that generate, by `prepare_inputs_for_generation`, which a "
+            f"{type(model).__name__} does not have: leave it out"
+        )
 
 
 def _check_modules_to_save(config: LoTRAConfig, layers: Mapping[str, nn.Module]) -> None:
@@ -347,15 +361,6 @@ def is_excluded(config: LoTRAConfig, module: str) -> bool:
     return any(f".{name}." in f".{module}." for name in config.modules_to_save or [])
 
 
-def _has_index(config: LoTRAConfig, module: str) -> bool:
-    return config.layers_to_transform is None or _index(config, module) in _wanted_indices(config)
-
-
-def _wanted_indices(config: LoTRAConfig) -> list[int]:
-    wanted = config.layers_to_transform
-    return [wanted] if isinstance(wanted, int) else list(wanted or ())
-
-
 def _index(config: LoTRAConfig, module: str) -> int | None:
     """The number in a module's name that `layers_to_transform` means."""
     patterns = config.layers_pattern or [""]
@@ -389,7 +394,3 @@ def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
 
 def _shortened(names: list[str], most: int = 20) -> list[str]:
     return names if len(names) <= most else [*names[:most], f"… {len(names) - most} more"]
-
-
-def _class_names(layers: Mapping[str, nn.Module]) -> list[str]:
-    return list(dict.fromkeys(f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in layers.values()))

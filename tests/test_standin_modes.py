@@ -379,32 +379,6 @@ def test_every_parameter_may_be_differentiated():
 # Threads -------------------------------------------------------------------------------------------------------------
 
 
-@registered
-def test_training_beside_inference_in_other_threads(name):
-    _, model, x = adapted(name, torch.float32)
-    factors = factors_of(model)
-    expected = torch.autograd.grad(model(x).square().sum(), factors)
-    stop, wrong = threading.Event(), []
-
-    def infer():
-        with torch.no_grad():
-            while not stop.is_set():
-                model(x.detach())
-
-    threads = [threading.Thread(target=infer) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in range(30):
-            gradients = torch.autograd.grad(model(x).square().sum(), factors, allow_unused=True)
-            wrong += [1 for g, e in zip(gradients, expected, strict=True) if g is None or not torch.equal(g, e)]
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
-    assert not wrong
-
-
 class WaitingKANLayer(ChebyKANLayer):
     """Tells when it has begun, and waits before it reads its coefficients."""
 
@@ -488,34 +462,6 @@ def test_a_layer_that_takes_tensors_has_them_in_every_thread():
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-class RecursiveKANLayer(ChebyKANLayer):
-    """Calls the model again, from inside of its own forward, with another adapter."""
-
-    def forward(self, x):
-        y = super().forward(x)
-        if self.model:
-            model, self.model = self.model.pop(), []
-            with torch.no_grad():
-                self.inner = model(x, adapter_names=["adapter 1"] * len(x))
-            y = y + super().forward(x)
-        return y
-
-
-def test_a_layer_that_calls_its_model_again():
-    layer = RecursiveKANLayer(6, 5, 3)
-    layer.model = []
-    base, model, x = adapt(layer, {"cheby_coeffs": "i o d"}, FLAT, torch.float64, adapters=2, r=2)
-    model.eval().set_adapter("default")
-    x, expected = x.detach(), model(x)
-    other = model(x, adapter_names=["adapter 1"] * len(x))
-    inner = next(iter(adapted_tensors(model).values())).get_base_layer()
-    inner.model = [model]
-    y = model(x)
-    assert_different(other, expected)
-    assert_equal(y, 2 * expected)
-    assert_equal(inner.inner, other, 0)
 
 
 # Weights per sample --------------------------------------------------------------------------------------------------

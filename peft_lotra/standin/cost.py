@@ -21,8 +21,9 @@ Triple = tuple[int, int, int]
 # CPUs where `examples/benchmarks/small_layers.py --parts constants` ran.
 _TRAFFIC = 16
 # Multiply-adds in the time of one call of torch, a third of what it takes forward and backward, by kind of device. The
-# same command printed 160,000 to 350,000; "meta" counts for the CPU. Elsewhere this is an estimate, of 5 µs at 20 Tera
-# multiply-adds in a second.
+# same command printed 160,000 for one thread and 290,000 for two, of 50 G multiply-adds in a second each. The value is
+# above both: faster processors multiply faster, and call no faster. "meta" counts for the CPU. Elsewhere this is an
+# estimate, of 5 µs at 20 T multiply-adds in a second.
 _CALL = {"cpu": 350_000, "meta": 350_000}
 _CALL_ELSEWHERE = 100_000_000
 _DERIVATIVES = 4

@@ -158,7 +158,8 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
                 f"a {call.owner} calls `checkpoint(use_reentrant=True)` in its own forward, which would give its "
                 "adapter no gradients: checkpoint the adapted layer, or a larger part of the model, instead"
             )
-        if _runs_in(torch.autograd.Function.apply.__func__):  # type: ignore[attr-defined]  # its backward would not know of the factors
+        # The backward of a Function would not know of the factors.
+        if _runs_in(torch.autograd.Function.apply.__func__):  # type: ignore[attr-defined]
             raise call.refuse(f"`{_name(function)}` without gradients")
     call.needs_tensor = False  # the layer has helped itself, if it goes on after a refusal
     result = NotImplemented
