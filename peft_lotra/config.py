@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, TaskType
+from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 
 from .checkpoint import (
@@ -128,12 +128,10 @@ class LoTRAConfig(PeftConfig):
         return vars(self) | {"_written": {}, "_saved": None}  # copies do without tensors
 
     def __post_init__(self) -> None:
-        if self.task_type is not None and self.task_type not in list(TaskType):
-            raise ValueError(
-                f"`task_type` should be one of {[task.value for task in TaskType]}, or None, but the value passed is "
-                f"{self.task_type!r}"
-            )
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ValueError(f"`task_type`: {error}") from None
         self.peft_type = LOTRA
         self._written: Mapping[str, torch.Tensor] = {}  # what is being saved, by name
         self._copies: frozenset[str] = frozenset()  # of it, names of trained copies of modules, and of token rows

@@ -309,6 +309,7 @@ def _slots(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Slot]]:
     """
     found: dict[str, tuple[str, Slot]] = {}
     for module_name, module in model.named_modules():
+        module_name = module_name.replace("_fsdp_wrapped_module.", "")  # as in the state dict
         if isinstance(module, LoTRALayer) and adapter_name in module.lotra_core:
             dtype = module.dtype_in_use(adapter_name)
             for key, factor in zip(CONTAINERS, module.factors(adapter_name), strict=True):

@@ -11,9 +11,10 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from conftest import assert_different, assert_equal
 from kan_layers import KAN, ChebyKAN, FastKAN
 from launching import launch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from sharded_by_fsdp import X, Y, adapted, lotra_layers, trained
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from peft_lotra import LoTRALayer
 
@@ -33,6 +34,23 @@ def check(program, folder, checks, **options):
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="older versions may have no FSDP2 on the CPU; 2.6 has none")
 def test_fsdp(tmp_path):
     check("sharded_by_fsdp.py", tmp_path, checks=34)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch")  # FSDP1's
+def test_the_adapter_of_a_model_that_fsdp1_wraps_is_all_there():
+    """Its modules have other names than what is in its state dict."""
+    model = adapted(ChebyKAN([2, 4, 1]))
+    expected = {key: value.clone() for key, value in get_peft_model_state_dict(model).items()}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        assert any("_fsdp_wrapped_module" in name for name, _ in wrapped.named_modules())
+        state = get_peft_model_state_dict(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(expected) == 8
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
 
 
 @pytest.mark.processes
