@@ -73,13 +73,14 @@ class LoTRAModel(BaseTuner):
         for target in targets:
             self._targets.setdefault(target.module, []).append(target)
         self._self_contained = peft_config.self_contained(targets)
-        # PEFT warns about entries that mean nothing, and so sees the user's own while it injects.
+        # PEFT warns about patterns that mean nothing, and so sees the user's own while it injects.
         parameters = {target.parameter for target in targets}
+        is_own = not peft_config.is_self_contained
         self.peft_config[adapter_name] = replace(
             self._self_contained,
             exclude_modules=peft_config.exclude_modules,
-            rank_pattern={key: r for key, r in peft_config.rank_pattern.items() if key not in parameters},
-            alpha_pattern=peft_config.alpha_pattern,
+            rank_pattern={key: r for key, r in peft_config.rank_pattern.items() if is_own and key not in parameters},
+            alpha_pattern=peft_config.alpha_pattern if is_own else {},
         )
         return self.peft_config[adapter_name]
 

@@ -314,9 +314,10 @@ def warn_of_no_effect(config: LoTRAConfig, targets: list[Target]) -> None:
         warnings.warn(f"`alpha` is 0 for {idle}: the adapter changes nothing there and gets no gradient", stacklevel=2)
     modules = list(dict.fromkeys(target.module for target in targets))
     for name in ("rank_pattern", "alpha_pattern"):
-        keys = list(getattr(config, name))
+        pattern = getattr(config, name)
+        keys, unnamed = list(pattern), [module for module in modules if module not in pattern]
         for place, key in enumerate(keys):
-            meant = [module for module in modules if module not in keys and _means(key, module)]
+            meant = [module for module in unnamed if _means(key, module)]
             if meant and all(any(_means(earlier, module) for earlier in keys[:place]) for module in meant):
                 warnings.warn(
                     f"`{name}` key {key!r} has no effect: of two keys the first counts, and those before it take all "
