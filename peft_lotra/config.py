@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME
-from peft.utils.other import get_pattern_key
 
 from .checkpoint import (
     CONTAINERS,
@@ -29,6 +28,7 @@ from .checkpoint import (
 )
 from .coefficients import CoefficientSpec, Layout
 from .coefficients.spec import check_descriptions
+from .patterns import INDEXED, check_expressions, name_endings
 from .registration import LOTRA
 from .tensors.ranks import Ranks, as_triple, check_ranks
 from .tensors.tucker import factor_shapes
@@ -115,7 +115,7 @@ class LoTRAConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, Any] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, Any] = field(default_factory=dict)
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     coefficients: Mapping[str, Any] = field(default_factory=dict)
@@ -163,8 +163,12 @@ class LoTRAConfig(PeftConfig):
         check_descriptions(self.coefficients)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if isinstance(value, str):
+                check_expressions(name, [value])
+            elif value is not None:
                 setattr(self, name, set(value))
+        given = self.layers_pattern or []
+        check_expressions("layers_pattern", [given] if isinstance(given, str) else given, INDEXED)
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(self, name) is not None and isinstance(self.target_modules, str):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str (regular expression)")
@@ -296,7 +300,11 @@ class LoTRAConfig(PeftConfig):
                 module: _one_or_many({target.spec.parameter: list(target.ranks) for target in group})
                 for module, group in modules.items()
             },
-            alpha_pattern={module: group[0].alpha for module, group in modules.items() if self.alpha_pattern},
+            alpha_pattern={
+                module: _one_or_many({target.spec.parameter: target.alpha for target in group})
+                for module, group in modules.items()
+                if self.alpha_pattern
+            },
             coefficients=coefficients,
         )
 
@@ -307,15 +315,20 @@ class LoTRAConfig(PeftConfig):
 
     def _obstacle(self) -> str | None:
         """The field that keeps the config from being self-contained, and why; None if it is."""
-        modules = {target.module for _, target in self.saved_targets()}
+        modules: dict[str, set[str]] = {}
+        for _, target in self.saved_targets():
+            modules.setdefault(target.module, set()).add(target.spec.parameter)
         if not modules:
             return "`coefficients` and `rank_pattern` should give a layout with `sizes`, and ranks, for every tensor"
         for name in ("rank_pattern", "alpha_pattern"):
-            unknown = sorted(getattr(self, name).keys() - modules)
+            unknown = sorted(getattr(self, name).keys() - modules.keys())
             if unknown:
                 return f"`{name}` names {unknown}, but the modules of `coefficients` are {sorted(modules)}"
-        if self.alpha_pattern and self.alpha_pattern.keys() != modules:
-            return f"`alpha_pattern` lacks {sorted(modules - self.alpha_pattern.keys())}"
+        if self.alpha_pattern and self.alpha_pattern.keys() != modules.keys():
+            return f"`alpha_pattern` lacks {sorted(modules.keys() - self.alpha_pattern.keys())}"
+        for module, alphas in self.alpha_pattern.items():
+            if isinstance(alphas, Mapping) and alphas.keys() != modules[module]:
+                return f"`alpha_pattern[{module!r}]` names {sorted(alphas)}, and should {sorted(modules[module])}"
         if not isinstance(self.target_modules, set):
             return f"`target_modules` should be a list of names but is {self.target_modules!r}"
         left_out = sorted(module for module in modules if not self.target_modules & name_endings(module))
@@ -356,18 +369,6 @@ class LoTRAConfig(PeftConfig):
         }
 
 
-def name_endings(module: str) -> set[str]:
-    """`"a.b.c"` -> `{"a.b.c", "b.c", "c"}`."""
-    parts = module.split(".")
-    return {".".join(parts[start:]) for start in range(len(parts))}
-
-
-def pattern_value(pattern: Mapping[str, Any], module: str, parameter: str, default: Any = None) -> Any:
-    """A tensor's entry, by its module's full name or else PEFT's pattern rule; it may map parameters to values."""
-    value = pattern.get(module if module in pattern else get_pattern_key(list(pattern), module), default)
-    return value.get(parameter, default) if isinstance(value, Mapping) else value
-
-
 def _by_module(targets: list[Target]) -> Iterator[tuple[str, list[Target]]]:
     return ((module, list(group)) for module, group in groupby(targets, key=lambda target: target.module))
 
@@ -388,4 +389,11 @@ def _checked_mapping(name: str, value: Any) -> Mapping[str, Any]:
 
 
 def _named(name: str, value: Any) -> dict[str, Any]:
-    return {f"{name}[{key!r}]": entry for key, entry in _checked_mapping(name, value).items()}
+    """The entries of a pattern, those by parameter too, as errors call them."""
+    found = {}
+    for key, entry in _checked_mapping(name, value).items():
+        by_path = (
+            {f"[{path!r}]": inner for path, inner in entry.items()} if isinstance(entry, Mapping) else {"": entry}
+        )
+        found.update({f"{name}[{key!r}]{path}": inner for path, inner in by_path.items()})
+    return found

@@ -75,12 +75,14 @@ class LoTRAModel(BaseTuner):
         self._self_contained = peft_config.self_contained(targets)
         # PEFT warns about patterns that mean nothing, and so sees the user's own while it injects.
         parameters = {target.parameter for target in targets}
-        is_own = not peft_config.is_self_contained
+        own = {} if peft_config.is_self_contained else vars(peft_config)
         self.peft_config[adapter_name] = replace(
             self._self_contained,
             exclude_modules=peft_config.exclude_modules,
-            rank_pattern={key: r for key, r in peft_config.rank_pattern.items() if is_own and key not in parameters},
-            alpha_pattern=peft_config.alpha_pattern if is_own else {},
+            **{
+                field: {key: value for key, value in own.get(field, {}).items() if key not in parameters}
+                for field in ("rank_pattern", "alpha_pattern")
+            },
         )
         return self.peft_config[adapter_name]
 
@@ -152,6 +154,16 @@ class LoTRAModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer, requires_grad in zip(layers, trainable, strict=True):
             layer.set_requires_grad(adapter_name, requires_grad)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters the active ones, with the arguments of PEFT's base class.
+
+        Raises:
+            ValueError: if there is none of a name; nothing is changed then.
+        """
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            self.peft_config[name]  # raises if there is none
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the coefficients and keep them; with `safe_merge`, all layers are checked first."""

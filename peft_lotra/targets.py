@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -19,8 +19,9 @@ from .checkpoint import CONTAINERS
 from .coefficients import CoefficientSpec, known_coefficients, registered_kan_layers
 from .coefficients.registry import qualified_name
 from .coefficients.spec import owner_of, tensor_at
-from .config import LoTRAConfig, Target, name_endings, pattern_value
+from .config import LoTRAConfig, Target
 from .layer import adapted_tensors
+from .patterns import ENDING, check_expressions, entries_for, index_of, means, pattern_value
 from .slim_layer import SlimLayer
 from .tensors.ranks import choose_ranks
 
@@ -112,6 +113,7 @@ def _given_parameters(parameters: list[str], config: LoTRAConfig) -> list[tuple[
     """Each parameter that `config.coefficients` means, with its key: the full name, or else the first pattern."""
     full_names = set(config.coefficients) & set(parameters)
     patterns = [key for key in config.coefficients if key not in full_names and not config.is_self_contained]
+    check_expressions("coefficients", patterns, ENDING)
     given = []
     for parameter in parameters:
         key = parameter if parameter in full_names else get_pattern_key(patterns, parameter)
@@ -119,7 +121,7 @@ def _given_parameters(parameters: list[str], config: LoTRAConfig) -> list[tuple[
             given.append((parameter, key))
     unmatched = sorted(set(config.coefficients) - {key for _, key in given})
     for key in unmatched:
-        taken = {parameter: other for parameter, other in given if _means(key, parameter)}
+        taken = {parameter: other for parameter, other in given if means(key, parameter)}
         if taken:
             raise ValueError(
                 f"`coefficients` key {key!r} means only parameters that other keys take, {taken}: a full name goes "
@@ -142,15 +144,10 @@ def _naming(module: str) -> Iterator[None]:
         raise type(error)(f"KAN layer {module!r}: {error}") from None
 
 
-def _means(key: str, name: str) -> re.Match[str] | None:
-    """Whether a key of a pattern means this name, by PEFT's rule; what precedes the key is the first group."""
-    return re.match(rf"(.*\.)?({key})$", name)
-
-
 def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
     """The module that a `coefficients` key means: what precedes the key, else the owner of the parameter."""
     if parameter != key:
-        found = _means(key, parameter)
+        found = means(key, parameter)
         if found is not None and found[1] is not None:
             return found[1].removesuffix(".")
     module = parameter.rpartition(".")[0]
@@ -171,11 +168,11 @@ def _select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRAC
         )
     kan_layers = chosen = list(dict.fromkeys(target.module for target in known))
     if config.target_modules is not None:
-        chosen = [module for module in kan_layers if _entries_for(module, config.target_modules)]
+        chosen = [module for module in kan_layers if entries_for(module, config.target_modules)]
         _check_target_modules(config.target_modules, kan_layers, layers)
     given_indices = config.layers_to_transform
     wanted = [given_indices] if isinstance(given_indices, int) else given_indices
-    indices = {module: _index(config, module) for module in chosen if not is_excluded(config, module)}
+    indices = {module: index_of(module, config.layers_pattern) for module in chosen if not is_excluded(config, module)}
     chosen = [module for module, index in indices.items() if wanted is None or index in wanted]
     if not chosen:
         fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
@@ -312,18 +309,23 @@ def warn_of_no_effect(config: LoTRAConfig, targets: list[Target]) -> None:
     idle = [target.parameter for target in targets if target.alpha == 0]
     if idle:
         warnings.warn(f"`alpha` is 0 for {idle}: the adapter changes nothing there and gets no gradient", stacklevel=2)
-    modules = list(dict.fromkeys(target.module for target in targets))
+    modules, parameters = list(dict.fromkeys(t.module for t in targets)), {t.parameter for t in targets}
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = getattr(config, name)
-        keys, unnamed = list(pattern), [module for module in modules if module not in pattern]
+        keys = [key for key in pattern if key not in parameters]
+        unnamed = [module for module in modules if module not in pattern]
         for place, key in enumerate(keys):
-            meant = [module for module in unnamed if _means(key, module)]
-            if meant and all(any(_means(earlier, module) for earlier in keys[:place]) for module in meant):
+            meant = [module for module in unnamed if means(key, module)]
+            if meant and all(any(means(earlier, module) for earlier in keys[:place]) for module in meant):
                 warnings.warn(
                     f"`{name}` key {key!r} has no effect: of two keys the first counts, and those before it take all "
                     f"that it means, {meant}; put the narrower one first",
                     stacklevel=2,
                 )
+        paths = {path for value in pattern.values() if isinstance(value, Mapping) for path in value}
+        unknown = sorted(paths.difference(target.spec.parameter for target in targets))
+        if unknown:
+            warnings.warn(f"`{name}` names {unknown}, of which no adapted layer has coefficients", stacklevel=2)
 
 
 def _check_target_modules(
@@ -331,10 +333,10 @@ def _check_target_modules(
 ) -> None:
     """Raise if an entry means no KAN layer. Modules without coefficients that it means besides are passed over."""
     entries = {target_modules} if isinstance(target_modules, str) else set(target_modules)
-    used = {entry for module in kan_layers for entry in _entries_for(module, target_modules)}
+    used = {entry for module in kan_layers for entry in entries_for(module, target_modules)}
     for entry in sorted(entries - used):
         pattern = target_modules if isinstance(target_modules, str) else [entry]
-        others = [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if _entries_for(name, pattern)]
+        others = [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if entries_for(name, pattern)]
         what = f"matches only modules without known coefficients: {others}" if others else "matches no module"
         if entry.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             what = (
@@ -346,51 +348,39 @@ def _check_target_modules(
         )
 
 
-def _entries_for(module: str, patterns: Collection[str] | str) -> list[str]:
-    """The entries that mean `module`, by PEFT's rule: a string is a regular expression on the full name, a
-    collection has names or endings of names."""
-    if isinstance(patterns, str):
-        return [patterns] if re.fullmatch(patterns, module) else []
-    endings = name_endings(module)
-    return [entry for entry in patterns if entry in endings]
-
-
 def is_excluded(config: LoTRAConfig, module: str) -> bool:
     """Whether `exclude_modules` or `modules_to_save` keeps adapters off this module."""
-    if config.exclude_modules and _entries_for(module, config.exclude_modules):
+    if config.exclude_modules and entries_for(module, config.exclude_modules):
         return True
     return any(f".{name}." in f".{module}." for name in config.modules_to_save or [])
 
 
-def _index(config: LoTRAConfig, module: str) -> int | None:
-    """The number in a module's name that `layers_to_transform` means."""
-    patterns = config.layers_pattern or [""]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        before = rf"(?:^|\.){pattern}\." if pattern else r"(?:^|\.)"
-        index = re.search(rf"{before}(\d+)(?:\.|$)", module)
-        if index is not None:
-            return int(index.group(1))
-    return None
-
-
 def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
     """The targets with their ranks and alpha."""
-    given = {
-        target.parameter: config.rank_pattern.get(target.parameter)
-        or pattern_value(config.rank_pattern, target.module, target.spec.parameter)
-        for target in targets
-    }
+    given = _given_by_pattern(targets, config, "rank_pattern")
+    alphas = _given_by_pattern(targets, config, "alpha_pattern")
     shapes = {target.parameter: target.spec.layout.canonical_shape for target in targets}
-    fixed = {parameter: ranks for parameter, ranks in given.items() if ranks is not None}
-    ranks = choose_ranks(shapes, fixed, config.r, config.compression_ratio)
+    ranks = choose_ranks(shapes, given, config.r, config.compression_ratio)
     return [
-        replace(
-            target,
-            ranks=ranks[target.parameter],
-            alpha=pattern_value(config.alpha_pattern, target.module, target.spec.parameter, config.alpha),
-        )
+        replace(target, ranks=ranks[target.parameter], alpha=alphas.get(target.parameter, config.alpha))
         for target in targets
     ]
+
+
+def _given_by_pattern(targets: list[Target], config: LoTRAConfig, field: str) -> dict[str, Any]:
+    """What a pattern of the config says of each parameter; nothing of one that it does not mean."""
+    pattern: Mapping[str, Any] = getattr(config, field)
+    parameters = {target.parameter for target in targets}
+    others = {key: value for key, value in pattern.items() if key not in parameters}
+    if not config.is_self_contained:
+        check_expressions(field, others, ENDING)
+    found = {
+        target.parameter: pattern[target.parameter]
+        if target.parameter in pattern
+        else pattern_value(others, target.module, target.spec.parameter)
+        for target in targets
+    }
+    return {parameter: value for parameter, value in found.items() if value is not None}
 
 
 def _shortened(names: list[str], most: int = 20) -> list[str]:

@@ -71,6 +71,7 @@ def test_survives_json(tmp_path):
         ({"alpha": float("inf")}, ValueError, "`alpha` should be a finite number but the value passed is inf"),
         ({"alpha": None}, ValueError, "`alpha` should be a finite number but the value passed is None"),
         ({"alpha_pattern": {"a": "x"}}, ValueError, "`alpha_pattern['a']` should be a finite number"),
+        ({"alpha_pattern": {"a": {"w": None}}}, ValueError, "`alpha_pattern['a']['w']` should be a finite number"),
         ({"alpha_pattern": []}, TypeError, "`alpha_pattern` should be a mapping from names but the value passed is"),
         ({"rank_pattern": {"a": 0}}, ValueError, "`rank_pattern['a']` should be a positive integer value"),
         ({"rank_pattern": {"a": {"w": 0}}}, ValueError, "`rank_pattern['a']['w']` should be a positive integer"),
@@ -98,6 +99,23 @@ def test_survives_json(tmp_path):
         ),
         ({"target_modules": "a.*", "layers_to_transform": 1}, ValueError, "`layers_to_transform` cannot be used when"),
         ({"target_modules": "a.*", "layers_pattern": "b"}, ValueError, "`layers_pattern` cannot be used when"),
+        (
+            {"target_modules": "layers.("},
+            ValueError,
+            "`target_modules`: 'layers.(' is no regular expression (missing ), unterminated subpattern at position "
+            "7); where a name is meant, give 'layers\\\\.\\\\('",
+        ),
+        (
+            {"exclude_modules": "*"},
+            ValueError,
+            "`exclude_modules`: '*' is no regular expression (nothing to repeat at",
+        ),
+        ({"exclude_modules": "a{99999999999}"}, ValueError, "'a{99999999999}' is no regular expression (the repet"),
+        (
+            {"layers_to_transform": 0, "layers_pattern": ["a", "["]},
+            ValueError,
+            "`layers_pattern`: '[' is no regular expression (",
+        ),
         ({"layers_pattern": "layers"}, ValueError, "When `layers_pattern` is specified, `layers_to_transform` must"),
     ],
 )

@@ -154,6 +154,18 @@ def test_what_requires_gradients_follows_the_active_adapters(capsys):
     assert capsys.readouterr().out.startswith(f"trainable params: {count:,d} || all params: ")
 
 
+@pytest.mark.parametrize("names", ["typo", ["default", "typo"]])
+def test_the_tuner_too_takes_only_adapters_that_there_are(names):
+    model = adapted()
+    model.add_adapter("last", LoTRAConfig(r=1))
+    before = trainable(model)
+    with pytest.raises(ValueError, match=r"'typo' does not exist: the model has the adapters \['default', 'last'\]"):
+        model.base_model.set_adapter(names)
+    assert (model.active_adapters, trainable(model)) == (["default"], before)
+    model.base_model.set_adapter(["last"])
+    assert trainable(model) == factors("last", 0, 1)
+
+
 @pytest.mark.parametrize("pattern", [{"rank_pattern": {"layers.7": 1}}, {"alpha_pattern": {"layers.7": 1.0}}])
 def test_patterns_that_match_nothing_warn(pattern):
     with pytest.warns(RuntimeWarning, match=r"keys did not match any targeted module .* ignored: \['layers.7'\]"):

@@ -8,7 +8,7 @@ import torch
 from conftest import assert_equal
 from kan_layers import ChebyKAN, ChebyKANLayer, FastKANLayer, MatrixKANLayer, TwoTensorKANLayer
 from layer_table import lotra_layers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig
@@ -65,6 +65,7 @@ def selected(**kwargs):
         ({"layers_to_transform": 1}, ["layers.1.mlp"]),
         ({"layers_to_transform": [0, 2]}, ["layers.0.mlp", "layers.2.mlp"]),
         ({"layers_to_transform": [0, 2], "layers_pattern": "layers"}, ["layers.0.mlp", "layers.2.mlp"]),
+        ({"layers_to_transform": 0, "layers_pattern": "(blocks|layers)"}, ["layers.0.mlp"]),
         ({"layers_to_transform": 0, "target_modules": ["mlp"]}, ["layers.0.mlp"]),
     ],
 )
@@ -144,6 +145,70 @@ def test_patterns_by_layer():
         "layers.2.mlp": (1, 1, 1),
     }
     assert [layer.scaling["default"] for layer in layers.values()] == [1.0, 0.5, 1.0, 0.5]
+
+
+def given(layer, field):
+    return {"rank_pattern": layer.r, "alpha_pattern": layer.scaling}[field]["default"]
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_patterns_by_full_parameter_name(field):
+    """They go before an expression, whatever the order, and are none themselves."""
+    key = "layers.1.mlp.cheby_coeffs"
+    model = get_peft_model(Model(), LoTRAConfig(r=2, **{field: {"mlp": 3, key: 1}}))
+    expected = {"head": 2, "layers.0.mlp": 3, "layers.1.mlp": 1, "layers.2.mlp": 3}
+    if field == "rank_pattern":
+        expected = {name: (r, r, r) for name, r in expected.items()}
+    else:
+        expected["head"] = 1.0
+    assert {name: given(layer, field) for name, layer in lotra_layers(model).items()} == expected
+    config = model.peft_config["default"]
+    assert getattr(config, field) == expected
+    again = get_peft_model(Model(), config)
+    assert {name: given(layer, field) for name, layer in lotra_layers(again).items()} == expected
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_patterns_by_parameter_of_one_module(field, tmp_path):
+    coefficients = {"rbf_weight": {"layout": "(i d) o", "sizes": {"d": 5}}, "cheby_weight": "i o d"}
+    keys = ("0.rbf_weight", "0.cheby_weight"), (None, "0.cheby_weight"), (None, None)
+    for rbf_key, cheby_key in keys:
+        pattern = {key: value for key, value in ((rbf_key, 1), (cheby_key, 2)) if key}
+        pattern = pattern or {"0": {"rbf_weight": 1, "cheby_weight": 2}}
+        base = nn.Sequential(TwoTensorKANLayer(3, 2))
+        model = get_peft_model(
+            base, LoTRAConfig(r=1, coefficients=coefficients, init_weights=False, **{field: pattern})
+        )
+        layer = model.base_model.model[0]
+        values = given(layer, field), given(layer.base_layer, field)
+        assert values == (((1, 1, 1), (2, 2, 2)) if field == "rank_pattern" else (1, 2))
+        saved = {"rbf_weight": values[0], "cheby_weight": values[1]}
+        assert getattr(model.peft_config["default"], field) == {"0": saved}
+        model.save_pretrained(tmp_path)
+        x = torch.randn(5, 3)
+        y = model(x)
+        loaded = PeftModel.from_pretrained(model.unload(), tmp_path)
+        assert (loaded(x) - loaded.get_base_model()(0 * x)).abs().max() > 1e-3
+        assert_equal(loaded(x), y)
+
+
+def test_a_pattern_for_a_parameter_that_is_not_there_is_warned_about():
+    with pytest.warns(UserWarning, match=r"`alpha_pattern` names \['typo'\], of which no adapted layer has coeff"):
+        get_peft_model(Model(), LoTRAConfig(r=2, alpha_pattern={"mlp": {"cheby_coeffs": 2.0, "typo": 1.0}}))
+
+
+def test_a_full_parameter_name_need_be_no_regular_expression():
+    for field in ("rank_pattern", "alpha_pattern", "coefficients"):
+        base = nn.Sequential()
+        base.add_module("a(*", MatrixKANLayer(4, 3))
+        base.add_module("b", MatrixKANLayer(3, 2))
+        layout = {"layout": "o (i d)", "sizes": {"d": 4}}
+        coefficients = {"a(*.weight": layout, "b.weight": layout} if field == "coefficients" else {"weight": layout}
+        pattern = {} if field == "coefficients" else {field: {"a(*.weight": 2}}
+        model = get_peft_model(base, LoTRAConfig(r=1, coefficients=coefficients, **pattern))
+        assert list(lotra_layers(model)) == ["a(*", "b"]
+        if pattern:
+            assert given(lotra_layers(model)["a(*"], field) in ((2, 2, 2), 2)
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
@@ -245,6 +310,13 @@ def test_heads_that_peft_names_for_a_task_may_lack():
         (
             {"coefficients": {"head.base_linear.weight": {"layout": "o (i d)", "sizes": {"d": 1}}}},
             "the KAN layer head.base_linear lies inside the KAN layer head, and both cannot be wrapped",
+        ),
+        ({"rank_pattern": {"mlp(": 1}}, "`rank_pattern`: 'mlp(' is no regular expression (missing ), unterminated"),
+        ({"alpha_pattern": {"mlp": 1, "*": 2}}, "`alpha_pattern`: '*' is no regular expression (nothing to repeat"),
+        (
+            {"coefficients": {"[.weight": "i o d"}},
+            r"`coefficients`: '[.weight' is no regular expression (unterminated character set at position 8); "
+            r"where a name is meant, give '\\[\\.weight'",
         ),
         ({"r": 100}, "`r`=100 is above the modes (input, output, basis) of every layer; the largest are (4, 4, 8)"),
         ({"r": (5, 1, 1)}, "`r`=(5, 1, 1) is above the modes"),
