@@ -19,6 +19,7 @@ from . import mixed_batch
 from .checkpoint import CONTAINERS
 from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from .mixed_batch import MixedBatch, Shares
+from .placement.draws import check_one_draw, row_sums
 from .placement.offloaded import tensors_in_place, writable_tensors
 from .placement.sharded import full_shape, write
 from .standin import Adapted, Update, adapted_coefficients, adapted_rows, is_sharded, replaced, traced, warn
@@ -42,7 +43,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = CONTAINERS
-    other_param_names = ("r", "alpha", "scaling")
+    other_param_names = ("r", "alpha", "scaling", "_drawn")
 
     def __init__(self, base_layer: nn.Module, spec: CoefficientSpec) -> None:
         super().__init__()
@@ -57,6 +58,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self._before_merge: dict[str, torch.Tensor] = {}  # by path: parameter and scale
+        self._drawn: dict[str, tuple[torch.Tensor, ...]] = {}  # until `check_one_draw`, by adapter
         # What frameworks hang on modules later is each module's own.
         names = {name for name in dir(self.get_base_layer()) if not name.startswith("_")}
         self._names_of_base = frozenset(names.difference(vars(self), self._modules, dir(nn.Module)))
@@ -93,6 +95,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 remove_hook_from_module(container)
             container[adapter_name] = nn.Parameter(torch.empty(shape, dtype=coefficients.dtype, device=device))
         self.reset_lotra_parameters(adapter_name, init_weights)
+        if sums := row_sums(self.factors(adapter_name)):
+            self._drawn[adapter_name] = sums
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
@@ -241,6 +245,8 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         inner: Any = self._modules["base_layer"]
         spec, layer = self.spec, self.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner
         with tensors_in_place(self):
+            if self._drawn and torch.is_grad_enabled():
+                check_one_draw(self, CONTAINERS, self._active_here())
             updates = self._active_updates()
             if not (updates and self._needs_tensor):
                 adapted = Adapted(layer, spec, updates, is_zero=self._base_is_zero)

@@ -15,17 +15,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from . import mixed_batch
-from .checkpoint import (
-    CONTAINERS,
-    PREFIX,
-    Slot,
-    allow_checkpoints,
-    check_weights,
-    is_adapter_key,
-    naming,
-    refuse_checkpoints,
-)
+from .checkpoint import PREFIX, allow_checkpoints, check_weights, is_adapter_key, naming, refuse_checkpoints
 from .coefficients.spec import tensor_at
+from .collected import Collected, adapter_slots, check_whole
 from .combination import combine_adapters, copied_modules, copy_trained
 from .config import LoTRAConfig, Target
 from .layer import LoTRALayer, adapted_tensors
@@ -95,7 +87,7 @@ class LoTRAModel(BaseTuner):
         try:
             with naming(config._file), restored_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-                slots = {f"{PREFIX}{key}": slot for key, (_, slot) in _slots(model, adapter_name).items()}
+                slots = {f"{PREFIX}{key}": slot for key, (_, slot) in adapter_slots(model, adapter_name).items()}
                 if config._saved is not None:
                     check_weights(slots, config._saved.weights, config._saved.origin)
                 self._self_contained._copies = frozenset(key for key in slots if not is_adapter_key(key))
@@ -297,12 +289,13 @@ class LoTRAModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         assert isinstance(config, LoTRAConfig)
-        tensors = {key: state_dict.get(name) for key, (name, _) in _slots(model, adapter_name).items()}
+        tensors = {key: state_dict.get(name) for key, (name, _) in adapter_slots(model, adapter_name).items()}
         config._written = {PREFIX + key.removeprefix(PREFIX): t for key, t in tensors.items() if t is not None}
         # Of a gathered state dict, other processes than the first have nothing, and write nothing.
         if state_dict or not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             config.check_written(adapter_name)
-        return own
+        check_whole(config._written.values(), adapter_name)
+        return Collected(own, model, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -310,29 +303,11 @@ class LoTRAModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         check_weights(
-            dict(_slots(model, adapter_name).values()), remapped, f"the state dict for the adapter {adapter_name!r}"
+            dict(adapter_slots(model, adapter_name).values()),
+            remapped,
+            f"the state dict for the adapter {adapter_name!r}",
         )
         return remapped
-
-
-def _slots(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Slot]]:
-    """What an adapter consists of, trained copies and token rows included: name in its file -> name in `model`, slot.
-
-    Names of a model that is not wrapped in a PeftModel have no prefix.
-    """
-    found: dict[str, tuple[str, Slot]] = {}
-    for module_name, module in model.named_modules():
-        module_name = module_name.replace("_fsdp_wrapped_module.", "")  # as in the state dict
-        if isinstance(module, LoTRALayer) and adapter_name in module.lotra_core:
-            dtype = module.dtype_in_use(adapter_name)
-            for key, factor in zip(CONTAINERS, module.factors(adapter_name), strict=True):
-                found[f"{module_name}.{key}"] = f"{module_name}.{key}.{adapter_name}", Slot(tuple(factor.shape), dtype)
-        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
-            held = module.state_dict()
-            for key, name in module.adapter_state_dict_load_map(adapter_name).items():
-                slot = Slot(tuple(held[name].shape), held[name].dtype)
-                found[f"{module_name}.{key}"] = f"{module_name}.{name}", slot
-    return found
 
 
 def _check_name(adapter_name: str) -> None:

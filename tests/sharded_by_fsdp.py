@@ -21,9 +21,10 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import assert_different, assert_equal
 from kan_layers import KAN, ChebyKAN, FastKAN
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -32,6 +33,7 @@ from peft_lotra import LoTRAConfig, create_lotra_optimizer, fit_gauss_newton, in
 from peft_lotra.layer import adapted_tensors
 
 WRAPPED = ("root", "block", "adapted layer", "base layer", "owner", "containers")
+U1 = "base_model.model.layers.0.lotra_U1.default"
 OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True)
 X = torch.linspace(-0.9, 0.9, 24).reshape(8, 3)[:, torch.tensor([1, 0, 2])]
 Y = torch.stack([X.sum(1).sin(), X.prod(1)], dim=1)
@@ -153,6 +155,18 @@ def test_saving(kan):
         loaded = PeftModel.from_pretrained(base, folder)
         assert_different(loaded(X), y)
         assert_equal(loaded(X), single(X), 1e-9)
+
+
+def test_saving_parts_is_refused():
+    model = sharded(adapted(ChebyKAN), "adapted layer")
+    message = "each process has a part of its factors only.*`state = accelerator.get_state_dict.*full_state_dict=True"
+    for safe in (True, False):
+        with pytest.raises(ValueError, match=message):
+            model.save_pretrained(FOLDER / "parts", safe_serialization=safe)
+    assert not list((FOLDER / "parts").glob("adapter_*"))
+    parts = get_peft_model_state_dict(model)  # as accelerate collects them, to write them by its own means
+    assert len(parts) == 8
+    assert all(isinstance(part, DTensor) for part in parts.values())
 
 
 def test_merging(kan, wrapped):
@@ -285,6 +299,62 @@ def test_adapters_on_a_sharded_base():
     assert_same_state(model, single)
 
 
+def fresh(seed):
+    """An adapted model with factors drawn by a seed."""
+    torch.manual_seed(1)
+    base = ChebyKAN([3, 6, 2])
+    torch.manual_seed(seed)
+    return get_peft_model(base, LoTRAConfig(r=(2, 3, 2)))
+
+
+def test_different_draws(wrapped, mesh_shape):
+    mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicated", "sharded")[-len(mesh_shape) :])
+    model = sharded(fresh(seed=dist.get_rank()), wrapped, mesh=mesh)
+    with torch.no_grad():
+        model(X)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="factors .* were drawn differently in the processes.*set_seed"):
+            model(own(X))
+    state = get_model_state_dict(model, options=OPTIONS)
+    single = adapted(ChebyKAN)
+    if dist.get_rank() == 0:
+        assert_different(state[U1], single.state_dict()[U1])
+    set_model_state_dict(model, single.state_dict(), options=OPTIONS)  # as a checkpoint is loaded
+    assert_equal(mean(trained(model, own(X), own(Y))), trained(single, X, Y), 1e-9)
+    assert not any(layer._drawn for layer in lotra_layers(model))
+
+
+def test_what_makes_different_draws_the_same():
+    """Seeds of their own, and then a saved adapter, the first process's factors, or the gradient's."""
+    single = adapted(ChebyKAN)
+    folder = FOLDER / f"saved by {dist.get_rank()}"
+    single.save_pretrained(folder)
+
+    def load(model):
+        set_peft_model_state_dict(model, load_peft_weights(folder, device="cpu"))
+
+    def broadcast(model):
+        for parameter in model.parameters():
+            dist.broadcast(parameter.data, 0)
+
+    def align(model):
+        initialize_lotra_weights(model, lambda: (model(X) - Y).square().mean().backward(), progressbar=False)
+
+    for then in (load, broadcast, align):
+        model = fresh(seed=dist.get_rank())
+        drawn = model.state_dict()[U1]
+        assert_different(drawn, mean(drawn))
+        then(model)
+        model = sharded(model, "adapted layer")
+        trained(model, own(X), own(Y))
+        assert not any(layer._drawn for layer in lotra_layers(model))
+    loaded = PeftModel.from_pretrained(single.unload(), folder, is_trainable=True)
+    assert all(layer._drawn for layer in lotra_layers(loaded))
+    model = sharded(loaded)
+    trained(model, own(X), own(Y))
+    trained(sharded(fresh(seed=3)), own(X), own(Y))
+
+
 def test_slim_in_a_larger_module_under_ddp():
     """DDP reads the names that it should leave alone from the outermost module only."""
     torch.manual_seed(1)
@@ -345,6 +415,7 @@ CHECKS = {
     "layers sharded alone, KAN": (test_layers_sharded_alone, KAN),
     "saving, ChebyKAN": (test_saving, ChebyKAN),
     "saving, KAN": (test_saving, KAN),
+    "saving parts is refused": (test_saving_parts_is_refused,),
     "reading outside of forward": (test_reading_outside_forward, (2,)),
     "reading outside of forward, replicated and sharded": (test_reading_outside_forward, (1, 2)),
     "gradient of what differs between processes": (test_gradient_of_what_differs_between_processes,),
@@ -352,6 +423,9 @@ CHECKS = {
     "Slim": (test_slim,),
     "what needs whole models is refused": (test_what_needs_whole_models_is_refused,),
     "adapters on a sharded base": (test_adapters_on_a_sharded_base,),
+    **{f"different draws, {wrapped}": (test_different_draws, wrapped, (2,)) for wrapped in WRAPPED},
+    "different draws, replicated and sharded": (test_different_draws, "root", (2, 1)),
+    "what makes different draws the same": (test_what_makes_different_draws_the_same,),
     "Slim in a larger module, DDP": (test_slim_in_a_larger_module_under_ddp,),
     "by accelerate, LoTRALayer": (test_by_accelerate, "LoTRALayer"),
     "by accelerate, ChebyKANLayer": (test_by_accelerate, "ChebyKANLayer"),

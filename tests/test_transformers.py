@@ -351,6 +351,50 @@ def test_trained_tokens_of_the_tied_embedding(base_path, tmp_path):
     assert_equal(run(merged), y)
 
 
+def resized(path):
+    model = load_base(path)
+    torch.manual_seed(3)
+    model.resize_token_embeddings(29, mean_resizing=False)
+    return model
+
+
+RESIZED = "ignore:Setting `save_embedding_layers` to `True` as the embedding layer has been resized:UserWarning"
+
+
+@pytest.mark.filterwarnings(RESIZED)
+@pytest.mark.parametrize(("load", "whole"), [(load_base, True), (resized, "auto"), (resized, True)])
+def test_whole_embeddings_are_not_saved_with_an_adapter(load, whole, base_path, tmp_path):
+    """PEFT would write them, of a resized vocabulary unasked, and loading would put them in the base's place."""
+    model = get_peft_model(load(base_path), lotra(task_type="CAUSAL_LM"))
+    message = r"with the base model's \['base_model.model.transformer.wte.weight'\]"
+    with pytest.raises(ValueError, match=message + ".*`save_embedding_layers=False`"):
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=whole)
+    assert not list((tmp_path / "adapter").glob("adapter_*"))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(load(base_path), tmp_path / "adapter")
+    assert_different(run(loaded), run(load(base_path)))
+    assert_equal(run(loaded), run(model), 0)
+
+
+@pytest.mark.filterwarnings(RESIZED, "ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize(
+    "kwargs", [{"modules_to_save": ["wte", "lm_head"]}, {"trainable_token_indices": [3, 25, 28]}], ids=str
+)
+def test_trained_embeddings_of_a_resized_vocabulary(kwargs, base_path, tmp_path):
+    """PEFT would write the frozen originals too."""
+    model = get_peft_model(resized(base_path), lotra(task_type="CAUSAL_LM", **kwargs))
+    tokens = torch.arange(29)[None]
+    before = run(model, tokens)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lotra_" not in name:
+            torch.nn.init.normal_(parameter)
+    y = run(model, tokens)
+    assert_different(y, before)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(resized(base_path), tmp_path / "adapter")
+    assert_equal(run(loaded, tokens), y, 0)
+
+
 @needs_copies
 @pytest.mark.parametrize(
     "kwargs",

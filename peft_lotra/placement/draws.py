@@ -1,0 +1,85 @@
+"""Whether the parts that FSDP2 has taken of random factors are parts of one draw.
+
+Every process draws factors itself and keeps its own part of them. DDP and ZeRO-3 send those of the first one to the
+others, and so does FSDP2 with accelerate's `cpu_ram_efficient_loading`.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .sharded import DTensor, FSDPModule, any_sharded, fsdp_modules
+
+_NOTHING = (0, -(2**33))  # of a process that does not hold what it drew: no checksum is below or above
+
+
+def row_sums(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """A checksum of each row of each tensor, to know rows by later; empty where this is the only process."""
+    if dist.is_available() and dist.is_initialized():
+        several = dist.get_world_size() > 1
+    else:
+        several = os.environ.get("WORLD_SIZE", "1") != "1"  # launchers set it
+    return tuple(map(_row_sums, tensors)) if several else ()
+
+
+def _row_sums(tensor: torch.Tensor) -> torch.Tensor:
+    bits = tensor.detach().float().flatten(1).view(torch.int32).long()
+    return (bits * torch.arange(1, 2 * bits.shape[1], 2, device=bits.device)).sum(1)
+
+
+@torch.no_grad()
+def check_one_draw(layer: nn.Module, containers: Sequence[str], adapters: Iterable[str]) -> None:
+    """Raise RuntimeError, in all processes, if FSDP2 has made one factor of what processes have drawn differently.
+
+    To be called in a forward pass, which all processes are in; all layers around are checked, once. Of each factor,
+    those processes are compared whose rows are as they drew them, not loaded, broadcast or trained since.
+
+    Args:
+        layer: with checksums of what was drawn in `_drawn`, by adapter.
+        containers: names of the dicts of its factors.
+        adapters: those that are active.
+    """
+    if not (FSDPModule.__subclasses__() and any_sharded(getattr(layer, containers[0]).state_dict().values())):
+        return
+    around = fsdp_modules(layer)
+    root = max(around, key=lambda module: sum(1 for _ in module.modules()))
+    found: dict[Any, list[tuple[int, int]]] = {}  # checksums of draws, by the mesh of the processes
+    checked: list[tuple[dict[str, Any], str]] = []
+    for module in root.modules():
+        for adapter in set(adapters) & module.__dict__.get("_drawn", {}).keys():
+            for container, drawn in zip(containers, module._drawn[adapter], strict=False):
+                # Parameters are whole during a pass, and a state dict puts the parts back.
+                part = getattr(module, container).state_dict()[adapter]
+                if isinstance(part, DTensor):
+                    found.setdefault(part.device_mesh, []).append(_checksum(part.to_local(), drawn))
+            checked.append((module._drawn, adapter))
+    for module in around:
+        module.unshard()
+    for mesh, sums in found.items():
+        extremes = torch.tensor(sums, device=mesh.device_type)
+        for dim in range(mesh.ndim):
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+        largest, smallest = extremes[:, 0], -extremes[:, 1]
+        if (largest > smallest).any():
+            raise RuntimeError(
+                "the factors of the adapters were drawn differently in the processes, and each one has kept a part of "
+                "its own: call `accelerate.utils.set_seed` with the same seed in all of them before `get_peft_model`, "
+                "or, before the model is sharded, `initialize_lotra_weights`, or load a saved adapter"
+            )
+    for kept, adapter in checked:
+        del kept[adapter]
+
+
+def _checksum(part: torch.Tensor, drawn: torch.Tensor) -> tuple[int, int]:
+    """(c, -c) of what was drawn, if `part` is rows of it."""
+    if drawn.is_meta or part.numel() == 0 or not torch.isin(_row_sums(part), drawn.to(part.device)).all():
+        return _NOTHING
+    checksum = zlib.crc32(drawn.cpu().numpy().tobytes()) + 1
+    return checksum, -checksum
