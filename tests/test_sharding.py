@@ -16,7 +16,7 @@ from sharded_by_fsdp import X, Y, adapted, lotra_layers, trained
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from peft_lotra import LoTRALayer
+from peft_lotra import LoTRAConfig, LoTRALayer
 
 # Sharded: the checks themselves are in the programs ------------------------------------------------------------------
 
@@ -34,6 +34,22 @@ def check(program, folder, checks, **options):
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="older versions may have no FSDP2 on the CPU; 2.6 has none")
 def test_fsdp(tmp_path):
     check("sharded_by_fsdp.py", tmp_path, checks=43)
+
+
+def test_draws_are_remembered_where_there_are_several_processes_only(monkeypatch):
+    """Until they are sharded: a pass of one process alone changes nothing that another one relies on."""
+    assert not any(layer._drawn for layer in lotra_layers(adapted(ChebyKAN)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = adapted(ChebyKAN)
+    model.add_adapter("second", LoTRAConfig(r=(1, 2, 1)))
+    expected = model(X).detach()
+    copied = copy.deepcopy(model)
+    copied.delete_adapter("second")
+    assert_equal(copied(X).detach(), expected, 0)
+    for layer, other in zip(lotra_layers(model), lotra_layers(copied), strict=True):
+        assert list(layer._drawn) == ["default", "second"]
+        assert [len(rows) for rows in layer._drawn["second"]] == [1, *layer.spec.layout.canonical_shape]
+        assert list(other._drawn) == ["default"]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:torch")  # FSDP1's
