@@ -19,7 +19,7 @@ import torch.distributed as dist
 from conftest import assert_different, assert_equal
 from kan_layers import KAN, ChebyKAN, FastKAN
 from peft import PeftModel, get_peft_model
-from sharded_by_fsdp import X, Y, adapted, lotra_layers, mean, own, trained
+from sharded_by_fsdp import U1, X, Y, adapted, fresh, lotra_layers, mean, own, trained
 
 from peft_lotra import LoTRAConfig, fit_gauss_newton, initialize_lotra_weights
 
@@ -128,6 +128,15 @@ def test_what_needs_whole_models_is_refused():
         fit_gauss_newton(model, lambda net, batch: net(batch), X, iterations=1, progressbar=False)
 
 
+def test_different_draws():
+    """ZeRO-3 takes the factors of the first process; FSDP2 would take a part of every one's."""
+    single, engine = fresh(seed=0), partitioned(fresh(seed=dist.get_rank()))
+    if dist.get_rank() == 1:
+        assert_different(fresh(seed=1).state_dict()[U1], single.state_dict()[U1])
+    assert_equal(mean(trained_by_engine(engine, own(X), own(Y))), trained(single, X, Y), 1e-5)
+    assert_same_state(engine, single)
+
+
 def test_adapting_a_partitioned_base(kan):
     """As when a pretrained model is loaded in parts: shapes are known, values are not."""
     torch.manual_seed(1)
@@ -149,6 +158,7 @@ CHECKS = {
     "merging, KAN": (test_merging, KAN, {}),
     "reading outside of forward": (test_reading_outside_forward, {}),
     "what needs whole models is refused": (test_what_needs_whole_models_is_refused, {}),
+    "different draws": (test_different_draws, {}),
     "adapting a partitioned base, KAN": (test_adapting_a_partitioned_base, KAN, {}),
     "training and saving, FastKAN": (test_training_and_saving, FastKAN, {"memory_efficient_linear": False}),
 }
