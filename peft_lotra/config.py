@@ -392,8 +392,6 @@ def _named(name: str, value: Any) -> dict[str, Any]:
     """The entries of a pattern, those by parameter too, as errors call them."""
     found = {}
     for key, entry in _checked_mapping(name, value).items():
-        by_path = (
-            {f"[{path!r}]": inner for path, inner in entry.items()} if isinstance(entry, Mapping) else {"": entry}
-        )
-        found.update({f"{name}[{key!r}]{path}": inner for path, inner in by_path.items()})
+        for path, inner in entry.items() if isinstance(entry, Mapping) else [(None, entry)]:
+            found[f"{name}[{key!r}]" + ("" if path is None else f"[{path!r}]")] = inner
     return found

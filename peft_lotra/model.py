@@ -302,11 +302,8 @@ class LoTRAModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        check_weights(
-            dict(adapter_slots(model, adapter_name).values()),
-            remapped,
-            f"the state dict for the adapter {adapter_name!r}",
-        )
+        slots = dict(adapter_slots(model, adapter_name).values())
+        check_weights(slots, remapped, f"the state dict for the adapter {adapter_name!r}")
         return remapped
 
 

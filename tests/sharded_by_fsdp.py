@@ -352,7 +352,12 @@ def test_what_makes_different_draws_the_same():
     assert all(layer._drawn for layer in lotra_layers(loaded))
     model = sharded(loaded)
     trained(model, own(X), own(Y))
-    trained(sharded(fresh(seed=3)), own(X), own(Y))
+    model = fresh(seed=3)
+    model.add_adapter("second", LoTRAConfig(r=(1, 2, 1)))
+    model.base_model.set_adapter(["default", "second"])
+    model = sharded(model)
+    trained(model, own(X), own(Y))
+    assert not any(layer._drawn for layer in lotra_layers(model))
 
 
 def test_slim_in_a_larger_module_under_ddp():

@@ -35,7 +35,7 @@ def _row_sums(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def check_one_draw(layer: nn.Module, containers: Sequence[str], adapters: Iterable[str]) -> None:
+def check_one_draw(layer: nn.Module, containers: Sequence[str], adapters: Sequence[str]) -> None:
     """Raise RuntimeError, in all processes, if FSDP2 has made one factor of what processes have drawn differently.
 
     To be called in a forward pass, which all processes are in; all layers around are checked, once. Of each factor,
@@ -53,13 +53,14 @@ def check_one_draw(layer: nn.Module, containers: Sequence[str], adapters: Iterab
     found: dict[Any, list[tuple[int, int]]] = {}  # checksums of draws, by the mesh of the processes
     checked: list[tuple[dict[str, Any], str]] = []
     for module in root.modules():
-        for adapter in set(adapters) & module.__dict__.get("_drawn", {}).keys():
-            for container, drawn in zip(containers, module._drawn[adapter], strict=False):
+        drawn = module.__dict__.get("_drawn", {})
+        for adapter in [name for name in adapters if name in drawn]:  # in one order in all processes
+            for container, rows in zip(containers, drawn[adapter], strict=True):
                 # Parameters are whole during a pass, and a state dict puts the parts back.
                 part = getattr(module, container).state_dict()[adapter]
                 if isinstance(part, DTensor):
-                    found.setdefault(part.device_mesh, []).append(_checksum(part.to_local(), drawn))
-            checked.append((module._drawn, adapter))
+                    found.setdefault(part.device_mesh, []).append(_checksum(part.to_local(), rows))
+            checked.append((drawn, adapter))
     for module in around:
         module.unshard()
     for mesh, sums in found.items():
@@ -77,9 +78,9 @@ def check_one_draw(layer: nn.Module, containers: Sequence[str], adapters: Iterab
         del kept[adapter]
 
 
-def _checksum(part: torch.Tensor, drawn: torch.Tensor) -> tuple[int, int]:
-    """(c, -c) of what was drawn, if `part` is rows of it."""
-    if drawn.is_meta or part.numel() == 0 or not torch.isin(_row_sums(part), drawn.to(part.device)).all():
+def _checksum(part: torch.Tensor, rows: torch.Tensor) -> tuple[int, int]:
+    """(c, -c) of the checksums of what was drawn, if `part` is rows of it."""
+    if rows.is_meta or part.numel() == 0 or not torch.isin(_row_sums(part), rows.to(part.device)).all():
         return _NOTHING
-    checksum = zlib.crc32(drawn.cpu().numpy().tobytes()) + 1
+    checksum = zlib.crc32(rows.cpu().numpy().tobytes()) + 1
     return checksum, -checksum
