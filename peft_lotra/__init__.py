@@ -5,6 +5,7 @@ Importing this package registers LoTRA with PEFT, for `get_peft_model`, `PeftMod
 
 from . import registration as _registration
 from .adapters.extraction import extract_adapter
+from .adapters.from_lora import adapter_from_lora
 from .adapters.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from .adapters.lora_conversion import convert_to_lora, save_as_lora
 from .adapters.slim import slim_kan
@@ -28,6 +29,7 @@ __all__ = [
     "LoTRALayer",
     "LoTRAModel",
     "PerformanceWarning",
+    "adapter_from_lora",
     "convert_to_lora",
     "create_lotra_optimizer",
     "extract_adapter",

@@ -26,7 +26,9 @@ def adapter_slots(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, S
         if isinstance(module, LoTRALayer) and adapter_name in module.lotra_core:
             dtype = module.dtype_in_use(adapter_name)
             for key, factor in zip(CONTAINERS, module.factors(adapter_name), strict=True):
-                found[f"{module_name}.{key}"] = f"{module_name}.{key}.{adapter_name}", Slot(tuple(factor.shape), dtype)
+                if factor is not None:
+                    name = f"{module_name}.{key}"
+                    found[name] = f"{name}.{adapter_name}", Slot(tuple(factor.shape), dtype)
         elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
             held = module.state_dict()
             for key, name in module.adapter_state_dict_load_map(adapter_name).items():

@@ -16,7 +16,7 @@ from .config import LoTRAConfig
 from .layer import LoTRALayer, adapted_tensors
 from .placement.offloaded import tensors_in_place
 from .placement.sharded import full_tensor
-from .tensors.ranks import check_ranks, choose_ranks
+from .tensors.ranks import by_mode, check_ranks, choose_ranks
 from .tensors.tucker import Ranks, TuckerFactors, compress, reconstruct, weighted_sum
 
 _SUMS = ("cat", "svd", "linear")
@@ -139,10 +139,10 @@ def _ranks(layers: Mapping[str, LoTRALayer], adapters: Sequence[str], svd_rank: 
     shapes = {parameter: layer.spec.layout.canonical_shape for parameter, layer in layers.items()}
     if svd_rank is not None and not isinstance(svd_rank, Mapping):
         return choose_ranks(shapes, {}, check_ranks(svd_rank, "svd_rank"), None)
-    largest = {
-        parameter: tuple(map(max, zip(*(layer.r[name] for name in adapters if name in layer.r), strict=True)))
-        for parameter, layer in layers.items()
-    }
+    largest = {}
+    for parameter, layer in layers.items():
+        by_adapter = [(*layer.r[name], None)[:4] for name in adapters if name in layer.r]
+        largest[parameter] = by_mode([None if None in r else max(r) for r in zip(*by_adapter, strict=True)])
     given = {key: check_ranks(r, f"svd_rank[{key!r}]") for key, r in (svd_rank or {}).items()}
     unknown = sorted(set(given) - set(shapes))
     if unknown:
@@ -157,9 +157,10 @@ def _terms(
     terms = []
     for adapter, weight in zip(adapters, weights, strict=True):
         if adapter in layer.lotra_core:
-            core, *sides = (full_tensor(factor.detach()).to("cpu", torch.float64) for factor in layer.factors(adapter))
-            factors = TuckerFactors(core * layer.scaling[adapter], *sides)
-            if not all(torch.isfinite(factor).all() for factor in factors):
+            factors = layer.factors(adapter).map(lambda f: full_tensor(f.detach()).to("cpu", torch.float64))
+            core = factors.core * layer.scaling[adapter]
+            factors = factors._replace(core=core.flatten(3) if core.dim() > 3 else core)  # positions are one mode
+            if not all(torch.isfinite(factor).all() for factor in factors.tensors()):
                 raise ValueError(f"`adapters`: {adapter!r} has NaN or infinity for {parameter}; the adapter is broken")
             terms.append((float(weight), factors))
     return terms
@@ -168,12 +169,12 @@ def _terms(
 def _pruned_sum(
     rule: str, terms: Sequence[tuple[float, TuckerFactors]], density: float | None, majority_sign_method: str
 ) -> TuckerFactors:
-    """What the rule makes of the dense updates, as the core of identities."""
+    """What the rule makes of the dense updates, as a core with whole modes."""
     updates = [reconstruct(factors) for _, factors in terms]
     weights = torch.tensor([weight for weight, _ in terms], dtype=updates[0].dtype)
     method = {"majority_sign_method": majority_sign_method} if rule.endswith("ties") else {}
     total = getattr(merge_utils, rule)(updates, weights, density, **method)
-    return TuckerFactors(total, *(torch.eye(size).to(total) for size in total.shape[:3]))
+    return TuckerFactors(total, None, None, None)
 
 
 def _config(
@@ -199,5 +200,8 @@ def _config(
         modules_to_save=sorted(saved) or None,
         trainable_token_indices=next((indices for indices in tokens if indices is not None), None),
         coefficients=described,
-        rank_pattern={parameter: tuple(values.core.shape[:3]) for parameter, values in factors.items()},
+        rank_pattern={
+            parameter: by_mode([None if U is None else U.shape[1] for U in sides])
+            for parameter, (_, *sides) in factors.items()
+        },
     )

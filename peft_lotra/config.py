@@ -30,8 +30,8 @@ from .coefficients import CoefficientSpec, Layout
 from .coefficients.spec import check_descriptions
 from .patterns import INDEXED, check_expressions, name_endings
 from .registration import LOTRA
-from .tensors.ranks import Ranks, as_triple, check_ranks
-from .tensors.tucker import factor_shapes
+from .tensors.ranks import by_mode, check_ranks
+from .tensors.tucker import Ranks, factor_shapes
 
 # Fields that are lists: of what, whether one entry may stand alone, and how errors say it.
 _NAMES = (
@@ -60,7 +60,7 @@ class Target:
 
 @dataclass
 class LoTRAConfig(PeftConfig):
-    """A_ft = A_pt + alpha · G ×₁ U1 ×₂ U2 ×₃ U3 for every KAN coefficient tensor that the fields select.
+    """A_ft = A_pt + alpha · G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 for every KAN coefficient tensor that the fields select.
 
     On injection the model's own copy of the config becomes self-contained: `target_modules`, `coefficients` and
     `rank_pattern` then name every adapted layer, so that a saved adapter loads without the registrations of the
@@ -68,10 +68,13 @@ class LoTRAConfig(PeftConfig):
 
     Args:
         r: Tucker ranks (input, output, basis), or one number for all three. Upper bounds: in each layer they are
-            clipped to the sizes of the modes.
+            clipped to the sizes of the modes. A mode of rank None, or of its full size, is whole: it has no factor.
+            With `(None, r2, None)` the adapter is a LoRA of the flattened coefficients. A fourth number is the rank of
+            the groups and kernel positions, in layers that have them; left out, they are whole.
         compression_ratio: instead of `r`, a budget c in (0, 1] over all adapted layers together: adapter parameters
             ≤ c · (number of coefficients). The largest `r` that fits is taken, and r + 1 in layers where that still
-            fits. 0.1 if neither `r` nor `compression_ratio` is given and `rank_pattern` leaves layers open.
+            fits. 0.1 if neither `r` nor `compression_ratio` is given and `rank_pattern` leaves layers open; on a KAN
+            so small that a tenth does not suffice, the smallest adapter, with a warning.
         alpha: factor on the update. Unlike LoRA's `lora_alpha`, it is not divided by the rank. With 0 there is no
             update, and a warning.
         target_modules: KAN layers to adapt: names or name endings, or a regular expression on the full name. None
@@ -95,6 +98,9 @@ class LoTRAConfig(PeftConfig):
             tell).
         allow_unread: whether a forward pass of an adapted layer may go by without using its coefficients, as in a
             layer with branches; otherwise that is an error, since the adapter would have no effect.
+        freeze_factors: train the core G alone, on factors that stay as they start: orthonormal at random, or as
+            `initialize_lotra_weights(method="gradient_hosvd")` sets them. They are saved with the core: what a seed
+            draws and orthonormalises differs in its last bits between processors.
         init_weights: True: G = 0, factors normal with variance 1/size; the adapted model starts equal to the base.
             False: G is random too, for tests.
         slim: A_pt = 0 without memory: the coefficient tensors are the update alone, and those of the model are lost.
@@ -107,7 +113,7 @@ class LoTRAConfig(PeftConfig):
         ValueError, TypeError: naming the field, the value and what is allowed.
     """
 
-    r: int | tuple[int, int, int] | None = None
+    r: int | Ranks | None = None
     compression_ratio: float | None = None
     alpha: float = 1.0
     target_modules: set[str] | list[str] | str | None = None
@@ -120,6 +126,7 @@ class LoTRAConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     coefficients: Mapping[str, Any] = field(default_factory=dict)
     allow_unread: bool = False
+    freeze_factors: bool = False
     init_weights: bool = True
     slim: bool = False
     digest: str | None = None
@@ -174,7 +181,7 @@ class LoTRAConfig(PeftConfig):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str (regular expression)")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        for name in ("allow_unread", "init_weights", "slim", "inference_mode"):
+        for name in ("allow_unread", "freeze_factors", "init_weights", "slim", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` should be True or False but the value passed is {getattr(self, name)!r}")
 
@@ -352,7 +359,7 @@ class LoTRAConfig(PeftConfig):
             ranks = ranks.get(path) if isinstance(ranks, Mapping) else ranks
             if ranks is None or {axis for group in spec.axes for axis in group} != description["sizes"].keys():
                 return []
-            targets.append(Target(module, spec, as_triple(ranks)))
+            targets.append(Target(module, spec, by_mode(ranks)))
         named = []
         for module, group in _by_module(sorted(targets, key=lambda target: (target.module, target.spec.parameter))):
             named += [(module + ".base_layer" * (len(group) - 1 - depth), t) for depth, t in enumerate(group)]
@@ -366,6 +373,7 @@ class LoTRAConfig(PeftConfig):
             for container, shape in zip(
                 CONTAINERS, factor_shapes(target.spec.layout.canonical_shape, target.ranks), strict=True
             )
+            if shape is not None
         }
 
 

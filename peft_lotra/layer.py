@@ -21,21 +21,23 @@ from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from .mixed_batch import MixedBatch, Shares
 from .placement.draws import check_one_draw, row_sums
 from .placement.offloaded import tensors_in_place, writable_tensors
-from .placement.sharded import full_shape, write
+from .placement.sharded import full_shape, full_tensor, write
 from .standin import Adapted, Update, adapted_coefficients, adapted_rows, is_sharded, replaced, traced, warn
 from .standin.reading import read_only
-from .tensors.ranks import as_triple
-from .tensors.tucker import Ranks, TuckerFactors, factor_shapes
+from .tensors.ranks import by_mode, mode_sizes
+from .tensors.tucker import Ranks, TuckerFactors, factor_shapes, with_positions
 
 # Methods of KAN layers that rewrite coefficients, by the beginning of their names.
 _REWRITING = ("update_grid", "initialize_grid", "reset_parameters", "swap")
 
 
 class LoTRALayer(nn.Module, BaseTunerLayer):
-    """A_ft = A + Σ_adapters s · G ×₁ U1 ×₂ U2 ×₃ U3 for one coefficient tensor A of the wrapped KAN layer.
+    """A_ft = A + Σ_adapters s · G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 for one coefficient tensor A of the wrapped KAN layer.
 
     G: (r1, r2, r3, ...), U1: (n, r1), U2: (m, r2), U3: (n_d, r3), kept by adapter name in `lotra_core`, `lotra_U1`,
-    `lotra_U2`, `lotra_U3`. A module with several coefficient tensors is wrapped once for each.
+    `lotra_U2`, `lotra_U3`. With U4: (K, r4) in `lotra_U4`, the K groups and kernel positions are one mode, and G is
+    (r1, r2, r3, r4). A mode whose rank is None is whole: it has no U. A module with several coefficient tensors is
+    wrapped once for each.
 
     Unknown public attributes are looked up on the base layer, so that code around the layer goes on working. Like
     `forward`, the layer's methods see the adapted coefficients, and so does who reads the parameter by its name (for a
@@ -54,6 +56,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         self.r: dict[str, Ranks] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}  # alpha, unless it was rescaled
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}  # as PEFT asks for them
         self.in_features, self.out_features = spec.layout.canonical_shape[:2]
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
@@ -72,22 +75,26 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         alpha: float = 1.0,
         init_weights: bool = True,
         inference_mode: bool = False,
+        freeze_factors: bool = False,
     ) -> None:
         """Add an adapter of the given ranks.
 
         Raises:
             ValueError: if a rank is not in 1 … size of its mode; nothing is added then.
         """
-        modes = self.spec.layout.canonical_shape[:3]
-        if any(not 0 < rank <= size for rank, size in zip(ranks, modes, strict=True)):
+        modes = mode_sizes(self.spec.layout.canonical_shape)
+        if any(rank is not None and not 0 < rank <= size for rank, size in zip(ranks, modes, strict=False)):
             raise ValueError(
-                f"`r` should be three positive integer values up to the modes {modes} of {self.spec.parameter}, "
-                f"but the value passed is {ranks}"
+                f"`r` should be three positive integer values up to the modes {modes[:3]} of {self.spec.parameter}, "
+                f"or None for whole modes, but the value passed is {ranks}"
             )
-        self.r[adapter_name] = as_triple(ranks)
+        self.r[adapter_name] = by_mode(ranks)
         self.alpha[adapter_name] = self.scaling[adapter_name] = alpha
+        self.frozen_peft_weight_names[adapter_name] = CONTAINERS[1:] if freeze_factors else ()
         coefficients = self._stored(self.spec.parameter)
         for name, shape in zip(CONTAINERS, factor_shapes(self.spec.layout.canonical_shape, ranks), strict=True):
+            if shape is None:
+                continue
             # A base without memory yet, or offloaded, is no reason for an adapter without.
             device = None if coefficients.is_meta else coefficients.device
             container = getattr(self, name)
@@ -95,14 +102,15 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 remove_hook_from_module(container)
             container[adapter_name] = nn.Parameter(torch.empty(shape, dtype=coefficients.dtype, device=device))
         self.reset_lotra_parameters(adapter_name, init_weights)
-        if sums := row_sums(self.factors(adapter_name)):
+        if sums := row_sums(self.factors(adapter_name).tensors()):
             self._drawn[adapter_name] = sums
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """G = 0 (normal if `init_weights` is False), U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3 ~ N(0, 1/n_d).
+        """G = 0 (normal if `init_weights` is False), U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3 ~ N(0, 1/n_d), U4 ~ N(0, 1/K).
 
         With G = 0 the update is zero and every factor has a gradient after one step. Source: eq. 8, with a random U2.
+        Factors that stay frozen have orthonormal columns (ours).
         """
         core, *factors = self.factors(adapter_name)
         if init_weights:
@@ -110,17 +118,24 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         else:
             nn.init.normal_(core)
         for factor in factors:
-            nn.init.normal_(factor, std=1 / math.sqrt(factor.shape[0]))
+            if factor is not None and self.frozen_peft_weight_names[adapter_name]:
+                with torch.no_grad():
+                    Q = torch.linalg.qr(torch.randn(factor.shape, dtype=torch.float64)).Q
+                    factor.copy_(Q)
+            elif factor is not None:
+                nn.init.normal_(factor, std=1 / math.sqrt(factor.shape[0]))
 
     def factors(self, adapter_name: str) -> TuckerFactors:
+        """G and the factors of the adapter; None for whole modes."""
         held: Any = self._modules  # not by attributes, which are looked up on the base layer too
-        return TuckerFactors(*[held[name]._parameters[adapter_name] for name in CONTAINERS])
+        return TuckerFactors(*[held[name]._parameters.get(adapter_name) for name in CONTAINERS])
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, factors: TuckerFactors) -> None:
-        """Write the values of G, U1, U2, U3; shapes as the adapter's ranks say."""
+        """Write the values of G and of the factors; shapes as the adapter's ranks say."""
         for own, values in zip(self.factors(adapter_name), factors, strict=True):
-            own.copy_(values)
+            if own is not None and values is not None:
+                own.copy_(values.reshape(own.shape))
 
     def dtype_in_use(self, adapter_name: str) -> torch.dtype:
         """The dtype of the smaller range that the factors are cast to: their own, or that of the coefficients."""
@@ -128,7 +143,11 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         return min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
 
     def _update(self, adapter_name: str) -> Update:
-        return Update(self.factors(adapter_name), self.scaling[adapter_name])
+        factors = self.factors(adapter_name)
+        if factors.U4 is not None:  # part of the core, for who contracts
+            core, U4 = full_tensor(factors.core), full_tensor(factors.U4)
+            factors = with_positions(factors._replace(core=core, U4=U4), self.spec.layout.canonical_shape[3:])
+        return Update(factors, self.scaling[adapter_name])
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """s ← scale · alpha, if this layer has the adapter."""
@@ -318,7 +337,7 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         # The base class looks for a `weight`, rounds fp32 factors to the base's 16 bits and makes them trainable.
         # Values that are on the CPU do not follow a base that is still to be loaded.
         device = device or self._stored(self.spec.parameter).device
-        for factor in self.factors(adapter_name):
+        for factor in self.factors(adapter_name).tensors():
             if not factor.is_meta and device != torch.device("meta"):
                 factor.data = factor.data.to(device)
 

@@ -26,6 +26,7 @@ from .placement.offloaded import writable_tensors
 from .preserved import restored_on_error
 from .slim_layer import SlimLayer
 from .targets import HEADS, is_excluded, resolve_targets, warn_of_no_effect
+from .tensors.tucker import Ranks
 
 
 class _Configs(dict):
@@ -127,6 +128,7 @@ class LoTRAModel(BaseTuner):
                 tensor.ranks,
                 alpha=tensor.alpha,
                 init_weights=peft_config.init_weights,
+                freeze_factors=peft_config.freeze_factors,
                 inference_mode=peft_config.inference_mode,
             )
             layer._allows_unread |= peft_config.allow_unread
@@ -191,7 +193,7 @@ class LoTRAModel(BaseTuner):
         weights: Sequence[float],
         adapter_name: str,
         combination_type: str = "svd",
-        svd_rank: int | tuple[int, int, int] | Mapping[str, int | tuple[int, int, int]] | None = None,
+        svd_rank: int | Ranks | Mapping[str, int | Ranks] | None = None,
         *,
         density: float | None = None,
         majority_sign_method: str = "total",

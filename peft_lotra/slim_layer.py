@@ -28,20 +28,24 @@ class SlimLayer(LoTRALayer):
         self._empty()
 
     def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
-        """U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3[d] ~ N(0, v_d/Σv), G ~ N(0, n·m·Σv / (r1·r2·r3·s²)).
+        """U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3[d] ~ N(0, v_d/Σv), G ~ N(0, n·m·Σv / (r1·r2·r3·s²)), if no mode is whole.
 
         Then E A[i, o, d]² = v_d, the mean square over i and o that the layer had been initialised with. By basis
         function, because layers with polynomials or wavelets start smaller in the higher ones.
         """
         super().reset_lotra_parameters(adapter_name, init_weights=False)
-        core, U1, U2, U3 = self.factors(adapter_name)
+        core, U1, U2, U3, U4 = self.factors(adapter_name)
         if init_weights:
-            total = self._variances.sum().item()
-            size = len(U1) * len(U2) * total / math.prod(self.r[adapter_name])
-            shares = self._variances * (len(U3) / total) if total else self._variances
+            n_d, total = len(self._variances), self._variances.sum().item()
+            shares = self._variances * (n_d / total) if total else self._variances
+            # Of a sum over products of U1, U2, U3 and U4, with variances 1/n, 1/m, v_d/Σv and 1/K.
+            sums = math.prod([U.shape[1] / len(U) for U in (U1, U2, U3, U4) if U is not None])
             with torch.no_grad():
-                core.mul_(math.sqrt(size) / abs(self.scaling[adapter_name]))
-                U3.mul_(shares.sqrt().to(U3)[:, None])
+                core.mul_(math.sqrt(total / n_d / sums) / abs(self.scaling[adapter_name]))
+                if U3 is None:
+                    core.mul_(shares.sqrt().to(core).reshape(-1, *[1] * (core.dim() - 3)))
+                else:
+                    U3.mul_(shares.sqrt().to(U3)[:, None])
 
     def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
         self._make_dense()

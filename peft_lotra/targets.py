@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from .config import LoTRAConfig, Target
 from .layer import adapted_tensors
 from .patterns import ENDING, check_expressions, entries_for, index_of, means, pattern_value
 from .slim_layer import SlimLayer
-from .tensors.ranks import choose_ranks
+from .tensors.ranks import DEFAULT_COMPRESSION_RATIO, by_mode, choose_ranks
+from .tensors.tucker import core_count, parameter_count
 
 # Modules that hold parameters for the module around them and have no forward of their own.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -305,7 +307,22 @@ def _check_existing_adapters(model: nn.Module, config: LoTRAConfig, targets: lis
 
 
 def warn_of_no_effect(config: LoTRAConfig, targets: list[Target]) -> None:
-    """Warn of what a config says in vain: `alpha` 0, and keys of patterns of which earlier ones take all."""
+    """Warn of what a config says in vain: `alpha` 0, and keys of patterns of which earlier ones take all.
+
+    And of an adapter that saves little, because the KAN is small.
+    """
+    if config.r is None and config.compression_ratio is None and not config.rank_pattern:
+        shapes = {target.parameter: target.spec.layout.canonical_shape for target in targets}
+        count = core_count if config.freeze_factors else parameter_count
+        trained = sum(count(shapes[target.parameter], target.ranks) for target in targets)
+        total = sum(map(math.prod, shapes.values()))
+        if trained > DEFAULT_COMPRESSION_RATIO * total:
+            warnings.warn(
+                f"a tenth of the {total} coefficients is less than any adapter of these {len(targets)} tensors: the "
+                f"smallest has {trained} numbers and is taken. For a KAN so small it is better to train all "
+                "coefficients, by `fit_gauss_newton` on the KAN itself",
+                stacklevel=2,
+            )
     idle = [target.parameter for target in targets if target.alpha == 0]
     if idle:
         warnings.warn(f"`alpha` is 0 for {idle}: the adapter changes nothing there and gets no gradient", stacklevel=2)
@@ -360,7 +377,9 @@ def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
     given = _given_by_pattern(targets, config, "rank_pattern")
     alphas = _given_by_pattern(targets, config, "alpha_pattern")
     shapes = {target.parameter: target.spec.layout.canonical_shape for target in targets}
-    ranks = choose_ranks(shapes, given, config.r, config.compression_ratio)
+    ranks = choose_ranks(shapes, given, config.r, config.compression_ratio, config.freeze_factors)
+    if config.is_self_contained:  # a factor of full size, in an earlier file, stays one
+        ranks = {parameter: by_mode(r) for parameter, r in given.items()}
     return [
         replace(target, ranks=ranks[target.parameter], alpha=alphas.get(target.parameter, config.alpha))
         for target in targets

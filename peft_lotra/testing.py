@@ -48,7 +48,7 @@ class KANLayerTests:
     """
 
     coefficients: dict[str, Any] = {}
-    ranks: int | tuple[int, int, int] = 2
+    ranks: int | tuple[int | None, ...] = 2
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
 
     def make_layer(self) -> nn.Module:
@@ -98,7 +98,9 @@ class KANLayerTests:
         base, x = self._base(torch.float64)
         model = self._adapted(base)
         factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        assert len(factors) == 4 * len(adapted_tensors(model))
+        assert len(factors) == sum(
+            len(layer.factors("default").tensors()) for layer in adapted_tensors(model).values()
+        )
         x.requires_grad_()
         weights = torch.randn_like(first_tensor(base(x)))
         actual = torch.autograd.grad((first_tensor(model(x)) * weights).sum(), [x, *factors])
@@ -228,8 +230,8 @@ def dense_model(base: nn.Module, model: nn.Module, weights: Mapping[str, float] 
         for adapter, weight in (weights or dict.fromkeys(layer.active_adapters, 1.0)).items():
             if adapter not in layer.lotra_core:
                 continue
-            factors = (getattr(layer, container)[adapter] for container in layer.adapter_layer_names)
-            update = weight * layer.scaling[adapter] * _scattered(spec, *factors)
+            held = [getattr(layer, container)._parameters.get(adapter) for container in layer.adapter_layer_names]
+            update = weight * layer.scaling[adapter] * _scattered(spec, *held)
             if spec.scale is not None:
                 update = update / _repeated(spec, tensor_at(plain, spec.scale))
             whole = torch.zeros_like(coefficients, dtype=update.dtype)
@@ -246,12 +248,18 @@ def tensor_at(layer: nn.Module, path: str) -> torch.Tensor:
     return getattr(layer.get_submodule(owner), name)
 
 
-def _scattered(
-    spec: CoefficientSpec, core: torch.Tensor, U1: torch.Tensor, U2: torch.Tensor, U3: torch.Tensor
-) -> torch.Tensor:
-    """G ×₁ U1 ×₂ U2 ×₃ U3 in the stored layout: every stored entry looks up its own (i, o, d, ...)."""
+def _scattered(spec: CoefficientSpec, core: torch.Tensor, *factors: torch.Tensor | None) -> torch.Tensor:
+    """G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 in the stored layout: every stored entry looks up its own (i, o, d, ...)."""
+    U1, U2, U3, U4 = (
+        torch.eye(n).to(core) if U is None else U for U, n in zip(factors, (*core.shape, 1), strict=False)
+    )
+    index = _canonical_index(spec)
+    if factors[3] is not None:
+        core = torch.einsum("abck,pk->abcp", core, U4)
+        sizes = [int(part.max()) + 1 for part in index[3:]]
+        core = core.reshape(*core.shape[:3], *sizes)
     dense = torch.einsum("abc...,ia,ob,dc->iod...", core, U1, U2, U3)
-    return dense[_canonical_index(spec)]
+    return dense[index]
 
 
 def _digits(spec: CoefficientSpec) -> dict[str, torch.Tensor]:

@@ -185,3 +185,10 @@ def randomize(model: nn.Module, adapter: str = "default", std: float = 1.0) -> N
     """Give an adapter a core that is not zero."""
     for layer in adapted_tensors(model, adapter).values():
         nn.init.normal_(layer.lotra_core[adapter], std=std)
+
+
+def full_factors(layer, adapter="default"):
+    """G, U1, U2, U3, with identities for whole modes."""
+    core, *factors, _ = layer.factors(adapter)
+    eyes = [torch.eye(size).to(core) for size in core.shape]
+    return core, *(eye if U is None else U for U, eye in zip(factors, eyes, strict=False))

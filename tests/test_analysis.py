@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import assert_different, assert_equal
 from kan_layers import ChebyKAN, FastKAN, PackedKANLayer, chebyshev
-from layer_table import LAYERS, MODELS, config, make, randomize
+from layer_table import LAYERS, MODELS, config, full_factors, make, randomize
 from peft import get_peft_model
 from torch import nn
 
@@ -66,7 +66,7 @@ def test_updates_are_those_of_the_effective_coefficients(name):
     randomize(model)
     expected = {}
     for parameter, layer in adapted_tensors(model).items():
-        factors = [factor.detach() for factor in layer.factors("default")]
+        factors = [factor.detach() for factor in full_factors(layer)]
         expected[parameter] = 0.5 * torch.einsum("abc,ia,ob,dc->iod", *factors)
     with pytest.raises(ValueError, match="`finetuned` has LoTRA adapters"):
         coefficient_updates(base, model, LAYERS[name].coefficients(3))

@@ -82,7 +82,7 @@ def test_compiled_steps(tmp_path):
 
 def test_growth(tmp_path):
     short = ("--layers", "chebyshev", "--widths", 16, "--batches", 16, "--seconds", 0, "--output-dir", tmp_path)
-    done = run(*short, "--parts", "growth")
+    done = run(*short, "--parts", "growth", "--r", 2, 2, 4)
     assert done.returncode == 0, done.stderr
     growths = json.loads((tmp_path / "step_cost.json").read_text())["growth"]
     assert [growth["over"] for growth in growths] == ["width", "basis", "batch", "rank", "adapters"]

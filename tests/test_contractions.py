@@ -46,7 +46,7 @@ class Layer(nn.Module):
 
     def dense(self, update):
         kernel = "".join(self.kernel)
-        delta = update.scaling * torch.einsum(f"abc{kernel},ia,ob,dc->iod{kernel}", *update.factors)
+        delta = update.scaling * torch.einsum(f"abc{kernel},ia,ob,dc->iod{kernel}", *update.factors[:4])
         sizes = {"d1": 2} if "d1" in self.basis else {}
         return einops.rearrange(
             delta, f"i o ({self.basis}) {' '.join(self.kernel)} -> {self.spec.layout.pattern}", **sizes
@@ -115,7 +115,7 @@ def _check(layer, x, updates, tolerance=None, second=True):
         y = layer(x)
     assert_different(y, layer(x))
     assert_equal(y, oracle, tolerance)
-    factors = [factor for update in updates for factor in update.factors]
+    factors = [factor for update in updates for factor in update.factors.tensors()]
     inputs = [x] * x.requires_grad + factors
     weights = torch.randn_like(y)
     actual, expected = (torch.autograd.grad((z * weights).sum(), inputs, create_graph=True) for z in (y, oracle))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import assert_different, assert_equal
 from kan_layers import KAN, FastKAN, FastKANLayer
-from layer_table import lotra_layers, randomize
+from layer_table import full_factors, lotra_layers, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -104,7 +104,7 @@ def test_matrices_and_config():
     own = {p.data_ptr() for p in model.parameters()}
     assert not any(tensor.requires_grad or tensor.data_ptr() in own for tensor in state_dict.values())
     for name, layer in lotra_layers(model).items():
-        delta = torch.einsum("abc,ia,ob,dc->oid", *layer.factors("default")).flatten(1) * layer.scaling["default"]
+        delta = torch.einsum("abc,ia,ob,dc->oid", *full_factors(layer)).flatten(1) * layer.scaling["default"]
         assert delta.any()
         assert_equal(update(lora, f"{name}.spline_linear"), delta)
 
@@ -147,7 +147,7 @@ def test_the_other_order_of_the_columns_and_bias():
     randomize(model)
     lora = convert_to_lora(model)
     for name, layer in lotra_layers(model).items():
-        delta = torch.einsum("abc,ia,ob,dc->odi", *layer.factors("default")).flatten(1)
+        delta = torch.einsum("abc,ia,ob,dc->odi", *full_factors(layer)).flatten(1)
         assert delta.any()
         assert_equal(update(lora, f"{name}.linear"), delta)
 

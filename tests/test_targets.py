@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import assert_equal
 from kan_layers import ChebyKAN, ChebyKANLayer, FastKANLayer, MatrixKANLayer, TwoTensorKANLayer
-from layer_table import lotra_layers
+from layer_table import full_factors, lotra_layers
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -99,8 +99,8 @@ def test_several_coefficient_tensors_on_one_module_are_nested():
     y = model(x)
     assert (y - base(x)).abs().max() > 1e-3
     oracle = copy.deepcopy(base)
-    oracle[0].rbf_weight.data += torch.einsum("abc,ia,ob,dc->ido", *outer.factors("default")).flatten(0, 1)
-    oracle[0].cheby_weight.data += torch.einsum("abc,ia,ob,dc->iod", *outer.base_layer.factors("default"))
+    oracle[0].rbf_weight.data += torch.einsum("abc,ia,ob,dc->ido", *full_factors(outer)).flatten(0, 1)
+    oracle[0].cheby_weight.data += torch.einsum("abc,ia,ob,dc->iod", *full_factors(outer.base_layer))
     assert_equal(y, oracle(x))
     assert_equal(model.merge_and_unload()(x), y)
 

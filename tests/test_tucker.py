@@ -16,12 +16,12 @@ def random_factors(ranks=(2, 3, 4), modes=(5, 6, 7), extra=(), dtype=torch.float
 
 def test_reconstruct_is_the_tucker_product():
     factors = random_factors()
-    expected = tensorly.tucker_to_tensor((factors.core.numpy(), [factor.numpy() for factor in factors[1:]]))
+    expected = tensorly.tucker_to_tensor((factors.core.numpy(), [factor.numpy() for factor in factors[1:4]]))
     assert_equal(reconstruct(factors), torch.from_numpy(expected))
 
 
 def test_reconstruct_keeps_trailing_axes_in_the_core():
-    core, U1, U2, U3 = random_factors(extra=(3, 2))
+    core, U1, U2, U3, _ = random_factors(extra=(3, 2))
     expected = np.zeros((5, 6, 7, 3, 2))
     for h, w in np.ndindex(3, 2):
         expected[..., h, w] = tensorly.tucker_to_tensor(
@@ -34,22 +34,24 @@ def test_reconstruct_keeps_trailing_axes_in_the_core():
 def test_orthonormal_is_the_same_tensor(extra):
     factors = random_factors(extra=extra)
     result = orthonormal(factors)
-    for before, after in zip(factors[1:], result[1:], strict=True):
+    for before, after in zip(factors[1:4], result[1:4], strict=True):
         assert (before.T @ before - torch.eye(before.shape[1])).abs().max() > 1e-2
         assert_equal(after.T @ after, torch.eye(before.shape[1], dtype=before.dtype))
-    expected = torch.einsum("abc...,ia,ob,dc->iod...", *factors)
-    assert_equal(torch.einsum("abc...,ia,ob,dc->iod...", *result), expected)
-    for before, after in zip(result, orthonormal(result), strict=True):  # what is orthonormal stays
+    expected = torch.einsum("abc...,ia,ob,dc->iod...", *factors[:4])
+    assert_equal(torch.einsum("abc...,ia,ob,dc->iod...", *result[:4]), expected)
+    for before, after in zip(
+        result.tensors(), orthonormal(result).tensors(), strict=True
+    ):  # what is orthonormal stays
         assert_equal(after, before)
 
 
 def test_orthonormal_of_a_zero_factor_and_of_16_bits():
-    core, U1, U2, U3 = random_factors(dtype=torch.float32)
+    core, U1, U2, U3, _ = random_factors(dtype=torch.float32)
     result = orthonormal(TuckerFactors(core, U1, U2 * 0, U3))
-    assert all(factor.isfinite().all() for factor in result)
+    assert all(factor.isfinite().all() for factor in result.tensors())
     assert not reconstruct(result).any()
     halves = TuckerFactors(*(factor.bfloat16() for factor in (core, U1, U2, U3)))
-    assert {factor.dtype for factor in orthonormal(halves)} == {torch.bfloat16}
+    assert {factor.dtype for factor in orthonormal(halves).tensors()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("extra", [(), (2, 3)])
@@ -74,8 +76,8 @@ def test_decompose_error_is_within_the_hosvd_bound():
 def test_a_rank_above_the_product_of_the_others_is_completed(shape, ranks):
     tensor = torch.randn(shape, dtype=torch.float64)
     factors = decompose(tensor, ranks)
-    assert [factor.shape for factor in factors[1:]] == list(zip(shape, ranks, strict=False))
-    for U in factors[1:]:
+    assert [factor.shape for factor in factors.tensors()[1:]] == list(zip(shape, ranks, strict=False))
+    for U in factors.tensors()[1:]:
         assert_equal(U.T @ U, torch.eye(U.shape[1], dtype=U.dtype))
     least = [min(r, math.prod(ranks) // r * math.prod(shape[3:])) for r in ranks]
     assert least != list(ranks)
@@ -85,7 +87,7 @@ def test_a_rank_above_the_product_of_the_others_is_completed(shape, ranks):
 def test_decompose_zero():
     factors = decompose(torch.zeros(4, 3, 2), (2, 3, 1))
     assert not factors.core.any()
-    assert all(torch.equal(U.T @ U, torch.eye(U.shape[1])) for U in factors[1:])
+    assert all(torch.equal(U.T @ U, torch.eye(U.shape[1])) for U in factors.tensors()[1:])
 
 
 @pytest.mark.parametrize("extra", [(), (3, 2)])
@@ -93,7 +95,7 @@ def test_hosvd(extra):
     tensor = torch.randn(5, 2, 3, *extra, dtype=torch.float64)
     factors, values = hosvd(tensor)
     assert_equal(reconstruct(factors), tensor)
-    for mode, (U, sigma) in enumerate(zip(factors[1:], values, strict=True)):
+    for mode, (U, sigma) in enumerate(zip(factors.tensors()[1:], values, strict=True)):
         assert_equal(U.T @ U, torch.eye(U.shape[1], dtype=U.dtype))
         gram = torch.tensordot(tensor, tensor, dims=[[axis for axis in range(tensor.dim()) if axis != mode]] * 2)
         assert_equal(sigma.square(), torch.linalg.eigvalsh(gram).flip(0)[: len(sigma)])
@@ -103,4 +105,4 @@ def test_hosvd(extra):
 @pytest.mark.parametrize("extra", [(), (3, 2)])
 def test_parameter_count_counts_what_the_factors_hold(extra):
     factors = random_factors(extra=extra)
-    assert parameter_count((5, 6, 7, *extra), (2, 3, 4)) == sum(factor.numel() for factor in factors)
+    assert parameter_count((5, 6, 7, *extra), (2, 3, 4)) == sum(factor.numel() for factor in factors.tensors())

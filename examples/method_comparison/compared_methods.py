@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from objectives import Objective
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from rank_rules import NAMES, ranks_by_rule
 from tasks import Task
 from torch import nn
 
@@ -30,8 +31,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "scratch": (),
     "last_layer": (),
     "base_weights": (),
-    "lotra": (*RANKS, "alpha", "init", "lr_rule", "orthonormal"),
-    "slim": (*RANKS, "lr_rule", "orthonormal"),
+    "lotra": (*RANKS, "rule", "alpha", "init", "lr_rule", "orthonormal"),
+    "slim": (*RANKS, "rule", "lr_rule", "orthonormal"),
     "lora": ("ratio",),
     "lora_parameters": ("ratio",),
     "loha": ("ratio",),
@@ -52,7 +53,7 @@ def check_method(label: str, settings: Settings) -> None:
     allowed = (*COMMON, *METHODS[name])
     if unknown := sorted(set(settings) - set(allowed)):
         raise ValueError(f"{label!r}: the method {name!r} should have some of {list(allowed)} but has {unknown}")
-    for key, values in {"optimizer": OPTIMIZERS, "init": INITIALISATIONS}.items():
+    for key, values in {"optimizer": OPTIMIZERS, "init": INITIALISATIONS, "rule": NAMES}.items():
         if settings.get(key, values[0]) not in values:
             raise ValueError(f"{label!r}: `{key}` should be one of {list(values)} but the value is {settings[key]!r}")
     if "ratio" in METHODS[name] and sum(key in settings for key in RANKS) != 1:
@@ -119,13 +120,16 @@ def _base_weights(model: nn.Module, settings: Settings, task: Task, *_: Any) -> 
     return _only(model, lambda name: name not in coefficients, "weights beside its coefficients")
 
 
-def _ranks(settings: Settings) -> dict[str, Any]:
+def _ranks(settings: Settings, model: nn.Module, task: Task, objective: Objective) -> dict[str, Any]:
+    if "rule" in settings:
+        return {"rank_pattern": ranks_by_rule(settings["rule"], model, task, objective, settings["ratio"])}
     ranks = {key: settings[key] for key in ("r", "rank_pattern") if key in settings}
     return ranks or {"compression_ratio": settings["ratio"]}
 
 
 def _lotra(model: nn.Module, settings: Settings, task: Task, objective: Objective, *_: Any) -> nn.Module:
-    config = LoTRAConfig(coefficients=task.coefficients(model), alpha=settings.get("alpha", 1.0), **_ranks(settings))
+    ranks = _ranks(settings, model, task, objective)
+    config = LoTRAConfig(coefficients=task.coefficients(model), alpha=settings.get("alpha", 1.0), **ranks)
     adapted = get_peft_model(model, config)
     method = settings.get("init", "random")
     if method != "random":
@@ -138,11 +142,11 @@ def _lotra(model: nn.Module, settings: Settings, task: Task, objective: Objectiv
     return adapted
 
 
-def _slim(model: nn.Module, settings: Settings, task: Task, *_: Any) -> nn.Module:
+def _slim(model: nn.Module, settings: Settings, task: Task, objective: Objective, *_: Any) -> nn.Module:
     coefficients = effective_coefficients(model, task.coefficients(model))
     # What is not a coefficient is trained as in the dense KAN.
     others = [p for name, p in model.named_parameters() if p.requires_grad and name not in coefficients]
-    slim = slim_kan(model, coefficients=task.coefficients(model), **_ranks(settings))
+    slim = slim_kan(model, coefficients=task.coefficients(model), **_ranks(settings, model, task, objective))
     for parameter in others:
         parameter.requires_grad_(True)
     return slim

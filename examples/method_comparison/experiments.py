@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from compared_methods import FROM_SCRATCH, check_method
@@ -50,7 +51,7 @@ class Experiment:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     settings: dict[str, Any] = field(default_factory=dict)
     cases: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
-    tuning: dict[str, Any] = field(default_factory=dict)  # rates, seed, steps[, case]
+    tuning: dict[str, Any] = field(default_factory=dict)  # rates, seeds, steps[, case]
     pictures: list[str] = field(default_factory=lambda: ["courses"])
     large: dict[str, Any] = field(default_factory=dict)  # what is different with --large
 
@@ -70,19 +71,20 @@ class Experiment:
         """The methods of a case."""
         return [label for label, method in self.methods.items() if case in method.get("cases", self.cases)]
 
-    def tuning_runs(self, case: str, label: str) -> dict[float, Run]:
-        """By learning rate; none where there is nothing to tune."""
+    def tuning_runs(self, case: str, label: str) -> dict[float, list[Run]]:
+        """One for each tuning seed, by learning rate; none where there is nothing to tune."""
         label = self.methods[label].get("lr_of", label)
         method = self.methods[label]
         if method.get("optimizer") == "lm" or "lr" in method:
             return {}
-        case, seed, steps = self.tuning.get("case", case), self.tuning["seed"], self.tuning["steps"]
-        return {lr: self.run(case, label, seed, lr, steps) for lr in self.tuning["rates"]}
+        case, seeds, steps = self.tuning.get("case", case), self.tuning["seeds"], self.tuning["steps"]
+        return {lr: [self.run(case, label, seed, lr, steps) for seed in seeds] for lr in self.tuning["rates"]}
 
     def all_tuning_runs(self, results: Path) -> Iterator[Run]:
         for case in self.cases:
             for label in self.labels(case):
-                yield from self.tuning_runs(case, label).values()
+                for runs in self.tuning_runs(case, label).values():
+                    yield from runs
 
     def final_runs(self, case: str, label: str, results: Path) -> list[Run]:
         """One for each seed, at the rate that has turned out best.
@@ -101,12 +103,15 @@ class Experiment:
                 yield from self.final_runs(case, label, results)
 
 
-def best_rate(runs: Mapping[float, Run], results: Path, higher_is_better: bool) -> float:
-    """The rate with the best last metric; one that diverged is the worst."""
+def best_rate(runs: Mapping[float, list[Run]], results: Path, higher_is_better: bool) -> float:
+    """The rate with the best last metric, in the mean over seeds, of errors the geometric one; one that diverged is
+    the worst."""
 
     def badness(lr: float) -> float:
-        metric = json.loads(runs[lr].path(results).read_text())["marks"][-1][-1]
-        return float("inf") if metric is None else -metric if higher_is_better else metric
+        metrics = [json.loads(run.path(results).read_text())["marks"][-1][-1] for run in runs[lr]]
+        if None in metrics:
+            return float("inf")
+        return -fmean(metrics) if higher_is_better else geometric_mean(metrics)
 
     return min(runs, key=badness)
 
@@ -204,11 +209,11 @@ def _check(experiment: Experiment) -> None:
     tuned = [
         label for label, m in experiment.methods.items() if m.get("optimizer") != "lm" and not {"lr", "lr_of"} & set(m)
     ]
-    needed = ("rates", "seed", "steps")
+    needed = ("rates", "seeds", "steps")
     if tuned and (missing := [key for key in needed if key not in experiment.tuning]):
         raise ValueError(f"{tuned[0]!r} has no `lr`, so `tuning` should have {list(needed)} but {missing} are missing")
     cases = list(experiment.cases)
     if (case := experiment.tuning.get("case", cases[0])) not in cases:
         raise ValueError(f"`tuning`: `case` should be one of {cases} but the value passed is {case!r}")
-    if experiment.tuning.get("seed") in experiment.seeds:
-        raise ValueError(f"`tuning`: `seed` should be none of the reported ones, {experiment.seeds}")
+    if set(experiment.tuning.get("seeds", ())) & set(experiment.seeds):
+        raise ValueError(f"`tuning`: `seeds` should be none of the reported ones, {experiment.seeds}")

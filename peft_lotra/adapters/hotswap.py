@@ -19,6 +19,8 @@ from ..layer import adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..slim_layer import SlimLayer
 from ..targets import resolve_targets
+from ..tensors.ranks import mode_sizes
+from ..tensors.tucker import TuckerFactors, mode_product
 
 
 def hotswap_adapter(
@@ -118,8 +120,11 @@ def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig, targe
             "that adapts every layer that will come"
         )
     for target in targets:
-        ranks, alpha = (getattr(layers[target.parameter], name)[adapter_name] for name in ("r", "alpha"))
-        if any(r > own for r, own in zip(target.ranks, ranks, strict=True)):
+        layer = layers[target.parameter]
+        ranks, alpha = layer.r[adapter_name], layer.alpha[adapter_name]
+        sizes = mode_sizes(target.spec.layout.canonical_shape)
+        by_mode = zip((*target.ranks, None), (*ranks, None), sizes, strict=False)  # with None the mode is whole
+        if any(own is not None and (size if r is None else r) > own for r, own, size in by_mode):
             raise ValueError(
                 f"the new adapter has ranks {target.ranks} for {target.parameter}, above the {ranks} of "
                 f"{adapter_name!r}: use `load_adapter`, or make a slot of the largest ranks that will come"
@@ -150,12 +155,17 @@ def _factors(
     alphas = {target.parameter: target.alpha for target in targets}
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
         alpha, own_alpha = alphas.get(parameter, 0.0), layer.alpha[adapter_name]
-        for container, own in zip(CONTAINERS, layer.factors(adapter_name), strict=True):
+        slot, new = layer.factors(adapter_name), TuckerFactors(torch.zeros(()), None, None, None)
+        if parameter in keys:
+            new = TuckerFactors(*[state_dict.get(f"{keys[parameter]}.{name}") for name in CONTAINERS])  # type: ignore
+            if alpha != own_alpha:
+                new = new._replace(core=new.core.to("cpu", torch.float64) * (alpha / own_alpha))
+            new = _as_slot(new, slot, layer.spec.layout.canonical_shape)
+        for container, own, given in zip(CONTAINERS, slot, new, strict=True):
+            if own is None:
+                continue
             values = torch.zeros_like(own)
-            if parameter in keys:
-                given = state_dict[f"{keys[parameter]}.{container}"]
-                if container == "lotra_core" and alpha != own_alpha:
-                    given = given.to("cpu", torch.float64) * (alpha / own_alpha)
+            if given is not None and given.dim():
                 values[tuple(map(slice, given.shape))] = given.to(values)
                 dtype = layer.dtype_in_use(adapter_name)
                 if not values.to(dtype).isfinite().all():
@@ -164,6 +174,22 @@ def _factors(
                         "slot): use `load_adapter`"
                     )
             yield own, values
+
+
+def _as_slot(new: TuckerFactors, slot: TuckerFactors, shape: tuple[int, ...]) -> TuckerFactors:
+    """The same tensor, without factors where the slot has whole modes, and with identities where only the slot has."""
+    core, *sides = new
+    sizes = mode_sizes(shape)
+    if slot.U4 is not None and new.U4 is None:
+        core = core.flatten(3)
+    for mode, (U, own) in enumerate(zip(sides, slot[1:], strict=True)):
+        if U is not None and own is None:
+            core, sides[mode] = mode_product(core.to(torch.float64), U.to("cpu", torch.float64), mode), None
+        elif U is None and own is not None:
+            sides[mode] = torch.eye(sizes[mode])
+    if slot.U4 is None:
+        core = core.reshape(*core.shape[:3], *shape[3:])
+    return TuckerFactors(core, *sides)
 
 
 def _others(

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..tensors.spectrum import Spectrum
+from ..tensors.tucker import Ranks
 from .updates import activation_curves
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _MODES = {"input": "-", "output": "--", "basis": ":"}  # drawn so that equal curves show
 
 
-def plot_spectrum(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | Sequence[int]] | None = None) -> Figure:
+def plot_spectrum(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | Ranks] | None = None) -> Figure:
     """σ_k / ‖Δ‖ over k for the three unfoldings of every update, a panel for each; the source's figure 1.
 
     Args:
@@ -36,14 +37,14 @@ def plot_spectrum(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | Seq
     for axes, (name, spectrum) in zip(panels, spectra.items(), strict=True):
         norm = math.sqrt(spectrum.energy)
         marked = (ranks or {}).get(name, (0, 0, 0))
-        marked = (marked,) * 3 if isinstance(marked, int) else marked
+        marked = (marked,) * 3 if isinstance(marked, int) else marked[:3]
         axes.set(title=f"{name} {spectrum.shape}", xlabel="k", ylabel="σ_k / ‖Δ‖", yscale="log" if norm else "linear")
         for (mode, style), values, rank in zip(_MODES.items(), spectrum.singular_values, marked, strict=True):
             shares = (values / norm if norm else values).tolist()
             # Below rounding there is no information, and a logarithmic axis would stretch over it.
             shares = [share if share > 1e-12 or not norm else math.nan for share in shares]
             (line,) = axes.plot(range(1, len(shares) + 1), shares, f".{style}", label=mode)
-            if 0 < rank <= len(shares):
+            if rank is not None and 0 < rank <= len(shares):
                 axes.plot(rank, shares[rank - 1], "o", color=line.get_color(), fillstyle="none", markersize=10)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

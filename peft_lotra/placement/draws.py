@@ -55,7 +55,8 @@ def check_one_draw(layer: nn.Module, containers: Sequence[str], adapters: Sequen
     for module in root.modules():
         drawn = module.__dict__.get("_drawn", {})
         for adapter in [name for name in adapters if name in drawn]:  # in one order in all processes
-            for container, rows in zip(containers, drawn[adapter], strict=True):
+            present = [container for container in containers if adapter in getattr(module, container)]
+            for container, rows in zip(present, drawn[adapter], strict=True):
                 # Parameters are whole during a pass, and a state dict puts the parts back.
                 part = getattr(module, container).state_dict()[adapter]
                 if isinstance(part, DTensor):

@@ -32,7 +32,7 @@ _POSITIONS = 256  # taken where the batch is open, while a graph is compiled
 
 def cheapest_order(
     positions: int | None, depth: int, terms: int, modes: Triple, kernel: int, on_x: str, ranks: tuple[Triple, ...],
-    device: str,
+    whole: tuple[str, ...], device: str,
 ) -> str:  # fmt: skip
     """One of `ORDERS`, or `DENSE`.
 
@@ -44,6 +44,7 @@ def cheapest_order(
         kernel: entries of the weight for each (i, o, d).
         on_x: those of the modes i and d that x has too and that are summed.
         ranks: (r1, r2, r3) of each update; r2 counts P times where an update has P terms.
+        whole: the modes of each update that have no factor.
         device: the kind of device, such as "cpu".
     """
     positions = _POSITIONS if positions is None else positions
@@ -58,17 +59,24 @@ def cheapest_order(
         for k, (r1, r2, r3) in enumerate(ranks):
             size, summed = x, terms
             for mode in order:
+                if mode in whole[k]:
+                    continue
                 full, rank = (n, r1) if mode == "i" else (n_d, r3)
                 of_x += size * rank + _TRAFFIC * (size + size // full * rank) + 4 * call
                 size, summed = size // full * rank, summed // full * rank
-            of_x += positions * r2 * (summed + m)
+            of_x += positions * r2 * (summed + (0 if "o" in whole[k] else m))
             if order or k == 0:  # without factors on x, all updates share one operation
                 of_x += _TRAFFIC * (size + 2 * positions * m) + 4 * call
-        of_factors = sum(kernel * products(modes, r, ("o", *order)) + (7 - 2 * len(order)) * call for r in ranks)
+        of_factors = 0
+        for r, without in zip(ranks, whole, strict=True):
+            calls = 7 - 2 * len(set(order + without) - {"o"})
+            of_factors += kernel * products(modes, r, "o" + order + without) + calls * call
         costs[order] = 3 * of_x, 3 * of_factors  # the two gradients cost as much again, each
     # The dense form adds the gradient of A to what the frozen layer computes, besides forming A + Δ and its gradient.
     entries = n * m * n_d * kernel
-    build = sum(kernel * products(modes, r, ()) + 2 * _TRAFFIC * entries + 9 * call for r in ranks)
+    build = 0
+    for r, without in zip(ranks, whole, strict=True):
+        build += kernel * products(modes, r, without) + 2 * _TRAFFIC * entries + (9 - 2 * len(without)) * call
     gradient = positions * terms * m + _TRAFFIC * (x + positions * m + 2 * entries) + call
     costs[DENSE] = gradient, 3 * build
     first, second = ([factor * a + b for a, b in costs.values()] for factor in (1, _DERIVATIVES))
@@ -77,7 +85,7 @@ def cheapest_order(
 
 
 def products(modes: Triple, ranks: Triple, kept: Iterable[str]) -> int:
-    """Multiply-adds of G times the factors of all modes but `kept`, the smaller intermediate first."""
+    """Multiply-adds of G times the factors of all modes but those in `kept`, the smaller intermediate first."""
     (n, m, n_d), (r1, r2, r3), kept = modes, ranks, set(kept)
     if "i" in kept:
         cost = 0 if "d" in kept else r1 * r2 * r3 * n_d

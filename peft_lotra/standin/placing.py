@@ -92,7 +92,7 @@ def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> 
     """Whether a forward pass of the layer computes something from its coefficients."""
     parameter = _located(layer, spec.parameter)[2]
     shapes = factor_shapes(spec.layout.canonical_shape, (1, 1, 1))
-    factors = TuckerFactors(*[parameter.new_zeros(shape) for shape in shapes])
+    factors = TuckerFactors(*[None if shape is None else parameter.new_zeros(shape) for shape in shapes])  # type: ignore[arg-type]
     with Adapted(layer, spec, (Update(factors, 1.0),), quiet=True) as adapted:
         layer(*args, **kwargs)
     return adapted.acted
@@ -147,7 +147,7 @@ def replaced(layer: nn.Module, spec: CoefficientSpec, coefficients: torch.Tensor
 def is_sharded(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> bool:
     """Whether this is no forward pass, in which sharded parameters are whole, but a method that was called alone."""
     tensors = [_located(layer, path)[2] for path in (spec.parameter, spec.scale) if path is not None]
-    return any_sharded([*tensors, *[factor for update in updates for factor in update.factors]])
+    return any_sharded([*tensors, *[tensor for update in updates for tensor in update.factors.tensors()]])
 
 
 def _located(layer: nn.Module, path: str) -> tuple[nn.Module, str, torch.Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from .cost import DENSE, cheapest_order
 from .operations import Contraction, Form, Weight
 from .update import SampleAxisUnknown, Step, Update, flat_mode_product, multiplied, planned_steps
 
-Shapes = tuple[tuple[int, ...], ...]  # of G, U1, U2, U3
+Shapes = tuple[Any, ...]  # tuples, of G, U1, U2, U3; None where the mode is whole
 
 
 class Group(NamedTuple):
@@ -66,8 +66,7 @@ def plan_for(c: Contraction, weight: Weight) -> Plan | None:
     lead: tuple[int, ...] = ()
     shapes = []
     for update in weight.updates:
-        core, U1, U2, U3 = update.factors
-        shapes.append((core.shape, U1.shape, U2.shape, U3.shape))
+        shapes.append(_shapes(update))
         if update.weights is not None:
             samples, lead = len(update.weights), tuple(c.x.shape[: c.x.dim() - len(c.form.summed)])
     # Where a graph is compiled the batch may be open, and a plan that looked at it would bind the graph to it.
@@ -111,11 +110,14 @@ def _plan(
             on_x += mode
     modes = axes.size("i"), axes.size("o"), axes.size("d")
     kernel = tuple([axes.size(mode) for mode in axes.modes()[3:]])
-    terms = [math.prod(core[len(axes.modes()) :]) for core, *_ in shapes]  # P
-    ranks = tuple([(core[0], p * core[1], core[2]) for p, (core, *_) in zip(terms, shapes, strict=True)])
+    whole, ranks = tuple(map(_whole, shapes)), []
+    for own in shapes:
+        r1, r2, r3 = _ranks(own, modes)
+        ranks.append((r1, r2 * math.prod(own[0][len(axes.modes()) :]), r3))  # P terms
     order = ""
     if not samples:
-        order = cheapest_order(positions, form.depth, form.terms, modes, math.prod(kernel), on_x, ranks, device)
+        sizes = modes, math.prod(kernel)
+        order = cheapest_order(positions, form.depth, form.terms, *sizes, on_x, tuple(ranks), whole, device)
     # Without factors on x, all updates share one operation.
     members = [tuple(range(len(ranks)))] if order == "" else [(k,) for k in range(len(ranks))]
     by_x = [output.axis, *sorted(summed, key=summed.__getitem__)]
@@ -124,19 +126,20 @@ def _plan(
         r1, _, r3 = ranks[group[0]]
         steps: list[tuple[int, int, int, int]] = []
         replaced: dict[str, int] = {}
-        for mode in order:
+        kept = "".join([mode for mode in order if mode not in whole[group[0]]])
+        for mode in kept:
             place = axes.place(mode, replaced)
             if place is not None:  # it is, or the order would have been another
                 steps.append((1 if mode == "i" else 3, summed[place.axis], place.before, place.after))
             replaced[mode] = r1 if mode == "i" else r3
         replaced["o"] = sum([ranks[k][1] for k in group])
-        kept = ("o", *order)
         cores = [(*ranks[k], *kernel) for k in group]
-        own, given = zip(*[planned_steps(core, modes, kept) for core in cores], strict=True)
-        joined = [(*[core[k] if "iod"[k] in kept else modes[k] for k in range(3)], *kernel) for core in cores]
+        planned = [planned_steps(core, modes, "o" + kept, whole[k]) for core, k in zip(cores, group, strict=True)]
+        sequences, given = [one for one, _ in planned], planned[0][1]
+        joined = [(*[core[k] if "iod"[k] in "o" + kept else modes[k] for k in range(3)], *kernel) for core in cores]
         laid = axes.permuted(by_x) if is_matrix else axes
-        laid_out = laid.arrangement(replaced, given[0] if len(group) == 1 else (), 1 if is_matrix else None)
-        groups.append(Group(group, own, tuple(joined), tuple(steps), laid_out))
+        laid_out = laid.arrangement(replaced, given if len(group) == 1 else (), 1 if is_matrix else None)
+        groups.append(Group(group, tuple(sequences), tuple(joined), tuple(steps), laid_out))
     dense = tuple([_dense_plan(axes, own) for own in shapes]) if order == DENSE else ()
     depth = math.prod([axes.axes[axis].size for axis in summed]) if is_matrix else 0
     outputs = carried[output.axis], output.before, output.after
@@ -144,9 +147,30 @@ def _plan(
     return Plan(order, dense, _rows(axes, shapes[0]), tuple(groups), depth, outputs, padding, sample_shape)
 
 
+def _shapes(update: Update) -> Shapes:
+    core, U1, U2, U3, _ = update.factors
+    # By hand, for speed.
+    return (
+        core.shape,
+        None if U1 is None else U1.shape,
+        None if U2 is None else U2.shape,
+        None if U3 is None else U3.shape,
+    )
+
+
+def _whole(shapes: Shapes) -> str:
+    return "".join([mode for mode, shape in zip("iod", shapes[1:], strict=True) if shape is None])
+
+
+def _ranks(shapes: Shapes, modes: tuple[int, int, int]) -> tuple[int, ...]:
+    """The sizes of G that a view shows: of a whole mode, the view's."""
+    return tuple([n if U is None else U[1] for n, U in zip(modes, shapes[1:], strict=True)])
+
+
 def _rows(axes: Axes, shapes: Shapes) -> tuple[Rows, ...] | None:
-    """The rows of U1, U2, U3 and of the core's further axes that a view shows; None if it shows all."""
-    full = *[shape[0] for shape in shapes[1:]], *shapes[0][3:]
+    """The rows of U1, U2, U3, or of the core's whole modes and further axes, that a view shows; None if all."""
+    core, *sides = shapes
+    full = *[n if U is None else U[0] for n, U in zip(core, sides, strict=False)], *core[3:]
     rows = tuple([axes.rows(mode, count) for mode, count in zip(axes.modes(), full, strict=False)])
     return rows if any([part is not None for part in rows]) else None
 
@@ -179,7 +203,8 @@ def apply(plan: Plan, c: Contraction, weight: Weight, y: torch.Tensor | None) ->
 
 
 def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torch.Tensor:
-    updates, tensors, factors = [], [], []
+    updates, tensors = [], []
+    factors: list[Any] = []
     for k, steps in zip(group.members, group.steps, strict=True):
         update = weight.updates[k].shown(plan.rows)
         core = update.factors.core if update.scaling == 1 else update.factors.core * update.scaling
@@ -187,7 +212,10 @@ def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torc
             core = core.movedim(-1, 1).flatten(1, 2)
         updates.append(update)
         tensors.append(multiplied(steps, core, update.factors))
-        factors.append(update.factors.U2)
+        U2 = update.factors.U2
+        if U2 is None and (len(group.members) > 1 or plan.padding is not None):
+            U2 = torch.eye(core.shape[1], dtype=core.dtype, device=core.device)
+        factors.append(U2)
     B, U2 = tensors[0], factors[0]
     if len(tensors) > 1:
         B = torch.cat([t.reshape(shape) for t, shape in zip(tensors, group.joined, strict=True)], dim=1)
@@ -196,28 +224,30 @@ def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torc
         U2 = F.pad(U2, (0, 0, *plan.padding))
     x = c.x
     for factor, axis, before, after in group.on_x:
-        x = flat_mode_product(x, updates[0].factors[factor].T.to(x.dtype), axis, before, after)
+        own: Any = updates[0].factors[factor]
+        x = flat_mode_product(x, own.T.to(x.dtype), axis, before, after)
     thin = group.arrangement(B)
     if thin.dtype != weight.tensor.dtype:
         thin = thin.to(weight.tensor.dtype)
     axis, before, after = plan.outputs
     if not plan.depth:
         y = c.apply(x, thin)
-        return flat_mode_product(y, U2.to(y.dtype), axis, before, after)
+        return y if U2 is None else flat_mode_product(y, U2.to(y.dtype), axis, before, after)
     # As one matrix product whose thin side is the rows of B, which is the fast way round for gradients too.
     lead = x.shape[: x.dim() - len(c.form.summed)]
     y = F.linear(x.reshape(-1, thin.shape[1]), thin)
     if plan.sample_shape:
         y = _weighted(y.reshape(*lead, -1), updates, plan.sample_shape)
-    y = F.linear(y.flatten(0, -2) if y.dim() > 2 else y, U2.to(y.dtype))
-    y = y.reshape(*lead, len(U2)) if len(lead) != 1 else y
+    y = y.flatten(0, -2) if y.dim() > 2 else y
+    y = y if U2 is None else F.linear(y, U2.to(y.dtype))
+    y = y.reshape(*lead, y.shape[1]) if len(lead) != 1 else y
     return y if axis == -1 or axis == y.dim() - 1 else y.movedim(-1, axis)
 
 
 def _weighted(y: torch.Tensor, updates: Sequence[Update], shape: tuple[int, ...]) -> torch.Tensor:
     """Σ_p w_p · y_p of every update, side by side. shape: (..., Σ P · r2) -> (..., Σ r2)"""
     parts = []
-    sizes = [u.factors.U2.shape[1] * (1 if u.weights is None else u.weights.shape[1]) for u in updates]
+    sizes = [u.factors.core.shape[1] * (1 if u.weights is None else u.weights.shape[1]) for u in updates]
     for update, part in zip(updates, y.split(sizes, dim=-1), strict=True):
         weights = update.weights
         if weights is not None:
@@ -243,11 +273,11 @@ def dense_sum(weight: Weight, plans: tuple[DensePlan, ...] = ()) -> torch.Tensor
     for k, update in enumerate(weight.updates):
         if update.weights is not None:
             raise SampleAxisUnknown
-        core, U1, U2, U3 = update.factors
-        plan = plans[k] if plans else _dense_plan(weight.axes, (core.shape, U1.shape, U2.shape, U3.shape))
+        plan = plans[k] if plans else _dense_plan(weight.axes, _shapes(update))
         update = update.shown(plan.rows)
-        factors, scaling = update.factors, update.scaling
-        delta = plan.arrangement(multiplied(plan.steps, factors.core, factors))
+        scaling = update.scaling
+        factors: tuple[Any, ...] = update.factors
+        delta = plan.arrangement(multiplied(plan.steps, factors[0], factors))
         if not plan.last:
             total = total + (delta * scaling).to(total.dtype)
         elif delta.dtype == total.dtype and not torch.is_autocast_enabled(total.device.type):
@@ -262,14 +292,15 @@ def dense_sum(weight: Weight, plans: tuple[DensePlan, ...] = ()) -> torch.Tensor
 @planned
 def _dense_plan(axes: Axes, shapes: Shapes) -> DensePlan:
     modes = axes.size("i"), axes.size("o"), axes.size("d")
-    core = (*shapes[0][:3], *[axes.size(mode) for mode in axes.modes()[3:]])
+    whole, ranks = _whole(shapes), _ranks(shapes, modes)
+    core = (*ranks, *[axes.size(mode) for mode in axes.modes()[3:]])
     shape, last, kept = tuple([axis.size for axis in axes.axes]), 0, ""
     first = axes.axes[0] if axes.axes else None
     if first is not None and len(first.atoms) == 1 and not any([axis.is_padded for axis in axes.axes]):
         mode = first.atoms[0].mode
-        if mode in ("i", "o", "d") and axes.size(mode) == first.size:
+        if mode in ("i", "o", "d") and mode not in whole and axes.size(mode) == first.size:
             last, kept = "iod".index(mode) + 1, mode
-    steps, given = planned_steps(core, modes, kept)
-    ranks = {kept: core[last - 1]} if kept else {}
-    laid_out = axes.arrangement(ranks, given, 1 if kept else None)
+    steps, given = planned_steps(core, modes, kept, whole)
+    replaced = {kept: core[last - 1]} if kept else {}
+    laid_out = axes.arrangement(replaced, given, 1 if kept else None)
     return DensePlan(_rows(axes, shapes), steps, laid_out, last, shape)

@@ -311,7 +311,7 @@ def _requires_grad(meant: Meant) -> bool:
     weight = meant.weight if isinstance(meant, Product) else meant
     tensors = [_stored(meant)]
     if isinstance(weight, Weight):
-        tensors += [factor for update in weight.updates for factor in update.factors]
+        tensors += [tensor for update in weight.updates for tensor in update.factors.tensors()]
     return any([tensor.requires_grad for tensor in tensors])
 
 

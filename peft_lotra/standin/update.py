@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,7 @@ class Update(NamedTuple):
             raise SampleAxisUnknown
         dtype = self.factors.core.dtype
         update = _in_fp32(self) if dtype in _16_BIT else self
-        factors = TuckerFactors(*(full_tensor(factor) for factor in update.factors))
+        factors = update.factors.map(full_tensor)
         return spec.stored_update(reconstruct(factors) * self.scaling, shape).to(dtype)
 
     def shown(self, rows: tuple[Rows, ...] | None) -> Update:
@@ -50,16 +50,19 @@ class Update(NamedTuple):
         update = _in_fp32(self) if self.factors.core.dtype in _16_BIT else self
         if rows is None:
             return update
-        core, *factors = update.factors
-        for dim, part in enumerate(rows[3:], start=3):
-            core = _selected(core, part, dim)
-        factors = [_selected(factor, part, 0) for factor, part in zip(factors, rows, strict=False)]
+        core, *sides, _ = update.factors
+        factors: list[Any] = sides
+        for dim, part in enumerate(rows):
+            if dim > 2 or factors[dim] is None:
+                core = _selected(core, part, dim)
+            else:
+                factors[dim] = _selected(factors[dim], part, 0)
         return update._replace(factors=TuckerFactors(core, *factors))
 
 
 def _in_fp32(update: Update) -> Update:
     """With factors in at least fp32: 16-bit factors are multiplied out in fp32."""
-    return update._replace(factors=TuckerFactors(*(factor.float() for factor in update.factors)))
+    return update._replace(factors=update.factors.map(torch.Tensor.float))
 
 
 def _selected(tensor: torch.Tensor, rows: Rows, dim: int) -> torch.Tensor:
@@ -83,7 +86,7 @@ class Step(NamedTuple):
 
 
 def planned_steps(
-    core: tuple[int, ...], sizes: tuple[int, ...], kept: Collection[str]
+    core: tuple[int, ...], sizes: tuple[int, ...], kept: Collection[str], whole: str
 ) -> tuple[tuple[Step, ...], tuple[int, ...]]:
     """G times the factors of all modes but `kept`, whose axes stay ranks; and the shape that the result has in memory.
 
@@ -91,6 +94,7 @@ def planned_steps(
         core: the shape of G.
         sizes: (n, m, n_d).
         kept: of "i", "o", "d".
+        whole: modes without a factor.
     """
     (r1, _, r3), (n, _, n_d) = core[:3], sizes
     d_first = r1 * n_d * (r3 + n) < n * r3 * (r1 + n_d)  # the smaller intermediate first
@@ -100,7 +104,7 @@ def planned_steps(
     result: tuple[int, ...]
     for mode in "dio" if d_first or "i" in kept else "ido":
         axis = "iod".index(mode)
-        if mode in kept:
+        if mode in kept or mode in whole:
             continue
         before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
         if axis == 0:
@@ -115,7 +119,7 @@ def planned_steps(
     return tuple(steps), given
 
 
-def multiplied(steps: tuple[Step, ...], tensor: torch.Tensor, factors: TuckerFactors) -> torch.Tensor:
+def multiplied(steps: tuple[Step, ...], tensor: torch.Tensor, factors: tuple[Any, ...]) -> torch.Tensor:
     """The products that `planned_steps` has planned, of G or a multiple of it."""
     for factor, shape, batch in steps:
         if shape is not None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ..tensors.tucker import TuckerFactors
 from .axes import BESIDE, Axes, planned
 from .operations import Weight
 
@@ -67,7 +66,7 @@ def _same(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: An
 
 
 def _detach(function: Callable[..., Any], weight: Weight) -> Weight:
-    updates = [u._replace(factors=TuckerFactors(*(factor.detach() for factor in u.factors))) for u in weight.updates]
+    updates = [u._replace(factors=u.factors.map(torch.Tensor.detach)) for u in weight.updates]
     return weight._replace(tensor=weight.tensor.detach(), updates=tuple(updates))
 
 

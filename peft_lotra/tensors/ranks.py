@@ -4,34 +4,46 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, product
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 
 from .spectrum import Spectrum
-from .tucker import Ranks, parameter_count
+from .tucker import Ranks, core_count, parameter_count
 
 DEFAULT_COMPRESSION_RATIO = 0.1  # "ten times fewer parameters", as in the source
 
 
-def check_ranks(r: Any, name: str) -> int | tuple[int, int, int]:
-    """`r` as an int or a triple of ints, all positive; ValueError naming `name` otherwise."""
-    triple = (r,) * 3 if type(r) is int else tuple(r) if isinstance(r, list | tuple) else ()
-    if len(triple) != 3 or any(type(rank) is not int or rank <= 0 for rank in triple):
+def check_ranks(r: Any, name: str) -> int | Ranks:
+    """`r` as an int, or as a tuple of ranks and None for modes; ValueError naming `name` otherwise."""
+    ranks = (r,) * 3 if type(r) is int else tuple(r) if isinstance(r, list | tuple) else ()
+    if len(ranks) not in (3, 4) or any(r is not None and (type(r) is not int or r <= 0) for r in ranks):
         raise ValueError(
-            f"`{name}` should be a positive integer value, or three of them (input, output, basis), "
-            f"but the value passed is {r!r}"
+            f"`{name}` should be a positive integer value, or three of them (input, output, basis) with None for a "
+            f"whole mode, and a fourth for groups and kernel positions, but the value passed is {r!r}"
         )
-    return r if type(r) is int else triple
+    return r if type(r) is int else ranks
 
 
-def as_triple(r: int | Sequence[int]) -> Ranks:
-    """(r1, r2, r3) from one number for all modes, or from three."""
-    r1, r2, r3 = (r, r, r) if isinstance(r, int) else r
-    return r1, r2, r3
+def by_mode(r: int | Sequence[int | None]) -> Ranks:
+    """(r1, r2, r3) or (r1, r2, r3, r4) from one number for the first three modes, or from ranks by mode."""
+    ranks = (r, r, r) if isinstance(r, int) else tuple(r)
+    return ranks[:3] if len(ranks) == 4 and ranks[3] is None else ranks
+
+
+def mode_sizes(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """(n, m, n_d, K) of a tensor of shape (n, m, n_d, ...)."""
+    n, m, n_d, *positions = shape
+    return n, m, n_d, math.prod(positions)
+
+
+def clipped(ranks: Ranks, shape: Sequence[int]) -> Ranks:
+    """The ranks with None for every mode that they fill."""
+    sizes = mode_sizes(shape)
+    return by_mode([None if r is None or r >= size else r for r, size in zip(ranks, sizes, strict=False)])
 
 
 def choose_ranks(
@@ -39,6 +51,7 @@ def choose_ranks(
     fixed: Mapping[str, int | Ranks],
     r: int | Ranks | None,
     compression_ratio: float | None,
+    freeze_factors: bool = False,
 ) -> dict[str, Ranks]:
     """The ranks of every tensor, by name: `fixed` exactly, the others by `r`, or else by `compression_ratio`.
 
@@ -46,91 +59,111 @@ def choose_ranks(
         shapes: canonical shapes (n, m, n_d, ...) by parameter name.
         fixed: ranks for some of them.
         r: upper bound, clipped to the modes of each tensor.
-        compression_ratio: budget for all tensors together, those with fixed ranks included; a tenth by default.
+        compression_ratio: budget for all tensors together, those with fixed ranks included; by default a tenth, or
+            the least adapter if that is more.
+        freeze_factors: whether the cores alone count.
 
     Raises:
         ValueError: if fixed ranks are above their modes, `r` above those of every tensor, or the budget too small.
     """
-    chosen = {name: _exact(name, shapes[name], as_triple(ranks)) for name, ranks in fixed.items()}
+    chosen = {name: _exact(name, shapes[name], by_mode(ranks)) for name, ranks in fixed.items()}
     free = {name: shape for name, shape in shapes.items() if name not in chosen}
     if r is not None:
         return chosen | _clipped(free, r)
     if compression_ratio is None and not free:
         return chosen
-    return chosen | _budgeted(
-        shapes, chosen, DEFAULT_COMPRESSION_RATIO if compression_ratio is None else compression_ratio
-    )
+    return chosen | _budgeted(shapes, chosen, compression_ratio, core_count if freeze_factors else parameter_count)
 
 
 def _exact(name: str, shape: tuple[int, ...], ranks: Ranks) -> Ranks:
-    if any(rank > size for rank, size in zip(ranks, shape[:3], strict=True)):
+    sizes = mode_sizes(shape)
+    if any(rank is not None and rank > size for rank, size in zip(ranks, sizes, strict=False)):
         raise ValueError(
-            f"`rank_pattern` gives {name} the ranks {ranks}, above its modes (input, output, basis) = {shape[:3]}; "
-            "give ranks up to the modes"
+            f"`rank_pattern` gives {name} the ranks {ranks}, above its modes (input, output, basis) = {shape[:3]}"
+            f"{f' and its {sizes[3]} positions' if len(ranks) > 3 else ''}; give ranks up to the modes"
         )
-    return ranks
+    return clipped(ranks, shape)
 
 
 def _clipped(shapes: Mapping[str, tuple[int, ...]], r: int | Ranks) -> dict[str, Ranks]:
-    ranks = as_triple(r)
-    largest = [max(sizes) for sizes in zip(*(shape[:3] for shape in shapes.values()), strict=True)]
-    above = [rank > size for rank, size in zip(ranks, largest, strict=False)]
+    ranks = by_mode(r)
+    largest = [max(sizes) for sizes in zip(*map(mode_sizes, shapes.values()), strict=True)]
+    above = [rank is not None and rank > size for rank, size in zip(ranks, largest, strict=False)]
     # One number for all modes is meant to be clipped in some of them; a triple says what is wanted in each.
     if above and (all(above) if isinstance(r, int) else any(above)):
         raise ValueError(
-            f"`r`={r!r} is above the modes (input, output, basis) of every layer; the largest are {tuple(largest)}"
+            f"`r`={r!r} is above the modes (input, output, basis) of every layer; the largest are "
+            f"{tuple(largest[: len(ranks)])}"
         )
-    return {name: as_triple(list(map(min, ranks, shape[:3]))) for name, shape in shapes.items()}
+    return {name: clipped(ranks, shape) for name, shape in shapes.items()}
 
 
 def _budgeted(
-    shapes: Mapping[str, tuple[int, ...]], fixed: Mapping[str, Ranks], compression_ratio: float
+    shapes: Mapping[str, tuple[int, ...]],
+    fixed: Mapping[str, Ranks],
+    compression_ratio: float | None,
+    count: Callable[[Sequence[int], Ranks], int],
 ) -> dict[str, Ranks]:
     total = sum(map(math.prod, shapes.values()))
-    budget = int(compression_ratio * total)
-    least = sum(parameter_count(shape, fixed.get(name, (1, 1, 1))) for name, shape in shapes.items())
-    if least > budget:
-        needed = "the ranks of `rank_pattern`, and (1, 1, 1) elsewhere, need" if fixed else "rank (1, 1, 1) needs"
-        raise ValueError(
-            f"`compression_ratio`={compression_ratio} allows {budget} parameters for the {total} coefficients of "
-            f"{len(shapes)} tensors, but {needed} {least}; "
-            f"use a ratio of at least {math.ceil(1000 * least / total) / 1000}"
-        )
+    spent = sum(count(shapes[name], ranks) for name, ranks in fixed.items())
     free = {name: shape for name, shape in shapes.items() if name not in fixed}
-    spent = sum(parameter_count(shapes[name], ranks) for name, ranks in fixed.items())
-    return dict(zip(free, ranks_for_budget(list(free.values()), budget - spent), strict=True))
+    least = spent + sum(count(shape, _ranks_at(shape, 1)) for shape in free.values())
+    ratio = DEFAULT_COMPRESSION_RATIO if compression_ratio is None else compression_ratio
+    budget = int(ratio * total + 1e-6)  # 0.29 · 100 is a little less than 29
+    if least > budget and compression_ratio is None and not fixed:
+        budget = least
+    if least > budget:
+        needed = "the ranks of `rank_pattern`, and rank 1 elsewhere, need" if fixed else "rank 1 needs"
+        enough = math.ceil(1000 * least / total) / 1000
+        instead = "use lower ranks in `rank_pattern`" if enough > 1 else f"use a ratio of at least {enough}"
+        raise ValueError(
+            f"`compression_ratio`={ratio} allows {budget} parameters for the {total} coefficients of "
+            f"{len(shapes)} tensors, but {needed} {least}; {instead}"
+        )
+    return dict(zip(free, ranks_for_budget(list(free.values()), budget - spent, count=count), strict=True))
 
 
-def ranks_for_budget(shapes: Sequence[Sequence[int]], budget: int) -> list[tuple[int, int, int]]:
-    """r_k = min(r, mode size) with the largest r, one for all tensors, that fits; then r + 1 where that still fits.
+def _ranks_at(shape: Sequence[int], r: int) -> Ranks:
+    """Rank r in the modes i, o and d, but a mode whole where that takes no more numbers."""
+    choices = product(*[(None, r) if r < size else (None,) for size in mode_sizes(shape)[:3]])
+    return min(choices, key=lambda ranks: parameter_count(shape, ranks))
 
-    What is left of the budget goes to the tensors whose next rank costs least. Equal ranks, and not ranks in
-    proportion to the modes: those leave short modes (the basis, few inputs) with rank 1, where one more costs little.
+
+def ranks_for_budget(
+    shapes: Sequence[Sequence[int]],
+    budget: int,
+    ranks_at: Callable[[Sequence[int], int], Ranks] = _ranks_at,
+    count: Callable[[Sequence[int], Ranks], int] = parameter_count,
+) -> list[Ranks]:
+    """The largest r, one for all modes and tensors, that fits; then r + 1 where that still fits.
+
+    What is left of the budget goes to the tensors whose next rank costs least. A mode is whole where that takes no
+    more numbers than its rank. Equal ranks, and not ranks in proportion to the modes: those leave short modes (the
+    basis, few inputs) with rank 1, where one more costs little.
 
     Args:
         shapes: the canonical shapes (n, m, n_d, ...) of the coefficient tensors.
         budget: most numbers that the adapters of all of them may hold together.
+        ranks_at: the ranks for r, by a tensor's shape, if others are wanted; they may not cost less for a larger r.
+        count: the numbers that an adapter of given ranks has, by a tensor's shape.
 
     Raises:
-        ValueError: if rank (1, 1, 1) everywhere already exceeds the budget.
+        ValueError: if rank 1 everywhere already exceeds the budget.
     """
 
-    def ranks(shape: Sequence[int], r: int) -> Ranks:
-        return as_triple([min(r, size) for size in shape[:3]])
-
     def costs(r: int) -> list[int]:
-        return [parameter_count(shape, ranks(shape, r)) for shape in shapes]
+        return [count(shape, ranks_at(shape, r)) for shape in shapes]
 
     least = sum(costs(1))
     if least > budget:
-        raise ValueError(f"rank (1, 1, 1) everywhere needs {least} parameters, the budget is {budget}")
+        raise ValueError(f"rank 1 everywhere needs {least} parameters, the budget is {budget}")
     largest = max(chain.from_iterable(shape[:3] for shape in shapes), default=1)
     r = bisect_right(range(1, largest + 1), budget, key=lambda r: sum(costs(r)))
-    chosen, left = [ranks(shape, r) for shape in shapes], budget - sum(costs(r))
+    chosen, left = [ranks_at(shape, r) for shape in shapes], budget - sum(costs(r))
     growth = [after - before for before, after in zip(costs(r), costs(r + 1), strict=True)]
     for k in sorted(range(len(shapes)), key=growth.__getitem__):
         if growth[k] <= left:
-            chosen[k], left = ranks(shapes[k], r + 1), left - growth[k]
+            chosen[k], left = ranks_at(shapes[k], r + 1), left - growth[k]
     return chosen
 
 
@@ -142,7 +175,7 @@ def suggest_ranks(
     ‖Δ − Δ_r‖ is the error of the truncated HOSVD, known exactly for all ranks. Within a budget, an exchange rate λ
     between error and parameters, the same for all tensors, gives the ranks that minimise error² + λ · parameters; what
     then is left is spent where it helps most. The error is never above that of `compression_ratio`'s ranks at the same
-    budget. A tensor that is zero gets rank (1, 1, 1).
+    budget. A tensor that is zero gets the ranks of fewest parameters.
 
     Args:
         updates: by full parameter name, an update A_ft − A_pt in the order (n, m, n_d, ...), or its Spectrum, as from
@@ -151,7 +184,7 @@ def suggest_ranks(
         budget: instead, the number of parameters that all adapters together may have.
 
     Returns:
-        Ranks by full parameter name, for `LoTRAConfig(rank_pattern=...)`.
+        Ranks by full parameter name, for `LoTRAConfig(rank_pattern=...)`; None for a whole mode.
 
     Raises:
         ValueError, TypeError: naming the argument, if it is not as said above, or the budget is too small.
@@ -170,15 +203,19 @@ def suggest_ranks(
         for name, update in updates.items()
     }
     shapes = [spectrum.shape for spectrum in spectra.values()]
-    if budget is not None and (least := sum(parameter_count(shape, (1, 1, 1)) for shape in shapes)) > budget:
-        raise ValueError(f"`budget`={budget} is too small: rank (1, 1, 1) everywhere needs {least} parameters")
+    if budget is not None and (least := sum(parameter_count(shape, _ranks_at(shape, 1)) for shape in shapes)) > budget:
+        raise ValueError(f"`budget`={budget} is too small: rank 1 everywhere needs {least} parameters")
     fronts = list(map(_Front.of, spectra.values()))
     chosen = _within(fronts, shapes, budget) if budget is not None else [front.reaching(energy) for front in fronts]
-    return {name: tuple(front.ranks[k].tolist()) for name, front, k in zip(spectra, fronts, chosen, strict=True)}
+    ranks = [tuple(front.ranks[k].tolist()) for front, k in zip(fronts, chosen, strict=True)]
+    return {name: clipped(r, shape) for name, r, shape in zip(spectra, ranks, shapes, strict=True)}
 
 
 class _Front(NamedTuple):
-    """The ranks of one tensor that no others beat in both cost and error, from (1, 1, 1) on by growing cost."""
+    """The ranks of one tensor that no others beat in both cost and error, by growing cost.
+
+    A rank of the size of its mode stands for the whole mode, which costs nothing but the larger core.
+    """
 
     ranks: torch.Tensor  # shape: (choices, 3)
     cost: torch.Tensor  # parameters; shape: (choices,)
@@ -188,9 +225,17 @@ class _Front(NamedTuple):
     @classmethod
     def of(cls, spectrum: Spectrum) -> _Front:
         kept = spectrum.core_energy.cumsum(0).cumsum(1).cumsum(2)
-        r1, r2, r3 = torch.meshgrid(*(torch.arange(1, size + 1) for size in kept.shape), indexing="ij")
-        n, m, n_d, *trailing = spectrum.shape
-        cost = (r1 * r2 * r3 * math.prod(trailing) + n * r1 + m * r2 + n_d * r3).flatten()
+        *sizes, K = mode_sizes(spectrum.shape)
+        ranks = [torch.arange(1, length + 1) for length in kept.shape]
+        for mode, size in enumerate(sizes):
+            if kept.shape[mode] < size:  # a long mode, of which more than the product of the others keeps no more
+                ranks[mode] = torch.cat([ranks[mode], torch.tensor([size])])
+                kept = torch.cat([kept, kept.narrow(mode, -1, 1)], dim=mode)
+        r1, r2, r3 = torch.meshgrid(*ranks, indexing="ij")
+        cost = r1 * r2 * r3 * K
+        for r, size in zip((r1, r2, r3), sizes, strict=True):
+            cost = cost + size * r * (r < size)
+        cost = cost.flatten()
         error = (kept[-1, -1, -1] - kept).clamp(min=0).flatten()
         by_error = error.argsort(stable=True)
         order = by_error[cost[by_error].argsort(stable=True)]
@@ -198,8 +243,8 @@ class _Front(NamedTuple):
         better = torch.ones(len(order), dtype=torch.bool)
         better[1:] = error[order][1:] < best_before[:-1]
         order = order[better]
-        ranks = torch.stack([r1, r2, r3], dim=-1).reshape(-1, 3)
-        return cls(ranks[order], cost[order], error[order], kept[-1, -1, -1].item())
+        choices = torch.stack([r1, r2, r3], dim=-1).reshape(-1, 3)
+        return cls(choices[order], cost[order], error[order], kept[-1, -1, -1].item())
 
     def reaching(self, energy: float) -> int:
         """The cheapest choice that keeps this share of the energy, up to rounding."""
@@ -233,7 +278,7 @@ def _within(fronts: Sequence[_Front], shapes: Sequence[tuple[int, ...]], budget:
             chosen = [*chosen[:best], better[best], *chosen[best + 1 :]]
 
     total = sum(front.energy for front in fronts)
-    low, high = 1e-20 * total, total  # at the rate `high` rank (1, 1, 1) is best everywhere, which fits
+    low, high = 1e-20 * total, total  # at the rate `high` the fewest parameters are best everywhere, which fits
     for _ in range(60):
         rate = math.sqrt(low * high)
         low, high = (low, rate) if cost(at(rate)) <= budget else (rate, high)

@@ -1,115 +1,180 @@
-"""Tucker algebra on coefficient tensors A of shape (n, m, n_d, ...): modes input i, output o, basis d.
+"""Tucker algebra on coefficient tensors A of shape (n, m, n_d, ...): modes input i, output o, basis d, positions k.
 
-Trailing axes (groups, convolution kernels) are not factored; they stay in the core. Pure functions, no PEFT.
+The fourth mode is all that A has beyond: groups and kernel positions, together K entries. A mode without a factor is
+whole: its U is the identity, which nothing stores or multiplies. Pure functions, no PEFT.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import tensorly
 import torch
 from tensorly.decomposition import partial_tucker
 
-Ranks = tuple[int, int, int]  # (r1, r2, r3)
+# (r1, r2, r3), or (r1, r2, r3, r4) with a factor of the positions; None where the mode is whole.
+Ranks = tuple[int | None, ...]
 
 
 class TuckerFactors(NamedTuple):
-    """A tensor in Tucker form, G ×₁ U1 ×₂ U2 ×₃ U3."""
+    """A tensor in Tucker form, G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4; None in place of an identity.
+
+    With U4, G has exactly four axes, and the tensor's positions are one axis; without, any number of further axes.
+    """
 
     core: torch.Tensor  # shape: (r1, r2, r3, ...)
-    U1: torch.Tensor  # shape: (n, r1)
-    U2: torch.Tensor  # shape: (m, r2)
-    U3: torch.Tensor  # shape: (n_d, r3)
+    U1: torch.Tensor | None  # shape: (n, r1)
+    U2: torch.Tensor | None  # shape: (m, r2)
+    U3: torch.Tensor | None  # shape: (n_d, r3)
+    U4: torch.Tensor | None = None  # shape: (K, r4)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TuckerFactors:
+        """`function` of the core and of every factor that there is."""
+        return TuckerFactors(*[None if tensor is None else function(tensor) for tensor in self])  # type: ignore[arg-type]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The core and the factors that there are."""
+        return [tensor for tensor in self if tensor is not None]
+
+
+def mode_product(tensor: torch.Tensor, U: torch.Tensor | None, mode: int) -> torch.Tensor:
+    """tensor ×_mode U, U: (size, rank), on the axis `mode`; the tensor itself if U is the identity."""
+    return tensor if U is None else torch.tensordot(tensor, U, dims=([mode], [1])).movedim(-1, mode)
 
 
 def reconstruct(factors: TuckerFactors) -> torch.Tensor:
-    """G ×₁ U1 ×₂ U2 ×₃ U3: the dense tensor, shape (n, m, n_d, ...)."""
+    """G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4: the dense tensor, shape (n, m, n_d, ...)."""
+    core, U1, U2, U3, U4 = factors
     # The basis mode is the smallest and the input mode often the next: growing in this order keeps intermediates thin.
-    tensor = torch.einsum("abc...,dc->abd...", factors.core, factors.U3)
-    tensor = torch.einsum("abd...,ia->ibd...", tensor, factors.U1)
-    return torch.einsum("ibd...,ob->iod...", tensor, factors.U2)
+    tensor = mode_product(mode_product(mode_product(core, U4, 3), U3, 2), U1, 0)
+    return mode_product(tensor, U2, 1)
 
 
-def decompose(tensor: torch.Tensor, ranks: Sequence[int], n_iter_max: int = 50) -> TuckerFactors:
-    """argmin ‖A − G ×₁ U1 ×₂ U2 ×₃ U3‖ over factors of the given ranks: truncated HOSVD improved by HOOI.
+def with_positions(factors: TuckerFactors, positions: Sequence[int]) -> TuckerFactors:
+    """The same tensor with G ×₄ U4 as the core, whose further axes then have the sizes `positions`."""
+    core, *sides, U4 = factors
+    if U4 is None:
+        return factors
+    # 16-bit numbers are multiplied out in fp32.
+    wide = torch.promote_types(core.dtype, torch.float32)
+    core = mode_product(core.to(wide), U4.to(wide), 3).to(core.dtype)
+    return TuckerFactors(core.reshape(*core.shape[:3], *positions), *sides)
+
+
+def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> TuckerFactors:
+    """argmin ‖A − G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4‖ over factors of the given ranks: truncated HOSVD improved by HOOI.
 
     Args:
-        tensor: A, shape (n, m, n_d, ...).
-        ranks: (r1, r2, r3), each at most its mode. Where one exceeds the product of the others (and of the trailing
-            sizes) the surplus cannot help: G is zero there, and the columns of U only complete it orthonormally.
+        tensor: A, shape (n, m, n_d, ...); with a rank for the positions they are flattened.
+        ranks: each at most its mode, None for a whole mode. Where one exceeds the product of the others (and of the
+            whole modes) the surplus cannot help: G is zero there, and the columns of U only complete it orthonormally.
         n_iter_max: sweeps of HOOI after the HOSVD.
     """
+    modes = [mode for mode, r in enumerate(ranks) if r is not None]
+    given = [r for r in ranks if r is not None]
+    if 3 in modes:
+        tensor = tensor.flatten(3)
+    if not modes:
+        return TuckerFactors(tensor, None, None, None)
+    sizes = [tensor.shape[mode] for mode in modes]
     if not tensor.any():
-        eyes = (torch.eye(size, r).to(tensor) for size, r in zip(tensor.shape[:3], ranks, strict=True))
-        return TuckerFactors(tensor.new_zeros(*ranks, *tensor.shape[3:]), *eyes)
-    useful, volume = list(ranks), math.prod(tensor.shape[3:])
-    for mode in range(3):  # one pass settles it: at most one rank can exceed the product of the others
-        useful[mode] = min(useful[mode], math.prod(useful[:mode] + useful[mode + 1 :]) * volume)
+        shape = list(tensor.shape)
+        for mode, r in zip(modes, given, strict=True):
+            shape[mode] = r
+        return _placed(
+            tensor.new_zeros(shape), [torch.eye(n, r).to(tensor) for n, r in zip(sizes, given, strict=True)], modes
+        )
+    useful, volume = list(given), tensor.numel() // math.prod(sizes)
+    for k in range(len(useful)):  # one pass settles it: at most one rank can exceed the product of the others
+        useful[k] = min(useful[k], math.prod(useful[:k] + useful[k + 1 :]) * volume)
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         (core, factors), _ = partial_tucker(
-            tensor, rank=useful, modes=[0, 1, 2], n_iter_max=n_iter_max, init="svd", tol=1e-8
+            tensor, rank=useful, modes=modes, n_iter_max=n_iter_max, init="svd", tol=1e-8
         )
-    return _padded(TuckerFactors(core, *factors), ranks)
+    return _padded(_placed(core, factors, modes), ranks)
 
 
-def compress(factors: TuckerFactors, ranks: Sequence[int]) -> tuple[TuckerFactors, float]:
-    """`decompose` of G ×₁ U1 ×₂ U2 ×₃ U3 without its dense tensor, and the relative error ‖A − A_r‖ / ‖A‖.
+def compress(factors: TuckerFactors, ranks: Ranks) -> tuple[TuckerFactors, float]:
+    """`decompose` of G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 without its dense tensor, and the relative error ‖A − A_r‖ / ‖A‖.
 
-    With U_k = Q_k R_k, that of the smaller tensor G ×₁ R1 ×₂ R2 ×₃ R3, of the same norms. Ranks as in `decompose`.
+    With U_k = Q_k R_k, that of the smaller tensor G ×₁ R1 ×₂ R2 ×₃ R3 ×₄ R4, of the same norms. Ranks as in
+    `decompose`.
     """
-    (Q1, R1), (Q2, R2), (Q3, R3) = map(torch.linalg.qr, factors[1:])
-    core = reconstruct(TuckerFactors(factors.core, R1, R2, R3))
-    kept = decompose(core, [min(r, size) for r, size in zip(ranks, core.shape[:3], strict=True)])
-    error = ((core - reconstruct(kept)).norm() / core.norm()).nan_to_num().item()
-    return _padded(TuckerFactors(kept.core, Q1 @ kept.U1, Q2 @ kept.U2, Q3 @ kept.U3), ranks), error
+    core, *sides = factors
+    bases: list[torch.Tensor | None] = [None] * 4
+    for mode, (U, r) in enumerate(zip(sides, (*ranks, None)[:4], strict=True)):
+        if U is not None and r is not None:
+            bases[mode], U = torch.linalg.qr(U)
+        core = mode_product(core, U, mode)
+    kept = decompose(core, tuple([None if r is None else min(r, core.shape[k]) for k, r in enumerate(ranks)]))
+    error = ((core - reconstruct(kept).reshape(core.shape)).norm() / core.norm()).nan_to_num().item()
+    core, *sides = kept
+    sides = [U if Q is None or U is None else Q @ U for Q, U in zip(bases, sides, strict=True)]
+    return _padded(TuckerFactors(core, *sides), ranks), error
 
 
 def orthonormal(factors: TuckerFactors) -> TuckerFactors:
-    """The same tensor with orthonormal columns in every factor: U_k = Q_k R_k gives Q_k and G ×₁ R1 ×₂ R2 ×₃ R3.
+    """The same tensor with orthonormal columns in every factor: U_k = Q_k R_k gives Q_k, and R_k goes into the core.
 
     R_k has no negative diagonal: factors that are nearly orthonormal hardly move.
     """
-    sides, cores = [], []
-    for U in factors[1:]:
-        Q, R = torch.linalg.qr(U.to(torch.promote_types(U.dtype, torch.float32)))  # 16 bits have no QR
-        sign = torch.where(R.diagonal() < 0, -1, 1).to(R.dtype)
-        sides.append((Q * sign).to(U))
-        cores.append((sign[:, None] * R).to(U))
-    return TuckerFactors(reconstruct(TuckerFactors(factors.core, *cores)), *sides)
-
-
-def weighted_sum(terms: Sequence[tuple[float, TuckerFactors]]) -> TuckerFactors:
-    """Σ_j w_j · G_j ×₁ U1_j ×₂ U2_j ×₃ U3_j, exactly: a block-diagonal core and factors side by side.
-
-    Ranks add up. Where their sum exceeds the size of the mode, the factors are multiplied into the cores instead, and
-    the common factor is the identity.
-    """
-    sides, ranks = [], []
-    for mode in (1, 2, 3):
-        joint = torch.cat([factors[mode] for _, factors in terms], dim=1)
-        fits = joint.shape[1] <= joint.shape[0]
-        sides.append(joint if fits else torch.eye(len(joint)).to(joint))
-        ranks.append([factors[mode].shape[1] if fits else None for _, factors in terms])
-    core = terms[0][1].core.new_zeros(*(side.shape[1] for side in sides), *terms[0][1].core.shape[3:])
-    starts = [0, 0, 0]
-    for (weight, factors), sizes in zip(terms, zip(*ranks, strict=True), strict=True):
-        # A factor that stays beside the others is an identity on its core.
-        within = [U if r is None else torch.eye(r).to(U) for U, r in zip(factors[1:], sizes, strict=True)]
-        block = [slice(None) if r is None else slice(k, k + r) for k, r in zip(starts, sizes, strict=True)]
-        core[tuple(block)] += weight * reconstruct(TuckerFactors(factors.core, *within))
-        starts = [k + (r or 0) for k, r in zip(starts, sizes, strict=True)]
+    core, *sides = factors
+    for mode, U in enumerate(sides):
+        if U is not None:
+            Q, R = torch.linalg.qr(U.to(torch.promote_types(U.dtype, torch.float32)))  # 16 bits have no QR
+            sign = torch.where(R.diagonal() < 0, -1, 1).to(R.dtype)
+            sides[mode] = (Q * sign).to(U)
+            core = mode_product(core, (sign[:, None] * R).to(U), mode)
     return TuckerFactors(core, *sides)
 
 
-def _padded(factors: TuckerFactors, ranks: Sequence[int]) -> TuckerFactors:
+def weighted_sum(terms: Sequence[tuple[float, TuckerFactors]]) -> TuckerFactors:
+    """Σ_j w_j · G_j ×₁ U1_j ×₂ U2_j ×₃ U3_j ×₄ U4_j, exactly: a block-diagonal core and factors side by side.
+
+    Ranks add up. Where their sum reaches the size of the mode, or a term has the mode whole, the factors are
+    multiplied into the cores instead, and the mode is whole.
+    """
+    joint: list[torch.Tensor | None] = [None] * 4
+    for mode in range(4):
+        own = [factors[mode + 1] for _, factors in terms]
+        if all(U is not None for U in own):
+            side = torch.cat(own, dim=1)  # type: ignore[arg-type]
+            joint[mode] = side if side.shape[1] < side.shape[0] else None
+    # What a term's core is without the factors that stay beside the others.
+    cores = []
+    for weight, (core, *sides) in terms:
+        for mode, U in enumerate(sides):
+            core = core if joint[mode] is not None else mode_product(core, U, mode)
+        cores.append(weight * core)
+    shape = [cores[0].shape[k] if k > 3 or joint[k] is None else joint[k].shape[1] for k in range(cores[0].dim())]  # type: ignore[union-attr]
+    total, starts = cores[0].new_zeros(shape), [0] * len(shape)
+    for core in cores:
+        total[tuple([slice(start, start + size) for start, size in zip(starts, core.shape, strict=True)])] += core
+        for mode, side in enumerate(joint):
+            if side is not None:
+                starts[mode] += core.shape[mode]
+    return TuckerFactors(total, *joint)
+
+
+def _placed(core: torch.Tensor, factors: Sequence[torch.Tensor], modes: Sequence[int]) -> TuckerFactors:
+    """The factors of some modes, the others whole."""
+    sides: list[torch.Tensor | None] = [None] * 4
+    for mode, U in zip(modes, factors, strict=True):
+        sides[mode] = U
+    return TuckerFactors(core, *sides)
+
+
+def _padded(factors: TuckerFactors, ranks: Ranks) -> TuckerFactors:
     """The same tensor with ranks up to `ranks`: G is zero there, and the columns of U complete it orthonormally."""
     core, *sides = factors
-    surplus = [r - size for r, size in zip(ranks, core.shape[:3], strict=True)]
-    core = torch.nn.functional.pad(core, [0, 0] * (core.dim() - 3) + [n for s in reversed(surplus) for n in (0, s)])
-    return TuckerFactors(core, *(_completed(U, r) for U, r in zip(sides, ranks, strict=True)))
+    surplus = [0] * core.dim()
+    for mode, (r, U) in enumerate(zip(ranks, sides, strict=False)):
+        if r is not None and U is not None:
+            surplus[mode], sides[mode] = r - core.shape[mode], _completed(U, r)
+    core = torch.nn.functional.pad(core, [n for s in reversed(surplus) for n in (0, s)])
+    return TuckerFactors(core, *sides)
 
 
 def _completed(U: torch.Tensor, r: int) -> torch.Tensor:
@@ -129,16 +194,27 @@ def hosvd(tensor: torch.Tensor) -> tuple[TuckerFactors, tuple[torch.Tensor, torc
     """
     svds = [torch.linalg.svd(tensor.movedim(mode, 0).flatten(1), full_matrices=False) for mode in range(3)]
     vectors, values, _ = zip(*svds, strict=True)
-    core = torch.einsum("iod...,ia->aod...", tensor, vectors[0])
-    core = torch.einsum("aod...,ob->abd...", core, vectors[1])
-    return TuckerFactors(torch.einsum("abd...,dc->abc...", core, vectors[2]), *vectors), values
+    core = tensor
+    for mode, U in enumerate(vectors):
+        core = mode_product(core, U.mT, mode)
+    return TuckerFactors(core, *vectors), values
 
 
-def factor_shapes(shape: Sequence[int], ranks: Ranks) -> tuple[tuple[int, ...], ...]:
-    """The shapes of G, U1, U2, U3 for a tensor of shape (n, m, n_d, ...)."""
-    return ((*ranks, *shape[3:]), *((size, r) for size, r in zip(shape[:3], ranks, strict=True)))
+def factor_shapes(shape: Sequence[int], ranks: Ranks) -> tuple[tuple[int, ...] | None, ...]:
+    """The shapes of G, U1, U2, U3, U4 for a tensor of shape (n, m, n_d, ...); None where the mode is whole."""
+    ranks = (*ranks, None)[:4]
+    sizes = [*shape[:3], math.prod(shape[3:])]
+    core = [size if r is None else r for size, r in zip(sizes, ranks, strict=True)]
+    further = shape[3:] if ranks[3] is None else core[3:]
+    return ((*core[:3], *further), *(None if r is None else (n, r) for n, r in zip(sizes, ranks, strict=True)))
+
+
+def core_count(shape: Sequence[int], ranks: Ranks) -> int:
+    """The numbers of G alone."""
+    return math.prod(factor_shapes(shape, ranks)[0] or ())
 
 
 def parameter_count(shape: Sequence[int], ranks: Ranks) -> int:
-    """r1·r2·r3·(trailing sizes) + n·r1 + m·r2 + n_d·r3, for a tensor of shape (n, m, n_d, ...)."""
-    return sum(map(math.prod, factor_shapes(shape, ranks)))
+    """The numbers of G and of the factors that there are: r1·r2·r3·r4 + n·r1 + m·r2 + n_d·r3 + K·r4 without whole
+    modes, for a tensor of shape (n, m, n_d, ...)."""
+    return sum(math.prod(part) for part in factor_shapes(shape, ranks) if part is not None)

@@ -15,8 +15,7 @@ from ..placement.sharded import check_not_sharded
 from ..preserved import check_model, preserved, preserved_random_state
 from ..standin import adapted_coefficients, replaced
 
-METHODS = {"gradient": (1,), "gradient_hosvd": (0, 1, 2)}  # the modes whose factors are set
-_FACTORS = ("lotra_U1", "lotra_U2", "lotra_U3")
+METHODS = {"gradient": (1,), "gradient_hosvd": (0, 1, 2, 3)}  # the modes whose factors are set
 
 
 def initialize_lotra_weights(
@@ -42,7 +41,8 @@ def initialize_lotra_weights(
         train_step: computes losses on the new task and calls `backward()` on each; gradients add up. No optimizer
             step.
         adapter_name: an adapter that has not been trained (G = 0).
-        method: "gradient" sets U2; "gradient_hosvd" sets U1, U2, U3 from the three unfoldings.
+        method: "gradient" sets U2; "gradient_hosvd" sets every factor, each from the unfolding along its mode. Whole
+            modes have none.
         progressbar: whether to show the decompositions' progress.
 
     Directions that the gradient does not have (its unfolding has fewer than r2) are random, orthonormal to the others.
@@ -64,11 +64,15 @@ def initialize_lotra_weights(
         for name, layer in tqdm(layers.items(), desc="initialize LoTRA", disable=not progressbar):
             gradient = _averaged(gradients.pop(name), layer)
             _check_gradient(gradient, name)
+            factors = layer.factors(adapter_name)
             for mode in METHODS[method]:
-                factor = getattr(layer, _FACTORS[mode])[adapter_name]
-                vectors = _leading_vectors(gradient.movedim(mode, 0).flatten(1), factor.shape[1])
+                factor = factors[mode + 1]
+                if factor is None:  # the mode is whole
+                    continue
+                unfolded = gradient.flatten(3) if mode == 3 else gradient
+                vectors = _leading_vectors(unfolded.movedim(mode, 0).flatten(1), factor.shape[1])
                 new[factor] = vectors.to(factor)
-            for factor in layer.factors(adapter_name):
+            for factor in factors.tensors():
                 new[factor] = _shared(new.get(factor, factor.detach().clone()))
     for factor, vectors in new.items():
         factor.data.copy_(vectors)
@@ -125,7 +129,7 @@ def _gradients(
 
 def _averaged(gradient: torch.Tensor | None, layer: LoTRALayer) -> torch.Tensor:
     """The mean over all processes, on the layer's device."""
-    reference = layer.lotra_U2[next(iter(layer.lotra_U2))]
+    reference = layer.lotra_core[next(iter(layer.lotra_core))]
     if gradient is None:  # takes part in the average all the same: other processes wait for it
         gradient = torch.zeros(layer.spec.layout.canonical_shape)
     gradient = gradient.to(reference.device)

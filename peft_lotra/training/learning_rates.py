@@ -12,19 +12,20 @@ from torch import nn
 from ..layer import adapted_tensors
 from ..placement.sharded import check_not_sharded
 from ..preserved import check_model
+from ..tensors.ranks import mode_sizes
 from ..tensors.tucker import orthonormal as orthonormal_factors
 
 Multipliers = Mapping[str, float]
 
 # η/lr of each component in a layer with n inputs, m outputs and n_d basis functions; 1 if not named.
-_RULES: dict[str, Callable[[int, int, int], dict[str, float]]] = {
-    "LR-1": lambda n, m, n_d: {"U1": 1 / n, "U3": 1 / n_d},
-    "LR-2": lambda n, m, n_d: {"U1": 1 / n},
-    "LR-3": lambda n, m, n_d: {"U3": 1 / n_d},
-    "LR-4": lambda n, m, n_d: {},
-    "adam": lambda n, m, n_d: {"U1": 1 / n, "U2": 1 / m**0.5, "U3": 1 / n_d},
+_RULES: dict[str, Callable[[int, int, int, int], dict[str, float]]] = {
+    "LR-1": lambda n, m, n_d, K: {"U1": 1 / n, "U3": 1 / n_d, "U4": 1 / K},
+    "LR-2": lambda n, m, n_d, K: {"U1": 1 / n},
+    "LR-3": lambda n, m, n_d, K: {"U3": 1 / n_d},
+    "LR-4": lambda n, m, n_d, K: {},
+    "adam": lambda n, m, n_d, K: {"U1": 1 / n, "U2": 1 / m**0.5, "U3": 1 / n_d, "U4": 1 / K},
 }
-_COMPONENTS = ("core", "U1", "U2", "U3")
+_COMPONENTS = ("core", "U1", "U2", "U3", "U4")
 
 
 def create_lotra_optimizer(
@@ -39,14 +40,14 @@ def create_lotra_optimizer(
 ) -> torch.optim.Optimizer:
     """`optimizer_cls` over all trainable parameters, with the learning rates of `lotra_parameter_groups`.
 
-    With `orthonormal`, each step ends with U_k ← Q_k, G ← G ×₁ R1 ×₂ R2 ×₃ R3 for U_k = Q_k R_k. The update is the
+    With `orthonormal`, each step ends with U_k ← Q_k, G ← G ×_k R_k for every factor U_k = Q_k R_k. The update is the
     same, but entrywise steps like Adam's then meet factors of constant size. Ours.
 
     Args:
         model: an adapted model.
         optimizer_cls: any of torch's optimizers, or one of that form.
         lr, lr_rule, weight_decay: see `lotra_parameter_groups`.
-        orthonormal: whether to keep the columns of U1, U2, U3 orthonormal.
+        orthonormal: whether to keep the columns of the factors orthonormal.
         kwargs: for the optimizer.
 
     Raises:
@@ -71,7 +72,7 @@ def _orthonormalize(model: nn.Module) -> None:
     _check_whole(model)  # it may have been sharded since
     for layer in adapted_tensors(model).values():
         for name in layer.lotra_core:
-            if all(factor.requires_grad for factor in layer.factors(name)):
+            if all(factor.requires_grad for factor in layer.factors(name).tensors()):
                 layer.set_factors(name, orthonormal_factors(layer.factors(name)))
 
 
@@ -85,19 +86,19 @@ def lotra_parameter_groups(
     Args:
         model: an adapted model.
         lr: rate of the core, and of what is trained beside adapters (`modules_to_save`, biases).
-        lr_rule: multipliers of a layer with n inputs, m outputs and n_d basis functions:
+        lr_rule: multipliers of a layer with n inputs, m outputs, n_d basis functions and K kernel positions:
 
-            | rule | core | U1 | U2 | U3 |
-            |---|---|---|---|---|
-            | "LR-1" | 1 | 1/n | 1 | 1/n_d |
-            | "LR-2" | 1 | 1/n | 1 | 1 |
-            | "LR-3" | 1 | 1 | 1 | 1/n_d |
-            | "LR-4" | 1 | 1 | 1 | 1 |
-            | "adam" | 1 | 1/n | 1/√m | 1/n_d |
+            | rule | core | U1 | U2 | U3 | U4 |
+            |---|---|---|---|---|---|
+            | "LR-1" | 1 | 1/n | 1 | 1/n_d | 1/K |
+            | "LR-2" | 1 | 1/n | 1 | 1 | 1 |
+            | "LR-3" | 1 | 1 | 1 | 1/n_d | 1 |
+            | "LR-4" | 1 | 1 | 1 | 1 | 1 |
+            | "adam" | 1 | 1/n | 1/√m | 1/n_d | 1/K |
 
-            or a mapping of "core", "U1", "U2", "U3" to multipliers for every layer, 1 where none is given. One rate
-            for all (LR-4) was best in layers of up to 256 inputs; in wider ones it has to be lowered with the width,
-            which the rates of LR-2 need not (examples/learning_rates.py).
+            or a mapping of "core", "U1", "U2", "U3", "U4" to multipliers for every layer, 1 where none is given. One
+            rate for all (LR-4) was best in layers of up to 256 inputs; in wider ones it has to be lowered with the
+            width, which the rates of LR-2 need not (examples/learning_rates.py).
         weight_decay: for all groups; None leaves the optimizer's own default.
 
     Raises:
@@ -129,7 +130,7 @@ def lotra_parameter_groups(
     return list(groups.values())
 
 
-def _rule(lr_rule: str | Multipliers) -> Callable[[int, int, int], Multipliers]:
+def _rule(lr_rule: str | Multipliers) -> Callable[[int, int, int, int], Multipliers]:
     if isinstance(lr_rule, str):
         if lr_rule not in _RULES:
             raise ValueError(f"`lr_rule` should be one of {list(_RULES)} or a mapping of multipliers, got {lr_rule!r}")
@@ -138,16 +139,16 @@ def _rule(lr_rule: str | Multipliers) -> Callable[[int, int, int], Multipliers]:
         raise ValueError(f"`lr_rule` should map some of {_COMPONENTS} to multipliers, got {lr_rule!r}")
     if not all(isinstance(value, Real) and 0 < value < float("inf") for value in lr_rule.values()):
         raise ValueError(f"`lr_rule` should give positive multipliers, got {dict(lr_rule)}")
-    return lambda n, m, n_d: lr_rule
+    return lambda n, m, n_d, K: lr_rule
 
 
 def _multipliers(
-    model: nn.Module, rule: Callable[[int, int, int], Multipliers]
+    model: nn.Module, rule: Callable[[int, int, int, int], Multipliers]
 ) -> dict[nn.Parameter, tuple[str, float]]:
     """(component, multiplier) of every parameter of an adapter."""
     found = {}
     for layer in adapted_tensors(model).values():
-        multipliers = rule(*layer.spec.layout.canonical_shape[:3])
+        multipliers = rule(*mode_sizes(layer.spec.layout.canonical_shape))
         for component in _COMPONENTS:
             for parameter in getattr(layer, f"lotra_{component}").values():
                 found[parameter] = component, float(multipliers.get(component, 1))

@@ -1,0 +1,90 @@
+"""LoRA checkpoints as LoTRA adapters."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import load_peft_weights
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from ..analysis.updates import plain_targets
+from ..checkpoint import PREFIX
+from ..coefficients.registry import Descriptions
+from ..coefficients.spec import Layout
+from ..config import LoTRAConfig, Target
+from ..layer import adapted_tensors
+from ..tensors.tucker import TuckerFactors
+
+
+def adapter_from_lora(
+    base: nn.Module, path: str | os.PathLike, *, coefficients: Descriptions | None = None
+) -> PeftModel:
+    """G = lora_A with one axis for each mode, U2 = scaling · lora_B, inputs and basis whole: the same update, exactly.
+
+    LoRA on coefficients that are the weight of an nn.Linear, in a layout such as "o (i d)", is a LoTRA adapter of the
+    ranks (None, r, None). So it can be combined, swapped and served together with others, and trained on.
+    `save_as_lora` is the way back.
+
+    Args:
+        base: the KAN that the LoRA is for; wrapped as by `get_peft_model`.
+        path: directory of the LoRA adapter, on modules whose weights are coefficients of `base`.
+        coefficients: layouts of layers that are not registered, as in `LoTRAConfig(coefficients=...)`.
+
+    Raises:
+        ValueError: if it is no LoRA, has parts that are no plain pairs of matrices (DoRA, biases, embeddings), or is
+            on other modules. `base` is as it was then.
+
+    Source: ours.
+    """
+    config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"`path` {str(path)!r} has a {config.peft_type} adapter: only LoRA can be converted")
+    weights = load_peft_weights(str(path), device="cpu")
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in weights.items():
+        linear, _, side = key.removeprefix(PREFIX).rpartition(".lora_")
+        if side not in ("A.weight", "B.weight"):
+            raise ValueError(
+                f"{path} has {key}, which is no plain pair of LoRA's matrices: merge that adapter into the base "
+                "instead (`merge_and_unload`), or convert it without"
+            )
+        pairs.setdefault(linear, {})[side[0]] = value
+    known = {t.parameter: t for t in plain_targets("base", base, LoTRAConfig(r=1, coefficients=coefficients or {}))}
+    unknown = sorted(linear for linear in pairs if f"{linear}.weight" not in known)
+    if config.use_dora or unknown:
+        what = f"{unknown} are no coefficients of `base`, which has {list(known)}" if unknown else "it is a DoRA"
+        raise ValueError(f"{path} cannot be a LoTRA adapter: {what}; merge it into the base (`merge_and_unload`)")
+    factors = {}
+    for linear, pair in pairs.items():
+        target = known[f"{linear}.weight"]
+        factors[target.parameter] = _factors(target, pair["A"], pair["B"] * _scaling(config, linear, len(pair["A"])))
+    ranks = {
+        parameter: (None, None if U2 is None else U2.shape[1], None) for parameter, (_, _, U2, *_) in factors.items()
+    }
+    left_out = [target.module for name, target in known.items() if name not in factors]
+    model = get_peft_model(
+        base,
+        LoTRAConfig(rank_pattern=ranks, coefficients=coefficients or {}, exclude_modules=left_out or None),
+    )
+    for parameter, layer in adapted_tensors(model).items():
+        layer.set_factors(model.active_adapter, factors[parameter])
+    return model
+
+
+def _factors(target: Target, A: torch.Tensor, B: torch.Tensor) -> TuckerFactors:
+    layout = target.spec.layout
+    rows = Layout(layout.pattern, {**layout.sizes, "o": len(A)})  # r rows in place of the m outputs
+    core = rows.to_canonical(A)
+    if B.shape[1] >= len(B):  # a rank that fills the outputs
+        return TuckerFactors(torch.einsum("ird,or->iod", core, B), None, None, None)
+    return TuckerFactors(core, None, B, None)
+
+
+def _scaling(config: LoraConfig, linear: str, r: int) -> float:
+    pattern = config.alpha_pattern or {}
+    alpha = pattern.get(get_pattern_key(list(pattern), linear), config.lora_alpha)
+    return alpha / math.sqrt(r) if config.use_rslora else alpha / r
