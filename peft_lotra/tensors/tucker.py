@@ -138,10 +138,10 @@ def weighted_sum(terms: Sequence[tuple[float, TuckerFactors]]) -> TuckerFactors:
     """
     joint: list[torch.Tensor | None] = [None] * 4
     for mode in range(4):
-        own = [factors[mode + 1] for _, factors in terms]
-        if all(U is not None for U in own):
-            side = torch.cat(own, dim=1)  # type: ignore[arg-type]
-            joint[mode] = side if side.shape[1] < side.shape[0] else None
+        own = [U for _, factors in terms if (U := factors[mode + 1]) is not None]
+        if len(own) == len(terms):
+            beside = torch.cat(own, dim=1)
+            joint[mode] = beside if beside.shape[1] < beside.shape[0] else None
     # What a term's core is without the factors that stay beside the others.
     cores = []
     for weight, (core, *sides) in terms:
