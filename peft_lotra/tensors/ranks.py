@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, product
+from heapq import heapify, heappop, heappush
+from itertools import product
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -135,11 +136,10 @@ def ranks_for_budget(
     ranks_at: Callable[[Sequence[int], int], Ranks] = _ranks_at,
     count: Callable[[Sequence[int], Ranks], int] = parameter_count,
 ) -> list[Ranks]:
-    """The largest r, one for all modes and tensors, that fits; then r + 1 where that still fits.
+    """The largest r, one for all modes and tensors, that fits; then the lowest r is raised in turn while that fits.
 
-    What is left of the budget goes to the tensors whose next rank costs least. A mode is whole where that takes no
-    more numbers than its rank. Equal ranks, and not ranks in proportion to the modes: those leave short modes (the
-    basis, few inputs) with rank 1, where one more costs little.
+    A mode is whole where that takes no more numbers than its rank. Equal ranks, and not ranks in proportion to the
+    modes: those leave short modes (the basis, few inputs) with rank 1, where one more costs little.
 
     Args:
         shapes: the canonical shapes (n, m, n_d, ...) of the coefficient tensors.
@@ -151,20 +151,25 @@ def ranks_for_budget(
         ValueError: if rank 1 everywhere already exceeds the budget.
     """
 
-    def costs(r: int) -> list[int]:
-        return [count(shape, ranks_at(shape, r)) for shape in shapes]
+    def cost(k: int, r: int) -> int:
+        return count(shapes[k], ranks_at(shapes[k], r))
 
-    least = sum(costs(1))
+    tensors = range(len(shapes))
+    least = sum(cost(k, 1) for k in tensors)
     if least > budget:
         raise ValueError(f"rank 1 everywhere needs {least} parameters, the budget is {budget}")
-    largest = max(chain.from_iterable(shape[:3] for shape in shapes), default=1)
-    r = bisect_right(range(1, largest + 1), budget, key=lambda r: sum(costs(r)))
-    chosen, left = [ranks_at(shape, r) for shape in shapes], budget - sum(costs(r))
-    growth = [after - before for before, after in zip(costs(r), costs(r + 1), strict=True)]
-    for k in sorted(range(len(shapes)), key=growth.__getitem__):
-        if growth[k] <= left:
-            chosen[k], left = ranks_at(shapes[k], r + 1), left - growth[k]
-    return chosen
+    most = [max(shape[:3]) for shape in shapes]
+    r = bisect_right(range(1, max(most, default=1) + 1), budget, key=lambda r: sum(cost(k, r) for k in tensors))
+    chosen, left = [min(r, size) for size in most], budget - sum(cost(k, r) for k in tensors)
+    queue = [(chosen[k], cost(k, chosen[k] + 1) - cost(k, chosen[k]), k) for k in tensors if chosen[k] < most[k]]
+    heapify(queue)
+    while queue:
+        r, growth, k = heappop(queue)
+        if growth <= left:
+            chosen[k], left = r + 1, left - growth
+            if r + 1 < most[k]:
+                heappush(queue, (r + 1, cost(k, r + 2) - cost(k, r + 1), k))
+    return [ranks_at(shape, r) for shape, r in zip(shapes, chosen, strict=True)]
 
 
 def suggest_ranks(
