@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -98,6 +99,10 @@ class LoTRAModel(BaseTuner):
                 slots = {f"{PREFIX}{key}": slot for key, (_, slot) in held.items()}
                 if config._saved is not None:
                     check_weights(slots, config._saved.weights, config._saved.origin)
+                if config.bias != "none" and not trained_biases(model, adapter_name, config.bias):
+                    warnings.warn(
+                        f"`bias`={config.bias!r} has no effect: there is no bias that it means", stacklevel=2
+                    )
                 self._self_contained._copies = frozenset(key for key in slots if not is_adapter_key(key))
                 self.peft_config[adapter_name] = self._self_contained
                 refuse_checkpoints(model)
@@ -152,6 +157,13 @@ class LoTRAModel(BaseTuner):
         super().set_adapter(adapter_name, inference_mode)
         self._set_biases(not inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. Its biases stay as they are, and frozen."""
+        biases = trained_biases(self.model, adapter_name, self.peft_config[adapter_name].bias)
+        super().delete_adapter(adapter_name)
+        for bias in biases:
+            bias.parameter.requires_grad_(False)
+
     def _set_biases(self, trained: bool) -> None:
         """Train the biases of active adapters, if `trained`, and no others."""
         for name, config in self.peft_config.items():
@@ -190,6 +202,7 @@ class LoTRAModel(BaseTuner):
     ) -> nn.Module:
         self._check_merge(adapter_names, merge and safe_merge)
         allow_checkpoints(self.model)
+        self._set_biases(False)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
