@@ -76,7 +76,7 @@ def _check_target_modules(
         for name, layer in layers.items():
             found = layout_of(layer) if _entries_for(name, pattern) else None
             if found is not None:
-                how = {f"{name}.weight": {"layout": found[0], "sizes": found[1]}}
+                how = {f"{name if entry == target_modules else entry}.weight": {"layout": found[0], "sizes": found[1]}}
                 what += '; `target_modules="all-linear"` adapts every linear layer and convolution, and '
                 what += f"`coefficients={how}` makes this one known"
                 break

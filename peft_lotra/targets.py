@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft.utils.other import _get_input_embeddings_name, get_pattern_key
@@ -16,7 +17,7 @@ from .coefficients import CoefficientSpec, known_coefficients
 from .coefficients.spec import owner_of, tensor_at
 from .config import LoTRAConfig, Target, pattern_value
 from .layer import adapted_tensors
-from .linear_targets import linear_targets
+from .linear_targets import layout_of, linear_targets
 from .selection import means, select, shortened
 from .slim_layer import SlimLayer
 from .tensors.ranks import choose_ranks
@@ -74,10 +75,12 @@ def _known_targets(base: BaseModel, config: LoTRAConfig) -> list[Target]:
             for spec in known_coefficients(layer):
                 target = Target(module, spec)
                 targets[target.parameter] = target
+    registered = {target.module for target in targets.values()}
     for parameter, key in _given_parameters(base.parameters, config):
         description = config.coefficients[key]
         given = description.get("layer") if isinstance(description, Mapping) else None
-        module = _layer_of(parameter, key, layers) if given is None else given
+        own = _linear_layer_of(parameter, description, layers, registered)
+        module = (own or _layer_of(parameter, key, layers)) if given is None else given
         if module not in layers or not parameter.startswith(f"{module}." if module else ""):
             raise ValueError(
                 f"`coefficients[{key!r}]` gives the layer {module!r}, which is no module around {parameter} "
@@ -132,6 +135,18 @@ def _given_parameters(parameters: list[str], config: LoTRAConfig) -> list[tuple[
             f"{shortened(parameters)}. Is the adapter meant for another base model?"
         )
     return given
+
+
+def _linear_layer_of(
+    parameter: str, description: Any, layers: Mapping[str, nn.Module], registered: Collection[str]
+) -> str | None:
+    """The linear layer or convolution whose own matrix is described, unless it lies in a registered KAN layer."""
+    module = parameter.rpartition(".")[0]
+    sizes = description.get("sizes") if isinstance(description, Mapping) else None
+    if (sizes or {}).get("d") != 1 or module not in layers or layout_of(layers[module]) is None:
+        return None
+    parts = module.split(".")
+    return None if any(".".join(parts[:end]) in registered for end in range(1, len(parts))) else module
 
 
 def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
