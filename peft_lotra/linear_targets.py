@@ -79,11 +79,20 @@ def linear_targets(model: nn.Module, base: BaseModel, known: list[Target], confi
 
 def _matrices(layer: nn.Module, is_kan_layer: bool) -> Iterator[CoefficientSpec]:
     yield from known_matrices(layer)
-    for path, module in layer.named_modules() if is_kan_layer else [("", layer)]:
-        found = layout_of(module)
-        if found is not None:
-            description = {"layout": found[0], "sizes": found[1]}
-            yield CoefficientSpec.resolve(layer, f"{path}.weight".removeprefix("."), description)
+    for path, (layout, sizes) in _linear_layers(layer, is_kan_layer):
+        yield CoefficientSpec.resolve(layer, f"{path}weight", {"layout": layout, "sizes": sizes})
+
+
+def _linear_layers(
+    module: nn.Module, goes_on: bool, path: str = ""
+) -> Iterator[tuple[str, tuple[str, dict[str, int]]]]:
+    """The layouts of a module and, if it `goes_on`, of those in it, by where they are, without what others adapt."""
+    found = layout_of(module)
+    if found is not None:
+        yield path, found
+    for name, child in module.named_children() if goes_on else ():
+        if not isinstance(child, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            yield from _linear_layers(child, goes_on, f"{path}{name}.")
 
 
 def _closed(model: nn.Module, config: LoTRAConfig) -> set[str]:

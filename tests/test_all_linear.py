@@ -549,3 +549,11 @@ def test_a_linear_layer_inside_a_kan_layer_is_told_when_it_is_called_alone():
     model = get_peft_model(nn.Sequential(KANLinear(4, 3), FastKANLayer(3, 2)), lotra())
     with pytest.raises(RuntimeError, match="`base_linear` of a FastKANLayer holds its adapted coefficients"):
         _ = model.base_model.model[1].base_linear
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_what_others_adapt_inside_a_kan_layer_is_left_out():
+    base = nn.Sequential(OrderedDict(kan=FastKANLayer(4, 4)))
+    get_peft_model(base, LoraConfig(target_modules=["base_linear"]), adapter_name="lora adapter")
+    assert names(get_peft_model(base, lotra(), adapter_name="rest")) == ["kan.spline_linear.weight"]
