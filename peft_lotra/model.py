@@ -29,6 +29,7 @@ from .coefficients.spec import CoefficientSpec, tensor_at
 from .combination import combine_adapters, copied_modules, copy_trained
 from .config import LoTRAConfig, Target
 from .layer import LoTRALayer, adapted_tensors
+from .linear_layer import LinearLayer, is_linear
 from .mixed_batch import MixedBatch
 from .placement.offloaded import writable_tensors
 from .preserved import restored_on_error
@@ -134,7 +135,8 @@ class LoTRAModel(BaseTuner):
             layer = adapted_tensors(target).get(tensor.spec.parameter)
             is_new = layer is None
             if layer is None:
-                layer, target = _wrapped(SlimLayer if peft_config.slim else LoTRALayer, target, tensor.spec)
+                kind = LinearLayer if is_linear(target, tensor.spec) else LoTRALayer
+                layer, target = _wrapped(SlimLayer if peft_config.slim else kind, target, tensor.spec)
             layer.update_layer(
                 adapter_name,
                 tensor.ranks,

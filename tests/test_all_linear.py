@@ -22,7 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_lotra import LoTRAConfig, extract_adapter, hotswap_adapter, register_kan_layer, slim_kan
 from peft_lotra.coefficients import registry
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layer import LoTRALayer, adapted_tensors
+from peft_lotra.linear_layer import LinearLayer
 from peft_lotra.testing import dense_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -557,3 +558,33 @@ def test_what_others_adapt_inside_a_kan_layer_is_left_out():
     base = nn.Sequential(OrderedDict(kan=FastKANLayer(4, 4)))
     get_peft_model(base, LoraConfig(target_modules=["base_linear"]), adapter_name="lora adapter")
     assert names(get_peft_model(base, lotra(), adapter_name="rest")) == ["kan.spline_linear.weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("lead", [(), (6,), (2, 3)])
+def test_an_adapted_linear_layer_goes_the_short_way(lead, dtype, monkeypatch):
+    """Without a stand-in: values, first and second derivatives, several adapters, and what goes the long way."""
+    base = nn.Sequential(nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 16, bias=False)).to(dtype)
+    config = lotra(rank_pattern={"0": (3, 2, 1)})
+    model = get_peft_model(copy.deepcopy(base), config)
+    model.add_adapter("other", lotra(r=1, alpha=1.0))
+    model.base_model.set_adapter(["default", "other"])
+    assert {type(layer) for layer in adapted_tensors(model).values()} == {LinearLayer}
+    x = torch.randn(*lead, 16, dtype=dtype, requires_grad=True)
+    oracle = dense_model(base, model)
+    long_way = []
+    monkeypatch.setattr(LoTRALayer, "_run", lambda self, *args: long_way.append(self) or self.base_layer(*args[0]))
+    y, z = model(x), oracle(x)
+    assert not long_way
+    assert_different(y, base(x))
+    assert_equal(y, z)
+    inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
+    slopes = [torch.autograd.grad(out.square().sum(), inputs, create_graph=True) for out in (y, z)]
+    for a, b in zip(*slopes, strict=True):
+        assert_equal(a, b, 1e-4 if dtype is torch.float32 else None)
+    second = [torch.autograd.grad(slope[0].square().sum(), inputs) for slope in slopes]
+    for a, b in zip(*second, strict=True):
+        assert_equal(a, b, 1e-3 if dtype is torch.float32 else 1e-9)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert len(long_way) == 2
