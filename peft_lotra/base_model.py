@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -30,3 +32,12 @@ class BaseModel:
             paths = [path for path, _ in module.named_parameters(recurse=is_adapted)]
             parameters += [f"{name}.{path}" if name else path for path in paths]
         return cls(layers, parameters)
+
+
+@contextmanager
+def naming_layer(module: str, kind: str = "KAN layer") -> Iterator[None]:
+    """Errors raised inside name the layer."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{kind} {module!r}: {error}") from None

@@ -59,7 +59,7 @@ def check_weights(expected: Mapping[str, Slot], weights: Mapping[str, torch.Tens
         raise ValueError(
             f"{origin} does not belong to this adapter: it lacks {missing or 'nothing'}, and has "
             f"{unexpected or 'nothing'} beyond it. Was it made for another base model, or other `target_modules`? "
-            "Of the base model's own tensors, only those that `modules_to_save` names are loaded"
+            "Of the base model's own tensors, only those that `modules_to_save` and `bias` mean are loaded"
         )
     for key, slot in expected.items():
         check_tensor(key, weights[key], slot, origin)

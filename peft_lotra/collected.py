@@ -10,39 +10,16 @@ from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .checkpoint import CONTAINERS, Slot
-from .layer import LoTRALayer
 from .placement.sharded import any_sharded
-
-
-def adapter_slots(model: nn.Module, adapter_name: str) -> dict[str, tuple[str, Slot]]:
-    """What an adapter consists of, trained copies and token rows included: name in its file -> name in `model`, slot.
-
-    Names of a model that is not wrapped in a PeftModel have no prefix.
-    """
-    found: dict[str, tuple[str, Slot]] = {}
-    for module_name, module in model.named_modules():
-        module_name = module_name.replace("_fsdp_wrapped_module.", "")  # as in the state dict
-        if isinstance(module, LoTRALayer) and adapter_name in module.lotra_core:
-            dtype = module.dtype_in_use(adapter_name)
-            for key, factor in zip(CONTAINERS, module.factors(adapter_name), strict=True):
-                if factor is not None:
-                    name = f"{module_name}.{key}"
-                    found[name] = f"{name}.{adapter_name}", Slot(tuple(factor.shape), dtype)
-        elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
-            held = module.state_dict()
-            for key, name in module.adapter_state_dict_load_map(adapter_name).items():
-                slot = Slot(tuple(held[name].shape), held[name].dtype)
-                found[f"{module_name}.{key}"] = f"{module_name}.{name}", slot
-    return found
+from .slots import slots_of
 
 
 class Collected(dict):
     """An adapter's tensors by their names in the model, to which PEFT adds others, the base model's embeddings too."""
 
-    def __init__(self, own: Mapping[str, torch.Tensor], model: nn.Module, adapter_name: str) -> None:
+    def __init__(self, own: Mapping[str, torch.Tensor], model: nn.Module, adapter_name: str, bias: str) -> None:
         super().__init__(own)
-        self._model, self._adapter = model, adapter_name
+        self._model, self._adapter, self._bias = model, adapter_name, bias
 
     def update(self, more: Mapping[str, torch.Tensor]) -> None:  # type: ignore[override]
         """Take what belongs to the adapter; the frozen original beside a trained copy or token rows is passed over.
@@ -50,7 +27,7 @@ class Collected(dict):
         Raises:
             ValueError: for other tensors of the base model, which no adapter loads.
         """
-        names = adapter_slots(self._model, self._adapter)
+        names = slots_of(self._model, self._adapter, self._bias)
         originals = [f"{name}." for name, m in self._model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         base = sorted(key for key in more if key not in names and not key.startswith(tuple(originals)))
         if base:

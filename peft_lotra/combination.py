@@ -85,6 +85,12 @@ def _check_adapters(
     slim = {name: configs[name].slim for name in adapters}
     if len(set(slim.values())) > 1:
         raise ValueError(f"`adapters` with `slim` = {slim}: combine those that agree in it")
+    biased = [name for name in adapters if configs[name].bias != "none"]
+    if biased:
+        raise ValueError(
+            f"`adapters` {biased} have trained biases (`bias`), which one adapter of a model may have: merge it into "
+            "the model by `merge_and_unload` first, and combine others on top of that"
+        )
     shared = [owners for _, owners in copied_modules(model, adapters) if len(owners) > 1]
     if shared:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from numbers import Real
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from .checkpoint import (
     CONTAINERS,
@@ -28,19 +28,11 @@ from .checkpoint import (
 )
 from .coefficients import CoefficientSpec, Layout
 from .coefficients.spec import check_descriptions
+from .fields import BIASES, check_names, checked_mapping, named_entries
 from .patterns import INDEXED, check_expressions, name_endings
 from .registration import LOTRA
 from .tensors.ranks import by_mode, check_ranks
 from .tensors.tucker import Ranks, factor_shapes
-
-# Fields that are lists: of what, whether one entry may stand alone, and how errors say it.
-_NAMES = (
-    ("target_modules", str, True, "names of modules, or a regular expression"),
-    ("exclude_modules", str, True, "names of modules, or a regular expression"),
-    ("modules_to_save", str, False, "names of modules"),
-    ("layers_pattern", str, True, "names, or one name"),
-    ("layers_to_transform", int, True, "indices of layers, or one index"),
-)
 
 
 @dataclass(frozen=True)
@@ -78,8 +70,10 @@ class LoTRAConfig(PeftConfig):
         alpha: factor on the update. Unlike LoRA's `lora_alpha`, it is not divided by the rank. With 0 there is no
             update, and a warning.
         target_modules: KAN layers to adapt: names or name endings, or a regular expression on the full name. None
-            means every KAN layer that is known, by `register_kan_layer` or by `coefficients`.
-        exclude_modules: KAN layers to leave out, in the same form.
+            means every KAN layer that is known, by `register_kan_layer` or by `coefficients`. "all-linear" means
+            these and every other matrix and convolution kernel, in KAN layers or not, but for the output layer of a
+            model of transformers; see `peft_lotra.linear_targets`.
+        exclude_modules: layers to leave out, in the same form.
         layers_to_transform: adapt only layers with these indices (the first number in the module's name), all
             of which there must be.
         layers_pattern: the name before that number, if the first one is not meant.
@@ -96,6 +90,10 @@ class LoTRAConfig(PeftConfig):
             `sizes` (of flattened axes), `slice` (the part of a packed parameter), `scale` and `scale_layout` (a factor
             before the contraction), and `layer` (the module whose forward uses the parameter, if the key does not
             tell).
+        bias: which biases are trained and saved with the adapter: "none"; "lotra_only": those of adapted layers, with
+            the vectors of normalisations in them; "all": these and all others of the model. They are the model's own
+            tensors, as with LoRA: one adapter of a model may have them, and they stay as trained where the adapter is
+            disabled, unloaded or deleted.
         allow_unread: whether a forward pass of an adapted layer may go by without using its coefficients, as in a
             layer with branches; otherwise that is an error, since the adapter would have no effect.
         freeze_factors: train the core G alone, on factors that stay as they start: orthonormal at random, or as
@@ -125,6 +123,7 @@ class LoTRAConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     coefficients: Mapping[str, Any] = field(default_factory=dict)
+    bias: str = "none"
     allow_unread: bool = False
     freeze_factors: bool = False
     init_weights: bool = True
@@ -144,7 +143,7 @@ class LoTRAConfig(PeftConfig):
         self._copies: frozenset[str] = frozenset()  # of it, names of trained copies of modules, and of token rows
         self._saved: SavedAdapter | None = None  # the adapter file that the config was read with
         self._file: str | None = None  # the config's own file then
-        self._check_names()
+        check_names(self)
         if self.r is not None and self.compression_ratio is not None:
             raise ValueError(
                 f"give `r` or `compression_ratio`, not both: got r={self.r!r}, "
@@ -158,14 +157,14 @@ class LoTRAConfig(PeftConfig):
             raise ValueError(
                 f"`compression_ratio` should be a number in (0, 1] but the value passed is {self.compression_ratio!r}"
             )
-        for name, alpha in {"alpha": self.alpha, **_named("alpha_pattern", self.alpha_pattern)}.items():
+        for name, alpha in {"alpha": self.alpha, **named_entries("alpha_pattern", self.alpha_pattern)}.items():
             if not isinstance(alpha, Real) or isinstance(alpha, bool) or not math.isfinite(alpha):
                 raise ValueError(f"`{name}` should be a finite number but the value passed is {alpha!r}")
         self.rank_pattern = {
             key: {path: check_ranks(r, f"rank_pattern[{key!r}][{path!r}]") for path, r in ranks.items()}
             if isinstance(ranks, Mapping)
             else check_ranks(ranks, f"rank_pattern[{key!r}]")
-            for key, ranks in _checked_mapping("rank_pattern", self.rank_pattern).items()
+            for key, ranks in checked_mapping("rank_pattern", self.rank_pattern).items()
         }
         check_descriptions(self.coefficients)
         for name in ("target_modules", "exclude_modules"):
@@ -177,29 +176,21 @@ class LoTRAConfig(PeftConfig):
         given = self.layers_pattern or []
         check_expressions("layers_pattern", [given] if isinstance(given, str) else given, INDEXED)
         for name in ("layers_to_transform", "layers_pattern"):
-            if getattr(self, name) is not None and isinstance(self.target_modules, str):
+            regular_expression = isinstance(self.target_modules, str) and not self.is_all_linear
+            if getattr(self, name) is not None and regular_expression:
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str (regular expression)")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if self.bias not in BIASES:
+            raise ValueError(f"`bias` should be one of {BIASES} but the value passed is {self.bias!r}")
         for name in ("allow_unread", "freeze_factors", "init_weights", "slim", "inference_mode"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` should be True or False but the value passed is {getattr(self, name)!r}")
 
-    def _check_names(self) -> None:
-        """Raise TypeError unless the fields that name modules, layers and tokens hold names and whole numbers."""
-        for name, kind, alone, what in _NAMES:
-            value = getattr(self, name)
-            if value is not None and not (alone and type(value) is kind) and not _is_list_of(kind, value):
-                raise TypeError(f"`{name}` should be a list of {what}, but the value passed is {value!r}")
-        tokens = self.trainable_token_indices
-        rows = tokens.values() if isinstance(tokens, Mapping) else [[] if tokens is None else tokens]
-        if not all(_is_list_of(int, indices) for indices in rows):
-            raise TypeError(
-                "`trainable_token_indices` should be a list of indices, or one for each name of an embedding, but the "
-                f"value passed is {tokens!r}"
-            )
-        if not isinstance(self.digest, str | None):
-            raise TypeError(f"`digest` should be a str but the value passed is {self.digest!r}: leave it out")
+    @property
+    def is_all_linear(self) -> bool:
+        """Whether `target_modules` means every matrix and convolution kernel; upper and lower case are the same."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, with sets as sorted lists: a saved config does not depend on the hash seed."""
@@ -287,7 +278,8 @@ class LoTRAConfig(PeftConfig):
         """What the config says of the tensors of its adapter."""
         fields = ("alpha", "alpha_pattern", "coefficients", "rank_pattern", "slim", "modules_to_save")
         said = self.to_dict()
-        return {name: said[name] for name in (*fields, "trainable_token_indices")}
+        biases = {} if self.bias == "none" else {"bias": self.bias}
+        return {name: said[name] for name in (*fields, "trainable_token_indices")} | biases
 
     def self_contained(self, targets: list[Target]) -> LoTRAConfig:
         """A copy that names every target with its layout, ranks and scaling, so that it needs no registry to load."""
@@ -361,7 +353,7 @@ class LoTRAConfig(PeftConfig):
                 return []
             targets.append(Target(module, spec, by_mode(ranks)))
         named = []
-        for module, group in _by_module(sorted(targets, key=lambda target: (target.module, target.spec.parameter))):
+        for module, group in _by_module(sorted(targets, key=lambda target: (target.module, target.spec.nesting))):
             named += [(module + ".base_layer" * (len(group) - 1 - depth), t) for depth, t in enumerate(group)]
         return named
 
@@ -383,23 +375,3 @@ def _by_module(targets: list[Target]) -> Iterator[tuple[str, list[Target]]]:
 
 def _one_or_many(by_parameter: dict[str, Any]) -> Any:
     return by_parameter if len(by_parameter) > 1 else next(iter(by_parameter.values()))
-
-
-def _is_list_of(kind: type, value: Any) -> bool:
-    is_collection = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
-    return is_collection and all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in value)
-
-
-def _checked_mapping(name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise TypeError(f"`{name}` should be a mapping from names but the value passed is {value!r}")
-    return value
-
-
-def _named(name: str, value: Any) -> dict[str, Any]:
-    """The entries of a pattern, those by parameter too, as errors call them."""
-    found = {}
-    for key, entry in _checked_mapping(name, value).items():
-        for path, inner in entry.items() if isinstance(entry, Mapping) else [(None, entry)]:
-            found[f"{name}[{key!r}]" + ("" if path is None else f"[{path!r}]")] = inner
-    return found

@@ -330,6 +330,12 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         """While this is entered, parameter and scale are in place, and what is written to them is kept."""
         return writable_tensors(self, [owner_of(self.get_base_layer(), path)[0] for path in self._paths])
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """As any name of the base layer: adapted, if it is that of the coefficients. PEFT's class gives the base's."""
+        value: torch.Tensor = self.__getattr__("weight")
+        return value
+
     def _stored(self, path: str) -> torch.Tensor:
         return tensor_at(self.get_base_layer(), path)
 

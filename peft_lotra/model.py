@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,17 +16,21 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from . import mixed_batch
+from .biases import trained_biases
 from .checkpoint import PREFIX, allow_checkpoints, check_weights, is_adapter_key, naming, refuse_checkpoints
-from .coefficients.spec import tensor_at
-from .collected import Collected, adapter_slots, check_whole
+from .coefficients.spec import CoefficientSpec, tensor_at
+from .collected import Collected, check_whole
 from .combination import combine_adapters, copied_modules, copy_trained
 from .config import LoTRAConfig, Target
 from .layer import LoTRALayer, adapted_tensors
+from .linear_layer import LinearLayer, is_linear
 from .mixed_batch import MixedBatch
 from .placement.offloaded import writable_tensors
 from .preserved import restored_on_error
+from .selection import is_excluded
 from .slim_layer import SlimLayer
-from .targets import HEADS, is_excluded, resolve_targets, warn_of_no_effect
+from .slots import slots_of
+from .targets import HEADS, resolve_targets, warn_of_no_effect
 from .tensors.tucker import Ranks
 
 
@@ -88,9 +93,14 @@ class LoTRAModel(BaseTuner):
         try:
             with naming(config._file), restored_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
-                slots = {f"{PREFIX}{key}": slot for key, (_, slot) in adapter_slots(model, adapter_name).items()}
+                held = slots_of(model, adapter_name, config.bias)
+                slots = {f"{PREFIX}{key}": slot for key, (_, slot) in held.items()}
                 if config._saved is not None:
                     check_weights(slots, config._saved.weights, config._saved.origin)
+                if config.bias != "none" and not trained_biases(model, adapter_name, config.bias):
+                    warnings.warn(
+                        f"`bias`={config.bias!r} has no effect: there is no bias that it means", stacklevel=2
+                    )
                 self._self_contained._copies = frozenset(key for key in slots if not is_adapter_key(key))
                 self.peft_config[adapter_name] = self._self_contained
                 refuse_checkpoints(model)
@@ -122,7 +132,8 @@ class LoTRAModel(BaseTuner):
             layer = adapted_tensors(target).get(tensor.spec.parameter)
             is_new = layer is None
             if layer is None:
-                layer = target = (SlimLayer if peft_config.slim else LoTRALayer)(target, tensor.spec)
+                kind = LinearLayer if is_linear(target, tensor.spec) else LoTRALayer
+                layer, target = _wrapped(SlimLayer if peft_config.slim else kind, target, tensor.spec)
             layer.update_layer(
                 adapter_name,
                 tensor.ranks,
@@ -141,6 +152,40 @@ class LoTRAModel(BaseTuner):
         # the base class to copy.
         setattr(parent, child_name, new_module)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters; unless `inference_mode`, they are trained, with the biases of their configs.
+
+        Raises:
+            ValueError: if there is none of a name; nothing is changed then.
+        """
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            self.peft_config[name]  # raises if there is none
+        super().set_adapter(adapter_name, inference_mode)
+        self._set_biases(not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter. Its biases stay as they are, and frozen."""
+        biases = trained_biases(self.model, adapter_name, self.peft_config[adapter_name].bias)
+        super().delete_adapter(adapter_name)
+        for bias in biases:
+            bias.parameter.requires_grad_(False)
+
+    def _set_biases(self, trained: bool) -> None:
+        """Train the biases of active adapters, if `trained`, and no others."""
+        for name, config in self.peft_config.items():
+            for bias in trained_biases(self.model, name, config.bias):
+                bias.parameter.requires_grad_(trained and name in self.active_adapters)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        # The base class knows other biases, and trains them also where an adapter is loaded for inference.
+        configs = self.peft_config
+        try:
+            self.peft_config = dict.fromkeys(configs)
+            super()._mark_only_adapters_as_trainable(model)
+        finally:
+            self.peft_config = configs
+        self._set_biases(not any(configs[name].inference_mode for name in self.active_adapters))
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # The base class makes new, trainable parameters where it casts; frozen adapters stay frozen here.
         layers = adapted_tensors(self.model, adapter_name).values()
@@ -148,16 +193,6 @@ class LoTRAModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer, requires_grad in zip(layers, trainable, strict=True):
             layer.set_requires_grad(adapter_name, requires_grad)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters the active ones, with the arguments of PEFT's base class.
-
-        Raises:
-            ValueError: if there is none of a name; nothing is changed then.
-        """
-        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
-            self.peft_config[name]  # raises if there is none
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the coefficients and keep them; with `safe_merge`, all layers are checked first."""
@@ -173,6 +208,7 @@ class LoTRAModel(BaseTuner):
     ) -> nn.Module:
         self._check_merge(adapter_names, merge and safe_merge)
         allow_checkpoints(self.model)
+        self._set_biases(False)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
@@ -289,24 +325,45 @@ class LoTRAModel(BaseTuner):
         state_dict: dict[str, torch.Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
-        own = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         assert isinstance(config, LoTRAConfig)
-        tensors = {key: state_dict.get(name) for key, (name, _) in adapter_slots(model, adapter_name).items()}
+        slots = slots_of(model, adapter_name, config.bias)
+        tensors = {key: state_dict.get(name) for key, (name, _) in slots.items()}
         config._written = {PREFIX + key.removeprefix(PREFIX): t for key, t in tensors.items() if t is not None}
         # Of a gathered state dict, other processes than the first have nothing, and write nothing.
         if state_dict or not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             config.check_written(adapter_name)
         check_whole(config._written.values(), adapter_name)
-        return Collected(own, model, adapter_name)
+        # PEFT adds trained copies and token rows itself, and takes the adapter's name off the others.
+        biases = {entry.saved for entry in trained_biases(model, adapter_name, config.bias)}
+        named = {f"{key}.{adapter_name}" if is_adapter_key(key) else key: t for key, t in tensors.items()}
+        own = {key: t for key, t in named.items() if t is not None and (is_adapter_key(key) or key in biases)}
+        return Collected(own, model, adapter_name, config.bias)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Other tensors have none, and their modules may be called like an adapter.
+        return super()._remove_adapter_name_from_key(key, adapter_name) if is_adapter_key(key) else key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        slots = dict(adapter_slots(model, adapter_name).values())
-        check_weights(slots, remapped, f"the state dict for the adapter {adapter_name!r}")
+        assert isinstance(config, LoTRAConfig)
+        slots = slots_of(model, adapter_name, config.bias)
+        names = {key: name for key, (name, _) in slots.items()}
+        names |= {f"{PREFIX}{key}": name for key, name in names.items()}  # for a model without a PeftModel around it
+        remapped = {names.get(key, key): tensor for key, tensor in state_dict.items()}
+        check_weights(dict(slots.values()), remapped, f"the state dict for the adapter {adapter_name!r}")
         return remapped
+
+
+def _wrapped(kind: type[LoTRALayer], module: nn.Module, spec: CoefficientSpec) -> tuple[LoTRALayer, nn.Module]:
+    """A new layer for one tensor of a module, at its place among those that there are, and the outermost of them."""
+    if isinstance(module, LoTRALayer) and module.spec.nesting > spec.nesting:
+        layer, module.base_layer = _wrapped(kind, module.base_layer, spec)
+        return layer, module
+    layer = kind(module, spec)
+    return layer, layer
 
 
 def _check_name(adapter_name: str) -> None:

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import _get_input_embeddings_name, get_pattern_key
 from torch import nn
 
-from .base_model import BaseModel
+from .base_model import BaseModel, naming_layer
 from .checkpoint import CONTAINERS
-from .coefficients import CoefficientSpec, known_coefficients, registered_kan_layers
-from .coefficients.registry import qualified_name
+from .coefficients import CoefficientSpec, known_coefficients
 from .coefficients.spec import owner_of, tensor_at
 from .config import LoTRAConfig, Target
 from .layer import adapted_tensors
-from .patterns import ENDING, check_expressions, entries_for, index_of, means, pattern_value
+from .linear_targets import layout_of, linear_targets
+from .patterns import ENDING, check_expressions, means, pattern_value
+from .selection import select, shortened
 from .slim_layer import SlimLayer
 from .tensors.ranks import DEFAULT_COMPRESSION_RATIO, by_mode, choose_ranks
 from .tensors.tucker import core_count, parameter_count
@@ -34,17 +32,11 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _NAMES_OF_HEADS = sum(HEADS.values(), ())
 
-_HOW_TO_DECLARE = (
-    "declare the layer with `register_kan_layer(Layer, {'<parameter>': '<layout>'})` "
-    "or `LoTRAConfig(coefficients={'<parameter>': '<layout>'})`, with a layout such as 'i o d' or 'o (i d)' "
-    "(i input, o output, d basis)"
-)
-
 
 def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
     """The coefficient tensors of `model` that `config` selects, with ranks and scaling; nothing is changed.
 
-    They come in the order of the modules, and for one module in that of their parameter paths, the order of nesting.
+    They come in the order of the modules, and for one module in the order of nesting.
 
     Args:
         model: a base model, which may have adapters already.
@@ -58,10 +50,12 @@ def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
     _check_task(model, config)
     _check_modules_to_save(config, base.layers)
     known = _known_targets(base, config)
+    if config.is_all_linear:
+        known = _in_order(base, known + linear_targets(model, base, known, config))
     if config.is_self_contained:
         selected = [target for target in known if target.parameter in config.coefficients]
     else:
-        selected = _select(base.layers, known, config)
+        selected = select(base.layers, known, config)
     _check_stored(base.layers, selected)
     _check_not_shared(model, base.layers, selected)
     targets = _with_ranks(selected, config)
@@ -73,24 +67,29 @@ def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
 
 
 def _known_targets(base: BaseModel, config: LoTRAConfig) -> list[Target]:
-    """Every coefficient tensor that is registered or given in `config.coefficients`; the latter wins."""
+    """Every coefficient tensor that is registered or given in `config.coefficients`; the latter wins.
+
+    A self-contained config means what it says on every machine, whatever is registered there.
+    """
     layers = base.layers
     targets: dict[str, Target] = {}  # by full parameter name
-    for module, layer in layers.items():
-        with _naming(module):
+    for module, layer in () if config.is_self_contained else layers.items():
+        with naming_layer(module):
             for spec in known_coefficients(layer):
                 target = Target(module, spec)
                 targets[target.parameter] = target
+    registered = {target.module for target in targets.values()}
     for parameter, key in _given_parameters(base.parameters, config):
         description = config.coefficients[key]
         given = description.get("layer") if isinstance(description, Mapping) else None
-        module = _layer_of(parameter, key, layers) if given is None else given
+        own = _linear_layer_of(parameter, description, layers, registered)
+        module = (own or _layer_of(parameter, key, layers)) if given is None else given
         if module not in layers or not parameter.startswith(f"{module}." if module else ""):
             raise ValueError(
                 f"`coefficients[{key!r}]` gives the layer {module!r}, which is no module around {parameter} "
                 "that can be adapted"
             )
-        with _naming(module):
+        with naming_layer(module):
             spec = CoefficientSpec.resolve(layers[module], parameter.removeprefix(f"{module}."), description)
         targets[parameter] = Target(module, spec)
     modules = {target.module for target in targets.values()}
@@ -107,8 +106,13 @@ def _known_targets(base: BaseModel, config: LoTRAConfig) -> list[Target]:
                 f"the KAN layer {inner} lies inside the KAN layer {outer}, and both cannot be wrapped: "
                 "give `coefficients` for one of them only"
             )
-    order = {module: position for position, module in enumerate(layers)}
-    return sorted(targets.values(), key=lambda target: (order[target.module], target.spec.parameter))
+    return _in_order(base, list(targets.values()))
+
+
+def _in_order(base: BaseModel, targets: list[Target]) -> list[Target]:
+    """In the order of the modules, and for one module in that of nesting."""
+    order = {module: position for position, module in enumerate(base.layers)}
+    return sorted(targets, key=lambda target: (order[target.module], target.spec.nesting))
 
 
 def _given_parameters(parameters: list[str], config: LoTRAConfig) -> list[tuple[str, str]]:
@@ -132,18 +136,21 @@ def _given_parameters(parameters: list[str], config: LoTRAConfig) -> list[tuple[
     if unmatched:
         raise ValueError(
             f"`coefficients` names {unmatched}, which match no parameter of this model; it has "
-            f"{_shortened(parameters)}. Is the adapter meant for another base model?"
+            f"{shortened(parameters)}. Is the adapter meant for another base model?"
         )
     return given
 
 
-@contextmanager
-def _naming(module: str) -> Iterator[None]:
-    """Errors raised inside name the layer."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"KAN layer {module!r}: {error}") from None
+def _linear_layer_of(
+    parameter: str, description: Any, layers: Mapping[str, nn.Module], registered: Collection[str]
+) -> str | None:
+    """The linear layer or convolution whose own matrix is described, unless it lies in a registered KAN layer."""
+    module = parameter.rpartition(".")[0]
+    sizes = description.get("sizes") if isinstance(description, Mapping) else None
+    if (sizes or {}).get("d") != 1 or module not in layers or layout_of(layers[module]) is None:
+        return None
+    parts = module.split(".")
+    return None if any(".".join(parts[:end]) in registered for end in range(1, len(parts))) else module
 
 
 def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
@@ -156,37 +163,6 @@ def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
     while isinstance(layers.get(module), _CONTAINERS):
         module = module.rpartition(".")[0]
     return module
-
-
-def _select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRAConfig) -> list[Target]:
-    if not known:
-        classes = dict.fromkeys(qualified_name(type(layer)) for layer in layers.values())
-        raise NoMatchingPeftModuleError(
-            f"no KAN layer found. Looked for the classes {registered_kan_layers()} and, by `coefficients`, for "
-            f"{sorted(config.coefficients) or 'nothing else'}. This model has {_shortened(list(classes))}; "
-            "let `peft_lotra.infer_coefficients(model, *sample)` find the layouts by running the model on a sample, "
-            f"and pass the result as `LoTRAConfig(coefficients=...)`; or {_HOW_TO_DECLARE}, and check it by "
-            "`peft_lotra.verify_coefficients(model, *sample, coefficients=...)`"
-        )
-    kan_layers = chosen = list(dict.fromkeys(target.module for target in known))
-    if config.target_modules is not None:
-        chosen = [module for module in kan_layers if entries_for(module, config.target_modules)]
-        _check_target_modules(config.target_modules, kan_layers, layers)
-    given_indices = config.layers_to_transform
-    wanted = [given_indices] if isinstance(given_indices, int) else given_indices
-    indices = {module: index_of(module, config.layers_pattern) for module in chosen if not is_excluded(config, module)}
-    chosen = [module for module, index in indices.items() if wanted is None or index in wanted]
-    if not chosen:
-        fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-        given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
-        raise NoMatchingPeftModuleError(f"no KAN layer is left by {given}; the model's KAN layers are {kan_layers}")
-    missing = sorted(set(wanted or ()).difference(indices.values()))
-    if missing:
-        raise NoMatchingPeftModuleError(
-            f"`layers_to_transform` names {missing}, which are indices of no KAN layer that the other fields leave; "
-            f"there are {sorted({index for index in indices.values() if index is not None})}, of {list(indices)}"
-        )
-    return [target for target in known if target.module in chosen]
 
 
 def _check_stored(layers: Mapping[str, nn.Module], targets: list[Target]) -> None:
@@ -246,7 +222,7 @@ def _check_modules_to_save(config: LoTRAConfig, layers: Mapping[str, nn.Module])
         if not added and not any(name.endswith(entry) for name in layers):
             raise ValueError(
                 f"`modules_to_save` entry {entry!r} matches no module; the model has "
-                f"{_shortened([name for name in layers if name])}"
+                f"{shortened([name for name in layers if name])}"
             )
 
 
@@ -345,33 +321,6 @@ def warn_of_no_effect(config: LoTRAConfig, targets: list[Target]) -> None:
             warnings.warn(f"`{name}` names {unknown}, of which no adapted layer has coefficients", stacklevel=2)
 
 
-def _check_target_modules(
-    target_modules: Collection[str] | str, kan_layers: list[str], layers: Mapping[str, nn.Module]
-) -> None:
-    """Raise if an entry means no KAN layer. Modules without coefficients that it means besides are passed over."""
-    entries = {target_modules} if isinstance(target_modules, str) else set(target_modules)
-    used = {entry for module in kan_layers for entry in entries_for(module, target_modules)}
-    for entry in sorted(entries - used):
-        pattern = target_modules if isinstance(target_modules, str) else [entry]
-        others = [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if entries_for(name, pattern)]
-        what = f"matches only modules without known coefficients: {others}" if others else "matches no module"
-        if entry.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            what = (
-                "means every linear layer to other methods; LoTRA adapts KAN layers, and all that are known where "
-                "`target_modules` is left out"
-            )
-        raise NoMatchingPeftModuleError(
-            f"`target_modules` entry {entry!r} {what}. The model's KAN layers are {kan_layers}; {_HOW_TO_DECLARE}"
-        )
-
-
-def is_excluded(config: LoTRAConfig, module: str) -> bool:
-    """Whether `exclude_modules` or `modules_to_save` keeps adapters off this module."""
-    if config.exclude_modules and entries_for(module, config.exclude_modules):
-        return True
-    return any(f".{name}." in f".{module}." for name in config.modules_to_save or [])
-
-
 def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
     """The targets with their ranks and alpha."""
     given = _given_by_pattern(targets, config, "rank_pattern")
@@ -400,7 +349,3 @@ def _given_by_pattern(targets: list[Target], config: LoTRAConfig, field: str) ->
         for target in targets
     }
     return {parameter: value for parameter, value in found.items() if value is not None}
-
-
-def _shortened(names: list[str], most: int = 20) -> list[str]:
-    return names if len(names) <= most else [*names[:most], f"… {len(names) - most} more"]

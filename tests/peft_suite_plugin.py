@@ -29,7 +29,7 @@ ON_LOTRA = os.environ.get("LOTRA_SUITE") != "LoRA"
 MODELS = ("MLP", "MLP2", "MLP_LayerNorm", "EmbConv1D")
 READ = {"r", "lora_alpha", "init_lora_weights", "target_modules", "exclude_modules", "modules_to_save", "task_type"}
 READ |= {"rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "inference_mode"}
-READ |= {"trainable_token_indices", "base_model_name_or_path", "revision"}
+READ |= {"trainable_token_indices", "base_model_name_or_path", "revision", "bias"}
 
 
 def is_read(fields):
@@ -58,6 +58,7 @@ class LoraConfig(LoTRAConfig):
                 fields["r"] = min(fields["r"], 3)  # their smallest model has one layer, with the modes (3, 3, 3)
             fields["rank_pattern"] = {key: min(r, 3) for key, r in fields.get("rank_pattern", {}).items()}
             fields["init_weights"] = fields.pop("init_lora_weights", True)
+            fields["bias"] = fields.get("bias", "none").replace("lora_only", "lotra_only")
         super().__init__(**fields)
 
 

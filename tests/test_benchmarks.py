@@ -80,6 +80,18 @@ def test_compiled_steps(tmp_path):
     assert row["flops"] is None
 
 
+def test_a_linear_layer(tmp_path):
+    """LoTRA of ranks (8, 8, 1) beside LoRA of rank 8: the core's numbers more, and almost none of FLOPs."""
+    short = ("--layers", "linear", "--widths", 256, "--batches", 256, "--seconds", 0, "--output-dir", tmp_path)
+    done = run(*short, "--parts", "step")
+    assert done.returncode == 0, done.stderr
+    rows = {row["method"]: row for row in json.loads((tmp_path / "step_cost.json").read_text())["rows"]}
+    lotra, lora = rows[LOTRA], rows["LoRA, target_modules"]
+    assert lotra["r"] == [8, 8, 1]
+    assert lora["trainable"] < lotra["trainable"] <= lora["trainable"] + 8 * 8 + 1
+    assert lotra["flops"] < 1.02 * lora["flops"]
+
+
 def test_growth(tmp_path):
     short = ("--layers", "chebyshev", "--widths", 16, "--batches", 16, "--seconds", 0, "--output-dir", tmp_path)
     done = run(*short, "--parts", "growth", "--r", 2, 2, 4)
@@ -95,7 +107,7 @@ def test_growth(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--layers", "linear"), "invalid choice: 'linear'"),
+        (("--layers", "dense"), "invalid choice: 'dense'"),
         (("--basis", 3), "more than 3"),
         (("--device", "abacus"), "'abacus' cannot be used"),
         (("--modes", "eager", "graphs"), "graphs need --device cuda, got 'cpu'"),

@@ -261,11 +261,14 @@ def test_heads_that_peft_names_for_a_task_may_lack():
             "['tail (MatrixKANLayer)']. The model's KAN layers are ['head', 'layers.",
         ),
         (
-            {"target_modules": "all-linear"},
-            "'all-linear' means every linear layer to other methods; LoTRA adapts KAN layers, and all that are known "
-            "where `target_modules` is left out. The model's KAN layers are ['head', ",
+            {"target_modules": ["linear"]},
+            '`target_modules="all-linear"` adapts every linear layer and convolution, and `coefficients='
+            "{'linear.weight': {'layout': 'o (i d)', 'sizes': {'d': 1}}}` makes this one known. The model's KAN",
         ),
-        ({"target_modules": ["all-linear"]}, "'all-linear' means every linear layer to other methods"),
+        (
+            {"target_modules": ["all-linear"]},
+            "'all-linear' is no name of a module; write `target_modules=\"all-linear\"`, as a str, for all linear",
+        ),
         (
             {"modules_to_save": ["linear", "nothing"]},
             "`modules_to_save` entry 'nothing' matches no module; the model has ['head', ",

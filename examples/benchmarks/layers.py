@@ -1,4 +1,4 @@
-"""The KAN layers whose training step is measured: three small ones in plain PyTorch, and pykan's own.
+"""The layers whose training step is measured: three small KAN layers in plain PyTorch, pykan's own, and nn.Linear.
 
 The first two compute what the public libraries efficient-kan and fast-kan compute, operation by operation, because it
 is the operations around the coefficients that an adapter has to get along with.
@@ -98,6 +98,8 @@ class Kind:
     parameter: str  # path of the coefficients
     axes: str  # their order, for einsum; flattened or not
     coefficients: Callable[[nn.Module], Mapping[str, Any]]  # what LoTRAConfig is told about them
+    basis: int | None = None  # n_d, where there is no choice
+    lora_target: str | None = None  # the nn.Linear that LoRA can wrap
 
 
 def _efficient_coefficients(layer: EfficientKANLayer) -> Mapping[str, Any]:
@@ -113,6 +115,7 @@ KINDS = {
         "spline_linear.weight",
         "oid",
         lambda layer: {"spline_linear.weight": {"layout": "o (i d)", "sizes": {"d": len(layer.grid)}}},
+        lora_target="spline_linear",
     ),
     "chebyshev": Kind(
         "Chebyshev",
@@ -122,4 +125,13 @@ KINDS = {
         lambda layer: {"coefficients": "i o d"},
     ),
     "pykan": Kind("pykan", _pykan_layer, "coef", "iod", lambda layer: {"coef": "i o d"}),
+    "linear": Kind(
+        "nn.Linear",
+        lambda n, m, _: nn.Linear(n, m),
+        "weight",
+        "oid",
+        lambda layer: {"weight": {"layout": "o (i d)", "sizes": {"d": 1}}},
+        basis=1,
+        lora_target="layer",
+    ),
 }

@@ -120,8 +120,8 @@ def training_methods(
     methods["dense A + Δ"] = Trained(OneLayer(dense))
     methods[LOTRA] = Trained(with_lotra(_sharing(layer), kind, r=r))
     methods[LOTRA_8] = Trained(with_lotra(_sharing(layer), kind, adapters=8, r=r))
-    if hasattr(layer, "spline_linear"):
-        methods["LoRA, target_modules"] = _lora(layer, target_modules=["spline_linear"])
+    if kind.lora_target is not None:
+        methods["LoRA, target_modules"] = _lora(layer, target_modules=[kind.lora_target])
     methods["LoRA, target_parameters"] = _lora(layer, target_modules=[], target_parameters=[kind.parameter])
     return methods
 

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/step_cost.py
     python examples/benchmarks/step_cost.py --layers fastkan --widths 512 1024 --parts step
+    python examples/benchmarks/step_cost.py --layers linear --widths 512 1024 --parts step   # as LoRA's own layers
     python examples/benchmarks/step_cost.py --device cuda --parts step --widths 512 1024 2048 4096 \\
         --batches 1024 8192 65536 --dtypes fp32 tf32 bf16 --modes eager compile graphs
 
@@ -67,7 +68,7 @@ class Case:
         self.kind, self.seconds, self.device = KINDS[kind], args.seconds, torch.device(args.device)
         self.bf16, self.mode = dtype == "bf16", mode
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-        basis = sizes.get("basis", args.basis)
+        basis = self.kind.basis or sizes.get("basis", args.basis)
         self.sizes = (width, width, basis)
         self.r = tuple(map(min, sizes.get("r", args.r), self.sizes))
         row = partial(Row, layer=kind, width=width, basis=basis, batch=batch, r=list(self.r))
@@ -191,13 +192,15 @@ def growth(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
     """What LoTRA costs beyond the frozen layer, over one size at a time, and p of the fit cost ≈ c · sizeᵖ."""
     start = {"width": args.widths[0], "basis": args.basis, "batch": min(GROWTH_BATCH, batches_of(args, kind)[0])}
     start |= {"rank": max(1, args.r[0] // 2), "adapters": 1}
+    if KINDS[kind].basis is not None:
+        del start["basis"]
     records = []
     for name, first in start.items():
         sizes, flops, seconds = [first * factor for factor in GROWTH], [], []
         for size in sizes:
             now = start | {name: size}
             r = (now["rank"], now["rank"], args.r[2])
-            case = Case(args, kind, now["width"], now["batch"], basis=now["basis"], r=r)
+            case = Case(args, kind, now["width"], now["batch"], basis=now.get("basis"), r=r)
             case.seconds /= 4  # there are many sizes
             own = case.lotra_beyond_floor(now["adapters"])
             flops.append(own[0])
@@ -272,7 +275,7 @@ def device_name(device: str) -> str:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--layers", nargs="+", choices=list(KINDS), help="default: all; pykan only if it is installed")
+    add("--layers", nargs="+", choices=list(KINDS), help="default: all KAN layers; pykan only if installed")
     add("--widths", type=positive_int, nargs="+", default=[64, 256], help="n = m; growth starts from the first")
     add("--basis", type=positive_int, default=8, help=f"basis functions n_d, more than {SPLINE_ORDER}")
     add("--batches", type=positive_int, nargs="+", default=[256], help="batch sizes; the picture has the first")
@@ -295,7 +298,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             f"argument --basis: should be more than {SPLINE_ORDER}, the order of the splines; got {args.basis}"
         )
     if args.layers is None:
-        args.layers = [kind for kind in KINDS if kind != "pykan" or importlib.util.find_spec("kan")]
+        kan_layers = [kind for kind in KINDS if KINDS[kind].basis is None]
+        args.layers = [kind for kind in kan_layers if kind != "pykan" or importlib.util.find_spec("kan")]
     elif "pykan" in args.layers and not importlib.util.find_spec("kan"):
         parser.error("argument --layers: pykan cannot be imported; pip install pykan")
     if not 0 <= args.seconds < math.inf:

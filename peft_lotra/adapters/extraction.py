@@ -12,8 +12,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..analysis.updates import updates_between
+from ..biases import trained_biases
 from ..coefficients import CoefficientSpec
-from ..coefficients.spec import parse_slice
+from ..coefficients.spec import parse_slice, tensor_at
 from ..config import LoTRAConfig, Target
 from ..layer import adapted_tensors, first_tensor
 from ..model import LoTRAModel
@@ -45,7 +46,7 @@ def extract_adapter(
     Args:
         base: the model before fine-tuning. It is wrapped and frozen, as `get_peft_model` does.
         finetuned: the same model after it; not changed.
-        config: which layers, with which ranks. Its `modules_to_save` are copied from `finetuned`.
+        config: which layers, with which ranks. Its `modules_to_save` and biases are copied from `finetuned`.
         inputs: points x that the models take, shape (N, ...), or a function from the number of the iteration to such
             points; None: no fit. Each output is to depend on its own x alone. Where a model returns several things,
             as those of transformers do, the first is its output.
@@ -66,11 +67,14 @@ def extract_adapter(
             raise ValueError(f"the update of {target.parameter} has NaN or infinity: has fine-tuning diverged?")
         if target.alpha == 0 and update.any():
             raise ValueError(f"`alpha` is 0 for {target.parameter}: no adapter of this scaling holds an update")
-    _check_the_rest(base, finetuned, list(updates), config, strict)
+    biases = trained_biases(base, "", config.bias, {target.module for target in updates})
+    _check_the_rest(base, finetuned, list(updates), {bias.plain for bias in biases}, config, strict)
     factors = {target: decompose(update, target.ranks) for target, update in updates.items()}
     names = {module: name for name, module in base.named_modules()}
     model = get_peft_model(base, config)
     fill(model, factors)
+    for bias in biases:
+        bias.parameter.data.copy_(tensor_at(finetuned, bias.plain))
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             saved = finetuned.get_submodule(names[module.original_module])
@@ -113,11 +117,11 @@ def fill(model: PeftModel, factors: dict[Target, TuckerFactors]) -> None:
 
 
 def _check_the_rest(
-    base: nn.Module, finetuned: nn.Module, targets: list[Target], config: LoTRAConfig, strict: bool
+    base: nn.Module, finetuned: nn.Module, targets: list[Target], biases: set[str], config: LoTRAConfig, strict: bool
 ) -> None:
-    """Raise, or warn, if the models differ in anything that neither the updates nor `modules_to_save` hold."""
+    """Raise, or warn, if the models differ in what neither updates nor `biases` nor `modules_to_save` hold."""
     before, after = base.state_dict(), finetuned.state_dict()
-    held = {f"{target.module}.{target.spec.scale}" for target in targets}
+    held = {f"{target.module}.{target.spec.scale}" for target in targets} | biases
     specs = {target.parameter: target.spec for target in targets}
     differing = [
         key
@@ -128,7 +132,8 @@ def _check_the_rest(
     if differing:
         message = (
             f"`base` and `finetuned` differ also in {differing}, which an adapter of the coefficients does not hold: "
-            "name modules outside the KAN layers in `modules_to_save`, and fine-tune with the rest frozen"
+            'adapt matrices too (`target_modules="all-linear"`), train biases (`bias`), name modules outside the KAN '
+            "layers in `modules_to_save`, and fine-tune with the rest frozen"
         )
         if strict:
             raise ValueError(f"{message}; with `strict=False` they stay as in `base`")

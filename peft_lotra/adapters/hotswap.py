@@ -41,7 +41,7 @@ def hotswap_adapter(
     The new adapter is for the same base and layouts, on no other layers, and of ranks up to those of the slot. What a
     smaller one does not fill becomes zero, and so does the whole update of a layer that it does not adapt; zeros get
     no gradients, so that training goes on at the new adapter's ranks (an optimizer's state is not reset). Trained
-    copies of modules (`modules_to_save`) and trained token rows are replaced too.
+    copies of modules (`modules_to_save`), trained token rows and biases are replaced too.
 
     The slot keeps its config, ranks, `alpha`, dtype, device and flags. An `alpha` of another value goes into the core,
     G ← G · alpha_new / alpha_slot, because a compiled model holds the number itself: the update is the saved one, also
@@ -202,8 +202,8 @@ def _others(
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"the new adapter has {key} of shape {shapes[0]}, {adapter_name!r} has {shapes[1]}: trained copies "
-                "(`modules_to_save`, `trainable_token_indices`) can be swapped for those of the same modules only; "
-                "use `load_adapter`"
+                "(`modules_to_save`, `trainable_token_indices`) and biases can be swapped for those of the same "
+                "modules only; use `load_adapter`"
             )
         check_tensor(key, new[key], Slot(own[key].shape, own[key].dtype), "the new adapter")
         yield own[key], new[key].to(own[key])

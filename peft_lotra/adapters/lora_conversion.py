@@ -52,6 +52,12 @@ def convert_to_lora(
             f"`rank` should be a positive integer value, a fraction of ‖Δ‖² in (0, 1] as a float, or None, but the "
             f"value passed is {rank!r}"
         )
+    bias = tuner.peft_config[adapter_name].bias
+    if bias != "none":
+        raise ValueError(
+            f"{adapter_name!r} has `bias`={bias!r}: LoRA saves biases under other names, and no vectors of "
+            "normalisations; use `merge_and_unload()` and save the dense model, or LoTRA's own checkpoint"
+        )
     layers = adapted_tensors(tuner.model, adapter_name)
     for parameter, layer in layers.items():
         obstacle = _obstacle(layer, adapter_name)

@@ -11,12 +11,15 @@ from .spec import CoefficientSpec, check_descriptions
 
 Descriptions = Mapping[str, str | Mapping[str, Any]]
 
-_REGISTRY: dict[str, Descriptions | Callable[[nn.Module], Descriptions]] = {}
+Described = Descriptions | Callable[[nn.Module], Descriptions]
+
+_REGISTRY: dict[str, tuple[Described, Described]] = {}  # coefficients and matrices
 
 
 def register_kan_layer(
     layer_class: type[nn.Module] | str,
-    coefficients: Descriptions | Callable[[nn.Module], Descriptions],
+    coefficients: Described,
+    matrices: Described | None = None,
 ) -> None:
     """Make a KAN layer class known, so that `LoTRAConfig()` finds its layers in any model.
 
@@ -29,6 +32,9 @@ def register_kan_layer(
         coefficients: maps the path of each coefficient parameter to its layout, in the form that
             `LoTRAConfig(coefficients=...)` takes: `{"coef": "i o d"}`. A function of the layer that returns such a
             mapping serves where the answer depends on the instance, such as the size of a flattened axis.
+        matrices: the layer's other weights, without a basis, in the same form with an axis d of size 1:
+            `{"base_weight": {"layout": "o (i d)", "sizes": {"d": 1}}}`. Only `target_modules="all-linear"` adapts
+            them. Linear layers and convolutions inside the layer need not be named.
 
     Raises:
         ValueError, TypeError: if an argument is none of these, or the mapping is malformed.
@@ -36,9 +42,11 @@ def register_kan_layer(
     if not isinstance(layer_class, str | type):
         raise TypeError(f"`layer_class` should be a class or its qualified name, but {layer_class!r} is passed")
     name = layer_class if isinstance(layer_class, str) else qualified_name(layer_class)
-    if not callable(coefficients):
-        check_descriptions(coefficients)
-    _REGISTRY[name] = coefficients
+    matrices = {} if matrices is None else matrices
+    for argument, described in {"coefficients": coefficients, "matrices": matrices}.items():
+        if not callable(described):
+            check_descriptions(described, argument)
+    _REGISTRY[name] = coefficients, matrices
 
 
 def registered_kan_layers() -> list[str]:
@@ -48,10 +56,20 @@ def registered_kan_layers() -> list[str]:
 
 def known_coefficients(layer: nn.Module) -> list[CoefficientSpec]:
     """The coefficient tensors of `layer` if its class, or the nearest base class, is registered; else none."""
+    return _known(layer, 0)
+
+
+def known_matrices(layer: nn.Module) -> list[CoefficientSpec]:
+    """What `layer` has besides, of its `matrices`."""
+    return _known(layer, 1)
+
+
+def _known(layer: nn.Module, which: int) -> list[CoefficientSpec]:
     for cls in type(layer).__mro__:
-        coefficients = _REGISTRY.get(qualified_name(cls))
-        if coefficients is not None:
-            descriptions = coefficients(layer) if callable(coefficients) else coefficients
+        registered = _REGISTRY.get(qualified_name(cls))
+        if registered is not None:
+            described = registered[which]
+            descriptions = described(layer) if callable(described) else described
             return [CoefficientSpec.resolve(layer, path, text) for path, text in descriptions.items()]
     return []
 
@@ -86,12 +104,24 @@ def _inkan(layer: Any) -> Descriptions:
     return {"weight": {"layout": "o (i d)", "sizes": {"d": layer.n_bases}, "slice": coefficients}}
 
 
-register_kan_layer("kan.KANLayer.KANLayer", {"coef": "i o d"})  # pykan
-register_kan_layer("efficient_kan.kan.KANLinear", _efficient_kan)
-register_kan_layer("kan_gpt.efficient_kan.model.KANLinear", _efficient_kan)  # kan_gpt, visionkan, qkan: copies of it
-register_kan_layer("VisionKAN.ekan.KANLinear", _efficient_kan)
-register_kan_layer("qkan.kan.KANLinear", _efficient_kan)
+def _convkan_base(layer: Any) -> Descriptions:
+    height, width = layer.kernel_size
+    return {"kan_layer.base_weight": {"layout": "g o (i h w d)", "sizes": {"h": height, "w": width, "d": 1}}}
+
+
+# pykan multiplies these onto every edge's functions.
+_EDGE_SCALE = {"layout": "(i d) o", "sizes": {"d": 1}}
+_BASE_WEIGHT = {"base_weight": {"layout": "o (i d)", "sizes": {"d": 1}}}
+
+register_kan_layer(  # pykan
+    "kan.KANLayer.KANLayer", {"coef": "i o d"}, {"scale_base": _EDGE_SCALE, "scale_sp": _EDGE_SCALE}
+)
+register_kan_layer("efficient_kan.kan.KANLinear", _efficient_kan, _BASE_WEIGHT)
+# Copies of it, in kan_gpt, visionkan and qkan.
+register_kan_layer("kan_gpt.efficient_kan.model.KANLinear", _efficient_kan, _BASE_WEIGHT)
+register_kan_layer("VisionKAN.ekan.KANLinear", _efficient_kan, _BASE_WEIGHT)
+register_kan_layer("qkan.kan.KANLinear", _efficient_kan, _BASE_WEIGHT)
 register_kan_layer("fastkan.fastkan.FastKANLayer", _fast_kan)
 register_kan_layer("ChebyKANLayer.ChebyKANLayer", {"cheby_coeffs": "i o d"})
-register_kan_layer("convkan.convkan_layer.ConvKAN", _convkan)
+register_kan_layer("convkan.convkan_layer.ConvKAN", _convkan, _convkan_base)
 register_kan_layer("inkan.layer.KANLayer", _inkan)

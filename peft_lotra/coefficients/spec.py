@@ -161,6 +161,11 @@ class CoefficientSpec:
         """The axes that lie on each stored axis: `(("o",), ("i", "d"))` for the layout `"o (i d)"`."""
         return tuple(map(tuple, _parse(self.layout.pattern)))
 
+    @property
+    def nesting(self) -> tuple[bool, str]:
+        """The place of this tensor's adapters among those of its module, from the inside: matrices lie innermost."""
+        return self.layout.canonical_shape[2] > 1, self.parameter
+
     @cached_property
     def scale_axes(self) -> tuple[tuple[str, ...], ...]:
         """The same of the scale."""
@@ -246,15 +251,15 @@ def check_description(description: str | Mapping[str, Any]) -> dict[str, Any]:
     return dict(description)
 
 
-def check_descriptions(coefficients: Mapping[str, Any]) -> None:
+def check_descriptions(coefficients: Mapping[str, Any], name: str = "coefficients") -> None:
     """Raise TypeError or ValueError, naming argument and key, unless every value is a description."""
     if not isinstance(coefficients, Mapping) or not all(isinstance(key, str) for key in coefficients):
-        raise TypeError(f"`coefficients` should be a mapping from names but the value passed is {coefficients!r}")
+        raise TypeError(f"`{name}` should be a mapping from names but the value passed is {coefficients!r}")
     for key, description in coefficients.items():
         try:
             check_description(description)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"`coefficients[{key!r}]`: {error}") from None
+            raise type(error)(f"`{name}[{key!r}]`: {error}") from None
 
 
 def parse_slice(text: str) -> tuple[slice, ...]:

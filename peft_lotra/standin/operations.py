@@ -91,6 +91,13 @@ def _reflected_matmul(weight: Any, x: Any) -> Contraction | None:
     return matmul(x, weight)
 
 
+def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Contraction | None:
+    if not isinstance(mat2, Weight) or (beta, alpha) != (1, 1):
+        return None
+    form = _matrix_form(1, 0, -1, 1, mat2.shape[0], True)
+    return Contraction(form, torch.matmul, mat1, input)
+
+
 @planned
 def _matrix_form(carried: int, summed: int, axis_of_y: int, axis_of_x: int, terms: int, is_linear: bool) -> Form:
     return Form(((carried, axis_of_y),), ((summed, axis_of_x),), terms, terms, is_linear)
@@ -210,6 +217,8 @@ def _as_list(dims: Any) -> list[int]:
 
 CONTRACTIONS: dict[Any, Callable[..., Contraction | None]] = {
     F.linear: linear,
+    torch.addmm: addmm,
+    torch.Tensor.addmm: addmm,
     torch.einsum: einsum,
     torch.tensordot: tensordot,
     F.embedding: embedding,

@@ -169,6 +169,8 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         result = _by_ones(first, found[1])
     if not isinstance(result, _NOT_YET) and (len(found) > 1 or not isinstance(meant, Ones)):
         call.acted = True
+        for other in found[1:]:  # of another tensor of the layer
+            _meaning(other)[1].acted = True
     if result is NotImplemented:
         if isinstance(meant, Weight) or (isinstance(meant, Product) and not meant.has_batch):
             warn(_name(function), call.owner)

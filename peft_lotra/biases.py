@@ -1,0 +1,64 @@
+"""The biases that are trained and saved with an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .layer import LoTRALayer
+
+_NORM = re.compile(r"Norm(\d[dD])?$")  # LayerNorm, BatchNorm2d, LlamaRMSNorm
+
+
+class Bias(NamedTuple):
+    """A parameter that `LoTRAConfig.bias` means, and its names: in the adapter's file, the model, the plain model."""
+
+    saved: str
+    name: str
+    plain: str
+    parameter: nn.Parameter
+
+
+def trained_biases(model: nn.Module, adapter: str, bias: str, modules: Collection[str] = ()) -> list[Bias]:
+    """What `bias` of the config of `adapter` means in `model`, but for what `modules_to_save` has wrapped.
+
+    A bias is a parameter of this name, as for LoRA. In adapted layers, the vectors of normalisations count as biases:
+    parameters of one axis in modules whose class is called so. In the file, an adapted layer has its name as if
+    there were no other adapter in the model. `modules` names layers that are yet to be adapted.
+    """
+    if bias == "none":
+        return []
+    found = {id(entry.parameter): entry for entry in _biases(model, adapter, modules, bias == "all")}
+    return list(found.values())
+
+
+def _biases(
+    module: nn.Module,
+    adapter: str,
+    modules: Collection[str],
+    takes: bool,
+    names: tuple[str, ...] = ("", "", ""),
+    within: bool = False,
+) -> Iterator[Bias]:
+    """The biases in a module; `takes` says whether they count, `within` whether it lies in an adapted layer."""
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return
+    while isinstance(module, BaseTunerLayer):
+        is_own = isinstance(module, LoTRALayer) and adapter in module.lotra_core
+        within |= is_own
+        names = f"{names[0]}base_layer." if is_own else names[0], f"{names[1]}base_layer.", names[2]
+        module = module._modules["base_layer"]  # type: ignore[assignment]
+    within |= names[2].removesuffix(".") in modules
+    takes |= within
+    is_norm = within and _NORM.search(type(module).__name__) is not None
+    for name, parameter in module.named_parameters(recurse=False) if takes else ():
+        if name == "bias" or (is_norm and parameter.dim() == 1):
+            yield Bias(names[0] + name, names[1] + name, names[2] + name, parameter)
+    for name, child in module.named_children():
+        inner = names if name == "_fsdp_wrapped_module" else tuple(f"{before}{name}." for before in names)
+        yield from _biases(child, adapter, modules, takes, inner, within)

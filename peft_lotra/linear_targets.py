@@ -1,0 +1,118 @@
+"""What "all-linear" adds to the KAN layers: matrices and convolution kernels, as coefficient tensors of n_d = 1."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from peft import TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .base_model import BaseModel, naming_layer
+from .coefficients import CoefficientSpec, known_matrices
+from .coefficients.spec import owner_of, tensor_at
+from .config import LoTRAConfig, Target
+from .layer import LoTRALayer
+
+_LAYOUTS = {
+    nn.Linear: "o (i d)",
+    Conv1D: "(i d) o",
+    nn.Conv1d: "o (i d) w",
+    nn.Conv2d: "o (i d) h w",
+    nn.Conv3d: "o (i d) t h w",
+}
+
+
+def layout_of(module: nn.Module) -> tuple[str, dict[str, int]] | None:
+    """The layout and sizes of a linear layer's or a convolution's `weight`, with one basis function; else None.
+
+    None also for the output projection in nn.MultiheadAttention, which reads the weight and never calls the module.
+    """
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return None
+    layout = next((layout for cls, layout in _LAYOUTS.items() if isinstance(module, cls)), None)
+    if layout is None:
+        return None
+    groups = getattr(module, "groups", 1)
+    if groups > 1:
+        return layout.replace("o ", "(g o) ", 1), {"d": 1, "g": groups}
+    return layout, {"d": 1}
+
+
+def linear_targets(model: nn.Module, base: BaseModel, known: list[Target], config: LoTRAConfig) -> list[Target]:
+    """Every matrix and convolution kernel of `model` that is none of the `known` tensors, as "all-linear" means it.
+
+    These are the weights of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d and transformers' Conv1D, which belong to the
+    KAN layer around them if there is one, and what KAN layers are registered with as `matrices`.
+
+    Left out are the output layer of a model of transformers, by PEFT's rule for LoRA; what another PEFT method or
+    `modules_to_save` has wrapped; and layers and weights that the model has twice, such as tied ones.
+
+    Raises:
+        ValueError, TypeError: naming the layer, if its weight cannot be adapted, as where it is quantized.
+    """
+    taken = {target.parameter for target in known}
+    kan_layers = {target.module for target in known}
+    kan_layers |= {name for name, layer in base.layers.items() if known_matrices(layer)}
+    uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    uses.update(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    closed = _closed(model, config)
+    targets = []
+    for name, layer in base.layers.items():
+        parts = name.split(".") if name else []
+        around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        if not around or closed.intersection(around) or kan_layers.intersection(around[:-1]):
+            continue
+        with naming_layer(name, "KAN layer" if name in kan_layers else "linear layer"):
+            specs = [s for s in _matrices(layer, name in kan_layers) if f"{name}.{s.parameter}" not in taken]
+        for spec in specs:
+            if uses[id(owner_of(layer, spec.parameter)[0])] <= 1 >= uses[id(tensor_at(layer, spec.parameter))]:
+                targets.append(Target(name, spec))
+    return targets
+
+
+def _matrices(layer: nn.Module, is_kan_layer: bool) -> Iterator[CoefficientSpec]:
+    yield from known_matrices(layer)
+    for path, (layout, sizes) in _linear_layers(layer, is_kan_layer):
+        yield CoefficientSpec.resolve(layer, f"{path}weight", {"layout": layout, "sizes": sizes})
+
+
+def _linear_layers(
+    module: nn.Module, goes_on: bool, path: str = ""
+) -> Iterator[tuple[str, tuple[str, dict[str, int]]]]:
+    """The layouts of a module and, if it `goes_on`, of those in it, by where they are, without what others adapt."""
+    found = layout_of(module)
+    if found is not None:
+        yield path, found
+    for name, child in module.named_children() if goes_on else ():
+        if not isinstance(child, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            yield from _linear_layers(child, goes_on, f"{path}{name}.")
+
+
+def _closed(model: nn.Module, config: LoTRAConfig) -> set[str]:
+    """Names of modules that are left out with everything in them."""
+    head = _output_layer(model, config)
+    return {
+        name
+        for name, module in model.named_modules()
+        if module is head
+        or isinstance(module, AuxiliaryTrainingWrapper)
+        or (isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRALayer))
+    }
+
+
+def _output_layer(model: nn.Module, config: LoTRAConfig) -> nn.Module | None:
+    """What PEFT leaves out for LoRA: the layer after the last hidden state, in a model of transformers itself."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    head = model.get_output_embeddings()
+    if head is None and config.task_type == TaskType.SEQ_CLS:
+        heads = [getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES]
+        return next((head for head in heads if head is not None), None)
+    return head

@@ -1,0 +1,98 @@
+"""Which of the known coefficient tensors a config selects, by the names of their modules."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+
+from .coefficients import registered_kan_layers
+from .coefficients.registry import qualified_name
+from .config import LoTRAConfig, Target
+from .linear_targets import layout_of
+from .patterns import entries_for, index_of
+
+_HOW_TO_DECLARE = (
+    "declare the layer with `register_kan_layer(Layer, {'<parameter>': '<layout>'})` "
+    "or `LoTRAConfig(coefficients={'<parameter>': '<layout>'})`, with a layout such as 'i o d' or 'o (i d)' "
+    "(i input, o output, d basis)"
+)
+
+
+def select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRAConfig) -> list[Target]:
+    """The targets that the fields of a config leave.
+
+    Raises:
+        NoMatchingPeftModuleError: if there are none, or a field means none.
+    """
+    if not known:
+        classes = dict.fromkeys(qualified_name(type(layer)) for layer in layers.values())
+        raise NoMatchingPeftModuleError(
+            f"no KAN layer found. Looked for the classes {registered_kan_layers()} and, by `coefficients`, for "
+            f"{sorted(config.coefficients) or 'nothing else'}. This model has {shortened(list(classes))}; "
+            "let `peft_lotra.infer_coefficients(model, *sample)` find the layouts by running the model on a sample, "
+            f"and pass the result as `LoTRAConfig(coefficients=...)`; or {_HOW_TO_DECLARE}, and check it by "
+            "`peft_lotra.verify_coefficients(model, *sample, coefficients=...)`"
+        )
+    kan_layers = chosen = list(dict.fromkeys(target.module for target in known))
+    if config.target_modules is not None and not config.is_all_linear:
+        chosen = [module for module in kan_layers if entries_for(module, config.target_modules)]
+        _check_target_modules(config.target_modules, kan_layers, layers)
+    given_indices = config.layers_to_transform
+    wanted = [given_indices] if isinstance(given_indices, int) else given_indices
+    indices = {module: index_of(module, config.layers_pattern) for module in chosen if not is_excluded(config, module)}
+    chosen = [module for module, index in indices.items() if wanted is None or index in wanted]
+    if not chosen:
+        fields = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+        given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
+        raise NoMatchingPeftModuleError(f"no KAN layer is left by {given}; the model's KAN layers are {kan_layers}")
+    missing = sorted(set(wanted or ()).difference(indices.values()))
+    if missing:
+        raise NoMatchingPeftModuleError(
+            f"`layers_to_transform` names {missing}, which are indices of no KAN layer that the other fields leave; "
+            f"there are {sorted({index for index in indices.values() if index is not None})}, of {list(indices)}"
+        )
+    # `exclude_modules` may mean a part of a KAN layer too, the module that holds one of its tensors.
+    left = [t for t in known if t.module in chosen and not is_excluded(config, t.parameter.rpartition(".")[0])]
+    if not left:
+        raise NoMatchingPeftModuleError(
+            f"`exclude_modules` {config.exclude_modules!r} leaves out every tensor of the layers {chosen}"
+        )
+    return left
+
+
+def _check_target_modules(
+    target_modules: Collection[str] | str, kan_layers: list[str], layers: Mapping[str, nn.Module]
+) -> None:
+    """Raise if an entry means no KAN layer. Modules without coefficients that it means besides are passed over."""
+    entries = {target_modules} if isinstance(target_modules, str) else set(target_modules)
+    used = {entry for module in kan_layers for entry in entries_for(module, target_modules)}
+    for entry in sorted(entries - used):
+        pattern = target_modules if isinstance(target_modules, str) else [entry]
+        others = [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if entries_for(name, pattern)]
+        what = f"matches only modules without known coefficients: {others}" if others else "matches no module"
+        for name, layer in layers.items():
+            found = layout_of(layer) if entries_for(name, pattern) else None
+            if found is not None:
+                how = {f"{name if entry == target_modules else entry}.weight": {"layout": found[0], "sizes": found[1]}}
+                what += '; `target_modules="all-linear"` adapts every linear layer and convolution, and '
+                what += f"`coefficients={how}` makes this one known"
+                break
+        if entry.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            what = 'is no name of a module; write `target_modules="all-linear"`, as a str, for all linear layers'
+        raise NoMatchingPeftModuleError(
+            f"`target_modules` entry {entry!r} {what}. The model's KAN layers are {kan_layers}; {_HOW_TO_DECLARE}"
+        )
+
+
+def is_excluded(config: LoTRAConfig, module: str) -> bool:
+    """Whether `exclude_modules` or `modules_to_save` keeps adapters off this module."""
+    if config.exclude_modules and entries_for(module, config.exclude_modules):
+        return True
+    return any(f".{name}." in f".{module}." for name in config.modules_to_save or [])
+
+
+def shortened(names: list[str], most: int = 20) -> list[str]:
+    return names if len(names) <= most else [*names[:most], f"… {len(names) - most} more"]
