@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import AbstractContextManager
-from functools import wraps
-from inspect import ismethod
 from typing import Any
 
 import torch
@@ -18,20 +16,17 @@ from torch.utils._pytree import tree_leaves
 from . import mixed_batch
 from .checkpoint import CONTAINERS
 from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
+from .forwarding import Forwarding
 from .mixed_batch import MixedBatch, Shares
 from .placement.draws import check_one_draw, row_sums
 from .placement.offloaded import tensors_in_place, writable_tensors
 from .placement.sharded import full_shape, full_tensor, write
-from .standin import Adapted, Update, adapted_coefficients, adapted_rows, is_sharded, replaced, traced, warn
-from .standin.reading import read_only
+from .standin import Adapted, Update, adapted_coefficients, adapted_rows, replaced, traced, warn
 from .tensors.ranks import by_mode, mode_sizes
 from .tensors.tucker import Ranks, TuckerFactors, factor_shapes, with_positions
 
-# Methods of KAN layers that rewrite coefficients, by the beginning of their names.
-_REWRITING = ("update_grid", "initialize_grid", "reset_parameters", "swap")
 
-
-class LoTRALayer(nn.Module, BaseTunerLayer):
+class LoTRALayer(Forwarding, BaseTunerLayer):
     """A_ft = A + Σ_adapters s · G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 for one coefficient tensor A of the wrapped KAN layer.
 
     G: (r1, r2, r3, ...), U1: (n, r1), U2: (m, r2), U3: (n_d, r3), kept by adapter name in `lotra_core`, `lotra_U1`,
@@ -309,32 +304,9 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
                 updates.append(self._update(name))
         return tuple(updates)
 
-    def _adapted_for_methods(self) -> AbstractContextManager[object]:
-        """While this is entered, the base layer finds A_ft where its coefficients are, also outside of forward."""
-        layer, updates = self.get_base_layer(), self._active_updates()
-        if updates and is_sharded(layer, self.spec, updates):
-            return replaced(layer, self.spec, adapted_coefficients(layer, self.spec, updates).contiguous())
-        # A regulariser needs the dense coefficients; there is nothing to warn of.
-        return Adapted(layer, self.spec, updates, quiet=True, is_zero=self._base_is_zero)
-
-    @property
-    def _base_is_zero(self) -> bool:
-        """Whether A is zero, held without memory."""
-        return False
-
-    @property
-    def _paths(self) -> list[str]:
-        return [path for path in (self.spec.parameter, self.spec.scale) if path is not None]
-
     def _writing(self) -> AbstractContextManager[None]:
         """While this is entered, parameter and scale are in place, and what is written to them is kept."""
         return writable_tensors(self, [owner_of(self.get_base_layer(), path)[0] for path in self._paths])
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """As any name of the base layer: adapted, if it is that of the coefficients. PEFT's class gives the base's."""
-        value: torch.Tensor = self.__getattr__("weight")
-        return value
 
     def _stored(self, path: str) -> torch.Tensor:
         return tensor_at(self.get_base_layer(), path)
@@ -346,51 +318,6 @@ class LoTRALayer(nn.Module, BaseTunerLayer):
         for factor in self.factors(adapter_name).tensors():
             if not factor.is_meta and device != torch.device("meta"):
                 factor.data = factor.data.to(device)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """What the base layer had when it was wrapped is set there: the wrapper's would be lost with it."""
-        if name not in self.__dict__.get("_names_of_base", ()) or hasattr(type(self), name):
-            super().__setattr__(name, value)
-        elif name in self._paths:
-            raise AttributeError(
-                f"`{name}` of a {type(self.get_base_layer()).__qualname__} is under a LoTRA adapter, whose update "
-                "belongs to the present values: call `merge_and_unload()` or `unload()` on the model first"
-            )
-        else:
-            setattr(self.base_layer, name, value)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # Private names stay here: accelerate and torch hang state on modules under such names.
-            if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
-                raise
-        value = getattr(self.base_layer, name)
-        if any(path.startswith(f"{name}.") for path in self._paths) and self._active_updates():
-            raise RuntimeError(
-                f"`{name}` of a {type(self.get_base_layer()).__qualname__} holds its adapted coefficients "
-                f"`{self.spec.parameter}`, and past the adapter it has those of the base: call the layer itself, "
-                f"adapt `{name}` instead of it, or read `base_layer.{name}` if the base is meant"
-            )
-        if name == self.spec.parameter and (updates := self._active_updates()):
-            return read_only(adapted_coefficients(self.get_base_layer(), self.spec, updates))
-        if name == self.spec.scale and self._active_updates():
-            return read_only(torch.ones_like(value))
-        if not ismethod(value):
-            return value
-
-        @wraps(value)
-        def method(*args: Any, **kwargs: Any) -> Any:
-            if name.startswith(_REWRITING):
-                raise RuntimeError(
-                    f"`{name}` would rewrite coefficients under a LoTRA adapter, whose update belongs to the old "
-                    "ones: call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt anew"
-                )
-            with self._adapted_for_methods():
-                return value(*args, **kwargs)
-
-        return method
 
     def __repr__(self) -> str:
         return f"lotra.{super().__repr__()}"
