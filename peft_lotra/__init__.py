@@ -5,6 +5,7 @@ Importing this package registers LoTRA with PEFT, for `get_peft_model`, `PeftMod
 
 from . import registration as _registration
 from .adapters.extraction import extract_adapter
+from .adapters.family import adapter_at, at_task, load_task, save_task
 from .adapters.from_lora import adapter_from_lora
 from .adapters.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from .adapters.lora_conversion import convert_to_lora, save_as_lora
@@ -29,7 +30,9 @@ __all__ = [
     "LoTRALayer",
     "LoTRAModel",
     "PerformanceWarning",
+    "adapter_at",
     "adapter_from_lora",
+    "at_task",
     "convert_to_lora",
     "create_lotra_optimizer",
     "extract_adapter",
@@ -38,10 +41,12 @@ __all__ = [
     "hotswap_adapter_from_state_dict",
     "infer_coefficients",
     "initialize_lotra_weights",
+    "load_task",
     "lotra_parameter_groups",
     "register_kan_layer",
     "registered_kan_layers",
     "save_as_lora",
+    "save_task",
     "slim_kan",
     "suggest_ranks",
     "update_spectrum",

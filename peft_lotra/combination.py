@@ -82,6 +82,9 @@ def _check_adapters(
     wrong = [w for w in weights if not isinstance(w, Real) or isinstance(w, bool) or not math.isfinite(w)]
     if wrong:
         raise ValueError(f"`weights` should be finite numbers but {wrong} is among the values passed")
+    of_families = [name for name in adapters if configs[name].family is not None]
+    if of_families:
+        raise ValueError(f"`adapters` {of_families} are for families of tasks: combine those of `adapter_at`")
     slim = {name: configs[name].slim for name in adapters}
     if len(set(slim.values())) > 1:
         raise ValueError(f"`adapters` with `slim` = {slim}: combine those that agree in it")

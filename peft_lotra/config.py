@@ -28,6 +28,7 @@ from .checkpoint import (
 )
 from .coefficients import CoefficientSpec, Layout
 from .coefficients.spec import check_descriptions
+from .families import Family
 from .fields import BIASES, check_names, checked_mapping, named_entries
 from .patterns import INDEXED, check_expressions, name_endings
 from .registration import LOTRA
@@ -43,6 +44,7 @@ class Target:
     spec: CoefficientSpec
     ranks: Ranks = (1, 1, 1)
     alpha: float = 1.0
+    terms: int = 0  # P of a family of tasks
 
     @property
     def parameter(self) -> str:
@@ -99,6 +101,12 @@ class LoTRAConfig(PeftConfig):
         freeze_factors: train the core G alone, on factors that stay as they start: orthonormal at random, or as
             `initialize_lotra_weights(method="gradient_hosvd")` sets them. They are saved with the core: what a seed
             draws and orthonormalises differs in its last bits between processors.
+        family: makes this an adapter for a whole family of tasks, Δ(task) = alpha · G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task),
+            whose core has one more axis, of size P: ranges of continuous parameters by name, as in
+            `{"lam": (1.0, 1.6)}`, or a list of names of tasks. `at_task` says which task a pass is at, `adapter_at`
+            makes an ordinary adapter for one. Ours.
+        family_degree: of the polynomials in the parameters of which c consists, in total: P = C(k + degree, degree)
+            for k parameters. For named tasks, P is their number.
         init_weights: True: G = 0, factors normal with variance 1/size; the adapted model starts equal to the base.
             False: G is random too, for tests.
         slim: A_pt = 0 without memory: the coefficient tensors are the update alone, and those of the model are lost.
@@ -126,6 +134,8 @@ class LoTRAConfig(PeftConfig):
     bias: str = "none"
     allow_unread: bool = False
     freeze_factors: bool = False
+    family: Mapping[str, Any] | list[str] | None = None
+    family_degree: int = 4
     init_weights: bool = True
     slim: bool = False
     digest: str | None = None
@@ -181,6 +191,13 @@ class LoTRAConfig(PeftConfig):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str (regular expression)")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        if self.family is not None:
+            family = Family.of(self.family, self.family_degree)
+            self.family = {name: list(bounds) for name, bounds in family.ranges.items()} or list(family.tasks)
+            if self.slim:
+                raise ValueError(
+                    f"`slim`=True with `family` {self.family!r}: a family adapts a KAN that has coefficients"
+                )
         if self.bias not in BIASES:
             raise ValueError(f"`bias` should be one of {BIASES} but the value passed is {self.bias!r}")
         for name in ("allow_unread", "freeze_factors", "init_weights", "slim", "inference_mode"):
@@ -278,8 +295,9 @@ class LoTRAConfig(PeftConfig):
         """What the config says of the tensors of its adapter."""
         fields = ("alpha", "alpha_pattern", "coefficients", "rank_pattern", "slim", "modules_to_save")
         said = self.to_dict()
-        biases = {} if self.bias == "none" else {"bias": self.bias}
-        return {name: said[name] for name in (*fields, "trainable_token_indices")} | biases
+        others = {} if self.bias == "none" else {"bias": self.bias}
+        others |= {} if self.family is None else {name: said[name] for name in ("family", "family_degree")}
+        return {name: said[name] for name in (*fields, "trainable_token_indices")} | others
 
     def self_contained(self, targets: list[Target]) -> LoTRAConfig:
         """A copy that names every target with its layout, ranks and scaling, so that it needs no registry to load."""
@@ -306,6 +324,11 @@ class LoTRAConfig(PeftConfig):
             },
             coefficients=coefficients,
         )
+
+    @property
+    def terms(self) -> int:
+        """P of a family of tasks; 0 of an adapter for one task."""
+        return 0 if self.family is None else Family.of(self.family, self.family_degree).size
 
     @property
     def is_self_contained(self) -> bool:
@@ -363,7 +386,7 @@ class LoTRAConfig(PeftConfig):
             f"{PREFIX}{name}.{container}": Slot(shape)
             for name, target in self.saved_targets()
             for container, shape in zip(
-                CONTAINERS, factor_shapes(target.spec.layout.canonical_shape, target.ranks), strict=True
+                CONTAINERS, factor_shapes(target.spec.layout.canonical_shape, target.ranks, self.terms), strict=True
             )
             if shape is not None
         }

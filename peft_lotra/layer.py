@@ -13,15 +13,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from . import mixed_batch
+from . import families, mixed_batch
 from .checkpoint import CONTAINERS
 from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from .forwarding import Forwarding
-from .mixed_batch import MixedBatch, Shares
+from .mixed_batch import MixedBatch, Shares, run_at_each
 from .placement.draws import check_one_draw, row_sums
 from .placement.offloaded import tensors_in_place, writable_tensors
 from .placement.sharded import full_shape, full_tensor, write
-from .standin import Adapted, Update, adapted_coefficients, adapted_rows, replaced, traced, warn
+from .standin import Adapted, SampleAxisUnknown, Update, adapted_coefficients, adapted_rows, replaced, traced, warn
 from .tensors.ranks import by_mode, mode_sizes
 from .tensors.tucker import Ranks, TuckerFactors, factor_shapes, with_positions
 
@@ -40,7 +40,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
     """
 
     adapter_layer_names = CONTAINERS
-    other_param_names = ("r", "alpha", "scaling", "_drawn")
+    other_param_names = ("r", "alpha", "scaling", "terms", "_drawn")
 
     def __init__(self, base_layer: nn.Module, spec: CoefficientSpec) -> None:
         super().__init__()
@@ -51,6 +51,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.r: dict[str, Ranks] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}  # alpha, unless it was rescaled
+        self.terms: dict[str, int] = {}  # P of a family of tasks; else 0
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}  # as PEFT asks for them
         self.in_features, self.out_features = spec.layout.canonical_shape[:2]
         self.merged_adapters: list[str] = []
@@ -71,6 +72,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         init_weights: bool = True,
         inference_mode: bool = False,
         freeze_factors: bool = False,
+        terms: int = 0,
     ) -> None:
         """Add an adapter of the given ranks.
 
@@ -87,7 +89,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.alpha[adapter_name] = self.scaling[adapter_name] = alpha
         self.frozen_peft_weight_names[adapter_name] = CONTAINERS[1:] if freeze_factors else ()
         coefficients = self._stored(self.spec.parameter)
-        for name, shape in zip(CONTAINERS, factor_shapes(self.spec.layout.canonical_shape, ranks), strict=True):
+        self.terms[adapter_name] = terms
+        for name, shape in zip(CONTAINERS, factor_shapes(self.spec.layout.canonical_shape, ranks, terms), strict=True):
             if shape is None:
                 continue
             # A base without memory yet, or offloaded, is no reason for an adapter without.
@@ -142,7 +145,19 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         if factors.U4 is not None:  # part of the core, for who contracts
             core, U4 = full_tensor(factors.core), full_tensor(factors.U4)
             factors = with_positions(factors._replace(core=core, U4=U4), self.spec.layout.canonical_shape[3:])
-        return Update(factors, self.scaling[adapter_name])
+        if not self.terms[adapter_name]:
+            return Update(factors, self.scaling[adapter_name])
+        c = families.current(adapter_name)
+        if c is None:
+            raise RuntimeError(
+                f"the adapter {adapter_name!r} is for a family of tasks, and this pass is at none of them: call the "
+                "model in `with at_task(model, ...)`, or make an adapter for one task by `adapter_at`"
+            )
+        core = full_tensor(factors.core)
+        c = c.to(core)
+        if c.dim() == 1:
+            return Update(factors._replace(core=core @ c), self.scaling[adapter_name])
+        return Update(factors._replace(core=core), self.scaling[adapter_name], c)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """s ← scale · alpha, if this layer has the adapter."""
@@ -244,6 +259,16 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return self._run(args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
+        own = [] if self.disable_adapters else [name for name in self._active_here() if self.terms[name]]
+        by_sample = families.per_sample(own) if own else {}
+        if not by_sample:
+            return self._run_once(args, kwargs)
+        try:
+            return self._run_once(args, kwargs)
+        except SampleAxisUnknown:
+            return run_at_each(by_sample, self._run_once, args, kwargs, self.get_base_layer())
+
+    def _run_once(self, args: Any, kwargs: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling() or self._needs_tensor:
             return self._run_eagerly(args, kwargs)
         updates = self._active_updates()
@@ -296,7 +321,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         shares = mixed_batch.current(self)
         if isinstance(shares, Shares):
             present = [(name, weights) for name, weights in shares.weights.items() if name in self.lotra_core]
-            return tuple(self._update(name)._replace(weights=weights) for name, weights in present)
+            return tuple(self._update(name).for_samples(weights) for name, weights in present)
         own: Any = self._modules["lotra_core"]
         updates, merged = [], self.merged_adapters
         for name in self.active_adapters:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from . import families
 from .standin import SampleAxisUnknown
 
 BASE = "__base__"  # the name of no adapter
@@ -149,6 +150,41 @@ def run_mixed(
         with entered(Shares(layers, {name: None})):
             results.append(run(*_batch_rows((args, kwargs), own, len(names))))
     return _joined_batch(results, list(rows.values()))
+
+
+def run_at_each(
+    weights: Mapping[str, torch.Tensor],
+    run: Callable[[Any, Any], Any],
+    args: Any,
+    kwargs: Any,
+    layer: nn.Module,
+) -> Any:
+    """A pass in which every sample is at a task of its own, as one pass on the samples of each distinct task.
+
+    Args:
+        weights: c by family adapter, shape (batch, P).
+        run: the pass, of args and kwargs.
+        layer: the base layer, for errors.
+
+    Raises:
+        ValueError: if the batch is not the first axis of what the layer takes, or gradients by the task are wanted.
+    """
+    joint = torch.cat(list(weights.values()), dim=1)
+    kind = type(layer).__qualname__
+    length = next((len(leaf) for leaf in tree_leaves((args, kwargs)) if _is_batched(leaf)), 0)
+    if length != len(joint) or joint.requires_grad:
+        what = "gradients by the tasks cannot be computed" if length == len(joint) else f"{length} rows are passed"
+        raise ValueError(
+            f"a task for each of {len(joint)} samples: a {kind} uses its coefficients so that samples cannot be told "
+            f"apart there, and {what}; call the model once for each task"
+        )
+    distinct, owner = torch.unique(joint.detach(), dim=0, return_inverse=True)
+    rows = [(owner == k).nonzero()[:, 0].tolist() for k in range(len(distinct))]
+    results = []
+    for own in rows:
+        with families.entered({name: c[own[0]] for name, c in weights.items()}):
+            results.append(run(*_batch_rows((args, kwargs), own, length)))
+    return _joined_batch(results, rows)
 
 
 def _is_batched(leaf: Any) -> bool:

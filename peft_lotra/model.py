@@ -140,6 +140,7 @@ class LoTRAModel(BaseTuner):
                 alpha=tensor.alpha,
                 init_weights=peft_config.init_weights,
                 freeze_factors=peft_config.freeze_factors,
+                terms=peft_config.terms,
                 inference_mode=peft_config.inference_mode,
             )
             layer._allows_unread |= peft_config.allow_unread

@@ -173,7 +173,9 @@ def test_adapters_of_16_bit_bases_are_kept_in_fp32_unless_told_otherwise():
         layer = next(iter(lotra_layers(model).values()))
         assert {f.dtype for f in layer.factors("default").tensors()} == {expected}
         assert_different(model(x), base(x))
-        assert_equal(model(x), dense_model(base.double(), model.double())(x.double()).bfloat16(), TOLERANCES[torch.bfloat16])
+        assert_equal(
+            model(x), dense_model(base.double(), model.double())(x.double()).bfloat16(), TOLERANCES[torch.bfloat16]
+        )
 
 
 @all_cases

@@ -6,18 +6,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "peft_lotra"
 # From the ground up; a room imports from itself and from those before it.
 ROOMS = ("preserved", "tensors", "placement", "coefficients", "standin", "checkpoint", "registration", "patterns")
-ROOMS += (
-    "fields",
-    "config",
-    "mixed_batch",
-    "forwarding",
-    "layer",
-    "slim_layer",
-    "linear_layer",
-    "biases",
-    "slots",
-    "collected",
-)
+ROOMS += ("families", "fields", "config", "mixed_batch", "forwarding", "layer", "slim_layer", "linear_layer")
+ROOMS += ("biases", "slots", "collected")
 ROOMS += ("base_model", "linear_targets", "selection", "targets", "combination", "model")
 ROOMS += ("inference", "analysis", "training", "adapters", "testing")
 

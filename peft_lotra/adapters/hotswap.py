@@ -106,6 +106,13 @@ def hotswap_adapter_from_state_dict(
 def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig, targets: list[Target]) -> None:
     if any(adapter_name in m.merged_adapters for m in tuner.modules() if isinstance(m, BaseTunerLayer)):
         raise ValueError(f"`adapter_name` {adapter_name!r} is merged into the base: call `unmerge_adapter()` first")
+    own_config = tuner.peft_config[adapter_name]
+    ours, theirs = ((c.family, c.family and c.family_degree) for c in (own_config, config))
+    if ours != theirs:
+        raise ValueError(
+            f"the new adapter has `family` {theirs[0]}, {adapter_name!r} has {ours[0]}: only the same family can be "
+            "swapped; use `load_adapter`"
+        )
     tokens, own_tokens = config.trainable_token_indices, tuner.peft_config[adapter_name].trainable_token_indices
     if tokens != own_tokens:
         raise ValueError(

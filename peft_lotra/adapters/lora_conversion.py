@@ -93,6 +93,8 @@ def _obstacle(layer: LoTRALayer, adapter_name: str) -> str | None:
     instead = "use `merge_and_unload()` and save the dense model, or LoTRA's own checkpoint"
     if adapter_name in layer.merged_adapters:
         return "it is merged into the base; call `unmerge_adapter()` first"
+    if layer.terms[adapter_name]:
+        return "it is for a family of tasks; convert an adapter for one, from `adapter_at`"
     if isinstance(layer, SlimLayer):
         return f"in a Slim KAN the factors are the coefficients themselves, without a base to add to; {instead}"
     owner, name = owner_of(layer.get_base_layer(), spec.parameter)

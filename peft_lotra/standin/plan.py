@@ -251,10 +251,13 @@ def _weighted(y: torch.Tensor, updates: Sequence[Update], shape: tuple[int, ...]
     for update, part in zip(updates, y.split(sizes, dim=-1), strict=True):
         weights = update.weights
         if weights is not None:
-            weights = weights.to(y.dtype).reshape(*shape, -1, 1)
+            weights = weights.reshape(*shape, -1, 1)
             part = part.unflatten(-1, (weights.shape[-2], -1))
-            # Zero, also where the value of an adapter that a sample does not see is not finite.
-            part = torch.where(weights == 0, 0, part * weights).sum(-2)
+            if weights.dtype == torch.bool:
+                # Zero, also where the value of an adapter that a sample does not see is not finite.
+                part = torch.where(weights, part, 0).sum(-2)
+            else:
+                part = (part * weights.to(y.dtype)).sum(-2)
         parts.append(part)
     return torch.cat(parts, dim=-1)
 

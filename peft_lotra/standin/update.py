@@ -32,6 +32,13 @@ class Update(NamedTuple):
     scaling: float
     weights: torch.Tensor | None = None
 
+    def for_samples(self, shares: torch.Tensor | None) -> Update:
+        """The update where samples have shares of it, shape (batch, 1); None: all samples have it."""
+        if shares is None:
+            return self
+        weights = shares if self.weights is None else self.weights * shares.to(self.weights.dtype)
+        return self._replace(weights=weights)
+
     def dense(self, spec: CoefficientSpec, shape: torch.Size) -> torch.Tensor:
         """The update of a parameter of this shape, in its layout; 16-bit factors are multiplied out in fp32.
 

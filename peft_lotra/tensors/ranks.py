@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from heapq import heapify, heappop, heappush
 from itertools import product
 from numbers import Integral, Real
@@ -53,6 +54,7 @@ def choose_ranks(
     r: int | Ranks | None,
     compression_ratio: float | None,
     freeze_factors: bool = False,
+    terms: int = 0,
 ) -> dict[str, Ranks]:
     """The ranks of every tensor, by name: `fixed` exactly, the others by `r`, or else by `compression_ratio`.
 
@@ -63,6 +65,7 @@ def choose_ranks(
         compression_ratio: budget for all tensors together, those with fixed ranks included; by default a tenth, or
             the least adapter if that is more.
         freeze_factors: whether the cores alone count.
+        terms: P of a family of tasks; else 0.
 
     Raises:
         ValueError: if fixed ranks are above their modes, `r` above those of every tensor, or the budget too small.
@@ -73,7 +76,8 @@ def choose_ranks(
         return chosen | _clipped(free, r)
     if compression_ratio is None and not free:
         return chosen
-    return chosen | _budgeted(shapes, chosen, compression_ratio, core_count if freeze_factors else parameter_count)
+    count = partial(core_count if freeze_factors else parameter_count, terms=terms)
+    return chosen | _budgeted(shapes, chosen, compression_ratio, count)
 
 
 def _exact(name: str, shape: tuple[int, ...], ranks: Ranks) -> Ranks:

@@ -53,14 +53,14 @@ def reconstruct(factors: TuckerFactors) -> torch.Tensor:
 
 
 def with_positions(factors: TuckerFactors, positions: Sequence[int]) -> TuckerFactors:
-    """The same tensor with G ×₄ U4 as the core, whose further axes then have the sizes `positions`."""
+    """The same tensor with G ×₄ U4 as the core, whose axes of positions then have the sizes `positions`."""
     core, *sides, U4 = factors
     if U4 is None:
         return factors
     # 16-bit numbers are multiplied out in fp32.
     wide = torch.promote_types(core.dtype, torch.float32)
     core = mode_product(core.to(wide), U4.to(wide), 3).to(core.dtype)
-    return TuckerFactors(core.reshape(*core.shape[:3], *positions), *sides)
+    return TuckerFactors(core.reshape(*core.shape[:3], *positions, *core.shape[4:]), *sides)
 
 
 def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> TuckerFactors:
@@ -200,21 +200,25 @@ def hosvd(tensor: torch.Tensor) -> tuple[TuckerFactors, tuple[torch.Tensor, torc
     return TuckerFactors(core, *vectors), values
 
 
-def factor_shapes(shape: Sequence[int], ranks: Ranks) -> tuple[tuple[int, ...] | None, ...]:
-    """The shapes of G, U1, U2, U3, U4 for a tensor of shape (n, m, n_d, ...); None where the mode is whole."""
+def factor_shapes(shape: Sequence[int], ranks: Ranks, terms: int = 0) -> tuple[tuple[int, ...] | None, ...]:
+    """The shapes of G, U1, U2, U3, U4 for a tensor of shape (n, m, n_d, ...); None where the mode is whole.
+
+    With `terms` P > 0, G is that of a family of tasks: its last axis has this size.
+    """
     ranks = (*ranks, None)[:4]
     sizes = [*shape[:3], math.prod(shape[3:])]
     core = [size if r is None else r for size, r in zip(sizes, ranks, strict=True)]
     further = shape[3:] if ranks[3] is None else core[3:]
+    further = (*further, *[terms] * (terms > 0))
     return ((*core[:3], *further), *(None if r is None else (n, r) for n, r in zip(sizes, ranks, strict=True)))
 
 
-def core_count(shape: Sequence[int], ranks: Ranks) -> int:
+def core_count(shape: Sequence[int], ranks: Ranks, terms: int = 0) -> int:
     """The numbers of G alone."""
-    return math.prod(factor_shapes(shape, ranks)[0] or ())
+    return math.prod(factor_shapes(shape, ranks, terms)[0] or ())
 
 
-def parameter_count(shape: Sequence[int], ranks: Ranks) -> int:
+def parameter_count(shape: Sequence[int], ranks: Ranks, terms: int = 0) -> int:
     """The numbers of G and of the factors that there are: r1·r2·r3·r4 + n·r1 + m·r2 + n_d·r3 + K·r4 without whole
     modes, for a tensor of shape (n, m, n_d, ...)."""
-    return sum(math.prod(part) for part in factor_shapes(shape, ranks) if part is not None)
+    return sum(math.prod(part) for part in factor_shapes(shape, ranks, terms) if part is not None)

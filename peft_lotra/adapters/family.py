@@ -1,0 +1,201 @@
+"""What one does with an adapter for a family of tasks: say at which task a pass is, make adapters for single tasks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .. import families
+from ..checkpoint import PREFIX, Slot, check_weights, digest
+from ..config import LoTRAConfig
+from ..families import Family
+from ..layer import adapted_tensors
+from ..model import LoTRAModel, lotra_model
+from ..tensors.tucker import TuckerFactors
+
+
+@contextmanager
+def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
+    """While this is entered, the family adapters of `model` are at a task: Δ = alpha · G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task).
+
+    >>> model = get_peft_model(kan, LoTRAConfig(r=6, family={"lam": (1.0, 1.6)}))
+    >>> with at_task(model, lam=1.3):                           # or a tensor of one λ for each sample
+    ...     y = model(x)
+
+    For one task the core is contracted with c first, and the pass is that of an ordinary adapter. For a task per
+    sample the terms of all P polynomials are computed side by side, weighted by c and summed, in one pass of the base;
+    where a layer's samples cannot be told apart, there is a pass for each distinct task. Gradients flow to the task,
+    and it may be a value of `torch.func.vmap`, so that residuals of single points see their own.
+
+    The task belongs to the calls of this thread. A backward pass that computes a forward again (activation
+    checkpointing) has to run in here too. Merging in here merges the update at this task.
+
+    Args:
+        model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it.
+        task: a number, or a tensor of the shape (), (batch,) or (batch, 1), for each parameter of the family; or
+            `task=` a name, or a list of a name for each sample. A value outside of the family's range extrapolates,
+            with a warning (but under `vmap` and in compiled code).
+
+    Raises:
+        TypeError, ValueError: if the task does not fit any family adapter of the model.
+
+    Source: ours.
+    """
+    tuner = _tuner(model)
+    found = {name: config for name, config in tuner.peft_config.items() if config.family is not None}
+    if not found:
+        raise ValueError("`model` has no adapter for a family of tasks (`LoTRAConfig(family=...)`)")
+    weights: dict[str, torch.Tensor] = {}
+    errors = []
+    for name, config in found.items():
+        try:
+            weights[name] = Family.of(config.family, config.family_degree).weights(task)
+        except TypeError as error:  # of another family
+            errors.append(f"{name!r}: {error}")
+    if not weights:
+        raise TypeError("; ".join(errors))
+    with families.entered(weights):
+        yield
+
+
+def adapter_at(
+    model: nn.Module, adapter_name: str, *, family: str = "default", train: str = "core", **task: Any
+) -> None:
+    """Add an ordinary adapter of the factors of a family and of its core at one task: G(task) = G ×₅ c(task), exactly.
+
+    >>> adapter_at(model, "lam_1.35", lam=1.35)
+    >>> fit_gauss_newton(model, residual, data, iterations=5)      # trains this core alone
+
+    The new adapter is active, and the family's is not. It is saved, merged, swapped and served like any other.
+
+    Args:
+        model: a PeftModel with a family adapter.
+        adapter_name: the new adapter's name.
+        family: the name of the family adapter.
+        train: "core": its factors stay those of the family; "all": they are trained too.
+        task: as for `at_task`, one task. Without a task, the core is the mean over the family: of continuous
+            parameters the constant term, of named tasks the mean of their cores.
+
+    Raises:
+        TypeError, ValueError: naming what does not fit; nothing is changed then.
+
+    Source: ours.
+    """
+    tuner, config = _family(model, family)
+    if train not in ("core", "all"):
+        raise ValueError(f"`train` should be 'core' or 'all' but the value passed is {train!r}")
+    kind = Family.of(config.family, config.family_degree)
+    c = kind.weights(task) if task else _mean(kind)
+    if c.dim() > 1:
+        raise ValueError(f"an adapter is for one task, but a task for each of {len(c)} samples is passed")
+    if adapter_name in tuner.peft_config:
+        raise ValueError(f"`adapter_name` {adapter_name!r} exists already: choose another, or call `delete_adapter`")
+    own = replace(config, family=None, freeze_factors=train == "core", init_weights=True, bias="none")
+    own = replace(own, modules_to_save=None, trainable_token_indices=None)
+    model.add_adapter(adapter_name, own)  # type: ignore[operator]
+    for layer in adapted_tensors(tuner, adapter_name).values():
+        core, *sides = layer.factors(family)
+        layer.set_factors(adapter_name, TuckerFactors(core.detach() @ c.to(core), *sides))
+        layer.set_scale(adapter_name, layer.scaling[family] / layer.alpha[family] if layer.alpha[family] else 1.0)
+    model.set_adapter(adapter_name)  # type: ignore[operator]
+
+
+def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, family: str = "default") -> None:
+    """Write the cores of an adapter from `adapter_at`, and the digest of the family's factors: a kilobyte or two.
+
+    Args:
+        path: of the file.
+        model: a PeftModel with both adapters.
+        adapter_name: the adapter of one task, whose factors are still the family's.
+        family: the name of the family adapter.
+
+    Raises:
+        ValueError: if the adapter's factors are not the family's.
+    """
+    tuner, _ = _family(model, family)
+    cores = {}
+    for parameter, layer in adapted_tensors(tuner, adapter_name).items():
+        core, *sides = layer.factors(adapter_name)
+        pairs = zip(sides, layer.factors(family)[1:], strict=True)
+        same = [U is V if U is None or V is None else torch.equal(U, V) for U, V in pairs]
+        if not all(same) or layer.scaling[adapter_name] != layer.scaling[family]:
+            raise ValueError(
+                f"`adapter_name` {adapter_name!r} has other factors than {family!r} at {parameter}: its core alone "
+                "says nothing; use `save_pretrained`"
+            )
+        cores[parameter] = core.detach().cpu().contiguous()
+    if not cores:
+        raise ValueError(
+            f"`adapter_name` {adapter_name!r}: there is no such adapter; there are {list(tuner.peft_config)}"
+        )
+    save_file(cores, path, metadata={"family": _digest(tuner, family)})
+
+
+def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, family: str = "default") -> None:
+    """Add the adapter that `save_task` has written, with the factors of the same family; it is active then.
+
+    Raises:
+        ValueError: if the file is for another family, damaged, or does not fit; nothing is changed then.
+    """
+    tuner, _ = _family(model, family)
+    origin = f"the task file {os.fspath(path)}"
+    try:
+        with safe_open(path, "pt") as file:
+            meant, cores = (file.metadata() or {}).get("family"), {key: file.get_tensor(key) for key in file.keys()}
+    except Exception as error:  # safetensors and the file system raise their own
+        raise ValueError(f"{origin} cannot be read ({error})") from error
+    if meant != _digest(tuner, family):
+        raise ValueError(
+            f"{origin} is for other factors than those of {family!r}: load the family that it was made of"
+        )
+    layers = adapted_tensors(tuner, family)
+    slots = {
+        f"{name}.lotra_core": Slot(tuple(layer.factors(family).core.shape[:-1])) for name, layer in layers.items()
+    }
+    check_weights(slots, {f"{name}.lotra_core": core for name, core in cores.items()}, origin)
+    adapter_at(model, adapter_name, family=family)
+    for parameter, layer in adapted_tensors(tuner, adapter_name).items():
+        layer.set_factors(adapter_name, layer.factors(adapter_name)._replace(core=cores[parameter]))
+
+
+def _mean(kind: Family) -> torch.Tensor:
+    if kind.tasks:
+        return torch.full((kind.size,), 1 / kind.size, dtype=torch.float64)
+    return torch.nn.functional.one_hot(torch.tensor(0), kind.size).double()
+
+
+def _tuner(model: Any) -> LoTRAModel:
+    model = getattr(model, "_orig_mod", model)
+    tuner = getattr(model, "base_model", None)
+    if not isinstance(model, PeftModel) or not isinstance(tuner, LoTRAModel):
+        raise TypeError(f"`model` should be a PeftModel with LoTRA adapters but a {type(model).__name__} is passed")
+    return tuner
+
+
+def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig]:
+    tuner = lotra_model(model, name)
+    config = tuner.peft_config[name]
+    if config.family is None:
+        raise ValueError(f"`family` {name!r} is an adapter for one task: name one with `LoTRAConfig(family=...)`")
+    return tuner, config
+
+
+def _digest(tuner: LoTRAModel, family: str) -> str:
+    factors = {
+        f"{PREFIX}{parameter}.{k}": U
+        for parameter, layer in adapted_tensors(tuner, family).items()
+        for k, U in enumerate(layer.factors(family)[1:])
+        if U is not None
+    }
+    return digest(
+        factors, {"scaling": {p: layer.scaling[family] for p, layer in adapted_tensors(tuner, family).items()}}
+    )

@@ -1,0 +1,176 @@
+"""Families of tasks: the numbers c(task) that a core is contracted with, and the task that a running call is at.
+
+The task is on a stack of the thread, so that calls in other threads, and calls inside of this one, do not see it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Family:
+    """c(task) of shape (P,), for tasks that have names or continuous parameters.
+
+    Of parameters μ_1 … μ_k in ranges [a_j, b_j] it has the products T_{e_1}(x_1) ⋯ T_{e_k}(x_k) of Chebyshev
+    polynomials, x_j = 2 (μ_j − a_j) / (b_j − a_j) − 1, of total degree Σ e_j ≤ `degree`. Of named tasks it is one-hot.
+    Ours.
+
+    Attributes:
+        ranges: (a, b) by the name of a parameter; empty if tasks have names.
+        tasks: the names of the tasks; empty if they have parameters.
+        degree: of the polynomials.
+    """
+
+    ranges: Mapping[str, tuple[float, float]]
+    tasks: tuple[str, ...] = ()
+    degree: int = 4
+
+    @classmethod
+    def of(cls, family: Any, degree: int) -> Family:
+        """The family that the fields of a config mean.
+
+        Raises:
+            TypeError, ValueError: naming the field and the value.
+        """
+        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+            raise ValueError(f"`family_degree` should be a positive integer but the value passed is {degree!r}")
+        if isinstance(family, Mapping):
+            ranges = {
+                name: tuple(bounds) if isinstance(bounds, list | tuple) else () for name, bounds in family.items()
+            }
+            for name, bounds in ranges.items():
+                numbers = [isinstance(b, Real) and not isinstance(b, bool) and math.isfinite(b) for b in bounds]
+                if not isinstance(name, str) or not name.isidentifier() or len(bounds) != 2 or not all(numbers):
+                    break
+                if not bounds[0] < bounds[1]:
+                    raise ValueError(f"`family` gives {name!r} the range {bounds}, whose ends are not in order")
+            else:
+                if ranges:
+                    return cls({name: (float(a), float(b)) for name, (a, b) in ranges.items()}, degree=degree)
+        elif isinstance(family, list | tuple) and family and all(isinstance(name, str) for name in family):
+            if len(set(family)) < len(family):
+                raise ValueError(f"`family` names a task twice: {family!r}")
+            return cls({}, tuple(family), degree)
+        raise TypeError(
+            "`family` should map names of parameters to ranges, as in {'lam': (1.0, 1.6)}, or list names of tasks, "
+            f"but the value passed is {family!r}"
+        )
+
+    @property
+    def exponents(self) -> list[tuple[int, ...]]:
+        """The degrees of the factors of each product, by total degree."""
+        every = itertools.product(range(self.degree + 1), repeat=len(self.ranges))
+        return sorted((e for e in every if sum(e) <= self.degree), key=lambda e: (sum(e), [-k for k in e]))
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return len(self.tasks) or math.comb(len(self.ranges) + self.degree, self.degree)
+
+    def weights(self, task: Mapping[str, Any]) -> torch.Tensor:
+        """c of one task, shape (P,), or of a task for each sample, shape (batch, P); float64 unless tensors are given.
+
+        Args:
+            task: a number, or a tensor of the shape (), (batch,) or (batch, 1), for each parameter; or under "task" a
+                name, or a list of names.
+
+        Raises:
+            TypeError, ValueError: naming what does not fit.
+        """
+        wanted = ["task"] if self.tasks else list(self.ranges)
+        if sorted(task) != sorted(wanted):
+            raise TypeError(f"a task of this family is given by {wanted}, but {sorted(task)} is passed")
+        if self.tasks:
+            return self._one_hot(task["task"])
+        x = [self._scaled(name, task[name]) for name in self.ranges]
+        powers = [_chebyshev(value, self.degree) for value in x]
+        products = [math.prod(by_degree[k] for by_degree, k in zip(powers, e, strict=True)) for e in self.exponents]
+        first = next((value for value in x if value.dim()), x[0])
+        return torch.stack([torch.as_tensor(p).to(first).expand_as(first) for p in products], dim=-1)
+
+    def _one_hot(self, task: Any) -> torch.Tensor:
+        names = [task] if isinstance(task, str) else list(task) if isinstance(task, list | tuple) else [task]
+        unknown = [name for name in names if name not in self.tasks]
+        if unknown:
+            raise ValueError(f"`task` {unknown[0]!r} is none of the family's tasks {list(self.tasks)}")
+        places = torch.tensor([self.tasks.index(name) for name in names], dtype=torch.long)
+        rows = torch.nn.functional.one_hot(places, len(self.tasks)).double()
+        return rows[0] if isinstance(task, str) else rows
+
+    def _scaled(self, name: str, value: Any) -> torch.Tensor:
+        """x in [-1, 1] for a parameter within its range."""
+        a, b = self.ranges[name]
+        if not isinstance(value, torch.Tensor):
+            if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+                raise TypeError(
+                    f"`{name}` should be a number or a tensor of numbers but the value passed is {value!r}"
+                )
+            value = torch.tensor(float(value), dtype=torch.float64)
+        if value.dim() == 2 and value.shape[1] == 1:
+            value = value.squeeze(1)
+        if value.dim() > 1:
+            raise ValueError(f"`{name}` should have the shape (), (batch,) or (batch, 1) but has {tuple(value.shape)}")
+        x = 2 * (value - a) / (b - a) - 1
+        if not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)):
+            outside = (x.detach().abs() > 1 + 1e-6).any()
+            if outside:
+                warnings.warn(
+                    f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates", stacklevel=6
+                )
+        return x
+
+
+def _chebyshev(x: torch.Tensor, degree: int) -> list[torch.Tensor]:
+    """T_0(x), …, T_degree(x)."""
+    values = [torch.ones_like(x), x]
+    while len(values) <= degree:
+        values.append(2 * x * values[-1] - values[-2])
+    return values
+
+
+class _Calls(threading.local):
+    def __init__(self) -> None:  # no attribute of the class: torch.compile guards on what is in __dict__
+        self.stack: tuple[Mapping[str, torch.Tensor], ...] = ()
+
+
+_calls = _Calls()
+
+
+@contextmanager
+def entered(weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """While this is entered, the thread's calls are at these tasks: c by adapter, beside those that are entered."""
+    before = _calls.stack
+    _calls.stack = (*before, weights)
+    try:
+        yield
+    finally:
+        _calls.stack = before
+
+
+def current(adapter: str) -> torch.Tensor | None:
+    """c of the running call for an adapter, shape (P,) or (batch, P)."""
+    for entry in reversed(_calls.stack):
+        if adapter in entry:
+            return entry[adapter]
+    return None
+
+
+def per_sample(adapters: Sequence[str]) -> dict[str, torch.Tensor]:
+    """c of those adapters for which the running call has a task for each sample."""
+    found = {}
+    for name in adapters:
+        c = current(name)
+        if c is not None and c.dim() == 2:
+            found[name] = c
+    return found

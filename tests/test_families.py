@@ -1,0 +1,444 @@
+"""Adapters for families of tasks, against the dense oracle of the core at each task."""
+
+import copy
+import itertools
+import json
+import os
+import re
+import threading
+from contextlib import suppress
+
+import numpy as np
+import pytest
+import torch
+from adapted_layers import First
+from conftest import assert_different, assert_equal
+from kan_layers import ChebyKAN
+from layer_table import LAYERS, full_factors, lotra_layers
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_lotra import (
+    LoTRAConfig,
+    adapter_at,
+    at_task,
+    convert_to_lora,
+    fit_gauss_newton,
+    hotswap_adapter,
+    initialize_lotra_weights,
+    load_task,
+    save_task,
+)
+from peft_lotra.adapters import family as family_module
+from peft_lotra.families import Family
+from peft_lotra.layer import adapted_tensors
+from peft_lotra.testing import assert_close, dense_model
+
+LAM = {"lam": (1.0, 1.6)}
+X = torch.linspace(-0.9, 0.9, 24, dtype=torch.float64).reshape(8, 3)
+
+
+def polynomials(value, a=1.0, b=1.6, degree=4):
+    """T_0 … T_degree by numpy."""
+    x = 2 * (np.asarray(value, dtype=float) - a) / (b - a) - 1
+    return torch.tensor(np.polynomial.chebyshev.chebvander(x, degree).reshape(*x.shape, degree + 1))
+
+
+def fill(model):
+    """Cores that are not zero, of a size like the coefficients."""
+    torch.manual_seed(3)
+    for layer in adapted_tensors(model).values():
+        for core in layer.lotra_core.values():
+            nn.init.normal_(core, std=0.5)
+
+
+def kan(r=2, widths=(3, 6, 4), **kwargs):
+    torch.manual_seed(1)
+    base = ChebyKAN(list(widths)).double()
+    model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=r, **({"family": LAM} | kwargs)))
+    fill(model)
+    return base, model
+
+
+def at(base, model, c):
+    """The dense oracle at c: every core is contracted by hand."""
+    one = copy.deepcopy(model)
+    for layer in adapted_tensors(one).values():
+        core = layer.lotra_core["default"]
+        layer._modules["lotra_core"]._parameters["default"] = torch.einsum("...p,p->...", core.detach(), c)
+        layer.terms["default"] = 0
+    return dense_model(base, one)
+
+
+# c(task) -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_parameter_gives_chebyshev_polynomials():
+    family = Family.of(LAM, 4)
+    assert family.size == 5
+    assert_equal(family.weights({"lam": 1.37}), polynomials(1.37))
+    values = torch.tensor([1.0, 1.2, 1.6], dtype=torch.float64)
+    assert_equal(family.weights({"lam": values}), polynomials(values))
+    assert_equal(family.weights({"lam": values[:, None]}), polynomials(values))
+
+
+def test_several_parameters_give_products_up_to_the_total_degree():
+    family = Family.of({"lam": (1.0, 1.6), "mu": (0.0, 2.0)}, 2)
+    assert family.size == len(family.exponents) == 6
+    first, second = polynomials(1.3, degree=2), polynomials(0.4, 0.0, 2.0, degree=2)
+    expected = {(i, j): first[i] * second[j] for i, j in itertools.product(range(3), repeat=2) if i + j <= 2}
+    c = family.weights({"lam": 1.3, "mu": 0.4})
+    assert_equal(c, torch.stack([expected[e] for e in family.exponents]))
+    lam = torch.tensor([1.1, 1.3], dtype=torch.float64)
+    assert_equal(family.weights({"lam": lam, "mu": 0.4})[1], c)
+
+
+def test_named_tasks_are_one_hot():
+    family = Family.of(["poisson", "heat", "wave"], 4)
+    assert family.weights({"task": "heat"}).tolist() == [0, 1, 0]
+    assert family.weights({"task": ["wave", "poisson"]}).tolist() == [[0, 0, 1], [1, 0, 0]]
+
+
+def test_outside_of_the_range_there_is_a_warning_and_no_clamping():
+    with pytest.warns(UserWarning, match=re.escape("`lam` is outside of the family's range [1, 1.6]")):
+        c = Family.of(LAM, 4).weights({"lam": 1.8})
+    assert_equal(c, polynomials(1.8))
+
+
+# Passes at a task ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_layer_at_one_task_and_at_a_task_per_sample(name):
+    row = LAYERS[name]
+    layer = row.make().double()
+    base = First(layer)
+    config = LoTRAConfig(r=1, family=LAM, family_degree=2, coefficients=row.declared, alpha=0.7)
+    model = get_peft_model(copy.deepcopy(base), config)
+    fill(model)
+    base.requires_grad_(False)
+    x = row.sample(torch.float64) if row.sample(torch.float64).dim() else None
+    x = (torch.rand(x.shape, dtype=torch.float64) * 1.6 - 0.8).requires_grad_()
+    with at_task(model, lam=1.3):
+        y = model(x)
+    assert_close(y, at(base, model, polynomials(1.3, degree=2))(x))
+    assert_different(y, base(x))
+    values = torch.linspace(1, 1.6, len(x), dtype=torch.float64)
+    with at_task(model, lam=values):
+        y = model(x)
+        core = [layer.lotra_core["default"] for layer in adapted_tensors(model).values()]
+        gradients = torch.autograd.grad(y.square().sum(), [x, *core])
+    single = []
+    for k, value in enumerate(values):
+        with at_task(model, lam=value):
+            single.append(model(x[k : k + 1]))
+    single = torch.cat(single)
+    assert_close(y, single)
+    for a, e in zip(gradients, torch.autograd.grad(single.square().sum(), [x, *core]), strict=True):
+        assert_close(a, e, 1e-9)
+
+
+def test_gradients_by_the_task():
+    base, model = kan()
+    lam = torch.full((8, 1), 1.3, dtype=torch.float64) + torch.linspace(0, 0.2, 8, dtype=torch.float64)[:, None]
+    lam.requires_grad_()
+
+    def total(lam):
+        with at_task(model, lam=lam):
+            return model(X).square().sum()
+
+    assert torch.autograd.gradcheck(total, lam)
+
+
+def test_vmap_over_samples_with_their_own_tasks():
+    base, model = kan()
+    lam = torch.linspace(1, 1.6, 8, dtype=torch.float64)
+
+    def one(x, value):
+        with at_task(model, lam=value):
+            return model(x[None])[0]
+
+    expected = torch.cat([one(x, value)[None] for x, value in zip(X, lam, strict=True)])
+    assert_equal(torch.func.vmap(one)(X, lam), expected)
+    slopes = torch.func.vmap(torch.func.jacrev(one, argnums=1))(X, lam)
+    with at_task(model, lam=lam.requires_grad_()):
+        y = model(X)
+    assert_equal(slopes[:, 1], torch.autograd.grad(y[:, 1].sum(), lam)[0])
+
+
+def test_a_residual_with_a_task_for_every_sample():
+    base, model = kan(freeze_factors=True)
+    lam = torch.linspace(1, 1.6, 8, dtype=torch.float64)
+
+    def residual(net, batch):
+        x, value = batch
+        with at_task(model, lam=value):
+            return net(x) - torch.sin(x[..., :1] * value[..., None] if value.dim() else x[..., :1] * value)
+
+    result = fit_gauss_newton(model, residual, (X, lam), iterations=5, progressbar=False)
+    assert result.losses[-1] < 0.5 * result.losses[0]
+
+
+def test_compiled():
+    base, model = kan()
+    compiled = torch.compile(model, backend="eager")
+    for value in (1.1, 1.5):
+        with at_task(compiled, lam=value):
+            assert_equal(compiled(X), at(base, model, polynomials(value))(X))
+
+
+def test_checkpointed_with_the_backward_pass_at_the_task():
+    base, model = kan()
+    with at_task(model, lam=1.3):
+        expected = torch.autograd.grad(model(X).square().sum(), lotra_layers(model)["layers.0"].lotra_core["default"])
+        y = torch.utils.checkpoint.checkpoint(model, X, use_reentrant=False)
+        actual = torch.autograd.grad(y.square().sum(), lotra_layers(model)["layers.0"].lotra_core["default"])
+    assert_equal(actual[0], expected[0])
+
+
+def test_threads_and_nested_calls_have_tasks_of_their_own():
+    base, model = kan()
+    values = [1.0, 1.2, 1.4, 1.6]
+    expected = [at(base, model, polynomials(value))(X) for value in values]
+    found, barrier = {}, threading.Barrier(len(values))
+
+    def work(k):
+        for _ in range(20):
+            with at_task(model, lam=values[k]):
+                barrier.wait(30)
+                found.setdefault(k, []).append(model(X).detach())
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(values))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for k, results in found.items():
+        for y in results:
+            assert_equal(y, expected[k])
+    with at_task(model, lam=1.0):
+        with suppress(KeyError), at_task(model, lam=1.6):
+            assert_equal(model(X), expected[3])
+            raise KeyError
+        assert_equal(model(X), expected[0])
+
+
+def test_named_tasks_per_sample():
+    base, model = kan(family=["a", "b"])
+    names = ["a", "b", "b", "a", "a", "b", "a", "b"]
+    with at_task(model, task=names):
+        y = model(X)
+    for task, c in {"a": [1.0, 0.0], "b": [0.0, 1.0]}.items():
+        rows = [name == task for name in names]
+        assert_equal(y[rows], at(base, model, torch.tensor(c, dtype=torch.float64))(X)[rows])
+
+
+def test_whole_modes_and_positions():
+    base, model = kan(r=(None, 2, None))
+    with at_task(model, lam=1.3):
+        assert_equal(model(X), at(base, model, polynomials(1.3))(X))
+    row = LAYERS["convolution"]
+    plain = First(row.make().double())
+    conv = get_peft_model(copy.deepcopy(plain), LoTRAConfig(r=(2, 2, None, 3), family=LAM, coefficients=row.declared))
+    fill(conv)
+    (layer,) = adapted_tensors(conv).values()
+    assert layer.lotra_core["default"].shape[-2:] == (3, 5)
+    x = row.sample(torch.float64)
+    with at_task(conv, lam=1.2):
+        y = conv(x)
+    core, U1, U2, U3, U4 = (None if f is None else f.detach() for f in layer.factors("default"))
+    c = polynomials(1.2)
+    one = get_peft_model(copy.deepcopy(plain), LoTRAConfig(r=(2, 2, None, 3), coefficients=row.declared))
+    (other,) = adapted_tensors(one).values()
+    other.set_factors("default", layer.factors("default")._replace(core=core @ c))
+    assert_equal(y, one(x))
+
+
+# Adapters for one task -----------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_at_a_task_is_the_family_there_and_its_core_is_trained(tmp_path):
+    base, model = kan(alpha=0.7)
+    expected = at(base, model, polynomials(1.35))(X)
+    adapter_at(model, "lam_1.35".replace(".", "_"), lam=1.35)
+    assert model.active_adapter == "lam_1_35"
+    assert_equal(model(X), expected)
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"lotra_core"}
+    result = fit_gauss_newton(
+        model, lambda net, x: net(x) - x.sum(-1, keepdim=True), X, iterations=3, progressbar=False
+    )
+    assert result.losses[-1] < result.losses[0]
+    model.save_pretrained(tmp_path, selected_adapters=["lam_1_35"])
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lam_1_35")
+    assert_equal(loaded(X), model(X))
+    assert_equal(loaded.merge_and_unload()(X), model(X))
+
+
+def test_all_of_it_is_trained_if_asked_for_and_the_mean_core_is_a_start():
+    base, model = kan()
+    adapter_at(model, "mean", train="all")
+    assert all(p.requires_grad for name, p in model.named_parameters() if name.endswith(".mean"))
+    assert_equal(model(X), at(base, model, torch.tensor([1.0, 0, 0, 0, 0], dtype=torch.float64))(X))
+
+
+def test_tasks_of_one_family_are_swapped_and_served_together(tmp_path):
+    base, model = kan()
+    low, high = (at(base, model, polynomials(lam))(X) for lam in (1.1, 1.5))
+    for name, lam in {"low": 1.1, "high": 1.5}.items():
+        adapter_at(model, name, lam=lam)
+    model.eval()
+    y = model(X, adapter_names=["low", "high"] * 4)
+    assert_equal(y[::2], low[::2])
+    assert_equal(y[1::2], high[1::2])
+    model.save_pretrained(tmp_path, selected_adapters=["high"])
+    model.set_adapter("low")
+    hotswap_adapter(model, tmp_path / "high", adapter_name="low")
+    assert_equal(model(X), high)
+
+
+def test_a_task_is_a_small_file_beside_the_family(tmp_path):
+    torch.manual_seed(0)
+    base = ChebyKAN([2, 32, 32, 1])
+    model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=(6, 6, None), family=LAM))
+    fill(model)
+    model.save_pretrained(tmp_path / "family")
+    adapter_at(model, "new", lam=1.3)
+    for layer in adapted_tensors(model).values():
+        nn.init.normal_(layer.lotra_core["new"])
+    save_task(tmp_path / "task.safetensors", model, "new")
+    assert os.path.getsize(tmp_path / "task.safetensors") <= 2048 * 2
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "family")
+    load_task(tmp_path / "task.safetensors", loaded, "again")
+    x = torch.rand(4, 2)
+    assert_equal(loaded(x), model(x), 0)
+    _, other = kan()
+    with pytest.raises(ValueError, match="is for other factors than those of 'default'"):
+        load_task(tmp_path / "task.safetensors", other, "again")
+    lotra = adapted_tensors(model)
+    next(iter(lotra.values())).lotra_U2["new"].data += 1
+    with pytest.raises(ValueError, match="`adapter_name` 'new' has other factors than 'default'"):
+        save_task(tmp_path / "task.safetensors", model, "new")
+
+
+def test_merging_takes_the_update_at_the_task():
+    base, model = kan()
+    expected = at(base, model, polynomials(1.2))(X)
+    with pytest.raises(RuntimeError, match="is for a family of tasks"):
+        copy.deepcopy(model).merge_and_unload()
+    with at_task(model, lam=1.2):
+        merged = model.merge_and_unload()
+    assert_equal(merged(X), expected)
+
+
+# Files and settings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [LAM, {"lam": (1, 2), "mu": (0, 1)}, ["a", "b"]])
+def test_saved_and_loaded(family, tmp_path):
+    base, model = kan(family=family, family_degree=2)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["family_degree"] == 2
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    task = {"task": "b"} if isinstance(family, list) else {"lam": 1.3, "mu": 0.2} if len(family) > 1 else {"lam": 1.3}
+    with at_task(model, **task):
+        y = model(X)
+    with at_task(loaded, **task):
+        assert_equal(loaded(X), y, 0)
+    assert_different(y, base(X))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["family_degree" if isinstance(family, dict) else "family"] = 3 if isinstance(family, dict) else ["b", "a"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="digest|does not belong|expected"):
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+
+
+def test_a_fresh_family_changes_nothing_and_takes_gradients():
+    base, model = kan()
+    fresh = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, family=LAM))
+    with at_task(fresh, lam=1.3):
+        assert_equal(fresh(X), base(X), 0)
+
+    def train_step():
+        for lam in (1.0, 1.6):
+            with at_task(fresh, lam=lam):
+                fresh(X).square().mean().backward()
+
+    initialize_lotra_weights(fresh, train_step, method="gradient_hosvd", progressbar=False)
+
+
+def test_budgets_count_all_terms():
+    torch.manual_seed(1)
+    base = ChebyKAN([8, 16, 8])
+    model = get_peft_model(base, LoTRAConfig(compression_ratio=0.5, family=LAM))
+    total = 2 * 8 * 16 * 4
+    trained = model.get_nb_trainable_parameters()[0]
+    assert 0.3 * total < trained <= 0.5 * total
+    assert all(layer.lotra_core["default"].shape[-1] == 5 for layer in lotra_layers(model).values())
+    assert len(full_factors(lotra_layers(model)["layers.0"])) == 4
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"family": "lam"}, TypeError, "`family` should map names of parameters to ranges"),
+        ({"family": {}}, TypeError, "`family` should map names"),
+        ({"family": {"lam": 3}}, TypeError, "`family` should map names"),
+        (
+            {"family": {"lam": (2, 1)}},
+            ValueError,
+            "`family` gives 'lam' the range (2, 1), whose ends are not in order",
+        ),
+        ({"family": ["a", "a"]}, ValueError, "`family` names a task twice"),
+        ({"family": LAM, "family_degree": 0}, ValueError, "`family_degree` should be a positive integer"),
+        ({"family": LAM, "slim": True}, ValueError, "`slim`=True with `family`"),
+    ],
+)
+def test_errors_of_settings(kwargs, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        LoTRAConfig(r=2, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("task", "error", "message"),
+    [
+        ({}, TypeError, "a task of this family is given by ['lam'], but [] is passed"),
+        ({"mu": 1.0}, TypeError, "a task of this family is given by ['lam'], but ['mu'] is passed"),
+        ({"lam": "high"}, TypeError, "`lam` should be a number or a tensor"),
+        ({"lam": torch.ones(2, 2)}, ValueError, "`lam` should have the shape (), (batch,) or (batch, 1)"),
+    ],
+)
+def test_errors_of_tasks(task, error, message):
+    _, model = kan()
+    with pytest.raises(error, match=re.escape(message)), at_task(model, **task):
+        pass
+
+
+def test_further_errors():
+    base, model = kan()
+    with pytest.raises(RuntimeError, match="'default' is for a family of tasks, and this pass is at none of them"):
+        model(X)
+    with pytest.raises(TypeError, match="`model` should be a PeftModel"), at_task(base, lam=1.0):
+        pass
+    plain = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2))
+    with pytest.raises(ValueError, match="has no adapter for a family"), at_task(plain, lam=1.0):
+        pass
+    with pytest.raises(ValueError, match="`family` 'default' is an adapter for one task"):
+        adapter_at(plain, "new", lam=1.0)
+    with pytest.raises(ValueError, match="`train` should be 'core' or 'all'"):
+        adapter_at(model, "new", lam=1.3, train="factors")
+    with pytest.raises(ValueError, match="an adapter is for one task, but a task for each of 2 samples"):
+        adapter_at(model, "new", lam=torch.tensor([1.0, 1.2]))
+    with pytest.raises(ValueError, match="combine those of `adapter_at`"):
+        model.add_weighted_adapter(["default"], [1.0], "sum", "cat")
+    with pytest.raises(ValueError, match="cannot be converted to LoRA: it is for a family"):
+        convert_to_lora(model)
+    _, named = kan(family=["a", "b"])
+    with pytest.raises(ValueError, match=re.escape("`task` 'c' is none of the family's tasks ['a', 'b']")):
+        with at_task(named, task="c"):
+            pass
+    with (
+        at_task(model, lam=torch.linspace(1, 1.6, 5)),
+        pytest.raises(ValueError, match="a task for each of 5 samples"),
+    ):
+        model(X)
+    assert family_module.at_task is at_task
