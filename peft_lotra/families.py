@@ -81,6 +81,8 @@ class Family:
     def weights(self, task: Mapping[str, Any]) -> torch.Tensor:
         """c of one task, shape (P,), or of a task for each sample, shape (batch, P); float64 unless tensors are given.
 
+        Of a batch of one it is that of the one task.
+
         Args:
             task: a number, or a tensor of the shape (), (batch,) or (batch, 1), for each parameter; or under "task" a
                 name, or a list of names.
@@ -91,8 +93,10 @@ class Family:
         wanted = ["task"] if self.tasks else list(self.ranges)
         if sorted(task) != sorted(wanted):
             raise TypeError(f"a task of this family is given by {wanted}, but {sorted(task)} is passed")
-        if self.tasks:
-            return self._one_hot(task["task"])
+        c = self._one_hot(task["task"]) if self.tasks else self._products(task)
+        return c[0] if c.dim() == 2 and len(c) == 1 else c
+
+    def _products(self, task: Mapping[str, Any]) -> torch.Tensor:
         x = [self._scaled(name, task[name]) for name in self.ranges]
         powers = [_chebyshev(value, self.degree) for value in x]
         products = [math.prod(by_degree[k] for by_degree, k in zip(powers, e, strict=True)) for e in self.exponents]

@@ -24,6 +24,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig
+from peft_lotra.testing import TOLERANCES
 
 NAMES = ["one", "__base__", "two", "one", "three", "two", "one", "__base__"]
 

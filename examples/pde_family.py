@@ -1,0 +1,254 @@
+"""Solve a whole family of PDEs with one adapter, and a new member of it by a few iterations on the adapter's core.
+
+    python examples/pde_family.py --pde elliptic
+    python examples/pde_family.py --pde hyperbolic
+
+Trains a base at one parameter (or loads that of an earlier run), fits one LoTRA adapter to the whole range by
+Levenberg–Marquardt, on points and parameters that are drawn together, and prints its errors at parameters that it never
+saw, as it is and after 1, 2 and 5 iterations on the core alone. Beside it: an adapter for each parameter from the base,
+by the same optimizer, and full fine-tuning by Adam. Writes the adapter, a table as JSON and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from command_line import check_device, check_seed, exit_code, make_output_dir, new_parser, positive_int
+from matplotlib.figure import Figure
+from pde_least_squares import batch, residual_functions
+from pde_transfer import LEARNING_RATES, train, trained_base
+from pdes import PDE, PDES, Points, relative_l2_error
+from peft import PeftModel, get_peft_model
+from reporting import write_atomically
+from torch import Tensor, nn
+
+from peft_lotra import LoTRAConfig, adapter_at, at_task, fit_gauss_newton
+
+RANGES = {"elliptic": (1.0, 1.6), "parabolic": (1.0, 2.0), "hyperbolic": (2.0, 3.0)}
+RANKS = (6, 6, 6)
+DEGREE = 4  # of the polynomials in the parameter
+CORE_ITERATIONS = (1, 2, 5)
+TASK_ITERATIONS = 30  # of an adapter for one parameter, from the base
+COEFFICIENTS = {"coefficients": "i o d"}
+
+
+def family_residuals(model: nn.Module, family: type[PDE]) -> dict[str, Callable[[Any, Any], Tensor]]:
+    """As `residual_functions`, of batches that have a parameter for every point."""
+
+    def at(function: Callable[[PDE], Callable[..., Tensor]]) -> Callable[[Any, Any], Tensor]:
+        def residual(net: Any, part: tuple[Tensor, Tensor]) -> Tensor:
+            points, parameter = part
+            with at_task(model, parameter=parameter):
+                return function(family(parameter))(net, points)
+
+        return residual
+
+    names = residual_functions(family(family.base_parameter))
+    return {name: at(lambda pde, name=name: residual_functions(pde)[name]) for name in names}
+
+
+def family_points(family: type[PDE], bounds: tuple[float, float], seed: int, device: str) -> Callable[[int], Any]:
+    """Fresh points of each kind of residual, with parameters drawn beside them."""
+
+    def fresh(iteration: int) -> dict[str, tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed + 1_000_003 * iteration)
+        points = family(bounds[0]).sample(generator, "cpu", interior=1000, per_side=80)
+        parts = batch(family(bounds[0]), points)
+        low, high = bounds
+        return {
+            name: (part.to(device), (low + (high - low) * torch.rand(len(part), 1, generator=generator)).to(device))
+            for name, part in parts.items()
+        }
+
+    return fresh
+
+
+def task_points(pde: PDE, seed: int, device: str) -> Callable[[int], dict[str, Tensor]]:
+    def fresh(iteration: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed + 1_000_003 * iteration)
+        return batch(pde, Points(*(p.to(device) for p in pde.sample(generator, "cpu", interior=1000, per_side=80))))
+
+    return fresh
+
+
+def course(model: nn.Module, pde: PDE, iterations: int, seed: int, grid: Tensor) -> list[tuple[float, float]]:
+    """(CPU seconds, error) at the start and after every iteration on what is trainable."""
+    marks = [(0.0, relative_l2_error(model, pde, grid))]
+    start = time.process_time()
+
+    def mark(result: Any) -> None:
+        nonlocal start
+        now = time.process_time() - start
+        marks.append((now, relative_l2_error(model, pde, grid)))
+        start = time.process_time() - now
+
+    result = fit_gauss_newton(
+        model,
+        residual_functions(pde),
+        task_points(pde, seed, str(grid.device)),
+        iterations=iterations,
+        loss_tolerance=0,
+        progressbar=False,
+        callback=mark,
+    )
+    if result.reason == "interrupted":
+        raise KeyboardInterrupt
+    return marks
+
+
+def run(args: argparse.Namespace) -> None:
+    family, bounds = PDES[args.pde], RANGES[args.pde]
+    source = family(family.base_parameter)
+    grid = source.grid().to(args.device)
+    load_base = trained_base(args, source, grid)
+
+    config = LoTRAConfig(r=RANKS, coefficients=COEFFICIENTS, family={"parameter": bounds}, family_degree=DEGREE)
+    model = get_peft_model(load_base(), config)
+    numbers = model.get_nb_trainable_parameters()[0]
+    print(f"Family: {family.title}, {family.symbol} in {list(bounds)}; {numbers:,} numbers")
+    start = time.process_time()
+    result = fit_gauss_newton(
+        model,
+        family_residuals(model, family),
+        family_points(family, bounds, args.seed + 1, args.device),
+        iterations=args.iterations,
+        loss_tolerance=0,
+    )
+    if result.reason == "interrupted":
+        raise KeyboardInterrupt
+    offline = time.process_time() - start
+    model.save_pretrained(args.output_dir / f"{args.pde}_family")
+
+    low, high = bounds
+    parameters = [round(low + (high - low) * (k + 0.5) / args.parameters, 4) for k in range(args.parameters)]
+    compared = parameters[:: max(1, len(parameters) // args.compared)][: args.compared]
+    rows = []
+    for k, parameter in enumerate(parameters):
+        pde = family(parameter)
+        adapter_at(model, "task", parameter=parameter)
+        core = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        marks = course(model, pde, max(CORE_ITERATIONS), args.seed + 2 + k, grid)
+        model.set_adapter("default")
+        model.delete_adapter("task")
+        row: dict[str, Any] = {"parameter": parameter, "family": marks, "core": core}
+        if parameter in compared:
+            row |= separate(args, load_base, pde, args.seed + 2 + k, grid)
+        rows.append(row)
+        print(format_row(family, row))
+    report(args, family, bounds, rows, numbers, offline)
+
+
+def separate(
+    args: argparse.Namespace, load_base: Callable[[], nn.Module], pde: PDE, seed: int, grid: Tensor
+) -> dict[str, Any]:
+    """An adapter of a tenth for this parameter alone, by Levenberg–Marquardt, and full fine-tuning by Adam."""
+    adapted: PeftModel = get_peft_model(load_base(), LoTRAConfig(coefficients=COEFFICIENTS))
+    alone = course(adapted, pde, min(TASK_ITERATIONS, args.iterations), seed, grid)
+    full = load_base()
+    start = time.process_time()
+    marks, _ = train(full, pde, args.full_steps, LEARNING_RATES["chebyshev"]["full"], seed, grid, "full fine-tuning")
+    seconds = time.process_time() - start
+    return {"LoTRA alone": alone, "full, Adam": [(0.0, marks[0][1]), (seconds, marks[-1][1])]}
+
+
+def format_row(family: type[PDE], row: dict[str, Any]) -> str:
+    marks = row["family"]
+    text = f"{family.symbol} = {row['parameter']:.3f}: family {marks[0][1]:.1e}, core after "
+    text += ", ".join(f"{k}: {marks[min(k, len(marks) - 1)][1]:.1e}" for k in CORE_ITERATIONS)
+    text += f" ({marks[-1][0]:.1f} s)"
+    for label in ("LoTRA alone", "full, Adam"):
+        if label in row:
+            text += f"; {label} {row[label][-1][1]:.1e} ({row[label][-1][0]:.1f} s)"
+    return text
+
+
+def report(
+    args: argparse.Namespace,
+    family: type[PDE],
+    bounds: tuple[float, float],
+    rows: list[dict[str, Any]],
+    numbers: int,
+    offline: float,
+) -> None:
+    zero_shot = median(row["family"][0][1] for row in rows)
+    cores = median(row["family"][-1][1] for row in rows)
+    print(
+        f"\nMedians over {len(rows)} parameters never trained on ({numbers:,} numbers, {offline:.0f} CPU s offline):"
+    )
+    print(f"  family as it is {zero_shot:.1e}; after {max(CORE_ITERATIONS)} iterations on its core {cores:.1e}")
+    for label in ("LoTRA alone", "full, Adam"):
+        found = [row[label][-1] for row in rows if label in row]
+        if found:
+            print(f"  {label}: {median(e for _, e in found):.1e} in {median(s for s, _ in found):.1f} CPU s each")
+    record = {"pde": args.pde, "range": bounds, "numbers": numbers, "offline_seconds": offline, "rows": rows}
+    name = args.output_dir / f"{args.pde}_family"
+    write_atomically(name.with_suffix(".json"), lambda p: p.write_text(json.dumps(record) + "\n"))
+    figure = draw(family, bounds, rows)
+    write_atomically(name.with_suffix(".png"), lambda p: figure.savefig(p, dpi=120, format="png"))
+    print(f"Written: {name}.png, .json, and the adapter {name}/")
+
+
+def draw(family: type[PDE], bounds: tuple[float, float], rows: list[dict[str, Any]]) -> Figure:
+    """The error over the parameter, and over seconds for the parameters that were compared."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    parameters = [row["parameter"] for row in rows]
+    left.plot(parameters, [row["family"][0][1] for row in rows], "o-", color="C0", label="family, as it is")
+    left.plot(parameters, [row["family"][-1][1] for row in rows], "s-", color="C1", label="its core, 5 iterations")
+    styles = {
+        "LoTRA alone": ("^", "C2", "an adapter from the base"),
+        "full, Adam": ("v", "C3", "full fine-tuning, Adam"),
+    }
+    for label, (marker, color, name) in styles.items():
+        found = [row for row in rows if label in row]
+        left.plot([r["parameter"] for r in found], [r[label][-1][1] for r in found], marker, color=color, label=name)
+        for k, row in enumerate(found):
+            seconds, errors = zip(*row[label], strict=True)
+            right.plot(seconds, errors, "-", color=color, label=name if k == 0 else None)
+    for k, row in enumerate(row for row in rows if "LoTRA alone" in row):
+        seconds, errors = zip(*row["family"], strict=True)
+        right.plot(seconds, errors, "-", color="C1", label="the family's core" if k == 0 else None)
+    left.set(title=f"{family.title}: one adapter for all {family.symbol}", xlabel=family.symbol, yscale="log")
+    left.set(ylabel="relative L2 error", xlim=bounds)
+    right.set(title=f"A new {family.symbol}", xlabel="CPU seconds for it", ylabel="relative L2 error", yscale="log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--pde", choices=list(PDES), default="elliptic", help="family of PDEs")
+    add("--iterations", type=positive_int, default=120, help="of the fit to the whole family")
+    add("--parameters", type=positive_int, default=10, help="at which errors are measured")
+    add("--compared", type=positive_int, default=3, help="of them, at which the other methods run too")
+    add("--base-steps", type=positive_int, default=1500, help="Adam steps of the base")
+    add("--full-steps", type=positive_int, default=1000, help="Adam steps of full fine-tuning")
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu")
+    add("--output-dir", type=Path, default=Path("outputs/pde_family"))
+    args = parser.parse_args(argv)
+    args.kan = "chebyshev"
+    check_seed(parser, args)
+    check_device(parser, args)
+    make_output_dir(parser, args)
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    return exit_code(lambda: run(args), f"The base, if trained, is kept in {args.output_dir}.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
