@@ -6,6 +6,7 @@ Importing this package registers LoTRA with PEFT, for `get_peft_model`, `PeftMod
 from . import registration as _registration
 from .adapters.extraction import extract_adapter
 from .adapters.family import adapter_at, at_task, load_task, save_task
+from .adapters.family_growth import add_task, family_from
 from .adapters.from_lora import adapter_from_lora
 from .adapters.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from .adapters.lora_conversion import convert_to_lora, save_as_lora
@@ -31,11 +32,13 @@ __all__ = [
     "LoTRAModel",
     "PerformanceWarning",
     "adapter_at",
+    "add_task",
     "adapter_from_lora",
     "at_task",
     "convert_to_lora",
     "create_lotra_optimizer",
     "extract_adapter",
+    "family_from",
     "fit_gauss_newton",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",

@@ -1,0 +1,134 @@
+"""Families that come from adapters for single tasks, and families that get further tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import LoTRAConfig
+from ..families import Family
+from ..layer import LoTRALayer, adapted_tensors
+from ..model import LoTRAModel, lotra_model
+from ..placement.offloaded import tensors_in_place
+from ..tensors.tucker import TuckerFactors, decompose, mode_product, reconstruct
+
+
+@torch.no_grad()
+def family_from(
+    model: nn.Module, adapters: Mapping[str, Any], adapter_name: str, config: LoTRAConfig
+) -> dict[str, float]:
+    """Add a family whose updates at some tasks are near those of adapters that were trained for these tasks.
+
+    min Σ_j ‖Δ_j − G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task_j)‖² in two steps: factors in common by HOSVD and HOOI of the updates
+    side by side, and then the core by least squares over the tasks, of least norm where the tasks do not determine it.
+    It is a start for a fit to the whole family, by `at_task`.
+
+    >>> config = LoTRAConfig(r=6, family={"lam": (1.0, 1.6)})
+    >>> errors = family_from(model, {"low": 1.0, "middle": 1.3, "high": 1.6}, "family", config)
+
+    Args:
+        model: a PeftModel with the adapters.
+        adapters: the task of each, by its name: a number, a mapping of the family's parameters to numbers, or the name
+            of a task.
+        adapter_name: of the family; it is active then.
+        config: its config; `family` is needed.
+
+    Returns:
+        sqrt(Σ_j ‖Δ_j − Δ(task_j)‖² / Σ_j ‖Δ_j‖²) by full parameter name.
+
+    Raises:
+        TypeError, ValueError: naming what does not fit; the model is as it was then.
+
+    Source: ours.
+    """
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise TypeError(f"`adapters` should map names of adapters to tasks, at least one, but is {adapters!r}")
+    tuner = lotra_model(model, next(iter(adapters)))
+    if config.family is None:
+        raise ValueError("`config` has no `family`: give ranges of parameters, or names of tasks")
+    kind = Family.of(config.family, config.family_degree)
+    for name in adapters:
+        if tuner.peft_config[name].family is not None:
+            raise ValueError(f"`adapters` has {name!r}, which is for a family itself")
+    c = torch.stack([kind.weights(_task(kind, task)) for task in adapters.values()])  # shape: (adapters, P)
+    if adapter_name in tuner.peft_config:
+        raise ValueError(f"`adapter_name` {adapter_name!r} exists already: choose another, or call `delete_adapter`")
+    model.add_adapter(adapter_name, config)  # type: ignore[operator]
+    layers, errors = adapted_tensors(tuner), {}
+    for parameter, layer in adapted_tensors(tuner, adapter_name).items():
+        updates = torch.stack([_update(layers[parameter], name) for name in adapters], dim=-1)
+        ranks = layer.r[adapter_name]
+        core, U1, U2, U3, _ = decompose(updates, ranks[:3])
+        U4 = None
+        if len(ranks) > 3 and ranks[3] is not None:
+            U4 = torch.linalg.svd(core.movedim(3, 0).flatten(1), full_matrices=False)[0]
+            U4 = U4[:, : ranks[3]]
+            core = mode_product(core, U4.mT, 3)
+        core = core @ torch.linalg.pinv(c).mT
+        factors = TuckerFactors(core, U1, U2, U3, U4)
+        fitted = mode_product(reconstruct(factors), c, core.dim() - 1)
+        errors[parameter] = ((fitted - updates).norm() / updates.norm()).nan_to_num().item()
+        layer.set_factors(adapter_name, factors._replace(core=core / layer.scaling[adapter_name]))
+    model.set_adapter(adapter_name)  # type: ignore[operator]
+    return errors
+
+
+def _task(kind: Family, task: Any) -> dict[str, Any]:
+    if isinstance(task, Mapping):
+        return dict(task)
+    if kind.tasks:
+        return {"task": task}
+    if len(kind.ranges) > 1:
+        raise TypeError(f"a task of this family is given by {list(kind.ranges)}, but {task!r} is passed")
+    return {next(iter(kind.ranges)): task}
+
+
+def _update(layer: LoTRALayer, adapter: str) -> torch.Tensor:
+    """s · Δ, shape (n, m, n_d, positions, if there are several), in fp64; zero if the layer has no such adapter."""
+    shape = layer.spec.layout.canonical_shape
+    if adapter not in layer.lotra_core:
+        zero = torch.zeros(shape, dtype=torch.float64)
+        return zero.flatten(3) if zero.dim() > 3 else zero
+    with tensors_in_place(layer):
+        factors = layer.factors(adapter).map(lambda f: f.detach().to("cpu", torch.float64))
+    dense = reconstruct(factors) * layer.scaling[adapter]
+    return dense.flatten(3) if dense.dim() > 3 else dense
+
+
+@torch.no_grad()
+def add_task(model: nn.Module, task: str, *, family: str = "default", core_from: str | None = None) -> None:
+    """Add a task to a family of named tasks; the factors stay, and the core gets one more slice, G[..., P].
+
+    An optimizer that holds the core has to be made anew.
+
+    Args:
+        model: a PeftModel with the family.
+        task: the new task's name.
+        family: the name of the family adapter.
+        core_from: the task whose core it starts from; by default the mean of all.
+
+    Raises:
+        ValueError: if the family's tasks have no names, or a name does not fit; nothing is changed then.
+
+    Source: ours.
+    """
+    tuner: LoTRAModel = lotra_model(model, family)
+    config = tuner.peft_config[family]
+    names = config.family if isinstance(config.family, list) else None
+    if names is None:
+        raise ValueError(f"`family` {family!r} is no family of named tasks (`LoTRAConfig(family=[...])`)")
+    if not isinstance(task, str) or task in names:
+        raise ValueError(f"`task` should be a new name but the value passed is {task!r}; there are {names}")
+    if core_from is not None and core_from not in names:
+        raise ValueError(f"`core_from` {core_from!r} is none of the family's tasks {names}")
+    for layer in adapted_tensors(tuner, family).values():
+        core = layer.lotra_core[family]
+        new = core.mean(-1) if core_from is None else core[..., names.index(core_from)]
+        grown = nn.Parameter(torch.cat([core, new[..., None]], dim=-1), requires_grad=core.requires_grad)
+        layer.lotra_core[family] = grown
+        layer.terms[family] += 1
+    tuner.peft_config[family] = replace(config, family=[*names, task])
