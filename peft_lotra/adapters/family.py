@@ -102,7 +102,7 @@ def adapter_at(
     own = replace(config, family=None, freeze_factors=train == "core", init_weights=True, bias="none")
     own = replace(own, modules_to_save=None, trainable_token_indices=None)
     model.add_adapter(adapter_name, own)  # type: ignore[operator]
-    for layer in adapted_tensors(tuner, adapter_name).values():
+    for layer in adapted_tensors(tuner.model, adapter_name).values():
         core, *sides = layer.factors(family)
         layer.set_factors(adapter_name, TuckerFactors(core.detach() @ c.to(core), *sides))
         layer.set_scale(adapter_name, layer.scaling[family] / layer.alpha[family] if layer.alpha[family] else 1.0)
@@ -123,7 +123,7 @@ def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
     """
     tuner, _ = _family(model, family)
     cores = {}
-    for parameter, layer in adapted_tensors(tuner, adapter_name).items():
+    for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
         core, *sides = layer.factors(adapter_name)
         pairs = zip(sides, layer.factors(family)[1:], strict=True)
         same = [U is V if U is None or V is None else torch.equal(U, V) for U, V in pairs]
@@ -157,13 +157,13 @@ def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
         raise ValueError(
             f"{origin} is for other factors than those of {family!r}: load the family that it was made of"
         )
-    layers = adapted_tensors(tuner, family)
+    layers = adapted_tensors(tuner.model, family)
     slots = {
         f"{name}.lotra_core": Slot(tuple(layer.factors(family).core.shape[:-1])) for name, layer in layers.items()
     }
     check_weights(slots, {f"{name}.lotra_core": core for name, core in cores.items()}, origin)
     adapter_at(model, adapter_name, family=family)
-    for parameter, layer in adapted_tensors(tuner, adapter_name).items():
+    for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
         layer.set_factors(adapter_name, layer.factors(adapter_name)._replace(core=cores[parameter]))
 
 
@@ -192,10 +192,10 @@ def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig]:
 def _digest(tuner: LoTRAModel, family: str) -> str:
     factors = {
         f"{PREFIX}{parameter}.{k}": U
-        for parameter, layer in adapted_tensors(tuner, family).items()
+        for parameter, layer in adapted_tensors(tuner.model, family).items()
         for k, U in enumerate(layer.factors(family)[1:])
         if U is not None
     }
     return digest(
-        factors, {"scaling": {p: layer.scaling[family] for p, layer in adapted_tensors(tuner, family).items()}}
+        factors, {"scaling": {p: layer.scaling[family] for p, layer in adapted_tensors(tuner.model, family).items()}}
     )

@@ -58,8 +58,8 @@ def family_from(
     if adapter_name in tuner.peft_config:
         raise ValueError(f"`adapter_name` {adapter_name!r} exists already: choose another, or call `delete_adapter`")
     model.add_adapter(adapter_name, config)  # type: ignore[operator]
-    layers, errors = adapted_tensors(tuner), {}
-    for parameter, layer in adapted_tensors(tuner, adapter_name).items():
+    layers, errors = adapted_tensors(tuner.model), {}
+    for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
         updates = torch.stack([_update(layers[parameter], name) for name in adapters], dim=-1)
         ranks = layer.r[adapter_name]
         core, U1, U2, U3, _ = decompose(updates, ranks[:3])
@@ -125,7 +125,7 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
         raise ValueError(f"`task` should be a new name but the value passed is {task!r}; there are {names}")
     if core_from is not None and core_from not in names:
         raise ValueError(f"`core_from` {core_from!r} is none of the family's tasks {names}")
-    for layer in adapted_tensors(tuner, family).values():
+    for layer in adapted_tensors(tuner.model, family).values():
         core = layer.lotra_core[family]
         new = core.mean(-1) if core_from is None else core[..., names.index(core_from)]
         grown = nn.Parameter(torch.cat([core, new[..., None]], dim=-1), requires_grad=core.requires_grad)
