@@ -169,7 +169,7 @@ def test_saving_parts_is_refused():
             model.save_pretrained(FOLDER / "parts", safe_serialization=safe)
     assert not list((FOLDER / "parts").glob("adapter_*"))
     parts = get_peft_model_state_dict(model)  # as accelerate collects them, to write them by its own means
-    assert len(parts) == 8
+    assert len(parts) == sum(len(layer.factors("default").tensors()) for layer in lotra_layers(model))
     assert all(isinstance(part, DTensor) for part in parts.values())
 
 

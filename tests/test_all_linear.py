@@ -297,7 +297,7 @@ def test_ranks_and_budget():
     assert ranks["embed.weight"] == (1, 1, None)
     assert ranks[LAYERS[0]] == (3, 2, None)
     assert ranks[OF_KAN[0]] == (None, None, 4)
-    assert ranks[OF_KAN[1]] == ranks["head.weight"] == (2, 2, None)
+    assert (ranks[OF_KAN[1]], ranks["head.weight"]) == ((2, 2, None), (2, None, None))
     coefficients = sum(p.numel() for name, p in Mixed().named_parameters() if name in ranks)
     model = get_peft_model(Mixed(), lotra(r=None, compression_ratio=0.5))
     assert 0.4 * coefficients < model.get_nb_trainable_parameters()[0] <= 0.5 * coefficients
@@ -573,7 +573,7 @@ def test_an_adapted_linear_layer_goes_the_short_way(lead, dtype, monkeypatch):
     x = torch.randn(*lead, 16, dtype=dtype, requires_grad=True)
     oracle = dense_model(base, model)
     long_way = []
-    monkeypatch.setattr(LoTRALayer, "_run", lambda self, *args: long_way.append(self) or self.base_layer(*args[0]))
+    monkeypatch.setattr(LoTRALayer, "_run_once", lambda self, *args: long_way.append(self) or self.base_layer(*args[0]))
     y, z = model(x), oracle(x)
     assert not long_way
     assert_different(y, base(x))

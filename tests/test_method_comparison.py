@@ -26,7 +26,7 @@ EXPERIMENT = {
     "steps": 3,
     "lm_steps": 1,
     "seeds": [0, 1],
-    "tuning": {"seed": 100, "steps": 2, "rates": [1e-3, 1e-2]},
+    "tuning": {"seeds": [100], "steps": 2, "rates": [1e-3, 1e-2]},
     "methods": {"full": {"method": "full"}, "LoTRA": {"method": "lotra", "r": 2, "optimizer": "lm"}},
     "pictures": ["courses", "ratios", "spectra"],
 }
@@ -114,7 +114,7 @@ def test_every_experiment_is_as_it_should_be():
         ({"settings": EXPERIMENT["settings"] | {"widht": 3}}, r"should be some of .* but has \['widht'\]"),
         ({"settings": EXPERIMENT["settings"] | {"base_steps": 0}}, "'full' needs a base, but `base_steps` is 0"),
         ({"tuning": {}}, r"'full' has no `lr`, so `tuning` should have .* are missing"),
-        ({"tuning": EXPERIMENT["tuning"] | {"seed": 1}}, r"`seed` should be none of the reported ones, \[0, 1\]"),
+        ({"tuning": EXPERIMENT["tuning"] | {"seeds": [1]}}, r"`seeds` should be none of the reported ones, \[0, 1\]"),
         ({"tuning": EXPERIMENT["tuning"] | {"case": "far"}}, r"`case` should be one of \[''\] .* is 'far'"),
         (
             {"methods": {"A": {"method": "full", "cases": ["far"]}}},
@@ -193,7 +193,7 @@ def test_ranks_within():
 def made_results(experiment, folder, finals):
     """Results as if they had been run: (seconds, metric) of two marks by label and seed; no diverged metric."""
     for case in experiment.cases:
-        for lr, one in experiment.tuning_runs(case, "full").items():
+        for lr, (one,) in experiment.tuning_runs(case, "full").items():
             run.write_json(one.path(folder), {"marks": [[2, 1.0, None if lr == 1e-3 else 0.5]]})
         for label, by_seed in finals.items():
             for one, (seconds, half, last) in zip(experiment.final_runs(case, label, folder), by_seed, strict=True):

@@ -160,10 +160,10 @@ def test_only_what_is_trained():
     model = get_peft_model(base, config("ChebyKAN"))
     model.add_adapter("other", config("ChebyKAN"))
     held = rates(create_lotra_optimizer(model, torch.optim.SGD, lr=0.1)).keys()
-    assert held == {layer[name] for layer in containers(model) for name in ("default",)}
+    assert held == {layer["default"] for layer in containers(model) if "default" in layer}
     model.set_adapter("other")
     held = rates(create_lotra_optimizer(model, torch.optim.SGD, lr=0.1)).keys()
-    assert held == {layer[name] for layer in containers(model) for name in ("other",)}
+    assert held == {layer["other"] for layer in containers(model) if "other" in layer}
 
 
 def containers(model):
@@ -177,7 +177,7 @@ def containers(model):
         ({"lr": 0}, "`lr` should be a positive number, got 0"),
         ({"lr": "1e-2"}, "`lr` should be a positive number, got '1e-2'"),
         ({"lr": 1.0, "lr_rule": "LR-5"}, "`lr_rule` should be one of .*'adam'.*got 'LR-5'"),
-        ({"lr": 1.0, "lr_rule": {"U4": 1}}, "`lr_rule` should map some of .*'U3'"),
+        ({"lr": 1.0, "lr_rule": {"U5": 1}}, "`lr_rule` should map some of .*'U3'"),
         ({"lr": 1.0, "lr_rule": {"U1": -1}}, "`lr_rule` should give positive multipliers"),
     ],
 )

@@ -28,7 +28,7 @@ X = torch.linspace(-1, 1, 12).reshape(4, 3)
 
 
 def adapted(base=None, **kwargs):
-    model = get_peft_model(ChebyKAN([3, 6, 2]) if base is None else base, LoTRAConfig(r=2, **kwargs))
+    model = get_peft_model(ChebyKAN([3, 6, 4]) if base is None else base, LoTRAConfig(r=2, **kwargs))
     randomize(model)
     return model
 

@@ -48,7 +48,7 @@ def test_draws_are_remembered_where_there_are_several_processes_only(monkeypatch
     assert_equal(copied(X).detach(), expected, 0)
     for layer, other in zip(lotra_layers(model), lotra_layers(copied), strict=True):
         assert list(layer._drawn) == ["default", "second"]
-        assert [len(rows) for rows in layer._drawn["second"]] == [1, *layer.spec.layout.canonical_shape]
+        assert [len(rows) for rows in layer._drawn["second"]] == [1, *map(len, layer.factors("second").tensors()[1:])]
         assert list(other._drawn) == ["default"]
 
 
@@ -64,7 +64,7 @@ def test_the_adapter_of_a_model_that_fsdp1_wraps_is_all_there():
         state = get_peft_model_state_dict(wrapped)
     finally:
         torch.distributed.destroy_process_group()
-    assert len(expected) == 8
+    assert len(expected) == 6  # two modes are whole
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], value) for key, value in expected.items())
 
