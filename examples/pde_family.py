@@ -155,8 +155,8 @@ def separate(
     full = load_base()
     start = time.process_time()
     marks, _ = train(full, pde, args.full_steps, LEARNING_RATES["chebyshev"]["full"], seed, grid, "full fine-tuning")
-    seconds = time.process_time() - start
-    return {"LoTRA alone": alone, "full, Adam": [(0.0, marks[0][1]), (seconds, marks[-1][1])]}
+    by_step = (time.process_time() - start) / args.full_steps
+    return {"LoTRA alone": alone, "full, Adam": [(step * by_step, error) for step, error in marks]}
 
 
 def format_row(family: type[PDE], row: dict[str, Any]) -> str:
@@ -210,18 +210,18 @@ def draw(family: type[PDE], bounds: tuple[float, float], rows: list[dict[str, An
     for label, (marker, color, name) in styles.items():
         found = [row for row in rows if label in row]
         left.plot([r["parameter"] for r in found], [r[label][-1][1] for r in found], marker, color=color, label=name)
-        for k, row in enumerate(found):
+        for row in found:
             seconds, errors = zip(*row[label], strict=True)
-            right.plot(seconds, errors, "-", color=color, label=name if k == 0 else None)
-    for k, row in enumerate(row for row in rows if "LoTRA alone" in row):
+            right.plot(seconds, errors, "-", color=color)
+    for row in (row for row in rows if "LoTRA alone" in row):
         seconds, errors = zip(*row["family"], strict=True)
-        right.plot(seconds, errors, "-", color="C1", label="the family's core" if k == 0 else None)
+        right.plot(seconds, errors, "-", color="C1")
     left.set(title=f"{family.title}: one adapter for all {family.symbol}", xlabel=family.symbol, yscale="log")
     left.set(ylabel="relative L2 error", xlim=bounds)
     right.set(title=f"A new {family.symbol}", xlabel="CPU seconds for it", ylabel="relative L2 error", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(handles=left.get_lines()[: 2 + len(styles)], loc="outside lower center", ncols=4)
     return figure
 
 

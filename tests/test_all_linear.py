@@ -573,7 +573,9 @@ def test_an_adapted_linear_layer_goes_the_short_way(lead, dtype, monkeypatch):
     x = torch.randn(*lead, 16, dtype=dtype, requires_grad=True)
     oracle = dense_model(base, model)
     long_way = []
-    monkeypatch.setattr(LoTRALayer, "_run_once", lambda self, *args: long_way.append(self) or self.base_layer(*args[0]))
+    monkeypatch.setattr(
+        LoTRALayer, "_run_once", lambda self, *args: long_way.append(self) or self.base_layer(*args[0])
+    )
     y, z = model(x), oracle(x)
     assert not long_way
     assert_different(y, base(x))

@@ -13,19 +13,14 @@ from peft_lotra import LoTRAConfig, suggest_ranks
 from peft_lotra.analysis import effective_coefficients
 from peft_lotra.standin import adapted_coefficients, replaced
 from peft_lotra.targets import resolve_targets
-from peft_lotra.tensors.ranks import clipped, ranks_for_budget
+from peft_lotra.tensors.ranks import clipped, equal_ranks, ranks_for_budget
 from peft_lotra.tensors.tucker import Ranks, parameter_count
 
 BATCHES = 8  # whose gradients a rule looks at
 
 
-def _equal(shape: Sequence[int], r: int) -> Ranks:
-    """One rank for all modes; short modes whole."""
-    return _least(shape, r, "")
-
-
 def _basis(shape: Sequence[int], r: int) -> Ranks:
-    """The basis whole, one rank for inputs and outputs."""
+    """The basis whole, one rank for inputs and outputs, which are whole where that takes no more numbers."""
     return _least(shape, r, "d")
 
 
@@ -44,7 +39,7 @@ def _least(shape: Sequence[int], r: int, whole: str) -> Ranks:
     return min(reversed(choices), key=lambda ranks: parameter_count(shape, ranks))
 
 
-RULES: dict[str, Callable[[Sequence[int], int], Ranks]] = {"equal": _equal, "basis": _basis, "lora": _lora}
+RULES: dict[str, Callable[[Sequence[int], int], Ranks]] = {"equal": equal_ranks, "basis": _basis, "lora": _lora}
 NAMES = (*RULES, "gradients")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from heapq import heapify, heappop, heappush
 from itertools import product
 from numbers import Integral, Real
@@ -112,7 +112,7 @@ def _budgeted(
     total = sum(map(math.prod, shapes.values()))
     spent = sum(count(shapes[name], ranks) for name, ranks in fixed.items())
     free = {name: shape for name, shape in shapes.items() if name not in fixed}
-    least = spent + sum(count(shape, _ranks_at(shape, 1)) for shape in free.values())
+    least = spent + sum(count(shape, equal_ranks(shape, 1)) for shape in free.values())
     ratio = DEFAULT_COMPRESSION_RATIO if compression_ratio is None else compression_ratio
     budget = int(ratio * total + 1e-6)  # 0.29 · 100 is a little less than 29
     if least > budget and compression_ratio is None and not fixed:
@@ -128,52 +128,65 @@ def _budgeted(
     return dict(zip(free, ranks_for_budget(list(free.values()), budget - spent, count=count), strict=True))
 
 
-def _ranks_at(shape: Sequence[int], r: int) -> Ranks:
-    """Rank r in the modes i, o and d, but a mode whole where that takes no more numbers."""
-    choices = product(*[(None, r) if r < size else (None,) for size in mode_sizes(shape)[:3]])
+def equal_ranks(shape: Sequence[int], r: int) -> Ranks:
+    """Rank r in the modes i, o and d, as far as they go; for r = 1 a mode is whole where that takes fewer numbers."""
+    if r > 1:
+        return clipped((r, r, r), shape)
+    choices = product(*[(1, None) if size > 1 else (None,) for size in shape[:3]])
     return min(choices, key=lambda ranks: parameter_count(shape, ranks))
 
 
 def ranks_for_budget(
     shapes: Sequence[Sequence[int]],
     budget: int,
-    ranks_at: Callable[[Sequence[int], int], Ranks] = _ranks_at,
+    ranks_at: Callable[[Sequence[int], int], Ranks] = equal_ranks,
     count: Callable[[Sequence[int], Ranks], int] = parameter_count,
 ) -> list[Ranks]:
     """The largest r, one for all modes and tensors, that fits; then the lowest r is raised in turn while that fits.
 
-    A mode is whole where that takes no more numbers than its rank. Equal ranks, and not ranks in proportion to the
-    modes: those leave short modes (the basis, few inputs) with rank 1, where one more costs little.
+    Equal ranks, and not ranks in proportion to the modes: those leave short modes (the basis, few inputs) with rank 1,
+    where one more costs little. With the basis whole in narrow layers too, Adam ended at twice the error on the
+    elliptic PDE; Levenberg–Marquardt on Chebyshev KANs was better with it (examples/method_comparison, `rule`).
 
     Args:
         shapes: the canonical shapes (n, m, n_d, ...) of the coefficient tensors.
         budget: most numbers that the adapters of all of them may hold together.
-        ranks_at: the ranks for r, by a tensor's shape, if others are wanted; they may not cost less for a larger r.
+        ranks_at: the ranks for r, by a tensor's shape, if others are wanted.
         count: the numbers that an adapter of given ranks has, by a tensor's shape.
 
     Raises:
         ValueError: if rank 1 everywhere already exceeds the budget.
     """
+    alike = Counter(map(tuple, shapes))
 
-    def cost(k: int, r: int) -> int:
-        return count(shapes[k], ranks_at(shapes[k], r))
+    @cache
+    def cost(shape: tuple[int, ...], r: int) -> int:
+        return count(shape, ranks_at(shape, r))
 
-    tensors = range(len(shapes))
-    least = sum(cost(k, 1) for k in tensors)
-    if least > budget:
-        raise ValueError(f"rank 1 everywhere needs {least} parameters, the budget is {budget}")
-    most = [max(shape[:3]) for shape in shapes]
-    r = bisect_right(range(1, max(most, default=1) + 1), budget, key=lambda r: sum(cost(k, r) for k in tensors))
-    chosen, left = [min(r, size) for size in most], budget - sum(cost(k, r) for k in tensors)
-    queue = [(chosen[k], cost(k, chosen[k] + 1) - cost(k, chosen[k]), k) for k in tensors if chosen[k] < most[k]]
+    def total(r: int) -> int:
+        return sum(number * cost(shape, r) for shape, number in alike.items())
+
+    if total(1) > budget:
+        raise ValueError(f"rank 1 everywhere needs {total(1)} parameters, the budget is {budget}")
+    # A mode that becomes whole may make the next rank cheaper than this one.
+    r = max((r for r in range(1, max(map(_longest, alike), default=1) + 1) if total(r) <= budget), default=1)
+    chosen, left, queue = [], budget - total(r), []
+    for k, shape in enumerate(map(tuple, shapes)):
+        chosen.append(min(r, _longest(shape)))
+        if chosen[k] < _longest(shape):
+            queue.append((chosen[k], cost(shape, chosen[k] + 1) - cost(shape, chosen[k]), k, shape))
     heapify(queue)
     while queue:
-        r, growth, k = heappop(queue)
+        r, growth, k, shape = heappop(queue)
         if growth <= left:
             chosen[k], left = r + 1, left - growth
-            if r + 1 < most[k]:
-                heappush(queue, (r + 1, cost(k, r + 2) - cost(k, r + 1), k))
+            if r + 1 < _longest(shape):
+                heappush(queue, (r + 1, cost(shape, r + 2) - cost(shape, r + 1), k, shape))
     return [ranks_at(shape, r) for shape, r in zip(shapes, chosen, strict=True)]
+
+
+def _longest(shape: Sequence[int]) -> int:
+    return max(shape[:3])
 
 
 def suggest_ranks(
@@ -212,7 +225,10 @@ def suggest_ranks(
         for name, update in updates.items()
     }
     shapes = [spectrum.shape for spectrum in spectra.values()]
-    if budget is not None and (least := sum(parameter_count(shape, _ranks_at(shape, 1)) for shape in shapes)) > budget:
+    if (
+        budget is not None
+        and (least := sum(parameter_count(shape, equal_ranks(shape, 1)) for shape in shapes)) > budget
+    ):
         raise ValueError(f"`budget`={budget} is too small: rank 1 everywhere needs {least} parameters")
     fronts = list(map(_Front.of, spectra.values()))
     chosen = _within(fronts, shapes, budget) if budget is not None else [front.reaching(energy) for front in fronts]
