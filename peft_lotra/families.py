@@ -9,13 +9,16 @@ import itertools
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 import torch
+from torch import nn
+
+_ARGUMENTS = {"model", "adapter_name", "family", "train", "task"}
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,10 @@ class Family:
                 if not bounds[0] < bounds[1]:
                     raise ValueError(f"`family` gives {name!r} the range {bounds}, whose ends are not in order")
             else:
-                if ranges:
-                    return cls({name: (float(a), float(b)) for name, (a, b) in ranges.items()}, degree=degree)
+                if taken := sorted(_ARGUMENTS & ranges.keys()):
+                    raise ValueError(f"`family` names {taken}, which are arguments of `at_task` and `adapter_at`")
+                if ranges:  # in one order, as saved configs have it: it decides on the order of the products
+                    return cls({name: (float(a), float(b)) for name, (a, b) in sorted(ranges.items())}, degree=degree)
         elif isinstance(family, list | tuple) and family and all(isinstance(name, str) for name in family):
             if len(set(family)) < len(family):
                 raise ValueError(f"`family` names a task twice: {family!r}")
@@ -98,10 +103,10 @@ class Family:
 
     def _products(self, task: Mapping[str, Any]) -> torch.Tensor:
         x = [self._scaled(name, task[name]) for name in self.ranges]
+        x = list(torch.broadcast_tensors(*x))
         powers = [_chebyshev(value, self.degree) for value in x]
         products = [math.prod(by_degree[k] for by_degree, k in zip(powers, e, strict=True)) for e in self.exponents]
-        first = next((value for value in x if value.dim()), x[0])
-        return torch.stack([torch.as_tensor(p).to(first).expand_as(first) for p in products], dim=-1)
+        return torch.stack([torch.as_tensor(p).to(x[0]).expand_as(x[0]) for p in products], dim=-1)
 
     def _one_hot(self, task: Any) -> torch.Tensor:
         names = [task] if isinstance(task, str) else list(task) if isinstance(task, list | tuple) else [task]
@@ -145,36 +150,36 @@ def _chebyshev(x: torch.Tensor, degree: int) -> list[torch.Tensor]:
 
 class _Calls(threading.local):
     def __init__(self) -> None:  # no attribute of the class: torch.compile guards on what is in __dict__
-        self.stack: tuple[Mapping[str, torch.Tensor], ...] = ()
+        self.stack: tuple[tuple[Mapping[str, torch.Tensor], Collection[nn.Module]], ...] = ()
 
 
 _calls = _Calls()
 
 
 @contextmanager
-def entered(weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """While this is entered, the thread's calls are at these tasks: c by adapter, beside those that are entered."""
+def entered(weights: Mapping[str, torch.Tensor], layers: Collection[nn.Module]) -> Iterator[None]:
+    """While this is entered, the thread's calls of layers are at these tasks, c by adapter, beside those before."""
     before = _calls.stack
-    _calls.stack = (*before, weights)
+    _calls.stack = (*before, (weights, layers))
     try:
         yield
     finally:
         _calls.stack = before
 
 
-def current(adapter: str) -> torch.Tensor | None:
-    """c of the running call for an adapter, shape (P,) or (batch, P)."""
-    for entry in reversed(_calls.stack):
-        if adapter in entry:
-            return entry[adapter]
+def current(adapter: str, layer: nn.Module) -> torch.Tensor | None:
+    """c of the running call for an adapter of a layer, shape (P,) or (batch, P)."""
+    for weights, layers in reversed(_calls.stack):
+        if adapter in weights and layer in layers:
+            return weights[adapter]
     return None
 
 
-def per_sample(adapters: Sequence[str]) -> dict[str, torch.Tensor]:
-    """c of those adapters for which the running call has a task for each sample."""
+def per_sample(adapters: Iterable[str], layer: nn.Module) -> dict[str, torch.Tensor]:
+    """c of those adapters of a layer for which the running call has a task for each sample."""
     found = {}
     for name in adapters:
-        c = current(name)
+        c = current(name, layer)
         if c is not None and c.dim() == 2:
             found[name] = c
     return found

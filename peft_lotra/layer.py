@@ -147,7 +147,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             factors = with_positions(factors._replace(core=core, U4=U4), self.spec.layout.canonical_shape[3:])
         if not self.terms[adapter_name]:
             return Update(factors, self.scaling[adapter_name])
-        c = families.current(adapter_name)
+        c = families.current(adapter_name, self)
         if c is None:
             raise RuntimeError(
                 f"the adapter {adapter_name!r} is for a family of tasks, and this pass is at none of them: call the "
@@ -157,6 +157,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         c = c.to(core)
         if c.dim() == 1:
             return Update(factors._replace(core=core @ c), self.scaling[adapter_name])
+        core = core.squeeze(-1) if len(c[0]) == 1 else core
         return Update(factors._replace(core=core), self.scaling[adapter_name], c)
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -260,13 +261,13 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         own = [] if self.disable_adapters else [name for name in self._active_here() if self.terms[name]]
-        by_sample = families.per_sample(own) if own else {}
-        if not by_sample:
+        by_sample = families.per_sample(own, self) if own else {}
+        if not by_sample or isinstance(mixed_batch.current(self), Shares):  # the caller goes another way then
             return self._run_once(args, kwargs)
         try:
             return self._run_once(args, kwargs)
         except SampleAxisUnknown:
-            return run_at_each(by_sample, self._run_once, args, kwargs, self.get_base_layer())
+            return run_at_each(by_sample, self._run_once, args, kwargs, self)
 
     def _run_once(self, args: Any, kwargs: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling() or self._needs_tensor:

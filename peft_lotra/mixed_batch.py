@@ -147,6 +147,14 @@ def run_mixed(
             pass
     results = []
     for name, own in rows.items():
+        by_sample: dict[str, torch.Tensor] = {}
+        for layer in layers:
+            by_sample |= families.per_sample([name], layer)
+        if by_sample:
+            raise ValueError(
+                f"`adapter_names` has the family {name!r} with a task for each sample, in a layer whose samples "
+                "cannot be told apart: call the model once for each task, or make adapters of them by `adapter_at`"
+            )
         with entered(Shares(layers, {name: None})):
             results.append(run(*_batch_rows((args, kwargs), own, len(names))))
     return _joined_batch(results, list(rows.values()))
@@ -164,13 +172,13 @@ def run_at_each(
     Args:
         weights: c by family adapter, shape (batch, P).
         run: the pass, of args and kwargs.
-        layer: the base layer, for errors.
+        layer: the LoTRALayer.
 
     Raises:
         ValueError: if the batch is not the first axis of what the layer takes, or gradients by the task are wanted.
     """
     joint = torch.cat(list(weights.values()), dim=1)
-    kind = type(layer).__qualname__
+    kind = type(layer.get_base_layer()).__qualname__  # type: ignore[operator]
     length = next((len(leaf) for leaf in tree_leaves((args, kwargs)) if _is_batched(leaf)), 0)
     if length != len(joint) or joint.requires_grad:
         what = "gradients by the tasks cannot be computed" if length == len(joint) else f"{length} rows are passed"
@@ -182,7 +190,7 @@ def run_at_each(
     rows = [(owner == k).nonzero()[:, 0].tolist() for k in range(len(distinct))]
     results = []
     for own in rows:
-        with families.entered({name: c[own[0]] for name, c in weights.items()}):
+        with families.entered({name: c[own[0]] for name, c in weights.items()}, set(layer.modules())):
             results.append(run(*_batch_rows((args, kwargs), own, length)))
     return _joined_batch(results, rows)
 

@@ -207,17 +207,21 @@ class LoTRAModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        self._check_merge(adapter_names, merge and safe_merge)
+        self._check_merge(adapter_names, merge and safe_merge, merge)
         allow_checkpoints(self.model)
         self._set_biases(False)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore
 
-    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, merge: bool = True) -> None:
         """Raise before any layer is merged, so that a wrong name or a broken adapter leaves no half-merged model."""
         if adapter_names is not None and not isinstance(adapter_names, list | tuple | set):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")  # as PEFT says it
         for name in adapter_names or ():
             self.peft_config[name]  # raises if there is none
+        for layer in adapted_tensors(self.model).values() if merge else ():
+            for name in layer.active_adapters if adapter_names is None else adapter_names:
+                if name in layer.lotra_core and layer.terms[name] and name not in layer.merged_adapters:
+                    layer._update(name).for_merging()
         for layer in adapted_tensors(self.model).values() if safe_merge else ():
             names = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in names if name in layer.lotra_core and name not in layer.merged_adapters]

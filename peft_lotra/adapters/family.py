@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import families
 from ..checkpoint import PREFIX, Slot, check_weights, digest
+from ..combination import copied_modules, copy_trained
 from ..config import LoTRAConfig
 from ..families import Family
 from ..layer import adapted_tensors
@@ -37,7 +38,9 @@ def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
     and it may be a value of `torch.func.vmap`, so that residuals of single points see their own.
 
     The task belongs to the calls of this thread. A backward pass that computes a forward again (activation
-    checkpointing) has to run in here too. Merging in here merges the update at this task.
+    checkpointing) has to run in here too, and in this thread, as it does on a CPU; on an accelerator autograd has
+    threads of its own, so that checkpoints must not be around adapted layers there. Merging in here merges the update
+    at this task.
 
     Args:
         model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it.
@@ -55,15 +58,15 @@ def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
     if not found:
         raise ValueError("`model` has no adapter for a family of tasks (`LoTRAConfig(family=...)`)")
     weights: dict[str, torch.Tensor] = {}
-    errors = []
+    errors: list[TypeError | ValueError] = []
     for name, config in found.items():
         try:
             weights[name] = Family.of(config.family, config.family_degree).weights(task)
-        except TypeError as error:  # of another family
-            errors.append(f"{name!r}: {error}")
+        except (TypeError, ValueError) as error:  # of another family
+            errors.append(error)
     if not weights:
-        raise TypeError("; ".join(errors))
-    with families.entered(weights):
+        raise type(errors[0])("; ".join(map(str, errors)))
+    with families.entered(weights, set(adapted_tensors(tuner.model).values())):
         yield
 
 
@@ -75,7 +78,8 @@ def adapter_at(
     >>> adapter_at(model, "lam_1.35", lam=1.35)
     >>> fit_gauss_newton(model, residual, data, iterations=5)      # trains this core alone
 
-    The new adapter is active, and the family's is not. It is saved, merged, swapped and served like any other.
+    The new adapter is active, and the family's is not. It is saved, merged, swapped and served like any other. It has
+    copies of its own of what the family has trained beside (`modules_to_save`, token rows).
 
     Args:
         model: a PeftModel with a family adapter.
@@ -99,9 +103,16 @@ def adapter_at(
         raise ValueError(f"an adapter is for one task, but a task for each of {len(c)} samples is passed")
     if adapter_name in tuner.peft_config:
         raise ValueError(f"`adapter_name` {adapter_name!r} exists already: choose another, or call `delete_adapter`")
-    own = replace(config, family=None, freeze_factors=train == "core", init_weights=True, bias="none")
-    own = replace(own, modules_to_save=None, trainable_token_indices=None)
+    if config.bias != "none":
+        raise ValueError(
+            f"`family` {family!r} has `bias` {config.bias!r}, and one adapter of a model may have biases: an adapter "
+            "for one task would be saved without them"
+        )
+    own = replace(config, family=None, freeze_factors=train == "core", init_weights=True)
     model.add_adapter(adapter_name, own)  # type: ignore[operator]
+    for wrapper, _ in copied_modules(tuner.model, [family]):
+        if adapter_name in wrapper._get_available_adapters():
+            copy_trained(wrapper, family, adapter_name)
     for layer in adapted_tensors(tuner.model, adapter_name).values():
         core, *sides = layer.factors(family)
         layer.set_factors(adapter_name, TuckerFactors(core.detach() @ c.to(core), *sides))
@@ -191,7 +202,7 @@ def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig]:
 
 def _digest(tuner: LoTRAModel, family: str) -> str:
     factors = {
-        f"{PREFIX}{parameter}.{k}": U
+        f"{PREFIX}{parameter}.{k}": U.float()
         for parameter, layer in adapted_tensors(tuner.model, family).items()
         for k, U in enumerate(layer.factors(family)[1:])
         if U is not None

@@ -14,7 +14,7 @@ from ..families import Family
 from ..layer import LoTRALayer, adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.offloaded import tensors_in_place
-from ..tensors.tucker import TuckerFactors, decompose, mode_product, reconstruct
+from ..tensors.tucker import TuckerFactors, completed, decompose, mode_product, reconstruct
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def family_from(
         U4 = None
         if len(ranks) > 3 and ranks[3] is not None:
             U4 = torch.linalg.svd(core.movedim(3, 0).flatten(1), full_matrices=False)[0]
-            U4 = U4[:, : ranks[3]]
+            U4 = completed(U4[:, : ranks[3]], ranks[3])
             core = mode_product(core, U4.mT, 3)
         core = core @ torch.linalg.pinv(c).mT
         factors = TuckerFactors(core, U1, U2, U3, U4)
@@ -125,10 +125,14 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
         raise ValueError(f"`task` should be a new name but the value passed is {task!r}; there are {names}")
     if core_from is not None and core_from not in names:
         raise ValueError(f"`core_from` {core_from!r} is none of the family's tasks {names}")
-    for layer in adapted_tensors(tuner.model, family).values():
+    layers = adapted_tensors(tuner.model, family)
+    if offloaded := [name for name, layer in layers.items() if layer.lotra_core[family].is_meta]:
+        raise ValueError(f"`family` {family!r} is offloaded at {offloaded}: add tasks before offloading")
+    for layer in layers.values():
         core = layer.lotra_core[family]
         new = core.mean(-1) if core_from is None else core[..., names.index(core_from)]
         grown = nn.Parameter(torch.cat([core, new[..., None]], dim=-1), requires_grad=core.requires_grad)
         layer.lotra_core[family] = grown
         layer.terms[family] += 1
-    tuner.peft_config[family] = replace(config, family=[*names, task])
+    tuner.peft_config[family] = grown_config = replace(config, family=[*names, task])
+    grown_config._copies = config._copies

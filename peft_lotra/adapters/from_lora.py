@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -65,11 +66,9 @@ def adapter_from_lora(
     ranks = {
         parameter: (None, None if U2 is None else U2.shape[1], None) for parameter, (_, _, U2, *_) in factors.items()
     }
-    left_out = [target.module for name, target in known.items() if name not in factors]
-    model = get_peft_model(
-        base,
-        LoTRAConfig(rank_pattern=ranks, coefficients=coefficients or {}, exclude_modules=left_out or None),
-    )
+    # Self-contained, so that no other tensor is adapted, whatever its name or layer.
+    chosen = [replace(known[parameter], ranks=ranks[parameter]) for parameter in factors]
+    model = get_peft_model(base, LoTRAConfig(r=1).self_contained(chosen))
     for parameter, layer in adapted_tensors(model).items():
         layer.set_factors(model.active_adapter, factors[parameter])
     return model

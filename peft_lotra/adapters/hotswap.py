@@ -167,7 +167,7 @@ def _factors(
             new = TuckerFactors(*[state_dict.get(f"{keys[parameter]}.{name}") for name in CONTAINERS])  # type: ignore
             if alpha != own_alpha:
                 new = new._replace(core=new.core.to("cpu", torch.float64) * (alpha / own_alpha))
-            new = _as_slot(new, slot, layer.spec.layout.canonical_shape)
+            new = _as_slot(new, slot, layer.spec.layout.canonical_shape, layer.terms[adapter_name] > 0)
         for container, own, given in zip(CONTAINERS, slot, new, strict=True):
             if own is None:
                 continue
@@ -183,19 +183,20 @@ def _factors(
             yield own, values
 
 
-def _as_slot(new: TuckerFactors, slot: TuckerFactors, shape: tuple[int, ...]) -> TuckerFactors:
+def _as_slot(new: TuckerFactors, slot: TuckerFactors, shape: tuple[int, ...], is_family: bool) -> TuckerFactors:
     """The same tensor, without factors where the slot has whole modes, and with identities where only the slot has."""
     core, *sides = new
     sizes = mode_sizes(shape)
+    terms = core.shape[core.dim() - is_family :]  # P
     if slot.U4 is not None and new.U4 is None:
-        core = core.flatten(3)
+        core = core.reshape(*core.shape[:3], sizes[3], *terms)
     for mode, (U, own) in enumerate(zip(sides, slot[1:], strict=True)):
         if U is not None and own is None:
             core, sides[mode] = mode_product(core.to(torch.float64), U.to("cpu", torch.float64), mode), None
         elif U is None and own is not None:
             sides[mode] = torch.eye(sizes[mode])
     if slot.U4 is None:
-        core = core.reshape(*core.shape[:3], *shape[3:])
+        core = core.reshape(*core.shape[:3], *shape[3:], *terms)
     return TuckerFactors(core, *sides)
 
 

@@ -214,7 +214,7 @@ def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torc
         tensors.append(multiplied(steps, core, update.factors))
         U2 = update.factors.U2
         if U2 is None and (len(group.members) > 1 or plan.padding is not None):
-            U2 = torch.eye(core.shape[1], dtype=core.dtype, device=core.device)
+            U2 = torch.eye(update.factors.core.shape[1], dtype=core.dtype, device=core.device)
         factors.append(U2)
     B, U2 = tensors[0], factors[0]
     if len(tensors) > 1:

@@ -20,6 +20,9 @@ _16_BIT = (torch.float16, torch.bfloat16)
 class SampleAxisUnknown(Exception):
     """An update with weights per sample, in an operation whose samples cannot be told apart."""
 
+    def __init__(self) -> None:
+        super().__init__("one update is needed, but every sample has a task or an adapter of its own: give one task")
+
 
 class Update(NamedTuple):
     """s · G ×₁ U1 ×₂ U2 ×₃ U3: one adapter's change of a coefficient tensor.
@@ -36,8 +39,19 @@ class Update(NamedTuple):
         """The update where samples have shares of it, shape (batch, 1); None: all samples have it."""
         if shares is None:
             return self
-        weights = shares if self.weights is None else self.weights * shares.to(self.weights.dtype)
-        return self._replace(weights=weights)
+        if self.weights is None:
+            return self._replace(weights=shares)
+        return self._replace(weights=torch.where(shares, self.weights, 0))
+
+    def for_merging(self) -> Update:
+        """The update itself.
+
+        Raises:
+            SampleAxisUnknown: if it differs from sample to sample.
+        """
+        if self.weights is not None:
+            raise SampleAxisUnknown
+        return self
 
     def dense(self, spec: CoefficientSpec, shape: torch.Size) -> torch.Tensor:
         """The update of a parameter of this shape, in its layout; 16-bit factors are multiplied out in fp32.

@@ -112,7 +112,8 @@ def _budgeted(
     total = sum(map(math.prod, shapes.values()))
     spent = sum(count(shapes[name], ranks) for name, ranks in fixed.items())
     free = {name: shape for name, shape in shapes.items() if name not in fixed}
-    least = spent + sum(count(shape, equal_ranks(shape, 1)) for shape in free.values())
+    ranks_at = partial(equal_ranks, count=count)
+    least = spent + sum(count(shape, ranks_at(shape, 1)) for shape in free.values())
     ratio = DEFAULT_COMPRESSION_RATIO if compression_ratio is None else compression_ratio
     budget = int(ratio * total + 1e-6)  # 0.29 · 100 is a little less than 29
     if least > budget and compression_ratio is None and not fixed:
@@ -125,15 +126,15 @@ def _budgeted(
             f"`compression_ratio`={ratio} allows {budget} parameters for the {total} coefficients of "
             f"{len(shapes)} tensors, but {needed} {least}; {instead}"
         )
-    return dict(zip(free, ranks_for_budget(list(free.values()), budget - spent, count=count), strict=True))
+    return dict(zip(free, ranks_for_budget(list(free.values()), budget - spent, ranks_at, count), strict=True))
 
 
-def equal_ranks(shape: Sequence[int], r: int) -> Ranks:
-    """Rank r in the modes i, o and d, as far as they go; for r = 1 a mode is whole where that takes fewer numbers."""
+def equal_ranks(shape: Sequence[int], r: int, count: Callable[[Sequence[int], Ranks], int] = parameter_count) -> Ranks:
+    """Rank r in the modes i, o and d, as far as they go; for r = 1 a mode is whole where `count` is less then."""
     if r > 1:
         return clipped((r, r, r), shape)
     choices = product(*[(1, None) if size > 1 else (None,) for size in shape[:3]])
-    return min(choices, key=lambda ranks: parameter_count(shape, ranks))
+    return min(choices, key=lambda ranks: count(shape, ranks))
 
 
 def ranks_for_budget(

@@ -172,12 +172,12 @@ def _padded(factors: TuckerFactors, ranks: Ranks) -> TuckerFactors:
     surplus = [0] * core.dim()
     for mode, (r, U) in enumerate(zip(ranks, sides, strict=False)):
         if r is not None and U is not None:
-            surplus[mode], sides[mode] = r - core.shape[mode], _completed(U, r)
+            surplus[mode], sides[mode] = r - core.shape[mode], completed(U, r)
     core = torch.nn.functional.pad(core, [n for s in reversed(surplus) for n in (0, s)])
     return TuckerFactors(core, *sides)
 
 
-def _completed(U: torch.Tensor, r: int) -> torch.Tensor:
+def completed(U: torch.Tensor, r: int) -> torch.Tensor:
     """U, shape (n, ≤ r), with orthonormal columns added up to r."""
     if U.shape[1] == r:
         return U
