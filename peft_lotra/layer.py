@@ -266,7 +266,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         try:
             return self._run_once(args, kwargs)
         except SampleAxisUnknown:
-            return run_at_each(by_sample, self._run_once, args, kwargs, self.get_base_layer())
+            return run_at_each(by_sample, self._run_once, args, kwargs, self)
 
     def _run_once(self, args: Any, kwargs: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling() or self._needs_tensor:

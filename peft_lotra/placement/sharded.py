@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 if TYPE_CHECKING or torch.distributed.is_available():
@@ -96,15 +97,38 @@ def gathered_for_writing(layer: nn.Module) -> Iterator[None]:
         yield
 
 
+@torch.no_grad()
+def largest(numbers: Sequence[int], module: nn.Module) -> list[int]:
+    """The largest of each number over the processes that FSDP2 lets fetch parts when something in `module` is run.
+
+    They must all call this. Where nothing in there is a group of its own, the numbers themselves.
+    """
+    meshes: dict[Any, None] = {}
+    for inner in module.modules():
+        if isinstance(inner, FSDPModule) and not isinstance(inner, nn.ParameterDict):  # which is not run
+            # Parameters are whole during a pass, and a state dict puts the parts back.
+            parts = [part for part in inner.state_dict().values() if isinstance(part, DTensor)]  # type: ignore[attr-defined]
+            meshes |= dict.fromkeys([part.device_mesh for part in parts])
+    for mesh in meshes:
+        found = torch.tensor(numbers, device=mesh.device_type)
+        for dim in range(mesh.ndim):
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+        numbers = found.tolist()
+    return list(numbers)
+
+
 def fsdp_modules(module: nn.Module) -> list[Any]:
-    """The modules given to `fully_shard` that hold `module` or are held by it."""
+    """The modules given to `fully_shard` that hold `module` or are held by it, in one order in all processes."""
     # A module does not know those around it, and the tensors do not tell; `fully_shard` makes a class for each class.
     classes = set(FSDPModule.__subclasses__())
     if not classes:
         return []
     own = set(module.modules())
-    return [
+    found = [
         other
         for other in gc.get_objects()
         if type(other) in classes and (other in own or any(inner is module for inner in other.modules()))
     ]
+    root = max(found, key=lambda other: sum(1 for _ in other.modules()), default=module)
+    places = {inner: k for k, inner in enumerate(root.modules())}
+    return sorted(found, key=lambda other: places.get(other, len(places)))
