@@ -344,6 +344,28 @@ def test_different_draws(wrapped, mesh_shape):
     assert not any(layer._drawn for layer in lotra_layers(model))
 
 
+class Slopes(nn.Module):
+    """∂ Σ y² / ∂x, inside of what is sharded."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return torch.func.grad(lambda x: self.net(x).square().sum())(x)
+
+
+def test_first_pass_under_torch_func():
+    """Draws are compared there too, and the factors are whole afterwards."""
+    model, single = fully_shard(Slopes(fresh(seed=3)), mesh=MESH), Slopes(fresh(seed=3))
+    assert all(layer._drawn for layer in lotra_layers(model.net))
+    assert_equal(mean(trained(model, own(X), own(X))), trained(single, X, X), 1e-9)
+    assert not any(layer._drawn for layer in lotra_layers(model.net))
+    model = fully_shard(Slopes(fresh(seed=dist.get_rank())), mesh=MESH)
+    with pytest.raises(RuntimeError, match="factors .* were drawn differently in the processes"):
+        model(own(X))
+
+
 def test_what_makes_different_draws_the_same():
     """Seeds of their own, and then a saved adapter, the first process's factors, or the gradient's."""
     single = adapted(ChebyKAN)
@@ -541,6 +563,7 @@ CHECKS = {
     "adapters on a sharded base": (test_adapters_on_a_sharded_base,),
     **{f"different draws, {wrapped}": (test_different_draws, wrapped, (2,)) for wrapped in WRAPPED},
     "different draws, replicated and sharded": (test_different_draws, "root", (2, 1)),
+    "first pass under torch.func": (test_first_pass_under_torch_func,),
     "what makes different draws the same": (test_what_makes_different_draws_the_same,),
     "Slim in a larger module, DDP": (test_slim_in_a_larger_module_under_ddp,),
     **{f"family, {wrapped}": (test_family, ChebyKAN, wrapped) for wrapped in WRAPPED},

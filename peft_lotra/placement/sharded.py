@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -97,24 +98,25 @@ def gathered_for_writing(layer: nn.Module) -> Iterator[None]:
         yield
 
 
-@torch.no_grad()
-def largest(numbers: Sequence[int], module: nn.Module) -> list[int]:
+def largest(numbers: Sequence[int], module: nn.Module) -> Sequence[int]:
     """The largest of each number over the processes that FSDP2 lets fetch parts when something in `module` is run.
 
     They must all call this. Where nothing in there is a group of its own, the numbers themselves.
     """
-    meshes: dict[Any, None] = {}
-    for inner in module.modules():
-        if isinstance(inner, FSDPModule) and not isinstance(inner, nn.ParameterDict):  # which is not run
-            # Parameters are whole during a pass, and a state dict puts the parts back.
-            parts = [part for part in inner.state_dict().values() if isinstance(part, DTensor)]  # type: ignore[attr-defined]
-            meshes |= dict.fromkeys([part.device_mesh for part in parts])
-    for mesh in meshes:
-        found = torch.tensor(numbers, device=mesh.device_type)
-        for dim in range(mesh.ndim):
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group(dim))
-        numbers = found.tolist()
-    return list(numbers)
+    groups = [inner for inner in module.modules() if isinstance(inner, FSDPModule)]
+    groups = [inner for inner in groups if not isinstance(inner, nn.ParameterDict)]  # which is not run
+    if not groups:
+        return numbers
+    # Levels of torch.func hide which tensors are parts.
+    with temporarily_clear_interpreter_stack(), torch.no_grad():
+        # Parameters are whole during a pass, and a state dict puts the parts back.
+        tensors = [tensor for group in groups for tensor in group.state_dict().values()]  # type: ignore[attr-defined]
+        for mesh in dict.fromkeys([tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)]):
+            found = torch.tensor(numbers, device=mesh.device_type)
+            for dim in range(mesh.ndim):
+                dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+            numbers = found.tolist()
+    return numbers
 
 
 def fsdp_modules(module: nn.Module) -> list[Any]:
