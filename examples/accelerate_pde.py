@@ -6,9 +6,10 @@
         examples/accelerate_pde.py --cpu
 
 Every step has one batch of points, whatever the number of processes; each takes its share, so that 2 processes train
-what 1 process trains, up to rounding. The same command after an interruption goes on from the last checkpoint in
---output-dir, which all machines should share; the last of the commands above restarts by itself (without the variable
-new processes often meet addresses of the dead). Mixed precision is the launcher's: `--mixed_precision bf16`.
+what 1 process trains, up to rounding. With --family one adapter is for a range of the PDE's parameter, and every point
+has a parameter of its own. The same command after an interruption goes on from the last checkpoint in --output-dir,
+which all machines should share; the last of the commands above restarts by itself (without the variable new processes
+often meet addresses of the dead). Mixed precision is the launcher's: `--mixed_precision bf16`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -28,6 +30,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration, tqdm
 from command_line import check_seed, exit_code, make_output_dir, new_parser, positive_int, ratio
 from filelock import FileLock, Timeout
+from pde_family import RANGES, family_points, family_residuals
 from pde_transfer import LEARNING_RATES, attach_lotra, build_kan, trained_base
 from pdes import PDE, PDES, Points, relative_l2_error
 from peft import PeftModel
@@ -35,7 +38,7 @@ from processes import check_processes, complete_directory, load_checkpoint, save
 from reporting import Row, format_table, write_atomically
 from torch import Tensor, nn
 
-from peft_lotra import initialize_lotra_weights
+from peft_lotra import at_task, initialize_lotra_weights
 
 INTERIOR, PER_SIDE = 256, 32  # points of a step
 
@@ -57,6 +60,36 @@ class Problem(nn.Module):
             return self.pde.loss(self.network, Points(points, boundary))
         with torch.autocast(points.device.type, enabled=False):
             return torch.tensor(relative_l2_error(self.network, self.pde, points))
+
+
+class FamilyProblem(nn.Module):
+    """The same for a family: the loss of points with a parameter for each, or the errors at a few parameters."""
+
+    def __init__(self, network: PeftModel, pde: PDE) -> None:
+        super().__init__()
+        self.network, self.family = network, type(pde)
+
+    def forward(self, points: dict[str, tuple[Tensor, Tensor]] | Tensor) -> Tensor:
+        if isinstance(points, dict):
+            residuals = family_residuals(self.network, self.family)
+            losses = [residuals[kind](self.network, part).square().mean() for kind, part in points.items()]
+            return torch.stack(losses).sum()
+        with torch.autocast(points.device.type, enabled=False):
+            return torch.tensor([error for _, error in family_errors(self.network, self.family, points)])
+
+
+def family_settings(args: argparse.Namespace) -> dict[str, Any]:
+    return {"family": {"parameter": RANGES[args.pde]}} if args.family else {}
+
+
+def family_errors(network: PeftModel, family: type[PDE], grid: Tensor) -> list[tuple[float, float]]:
+    """(parameter, relative L2 error) at a few within the range."""
+    low, high = RANGES[family.__name__.lower()]
+    errors = []
+    for parameter in [round(low + (high - low) * share, 4) for share in (0.05, 0.35, 0.65, 0.95)]:
+        with at_task(network, parameter=parameter):
+            errors.append((parameter, relative_l2_error(network, family(parameter), grid)))
+    return errors
 
 
 def start(args: argparse.Namespace) -> Accelerator:
@@ -97,8 +130,20 @@ def batch(accelerator: Accelerator, pde: PDE, seed: int, step: int) -> list[Poin
     return [Points(*(p[i::parts].to(accelerator.device) for p in points)) for i in range(rank, parts, processes)]
 
 
+def family_batch(
+    accelerator: Accelerator, pde: PDE, seed: int, step: int
+) -> list[tuple[dict[str, tuple[Tensor, Tensor]]]]:
+    """As `batch`, by kind of residual, with a parameter for each point."""
+    bounds = RANGES[type(pde).__name__.lower()]
+    whole = family_points(type(pde), bounds, seed, str(accelerator.device), INTERIOR, PER_SIDE)(step)
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    parts = processes * accelerator.gradient_accumulation_steps
+    own = range(rank, parts, processes)
+    return [({kind: (x[i::parts], values[i::parts]) for kind, (x, values) in whole.items()},) for i in own]
+
+
 def train(
-    accelerator: Accelerator, network: PeftModel, pde: PDE, args: argparse.Namespace
+    accelerator: Accelerator, problem: Problem | FamilyProblem, pde: PDE, args: argparse.Namespace
 ) -> tuple[dict[str, Tensor], list[list[float]]]:
     """Adam with cosine decay, from the last checkpoint on.
 
@@ -106,19 +151,20 @@ def train(
         The network's state on the main process, and its course as [step, loss, relative L2 error].
     """
     optimizer = torch.optim.Adam(
-        [p for p in network.parameters() if p.requires_grad], lr=LEARNING_RATES["chebyshev"]["lotra"]
+        [p for p in problem.parameters() if p.requires_grad], lr=LEARNING_RATES["chebyshev"]["lotra"]
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
-    problem, optimizer, schedule = accelerator.prepare(Problem(network, pde), optimizer, schedule)
+    problem, optimizer, schedule = accelerator.prepare(problem, optimizer, schedule)
+    share = family_batch if args.family else batch
     names = ("pde", "steps", "base_steps", "seed", "r", "compression_ratio", "init")
     settings = {name: getattr(args, name) for name in names}
-    folder = args.output_dir / f"{args.pde}_checkpoints"
+    folder = args.output_dir / f"{args.pde}{'_family' * args.family}_checkpoints"
     progress = load_checkpoint(accelerator, folder, settings) or {"settings": settings, "step": 0, "course": []}
     grid, every = pde.grid(33).to(accelerator.device), max(1, args.steps // 50)
     steps = range(progress["step"] + 1, args.steps + 1)
     for step in tqdm(steps, desc="LoTRA", unit="step", initial=progress["step"], total=args.steps, dynamic_ncols=True):
         loss = torch.zeros((), device=accelerator.device)
-        for part in batch(accelerator, pde, args.seed + 1, step):
+        for part in share(accelerator, pde, args.seed + 1, step):
             with accelerator.accumulate(problem):
                 part_loss = problem(*part)
                 accelerator.backward(part_loss)
@@ -129,7 +175,7 @@ def train(
         progress["step"] = step
         if step % every == 0 or step == args.steps:
             with torch.no_grad():
-                values = accelerator.reduce(loss, "mean").item(), problem(grid).item()
+                values = accelerator.reduce(loss, "mean").item(), problem(grid).mean().item()
             if not all(map(math.isfinite, values)):
                 raise SystemExit(f"loss and error are {values} at step {step}: training has diverged.")
             progress["course"].append([step, *values])
@@ -148,18 +194,19 @@ def run(accelerator: Accelerator, args: argparse.Namespace) -> None:
     accelerator.init_trackers(args.pde, {"pde": args.pde, "steps": args.steps, "seed": args.seed})
     with accelerator.main_process_first(), redirect_stdout(sys.stdout if accelerator.is_main_process else None):
         load_base = trained_base(args, source, grid)  # the main process trains it, the others find its file
-    network = attach_lotra(load_base(), args.r, args.compression_ratio)
+    network = attach_lotra(load_base(), args.r, args.compression_ratio, **family_settings(args))
+    problem = FamilyProblem(network, target) if args.family else Problem(network, target)
     if args.init == "gradient":  # before DDP wraps the network; each process gives its share of the gradient
-        parts = batch(accelerator, target, args.seed + 1, 0)
+        parts = (family_batch if args.family else batch)(accelerator, target, args.seed + 1, 0)
 
         def train_step() -> None:
             for part in parts:
-                (target.loss(network, part) / len(parts)).backward()
+                (problem(*part) / len(parts)).backward()
 
         initialize_lotra_weights(network, train_step, progressbar=False)
-    state, course = train(accelerator, network, target, args)
+    state, course = train(accelerator, problem, target, args)
 
-    adapter = args.output_dir / f"{args.pde}_lotra"
+    adapter = args.output_dir / f"{args.pde}_{'family' if args.family else 'lotra'}"
     with complete_directory(accelerator, adapter) as partial:
         if accelerator.is_main_process:
             network.save_pretrained(partial, state_dict=state)
@@ -174,9 +221,16 @@ def report(
     base = load_base()
     size, zero_shot = sum(p.numel() for p in base.parameters()), relative_l2_error(base, target, grid)
     adapted = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    numbers, error = adapted.get_nb_trainable_parameters()[0], relative_l2_error(adapted, target, grid)
-    print(format_table([Row("base, zero-shot", 0, 0.0, zero_shot), Row("LoTRA", numbers, numbers / size, error)]))
-    record = {"processes": processes, "zero_shot": zero_shot, "error": error, "course": course}
+    numbers = adapted.get_nb_trainable_parameters()[0]
+    record: dict[str, Any] = {"processes": processes, "course": course}
+    if adapted.peft_config["default"].family:
+        record["errors"] = family_errors(adapted, type(target), grid)
+        print(f"LoTRA, {numbers:,} numbers for all {target.symbol}. Relative L2 errors:")
+        print("\n".join(f"  {target.symbol} = {parameter:.3f}: {error:.1e}" for parameter, error in record["errors"]))
+    else:
+        error = relative_l2_error(adapted, target, grid)
+        print(format_table([Row("base, zero-shot", 0, 0.0, zero_shot), Row("LoTRA", numbers, numbers / size, error)]))
+        record |= {"zero_shot": zero_shot, "error": error}
     write_atomically(adapter.with_suffix(".json"), lambda p: p.write_text(json.dumps(record) + "\n"))
     print(f"Written: adapter {adapter}/, {adapter}.json")
 
@@ -198,6 +252,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--compression-ratio", type=ratio, default=0.1, help="adapter parameters per coefficient")
     size.add_argument("--r", type=positive_int, nargs="+", help="Tucker rank, or three: input output basis")
+    add("--family", action="store_true", help="one adapter for a range of the PDE's parameter")
     add("--init", choices=["random", "gradient"], default="random", help="of the adapter's factors")
     add("--steps", type=positive_int, default=2000, help="training steps on the target")
     add("--base-steps", type=positive_int, default=1500, help="training steps of the base")
@@ -213,7 +268,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"argument --r: one or three numbers, got {len(args.r)}")
     check_seed(parser, args)
     try:
-        attach_lotra(build_kan(args.kan, args.seed), args.r, args.compression_ratio)
+        attach_lotra(build_kan(args.kan, args.seed), args.r, args.compression_ratio, **family_settings(args))
     except ValueError as error:  # ranks that do not fit this KAN
         parser.error(str(error))
     make_output_dir(parser, args)

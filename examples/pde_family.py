@@ -55,12 +55,14 @@ def family_residuals(model: nn.Module, family: type[PDE]) -> dict[str, Callable[
     return {name: at(lambda pde, name=name: residual_functions(pde)[name]) for name in names}
 
 
-def family_points(family: type[PDE], bounds: tuple[float, float], seed: int, device: str) -> Callable[[int], Any]:
+def family_points(
+    family: type[PDE], bounds: tuple[float, float], seed: int, device: str, interior: int = 1000, per_side: int = 80
+) -> Callable[[int], dict[str, tuple[Tensor, Tensor]]]:
     """Fresh points of each kind of residual, with parameters drawn beside them."""
 
     def fresh(iteration: int) -> dict[str, tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(seed + 1_000_003 * iteration)
-        points = family(bounds[0]).sample(generator, "cpu", interior=1000, per_side=80)
+        points = family(bounds[0]).sample(generator, "cpu", interior, per_side)
         parts = batch(family(bounds[0]), points)
         low, high = bounds
         return {

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from chebyshev_kan import ChebyshevKAN
@@ -56,11 +57,14 @@ def build_kan(kind: str, seed: int) -> nn.Module:
     return kan
 
 
-def attach_lotra(kan: nn.Module, r: list[int] | None, compression_ratio: float) -> PeftModel:
-    """The KAN with an adapter that changes nothing yet. pykan's layers are known; for ours the layout is given."""
+def attach_lotra(kan: nn.Module, r: list[int] | None, compression_ratio: float, **family: Any) -> PeftModel:
+    """The KAN with an adapter that changes nothing yet. pykan's layers are known; for ours the layout is given.
+
+    `family` is what `LoTRAConfig` takes for a family of tasks.
+    """
     coefficients = {"coefficients": "i o d"} if isinstance(kan, ChebyshevKAN) else {}
     ranks = {"r": r[0] if len(r) == 1 else tuple(r)} if r else {"compression_ratio": compression_ratio}
-    return get_peft_model(kan, LoTRAConfig(coefficients=coefficients, **ranks))
+    return get_peft_model(kan, LoTRAConfig(coefficients=coefficients, **ranks, **family))
 
 
 def train(

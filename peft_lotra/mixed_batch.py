@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from . import families
+from .placement.sharded import largest
 from .standin import SampleAxisUnknown
 
 BASE = "__base__"  # the name of no adapter
@@ -165,9 +166,11 @@ def run_at_each(
     run: Callable[[Any, Any], Any],
     args: Any,
     kwargs: Any,
-    layer: nn.Module,
+    layer: Any,
 ) -> Any:
     """A pass in which every sample is at a task of its own, as one pass on the samples of each distinct task.
+
+    Where FSDP2 has sharded what runs in there, all processes run it equally often.
 
     Args:
         weights: c by family adapter, shape (batch, P).
@@ -178,7 +181,7 @@ def run_at_each(
         ValueError: if the batch is not the first axis of what the layer takes, or gradients by the task are wanted.
     """
     joint = torch.cat(list(weights.values()), dim=1)
-    kind = type(layer.get_base_layer()).__qualname__  # type: ignore[operator]
+    kind = type(layer.get_base_layer()).__qualname__
     length = next((len(leaf) for leaf in tree_leaves((args, kwargs)) if _is_batched(leaf)), 0)
     if length != len(joint) or joint.requires_grad:
         what = "gradients by the tasks cannot be computed" if length == len(joint) else f"{length} rows are passed"
@@ -188,6 +191,15 @@ def run_at_each(
         )
     distinct, owner = torch.unique(joint.detach(), dim=0, return_inverse=True)
     rows = [(owner == k).nonzero()[:, 0].tolist() for k in range(len(distinct))]
+    passes, shortest = largest([len(rows), -length], layer.base_layer)
+    if passes > -shortest:
+        raise ValueError(
+            f"a task for each sample: with {passes} tasks in one process and a batch of {-shortest} in another, a "
+            f"sharded {kind} cannot run equally often in both: give `fully_shard` the LoTRALayer, or use equal batches"
+        )
+    while len(rows) < passes:
+        longest = max(rows, key=len)
+        rows.append([longest.pop() for _ in range(len(longest) // 2)])
     results = []
     for own in rows:
         with families.entered({name: c[own[0]] for name, c in weights.items()}, set(layer.modules())):

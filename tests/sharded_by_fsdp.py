@@ -19,8 +19,10 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from adapted_layers import First
 from conftest import assert_different, assert_equal
 from kan_layers import KAN, ChebyKAN, FastKAN
+from layer_table import LAYERS
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
@@ -29,7 +31,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, fit_gauss_newton, initialize_lotra_weights, slim_kan
+from peft_lotra import (
+    LoTRAConfig,
+    adapter_at,
+    add_task,
+    at_task,
+    create_lotra_optimizer,
+    family_from,
+    fit_gauss_newton,
+    initialize_lotra_weights,
+    load_task,
+    save_task,
+    slim_kan,
+)
 from peft_lotra.layer import adapted_tensors
 
 WRAPPED = ("root", "block", "adapted layer", "base layer", "owner", "containers")
@@ -330,6 +344,28 @@ def test_different_draws(wrapped, mesh_shape):
     assert not any(layer._drawn for layer in lotra_layers(model))
 
 
+class Slopes(nn.Module):
+    """∂ Σ y² / ∂x, inside of what is sharded."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return torch.func.grad(lambda x: self.net(x).square().sum())(x)
+
+
+def test_first_pass_under_torch_func():
+    """Draws are compared there too, and the factors are whole afterwards."""
+    model, single = fully_shard(Slopes(fresh(seed=3)), mesh=MESH), Slopes(fresh(seed=3))
+    assert all(layer._drawn for layer in lotra_layers(model.net))
+    assert_equal(mean(trained(model, own(X), own(X))), trained(single, X, X), 1e-9)
+    assert not any(layer._drawn for layer in lotra_layers(model.net))
+    model = fully_shard(Slopes(fresh(seed=dist.get_rank())), mesh=MESH)
+    with pytest.raises(RuntimeError, match="factors .* were drawn differently in the processes"):
+        model(own(X))
+
+
 def test_what_makes_different_draws_the_same():
     """Seeds of their own, and then a saved adapter, the first process's factors, or the gradient's."""
     single = adapted(ChebyKAN)
@@ -414,6 +450,97 @@ def test_by_accelerate(class_name):
         assert_equal(loaded(X), single(X).detach(), 1e-9)
 
 
+def family(kan, widths=(3, 6, 2)):
+    """A model with a family of tasks, given its class, or "convolution" for layers that run once for each task."""
+    torch.manual_seed(1)
+    declared = LAYERS[kan].declared if kan == "convolution" else {}
+    base = First(LAYERS[kan].make().to(X.dtype)) if kan == "convolution" else kan(widths)
+    torch.manual_seed(2)
+    ranks = (2, 2, None, 3) if kan == "convolution" else (2, 3, 2)
+    model = get_peft_model(base, LoTRAConfig(r=ranks, family={"lam": (1.0, 1.6)}, coefficients=declared))
+    for layer in lotra_layers(model):
+        nn.init.normal_(layer.lotra_core["default"], std=0.3)
+    return model
+
+
+def trained_family(model, x, lam, steps=3):
+    """The losses of Adam's steps."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with at_task(model, lam=lam):
+            loss = (model(x).flatten(1).sum(1) - lam).square().mean()
+            loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def test_family(kan, wrapped):
+    """One task, and a task for each sample; the tasks of the second process are all the same."""
+    start = family(kan)
+    x = X if kan != "convolution" else torch.rand(8, 4, 7, 6)
+    several = torch.tensor([1.0, 1.1, 1.2, 1.3, *[1.6] * 4])
+    for lam in (torch.tensor(1.3), several):
+        single, model = copy.deepcopy(start), sharded(start, wrapped)
+        losses = trained_family(single, x, lam)
+        assert_different(losses, trained_family(copy.deepcopy(start), x, torch.tensor(1.5)))
+        assert_equal(mean(trained_family(model, own(x), own(lam) if lam.dim() else lam)), losses, 1e-9)
+        assert_same_state(model, single)
+        with torch.no_grad(), at_task(model, lam=lam), at_task(single, lam=lam):
+            assert_equal(model(x), single(x), 1e-9)
+    state = get_model_state_dict(model, options=OPTIONS)
+    if dist.get_rank() == 0:
+        folder = FOLDER / f"family, {kan}, {wrapped}"
+        model.save_pretrained(folder, state_dict=state)
+        loaded = PeftModel.from_pretrained(family(kan).unload(), folder)
+        with torch.no_grad(), at_task(loaded, lam=several), at_task(single, lam=several):
+            assert_equal(loaded(x), single(x), 1e-9)
+    again = sharded(start, wrapped)
+    set_model_state_dict(again, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    with torch.no_grad(), at_task(again, lam=several), at_task(single, lam=several):
+        assert_equal(again(x), single(x), 1e-9)
+    with torch.no_grad(), at_task(again, lam=1.3), at_task(single, lam=1.3):
+        again.merge_adapter()
+        single.merge_adapter()
+    assert_same_state(again, single)
+
+
+def test_adapters_of_a_family():
+    single = family(ChebyKAN)
+    model = sharded(single, "adapted layer")
+    for each in (model, single):
+        adapter_at(each, "at", lam=1.3)
+    with at_task(single, lam=1.3):
+        assert_equal(model(X).detach(), single(X).detach(), 1e-9)
+    file = FOLDER / f"task of {dist.get_rank()}"
+    save_task(file, model, "at")
+    load_task(file, single, "again")
+    assert_equal(model(X).detach(), single(X).detach(), 1e-9)
+    config = LoTRAConfig(r=(2, 3, 2), family={"lam": (1.0, 1.6)}, family_degree=1)
+    for each in (model, single):
+        adapter_at(each, "low", lam=1.0)
+        family_from(each, {"low": 1.0, "at": 1.3}, "another", config)
+    with at_task(model, lam=1.1), at_task(single, lam=1.1):
+        assert_equal(model(X).detach(), single(X).detach(), 1e-9)
+    named = get_peft_model(ChebyKAN([3, 6, 2]), LoTRAConfig(r=2, family=["a", "b"]))
+    with pytest.raises(ValueError, match="`model` is sharded .* add the task before it is sharded"):
+        add_task(sharded(named), "c")
+
+
+def test_unequal_batches_of_tasks():
+    """Five samples at five tasks in one process, three in the other."""
+    x = torch.rand(5 if dist.get_rank() == 0 else 3, 4, 7, 6)
+    model = sharded(family("convolution"), "base layer")
+    message = "5 tasks in one process and a batch of 3 in another, a sharded .* cannot run equally often"
+    with at_task(model, lam=torch.linspace(1, 1.6, len(x))), pytest.raises(ValueError, match=message):
+        model(x)
+    model, single = sharded(family("convolution"), "adapted layer"), family("convolution")
+    with at_task(model, lam=torch.linspace(1, 1.6, len(x))), at_task(single, lam=torch.linspace(1, 1.6, len(x))):
+        assert_equal(model(x), single(x), 1e-9)
+
+
 # Every kind of group with one layer, and for the others those in which the parameter's group is not the layer's.
 _COMBINATIONS = [(ChebyKAN, wrapped) for wrapped in WRAPPED]
 _COMBINATIONS += [(KAN, "base layer"), (KAN, "block"), (FastKAN, "owner")]
@@ -436,8 +563,13 @@ CHECKS = {
     "adapters on a sharded base": (test_adapters_on_a_sharded_base,),
     **{f"different draws, {wrapped}": (test_different_draws, wrapped, (2,)) for wrapped in WRAPPED},
     "different draws, replicated and sharded": (test_different_draws, "root", (2, 1)),
+    "first pass under torch.func": (test_first_pass_under_torch_func,),
     "what makes different draws the same": (test_what_makes_different_draws_the_same,),
     "Slim in a larger module, DDP": (test_slim_in_a_larger_module_under_ddp,),
+    **{f"family, {wrapped}": (test_family, ChebyKAN, wrapped) for wrapped in WRAPPED},
+    **{f"family, convolution, {wrapped}": (test_family, "convolution", wrapped) for wrapped in WRAPPED},
+    "family, unequal batches": (test_unequal_batches_of_tasks,),
+    "adapters of a family": (test_adapters_of_a_family,),
     "by accelerate, LoTRALayer": (test_by_accelerate, "LoTRALayer"),
     "by accelerate, ChebyKANLayer": (test_by_accelerate, "ChebyKANLayer"),
 }

@@ -11,9 +11,11 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from adapted_layers import First
 from conftest import assert_different, assert_equal
 from kan_layers import ChebyKAN
+from launching import fork
 from layer_table import LAYERS, full_factors, lotra_layers
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -254,6 +256,54 @@ def test_whole_modes_and_positions():
     (other,) = adapted_tensors(one).values()
     other.set_factors("default", layer.factors("default")._replace(core=core @ c))
     assert_equal(y, one(x))
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+
+def convolutions():
+    """Layers that run once for each distinct task."""
+    row = LAYERS["convolution"]
+    torch.manual_seed(1)
+    model = get_peft_model(First(row.make().double()), LoTRAConfig(r=2, family=LAM, coefficients=row.declared))
+    fill(model)
+    return model
+
+
+def gradients(net, model, x, lam):
+    """Of three steps of Adam."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trainable, lr=1e-2)
+    found = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        with at_task(model, lam=lam):
+            net(x).square().mean().backward()
+        found += [p.grad.clone() for p in trainable]
+        optimizer.step()
+    return found
+
+
+def gradients_of_halves(model, x, lam):
+    rank = Accelerator(cpu=True).process_index
+    x, lam = (tensor.chunk(2)[rank] if tensor.dim() else tensor for tensor in (x, lam))
+    return gradients(nn.parallel.DistributedDataParallel(model), model, x, lam)
+
+
+@pytest.mark.processes
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("make", [lambda: kan()[1], convolutions], ids=["ChebyKAN", "convolutions"])
+@pytest.mark.parametrize("tasks", ["one task", "tasks"])
+def test_two_processes_train_as_one(make, tasks):
+    """The tasks of the second process are all the same: it runs some layers less often than the first."""
+    x = X if make is not convolutions else torch.rand(8, 4, 7, 6, dtype=torch.float64)
+    lam = torch.tensor(1.3 if tasks == "one task" else [1.0, 1.1, 1.2, 1.3, *[1.6] * 4], dtype=torch.float64)
+    expected = gradients(model := make(), model, x, lam)
+    other = gradients(model := make(), model, x, torch.tensor(1.45, dtype=torch.float64))
+    for found in fork(gradients_of_halves, make(), x, lam):
+        for actual, wanted, elsewhere in zip(found, expected, other, strict=True):
+            assert_different(wanted, elsewhere)
+            assert_equal(actual, wanted, 1e-9)
 
 
 # Adapters for one task -----------------------------------------------------------------------------------------------

@@ -67,10 +67,10 @@ def example(*arguments, double=False, patch=None):
     return None
 
 
-def trained(folder):
+def trained(folder, adapter=ADAPTER):
     """The adapter's tensors, and the course of training."""
-    tensors = load_file(folder / ADAPTER / "adapter_model.safetensors")
-    return tensors, json.loads((folder / f"{ADAPTER}.json").read_text())["course"]
+    tensors = load_file(folder / adapter / "adapter_model.safetensors")
+    return tensors, json.loads((folder / f"{adapter}.json").read_text())["course"]
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +167,28 @@ def test_any_number_of_processes_trains_the_same(alone, folder, processes, accum
         if "core" in key:
             assert_different(value, torch.zeros_like(value))  # trained
     assert_same(trained(folder), alone, 1e-9)
+
+
+def test_processes_fit_one_family(tmp_path):
+    """Also after a death, and sharded; the wave equation has conditions on derivatives."""
+    arguments = (*SHORT, "--pde", "hyperbolic", "--family", "--r", 3, "--output-dir")
+    runs = {}
+    for name, number, patch in [("one", 1, None), ("two", 2, None), ("sharded", 2, sharded)]:
+        folder = tmp_path / name
+        if name == "two":
+            with pytest.raises(ProcessExitedException):
+                fork(example, *arguments, folder, double=True, patch=dies_in_a_family)
+            assert (folder / "hyperbolic_family_checkpoints" / "step_0000008").exists()
+        fork(example, *arguments, folder, num_processes=number, double=True, patch=patch)
+        runs[name] = trained(folder, "hyperbolic_family")
+        errors = json.loads((folder / "hyperbolic_family.json").read_text())["errors"]
+        assert [parameter for parameter, _ in errors] == [2.05, 2.35, 2.65, 2.95]
+        assert sum(error for _, error in errors) / 4 == pytest.approx(runs[name][1][-1][2], rel=0.1)  # another grid
+    tensors, course = runs["one"]
+    assert course[-1][1] < course[0][1]
+    assert all(value.any() and value.shape[-1] == 5 for key, value in tensors.items() if "core" in key)
+    for name in ("two", "sharded"):
+        assert_same(runs[name], runs["one"], 1e-9)
 
 
 # What DDP sees -------------------------------------------------------------------------------------------------------
@@ -309,6 +331,17 @@ def dies_in_a_step():
         return batch(accelerator, pde, seed, step)
 
     accelerate_pde.batch = patched
+
+
+def dies_in_a_family():
+    batch = accelerate_pde.family_batch
+
+    def patched(accelerator, pde, seed, step):
+        if step == 10:
+            die(1)
+        return batch(accelerator, pde, seed, step)
+
+    accelerate_pde.family_batch = patched
 
 
 def dies_with_half_a_checkpoint():

@@ -19,8 +19,9 @@ from ..checkpoint import PREFIX, Slot, check_weights, digest
 from ..combination import copied_modules, copy_trained
 from ..config import LoTRAConfig
 from ..families import Family
-from ..layer import adapted_tensors
+from ..layer import LoTRALayer, adapted_tensors
 from ..model import LoTRAModel, lotra_model
+from ..placement.sharded import full_tensor
 from ..tensors.tucker import TuckerFactors
 
 
@@ -114,14 +115,16 @@ def adapter_at(
         if adapter_name in wrapper._get_available_adapters():
             copy_trained(wrapper, family, adapter_name)
     for layer in adapted_tensors(tuner.model, adapter_name).values():
-        core, *sides = layer.factors(family)
-        layer.set_factors(adapter_name, TuckerFactors(core.detach() @ c.to(core), *sides))
+        core, *sides = _whole_factors(layer, family)
+        layer.set_factors(adapter_name, TuckerFactors(core @ c.to(core), *sides))
         layer.set_scale(adapter_name, layer.scaling[family] / layer.alpha[family] if layer.alpha[family] else 1.0)
     model.set_adapter(adapter_name)  # type: ignore[operator]
 
 
 def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, family: str = "default") -> None:
     """Write the cores of an adapter from `adapter_at`, and the digest of the family's factors: a kilobyte or two.
+
+    Where the model is sharded all processes have to call this, each with a path of its own.
 
     Args:
         path: of the file.
@@ -135,15 +138,15 @@ def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
     tuner, _ = _family(model, family)
     cores = {}
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
-        core, *sides = layer.factors(adapter_name)
-        pairs = zip(sides, layer.factors(family)[1:], strict=True)
+        core, *sides = _whole_factors(layer, adapter_name)
+        pairs = zip(sides, _whole_factors(layer, family)[1:], strict=True)
         same = [U is V if U is None or V is None else torch.equal(U, V) for U, V in pairs]
         if not all(same) or layer.scaling[adapter_name] != layer.scaling[family]:
             raise ValueError(
                 f"`adapter_name` {adapter_name!r} has other factors than {family!r} at {parameter}: its core alone "
                 "says nothing; use `save_pretrained`"
             )
-        cores[parameter] = core.detach().cpu().contiguous()
+        cores[parameter] = core.cpu().contiguous()
     if not cores:
         raise ValueError(
             f"`adapter_name` {adapter_name!r}: there is no such adapter; there are {list(tuner.peft_config)}"
@@ -200,11 +203,17 @@ def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig]:
     return tuner, config
 
 
+@torch.no_grad()
+def _whole_factors(layer: LoTRALayer, adapter: str) -> TuckerFactors:
+    """Those of all processes, where they are sharded."""
+    return layer.factors(adapter).map(lambda factor: full_tensor(factor).detach())
+
+
 def _digest(tuner: LoTRAModel, family: str) -> str:
     factors = {
         f"{PREFIX}{parameter}.{k}": U.float()
         for parameter, layer in adapted_tensors(tuner.model, family).items()
-        for k, U in enumerate(layer.factors(family)[1:])
+        for k, U in enumerate(_whole_factors(layer, family)[1:])
         if U is not None
     }
     return digest(

@@ -14,6 +14,7 @@ from ..families import Family
 from ..layer import LoTRALayer, adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.offloaded import tensors_in_place
+from ..placement.sharded import check_not_sharded, full_tensor
 from ..tensors.tucker import TuckerFactors, completed, decompose, mode_product, reconstruct
 
 
@@ -94,7 +95,7 @@ def _update(layer: LoTRALayer, adapter: str) -> torch.Tensor:
         zero = torch.zeros(shape, dtype=torch.float64)
         return zero.flatten(3) if zero.dim() > 3 else zero
     with tensors_in_place(layer):
-        factors = layer.factors(adapter).map(lambda f: f.detach().to("cpu", torch.float64))
+        factors = layer.factors(adapter).map(lambda f: full_tensor(f).detach().to("cpu", torch.float64))
     dense = reconstruct(factors) * layer.scaling[adapter]
     return dense.flatten(3) if dense.dim() > 3 else dense
 
@@ -112,7 +113,8 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
         core_from: the task whose core it starts from; by default the mean of all.
 
     Raises:
-        ValueError: if the family's tasks have no names, or a name does not fit; nothing is changed then.
+        ValueError: if the family's tasks have no names, a name does not fit, or the model is sharded; nothing is
+            changed then.
 
     Source: ours.
     """
@@ -125,6 +127,7 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
         raise ValueError(f"`task` should be a new name but the value passed is {task!r}; there are {names}")
     if core_from is not None and core_from not in names:
         raise ValueError(f"`core_from` {core_from!r} is none of the family's tasks {names}")
+    check_not_sharded(tuner.model, "`model`", "add the task before it is sharded")
     layers = adapted_tensors(tuner.model, family)
     if offloaded := [name for name, layer in layers.items() if layer.lotra_core[family].is_meta]:
         raise ValueError(f"`family` {family!r} is offloaded at {offloaded}: add tasks before offloading")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from .sharded import DTensor, FSDPModule, any_sharded, fsdp_modules
 
@@ -34,6 +35,7 @@ def _row_sums(tensor: torch.Tensor) -> torch.Tensor:
     return (bits * torch.arange(1, 2 * bits.shape[1], 2, device=bits.device)).sum(1)
 
 
+@temporarily_clear_interpreter_stack()  # levels of torch.func hide which tensors are parts
 @torch.no_grad()
 def check_one_draw(layer: nn.Module, containers: Sequence[str], adapters: Sequence[str]) -> None:
     """Raise RuntimeError, in all processes, if FSDP2 has made one factor of what processes have drawn differently.

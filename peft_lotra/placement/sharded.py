@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 if TYPE_CHECKING or torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
@@ -96,15 +98,39 @@ def gathered_for_writing(layer: nn.Module) -> Iterator[None]:
         yield
 
 
+def largest(numbers: Sequence[int], module: nn.Module) -> Sequence[int]:
+    """The largest of each number over the processes that FSDP2 lets fetch parts when something in `module` is run.
+
+    They must all call this. Where nothing in there is a group of its own, the numbers themselves.
+    """
+    groups = [inner for inner in module.modules() if isinstance(inner, FSDPModule)]
+    groups = [inner for inner in groups if not isinstance(inner, nn.ParameterDict)]  # which is not run
+    if not groups:
+        return numbers
+    # Levels of torch.func hide which tensors are parts.
+    with temporarily_clear_interpreter_stack(), torch.no_grad():
+        # Parameters are whole during a pass, and a state dict puts the parts back.
+        tensors = [tensor for group in groups for tensor in group.state_dict().values()]  # type: ignore[attr-defined]
+        for mesh in dict.fromkeys([tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)]):
+            found = torch.tensor(numbers, device=mesh.device_type)
+            for dim in range(mesh.ndim):
+                dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+            numbers = found.tolist()
+    return numbers
+
+
 def fsdp_modules(module: nn.Module) -> list[Any]:
-    """The modules given to `fully_shard` that hold `module` or are held by it."""
+    """The modules given to `fully_shard` that hold `module` or are held by it, in one order in all processes."""
     # A module does not know those around it, and the tensors do not tell; `fully_shard` makes a class for each class.
     classes = set(FSDPModule.__subclasses__())
     if not classes:
         return []
     own = set(module.modules())
-    return [
+    found = [
         other
         for other in gc.get_objects()
         if type(other) in classes and (other in own or any(inner is module for inner in other.modules()))
     ]
+    root = max(found, key=lambda other: sum(1 for _ in other.modules()), default=module)
+    places = {inner: k for k, inner in enumerate(root.modules())}
+    return sorted(found, key=lambda other: places.get(other, len(places)))
