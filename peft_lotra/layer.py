@@ -354,6 +354,15 @@ if torch.__version__ < (2, 13):  # type: ignore[operator]
     LoTRALayer.forward = torch.compiler.disable(LoTRALayer.forward)  # type: ignore[method-assign]
 
 
+def wrapped(kind: type[LoTRALayer], module: nn.Module, spec: CoefficientSpec) -> tuple[LoTRALayer, nn.Module]:
+    """A new layer for one tensor of a module, at its place among those that there are, and the outermost of them."""
+    if isinstance(module, LoTRALayer) and module.spec.nesting > spec.nesting:
+        layer, module.base_layer = wrapped(kind, module.base_layer, spec)
+        return layer, module
+    layer = kind(module, spec)
+    return layer, layer
+
+
 def adapted_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, LoTRALayer]:
     """The LoTRALayer of every adapted coefficient tensor, by the tensor's full name in the model without adapters.
 

@@ -18,11 +18,11 @@ from torch import nn
 from . import mixed_batch
 from .biases import trained_biases
 from .checkpoint import PREFIX, allow_checkpoints, check_weights, is_adapter_key, naming, refuse_checkpoints
-from .coefficients.spec import CoefficientSpec, tensor_at
+from .coefficients.spec import tensor_at
 from .collected import Collected, check_whole
 from .combination import combine_adapters, copied_modules, copy_trained
 from .config import LoTRAConfig, Target
-from .layer import LoTRALayer, adapted_tensors
+from .layer import LoTRALayer, adapted_tensors, wrapped
 from .linear_layer import LinearLayer, is_linear
 from .mixed_batch import MixedBatch
 from .placement.offloaded import writable_tensors
@@ -133,7 +133,7 @@ class LoTRAModel(BaseTuner):
             is_new = layer is None
             if layer is None:
                 kind = LinearLayer if is_linear(target, tensor.spec) else LoTRALayer
-                layer, target = _wrapped(SlimLayer if peft_config.slim else kind, target, tensor.spec)
+                layer, target = wrapped(SlimLayer if peft_config.slim else kind, target, tensor.spec)
             layer.update_layer(
                 adapter_name,
                 tensor.ranks,
@@ -360,15 +360,6 @@ class LoTRAModel(BaseTuner):
         remapped = {names.get(key, key): tensor for key, tensor in state_dict.items()}
         check_weights(dict(slots.values()), remapped, f"the state dict for the adapter {adapter_name!r}")
         return remapped
-
-
-def _wrapped(kind: type[LoTRALayer], module: nn.Module, spec: CoefficientSpec) -> tuple[LoTRALayer, nn.Module]:
-    """A new layer for one tensor of a module, at its place among those that there are, and the outermost of them."""
-    if isinstance(module, LoTRALayer) and module.spec.nesting > spec.nesting:
-        layer, module.base_layer = _wrapped(kind, module.base_layer, spec)
-        return layer, module
-    layer = kind(module, spec)
-    return layer, layer
 
 
 def _check_name(adapter_name: str) -> None:
