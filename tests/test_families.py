@@ -358,7 +358,7 @@ def test_a_task_is_a_small_file_beside_the_family(tmp_path):
     for layer in adapted_tensors(model).values():
         nn.init.normal_(layer.lotra_core["new"])
     save_task(tmp_path / "task.safetensors", model, "new")
-    assert os.path.getsize(tmp_path / "task.safetensors") <= 2048 * 2
+    assert os.path.getsize(tmp_path / "task.safetensors") <= 2048
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "family")
     load_task(tmp_path / "task.safetensors", loaded, "again")
     x = torch.rand(4, 2)
