@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState
 from filelock import FileLock
+from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 _MARKER = "PEFT_LOTRA_TEST_JOB"
@@ -236,6 +238,7 @@ def fork(
 
 
 def _forked(function: Callable[[], object], num_processes: int, folder: Path) -> None:
+    tqdm.set_lock(threading.RLock())  # else one lock is that of all, and one that is killed may keep it for good
     AcceleratorState._reset_state(reset_partial_state=True)  # left by an `Accelerator` of an earlier test
     GradientState._reset_state()
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # else every process is its machine's main process
