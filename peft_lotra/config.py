@@ -44,7 +44,6 @@ class Target:
     spec: CoefficientSpec
     ranks: Ranks = (1, 1, 1)
     alpha: float = 1.0
-    terms: int = 0  # P of a family of tasks
 
     @property
     def parameter(self) -> str:
@@ -65,10 +64,10 @@ class LoTRAConfig(PeftConfig):
             clipped to the sizes of the modes. A mode of rank None, or of its full size, is whole: it has no factor.
             With `(None, r2, None)` the adapter is a LoRA of the flattened coefficients. A fourth number is the rank of
             the groups and kernel positions, in layers that have them; left out, they are whole.
-        compression_ratio: instead of `r`, a budget c in (0, 1] over all adapted layers together: adapter parameters
-            ≤ c · (number of coefficients). The largest `r` that fits is taken, and r + 1 in layers where that still
-            fits. 0.1 if neither `r` nor `compression_ratio` is given and `rank_pattern` leaves layers open; on a KAN
-            so small that a tenth does not suffice, the smallest adapter, with a warning.
+        compression_ratio: instead of `r`, a budget c in (0, 1] over all adapted layers together: trained adapter
+            parameters ≤ c · (number of coefficients). The largest `r` that fits is taken, and then the lowest ranks
+            are raised in turn while that fits. 0.1 if neither `r` nor `compression_ratio` is given and `rank_pattern`
+            leaves layers open; on a KAN so small that a tenth does not suffice, the smallest adapter, with a warning.
         alpha: factor on the update. Unlike LoRA's `lora_alpha`, it is not divided by the rank. With 0 there is no
             update, and a warning.
         target_modules: KAN layers to adapt: names or name endings, or a regular expression on the full name. None

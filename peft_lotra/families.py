@@ -12,12 +12,15 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import reduce
 from numbers import Real
+from operator import mul
 from typing import Any
 
 import torch
 from torch import nn
 
+# Of `at_task` and `adapter_at`, which take a family's parameters by name.
 _ARGUMENTS = {"model", "adapter_name", "family", "train", "task"}
 
 
@@ -48,22 +51,15 @@ class Family:
         """
         if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
             raise ValueError(f"`family_degree` should be a positive integer but the value passed is {degree!r}")
-        if isinstance(family, Mapping):
-            ranges = {
-                name: tuple(bounds) if isinstance(bounds, list | tuple) else () for name, bounds in family.items()
-            }
-            for name, bounds in ranges.items():
-                numbers = [isinstance(b, Real) and not isinstance(b, bool) and math.isfinite(b) for b in bounds]
-                if not isinstance(name, str) or not name.isidentifier() or len(bounds) != 2 or not all(numbers):
-                    break
-                if not bounds[0] < bounds[1]:
-                    raise ValueError(f"`family` gives {name!r} the range {bounds}, whose ends are not in order")
-            else:
-                if taken := sorted(_ARGUMENTS & ranges.keys()):
-                    raise ValueError(f"`family` names {taken}, which are arguments of `at_task` and `adapter_at`")
-                if ranges:  # in one order, as saved configs have it: it decides on the order of the products
-                    return cls({name: (float(a), float(b)) for name, (a, b) in sorted(ranges.items())}, degree=degree)
-        elif isinstance(family, list | tuple) and family and all(isinstance(name, str) for name in family):
+        if isinstance(family, Mapping) and family and all(_is_range(*entry) for entry in family.items()):
+            if taken := sorted(_ARGUMENTS & family.keys()):
+                raise ValueError(f"`family` names {taken}, which are arguments of `at_task` and `adapter_at`")
+            for name, (a, b) in family.items():
+                if not a < b:
+                    raise ValueError(f"`family` gives {name!r} the range {(a, b)}, whose ends are not in order")
+            # In one order, as saved configs have it: it decides on the order of the products.
+            return cls({name: (float(a), float(b)) for name, (a, b) in sorted(family.items())}, degree=degree)
+        if isinstance(family, list | tuple) and family and all(isinstance(name, str) for name in family):
             if len(set(family)) < len(family):
                 raise ValueError(f"`family` names a task twice: {family!r}")
             return cls({}, tuple(family), degree)
@@ -102,14 +98,13 @@ class Family:
         return c[0] if c.dim() == 2 and len(c) == 1 else c
 
     def _products(self, task: Mapping[str, Any]) -> torch.Tensor:
-        x = [self._scaled(name, task[name]) for name in self.ranges]
-        x = list(torch.broadcast_tensors(*x))
-        powers = [_chebyshev(value, self.degree) for value in x]
-        products = [math.prod(by_degree[k] for by_degree, k in zip(powers, e, strict=True)) for e in self.exponents]
-        return torch.stack([torch.as_tensor(p).to(x[0]).expand_as(x[0]) for p in products], dim=-1)
+        x = torch.broadcast_tensors(*[self._scaled(name, task[name]) for name in self.ranges])
+        powers = [_chebyshev(value, self.degree) for value in x]  # T_0 … of each parameter
+        products = [reduce(mul, [T[k] for T, k in zip(powers, e, strict=True)]) for e in self.exponents]
+        return torch.stack(products, dim=-1)
 
     def _one_hot(self, task: Any) -> torch.Tensor:
-        names = [task] if isinstance(task, str) else list(task) if isinstance(task, list | tuple) else [task]
+        names = list(task) if isinstance(task, list | tuple) else [task]
         unknown = [name for name in names if name not in self.tasks]
         if unknown:
             raise ValueError(f"`task` {unknown[0]!r} is none of the family's tasks {list(self.tasks)}")
@@ -132,12 +127,20 @@ class Family:
             raise ValueError(f"`{name}` should have the shape (), (batch,) or (batch, 1) but has {tuple(value.shape)}")
         x = 2 * (value - a) / (b - a) - 1
         if not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)):
-            outside = (x.detach().abs() > 1 + 1e-6).any()
-            if outside:
+            if (x.detach().abs() > 1 + 1e-6).any():
                 warnings.warn(
                     f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates", stacklevel=6
                 )
         return x
+
+
+def _is_range(name: Any, bounds: Any) -> bool:
+    """Whether this is a name for a keyword argument, and two finite numbers."""
+    if not isinstance(name, str) or not name.isidentifier():
+        return False
+    if not isinstance(bounds, list | tuple) or len(bounds) != 2:
+        return False
+    return all(isinstance(b, Real) and not isinstance(b, bool) and math.isfinite(b) for b in bounds)
 
 
 def _chebyshev(x: torch.Tensor, degree: int) -> list[torch.Tensor]:

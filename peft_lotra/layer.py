@@ -260,6 +260,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return self._run(args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
+        if self._drawn and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            check_one_draw(self, CONTAINERS, self._active_here())
         own = [] if self.disable_adapters else [name for name in self._active_here() if self.terms[name]]
         by_sample = families.per_sample(own, self) if own else {}
         if not by_sample or isinstance(mixed_batch.current(self), Shares):  # the caller goes another way then
@@ -285,8 +287,6 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         inner: Any = self._modules["base_layer"]
         spec, layer = self.spec, self.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner
         with tensors_in_place(self):
-            if self._drawn and torch.is_grad_enabled():
-                check_one_draw(self, CONTAINERS, self._active_here())
             updates = self._active_updates()
             if not (updates and self._needs_tensor):
                 adapted = Adapted(layer, spec, updates, is_zero=self._base_is_zero)

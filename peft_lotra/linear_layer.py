@@ -22,7 +22,7 @@ class LinearLayer(LoTRALayer):
 
     def _run_once(self, args: Any, kwargs: Any) -> Any:
         updates = () if kwargs or len(args) != 1 or torch.compiler.is_compiling() else self._active_updates()
-        if not updates or self._drawn or not all(map(self._is_simple, updates)):
+        if not updates or not all(map(self._is_simple, updates)):
             return super()._run_once(args, kwargs)
         x, y = args[0], self._modules["base_layer"](*args)  # type: ignore[misc]
         n, m, n_d = self.spec.layout.canonical_shape

@@ -221,7 +221,7 @@ class LoTRAModel(BaseTuner):
         for layer in adapted_tensors(self.model).values() if merge else ():
             for name in layer.active_adapters if adapter_names is None else adapter_names:
                 if name in layer.lotra_core and layer.terms[name] and name not in layer.merged_adapters:
-                    layer._update(name).for_merging()
+                    layer._update(name).check_common()
         for layer in adapted_tensors(self.model).values() if safe_merge else ():
             names = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in names if name in layer.lotra_core and name not in layer.merged_adapters]
@@ -265,10 +265,7 @@ class LoTRAModel(BaseTuner):
         Raises:
             ValueError: naming the argument; the model is as it was then.
         """
-        if adapter_name in self.peft_config:
-            raise ValueError(
-                f"`adapter_name` {adapter_name!r} exists already: choose another, or call `delete_adapter` first"
-            )
+        self.check_new(adapter_name)
         config, factors, errors = combine_adapters(
             self.model, self.peft_config, adapters, weights, combination_type, svd_rank, density, majority_sign_method
         )
@@ -282,6 +279,13 @@ class LoTRAModel(BaseTuner):
             for owner in owners:
                 copy_trained(wrapper, owner, adapter_name)
         return errors
+
+    def check_new(self, adapter_name: str) -> None:
+        """Raise ValueError if there is an adapter of this name."""
+        if adapter_name in self.peft_config:
+            raise ValueError(
+                f"`adapter_name` {adapter_name!r} exists already: choose another, or call `delete_adapter` first"
+            )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -380,15 +384,16 @@ def _check_name(adapter_name: str) -> None:
         raise ValueError(f"`adapter_name` {adapter_name!r} means no adapter, in a mixed batch: choose another")
 
 
-def lotra_model(model: nn.Module, adapter_name: str) -> LoTRAModel:
+def lotra_model(model: nn.Module, adapter_name: str | None = None) -> LoTRAModel:
     """The LoTRAModel of a PeftModel, compiled or not.
 
     Raises:
-        TypeError, ValueError: if it is none, or has no adapter of this name.
+        TypeError, ValueError: if it is none, or has no adapter of the name, if one is given.
     """
     model = getattr(model, "_orig_mod", model)
     tuner = getattr(model, "base_model", None)
     if not isinstance(model, PeftModel) or not isinstance(tuner, LoTRAModel):
         raise TypeError(f"`model` should be a PeftModel with LoTRA adapters but a {type(model).__name__} is passed")
-    tuner.peft_config[adapter_name]  # raises if there is none
+    if adapter_name is not None:
+        tuner.peft_config[adapter_name]  # raises if there is none
     return tuner

@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 from conftest import assert_different, assert_equal
+from family_models import LAM, X, at, fill, kan, polynomials
 from kan_layers import ChebyKAN
 from layer_table import LAYERS, lotra_layers
 from peft import PeftModel, get_peft_model
-from test_families import LAM, X, at, fill, kan, polynomials
 from torch import nn
 
 from peft_lotra import LoTRAConfig, adapter_at, at_task, family_from, hotswap_adapter

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -322,26 +323,19 @@ def die(rank):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def dies_in_a_step():
-    batch = accelerate_pde.batch
+def dies_in(drawing):
+    """A process dies where the example draws the points of a step, by the function of this name."""
+    batch = getattr(accelerate_pde, drawing)
 
     def patched(accelerator, pde, seed, step):
         if step == 10:
             die(1)
         return batch(accelerator, pde, seed, step)
 
-    accelerate_pde.batch = patched
+    setattr(accelerate_pde, drawing, patched)
 
 
-def dies_in_a_family():
-    batch = accelerate_pde.family_batch
-
-    def patched(accelerator, pde, seed, step):
-        if step == 10:
-            die(1)
-        return batch(accelerator, pde, seed, step)
-
-    accelerate_pde.family_batch = patched
+dies_in_a_step, dies_in_a_family = partial(dies_in, "batch"), partial(dies_in, "family_batch")
 
 
 def dies_with_half_a_checkpoint():

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -54,7 +53,7 @@ def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
 
     Source: ours.
     """
-    tuner = _tuner(model)
+    tuner = lotra_model(model)
     found = {name: config for name, config in tuner.peft_config.items() if config.family is not None}
     if not found:
         raise ValueError("`model` has no adapter for a family of tasks (`LoTRAConfig(family=...)`)")
@@ -76,7 +75,7 @@ def adapter_at(
 ) -> None:
     """Add an ordinary adapter of the factors of a family and of its core at one task: G(task) = G ×₅ c(task), exactly.
 
-    >>> adapter_at(model, "lam_1.35", lam=1.35)
+    >>> adapter_at(model, "new", lam=1.35)
     >>> fit_gauss_newton(model, residual, data, iterations=5)      # trains this core alone
 
     The new adapter is active, and the family's is not. It is saved, merged, swapped and served like any other. It has
@@ -102,8 +101,7 @@ def adapter_at(
     c = kind.weights(task) if task else _mean(kind)
     if c.dim() > 1:
         raise ValueError(f"an adapter is for one task, but a task for each of {len(c)} samples is passed")
-    if adapter_name in tuner.peft_config:
-        raise ValueError(f"`adapter_name` {adapter_name!r} exists already: choose another, or call `delete_adapter`")
+    tuner.check_new(adapter_name)
     if config.bias != "none":
         raise ValueError(
             f"`family` {family!r} has `bias` {config.bias!r}, and one adapter of a model may have biases: an adapter "
@@ -185,14 +183,6 @@ def _mean(kind: Family) -> torch.Tensor:
     if kind.tasks:
         return torch.full((kind.size,), 1 / kind.size, dtype=torch.float64)
     return torch.nn.functional.one_hot(torch.tensor(0), kind.size).double()
-
-
-def _tuner(model: Any) -> LoTRAModel:
-    model = getattr(model, "_orig_mod", model)
-    tuner = getattr(model, "base_model", None)
-    if not isinstance(model, PeftModel) or not isinstance(tuner, LoTRAModel):
-        raise TypeError(f"`model` should be a PeftModel with LoTRA adapters but a {type(model).__name__} is passed")
-    return tuner
 
 
 def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig]:

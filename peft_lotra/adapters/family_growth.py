@@ -12,7 +12,7 @@ from torch import nn
 from ..config import LoTRAConfig
 from ..families import Family
 from ..layer import LoTRALayer, adapted_tensors
-from ..model import LoTRAModel, lotra_model
+from ..model import lotra_model
 from ..placement.offloaded import tensors_in_place
 from ..placement.sharded import check_not_sharded, full_tensor
 from ..tensors.tucker import TuckerFactors, completed, decompose, mode_product, reconstruct
@@ -56,8 +56,7 @@ def family_from(
         if tuner.peft_config[name].family is not None:
             raise ValueError(f"`adapters` has {name!r}, which is for a family itself")
     c = torch.stack([kind.weights(_task(kind, task)) for task in adapters.values()])  # shape: (adapters, P)
-    if adapter_name in tuner.peft_config:
-        raise ValueError(f"`adapter_name` {adapter_name!r} exists already: choose another, or call `delete_adapter`")
+    tuner.check_new(adapter_name)
     model.add_adapter(adapter_name, config)  # type: ignore[operator]
     layers, errors = adapted_tensors(tuner.model), {}
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
@@ -118,7 +117,7 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
 
     Source: ours.
     """
-    tuner: LoTRAModel = lotra_model(model, family)
+    tuner = lotra_model(model, family)
     config = tuner.peft_config[family]
     names = config.family if isinstance(config.family, list) else None
     if names is None:

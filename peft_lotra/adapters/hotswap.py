@@ -40,8 +40,9 @@ def hotswap_adapter(
 
     The new adapter is for the same base and layouts, on no other layers, and of ranks up to those of the slot. What a
     smaller one does not fill becomes zero, and so does the whole update of a layer that it does not adapt; zeros get
-    no gradients, so that training goes on at the new adapter's ranks (an optimizer's state is not reset). Trained
-    copies of modules (`modules_to_save`), trained token rows and biases are replaced too.
+    no gradients, so that training goes on at the new adapter's ranks (an optimizer's state is not reset). In a mode
+    that the slot has whole, the new factor goes into the core, and training goes on in the whole mode. Trained copies
+    of modules (`modules_to_save`), trained token rows and biases are replaced too.
 
     The slot keeps its config, ranks, `alpha`, dtype, device and flags. An `alpha` of another value goes into the core,
     G ← G · alpha_new / alpha_slot, because a compiled model holds the number itself: the update is the saved one, also

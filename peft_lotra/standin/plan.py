@@ -274,8 +274,7 @@ def dense_sum(weight: Weight, plans: tuple[DensePlan, ...] = ()) -> torch.Tensor
     """
     total = weight.tensor
     for k, update in enumerate(weight.updates):
-        if update.weights is not None:
-            raise SampleAxisUnknown
+        update.check_common()
         plan = plans[k] if plans else _dense_plan(weight.axes, _shapes(update))
         update = update.shown(plan.rows)
         scaling = update.scaling

@@ -24,7 +24,6 @@ from .cost import DENSE
 from .operations import CONTRACTIONS, Contraction, Weight
 from .plan import apply, dense_sum, plan_for
 from .products import PRODUCTS, QUOTIENTS, SUMS, Product, by_number, is_number, summed
-from .update import SampleAxisUnknown
 from .views import VIEWS
 
 
@@ -224,8 +223,7 @@ def _multiplied(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, 
     if is_number(other):
         return by_number(function, meant, other)
     for update in meant.updates:
-        if update.weights is not None:
-            raise SampleAxisUnknown  # before the product is formed
+        update.check_common()  # before the product is formed
     return Product.of(meant, other) if isinstance(other, torch.Tensor) else NotImplemented
 
 

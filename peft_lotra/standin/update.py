@@ -43,15 +43,10 @@ class Update(NamedTuple):
             return self._replace(weights=shares)
         return self._replace(weights=torch.where(shares, self.weights, 0))
 
-    def for_merging(self) -> Update:
-        """The update itself.
-
-        Raises:
-            SampleAxisUnknown: if it differs from sample to sample.
-        """
+    def check_common(self) -> None:
+        """Raise SampleAxisUnknown if the update differs from sample to sample."""
         if self.weights is not None:
             raise SampleAxisUnknown
-        return self
 
     def dense(self, spec: CoefficientSpec, shape: torch.Size) -> torch.Tensor:
         """The update of a parameter of this shape, in its layout; 16-bit factors are multiplied out in fp32.
@@ -59,8 +54,7 @@ class Update(NamedTuple):
         Raises:
             SampleAxisUnknown: if it differs from sample to sample.
         """
-        if self.weights is not None:
-            raise SampleAxisUnknown
+        self.check_common()
         dtype = self.factors.core.dtype
         update = _in_fp32(self) if dtype in _16_BIT else self
         factors = update.factors.map(full_tensor)
