@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from command_line import check_device, check_seed, exit_code, make_output_dir, new_parser, positive_int
 from matplotlib.figure import Figure
-from pde_least_squares import batch, residual_functions
+from pde_least_squares import batch, fit, residual_functions
 from pde_transfer import LEARNING_RATES, train, trained_base
-from pdes import PDE, PDES, Points, relative_l2_error
+from pdes import PDE, PDES
 from peft import PeftModel, get_peft_model
 from reporting import write_atomically
 from torch import Tensor, nn
@@ -73,37 +73,11 @@ def family_points(
     return fresh
 
 
-def task_points(pde: PDE, seed: int, device: str) -> Callable[[int], dict[str, Tensor]]:
-    def fresh(iteration: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed + 1_000_003 * iteration)
-        return batch(pde, Points(*(p.to(device) for p in pde.sample(generator, "cpu", interior=1000, per_side=80))))
-
-    return fresh
-
-
-def course(model: nn.Module, pde: PDE, iterations: int, seed: int, grid: Tensor) -> list[tuple[float, float]]:
+def course(
+    model: nn.Module, pde: PDE, iterations: int, seed: int, grid: Tensor, label: str
+) -> list[tuple[float, float]]:
     """(CPU seconds, error) at the start and after every iteration on what is trainable."""
-    marks = [(0.0, relative_l2_error(model, pde, grid))]
-    start = time.process_time()
-
-    def mark(result: Any) -> None:
-        nonlocal start
-        now = time.process_time() - start
-        marks.append((now, relative_l2_error(model, pde, grid)))
-        start = time.process_time() - now
-
-    result = fit_gauss_newton(
-        model,
-        residual_functions(pde),
-        task_points(pde, seed, str(grid.device)),
-        iterations=iterations,
-        loss_tolerance=0,
-        progressbar=False,
-        callback=mark,
-    )
-    if result.reason == "interrupted":
-        raise KeyboardInterrupt
-    return marks
+    return [(mark.cpu_seconds, mark.error) for mark in fit(model, pde, iterations, seed, grid, label)]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -137,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
         pde = family(parameter)
         adapter_at(model, "task", parameter=parameter)
         core = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        marks = course(model, pde, max(CORE_ITERATIONS), args.seed + 2 + k, grid)
+        marks = course(model, pde, max(CORE_ITERATIONS), args.seed + 2 + k, grid, "core")
         model.set_adapter("default")
         model.delete_adapter("task")
         row: dict[str, Any] = {"parameter": parameter, "family": marks, "core": core}
@@ -153,7 +127,7 @@ def separate(
 ) -> dict[str, Any]:
     """An adapter of a tenth for this parameter alone, by Levenberg–Marquardt, and full fine-tuning by Adam."""
     adapted: PeftModel = get_peft_model(load_base(), LoTRAConfig(coefficients=COEFFICIENTS))
-    alone = course(adapted, pde, min(TASK_ITERATIONS, args.iterations), seed, grid)
+    alone = course(adapted, pde, min(TASK_ITERATIONS, args.iterations), seed, grid, "LoTRA alone")
     full = load_base()
     start = time.process_time()
     marks, _ = train(full, pde, args.full_steps, LEARNING_RATES["chebyshev"]["full"], seed, grid, "full fine-tuning")
