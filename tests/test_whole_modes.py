@@ -13,6 +13,7 @@ from kan_layers import ChebyKAN, FastKAN
 from layer_table import LAYERS, full_factors, lotra_layers, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 from peft_lotra import (
     LoTRAConfig,
@@ -24,7 +25,8 @@ from peft_lotra import (
     save_as_lora,
 )
 from peft_lotra.standin.cost import DENSE, ORDERS
-from peft_lotra.tensors.ranks import mode_sizes
+from peft_lotra.tensors.ranks import choose_ranks, mode_sizes
+from peft_lotra.tensors.tucker import core_count, parameter_count
 from peft_lotra.testing import assert_close, assert_differs, dense_model, forced_order
 
 RANKS = [r for r in itertools.product((2, None), repeat=3) if None in r]
@@ -96,8 +98,15 @@ def test_a_factor_of_positions(name, r):
 
 
 def test_positions_are_ignored_by_layers_without():
-    model = get_peft_model(ChebyKAN([3, 6, 4]), LoTRAConfig(r=(2, 2, 2)))
-    assert not any(layer.lotra_U4 for layer in lotra_layers(model).values())
+    row = LAYERS["convolution"]
+    base = nn.ModuleDict({"conv": row.make(), "kan": ChebyKAN([3, 6, 4])})
+    model = get_peft_model(base, LoTRAConfig(r=(2, 2, 2, 3), coefficients=row.declared))
+    layers = lotra_layers(model)
+    assert {name: bool(layer.lotra_U4) for name, layer in layers.items()} == {
+        "conv": True,
+        "kan.layers.0": False,
+        "kan.layers.1": False,
+    }
     with pytest.raises(ValueError, match=re.escape("`r`=(2, 2, 2, 2) is above the modes")):
         get_peft_model(ChebyKAN([3, 6, 4]), LoTRAConfig(r=(2, 2, 2, 2)))
 
@@ -332,6 +341,14 @@ def test_a_budget_counts_what_is_trained():
     trained = model.get_nb_trainable_parameters()[0]
     assert 0.05 * total < trained <= 0.1 * total
     assert trained == sum(layer.lotra_core["default"].numel() for layer in lotra_layers(model).values())
+
+
+def test_what_is_stored_beside_frozen_cores():
+    """The numbers in the README."""
+    shapes = {"first": (2, 32, 8), "middle": (32, 32, 8), "last": (32, 1, 8)}
+    ranks = choose_ranks(shapes, {}, None, 0.1, freeze_factors=True)
+    counts = [sum(count(shapes[name], ranks[name]) for name in shapes) for count in (core_count, parameter_count)]
+    assert counts == [896, 2144]
 
 
 def test_full_factors_of_the_tests_are_identities_where_there_are_none():
