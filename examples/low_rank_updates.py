@@ -156,7 +156,7 @@ def format_record(record: dict) -> str:
             f"  {row['compression_ratio']:7.4f} ({row['budget']:,} parameters)".ljust(36)
             + f"{uniform['update_error']:.3f} ({uniform['parameters']:,})".rjust(15)
             + f"{suggested['update_error']:.3f} ({suggested['parameters']:,})  ranks ".rjust(30)
-            + "  ".join("·".join(map(str, r)) for r in suggested["ranks"])
+            + "  ".join("·".join("all" if k is None else str(k) for k in r) for r in suggested["ranks"])
         )
     lines.append("\n  extracted, relative L2 error (times the fine-tuned model's)")
     lines.append(f"  {'':18}{'parameters':>12}{'nearest update':>22}{'fitted to outputs':>26}")
