@@ -146,9 +146,9 @@ def ranks_for_budget(
     """The largest r, one for all modes and tensors, that fits; then the lowest r is raised in turn while that fits.
 
     Equal ranks, and not ranks in proportion to the modes: those leave short modes (the basis, few inputs) with rank 1,
-    where one more costs little. Which rule is best depends on the optimizer: with the basis whole, Adam ended at 3.4 ×
-    the error of equal ranks and Levenberg–Marquardt at 0.63 × (elliptic PDE, Chebyshev KAN, a tenth, medians of three
-    seeds; experiments `ranks_adam` and `ranks_lm` of examples/method_comparison).
+    where one more costs little. Which rule is best depends on the optimizer and the task: with the basis whole, Adam
+    ended at 3.4 × the error of equal ranks on an elliptic PDE, and Levenberg–Marquardt at 0.38 to 1.8 × on six tasks,
+    below 1 on four (medians of three seeds; experiments `ranks_adam` and `ranks_lm` of examples/method_comparison).
 
     Args:
         shapes: the canonical shapes (n, m, n_d, ...) of the coefficient tensors.
