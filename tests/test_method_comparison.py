@@ -49,7 +49,7 @@ def test_smoke_from_the_command_line(tmp_path, monkeypatch):
     first = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert first.returncode == 0, first.stderr
     done = files(tmp_path)
-    assert len(done) == 5 * 2 + 7  # rates, runs
+    assert len(done) == 7 * 2 + 9  # rates, runs
     monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
     assert run.main() == 0
     assert files(tmp_path) == done, "a run was repeated"
@@ -108,7 +108,7 @@ def test_every_experiment_is_as_it_should_be():
         ({"methods": {"A": {"method": "dora"}}}, r"'A': `method` should be one of \['full', .* is 'dora'"),
         ({"methods": {"A": {"method": "full", "ratio": 0.1}}}, r"'A': the method 'full' should have .* \['ratio'\]"),
         ({"methods": {"A": {"method": "lotra"}}}, r"'lotra' needs one of \['ratio', 'r', 'rank_pattern'\]"),
-        ({"methods": {"A": {"method": "full", "optimizer": "sgd"}}}, r"`optimizer` should be one of \['adam', 'lm'\]"),
+        ({"methods": {"A": {"method": "full", "optimizer": "sgd"}}}, r"`optimizer` should be one of \['adam', 'soap', 'lm'\]"),
         ({"settings": {"family": "parabolic"}}, "parameter"),
         ({"settings": EXPERIMENT["settings"] | {"family": "conic"}}, r"`family` should be one of .* is 'conic'"),
         ({"settings": EXPERIMENT["settings"] | {"widht": 3}}, r"should be some of .* but has \['widht'\]"),

@@ -19,7 +19,7 @@ from experiments import load_experiments  # noqa: E402
 from kans import ConvKANLayer, ResNetKAN  # noqa: E402
 from objectives import Objective  # noqa: E402
 from tasks import characters, images, make_task, reviews  # noqa: E402
-from training import Stopwatch, train_by_adam  # noqa: E402
+from training import Stopwatch, train_by_steps  # noqa: E402
 
 from peft_lotra.testing import KANLayerTests  # noqa: E402
 
@@ -89,7 +89,7 @@ def test_a_diverged_run_ends():
     task = make_task("images", {**DIGITS, "kan": "chebyshev"})
     model, objective = task.build(0), task.objective("target", 0, CPU)
     objective.metric = lambda model: float("nan")
-    marks = train_by_adam(model, objective, {"method": "full"}, 1e-2, 50, Stopwatch(CPU))
+    marks = train_by_steps(model, objective, {"method": "full"}, 1e-2, 50, Stopwatch(CPU))
     assert [(mark.step, mark.metric) for mark in marks] == [(0, None), (2, None)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compared_methods import OPTIMIZERS
 from experiments import Experiment
 from rows import Case, Row, table
 
@@ -25,7 +26,7 @@ def complete(experiment: Experiment | None, case: str | None, results: Path) -> 
     return found if set(found.rows) == set(experiment.labels(found.name)) else None
 
 
-def rows_by(case: Case, methods: tuple[str, ...], optimizers: tuple[str, ...] = ("adam", "lm")) -> list[Row]:
+def rows_by(case: Case, methods: tuple[str, ...], optimizers: tuple[str, ...] = OPTIMIZERS) -> list[Row]:
     settings = case.experiment.methods
     return [
         row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -14,9 +15,11 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from rank_rules import NAMES, ranks_by_rule
 from tasks import Task
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, initialize_lotra_weights, slim_kan
 from peft_lotra.analysis import effective_coefficients
+from peft_lotra.targets import resolve_targets
 
 Settings = Mapping[str, Any]
 INITIALISATIONS = ("random", "gradient", "gradient_hosvd")
@@ -24,22 +27,25 @@ GRADIENT_BATCHES = 4  # from which the gradient of an initialisation is taken
 HIGHEST_RANK = 64  # that is tried for PEFT's own methods
 
 # Settings that every method may have, and those of single methods.
-COMMON = ("method", "optimizer", "lr", "lr_of", "adam", "steps", "cases")
+COMMON = ("method", "optimizer", "lr", "lr_of", "steps", "cases")
 RANKS = ("ratio", "r", "rank_pattern")
 METHODS: dict[str, tuple[str, ...]] = {
     "full": (),
     "scratch": (),
     "last_layer": (),
     "base_weights": (),
-    "lotra": (*RANKS, "rule", "alpha", "init", "lr_rule", "orthonormal"),
+    "lotra": (*RANKS, "rule", "layers", "freeze_factors", "alpha", "init", "lr_rule", "orthonormal"),
     "slim": (*RANKS, "rule", "lr_rule", "orthonormal"),
     "lora": ("ratio",),
-    "lora_parameters": ("ratio",),
+    "lora_parameters": ("ratio", "layers"),
     "loha": ("ratio",),
     "lokr": ("ratio",),
 }
 FROM_SCRATCH = ("scratch", "slim")  # those that use no base
-OPTIMIZERS = ("adam", "lm")
+LAYERS = ("kan", "all-linear")
+# By name: where the class is. Levenberg–Marquardt is `fit_gauss_newton`.
+FIRST_ORDER = {"adam": "torch.optim:Adam", "soap": "pytorch_optimizer:SOAP"}
+OPTIMIZERS = (*FIRST_ORDER, "lm")
 
 
 def check_method(label: str, settings: Settings) -> None:
@@ -53,7 +59,7 @@ def check_method(label: str, settings: Settings) -> None:
     allowed = (*COMMON, *METHODS[name])
     if unknown := sorted(set(settings) - set(allowed)):
         raise ValueError(f"{label!r}: the method {name!r} should have some of {list(allowed)} but has {unknown}")
-    for key, values in {"optimizer": OPTIMIZERS, "init": INITIALISATIONS, "rule": NAMES}.items():
+    for key, values in {"optimizer": OPTIMIZERS, "init": INITIALISATIONS, "rule": NAMES, "layers": LAYERS}.items():
         if settings.get(key, values[0]) not in values:
             raise ValueError(f"{label!r}: `{key}` should be one of {list(values)} but the value is {settings[key]!r}")
     if "ratio" in METHODS[name] and sum(key in settings for key in RANKS) != 1:
@@ -61,8 +67,17 @@ def check_method(label: str, settings: Settings) -> None:
         raise ValueError(f"{label!r}: the method {name!r} needs one of {needed}")
 
 
-def count_coefficients(model: nn.Module, task: Task) -> int:
-    return sum(A.numel() for A in effective_coefficients(model, task.coefficients(model)).values())
+def count_coefficients(model: nn.Module, task: Task, settings: Settings) -> int:
+    """Of the layers that the method is about, which its ratio refers to."""
+    return sum(A.numel() for A in tensors_of(model, task, settings).values())
+
+
+def tensors_of(model: nn.Module, task: Task, settings: Settings) -> dict[str, torch.Tensor]:
+    """The KAN layers' coefficients by name, and with "all-linear" the weights of the other layers too."""
+    if settings.get("layers") != "all-linear":
+        return effective_coefficients(model, task.coefficients(model))
+    config = LoTRAConfig(r=1, coefficients=task.coefficients(model), target_modules="all-linear")
+    return {target.parameter: model.get_parameter(target.parameter) for target in resolve_targets(model, config)}
 
 
 def apply_method(model: nn.Module, settings: Settings, task: Task, objective: Objective, seed: int) -> nn.Module:
@@ -80,13 +95,14 @@ def apply_method(model: nn.Module, settings: Settings, task: Task, objective: Ob
     return _APPLY[settings["method"]](model, settings, task, objective)
 
 
-def adam_of(model: nn.Module, settings: Settings, lr: float) -> torch.optim.Optimizer:
-    """Adam on what is trainable."""
-    others = settings.get("adam", {})
+def optimizer_of(model: nn.Module, settings: Settings, lr: float) -> torch.optim.Optimizer:
+    """The method's optimizer on what is trainable, with its own defaults but without weight decay."""
+    module, name = FIRST_ORDER[settings.get("optimizer", "adam")].split(":")
+    optimizer_cls = getattr(importlib.import_module(module), name)
     if settings["method"] in ("lotra", "slim"):
-        others = {key: settings[key] for key in ("lr_rule", "orthonormal") if key in settings} | others
-        return create_lotra_optimizer(model, torch.optim.Adam, lr=lr, **others)
-    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr, **others)
+        others = {key: settings[key] for key in ("lr_rule", "orthonormal") if key in settings}
+        return create_lotra_optimizer(model, optimizer_cls, lr=lr, weight_decay=0.0, **others)
+    return optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
 
 
 def _everything(model: nn.Module, *_: Any) -> nn.Module:
@@ -129,7 +145,10 @@ def _ranks(settings: Settings, model: nn.Module, task: Task, objective: Objectiv
 
 def _lotra(model: nn.Module, settings: Settings, task: Task, objective: Objective, *_: Any) -> nn.Module:
     ranks = _ranks(settings, model, task, objective)
-    config = LoTRAConfig(coefficients=task.coefficients(model), alpha=settings.get("alpha", 1.0), **ranks)
+    others = {key: settings[key] for key in ("alpha", "freeze_factors") if key in settings}
+    if settings.get("layers") == "all-linear":
+        others["target_modules"] = "all-linear"
+    config = LoTRAConfig(coefficients=task.coefficients(model), **others, **ranks)
     adapted = get_peft_model(model, config)
     method = settings.get("init", "random")
     if method != "random":
@@ -153,13 +172,20 @@ def _slim(model: nn.Module, settings: Settings, task: Task, objective: Objective
 
 
 def _lora_parameters(model: nn.Module, settings: Settings, task: Task, *_: Any) -> nn.Module:
-    """PEFT's LoRA on bare parameters: the first axis counts experts, each gets a pair of matrices."""
-    coefficients = effective_coefficients(model, task.coefficients(model))
-    budget = settings["ratio"] * sum(A.numel() for A in coefficients.values())
-    names = list(coefficients)
+    """PEFT's LoRA on bare parameters: the first axis counts experts, each gets a pair of matrices. With "all-linear"
+    on the other layers' weights too."""
+    budget = settings["ratio"] * count_coefficients(model, task, settings)
+    names = list(effective_coefficients(model, task.coefficients(model)))
+    modules = [name.removesuffix(".weight") for name in tensors_of(model, task, settings) if name not in names]
 
     def adapted(model: nn.Module, r: int) -> nn.Module:
-        return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=[], target_parameters=names))
+        found = get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=[], target_parameters=names))
+        if modules:  # two adapters: PEFT takes no bare parameters beside weights stored as transformers' Conv1D does
+            transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in modules)
+            config = LoraConfig(r=r, lora_alpha=r, target_modules=modules, fan_in_fan_out=transposed)
+            found.add_adapter("matrices", config)
+            found.base_model.set_adapter(["default", "matrices"])
+        return found
 
     r = 1
     while r < HIGHEST_RANK and trainable(adapted(copy.deepcopy(model), r + 1)) <= budget:

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
 
-from compared_methods import FROM_SCRATCH, check_method
+from compared_methods import FIRST_ORDER, FROM_SCRATCH, check_method
 from tasks import Task, make_task
 
 HERE = Path(__file__).parent
@@ -139,8 +139,11 @@ def load_experiments(
 
 
 def missing_packages(experiment: Experiment) -> list[str]:
-    """The commands that install what the task's data is read from, where that is not there."""
+    """The commands that install what the task's data is read from and the optimizers, where that is not there."""
     needed = {p: command for case in experiment.cases for p, command in experiment.task_of(case).requires.items()}
+    optimizers = {method.get("optimizer") for method in experiment.methods.values()}
+    packages = {FIRST_ORDER[name].split(":")[0].split(".")[0] for name in optimizers & FIRST_ORDER.keys()}
+    needed |= dict.fromkeys(sorted(packages), 'pip install -e ".[examples]"')
     return [command for package, command in needed.items() if importlib.util.find_spec(package) is None]
 
 
@@ -172,7 +175,9 @@ def _merged(content: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
 
 def _shortened(experiment: Experiment) -> Experiment:
     case = experiment.tuning.get("case", next(iter(experiment.cases)))
-    tuning = {**experiment.tuning, "rates": experiment.tuning["rates"][:2], "steps": 1} if experiment.tuning else {}
+    tuning = dict(experiment.tuning)
+    if tuning:
+        tuning |= {"rates": tuning["rates"][:2], "seeds": tuning["seeds"][:1], "steps": 1}
     base = {"base_steps": SMOKE_STEPS} if experiment.task_of(case).base_steps else {}
     methods = {
         label: {k: v for k, v in m.items() if k not in ("steps", "cases")}

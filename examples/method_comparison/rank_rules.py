@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -39,7 +40,18 @@ def _least(shape: Sequence[int], r: int, whole: str) -> Ranks:
     return min(reversed(choices), key=lambda ranks: parameter_count(shape, ranks))
 
 
-RULES: dict[str, Callable[[Sequence[int], int], Ranks]] = {"equal": equal_ranks, "basis": _basis, "lora": _lora}
+def _positions(shape: Sequence[int], r: int) -> Ranks:
+    """Equal ranks, and of a kernel's positions a third."""
+    ranks = equal_ranks(shape, r)
+    return (*ranks, max(1, math.prod(shape[3:]) // 3)) if len(shape) > 3 else ranks
+
+
+RULES: dict[str, Callable[[Sequence[int], int], Ranks]] = {
+    "equal": equal_ranks,
+    "basis": _basis,
+    "lora": _lora,
+    "positions": _positions,
+}
 NAMES = (*RULES, "gradients")
 
 

@@ -37,7 +37,7 @@ from experiments import Experiment, Run, digest, experiment_names, load_experime
 from reporting import write_atomically
 from torch import nn
 from tqdm import tqdm
-from training import Stopwatch, measured, train_by_adam, train_by_lm
+from training import Stopwatch, measured, train_by_lm, train_by_steps
 
 from peft_lotra import update_spectrum
 
@@ -53,14 +53,14 @@ def perform(run: Run, results: Path, bases: Path) -> None:
     method, fresh = run.method, task.build(run.seed)
     scratch = method["method"] in FROM_SCRATCH
     model = (fresh if scratch else trained_base(run, bases, device)).to(device)
-    coefficients = count_coefficients(model, task)
+    coefficients = count_coefficients(model, task, method)
     numbers, zero_shot = trainable(model), None if scratch else measured(model, objective)
     with watch:
         model = apply_method(model, method, task, objective, run.seed + 1)
     if method.get("optimizer") == "lm":
         marks = train_by_lm(model, objective, run.steps, watch)
     else:
-        marks = train_by_adam(model, objective, method, method["lr"], run.steps, watch)
+        marks = train_by_steps(model, objective, method, method["lr"], run.steps, watch)
     result = {
         "run": asdict(run),
         "metric": task.metric,
@@ -88,7 +88,7 @@ def train_base(run: Run, results: Path, bases: Path) -> None:
     torch.set_num_threads(1)
     device, task = Accelerator().device, run.make_task()
     model, objective = task.build(run.seed).to(device), task.objective("base", run.seed + BASE_SEED, device)
-    *_, last = train_by_adam(model, objective, {"method": "full"}, task.base_lr, task.base_steps, Stopwatch(device))
+    *_, last = train_by_steps(model, objective, {"method": "full"}, task.base_lr, task.base_steps, Stopwatch(device))
     if last.metric is None:
         raise ValueError(f"the base of {run.settings} has diverged: lower `base_lr`, {task.base_lr}")
     path = base_path(run, bases)

@@ -1,4 +1,4 @@
-"""Training by Adam or Levenberg–Marquardt, with the course of the metric over steps and seconds."""
+"""Training by first-order steps or Levenberg–Marquardt, with the course of the metric over steps and seconds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from compared_methods import adam_of
+from compared_methods import optimizer_of
 from objectives import Objective
 from torch import nn
 
@@ -57,12 +57,12 @@ def measured(model: nn.Module, objective: Objective) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def train_by_adam(
+def train_by_steps(
     model: nn.Module, objective: Objective, settings: Mapping[str, Any], lr: float, steps: int, watch: Stopwatch
 ) -> list[Mark]:
-    """Cosine decay to zero. Ends early if the metric is not finite any more."""
+    """First-order steps whose rate decays to zero by a cosine. Ends early if the metric is not finite any more."""
     with watch:
-        optimizer = adam_of(model, settings, lr)
+        optimizer = optimizer_of(model, settings, lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     marks = [Mark(0, watch.seconds, measured(model, objective))]
     ends = {math.ceil(steps * k / MARKS) for k in range(1, MARKS + 1)}
