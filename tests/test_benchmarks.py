@@ -143,3 +143,17 @@ def test_small_layers(tmp_path):
     (row,) = results["steps"]
     assert row["over full"].keys() == {LOTRA, "last layer"}
     assert all(value > 0 for value in results["constants"].values())
+
+
+def test_convolutions(tmp_path):
+    command = [sys.executable, "-W", "error", str(SCRIPT.with_name("convolutions.py")), "--output-dir", str(tmp_path)]
+    command += ["--channels", "16", "--kernels", "3", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    full, *adapters = json.loads((tmp_path / "convolutions.json").read_text())
+    assert len(adapters) == 5
+    for row in adapters:
+        assert row["trained"] <= 0.1 * full["trained"]
+        assert 0 < row["time_ratio"]
+        # The frozen convolution and its input's gradient are two of the three products of full fine-tuning.
+        assert 2 / 3 * full["flops"] < row["flops"] < 1.1 * full["flops"]
