@@ -40,6 +40,11 @@ def _least(shape: Sequence[int], r: int, whole: str) -> Ranks:
     return min(reversed(choices), key=lambda ranks: parameter_count(shape, ranks))
 
 
+def _half(shape: Sequence[int], r: int) -> Ranks:
+    """Half of the basis, one rank for inputs and outputs."""
+    return clipped((r, r, -(-shape[2] // 2)), shape)
+
+
 def _positions(shape: Sequence[int], r: int) -> Ranks:
     """Equal ranks, and of a kernel's positions a third."""
     ranks = equal_ranks(shape, r)
@@ -50,6 +55,7 @@ RULES: dict[str, Callable[[Sequence[int], int], Ranks]] = {
     "equal": equal_ranks,
     "basis": _basis,
     "lora": _lora,
+    "half": _half,
     "positions": _positions,
 }
 NAMES = (*RULES, "gradients")
