@@ -1,4 +1,4 @@
-"""What a training step of an adapted KAN convolution costs, with the kernel's positions whole and with a rank of theirs.
+"""What a training step of an adapted KAN convolution costs, with the kernel's positions whole and with a rank.
 
     python examples/benchmarks/convolutions.py
     python examples/benchmarks/convolutions.py --channels 64 --kernels 3 --rounds 3
@@ -64,7 +64,8 @@ def measured(channels: int, kernel: int, rounds: int, device: torch.device) -> l
 
     for model in built.values():
         step(model)  # the first pass makes a plan
-    times = interleaved({name: lambda m=model: clock(device, lambda: step(m)) for name, model in built.items()}, rounds)
+    steps = {name: lambda m=model: clock(device, lambda: step(m)) for name, model in built.items()}
+    times = interleaved(steps, rounds)
     seconds = {name: [end for (end,) in found] for name, found in times.items()}
     return [
         {

@@ -24,6 +24,7 @@ from experiments import Experiment, experiment_names, load_experiments
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
+from rates import rates
 from reporting import write_atomically
 from rows import NONE, Case, Row, table
 
@@ -219,6 +220,8 @@ def report(experiments: list[Experiment], results: Path, readme: Path) -> list[P
         text = updated(text, experiment.name, experiment.title, content)
     if reached := aims(experiments, results):
         text = updated(text, "aims", "Aims", reached)
+    if found := rates(experiments, results):
+        text = updated(text, "rates", "Learning rates", found)
     write_atomically(readme, lambda p: p.write_text(text.rstrip() + "\n"))
     return [*written, readme]
 

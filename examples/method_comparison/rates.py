@@ -1,0 +1,50 @@
+"""How much a learning rate other than the best costs, by method and task: which rate is safe to begin with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean, geometric_mean
+
+from compared_methods import FIRST_ORDER
+from experiments import Experiment, Run
+from rows import NONE, table
+
+METHODS = ("full", "lotra", "lora")
+
+
+def rates(experiments: list[Experiment], results: Path) -> str:
+    """The metric at each rate of the search, relative to the best rate's: a factor on errors, a difference of scores;
+    means over the seeds of the search. Searches that are not complete are left out."""
+    tried = sorted({rate for experiment in experiments for rate in experiment.tuning.get("rates", ())})
+    lines = []
+    for experiment in experiments:
+        case = experiment.tuning.get("case", next(iter(experiment.cases)))
+        for label, method in experiment.methods.items():
+            if method["method"] not in METHODS or case not in method.get("cases", experiment.cases):
+                continue
+            if "lr_of" in method or method.get("optimizer", "adam") not in FIRST_ORDER:
+                continue
+            higher = experiment.task_of(case).higher_is_better
+            searched = experiment.tuning_runs(case, label)
+            if not all(run.path(results).exists() for runs in searched.values() for run in runs):
+                continue
+            found = {lr: _mean(runs, results, higher) for lr, runs in searched.items()}
+            known = {lr: value for lr, value in found.items() if value is not None}
+            if known:
+                best = (max if higher else min)(known.values())
+                cells = [_relative(known.get(lr), best, higher) if lr in found else NONE for lr in tried]
+                lines.append([experiment.name, label, *cells])
+    return table(["experiment", "method", *(f"{rate:g}" for rate in tried)], lines) if lines else ""
+
+
+def _mean(runs: list[Run], results: Path, higher_is_better: bool) -> float | None:
+    """None if a run has diverged."""
+    metrics = [json.loads(run.path(results).read_text())["marks"][-1][-1] for run in runs]
+    return None if None in metrics else (fmean if higher_is_better else geometric_mean)(metrics)
+
+
+def _relative(value: float | None, best: float, higher_is_better: bool) -> str:
+    if value is None:
+        return "diverged"
+    return f"{value - best:+.1f}" if higher_is_better else f"{value / best:.2f} ×"
