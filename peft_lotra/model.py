@@ -141,6 +141,7 @@ class LoTRAModel(BaseTuner):
                 init_weights=peft_config.init_weights,
                 freeze_factors=peft_config.freeze_factors,
                 terms=peft_config.terms,
+                tasks=peft_config.tasks,
                 inference_mode=peft_config.inference_mode,
             )
             layer._allows_unread |= peft_config.allow_unread

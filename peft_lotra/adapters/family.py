@@ -107,14 +107,13 @@ def adapter_at(
             f"`family` {family!r} has `bias` {config.bias!r}, and one adapter of a model may have biases: an adapter "
             "for one task would be saved without them"
         )
-    own = replace(config, family=None, freeze_factors=train == "core", init_weights=True)
+    own = replace(config, family=None, family_rank=None, freeze_factors=train == "core", init_weights=True)
     model.add_adapter(adapter_name, own)  # type: ignore[operator]
     for wrapper, _ in copied_modules(tuner.model, [family]):
         if adapter_name in wrapper._get_available_adapters():
             copy_trained(wrapper, family, adapter_name)
     for layer in adapted_tensors(tuner.model, adapter_name).values():
-        core, *sides = _whole_factors(layer, family)
-        layer.set_factors(adapter_name, TuckerFactors(core @ c.to(core), *sides))
+        layer.set_factors(adapter_name, _whole_factors(layer, family).at(c))
         layer.set_scale(adapter_name, layer.scaling[family] / layer.alpha[family] if layer.alpha[family] else 1.0)
     model.set_adapter(adapter_name)  # type: ignore[operator]
 
@@ -136,8 +135,8 @@ def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
     tuner, _ = _family(model, family)
     cores = {}
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
-        core, *sides = _whole_factors(layer, adapter_name)
-        pairs = zip(sides, _whole_factors(layer, family)[1:], strict=True)
+        core, *sides, _ = _whole_factors(layer, adapter_name)
+        pairs = zip(sides, _whole_factors(layer, family)[1:5], strict=True)
         same = [U is V if U is None or V is None else torch.equal(U, V) for U, V in pairs]
         if not all(same) or layer.scaling[adapter_name] != layer.scaling[family]:
             raise ValueError(
@@ -203,7 +202,7 @@ def _digest(tuner: LoTRAModel, family: str) -> str:
     factors = {
         f"{PREFIX}{parameter}.{k}": U.float()
         for parameter, layer in adapted_tensors(tuner.model, family).items()
-        for k, U in enumerate(_whole_factors(layer, family)[1:])
+        for k, U in enumerate(_whole_factors(layer, family)[1:5])  # no task's core depends on U5
         if U is not None
     }
     return digest(

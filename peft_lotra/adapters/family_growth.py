@@ -26,6 +26,7 @@ def family_from(
 
     min Σ_j ‖Δ_j − G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task_j)‖² in two steps: factors in common by HOSVD and HOOI of the updates
     side by side, and then the core by least squares over the tasks, of least norm where the tasks do not determine it.
+    With `family_rank`, the core of all tasks is then split by SVD into G and the tasks' factor.
     It is a start for a fit to the whole family, by `at_task`.
 
     >>> config = LoTRAConfig(r=6, family={"lam": (1.0, 1.6)})
@@ -62,19 +63,24 @@ def family_from(
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
         updates = torch.stack([_update(layers[parameter], name) for name in adapters], dim=-1)
         ranks = layer.r[adapter_name]
-        core, U1, U2, U3, _ = decompose(updates, ranks[:3])
-        U4 = None
-        if len(ranks) > 3 and ranks[3] is not None:
-            U4 = torch.linalg.svd(core.movedim(3, 0).flatten(1), full_matrices=False)[0]
-            U4 = completed(U4[:, : ranks[3]], ranks[3])
-            core = mode_product(core, U4.mT, 3)
-        core = core @ torch.linalg.pinv(c).mT
-        factors = TuckerFactors(core, U1, U2, U3, U4)
-        fitted = mode_product(reconstruct(factors), c, core.dim() - 1)
+        core, U1, U2, U3, *_ = decompose(updates, ranks[:3])
+        core, U4 = _split(core, 3, ranks[3] if len(ranks) > 3 else None)
+        core, U5 = _split(core @ torch.linalg.pinv(c).mT, -1, config.family_rank)
+        factors = TuckerFactors(core, U1, U2, U3, U4, U5)
+        fitted = mode_product(reconstruct(factors), c, -1)
         errors[parameter] = ((fitted - updates).norm() / updates.norm()).nan_to_num().item()
         layer.set_factors(adapter_name, factors._replace(core=core / layer.scaling[adapter_name]))
     model.set_adapter(adapter_name)  # type: ignore[operator]
     return errors
+
+
+def _split(core: torch.Tensor, mode: int, rank: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """G ×ₘ Uᵀ and U, the leading left singular vectors of G unfolded along a mode; G itself without a rank."""
+    if rank is None:
+        return core, None
+    U = torch.linalg.svd(core.movedim(mode, 0).flatten(1), full_matrices=False)[0]
+    U = completed(U[:, :rank], rank)
+    return mode_product(core, U.mT, mode), U
 
 
 def _task(kind: Family, task: Any) -> dict[str, Any]:
@@ -101,15 +107,16 @@ def _update(layer: LoTRALayer, adapter: str) -> torch.Tensor:
 
 @torch.no_grad()
 def add_task(model: nn.Module, task: str, *, family: str = "default", core_from: str | None = None) -> None:
-    """Add a task to a family of named tasks; the factors stay, and the core gets one more slice, G[..., P].
+    """Add a task to a family of named tasks: the core gets one more slice, G[..., P], and all else stays.
 
-    An optimizer that holds the core has to be made anew.
+    With `family_rank`, the tasks' factor U5 gets one more row instead. An optimizer that holds what has grown has to
+    be made anew.
 
     Args:
         model: a PeftModel with the family.
         task: the new task's name.
         family: the name of the family adapter.
-        core_from: the task whose core it starts from; by default the mean of all.
+        core_from: the task whose core (or row of U5) it starts from; by default the mean of all.
 
     Raises:
         ValueError: if the family's tasks have no names, a name does not fit, or the model is sharded; nothing is
@@ -131,10 +138,10 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
     if offloaded := [name for name, layer in layers.items() if layer.lotra_core[family].is_meta]:
         raise ValueError(f"`family` {family!r} is offloaded at {offloaded}: add tasks before offloading")
     for layer in layers.values():
-        core = layer.lotra_core[family]
-        new = core.mean(-1) if core_from is None else core[..., names.index(core_from)]
-        grown = nn.Parameter(torch.cat([core, new[..., None]], dim=-1), requires_grad=core.requires_grad)
-        layer.lotra_core[family] = grown
-        layer.terms[family] += 1
+        held, dim = (layer.lotra_core, -1) if config.family_rank is None else (layer.lotra_U5, 0)
+        old = held[family]
+        new = old.mean(dim, keepdim=True) if core_from is None else old.narrow(dim, names.index(core_from), 1)
+        held[family] = nn.Parameter(torch.cat([old, new], dim=dim), requires_grad=old.requires_grad)
+        layer.terms[family] = layer.lotra_core[family].shape[-1]
     tuner.peft_config[family] = grown_config = replace(config, family=[*names, task])
     grown_config._copies = config._copies
