@@ -309,9 +309,14 @@ class LoTRAConfig(PeftConfig):
         )
 
     @property
+    def kind(self) -> Family | None:
+        """The family of tasks; None of an adapter for one task."""
+        return None if self.family is None else Family.of(self.family, self.family_degree)
+
+    @property
     def terms(self) -> int:
         """P of a family of tasks; 0 of an adapter for one task."""
-        return 0 if self.family is None else self.family_rank or Family.of(self.family, self.family_degree).size
+        return 0 if self.kind is None else self.family_rank or self.kind.size
 
     @property
     def tasks(self) -> int:

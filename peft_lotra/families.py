@@ -79,6 +79,18 @@ class Family:
         """P."""
         return len(self.tasks) or math.comb(len(self.ranges) + self.degree, self.degree)
 
+    def named(self, task: Any) -> dict[str, Any]:
+        """A task by the names of its arguments, from these, a name (or a list of names), or the one parameter's value.
+
+        Raises:
+            TypeError: if the family has several parameters.
+        """
+        if isinstance(task, Mapping):
+            return dict(task)
+        if len(self.ranges) > 1:
+            raise TypeError(f"a task of this family is given by {list(self.ranges)}, but {task!r} is passed")
+        return {next(iter(self.ranges), "task"): task}
+
     def weights(self, task: Mapping[str, Any]) -> torch.Tensor:
         """c of one task, shape (P,), or of a task for each sample, shape (batch, P); float64 unless tensors are given.
 
@@ -132,6 +144,24 @@ class Family:
                     f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates", stacklevel=6
                 )
         return x
+
+
+def weights_of(kinds: Mapping[str, Family], task: Any) -> dict[str, torch.Tensor]:
+    """c of a task, in a form that `Family.named` takes, by the names of those families that it fits.
+
+    Raises:
+        TypeError, ValueError: if it fits none.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    errors: list[TypeError | ValueError] = []
+    for name, kind in kinds.items():
+        try:
+            weights[name] = kind.weights(kind.named(task))
+        except (TypeError, ValueError) as error:  # of another family
+            errors.append(error)
+    if not weights:
+        raise type(errors[0])("; ".join(map(str, errors)))
+    return weights
 
 
 def _is_range(name: Any, bounds: Any) -> bool:

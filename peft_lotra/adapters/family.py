@@ -37,6 +37,12 @@ def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
     where a layer's samples cannot be told apart, there is a pass for each distinct task. Gradients flow to the task,
     and it may be a value of `torch.func.vmap`, so that residuals of single points see their own.
 
+    `model(x, lotra_task={"lam": 1.3})` is the same for one call, as are `lotra_task=` a name, a list of names, or the
+    value of a family's only parameter. It is an error where no active adapter is a family. In transformers' Trainer, a
+    column `lotra_task` of the data set has the tasks, with `remove_unused_columns=False`; names and mappings need
+    `data_collator=torch.utils.data.default_collate`, for transformers' own drops the first and fails on the others.
+    `model.generate` repeats tasks as it repeats samples. Pipelines are called in here.
+
     The task belongs to the calls of this thread. A backward pass that computes a forward again (activation
     checkpointing) has to run in here too, and in this thread, as it does on a CPU; on an accelerator autograd has
     threads of its own, so that checkpoints must not be around adapted layers there. Merging in here merges the update
@@ -54,19 +60,10 @@ def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
     Source: ours.
     """
     tuner = lotra_model(model)
-    found = {name: config for name, config in tuner.peft_config.items() if config.family is not None}
-    if not found:
+    kinds = {name: config.kind for name, config in tuner.peft_config.items() if config.kind is not None}
+    if not kinds:
         raise ValueError("`model` has no adapter for a family of tasks (`LoTRAConfig(family=...)`)")
-    weights: dict[str, torch.Tensor] = {}
-    errors: list[TypeError | ValueError] = []
-    for name, config in found.items():
-        try:
-            weights[name] = Family.of(config.family, config.family_degree).weights(task)
-        except (TypeError, ValueError) as error:  # of another family
-            errors.append(error)
-    if not weights:
-        raise type(errors[0])("; ".join(map(str, errors)))
-    with families.entered(weights, set(adapted_tensors(tuner.model).values())):
+    with families.entered(families.weights_of(kinds, task), set(adapted_tensors(tuner.model).values())):
         yield
 
 
@@ -94,10 +91,9 @@ def adapter_at(
 
     Source: ours.
     """
-    tuner, config = _family(model, family)
+    tuner, config, kind = _family(model, family)
     if train not in ("core", "all"):
         raise ValueError(f"`train` should be 'core' or 'all' but the value passed is {train!r}")
-    kind = Family.of(config.family, config.family_degree)
     c = kind.weights(task) if task else _mean(kind)
     if c.dim() > 1:
         raise ValueError(f"an adapter is for one task, but a task for each of {len(c)} samples is passed")
@@ -132,7 +128,7 @@ def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
     Raises:
         ValueError: if the adapter's factors are not the family's.
     """
-    tuner, _ = _family(model, family)
+    tuner, *_ = _family(model, family)
     cores = {}
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
         core, *sides, _ = _whole_factors(layer, adapter_name)
@@ -157,7 +153,7 @@ def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
     Raises:
         ValueError: if the file is for another family, damaged, or does not fit; nothing is changed then.
     """
-    tuner, _ = _family(model, family)
+    tuner, *_ = _family(model, family)
     origin = f"the task file {os.fspath(path)}"
     try:
         with safe_open(path, "pt") as file:
@@ -184,12 +180,12 @@ def _mean(kind: Family) -> torch.Tensor:
     return torch.nn.functional.one_hot(torch.tensor(0), kind.size).double()
 
 
-def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig]:
+def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig, Family]:
     tuner = lotra_model(model, name)
     config = tuner.peft_config[name]
-    if config.family is None:
+    if config.kind is None:
         raise ValueError(f"`family` {name!r} is an adapter for one task: name one with `LoTRAConfig(family=...)`")
-    return tuner, config
+    return tuner, config, config.kind
 
 
 @torch.no_grad()

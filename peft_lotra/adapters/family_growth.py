@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ..config import LoTRAConfig
-from ..families import Family
 from ..layer import LoTRALayer, adapted_tensors
 from ..model import lotra_model
 from ..placement.offloaded import tensors_in_place
@@ -50,13 +49,12 @@ def family_from(
     if not isinstance(adapters, Mapping) or not adapters:
         raise TypeError(f"`adapters` should map names of adapters to tasks, at least one, but is {adapters!r}")
     tuner = lotra_model(model, next(iter(adapters)))
-    if config.family is None:
+    if (kind := config.kind) is None:
         raise ValueError("`config` has no `family`: give ranges of parameters, or names of tasks")
-    kind = Family.of(config.family, config.family_degree)
     for name in adapters:
         if tuner.peft_config[name].family is not None:
             raise ValueError(f"`adapters` has {name!r}, which is for a family itself")
-    c = torch.stack([kind.weights(_task(kind, task)) for task in adapters.values()])  # shape: (adapters, P)
+    c = torch.stack([kind.weights(kind.named(task)) for task in adapters.values()])  # shape: (adapters, P)
     tuner.check_new(adapter_name)
     model.add_adapter(adapter_name, config)  # type: ignore[operator]
     layers, errors = adapted_tensors(tuner.model), {}
@@ -81,16 +79,6 @@ def _split(core: torch.Tensor, mode: int, rank: int | None) -> tuple[torch.Tenso
     U = torch.linalg.svd(core.movedim(mode, 0).flatten(1), full_matrices=False)[0]
     U = completed(U[:, :rank], rank)
     return mode_product(core, U.mT, mode), U
-
-
-def _task(kind: Family, task: Any) -> dict[str, Any]:
-    if isinstance(task, Mapping):
-        return dict(task)
-    if kind.tasks:
-        return {"task": task}
-    if len(kind.ranges) > 1:
-        raise TypeError(f"a task of this family is given by {list(kind.ranges)}, but {task!r} is passed")
-    return {next(iter(kind.ranges)): task}
 
 
 def _update(layer: LoTRALayer, adapter: str) -> torch.Tensor:
