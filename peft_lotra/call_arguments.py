@@ -49,7 +49,7 @@ def entered(
         weights = families.weights_of(kinds, task)
         repeated = {name: c if c.dim() == 1 else c.repeat_interleave(repeats, dim=0) for name, c in weights.items()}
         layers = set(adapted_tensors(model).values())
-        with families.entered(repeated, layers), families.entered(weights, layers & _encoder(model, repeats)):
+        with families.entered(repeated, layers), families.entered(weights, _encoder(model, repeats)):
             yield
 
 

@@ -54,14 +54,11 @@ def _take_out(argument: str) -> None:
     """
     name = "special_peft_forward_args"
 
-    def read(model: Any) -> set[str]:
-        own: set[str] = model.__dict__[name]
-        return own | {argument} if model.__dict__["peft_type"] == LOTRA else own
-
     def write(model: Any, value: set[str]) -> None:
-        model.__dict__[name] = value
+        # There, where torch.compile reads it.
+        model.__dict__[name] = value | {argument} if model.__dict__.get("peft_type") == LOTRA else value
 
-    setattr(PeftModel, name, property(read, write))
+    setattr(PeftModel, name, property(lambda model: model.__dict__[name], write))
 
 
 def register(config_cls: type, model_cls: type) -> None:

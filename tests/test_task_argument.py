@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_different, assert_equal
+from conftest import FULLGRAPH, assert_different, assert_equal
 from family_models import LAM, X, at, fill, kan, polynomials
 from kan_layers import ChebyKAN, ChebyKANLayer
 from peft import LoraConfig, get_peft_model
@@ -53,6 +53,14 @@ def test_an_argument_is_at_task_around_the_call(family, task, argument):
     assert_equal(torch.compile(model, backend="eager")(X, lotra_task=argument), expected)
     with pytest.raises(RuntimeError, match="this pass is at none of them"):
         model(X)  # the next call knows nothing of it
+
+
+def test_compiled_in_one_graph():
+    """Numbers break it, when a second one comes."""
+    _, model = kan()
+    compiled = torch.compile(model, backend="eager", fullgraph=FULLGRAPH)
+    for task in (VALUES, VALUES.flip(0), torch.tensor(1.3), torch.tensor(1.5)):
+        assert_equal(compiled(X, lotra_task={"lam": task}), model(X, lotra_task=task))
 
 
 def test_an_argument_goes_before_the_task_around():
