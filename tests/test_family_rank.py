@@ -11,6 +11,7 @@ from conftest import assert_different, assert_equal
 from family_models import X, fill, kan
 from layer_table import LAYERS
 from peft import PeftModel, get_peft_model
+from torch import nn
 
 from peft_lotra import (
     LoTRAConfig,
@@ -99,6 +100,19 @@ def test_convolutions(r):
     assert_equal(y, torch.stack([expected[row][k] for k, row in enumerate(rows)]))
 
 
+def test_linear_layers():
+    torch.manual_seed(1)
+    base = nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+    config = LoTRAConfig(r=2, target_modules="all-linear", family=TASKS, family_rank=2)
+    model = get_peft_model(copy.deepcopy(base), config)
+    fill(model)
+    expected = [einsum_model(base, model, row)(X) for row in range(3)]
+    for task, y in zip(TASKS, expected, strict=True):
+        assert_equal(model(X, lotra_task=task), y)
+    y = model(X, lotra_task=[TASKS[k % 3] for k in range(8)])
+    assert_equal(y, torch.stack([expected[k % 3][k] for k in range(8)]))
+
+
 def test_gradients_of_a_task_per_sample_are_those_of_single_tasks():
     _, model = family()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -123,9 +137,13 @@ def test_a_mixed_batch_and_a_compiled_model():
     model.eval()
     with at_task(model, task="heat"):
         y = model(X, adapter_names=["default", "__base__"] * 4)
+        other = ["default", "other", "default", "__base__"] * 2
+        mixed = model(X, adapter_names=other, lotra_task=[TASKS[k % 3] for k in range(8)])
         assert_equal(torch.compile(model, backend="eager")(X), einsum_model(base, model, 1)(X))
     assert_equal(y[::2], einsum_model(base, model, 1)(X)[::2])
     assert_equal(y[1::2], base(X)[1::2])
+    for k in (0, 2, 4, 6):
+        assert_equal(mixed[k], einsum_model(base, model, k % 3)(X)[k])
 
 
 # Training ------------------------------------------------------------------------------------------------------------
