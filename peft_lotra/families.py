@@ -76,7 +76,7 @@ class Family:
 
     @property
     def size(self) -> int:
-        """P."""
+        """P, without `family_rank`."""
         return len(self.tasks) or math.comb(len(self.ranges) + self.degree, self.degree)
 
     def named(self, task: Any) -> dict[str, Any]:
@@ -141,7 +141,9 @@ class Family:
         if not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)):
             if (x.detach().abs() > 1 + 1e-6).any():
                 warnings.warn(
-                    f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates", stacklevel=6
+                    f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates; after "
+                    "`change_range` it can be fitted there",
+                    stacklevel=6,
                 )
         return x
 

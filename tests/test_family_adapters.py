@@ -280,6 +280,20 @@ def test_errors_of_other_ranges(ranges, kwargs, error, message):
         assert_equal(value, before[name], 0)
 
 
+def test_nothing_is_changed_where_a_core_is_elsewhere():
+    for family, change in [
+        (LAM, lambda net: change_range(net, {"lam": (0, 2)})),
+        (["a"], lambda net: add_task(net, "b")),
+    ]:
+        _, model = kan(family=family)
+        *_, last = adapted_tensors(model).values()
+        last.lotra_core["default"] = nn.Parameter(last.lotra_core["default"].to("meta"))
+        with pytest.raises(ValueError, match=r"`family` 'default' is offloaded at \['layers.1.*before offloading"):
+            change(model)
+        assert len(model.peft_config["default"].family) == 1
+        assert {layer.terms["default"] for layer in adapted_tensors(model).values()} == {5 if family is LAM else 1}
+
+
 def test_named_tasks_have_no_range():
     with pytest.raises(ValueError, match="`family` 'default' is no family of continuous parameters"):
         change_range(kan(family=["a", "b"])[1], {"lam": (0, 1)})

@@ -24,6 +24,7 @@ from peft_lotra import (
     family_from,
     fit_gauss_newton,
     hotswap_adapter,
+    initialize_lotra_weights,
     load_task,
     lotra_parameter_groups,
     save_task,
@@ -157,6 +158,15 @@ def test_a_fresh_family_changes_nothing_and_its_factor_is_orthonormal():
     for layer in adapted_tensors(fresh).values():
         U5 = layer.lotra_U5["default"].detach()
         assert_equal(U5.T @ U5, torch.eye(2, dtype=torch.float64))
+    before = {name: p.detach().clone() for name, p in fresh.named_parameters() if "lotra_" in name}
+
+    def train_step():
+        fresh(X, lotra_task="heat").square().mean().backward()
+
+    initialize_lotra_weights(fresh, train_step, method="gradient_hosvd", progressbar=False)
+    for name, p in fresh.named_parameters():
+        if name in before:
+            assert torch.equal(p, before[name]) == ("lotra_core" in name or "lotra_U5" in name)
 
 
 def test_frozen_factors_leave_the_core_alone():

@@ -41,7 +41,8 @@ def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
     value of a family's only parameter. It is an error where no active adapter is a family. In transformers' Trainer, a
     column `lotra_task` of the data set has the tasks, with `remove_unused_columns=False`; names and mappings need
     `data_collator=torch.utils.data.default_collate`, for transformers' own drops the first and fails on the others.
-    `model.generate` repeats tasks as it repeats samples. Pipelines are called in here.
+    `model.generate` repeats tasks as its arguments `num_beams` and `num_return_sequences` repeat samples. Pipelines
+    are called in here.
 
     The task belongs to the calls of this thread. A backward pass that computes a forward again (activation
     checkpointing) has to run in here too, and in this thread, as it does on a CPU; on an accelerator autograd has
