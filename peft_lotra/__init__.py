@@ -6,7 +6,7 @@ Importing this package registers LoTRA with PEFT, for `get_peft_model`, `PeftMod
 from . import registration as _registration
 from .adapters.extraction import extract_adapter
 from .adapters.family import adapter_at, at_task, load_task, save_task
-from .adapters.family_growth import add_task, family_from
+from .adapters.family_growth import add_task, change_range, family_from
 from .adapters.from_lora import adapter_from_lora
 from .adapters.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from .adapters.lora_conversion import convert_to_lora, save_as_lora
@@ -35,6 +35,7 @@ __all__ = [
     "add_task",
     "adapter_from_lora",
     "at_task",
+    "change_range",
     "convert_to_lora",
     "create_lotra_optimizer",
     "extract_adapter",

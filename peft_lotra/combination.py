@@ -211,6 +211,6 @@ def _config(
         coefficients=described,
         rank_pattern={
             parameter: by_mode([None if U is None else U.shape[1] for U in sides])
-            for parameter, (_, *sides) in factors.items()
+            for parameter, (_, *sides, _) in factors.items()
         },
     )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from numbers import Real
 from typing import Any
 
 import torch
@@ -29,7 +27,7 @@ from .checkpoint import (
 from .coefficients import CoefficientSpec, Layout
 from .coefficients.spec import check_descriptions
 from .families import Family
-from .fields import BIASES, check_names, checked_mapping, named_entries
+from .fields import check_choices, check_family, check_names, check_numbers, checked_mapping
 from .patterns import INDEXED, check_expressions, name_endings
 from .registration import LOTRA
 from .tensors.ranks import by_mode, check_ranks
@@ -106,6 +104,8 @@ class LoTRAConfig(PeftConfig):
             makes an ordinary adapter for one. Ours.
         family_degree: of the polynomials in the parameters of which c consists, in total: P = C(k + degree, degree)
             for k parameters. For named tasks, P is their number.
+        family_rank: of named tasks: P, with c(task) the task's row of a trained factor U5, shape (tasks, P), in each
+            layer. None: c(task) is one-hot.
         init_weights: True: G = 0, factors normal with variance 1/size; the adapted model starts equal to the base.
             False: G is random too, for tests.
         slim: A_pt = 0 without memory: the coefficient tensors are the update alone, and those of the model are lost.
@@ -135,6 +135,7 @@ class LoTRAConfig(PeftConfig):
     freeze_factors: bool = False
     family: Mapping[str, Any] | list[str] | None = None
     family_degree: int = 4
+    family_rank: int | None = None
     init_weights: bool = True
     slim: bool = False
     digest: str | None = None
@@ -160,15 +161,7 @@ class LoTRAConfig(PeftConfig):
             )
         if self.r is not None:
             self.r = check_ranks(self.r, "r")
-        if self.compression_ratio is not None and not (
-            isinstance(self.compression_ratio, Real) and 0 < self.compression_ratio <= 1
-        ):
-            raise ValueError(
-                f"`compression_ratio` should be a number in (0, 1] but the value passed is {self.compression_ratio!r}"
-            )
-        for name, alpha in {"alpha": self.alpha, **named_entries("alpha_pattern", self.alpha_pattern)}.items():
-            if not isinstance(alpha, Real) or isinstance(alpha, bool) or not math.isfinite(alpha):
-                raise ValueError(f"`{name}` should be a finite number but the value passed is {alpha!r}")
+        check_numbers(self)
         self.rank_pattern = {
             key: {path: check_ranks(r, f"rank_pattern[{key!r}][{path!r}]") for path, r in ranks.items()}
             if isinstance(ranks, Mapping)
@@ -190,18 +183,8 @@ class LoTRAConfig(PeftConfig):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str (regular expression)")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        if self.family is not None:
-            family = Family.of(self.family, self.family_degree)
-            self.family = {name: list(bounds) for name, bounds in family.ranges.items()} or list(family.tasks)
-            if self.slim:
-                raise ValueError(
-                    f"`slim`=True with `family` {self.family!r}: a family adapts a KAN that has coefficients"
-                )
-        if self.bias not in BIASES:
-            raise ValueError(f"`bias` should be one of {BIASES} but the value passed is {self.bias!r}")
-        for name in ("allow_unread", "freeze_factors", "init_weights", "slim", "inference_mode"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` should be True or False but the value passed is {getattr(self, name)!r}")
+        check_family(self)
+        check_choices(self)
 
     @property
     def is_all_linear(self) -> bool:
@@ -296,6 +279,7 @@ class LoTRAConfig(PeftConfig):
         said = self.to_dict()
         others = {} if self.bias == "none" else {"bias": self.bias}
         others |= {} if self.family is None else {name: said[name] for name in ("family", "family_degree")}
+        others |= {} if self.family_rank is None else {"family_rank": said["family_rank"]}
         return {name: said[name] for name in (*fields, "trainable_token_indices")} | others
 
     def self_contained(self, targets: list[Target]) -> LoTRAConfig:
@@ -325,9 +309,19 @@ class LoTRAConfig(PeftConfig):
         )
 
     @property
+    def kind(self) -> Family | None:
+        """The family of tasks; None of an adapter for one task."""
+        return None if self.family is None else Family.of(self.family, self.family_degree)
+
+    @property
     def terms(self) -> int:
         """P of a family of tasks; 0 of an adapter for one task."""
-        return 0 if self.family is None else Family.of(self.family, self.family_degree).size
+        return 0 if self.kind is None else self.family_rank or self.kind.size
+
+    @property
+    def tasks(self) -> int:
+        """The rows of a family's U5; 0 without one."""
+        return 0 if self.family is None or self.family_rank is None else len(self.family)
 
     @property
     def is_self_contained(self) -> bool:
@@ -384,11 +378,12 @@ class LoTRAConfig(PeftConfig):
         return {
             f"{PREFIX}{name}.{container}": Slot(shape)
             for name, target in self.saved_targets()
-            for container, shape in zip(
-                CONTAINERS, factor_shapes(target.spec.layout.canonical_shape, target.ranks, self.terms), strict=True
-            )
+            for container, shape in zip(CONTAINERS, self._shapes(target), strict=True)
             if shape is not None
         }
+
+    def _shapes(self, target: Target) -> tuple[tuple[int, ...] | None, ...]:
+        return factor_shapes(target.spec.layout.canonical_shape, target.ranks, self.terms, self.tasks)
 
 
 def _by_module(targets: list[Target]) -> Iterator[tuple[str, list[Target]]]:

@@ -43,8 +43,8 @@ class Family:
     degree: int = 4
 
     @classmethod
-    def of(cls, family: Any, degree: int) -> Family:
-        """The family that the fields of a config mean.
+    def of(cls, family: Any, degree: int, field: str = "family") -> Family:
+        """The family that the fields of a config mean; `field` is what errors call the first.
 
         Raises:
             TypeError, ValueError: naming the field and the value.
@@ -53,19 +53,19 @@ class Family:
             raise ValueError(f"`family_degree` should be a positive integer but the value passed is {degree!r}")
         if isinstance(family, Mapping) and family and all(_is_range(*entry) for entry in family.items()):
             if taken := sorted(_ARGUMENTS & family.keys()):
-                raise ValueError(f"`family` names {taken}, which are arguments of `at_task` and `adapter_at`")
+                raise ValueError(f"`{field}` names {taken}, which are arguments of `at_task` and `adapter_at`")
             for name, (a, b) in family.items():
                 if not a < b:
-                    raise ValueError(f"`family` gives {name!r} the range {(a, b)}, whose ends are not in order")
+                    raise ValueError(f"`{field}` gives {name!r} the range {(a, b)}, whose ends are not in order")
             # In one order, as saved configs have it: it decides on the order of the products.
             return cls({name: (float(a), float(b)) for name, (a, b) in sorted(family.items())}, degree=degree)
         if isinstance(family, list | tuple) and family and all(isinstance(name, str) for name in family):
             if len(set(family)) < len(family):
-                raise ValueError(f"`family` names a task twice: {family!r}")
+                raise ValueError(f"`{field}` names a task twice: {family!r}")
             return cls({}, tuple(family), degree)
         raise TypeError(
-            "`family` should map names of parameters to ranges, as in {'lam': (1.0, 1.6)}, or list names of tasks, "
-            f"but the value passed is {family!r}"
+            f"`{field}` should map names of parameters to ranges, as in {{'lam': (1.0, 1.6)}}, or list names of tasks"
+            f", but the value passed is {family!r}"
         )
 
     @property
@@ -76,8 +76,20 @@ class Family:
 
     @property
     def size(self) -> int:
-        """P."""
+        """P, without `family_rank`."""
         return len(self.tasks) or math.comb(len(self.ranges) + self.degree, self.degree)
+
+    def named(self, task: Any) -> dict[str, Any]:
+        """A task by the names of its arguments, from these, a name (or a list of names), or the one parameter's value.
+
+        Raises:
+            TypeError: if the family has several parameters.
+        """
+        if isinstance(task, Mapping):
+            return dict(task)
+        if len(self.ranges) > 1:
+            raise TypeError(f"a task of this family is given by {list(self.ranges)}, but {task!r} is passed")
+        return {next(iter(self.ranges), "task"): task}
 
     def weights(self, task: Mapping[str, Any]) -> torch.Tensor:
         """c of one task, shape (P,), or of a task for each sample, shape (batch, P); float64 unless tensors are given.
@@ -129,9 +141,50 @@ class Family:
         if not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)):
             if (x.detach().abs() > 1 + 1e-6).any():
                 warnings.warn(
-                    f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates", stacklevel=6
+                    f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates; after "
+                    "`change_range` it can be fitted there",
+                    stacklevel=6,
                 )
         return x
+
+    def in_terms_of(self, other: Family) -> torch.Tensor:
+        """M, shape (P, P of `other`), with c(task) = M · c'(task) for the c' of another family of the same parameters.
+
+        x = q · x' + r between the ranges, so that T_k(x) = Σ_{l ≤ k} M_j[k, l] T_l(x') for each parameter j, from
+        values at the zeros of T_{degree + 1}. A product of total degree d has products up to d, which are all there if
+        `other` has the degree of this family or more. Ours.
+        """
+        by_parameter, to = [], other.exponents
+        zeros = torch.cos(math.pi * (torch.arange(other.degree + 1, dtype=torch.float64) + 0.5) / (other.degree + 1))
+        values = torch.stack(_chebyshev(zeros, other.degree), dim=-1)
+        for name, (a, b) in self.ranges.items():
+            low, high = other.ranges[name]
+            x = (zeros * (high - low) + (high + low) - (a + b)) / (b - a)
+            own = torch.stack(_chebyshev(x, self.degree), dim=-1)
+            by_parameter.append(torch.linalg.solve(values, own).mT.tril())
+        rows = [
+            [math.prod(M[ours, theirs].item() for M, ours, theirs in zip(by_parameter, e, f, strict=True)) for f in to]
+            for e in self.exponents
+        ]
+        return torch.tensor(rows, dtype=torch.float64)
+
+
+def weights_of(kinds: Mapping[str, Family], task: Any) -> dict[str, torch.Tensor]:
+    """c of a task, in a form that `Family.named` takes, by the names of those families that it fits.
+
+    Raises:
+        TypeError, ValueError: if it fits none.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    errors: list[TypeError | ValueError] = []
+    for name, kind in kinds.items():
+        try:
+            weights[name] = kind.weights(kind.named(task))
+        except (TypeError, ValueError) as error:  # of another family
+            errors.append(error)
+    if not weights:
+        raise type(errors[0])("; ".join(map(str, errors)))
+    return weights
 
 
 def _is_range(name: Any, bounds: Any) -> bool:

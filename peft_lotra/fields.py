@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
+from numbers import Real
 from typing import Any
+
+from .families import Family
 
 BIASES = ("none", "all", "lotra_only")
 
@@ -53,3 +57,45 @@ def named_entries(name: str, value: Any) -> dict[str, Any]:
         for path, inner in entry.items() if isinstance(entry, Mapping) else [(None, entry)]:
             found[f"{name}[{key!r}]" + ("" if path is None else f"[{path!r}]")] = inner
     return found
+
+
+def check_numbers(config: Any) -> None:
+    """Raise ValueError unless `compression_ratio` and every `alpha` are numbers as they should be."""
+    ratio = config.compression_ratio
+    if ratio is not None and not (isinstance(ratio, Real) and 0 < float(ratio) <= 1):
+        raise ValueError(f"`compression_ratio` should be a number in (0, 1] but the value passed is {ratio!r}")
+    for name, alpha in {"alpha": config.alpha, **named_entries("alpha_pattern", config.alpha_pattern)}.items():
+        if not isinstance(alpha, Real) or isinstance(alpha, bool) or not math.isfinite(alpha):
+            raise ValueError(f"`{name}` should be a finite number but the value passed is {alpha!r}")
+
+
+def check_choices(config: Any) -> None:
+    """Raise ValueError unless fields of few values have one of them."""
+    if config.bias not in BIASES:
+        raise ValueError(f"`bias` should be one of {BIASES} but the value passed is {config.bias!r}")
+    for name in ("allow_unread", "freeze_factors", "init_weights", "slim", "inference_mode"):
+        if not isinstance(getattr(config, name), bool):
+            raise ValueError(f"`{name}` should be True or False but the value passed is {getattr(config, name)!r}")
+
+
+def check_family(config: Any) -> None:
+    """Write `family` as plain data, and raise unless it and what is said of it fit."""
+    rank = config.family_rank
+    if config.family is None:
+        if rank is not None:
+            raise ValueError(f"`family_rank` {rank!r} without `family`: list names of tasks there, or leave it out")
+        return
+    family = Family.of(config.family, config.family_degree)
+    config.family = {name: list(bounds) for name, bounds in family.ranges.items()} or list(family.tasks)
+    if config.slim:
+        raise ValueError(f"`slim`=True with `family` {config.family!r}: a family adapts a KAN that has coefficients")
+    if rank is not None and not family.tasks:
+        raise ValueError(
+            f"`family_rank` {rank!r} with `family` {config.family!r}: only named tasks have a trained factor; leave "
+            "it out, and choose the number of polynomials by `family_degree`"
+        )
+    if rank is not None and (type(rank) is not int or not 0 < rank <= len(family.tasks)):
+        raise ValueError(
+            f"`family_rank` should be a positive integer up to the number of tasks, {len(family.tasks)}, or None for "
+            f"a core of each task's own, but the value passed is {rank!r}"
+        )

@@ -31,8 +31,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     G: (r1, r2, r3, ...), U1: (n, r1), U2: (m, r2), U3: (n_d, r3), kept by adapter name in `lotra_core`, `lotra_U1`,
     `lotra_U2`, `lotra_U3`. With U4: (K, r4) in `lotra_U4`, the K groups and kernel positions are one mode, and G is
-    (r1, r2, r3, r4). A mode whose rank is None is whole: it has no U. A module with several coefficient tensors is
-    wrapped once for each.
+    (r1, r2, r3, r4). A mode whose rank is None is whole: it has no U. Of a family of named tasks, U5: (tasks, k) in
+    `lotra_U5` has the task factor's rows. A module with several coefficient tensors is wrapped once for each.
 
     Unknown public attributes are looked up on the base layer, so that code around the layer goes on working. Like
     `forward`, the layer's methods see the adapted coefficients, and so does who reads the parameter by its name (for a
@@ -51,7 +51,9 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.r: dict[str, Ranks] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}  # alpha, unless it was rescaled
-        self.terms: dict[str, int] = {}  # P of a family of tasks; else 0
+        # P of a family of tasks; else 0. As any factor, U5 is the layer's own: tasks that are alike in one layer need
+        # not be in another, and so a layer is merged, swapped and sharded with nothing but what is in it.
+        self.terms: dict[str, int] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}  # as PEFT asks for them
         self.in_features, self.out_features = spec.layout.canonical_shape[:2]
         self.merged_adapters: list[str] = []
@@ -73,8 +75,9 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         inference_mode: bool = False,
         freeze_factors: bool = False,
         terms: int = 0,
+        tasks: int = 0,
     ) -> None:
-        """Add an adapter of the given ranks.
+        """Add an adapter of the given ranks; `terms` and `tasks` as for `factor_shapes`.
 
         Raises:
             ValueError: if a rank is not in 1 … size of its mode; nothing is added then.
@@ -90,7 +93,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.frozen_peft_weight_names[adapter_name] = CONTAINERS[1:] if freeze_factors else ()
         coefficients = self._stored(self.spec.parameter)
         self.terms[adapter_name] = terms
-        for name, shape in zip(CONTAINERS, factor_shapes(self.spec.layout.canonical_shape, ranks, terms), strict=True):
+        shapes = factor_shapes(self.spec.layout.canonical_shape, ranks, terms, tasks)
+        for name, shape in zip(CONTAINERS, shapes, strict=True):
             if shape is None:
                 continue
             # A base without memory yet, or offloaded, is no reason for an adapter without.
@@ -108,7 +112,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         """G = 0 (normal if `init_weights` is False), U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3 ~ N(0, 1/n_d), U4 ~ N(0, 1/K).
 
         With G = 0 the update is zero and every factor has a gradient after one step. Source: eq. 8, with a random U2.
-        Factors that stay frozen have orthonormal columns (ours).
+        U5, and factors that stay frozen, have orthonormal columns (ours): few rows drawn at random may be nearly
+        parallel, and their tasks hard to tell apart.
         """
         core, *factors = self.factors(adapter_name)
         if init_weights:
@@ -116,7 +121,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         else:
             nn.init.normal_(core)
         for factor in factors:
-            if factor is not None and self.frozen_peft_weight_names[adapter_name]:
+            if factor is not None and (factor is factors[-1] or self.frozen_peft_weight_names[adapter_name]):
                 with torch.no_grad():
                     Q = torch.linalg.qr(torch.randn(factor.shape, dtype=torch.float64)).Q
                     factor.copy_(Q)
@@ -153,12 +158,13 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
                 f"the adapter {adapter_name!r} is for a family of tasks, and this pass is at none of them: call the "
                 "model in `with at_task(model, ...)`, or make an adapter for one task by `adapter_at`"
             )
-        core = full_tensor(factors.core)
-        c = c.to(core)
+        U5 = None if factors.U5 is None else full_tensor(factors.U5)
+        factors = factors._replace(core=full_tensor(factors.core), U5=U5)
         if c.dim() == 1:
-            return Update(factors._replace(core=core @ c), self.scaling[adapter_name])
-        core = core.squeeze(-1) if len(c[0]) == 1 else core
-        return Update(factors._replace(core=core), self.scaling[adapter_name], c)
+            return Update(factors.at(c), self.scaling[adapter_name])
+        c = factors.terms(c)
+        core = factors.core.squeeze(-1) if c.shape[1] == 1 else factors.core
+        return Update(factors._replace(core=core, U5=None), self.scaling[adapter_name], c)
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """s ← scale · alpha, if this layer has the adapter."""

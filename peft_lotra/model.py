@@ -12,10 +12,9 @@ import torch
 from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from . import mixed_batch
+from . import call_arguments, mixed_batch
 from .biases import trained_biases
 from .checkpoint import PREFIX, allow_checkpoints, check_weights, is_adapter_key, naming, refuse_checkpoints
 from .coefficients.spec import tensor_at
@@ -24,7 +23,6 @@ from .combination import combine_adapters, copied_modules, copy_trained
 from .config import LoTRAConfig, Target
 from .layer import LoTRALayer, adapted_tensors, wrapped
 from .linear_layer import LinearLayer, is_linear
-from .mixed_batch import MixedBatch
 from .placement.offloaded import writable_tensors
 from .preserved import restored_on_error
 from .selection import is_excluded
@@ -46,6 +44,10 @@ class LoTRAModel(BaseTuner):
 
     Everything of PEFT's tuners applies: adding, switching, disabling, deleting, merging and unloading adapters.
     Errors of configuration are raised before the first layer is touched.
+
+    Two arguments of a call, `model(...)` or `model.generate(...)`, are for the adapters, and the base model does not
+    see them. `adapter_names` has an adapter for each sample, "__base__" for none. `lotra_task` says at which task the
+    active (or named) families are; see `at_task`.
     """
 
     prefix = "lotra_"
@@ -141,6 +143,7 @@ class LoTRAModel(BaseTuner):
                 init_weights=peft_config.init_weights,
                 freeze_factors=peft_config.freeze_factors,
                 terms=peft_config.terms,
+                tasks=peft_config.tasks,
                 inference_mode=peft_config.inference_mode,
             )
             layer._allows_unread |= peft_config.allow_unread
@@ -289,30 +292,9 @@ class LoTRAModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """While this is entered, `adapter_names` (one per sample, "__base__" for none) reach every adapted layer."""
-        names = kwargs.get("adapter_names")
-        batch = None if names is None else self._mixed_batch(names, kwargs.get("num_beams") or 1)
-        with mixed_batch.entered(batch):
+        """While this is entered, `adapter_names` and `lotra_task` reach every adapted layer."""
+        with call_arguments.entered(self.model, self.peft_config, self.active_adapters, kwargs):
             yield
-
-    def _mixed_batch(self, names: Sequence[str], num_beams: int) -> MixedBatch:
-        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-            raise TypeError(f"`adapter_names` should be a list with a name for each sample, but {names!r} is passed")
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        adapters = {name for layer in adapted_tensors(self.model).values() for name in layer.lotra_core}
-        unknown = set(names) - adapters - {mixed_batch.BASE}
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        for module in self.model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                mixed_batch.tell(module)
-        # Beam search repeats every sample, except for the encoder of an encoder-decoder.
-        repeated = tuple(name for name in names for _ in range(num_beams))
-        encoder = self.model.get_encoder() if num_beams > 1 and hasattr(self.model, "get_encoder") else None
-        # transformers' models without an encoder return themselves.
-        in_encoder = set() if encoder is None or encoder is self.model else set(encoder.modules())
-        return MixedBatch(repeated, tuple(names), in_encoder)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

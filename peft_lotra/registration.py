@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft import PeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -43,6 +44,21 @@ def extend_peft_type(name: str) -> PeftType:
 
 
 LOTRA = extend_peft_type("LOTRA")
+TASK = "lotra_task"  # an argument of a call
+
+
+def _take_out(argument: str) -> None:
+    """Let a PeftModel of this method take an argument out of a call, as PEFT does with `adapter_names`.
+
+    Each PeftModel has the names of such arguments from its `__init__`, and no tuner sees the PeftModel around it.
+    """
+    name = "special_peft_forward_args"
+
+    def write(model: Any, value: set[str]) -> None:
+        # There, where torch.compile reads it.
+        model.__dict__[name] = value | {argument} if model.__dict__.get("peft_type") == LOTRA else value
+
+    setattr(PeftModel, name, property(lambda model: model.__dict__[name], write))
 
 
 def register(config_cls: type, model_cls: type) -> None:
@@ -61,3 +77,4 @@ def register(config_cls: type, model_cls: type) -> None:
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         mapping.pop(LOTRA, None)
     register_peft_method(name="lotra", config_cls=config_cls, model_cls=model_cls)
+    _take_out(TASK)

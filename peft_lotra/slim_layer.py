@@ -34,7 +34,7 @@ class SlimLayer(LoTRALayer):
         function, because layers with polynomials or wavelets start smaller in the higher ones.
         """
         super().reset_lotra_parameters(adapter_name, init_weights=False)
-        core, U1, U2, U3, U4 = self.factors(adapter_name)
+        core, U1, U2, U3, U4, _ = self.factors(adapter_name)
         if init_weights:
             n_d, total = len(self._variances), self._variances.sum().item()
             shares = self._variances * (n_d / total) if total else self._variances

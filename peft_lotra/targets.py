@@ -290,7 +290,7 @@ def warn_of_no_effect(config: LoTRAConfig, targets: list[Target]) -> None:
     if config.r is None and config.compression_ratio is None and not config.rank_pattern:
         shapes = {target.parameter: target.spec.layout.canonical_shape for target in targets}
         count = core_count if config.freeze_factors else parameter_count
-        trained = sum(count(shapes[target.parameter], target.ranks, config.terms) for target in targets)
+        trained = sum(count(shapes[target.parameter], target.ranks, config.terms, config.tasks) for target in targets)
         total = sum(map(math.prod, shapes.values()))
         if trained > DEFAULT_COMPRESSION_RATIO * total:
             warnings.warn(
@@ -326,7 +326,9 @@ def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
     given = _given_by_pattern(targets, config, "rank_pattern")
     alphas = _given_by_pattern(targets, config, "alpha_pattern")
     shapes = {target.parameter: target.spec.layout.canonical_shape for target in targets}
-    ranks = choose_ranks(shapes, given, config.r, config.compression_ratio, config.freeze_factors, config.terms)
+    ranks = choose_ranks(
+        shapes, given, config.r, config.compression_ratio, config.freeze_factors, config.terms, config.tasks
+    )
     if config.is_self_contained:  # a factor of full size, in an earlier file, stays one
         ranks = {parameter: by_mode(r) for parameter, r in given.items()}
     return [

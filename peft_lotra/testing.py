@@ -231,7 +231,7 @@ def dense_model(base: nn.Module, model: nn.Module, weights: Mapping[str, float] 
             if adapter not in layer.lotra_core:
                 continue
             held = [getattr(layer, container)._parameters.get(adapter) for container in layer.adapter_layer_names]
-            update = weight * layer.scaling[adapter] * _scattered(spec, *held)
+            update = weight * layer.scaling[adapter] * _scattered(spec, *held[:5])  # a family has no one update
             if spec.scale is not None:
                 update = update / _repeated(spec, tensor_at(plain, spec.scale))
             whole = torch.zeros_like(coefficients, dtype=update.dtype)

@@ -529,6 +529,28 @@ def test_adapters_of_a_family():
         add_task(sharded(named), "c")
 
 
+def test_a_trained_factor_of_tasks():
+    """Of three rows: one process has two of them."""
+    torch.manual_seed(1)
+    single = get_peft_model(ChebyKAN([3, 6, 2]), LoTRAConfig(r=2, family=["a", "b", "c"], family_rank=2))
+    for layer in lotra_layers(single):
+        nn.init.normal_(layer.lotra_core["default"], std=0.3)
+    model = sharded(single, "adapted layer")
+    tasks = [["a", "b", "c"][k % 3] for k in range(len(X))]
+    for task in ("b", tasks):
+        assert_equal(model(X, lotra_task=task).detach(), single(X, lotra_task=task).detach(), 1e-9)
+    optimizers = [
+        torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1) for each in (model, single)
+    ]
+    for each, optimizer in zip((model, single), optimizers, strict=True):
+        each(X, lotra_task=tasks).square().sum().backward()
+        optimizer.step()
+    assert_equal(model(X, lotra_task=tasks).detach(), single(X, lotra_task=tasks).detach(), 1e-9)
+    for each in (model, single):
+        adapter_at(each, "at", task="c")
+    assert_equal(model(X).detach(), single(X).detach(), 1e-9)
+
+
 def test_unequal_batches_of_tasks():
     """Five samples at five tasks in one process, three in the other."""
     x = torch.rand(5 if dist.get_rank() == 0 else 3, 4, 7, 6)
@@ -570,6 +592,7 @@ CHECKS = {
     **{f"family, convolution, {wrapped}": (test_family, "convolution", wrapped) for wrapped in WRAPPED},
     "family, unequal batches": (test_unequal_batches_of_tasks,),
     "adapters of a family": (test_adapters_of_a_family,),
+    "a trained factor of tasks": (test_a_trained_factor_of_tasks,),
     "by accelerate, LoTRALayer": (test_by_accelerate, "LoTRALayer"),
     "by accelerate, ChebyKANLayer": (test_by_accelerate, "ChebyKANLayer"),
 }

@@ -206,7 +206,7 @@ def test_whole_modes_and_positions():
     x = row.sample(torch.float64)
     with at_task(conv, lam=1.2):
         y = conv(x)
-    core, U1, U2, U3, U4 = (None if f is None else f.detach() for f in layer.factors("default"))
+    core, *_ = (None if f is None else f.detach() for f in layer.factors("default"))
     c = polynomials(1.2)
     one = get_peft_model(copy.deepcopy(plain), LoTRAConfig(r=(2, 2, None, 3), coefficients=row.declared))
     (other,) = adapted_tensors(one).values()

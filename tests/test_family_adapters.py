@@ -1,7 +1,10 @@
 """Adapters for single tasks of a family, and families that grow."""
 
 import copy
+import math
 import os
+import re
+import warnings
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from peft_lotra import (
     adapter_at,
     add_task,
     at_task,
+    change_range,
     family_from,
     fit_gauss_newton,
     hotswap_adapter,
@@ -193,3 +197,103 @@ def test_errors_of_families_from_adapters():
         with pytest.raises((TypeError, ValueError), match=message):
             family_from(model, adapters, name, given)
     assert set(model.peft_config) == {"default", "first"}
+
+
+# Other ranges --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degree", [None, 4, 6])
+@pytest.mark.parametrize("ends", [(0.8, 2.0), (1.1, 1.3), (1.0, 1.6), (-3, -1)])
+def test_a_family_on_another_range_is_the_same_family(ends, degree, tmp_path):
+    base, model = kan(alpha=0.7)
+    old = copy.deepcopy(model)
+    change_range(model, {"lam": ends}, family_degree=degree)
+    assert model.peft_config["default"].family == {"lam": [float(end) for end in ends]}
+    for layer in adapted_tensors(model).values():
+        assert layer.lotra_core["default"].shape[-1] == (degree or 4) + 1
+        assert layer.lotra_core["default"].requires_grad
+    values = torch.linspace(0.9, 2.1, 8, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`lam` is outside of the family's range")
+        with at_task(model, lam=values), at_task(old, lam=values):
+            # Far from the old range, numbers of the size of T_4(x) cancel.
+            assert_equal(model(X), old(X), 1e-12 if ends[0] > 0 else 1e-8)
+            assert_different(model(X), base(X))
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+        assert_equal(loaded(X, lotra_task=values), model(X, lotra_task=values), 0)
+
+
+@pytest.mark.parametrize("degree", [None, 3, 5])
+@pytest.mark.parametrize("ranges", [{"lam": (0.8, 2.0)}, {"mu": (-1, 1)}, {"mu": (0, 4), "lam": (1.2, 1.3)}, {}])
+def test_a_family_of_two_parameters_on_other_ranges(ranges, degree):
+    _, model = kan(family={"mu": (0.0, 2.0), **LAM}, family_degree=3)
+    old = copy.deepcopy(model)
+    change_range(model, ranges, family_degree=degree)
+    assert adapted_tensors(model)["layers.0.cheby_coeffs"].terms["default"] == math.comb((degree or 3) + 2, 2)
+    lam, mu = torch.linspace(1.0, 1.6, 8, dtype=torch.float64), torch.linspace(2, 0, 8, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`(lam|mu)` is outside of the family's range")
+        assert_equal(model(X, lotra_task={"lam": lam, "mu": mu}), old(X, lotra_task={"lam": lam, "mu": mu}), 1e-11)
+
+
+def test_a_family_of_convolutions_on_another_range_is_fitted_further():
+    row = LAYERS["convolution"]
+    config = LoTRAConfig(r=(2, 2, None, 3), family=LAM, coefficients=row.declared)
+    model = get_peft_model(First(row.make().double()), config)
+    fill(model)
+    x = row.sample(torch.float64)
+    expected = model(x, lotra_task=1.4)
+    change_range(model, {"lam": (1.0, 2.0)}, family_degree=5)
+    assert_equal(model(x, lotra_task=1.4), expected, 1e-12)
+    before = model(x, lotra_task=1.9).square().mean()
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    before.backward()
+    optimizer.step()
+    assert model(x, lotra_task=1.9).square().mean() < before
+
+
+@pytest.mark.parametrize(
+    ("ranges", "kwargs", "error", "message"),
+    [
+        (
+            {"mu": (0, 1)},
+            {},
+            ValueError,
+            "`ranges` should map some of ['lam'] to new ranges, but ['mu'] in it are none",
+        ),
+        ((0, 1), {}, ValueError, "`ranges` should map some of ['lam'] to new ranges, but the value passed is (0, 1)"),
+        ({"lam": 3}, {}, TypeError, "`ranges` should map names of parameters to ranges"),
+        ({"lam": (2, 1)}, {}, ValueError, "`ranges` gives 'lam' the range (2, 1), whose ends are not in order"),
+        ({}, {"family_degree": 3}, ValueError, "`family_degree` 3 is below the 4 of the family, which it cannot hold"),
+        ({}, {"family_degree": 4.5}, ValueError, "`family_degree` should be a positive integer"),
+        ({}, {"family": "other"}, ValueError, "`adapter_name` 'other' does not exist"),
+    ],
+)
+def test_errors_of_other_ranges(ranges, kwargs, error, message):
+    _, model = kan()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=re.escape(message)):
+        change_range(model, ranges, **kwargs)
+    assert model.peft_config["default"].family == {"lam": [1.0, 1.6]}
+    for name, value in model.state_dict().items():
+        assert_equal(value, before[name], 0)
+
+
+def test_nothing_is_changed_where_a_core_is_elsewhere():
+    for family, change in [
+        (LAM, lambda net: change_range(net, {"lam": (0, 2)})),
+        (["a"], lambda net: add_task(net, "b")),
+    ]:
+        _, model = kan(family=family)
+        *_, last = adapted_tensors(model).values()
+        last.lotra_core["default"] = nn.Parameter(last.lotra_core["default"].to("meta"))
+        with pytest.raises(ValueError, match=r"`family` 'default' is offloaded at \['layers.1.*before offloading"):
+            change(model)
+        assert len(model.peft_config["default"].family) == 1
+        assert {layer.terms["default"] for layer in adapted_tensors(model).values()} == {5 if family is LAM else 1}
+
+
+def test_named_tasks_have_no_range():
+    with pytest.raises(ValueError, match="`family` 'default' is no family of continuous parameters"):
+        change_range(kan(family=["a", "b"])[1], {"lam": (0, 1)})

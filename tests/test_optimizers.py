@@ -177,7 +177,7 @@ def containers(model):
         ({"lr": 0}, "`lr` should be a positive number, got 0"),
         ({"lr": "1e-2"}, "`lr` should be a positive number, got '1e-2'"),
         ({"lr": 1.0, "lr_rule": "LR-5"}, "`lr_rule` should be one of .*'adam'.*got 'LR-5'"),
-        ({"lr": 1.0, "lr_rule": {"U5": 1}}, "`lr_rule` should map some of .*'U3'"),
+        ({"lr": 1.0, "lr_rule": {"U6": 1}}, "`lr_rule` should map some of .*'U3'"),
         ({"lr": 1.0, "lr_rule": {"U1": -1}}, "`lr_rule` should give positive multipliers"),
     ],
 )

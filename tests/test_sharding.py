@@ -33,7 +33,7 @@ def check(program, folder, checks, **options):
 @pytest.mark.processes
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="older versions may have no FSDP2 on the CPU; 2.6 has none")
 def test_fsdp(tmp_path):
-    check("sharded_by_fsdp.py", tmp_path, checks=58)
+    check("sharded_by_fsdp.py", tmp_path, checks=59)
 
 
 def test_draws_are_remembered_where_there_are_several_processes_only(monkeypatch):

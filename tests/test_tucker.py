@@ -21,7 +21,7 @@ def test_reconstruct_is_the_tucker_product():
 
 
 def test_reconstruct_keeps_trailing_axes_in_the_core():
-    core, U1, U2, U3, _ = random_factors(extra=(3, 2))
+    core, U1, U2, U3, *_ = random_factors(extra=(3, 2))
     expected = np.zeros((5, 6, 7, 3, 2))
     for h, w in np.ndindex(3, 2):
         expected[..., h, w] = tensorly.tucker_to_tensor(
@@ -46,7 +46,7 @@ def test_orthonormal_is_the_same_tensor(extra):
 
 
 def test_orthonormal_of_a_zero_factor_and_of_16_bits():
-    core, U1, U2, U3, _ = random_factors(dtype=torch.float32)
+    core, U1, U2, U3, *_ = random_factors(dtype=torch.float32)
     result = orthonormal(TuckerFactors(core, U1, U2 * 0, U3))
     assert all(factor.isfinite().all() for factor in result.tensors())
     assert not reconstruct(result).any()

@@ -61,6 +61,11 @@ def extract_adapter(
         ValueError: if the models do not have the same layers, the update is not finite, a rank or alpha does not fit,
             or, with `strict`, other tensors differ. `base` is as it was then.
     """
+    if config.family is not None:
+        raise ValueError(
+            f"`config` has `family` {config.family!r}, and the update is of one task: extract an adapter for each, "
+            "and make a family of them by `family_from`"
+        )
     updates = dict(updates_between(base, finetuned, config))
     for target, update in updates.items():
         if not torch.isfinite(update).all():

@@ -37,6 +37,13 @@ def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
     where a layer's samples cannot be told apart, there is a pass for each distinct task. Gradients flow to the task,
     and it may be a value of `torch.func.vmap`, so that residuals of single points see their own.
 
+    `model(x, lotra_task={"lam": 1.3})` is the same for one call, as are `lotra_task=` a name, a list of names, or the
+    value of a family's only parameter. It is an error where no active adapter is a family. In transformers' Trainer, a
+    column `lotra_task` of the data set has the tasks, with `remove_unused_columns=False`; names and mappings need
+    `data_collator=torch.utils.data.default_collate`, for transformers' own drops the first and fails on the others.
+    `model.generate` repeats tasks as its arguments `num_beams` and `num_return_sequences` repeat samples. Pipelines
+    are called in here.
+
     The task belongs to the calls of this thread. A backward pass that computes a forward again (activation
     checkpointing) has to run in here too, and in this thread, as it does on a CPU; on an accelerator autograd has
     threads of its own, so that checkpoints must not be around adapted layers there. Merging in here merges the update
@@ -54,19 +61,10 @@ def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
     Source: ours.
     """
     tuner = lotra_model(model)
-    found = {name: config for name, config in tuner.peft_config.items() if config.family is not None}
-    if not found:
+    kinds = {name: config.kind for name, config in tuner.peft_config.items() if config.kind is not None}
+    if not kinds:
         raise ValueError("`model` has no adapter for a family of tasks (`LoTRAConfig(family=...)`)")
-    weights: dict[str, torch.Tensor] = {}
-    errors: list[TypeError | ValueError] = []
-    for name, config in found.items():
-        try:
-            weights[name] = Family.of(config.family, config.family_degree).weights(task)
-        except (TypeError, ValueError) as error:  # of another family
-            errors.append(error)
-    if not weights:
-        raise type(errors[0])("; ".join(map(str, errors)))
-    with families.entered(weights, set(adapted_tensors(tuner.model).values())):
+    with families.entered(families.weights_of(kinds, task), set(adapted_tensors(tuner.model).values())):
         yield
 
 
@@ -94,10 +92,9 @@ def adapter_at(
 
     Source: ours.
     """
-    tuner, config = _family(model, family)
+    tuner, config, kind = _family(model, family)
     if train not in ("core", "all"):
         raise ValueError(f"`train` should be 'core' or 'all' but the value passed is {train!r}")
-    kind = Family.of(config.family, config.family_degree)
     c = kind.weights(task) if task else _mean(kind)
     if c.dim() > 1:
         raise ValueError(f"an adapter is for one task, but a task for each of {len(c)} samples is passed")
@@ -107,14 +104,13 @@ def adapter_at(
             f"`family` {family!r} has `bias` {config.bias!r}, and one adapter of a model may have biases: an adapter "
             "for one task would be saved without them"
         )
-    own = replace(config, family=None, freeze_factors=train == "core", init_weights=True)
+    own = replace(config, family=None, family_rank=None, freeze_factors=train == "core", init_weights=True)
     model.add_adapter(adapter_name, own)  # type: ignore[operator]
     for wrapper, _ in copied_modules(tuner.model, [family]):
         if adapter_name in wrapper._get_available_adapters():
             copy_trained(wrapper, family, adapter_name)
     for layer in adapted_tensors(tuner.model, adapter_name).values():
-        core, *sides = _whole_factors(layer, family)
-        layer.set_factors(adapter_name, TuckerFactors(core @ c.to(core), *sides))
+        layer.set_factors(adapter_name, _whole_factors(layer, family).at(c))
         layer.set_scale(adapter_name, layer.scaling[family] / layer.alpha[family] if layer.alpha[family] else 1.0)
     model.set_adapter(adapter_name)  # type: ignore[operator]
 
@@ -133,11 +129,11 @@ def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
     Raises:
         ValueError: if the adapter's factors are not the family's.
     """
-    tuner, _ = _family(model, family)
+    tuner, *_ = _family(model, family)
     cores = {}
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
-        core, *sides = _whole_factors(layer, adapter_name)
-        pairs = zip(sides, _whole_factors(layer, family)[1:], strict=True)
+        core, *sides, _ = _whole_factors(layer, adapter_name)
+        pairs = zip(sides, _whole_factors(layer, family)[1:5], strict=True)
         same = [U is V if U is None or V is None else torch.equal(U, V) for U, V in pairs]
         if not all(same) or layer.scaling[adapter_name] != layer.scaling[family]:
             raise ValueError(
@@ -158,7 +154,7 @@ def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
     Raises:
         ValueError: if the file is for another family, damaged, or does not fit; nothing is changed then.
     """
-    tuner, _ = _family(model, family)
+    tuner, *_ = _family(model, family)
     origin = f"the task file {os.fspath(path)}"
     try:
         with safe_open(path, "pt") as file:
@@ -185,12 +181,12 @@ def _mean(kind: Family) -> torch.Tensor:
     return torch.nn.functional.one_hot(torch.tensor(0), kind.size).double()
 
 
-def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig]:
+def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig, Family]:
     tuner = lotra_model(model, name)
     config = tuner.peft_config[name]
-    if config.family is None:
+    if config.kind is None:
         raise ValueError(f"`family` {name!r} is an adapter for one task: name one with `LoTRAConfig(family=...)`")
-    return tuner, config
+    return tuner, config, config.kind
 
 
 @torch.no_grad()
@@ -203,7 +199,7 @@ def _digest(tuner: LoTRAModel, family: str) -> str:
     factors = {
         f"{PREFIX}{parameter}.{k}": U.float()
         for parameter, layer in adapted_tensors(tuner.model, family).items()
-        for k, U in enumerate(_whole_factors(layer, family)[1:])
+        for k, U in enumerate(_whole_factors(layer, family)[1:5])  # no task's core depends on U5
         if U is not None
     }
     return digest(

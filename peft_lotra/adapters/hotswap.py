@@ -38,11 +38,11 @@ def hotswap_adapter(
     >>> hotswap_adapter(compiled, "task-b")
     >>> y_b = compiled(x)
 
-    The new adapter is for the same base and layouts, on no other layers, and of ranks up to those of the slot. What a
-    smaller one does not fill becomes zero, and so does the whole update of a layer that it does not adapt; zeros get
-    no gradients, so that training goes on at the new adapter's ranks (an optimizer's state is not reset). In a mode
-    that the slot has whole, the new factor goes into the core, and training goes on in the whole mode. Trained copies
-    of modules (`modules_to_save`), trained token rows and biases are replaced too.
+    The new adapter is for the same base and layouts, on no other layers, and of ranks up to those of the slot
+    (`family_rank` too). What a smaller one does not fill becomes zero, and so does the whole update of a layer that it
+    does not adapt; zeros get no gradients, so that training goes on at the new adapter's ranks (an optimizer's state
+    is not reset). In a mode that the slot has whole, the new factor goes into the core, and training goes on in the
+    whole mode. Trained copies of modules (`modules_to_save`), trained token rows and biases are replaced too.
 
     The slot keeps its config, ranks, `alpha`, dtype, device and flags. An `alpha` of another value goes into the core,
     G ← G · alpha_new / alpha_slot, because a compiled model holds the number itself: the update is the saved one, also
@@ -113,6 +113,12 @@ def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig, targe
         raise ValueError(
             f"the new adapter has `family` {theirs[0]}, {adapter_name!r} has {ours[0]}: only the same family can be "
             "swapped; use `load_adapter`"
+        )
+    largest, given = own_config.family_rank, config.family_rank
+    if largest is not None and (given or config.terms) > largest:
+        raise ValueError(
+            f"the new adapter has `family_rank` {given}, above the {largest} of {adapter_name!r}: use `load_adapter`, "
+            "or make a slot of the largest rank that will come"
         )
     tokens, own_tokens = config.trainable_token_indices, tuner.peft_config[adapter_name].trainable_token_indices
     if tokens != own_tokens:
@@ -187,17 +193,18 @@ def _factors(
 def _as_slot(new: TuckerFactors, slot: TuckerFactors, shape: tuple[int, ...], is_family: bool) -> TuckerFactors:
     """The same tensor, without factors where the slot has whole modes, and with identities where only the slot has."""
     core, *sides = new
-    sizes = mode_sizes(shape)
     terms = core.shape[core.dim() - is_family :]  # P
+    sizes = (*mode_sizes(shape), *terms)
     if slot.U4 is not None and new.U4 is None:
         core = core.reshape(*core.shape[:3], sizes[3], *terms)
     for mode, (U, own) in enumerate(zip(sides, slot[1:], strict=True)):
         if U is not None and own is None:
-            core, sides[mode] = mode_product(core.to(torch.float64), U.to("cpu", torch.float64), mode), None
+            axis = mode if mode < 4 else -1
+            core, sides[mode] = mode_product(core.to(torch.float64), U.to("cpu", torch.float64), axis), None
         elif U is None and own is not None:
             sides[mode] = torch.eye(sizes[mode])
     if slot.U4 is None:
-        core = core.reshape(*core.shape[:3], *shape[3:], *terms)
+        core = core.reshape(*core.shape[:3], *shape[3:], *core.shape[core.dim() - is_family :])
     return TuckerFactors(core, *sides)
 
 

@@ -148,7 +148,7 @@ def _plan(
 
 
 def _shapes(update: Update) -> Shapes:
-    core, U1, U2, U3, _ = update.factors
+    core, U1, U2, U3, *_ = update.factors
     # By hand, for speed.
     return (
         core.shape,

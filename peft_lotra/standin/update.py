@@ -65,7 +65,7 @@ class Update(NamedTuple):
         update = _in_fp32(self) if self.factors.core.dtype in _16_BIT else self
         if rows is None:
             return update
-        core, *sides, _ = update.factors
+        core, *sides = update.factors
         factors: list[Any] = sides
         for dim, part in enumerate(rows):
             if dim > 2 or factors[dim] is None:

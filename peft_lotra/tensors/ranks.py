@@ -55,6 +55,7 @@ def choose_ranks(
     compression_ratio: float | None,
     freeze_factors: bool = False,
     terms: int = 0,
+    tasks: int = 0,
 ) -> dict[str, Ranks]:
     """The ranks of every tensor, by name: `fixed` exactly, the others by `r`, or else by `compression_ratio`.
 
@@ -66,6 +67,7 @@ def choose_ranks(
             the least adapter if that is more.
         freeze_factors: whether the cores alone count.
         terms: P of a family of tasks; else 0.
+        tasks: their number, if they have a trained factor; else 0.
 
     Raises:
         ValueError: if fixed ranks are above their modes, `r` above those of every tensor, or the budget too small.
@@ -76,7 +78,7 @@ def choose_ranks(
         return chosen | _clipped(free, r)
     if compression_ratio is None and not free:
         return chosen
-    count = partial(core_count if freeze_factors else parameter_count, terms=terms)
+    count = partial(core_count if freeze_factors else parameter_count, terms=terms, tasks=tasks)
     return chosen | _budgeted(shapes, chosen, compression_ratio, count)
 
 

@@ -1,7 +1,8 @@
 """Tucker algebra on coefficient tensors A of shape (n, m, n_d, ...): modes input i, output o, basis d, positions k.
 
 The fourth mode is all that A has beyond: groups and kernel positions, together K entries. A mode without a factor is
-whole: its U is the identity, which nothing stores or multiplies. Pure functions, no PEFT.
+whole: its U is the identity, which nothing stores or multiplies. Of a family of tasks, G has one more axis, the last,
+and the fifth mode is that of the tasks. Pure functions, no PEFT.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ Ranks = tuple[int | None, ...]
 
 
 class TuckerFactors(NamedTuple):
-    """A tensor in Tucker form, G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4; None in place of an identity.
+    """A tensor in Tucker form, G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 ×₅ U5; None in place of an identity.
 
-    With U4, G has exactly four axes, and the tensor's positions are one axis; without, any number of further axes.
+    With U4, the tensor's positions are one axis, the fourth; without, any number of axes. U5 is of the last axis.
     """
 
     core: torch.Tensor  # shape: (r1, r2, r3, ...)
@@ -29,6 +30,7 @@ class TuckerFactors(NamedTuple):
     U2: torch.Tensor | None  # shape: (m, r2)
     U3: torch.Tensor | None  # shape: (n_d, r3)
     U4: torch.Tensor | None = None  # shape: (K, r4)
+    U5: torch.Tensor | None = None  # shape: (tasks, k)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TuckerFactors:
         """`function` of the core and of every factor that there is."""
@@ -38,6 +40,15 @@ class TuckerFactors(NamedTuple):
         """The core and the factors that there are."""
         return [tensor for tensor in self if tensor is not None]
 
+    def at(self, c: torch.Tensor) -> TuckerFactors:
+        """The tensor of a family at one task, G ×₅ c with c, shape (P,), or G ×₅ (c · U5) with c, shape (tasks,)."""
+        return self._replace(core=self.core @ self.terms(c), U5=None)
+
+    def terms(self, c: torch.Tensor) -> torch.Tensor:
+        """c · U5, or c without one, in the dtype of G: what the terms G[..., p] are weighted with."""
+        c = c.to(self.core)
+        return c if self.U5 is None else c @ self.U5
+
 
 def mode_product(tensor: torch.Tensor, U: torch.Tensor | None, mode: int) -> torch.Tensor:
     """tensor ×_mode U, U: (size, rank), on the axis `mode`; the tensor itself if U is the identity."""
@@ -45,22 +56,22 @@ def mode_product(tensor: torch.Tensor, U: torch.Tensor | None, mode: int) -> tor
 
 
 def reconstruct(factors: TuckerFactors) -> torch.Tensor:
-    """G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4: the dense tensor, shape (n, m, n_d, ...)."""
-    core, U1, U2, U3, U4 = factors
+    """G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 ×₅ U5: the dense tensor, shape (n, m, n_d, ...)."""
+    core, U1, U2, U3, U4, U5 = factors
     # The basis mode is the smallest and the input mode often the next: growing in this order keeps intermediates thin.
-    tensor = mode_product(mode_product(mode_product(core, U4, 3), U3, 2), U1, 0)
+    tensor = mode_product(mode_product(mode_product(mode_product(core, U5, -1), U4, 3), U3, 2), U1, 0)
     return mode_product(tensor, U2, 1)
 
 
 def with_positions(factors: TuckerFactors, positions: Sequence[int]) -> TuckerFactors:
     """The same tensor with G ×₄ U4 as the core, whose axes of positions then have the sizes `positions`."""
-    core, *sides, U4 = factors
+    core, U4 = factors.core, factors.U4
     if U4 is None:
         return factors
     # 16-bit numbers are multiplied out in fp32.
     wide = torch.promote_types(core.dtype, torch.float32)
     core = mode_product(core.to(wide), U4.to(wide), 3).to(core.dtype)
-    return TuckerFactors(core.reshape(*core.shape[:3], *positions, *core.shape[4:]), *sides)
+    return factors._replace(core=core.reshape(*core.shape[:3], *positions, *core.shape[4:]), U4=None)
 
 
 def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> TuckerFactors:
@@ -102,7 +113,7 @@ def compress(factors: TuckerFactors, ranks: Ranks) -> tuple[TuckerFactors, float
     With U_k = Q_k R_k, that of the smaller tensor G ×₁ R1 ×₂ R2 ×₃ R3 ×₄ R4, of the same norms. Ranks as in
     `decompose`.
     """
-    core, *sides = factors
+    core, *sides, _ = factors
     bases: list[torch.Tensor | None] = [None] * 4
     for mode, (U, r) in enumerate(zip(sides, (*ranks, None)[:4], strict=True)):
         if U is not None and r is not None:
@@ -110,7 +121,7 @@ def compress(factors: TuckerFactors, ranks: Ranks) -> tuple[TuckerFactors, float
         core = mode_product(core, U, mode)
     kept = decompose(core, tuple([None if r is None else min(r, core.shape[k]) for k, r in enumerate(ranks)]))
     error = ((core - reconstruct(kept).reshape(core.shape)).norm() / core.norm()).nan_to_num().item()
-    core, *sides = kept
+    core, *sides, _ = kept
     sides = [U if Q is None or U is None else Q @ U for Q, U in zip(bases, sides, strict=True)]
     return _padded(TuckerFactors(core, *sides), ranks), error
 
@@ -126,7 +137,7 @@ def orthonormal(factors: TuckerFactors) -> TuckerFactors:
             Q, R = torch.linalg.qr(U.to(torch.promote_types(U.dtype, torch.float32)))  # 16 bits have no QR
             sign = torch.where(R.diagonal() < 0, -1, 1).to(R.dtype)
             sides[mode] = (Q * sign).to(U)
-            core = mode_product(core, (sign[:, None] * R).to(U), mode)
+            core = mode_product(core, (sign[:, None] * R).to(U), mode if mode < 4 else -1)
     return TuckerFactors(core, *sides)
 
 
@@ -144,7 +155,7 @@ def weighted_sum(terms: Sequence[tuple[float, TuckerFactors]]) -> TuckerFactors:
             joint[mode] = beside if beside.shape[1] < beside.shape[0] else None
     # What a term's core is without the factors that stay beside the others.
     cores = []
-    for weight, (core, *sides) in terms:
+    for weight, (core, *sides, _) in terms:
         for mode, U in enumerate(sides):
             core = core if joint[mode] is not None else mode_product(core, U, mode)
         cores.append(weight * core)
@@ -200,25 +211,29 @@ def hosvd(tensor: torch.Tensor) -> tuple[TuckerFactors, tuple[torch.Tensor, torc
     return TuckerFactors(core, *vectors), values
 
 
-def factor_shapes(shape: Sequence[int], ranks: Ranks, terms: int = 0) -> tuple[tuple[int, ...] | None, ...]:
-    """The shapes of G, U1, U2, U3, U4 for a tensor of shape (n, m, n_d, ...); None where the mode is whole.
+def factor_shapes(
+    shape: Sequence[int], ranks: Ranks, terms: int = 0, tasks: int = 0
+) -> tuple[tuple[int, ...] | None, ...]:
+    """The shapes of G, U1, U2, U3, U4, U5 for a tensor of shape (n, m, n_d, ...); None where the mode is whole.
 
-    With `terms` P > 0, G is that of a family of tasks: its last axis has this size.
+    With `terms` P > 0, G is that of a family of tasks: its last axis has this size. With `tasks` > 0, U5 has so many
+    rows.
     """
     ranks = (*ranks, None)[:4]
     sizes = [*shape[:3], math.prod(shape[3:])]
     core = [size if r is None else r for size, r in zip(sizes, ranks, strict=True)]
     further = shape[3:] if ranks[3] is None else core[3:]
     further = (*further, *[terms] * (terms > 0))
-    return ((*core[:3], *further), *(None if r is None else (n, r) for n, r in zip(sizes, ranks, strict=True)))
+    sides = [None if r is None else (n, r) for n, r in zip(sizes, ranks, strict=True)]
+    return ((*core[:3], *further), *sides, (tasks, terms) if tasks else None)
 
 
-def core_count(shape: Sequence[int], ranks: Ranks, terms: int = 0) -> int:
+def core_count(shape: Sequence[int], ranks: Ranks, terms: int = 0, tasks: int = 0) -> int:
     """The numbers of G alone."""
-    return math.prod(factor_shapes(shape, ranks, terms)[0] or ())
+    return math.prod(factor_shapes(shape, ranks, terms, tasks)[0] or ())
 
 
-def parameter_count(shape: Sequence[int], ranks: Ranks, terms: int = 0) -> int:
+def parameter_count(shape: Sequence[int], ranks: Ranks, terms: int = 0, tasks: int = 0) -> int:
     """The numbers of G and of the factors that there are: r1·r2·r3·r4 + n·r1 + m·r2 + n_d·r3 + K·r4 without whole
     modes, for a tensor of shape (n, m, n_d, ...)."""
-    return sum(math.prod(part) for part in factor_shapes(shape, ranks, terms) if part is not None)
+    return sum(math.prod(part) for part in factor_shapes(shape, ranks, terms, tasks) if part is not None)

@@ -42,7 +42,7 @@ def initialize_lotra_weights(
             step.
         adapter_name: an adapter that has not been trained (G = 0).
         method: "gradient" sets U2; "gradient_hosvd" sets every factor, each from the unfolding along its mode. Whole
-            modes have none.
+            modes have none, and the tasks' factor (`family_rank`) stays as drawn.
         progressbar: whether to show the decompositions' progress.
 
     Directions that the gradient does not have (its unfolding has fewer than r2) are random, orthonormal to the others.

@@ -25,7 +25,7 @@ _RULES: dict[str, Callable[[int, int, int, int], dict[str, float]]] = {
     "LR-4": lambda n, m, n_d, K: {},
     "adam": lambda n, m, n_d, K: {"U1": 1 / n, "U2": 1 / m**0.5, "U3": 1 / n_d, "U4": 1 / K},
 }
-_COMPONENTS = ("core", "U1", "U2", "U3", "U4")
+_COMPONENTS = ("core", "U1", "U2", "U3", "U4", "U5")
 
 
 def create_lotra_optimizer(
@@ -96,9 +96,10 @@ def lotra_parameter_groups(
             | "LR-4" | 1 | 1 | 1 | 1 | 1 |
             | "adam" | 1 | 1/n | 1/√m | 1/n_d | 1/K |
 
-            or a mapping of "core", "U1", "U2", "U3", "U4" to multipliers for every layer, 1 where none is given. One
-            rate for all (LR-4) was best in layers of up to 256 inputs; in wider ones it has to be lowered with the
-            width, which the rates of LR-2 need not (examples/learning_rates.py).
+            and 1 for U5 of `family_rank`, of which a sample sees one row; or a mapping of "core", "U1", "U2", "U3",
+            "U4", "U5" to multipliers for every layer, 1 where none is given. One rate for all (LR-4) was best in
+            layers of up to 256 inputs; in wider ones it has to be lowered with the width, which the rates of LR-2 need
+            not (examples/learning_rates.py).
         weight_decay: for all groups; None leaves the optimizer's own default.
 
     Raises:
