@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import peft_lotra
 from peft_lotra import slim_kan
 from peft_lotra.layer import adapted_tensors
-from peft_lotra.standin import Adapted, placing
+from peft_lotra.standin import Adapted, placing, plan
 from peft_lotra.standin.cost import DENSE, cheapest_order
 from peft_lotra.standin.tensor import EagerStandIn
 
@@ -114,6 +114,35 @@ def test_large_ranks_are_computed_densely_and_small_ones_thinly():
     assert order(((8, 8, 4),) * 8) == ""
     assert "d" in order(((150, 150, 2),))
     assert order(((512, 512, 8),), positions=8192) == DENSE
+    assert order(((512, 512, 8),), positions=8192, per_sample=True) != DENSE
+
+
+def test_gradients_of_single_samples_are_never_taken_of_the_dense_update(monkeypatch):
+    """They would be a tensor of A's size for each. A single gradient of so small a layer is cheapest that way."""
+    base, model, x = adapt(ChebyKANLayer(32, 32, BASIS - 1), None, (64, 32))
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    orders = []
+
+    def recorded(*sizes):
+        orders.append(cheapest_order(*sizes))
+        return orders[-1]
+
+    monkeypatch.setattr(plan, "cheapest_order", recorded)
+    plan._plan.cache_clear()
+
+    def of_sample(p, sample):
+        slope = torch.func.grad(
+            lambda x: torch.func.functional_call(model, p, x[None]).sum()
+        )  # as in a PDE's residual
+        return slope(sample).square().sum()
+
+    torch.func.grad(lambda p: of_sample(p, x[0]))(parameters)
+    assert orders == [DENSE]
+    torch.func.vmap(torch.func.grad(lambda sample: of_sample(parameters, sample)))(x)  # by the inputs, not the factors
+    assert set(orders) == {DENSE}
+    torch.func.vmap(torch.func.grad(of_sample), in_dims=(None, 0))(parameters, x)
+    assert orders[-1] != DENSE
+    plan._plan.cache_clear()
 
 
 @wide

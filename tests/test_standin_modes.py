@@ -111,6 +111,15 @@ def test_transforms(name, order):
     for gradient, e in zip(gradients.values(), expected, strict=True):
         assert_equal(gradient, e, 1e-9)
 
+    def of_sample(p, sample):
+        return torch.func.functional_call(model, p, sample[None]).square().sum()
+
+    rows = torch.func.vmap(torch.func.grad(of_sample), in_dims=(None, 0))(parameters, x)
+    for k in range(len(x)):
+        expected = torch.autograd.grad(oracle(x[k : k + 1]).square().sum(), list(parameters.values()))
+        for row, e in zip(rows.values(), expected, strict=True):
+            assert_equal(row[k], e, 1e-9)
+
 
 @registered
 def test_threads(name):
