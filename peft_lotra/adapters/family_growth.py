@@ -142,9 +142,8 @@ def change_range(
     """The same family on other ranges of its parameters, and of a higher degree: G ← G ×₅ Mᵀ, where c = M · c'.
 
     A polynomial of total degree d in the parameters is one on any range, so that the update stays what it was at every
-    parameter, and a fit to the new range starts from there. In trials with a front in two dimensions (3 seeds, LM),
-    five iterations on a range a third wider ended at 1/9 to 1/65 of the error of a new family. Polynomials extrapolate
-    badly: on a range twice as wide, in two of the seeds the old solution was no better start than none.
+    parameter, and a fit to the new range starts from there. Widen a range little by little: polynomials extrapolate
+    badly, and far outside of the old range the old solution is no better a start than none.
 
     >>> change_range(model, {"lam": (0.8, 2.0)}, family_degree=6)
 
