@@ -215,7 +215,8 @@ def test_report_of_made_results(tmp_path):
     report.report([experiment], tmp_path / "results", readme)
     text = readme.read_text()
     assert text.startswith("before\n<!-- begin heat -->\n")
-    assert text.endswith("\n<!-- end heat -->\nafter\n")
+    assert "\n<!-- end heat -->\nafter\n\n## Learning rates\n" in text
+    assert text.endswith("| heat | full | diverged | 1.00 × |\n<!-- end rates -->\n")
     assert "old" not in text
     full, lotra = (line for line in text.splitlines() if line.startswith(("| full", "| LoTRA")))
     # The rate is the one that did not diverge; the last of the grid.
@@ -262,5 +263,5 @@ def test_aims_compare_medians_and_wait_for_all_methods(tmp_path):
     _, _, seconds, steps, baseline = report.aims([experiment], results).splitlines()
     # At full's 10 s LM is in the middle of its course: (0.1 + 0.2) / (0.2 + 0.4).
     assert seconds.endswith("| parabolic | 0.50 × (LM) | ≤ 1 × | yes |")
-    assert steps.endswith("| parabolic | 1.50 × (Adam) | ≤ 1.5 × | yes |")
+    assert steps.endswith("| parabolic | 1.50 × (Adam) | ≤ 1.2 × | **no** |")
     assert baseline.endswith("| pde_parabolic, LoRA | 1.50 × (Adam) | ≤ 1 × | **no** |")
