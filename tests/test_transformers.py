@@ -498,6 +498,7 @@ def test_the_other_functions_of_the_package(base_path):
     assert slim.generate(input_ids=TOKENS, max_new_tokens=3, do_sample=False).shape == (4, 12)
 
 
+@pytest.mark.filterwarnings("ignore:.*fitted by heart:UserWarning")  # 4 rows of tokens
 def test_a_finetuned_model_as_an_adapter():
     # `torch.vmap` does not go through the other attentions, nor through the warning about padding without a mask.
     base = make(attn_implementation="eager", pad_token_id=None)

@@ -87,6 +87,16 @@ class Problem:
                 "`is_trainable=True`, or set `requires_grad` of what is to be fitted"
             )
         _check_differentiable(model)
+        # pykan reads some of its parameters in plain lists, where `functional_call` does not put others.
+        names = {p: name for name, p in self.trained.items()}
+        self.listed = [
+            (entries, index, names[entry])
+            for module in model.modules()
+            for entries in vars(module).values()
+            if type(entries) is list
+            for index, entry in enumerate(entries)
+            if isinstance(entry, nn.Parameter) and entry in names
+        ]
         self.functions = function if isinstance(function, Mapping) else {"": function}
         if not self.functions or not all(map(callable, self.functions.values())):
             raise TypeError(
@@ -114,7 +124,16 @@ class Problem:
         return {name: part.view_as(p).to(p) for (name, p), part in zip(self.trained.items(), parts, strict=True)}
 
     def _net(self, parameters: dict[str, torch.Tensor]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: functional_call(self.model, parameters, args, kwargs)
+        def net(*args: Any, **kwargs: Any) -> Any:
+            try:
+                for entries, index, name in self.listed:
+                    entries[index] = parameters[name]
+                return functional_call(self.model, parameters, args, kwargs)
+            finally:
+                for entries, index, name in self.listed:
+                    entries[index] = self.trained[name]
+
+        return net
 
     def _kinds(self, batch: Any, argument: str = "data") -> Iterator[_Kind]:
         if self.several and not (isinstance(batch, Mapping) and set(batch) == set(self.functions)):
@@ -219,7 +238,7 @@ class Problem:
         rows_of = grad(lambda *args: of_sample(*args).sum()) if count == 1 else jacrev(of_sample)
         for chunk, size in kind.chunks(self.chunk_size(count)):
             rows = vmap(rows_of, in_dims=(None, 0))(parameters, chunk)
-            columns = [rows[key].reshape(size * count, -1) for key in parameters]
+            columns = [rows[key].detach().reshape(size * count, -1) for key in parameters]
             yield torch.cat(columns, dim=1) / math.sqrt(kind.size)
 
     def _times_factors(
@@ -240,7 +259,7 @@ class Problem:
             with torch.no_grad():
                 factors = self._factors(kind, loss, parameters, chunk, size, count)
             rows = vmap(of_sample)(chunk, factors)
-            yield torch.cat([rows[key].reshape(-1, p.numel()) for key, p in parameters.items()], dim=1)
+            yield torch.cat([rows[key].detach().reshape(-1, p.numel()) for key, p in parameters.items()], dim=1)
 
     def _factors(
         self, kind: _Kind, loss: ConvexLoss, parameters: dict[str, torch.Tensor], chunk: Any, rows: int, count: int
@@ -267,7 +286,7 @@ class Problem:
 
                 of_chunk, pull_back = vjp(outputs, parameters)[:2]
                 (pulled,) = pull_back(gradient.to(of_chunk.dtype))
-                parts.append(torch.cat([pulled[key].flatten() for key in parameters]).double())
+                parts.append(torch.cat([pulled[key].detach().flatten() for key in parameters]).double())
         return sum(parts[1:], parts[0]) if parts else None
 
 
