@@ -1,12 +1,13 @@
-"""Levenberg–Marquardt or Adam, an adapter or everything: error over seconds on three PDEs.
+"""Gauss–Newton or Adam, an adapter or everything: error over seconds on three PDEs.
 
     python examples/gauss_newton.py
     python examples/gauss_newton.py --families elliptic --seeds 1 --widths 32 64
 
-A Chebyshev KAN that solves a PDE is fitted to another parameter of it: by Adam and by Levenberg–Marquardt
-(`peft_lotra.fit_gauss_newton`), each on an adapter of at most an eighth of the coefficients and on all of them. A
-second table shows what an iteration costs as the KAN gets wider. Every run is stored when it ends and used again:
-start the command once more after an interruption. Writes tables (printed, and as JSON) and a picture.
+A Chebyshev KAN that solves a PDE is fitted to another parameter of it: by Adam and by Gauss–Newton with
+Levenberg–Marquardt damping (LM, `peft_lotra.fit_gauss_newton`), each on an adapter of at most an eighth of the
+coefficients and on all of them. A second table shows what an iteration costs as the KAN gets wider. Every run is
+stored when it ends and used again: start the command once more after an interruption. Writes tables (printed, and as
+JSON) and a picture.
 """
 
 from __future__ import annotations

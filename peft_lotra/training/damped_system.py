@@ -1,4 +1,4 @@
-"""The step of Levenberg–Marquardt, from blocks of rows of J and the residuals r, in fp64.
+"""The step of Gauss–Newton with Levenberg–Marquardt damping, from blocks of rows of J and the residuals r, in fp64.
 
 JᵀJ and Jᵀr are half the (generalised Gauss–Newton) Hessian and half the gradient of the loss.
 """
