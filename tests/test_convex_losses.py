@@ -387,6 +387,16 @@ def test_errors_come_before_any_change(loss, arguments, error, message):
     assert_equal(trained(model), before, 0)
 
 
+def test_a_loss_without_curvature_is_refused_unless_there_is_a_prior():
+    model, x, y = adapted(), points(8), reals(8, CLASSES) + 100
+    before = trained(model)
+    with pytest.raises(ValueError, match="`loss` has no curvature at any sample.*`weight_decay`"):
+        fit(model, (x, y), Huber())
+    assert_equal(trained(model), before, 0)
+    result = fit(model, (x, y), Huber(), weight_decay=1.0, iterations=3)
+    assert result.losses[-1] < result.losses[0]
+
+
 @pytest.mark.parametrize(
     ("method", "answer", "message"),
     [

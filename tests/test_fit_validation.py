@@ -190,14 +190,17 @@ def test_a_linear_model_with_a_prior_is_ridge_regression(rows):
 
 
 def test_few_points_are_warned_of():
-    x, y = FEW
     with pytest.warns(
-        UserWarning, match="`data` give 80 residuals for 74 trained numbers.*by heart.*`validation`"
+        UserWarning, match="`data` give 80 residuals or labels for 74 trained numbers.*by heart.*`validation`"
     ) as got:
         fit(adapted(), FEW, iterations=1)
     assert got[0].filename == __file__
     with pytest.warns(UserWarning, match="by heart"):
         fit_gauss_newton(adapted(), lambda net, b: (net(b[0]), b[1].exp()), FEW, loss="poisson", iterations=1)
+    x, y = noisy(160, seed=1)  # 320 outputs, but 120 labels
+    labels = (y[:, 0] > 0).long().masked_fill(torch.arange(160) < 40, -100)
+    with pytest.warns(UserWarning, match="`data` give 120 residuals or labels for 74"):
+        fit_gauss_newton(adapted(), lambda net, b: (net(b[0]), b[1]), (x, labels), loss="cross_entropy", iterations=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(adapted(), noisy(74, seed=1), iterations=1)

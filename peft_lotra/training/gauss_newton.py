@@ -151,8 +151,8 @@ def fit_gauss_newton(
             changes anything.
 
     Warns:
-        UserWarning: if fixed data have less than 2 residuals for each trained number, and neither validation nor
-            `weight_decay` is there.
+        UserWarning: if fixed data have less than 2 residuals (or labels) for each trained number, and neither
+            validation nor `weight_decay` is there.
 
     Source: ours; generalised Gauss–Newton is Schraudolph's (2002), the damping is Levenberg's and Marquardt's.
     """
@@ -198,13 +198,18 @@ def fit_gauss_newton(
             )
             if not math.isfinite(system.scale):
                 raise ValueError(f"`residual_fn` has derivatives that are not finite, in iteration {iteration}")
-            if iteration == first and not system.scale:
+            if iteration == first and not system.scale and not weight_decay and system.gradient.any():
+                raise ValueError(
+                    "`loss` has no curvature at any sample, so that there is no second-order step: give it one, or "
+                    "`weight_decay`"
+                )
+            if iteration == first and not system.scale and not system.gradient.any():
                 raise ValueError(
                     "`residual_fn` does not depend on the trainable parameters of `model`: every derivative is zero; "
                     "does it call `net`, and is the trainable adapter active, enabled and not merged?"
                 )
             if iteration == first and not (callable(data) or checking.given or weight_decay):
-                _warn_of_few(len(evaluation.residuals), len(theta))
+                _warn_of_few(evaluation.fitted, len(theta))
             if system.cosine <= gradient_tolerance:
                 reason = "gradient"
                 break
@@ -280,12 +285,12 @@ def _restored(result: GaussNewtonResult, name: str, theta: torch.Tensor) -> torc
     return theta.new_tensor(result.parameters[name]) if name in result.parameters else theta
 
 
-def _warn_of_few(residuals: int, numbers: int) -> None:
-    if residuals < 2 * numbers:
+def _warn_of_few(fitted: int, numbers: int) -> None:
+    if fitted < 2 * numbers:
         warnings.warn(
-            f"`data` give {residuals} residuals for {numbers} trained numbers: with less than 2 for each, points are "
-            "fitted by heart. Take more, or fresh ones in every iteration (a function of its number), fewer trained "
-            "numbers, `validation` or `weight_decay`",
+            f"`data` give {fitted} residuals or labels for {numbers} trained numbers: with less than 2 for each, "
+            "points are fitted by heart. Take more, or fresh ones in every iteration (a function of its number), "
+            "fewer trained numbers, `validation` or `weight_decay`",
             stacklevel=3,
         )
 

@@ -69,6 +69,10 @@ class ConvexLoss(ABC):
         """How many samples the mean is taken over."""
         return len(outputs)
 
+    def fitted(self, outputs: torch.Tensor, targets: Any, residual: torch.Tensor) -> int:
+        """How many numbers are to be fitted."""
+        return residual.numel()
+
 
 class _OfEachOutput(ConvexLoss):
     """ℓ = Σ_i ℓ_i(o_i, y_i), whose H is diagonal: as many blocks of 1 × 1."""
@@ -177,6 +181,10 @@ class CrossEntropy(ConvexLoss):
         """Labels that are not ignored, as torch's mean counts."""
         soft = targets.is_floating_point()
         return targets[..., 0].numel() if soft else int((targets != IGNORED).sum())
+
+    def fitted(self, outputs: torch.Tensor, targets: torch.Tensor, residual: torch.Tensor) -> int:
+        """The labels, one for each that counts: P numbers separate about 2P (Cover, 1965, for two classes)."""
+        return self.counted(outputs, targets)
 
 
 class Given(ConvexLoss):

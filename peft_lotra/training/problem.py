@@ -29,11 +29,13 @@ class Evaluation(NamedTuple):
         loss: the sum over all kinds.
         residuals: r, shape (R,).
         counts: by kind, how many samples its mean is taken over.
+        fitted: how many numbers are to be fitted: residuals, labels, or outputs that have a target.
     """
 
     loss: float
     residuals: torch.Tensor
     counts: dict[str, int]
+    fitted: int
 
 
 class _Kind(NamedTuple):
@@ -159,7 +161,7 @@ class Problem:
     @torch.no_grad()
     def evaluate(self, theta: torch.Tensor, batch: Any, argument: str = "data") -> Evaluation:
         net = self._net(self._named(theta))
-        squares, rows, others = [], [], 0.0
+        squares, rows, others, fitted = [], [], 0.0, 0
         counts: dict[str, int] = {}
         for kind in self._kinds(batch, argument):
             name, loss = kind.name, kind.loss
@@ -169,6 +171,7 @@ class Problem:
                 counts[name] = kind.size
                 rows.append(values.double().flatten() / math.sqrt(kind.size))
                 squares.append(rows[-1])
+                fitted += rows[-1].numel()
                 continue
             answers = [_answer(kind, kind.function(net, chunk), size, loss) for chunk, size in chunks]
             counts[name] = sum(loss.counted(answer.outputs, answer.targets) for answer in answers)
@@ -179,8 +182,9 @@ class Problem:
                 others += (answer.weights @ value).item() / counts[name]
                 scale = (answer.over_samples(residual) / (2 * counts[name])).sqrt()
                 rows.append((scale * residual).flatten())
+                fitted += loss.fitted(answer.outputs, answer.targets, rows[-1])
         total = torch.cat(squares).square().sum().item() if squares else 0.0
-        return Evaluation(total + others, torch.cat(rows), counts)
+        return Evaluation(total + others, torch.cat(rows), counts, fitted)
 
     def checked(self, theta: torch.Tensor, batch: Any, first: bool, argument: str = "data") -> Evaluation:
         """`evaluate`, which must be finite; at `first`, also what single samples give, which must be the same."""
