@@ -72,6 +72,19 @@ class Quartic:
         return torch.diag_embed(12**0.5 * (outputs - targets).abs())
 
 
+class SquaredError:
+    """The example of `OutputLoss`."""
+
+    def value(self, outputs, targets):
+        return (outputs - targets).square().sum(dim=1)
+
+    def gradient(self, outputs, targets):
+        return 2 * (outputs - targets)
+
+    def factor(self, outputs, targets):
+        return 2**0.5 * torch.eye(outputs.shape[1]).double().expand(len(outputs), -1, -1)
+
+
 class Huber:
     """Linear far away: its gradient is not in the range of H there."""
 
@@ -224,6 +237,17 @@ def test_weights_of_a_given_loss():
     fit(models[0], (x, y, weights), Huber(), iterations=2)
     fit(models[1], (x[1::2], y[1::2]), Huber(), iterations=2)
     assert_equal(trained(models[0]), trained(models[1]), 1e-7)
+
+
+def test_squared_errors_equal_least_squares():
+    models, x, y = (adapted(), adapted()), points(40), reals(40, CLASSES)
+    least = fit_gauss_newton(
+        models[0], lambda net, b: net(b[0]) - b[1], (x, y), iterations=6, gradient_tolerance=0.3, progressbar=False
+    )
+    given = fit(models[1], (x, y), SquaredError(), iterations=6, gradient_tolerance=0.3)
+    assert given.losses == pytest.approx(least.losses, rel=1e-9)
+    assert (given.damping, given.iterations, given.reason) == (least.damping, least.iterations, least.reason)
+    assert_equal(trained(models[1]), trained(models[0]), 1e-7)
 
 
 def test_one_hot_equals_labels():

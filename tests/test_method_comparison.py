@@ -108,7 +108,10 @@ def test_every_experiment_is_as_it_should_be():
         ({"methods": {"A": {"method": "dora"}}}, r"'A': `method` should be one of \['full', .* is 'dora'"),
         ({"methods": {"A": {"method": "full", "ratio": 0.1}}}, r"'A': the method 'full' should have .* \['ratio'\]"),
         ({"methods": {"A": {"method": "lotra"}}}, r"'lotra' needs one of \['ratio', 'r', 'rank_pattern'\]"),
-        ({"methods": {"A": {"method": "full", "optimizer": "sgd"}}}, r"`optimizer` should be one of \['adam', 'soap', 'lm'\]"),
+        (
+            {"methods": {"A": {"method": "full", "optimizer": "sgd"}}},
+            r"`optimizer` should be one of \['adam', 'soap', 'lm'\]",
+        ),
         ({"settings": {"family": "parabolic"}}, "parameter"),
         ({"settings": EXPERIMENT["settings"] | {"family": "conic"}}, r"`family` should be one of .* is 'conic'"),
         ({"settings": EXPERIMENT["settings"] | {"widht": 3}}, r"should be some of .* but has \['widht'\]"),
