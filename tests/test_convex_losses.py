@@ -329,6 +329,11 @@ def test_kinds_with_losses_of_their_own_sum_up():
     assert_equal(trained(model), expected, 1e-8)
 
 
+def test_losses_of_other_kinds_are_refused():
+    with pytest.raises(ValueError, match=r"`loss` should have the keys \['a', 'b'\], but it has the keys \['a'\]"):
+        fit(adapted(), {"a": (X, ONES), "b": (X, ONES)}, {"a": "poisson"}, residual_fn={"a": pair, "b": pair})
+
+
 def test_a_sample_that_is_confidently_wrong_does_not_end_the_fit():
     # p of its label is 1e-35: its residual is huge, its gradient is not.
     model = nn.Linear(2, 2, bias=False, **FP64)
@@ -355,7 +360,7 @@ BAD = [
     ("entropy", {}, ValueError, r"`loss` should be one of \['least_squares', 'cross_entropy', .* it is 'entropy'"),
     (3, {}, TypeError, "`loss` should be one of .* methods `value`, `gradient` and `factor` .* passed is 3"),
     (Quartic, {}, TypeError, "`loss` .*class"),
-    ({"a": "poisson"}, {}, ValueError, r"`loss` should have the keys of `residual_fn`, \[''\], but it has \['a'\]"),
+    ({"a": "poisson"}, {}, ValueError, r"`loss` should be one loss, .* but it has the keys \['a'\]"),
     (
         "poisson",
         {"residual_fn": lambda net, b: net(b[0])},

@@ -238,7 +238,8 @@ def checked_losses(loss: Any, names: list[str]) -> dict[str, ConvexLoss | None]:
         ValueError, TypeError: if it is none.
     """
     if isinstance(loss, Mapping) and set(loss) != set(names):
-        raise ValueError(f"`loss` should have the keys of `residual_fn`, {sorted(names)}, but it has {sorted(loss)}")
+        wanted = "be one loss, as `residual_fn` is one function" if names == [""] else f"have the keys {sorted(names)}"
+        raise ValueError(f"`loss` should {wanted}, but it has the keys {sorted(loss)}")
     return {name: _checked(loss[name] if isinstance(loss, Mapping) else loss) for name in names}
 
 
