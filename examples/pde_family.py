@@ -4,9 +4,10 @@
     python examples/pde_family.py --pde hyperbolic
 
 Trains a base at one parameter (or loads that of an earlier run), fits one LoTRA adapter to the whole range by
-Levenberg–Marquardt, on points and parameters that are drawn together, and prints its errors at parameters that it
-never saw, as it is and after 1, 2 and 5 iterations on the core alone. Beside it: an adapter for each parameter from
-the base, by the same optimizer, and full fine-tuning by Adam. Writes the adapter, a table as JSON and a picture.
+Gauss–Newton with Levenberg–Marquardt damping, on points and parameters that are drawn together, and prints its errors
+at parameters that it never saw, as it is and after 1, 2 and 5 iterations on the core alone. Beside it: an adapter for
+each parameter from the base, by the same optimizer, and full fine-tuning by Adam. Writes the adapter, a table as JSON
+and a picture.
 """
 
 from __future__ import annotations

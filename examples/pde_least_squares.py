@@ -87,7 +87,7 @@ def batch(pde: PDE, points: Points) -> dict[str, Tensor]:
 def fit(
     model: nn.Module, pde: PDE, iterations: int, seed: int, grid: Tensor, label: str, per_side: int = 80
 ) -> list[Mark]:
-    """Levenberg–Marquardt on fresh points in every iteration; the course of the relative L2 error."""
+    """Gauss–Newton with Levenberg–Marquardt damping, on fresh points each time; marks of the relative L2 error."""
     dtype, device = next(model.parameters()).dtype, grid.device
     grid = grid.to(dtype)
 

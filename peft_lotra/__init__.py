@@ -22,6 +22,7 @@ from .tensors.ranks import suggest_ranks
 from .training.gauss_newton import GaussNewtonResult, fit_gauss_newton
 from .training.initialization import initialize_lotra_weights
 from .training.learning_rates import create_lotra_optimizer, lotra_parameter_groups
+from .training.losses import OutputLoss
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "LoTRAConfig",
     "LoTRALayer",
     "LoTRAModel",
+    "OutputLoss",
     "PerformanceWarning",
     "adapter_at",
     "add_task",

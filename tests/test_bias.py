@@ -263,6 +263,7 @@ def test_a_fine_tune_with_biases_is_extracted():
     assert_equal(model(X), full(X))
 
 
+@pytest.mark.filterwarnings("ignore:.*fitted by heart:UserWarning")  # few points
 def test_gauss_newton_fits_biases_too():
     model = adapt(bias="all", init_weights=True)
     before = model.base_model.model.head.bias.clone()

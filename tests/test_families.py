@@ -126,6 +126,7 @@ def test_vmap_over_samples_with_their_own_tasks():
     assert_equal(slopes[:, 1], torch.autograd.grad(y[:, 1].sum(), lam)[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*fitted by heart:UserWarning")  # eight points
 def test_a_residual_with_a_task_for_every_sample():
     base, model = kan(freeze_factors=True)
     lam = torch.linspace(1, 1.6, 8, dtype=torch.float64)

@@ -41,6 +41,7 @@ from peft_lotra import (
     LoTRAConfig,
     create_lotra_optimizer,
     extract_adapter,
+    fit_gauss_newton,
     infer_coefficients,
     initialize_lotra_weights,
     slim_kan,
@@ -498,6 +499,7 @@ def test_the_other_functions_of_the_package(base_path):
     assert slim.generate(input_ids=TOKENS, max_new_tokens=3, do_sample=False).shape == (4, 12)
 
 
+@pytest.mark.filterwarnings("ignore:.*fitted by heart:UserWarning")  # 4 rows of tokens
 def test_a_finetuned_model_as_an_adapter():
     # `torch.vmap` does not go through the other attentions, nor through the warning about padding without a mask.
     base = make(attn_implementation="eager", pad_token_id=None)
@@ -511,6 +513,25 @@ def test_a_finetuned_model_as_an_adapter():
         model, _ = extract_adapter(copy.deepcopy(base), full, config, inputs=inputs, iterations=8, progressbar=False)
         errors[inputs is not None] = (run(model) - run(full)).norm() / (run(base) - run(full)).norm()
     assert errors[True] < errors[False] / 2
+
+
+@pytest.mark.filterwarnings("ignore:.*fitted by heart:UserWarning")  # 4 rows of tokens
+def test_next_tokens_by_second_order_steps():
+    model = get_peft_model(make(attn_implementation="eager", pad_token_id=None), lotra(task_type="CAUSAL_LM"))
+    labels = TOKENS.masked_fill(torch.arange(9) < 3, -100)  # a prompt
+
+    def next_tokens(net, batch):
+        tokens, labels = batch
+        return net(input_ids=tokens).logits[:, :-1], labels[:, 1:]
+
+    before = model(input_ids=TOKENS, labels=labels).loss.item()
+    result = fit_gauss_newton(
+        model, next_tokens, (TOKENS, labels), loss="cross_entropy", iterations=3, progressbar=False
+    )
+    after = model(input_ids=TOKENS, labels=labels).loss.item()
+    assert result.losses[0] == pytest.approx(before, rel=1e-5)
+    assert result.losses[-1] == pytest.approx(after, rel=1e-5)
+    assert after < before - 1e-3
 
 
 # Trainer -------------------------------------------------------------------------------------------------------------

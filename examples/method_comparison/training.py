@@ -1,4 +1,4 @@
-"""Training by first-order steps or Levenberg–Marquardt, with the course of the metric over steps and seconds."""
+"""Training by first-order steps, or Gauss–Newton with Levenberg–Marquardt damping, and the course of the metric."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ def extract_adapter(
         config: which layers, with which ranks. Its `modules_to_save` and biases are copied from `finetuned`.
         inputs: points x that the models take, shape (N, ...), or a function from the number of the iteration to such
             points; None: no fit. Each output is to depend on its own x alone. Where a model returns several things,
-            as those of transformers do, the first is its output.
+            as those of transformers do, the first is its output. Fixed points with less than 2 outputs for each number
+            of the adapter are fitted by heart, of which a UserWarning tells.
         iterations: of the fit.
         strict: whether a difference between the models that the adapter cannot hold is an error, or a warning.
         progressbar: whether the fit shows its progress.

@@ -1,0 +1,263 @@
+"""Losses that are convex in a model's outputs: values, gradients and factors of Hessians, by sample and in fp64."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+
+# The label of a token that does not count, as torch's cross_entropy has it.
+IGNORED = -100
+# Second derivatives below it are set to it: it is nothing in H, and keeps r = L⁻¹g finite where H vanishes.
+_LEAST_CURVATURE = 1e-30
+
+
+@runtime_checkable
+class OutputLoss(Protocol):
+    """ℓ(o, y) of each sample, convex in its outputs o: H = ∂²ℓ/∂o² = L Lᵀ.
+
+    `outputs` come in fp64 as `residual_fn` gives them, shape (N,) or (N, ..., k), and `targets` as it gives them.
+
+    ```python
+    class SquaredError:
+        def value(self, outputs, targets):  # (N,)
+            return (outputs - targets).square().sum(dim=1)
+
+        def gradient(self, outputs, targets):  # the outputs' shape
+            return 2 * (outputs - targets)
+
+        def factor(self, outputs, targets):  # (N, ..., k, m), for outputs of (N,): (N, 1, m)
+            return 2**0.5 * torch.eye(outputs.shape[1]).double().expand(len(outputs), -1, -1)
+    ```
+
+    H is block-diagonal over the axes in the dots: one block of k × k for each token, say. The gradient does not have
+    to be in the range of L: where ℓ is linear, L = 0.
+    """
+
+    def value(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor: ...
+
+    def gradient(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor: ...
+
+    def factor(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor: ...
+
+
+class ConvexLoss(ABC):
+    """What the fit needs of a loss: ℓ, L, and r with ∂ℓ/∂o = L r, which makes it a problem of least squares."""
+
+    def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
+        """What is wrong with the outputs or the targets, if something is."""
+        if not isinstance(targets, torch.Tensor) or targets.shape != outputs.shape:
+            return f"targets of the outputs' shape, {tuple(outputs.shape)}, but they are {described(targets)}"
+        return None
+
+    @abstractmethod
+    def value(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        """ℓ. shape: (N,)"""
+
+    @abstractmethod
+    def factor(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        """L. shape: (N, ..., k, m)"""
+
+    @abstractmethod
+    def residual(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        """r. shape: (N, ..., m)"""
+
+    def counted(self, outputs: torch.Tensor, targets: Any) -> int:
+        """How many samples the mean is taken over."""
+        return len(outputs)
+
+    def fitted(self, outputs: torch.Tensor, targets: Any, residual: torch.Tensor) -> int:
+        """How many numbers are to be fitted."""
+        return residual.numel()
+
+
+class _OfEachOutput(ConvexLoss):
+    """ℓ = Σ_i ℓ_i(o_i, y_i), whose H is diagonal: as many blocks of 1 × 1."""
+
+    @abstractmethod
+    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """ℓ_i."""
+
+    @abstractmethod
+    def derivatives(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """ℓ_i' and ℓ_i''."""
+
+    def value(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.terms(outputs, targets.double()).reshape(len(outputs), -1).sum(dim=1)
+
+    def factor(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        _, second = self.derivatives(outputs, targets.double())
+        return second.clamp(min=_LEAST_CURVATURE).sqrt()[..., None, None]
+
+    def residual(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        first, second = self.derivatives(outputs, targets.double())
+        return (first / second.clamp(min=_LEAST_CURVATURE).sqrt()).unsqueeze(-1)
+
+
+class Poisson(_OfEachOutput):
+    """exp(o) − y·o: counts y of rate exp(o)."""
+
+    def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
+        wrong = super().check(outputs, targets)
+        if not wrong and not (targets.isfinite() & (targets >= 0)).all():
+            wrong = f"targets of at least 0, as counts are, but they go from {targets.min()} to {targets.max()}"
+        return wrong
+
+    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return outputs.exp() - targets * outputs
+
+    def derivatives(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rate = outputs.exp()
+        return rate - targets, rate
+
+
+class Bernoulli(_OfEachOutput):
+    """log(1 + exp(o)) − y·o: y of probability 1/(1 + exp(−o))."""
+
+    def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
+        wrong = super().check(outputs, targets)
+        if not wrong and not ((targets >= 0) & (targets <= 1)).all():
+            wrong = f"targets from 0 to 1, but they go from {targets.min()} to {targets.max()}"
+        return wrong
+
+    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.softplus(outputs, threshold=40) - targets * outputs  # the default's error is 2e-9
+
+    def derivatives(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return outputs.sigmoid() - targets, outputs.sigmoid() * (-outputs).sigmoid()
+
+
+class CrossEntropy(ConvexLoss):
+    """−Σ_c y_c log p_c, p = softmax(o), for the C classes on the last axis; the sum of these over other axes.
+
+    H = s(diag(p) − ppᵀ) = L Lᵀ with s = Σ_c y_c and L = √s(diag(√p) − p√pᵀ), and r = (sp − y)/√(sp).
+    """
+
+    def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
+        shape, classes = tuple(outputs.shape), outputs.shape[-1]
+        if outputs.ndim < 2:
+            return f"outputs of shape (N, C) or (N, T, C), but they are {described(outputs)}"
+        if not isinstance(targets, torch.Tensor) or targets.shape not in (shape, shape[:-1]):
+            wanted = f"labels of shape {shape[:-1]} or probabilities of shape {shape}"
+            return f"{wanted} beside outputs of shape {shape}, but they are {described(targets)}"
+        soft = targets.shape == shape
+        if soft != targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+            wanted = "probabilities in floating point" if soft else "whole numbers as labels"
+            return f"{wanted}, but they are {described(targets)}"
+        good = targets.isfinite() & (targets >= 0) if soft else (targets >= 0) & (targets < classes)
+        if not (good | (targets == IGNORED) & (not soft)).all():
+            wanted = "probabilities of at least 0" if soft else f"labels from 0 to {classes - 1}, or {IGNORED},"
+            return f"{wanted} but they go from {targets.min()} to {targets.max()}"
+        return None
+
+    def _probabilities(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """y, zero where a token does not count. shape: (N, ..., C)"""
+        if targets.is_floating_point():
+            return targets.double()
+        counted = targets != IGNORED
+        return F.one_hot(targets.long() * counted, outputs.shape[-1]) * counted.unsqueeze(-1).to(outputs)
+
+    def value(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        y = self._probabilities(outputs, targets)
+        terms = torch.where(y > 0, y * outputs.log_softmax(dim=-1), 0)  # 0 · log 0 = 0
+        return -terms.reshape(len(outputs), -1).sum(dim=1)
+
+    def factor(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        total = self._probabilities(outputs, targets).sum(dim=-1)[..., None, None]
+        p = outputs.softmax(dim=-1)
+        roots = p.clamp(min=_LEAST_CURVATURE).sqrt()
+        return total.sqrt() * (torch.diag_embed(roots) - p.unsqueeze(-1) * roots.unsqueeze(-2))
+
+    def residual(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        y, p = self._probabilities(outputs, targets), outputs.softmax(dim=-1)
+        total = y.sum(dim=-1, keepdim=True)
+        scale = (total.clamp(min=_LEAST_CURVATURE) * p.clamp(min=_LEAST_CURVATURE)).sqrt()
+        return (total * p - y) / scale
+
+    def counted(self, outputs: torch.Tensor, targets: torch.Tensor) -> int:
+        """Labels that are not ignored, as torch's mean counts."""
+        soft = targets.is_floating_point()
+        return targets[..., 0].numel() if soft else int((targets != IGNORED).sum())
+
+    def fitted(self, outputs: torch.Tensor, targets: torch.Tensor, residual: torch.Tensor) -> int:
+        """The labels, one for each that counts: P numbers separate about 2P (Cover, 1965, for two classes)."""
+        return self.counted(outputs, targets)
+
+
+class Given(ConvexLoss):
+    """A loss of the caller's, whose gradient is a further term of the system: r = 0."""
+
+    def __init__(self, loss: OutputLoss) -> None:
+        self.loss = loss
+
+    def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
+        return None
+
+    def value(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        return self._answer("value", outputs, targets, (len(outputs),))
+
+    def gradient(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        """∂ℓ/∂o. shape: that of the outputs"""
+        return self._answer("gradient", outputs, targets, tuple(outputs.shape))
+
+    def factor(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        blocks = tuple(outputs.shape) if outputs.ndim > 1 else (len(outputs), 1)
+        return self._answer("factor", outputs, targets, (*blocks, "m"))
+
+    def residual(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        columns = self.factor(outputs, targets).shape[-1]
+        return outputs.new_zeros(*(outputs.shape[:-1] if outputs.ndim > 1 else outputs.shape), columns)
+
+    def _answer(self, method: str, outputs: torch.Tensor, targets: Any, shape: tuple[Any, ...]) -> torch.Tensor:
+        answer = getattr(self.loss, method)(outputs, targets)
+        found = tuple(answer.shape) if isinstance(answer, torch.Tensor) else ()
+        if len(found) != len(shape) or any(b not in (a, "m") for a, b in zip(found, shape, strict=True)):
+            wanted = str(shape).replace("'", "")
+            raise ValueError(
+                f"`loss.{method}` should give a tensor of shape {wanted} for outputs of shape {tuple(outputs.shape)}, "
+                f"but it gave {described(answer)}"
+            )
+        return answer.double()
+
+
+_LOSSES: dict[str, Callable[[], ConvexLoss]] = {
+    "cross_entropy": CrossEntropy,
+    "poisson": Poisson,
+    "bernoulli": Bernoulli,
+}
+_NAMES = ["least_squares", *_LOSSES]
+
+
+def checked_losses(loss: Any, names: list[str]) -> dict[str, ConvexLoss | None]:
+    """The loss of every kind of residuals; None for least squares.
+
+    Raises:
+        ValueError, TypeError: if it is none.
+    """
+    if isinstance(loss, Mapping) and set(loss) != set(names):
+        wanted = "be one loss, as `residual_fn` is one function" if names == [""] else f"have the keys {sorted(names)}"
+        raise ValueError(f"`loss` should {wanted}, but it has the keys {sorted(loss)}")
+    return {name: _checked(loss[name] if isinstance(loss, Mapping) else loss) for name in names}
+
+
+def _checked(loss: Any) -> ConvexLoss | None:
+    if isinstance(loss, str) and loss in _NAMES:
+        return None if loss == "least_squares" else _LOSSES[loss]()
+    if isinstance(loss, str):
+        raise ValueError(f"`loss` should be one of {_NAMES}, or a `peft_lotra.OutputLoss`, but it is {loss!r}")
+    if isinstance(loss, type) or not isinstance(loss, OutputLoss):
+        raise TypeError(
+            f"`loss` should be one of {_NAMES}, or an object with the methods `value`, `gradient` and `factor` of "
+            f"`peft_lotra.OutputLoss`, but the value passed is {loss!r}"
+        )
+    return Given(loss)
+
+
+def described(value: Any) -> str:
+    """What a value is, for an error."""
+    if isinstance(value, torch.Tensor):
+        return f"of shape {tuple(value.shape)} and {value.dtype}"
+    return f"a {type(value).__qualname__}"

@@ -1,0 +1,54 @@
+"""What a fit measures after every iteration, besides the loss that it reduces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import nn
+
+from .problem import Problem
+
+
+class Validation:
+    """The loss on other data, or a metric of the model; less is better. Without both, nothing is measured.
+
+    Raises:
+        ValueError, TypeError: if the arguments do not fit together.
+    """
+
+    def __init__(self, data: Any, metric: Callable[[nn.Module], Any] | None, patience: int | None) -> None:
+        if data is not None and metric is not None:
+            raise ValueError("`validation` and `validation_metric` are both given: one of them decides what is best")
+        self.data, self.metric, self.patience = data, metric, patience
+        self.given = data is not None or metric is not None
+        if patience is not None and not self.given:
+            raise ValueError(f"`patience` is {patience!r}, but there is no `validation` to wait for: give some")
+
+    def measured(self, problem: Problem, theta: torch.Tensor) -> tuple[float, ...]:
+        """What is measured at θ, as one number or none; a metric finds θ in the model."""
+        if self.metric is None:
+            return (problem.evaluate(theta, self.data, "validation").loss,) if self.given else ()
+        problem.write(theta)
+        value = self.metric(problem.model)
+        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+            value = value.item()
+        if not isinstance(value, Real):
+            raise TypeError(f"`validation_metric` should give one number, less being better, but it gave {value!r}")
+        return (float(value),)
+
+    def at_start(self, problem: Problem, theta: torch.Tensor) -> tuple[float, ...]:
+        """`measured`, which must be finite."""
+        if self.data is not None:
+            return (problem.checked(theta, self.data, first=False, argument="validation").loss,)
+        values = self.measured(problem, theta)
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"`validation_metric` should be finite at the start but it gave {values[0]}")
+        return values
+
+    def is_over(self, losses: Sequence[float]) -> bool:
+        """Whether the least value is `patience` iterations ago."""
+        return self.patience is not None and len(losses) - 1 - losses.index(min(losses)) >= self.patience
