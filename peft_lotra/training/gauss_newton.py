@@ -134,7 +134,7 @@ def fit_gauss_newton(
             start and after every iteration, and the model ends with the parameters of its least value.
         validation_metric: a function of the model to be measured in place of that loss; less is better.
         patience: stop after so many iterations without a new least value; None keeps the best and goes on.
-        chunk_size: samples whose gradients are in memory at a time; by default as many as fit into 2²⁴ numbers.
+        chunk_size: samples whose gradients are in memory at a time; by default as many as fit into 2²⁶ numbers.
         callback: called with the result so far after every iteration, when the model holds the new parameters; a true
             answer ends the fit.
         resume_from: the result of an earlier call that this one continues, on the model as that call left it and with

@@ -18,8 +18,8 @@ from .losses import ConvexLoss, Given, checked_losses, described
 
 _Function = Callable[[Callable[..., Any], Any], Any]
 
-# Numbers that a chunk of per-sample gradients may hold, where `chunk_size` is not given: 64 MiB in fp32.
-_CHUNK_NUMBERS = 2**24
+# Numbers that a chunk of per-sample gradients may hold, where `chunk_size` is not given: 256 MiB in fp32.
+_CHUNK_NUMBERS = 2**26
 
 
 class Evaluation(NamedTuple):
