@@ -204,6 +204,7 @@ def test_the_optimizer_trains_the_factor_at_the_rate_of_the_core(orthonormal):
     assert torch.allclose(U5.T @ U5, torch.eye(2, dtype=torch.float64)) == orthonormal
 
 
+@pytest.mark.filterwarnings("ignore:.*fitted by heart:UserWarning")  # few points
 def test_gauss_newton_trains_the_factor():
     _, model = family()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if "lotra_U5" in name}

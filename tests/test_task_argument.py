@@ -105,6 +105,7 @@ def test_a_mixed_batch():
         model(X, adapter_names=["other", "__base__"] * 4, lotra_task=1.3)
 
 
+@pytest.mark.filterwarnings("ignore:.*fitted by heart:UserWarning")  # eight points
 def test_a_residual_with_a_task_for_every_sample():
     _, model = kan(freeze_factors=True)
     lam = VALUES.clone().requires_grad_()
