@@ -14,7 +14,7 @@ from peft_lotra import LoTRAConfig, suggest_ranks
 from peft_lotra.analysis import effective_coefficients
 from peft_lotra.standin import adapted_coefficients, replaced
 from peft_lotra.targets import resolve_targets
-from peft_lotra.tensors.ranks import clipped, equal_ranks, ranks_for_budget
+from peft_lotra.tensors.ranks import clipped, equal_ranks, ranks_for_budget, slim_ranks
 from peft_lotra.tensors.tucker import Ranks, parameter_count
 
 BATCHES = 8  # whose gradients a rule looks at
@@ -40,11 +40,6 @@ def _least(shape: Sequence[int], r: int, whole: str) -> Ranks:
     return min(reversed(choices), key=lambda ranks: parameter_count(shape, ranks))
 
 
-def _half(shape: Sequence[int], r: int) -> Ranks:
-    """Half of the basis, one rank for inputs and outputs."""
-    return clipped((r, r, -(-shape[2] // 2)), shape)
-
-
 def _positions(shape: Sequence[int], r: int) -> Ranks:
     """Equal ranks, and of a kernel's positions a third."""
     ranks = equal_ranks(shape, r)
@@ -55,7 +50,7 @@ RULES: dict[str, Callable[[Sequence[int], int], Ranks]] = {
     "equal": equal_ranks,
     "basis": _basis,
     "lora": _lora,
-    "half": _half,
+    "half": slim_ranks,
     "positions": _positions,
 }
 NAMES = (*RULES, "gradients")
