@@ -26,23 +26,23 @@ class Entry(NamedTuple):
     step: int | None = None
 
 
-AS_IT_IS, CORE = Entry("family, as it is", "family", 0), Entry("its core, 5 iterations", "family", 5)
+AS_IT_IS, CORE = Entry("family, as it is", "family", 0), Entry("family, core, 5 iterations", "family", 5)
 ALONE = Entry("LoTRA alone, LM", "LoTRA alone, LM")
 ADAM, FULL = Entry("everything, Adam", "full, Adam"), Entry("everything, LM", "full, LM")
 INPUT = Entry("parameter as an input, as it is", "parameter as an input", 0)
-INPUT_AFTER = Entry("all of its numbers, 2 iterations", "parameter as an input", 2)
+INPUT_AFTER = Entry("parameter as an input, 2 iterations", "parameter as an input", 2)
 BASIS = Entry("basis of 16 KANs", "basis of 16 KANs")
 NEAREST = Entry("nearest adapter, 5 iterations", "nearest adapter", 5)
 ENTRIES = [
     AS_IT_IS,
-    Entry("its core, 1 iteration", "family", 1),
-    Entry("its core, 2 iterations", "family", 2),
+    Entry("family, core, 1 iteration", "family", 1),
+    Entry("family, core, 2 iterations", "family", 2),
     CORE,
     ALONE,
     FULL,
     ADAM,
     INPUT,
-    Entry("all of its numbers, 1 iteration", "parameter as an input", 1),
+    Entry("parameter as an input, 1 iteration", "parameter as an input", 1),
     INPUT_AFTER,
     Entry("basis of 8 KANs", "basis of 8 KANs"),
     BASIS,
@@ -144,7 +144,7 @@ def table_of(found: Found) -> str:
         )
     header = ["", "numbers once", "CPU s once", "numbers for a task", "CPU s for a task", "relative L2 error"]
     text = table([*header, "to LoTRA alone", "to the core"], rows)
-    return text + notes(found) + outside(found)
+    return f"{text}\n\n{notes(found)}{outside(found)}"
 
 
 def notes(found: Found) -> str:
@@ -152,6 +152,11 @@ def notes(found: Found) -> str:
     bases = [line["details"]["base error"] for line in found.lines.get("family", [])]
     if bases:
         parts.append(f"The base at its own parameters: {', '.join(map(number, bases))}.")
+    if ALONE.method in found.lines and "family" in found.lines:
+        more = found.once("family", "offline_seconds") - found.once(ALONE.method, "offline_seconds")
+        less = median(s for s, _ in found.values(ALONE).values()) - median(s for s, _ in found.values(CORE).values())
+        if less > 0:
+            parts.append(f"The fit is paid back after {ceil(more / less)} tasks, against LoTRA alone.")
     for method, lines in found.lines.items():
         if "solution seconds" in lines[0]["details"] and method.startswith("basis of 16"):
             own = [error for line in lines for error in line["details"]["errors of the networks"]]
@@ -160,7 +165,7 @@ def notes(found: Found) -> str:
                 f"{method[0].upper()}{method[1:]}: theirs at their own parameters {spread(own)}; "
                 f"{1000 * alone:.1f} ms of its seconds are the solution, the rest derivatives at the points."
             )
-    return "\n\n" + " ".join(parts)
+    return " ".join(parts)
 
 
 def outside(found: Found) -> str:
@@ -269,9 +274,9 @@ def overview(cases: dict[str, Found]) -> Figure:
     columns = min(4, len(cases))
     rows = ceil(len(cases) / columns)
     figure = Figure(figsize=(3.3 * columns + 2.2, 2.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     shown = [entry for entry in DRAWN if any(found.values(entry) for found in cases.values())]
-    for ax, found in zip(axes, cases.values(), strict=False):
+    for ax, found in zip(axes.flat, cases.values(), strict=False):
         for k, entry in enumerate(reversed(shown)):
             errors = [e for _, e in found.values(entry).values() if isfinite(e)]
             if errors:
@@ -280,7 +285,7 @@ def overview(cases: dict[str, Found]) -> Figure:
         ax.set(title=found.name, xscale="log", yticks=range(len(shown)))
         ax.set_yticklabels([entry.label for entry in reversed(shown)], fontsize=8)
         ax.grid(alpha=0.3)
-    for ax in list(axes)[len(cases) :]:
+    for ax in axes.flat[len(cases) :]:
         ax.axis("off")
     figure.supxlabel("relative L2 error")
     return figure
