@@ -94,18 +94,21 @@ class Lab:
         def compute() -> dict[str, Any]:
             kan, pde, sizes = self.build(), self.case.pde(self.case.base), self.sizes
             if self.case.base_by == "lm":
-                fit(kan, pde, sizes.base_iterations, self.seed, self.grid, "base")
+                fit(kan.to(self.case.dtype), pde, sizes.base_iterations, self.seed, self.grid, "base")
             else:
                 train(kan, pde, sizes.base_steps, LEARNING_RATES["chebyshev"]["base"], self.seed, self.grid, "base")
-            return {"state": kan.state_dict(), "error": relative_l2_error(kan, pde, self.grid)}
+            return {"state": kan.state_dict(), "error": self.error(kan, pde)}
 
         return self.kept("base", compute)
 
     def load(self, state: dict[str, Tensor] | None = None) -> nn.Module:
         """A KAN with these weights, those of the base by default."""
-        kan = self.build()
+        kan = self.build().to(self.case.dtype)
         kan.load_state_dict(self.base["state"] if state is None else state)
         return kan
+
+    def error(self, model: nn.Module, pde: PDE) -> float:
+        return relative_l2_error(model, pde, self.grid.to(next(model.parameters()).dtype))
 
     def adapted(self, **config: Any) -> PeftModel:
         """The base with a new adapter."""
@@ -154,7 +157,11 @@ def family(lab: Lab) -> Result:
     def compute() -> dict[str, Any]:
         print(f"{lab.name}, seed {lab.seed}, family")
         result = fit_gauss_newton(
-            model, case.residuals(at), case.points(lab.seed + 1), iterations=lab.sizes.family, loss_tolerance=0
+            model,
+            case.residuals(at),
+            case.points(lab.seed + 1, dtype=case.dtype),
+            iterations=lab.sizes.family,
+            loss_tolerance=0,
         )
         if result.reason == "interrupted":
             raise KeyboardInterrupt
@@ -198,7 +205,7 @@ def full_lm(lab: Lab) -> Result:
 def full_adam(lab: Lab) -> Result:
     tasks, steps = [], lab.sizes.adam
     for values, seed in lab.tasks((0, 2, 4)):
-        model, start = lab.load(), time.process_time()
+        model, start = lab.load().float(), time.process_time()
         rate = LEARNING_RATES["chebyshev"]["full"]
         marks, _ = train(model, lab.case.pde(values), steps, rate, seed, lab.grid, f"everything, Adam, at {values}")
         each = (time.process_time() - start) / steps  # every step costs the same
@@ -230,7 +237,12 @@ def parameter_as_input(lab: Lab, budget: float) -> Result:
             schedule.step()
         adam_seconds = time.process_time() - start
         result = fit_gauss_newton(
-            model, residuals, case.points(lab.seed + 1), iterations=10_000, loss_tolerance=0, callback=over
+            model.to(case.dtype),
+            residuals,
+            case.points(lab.seed + 1, dtype=case.dtype),
+            iterations=10_000,
+            loss_tolerance=0,
+            callback=over,
         )
         if result.reason == "interrupted":
             raise KeyboardInterrupt
@@ -238,7 +250,7 @@ def parameter_as_input(lab: Lab, budget: float) -> Result:
         return {"state": model.state_dict(), "details": details}
 
     fitted = lab.kept("parameter_as_input", compute)
-    model.load_state_dict(fitted["state"])
+    model.to(case.dtype).load_state_dict(fitted["state"])
     tasks = []
     for values, seed in lab.tasks():
         of_task = AtParameters(copy.deepcopy(model), values)
@@ -288,7 +300,7 @@ def reduced_basis(lab: Lab, kind: str, size: int) -> Result:
         model, alone = solve_combination(pde, networks, batch(pde, points))
         seconds = time.process_time() - start
         solution.append(alone)
-        tasks.append((values, [(1, seconds, relative_l2_error(model, pde, lab.grid.double()))]))
+        tasks.append((values, [(1, seconds, lab.error(model, pde))]))
     details = {"solution seconds": solution, "errors of the networks": [found["errors"][k] for k in chosen]}
     seconds = lab.base["seconds"] + found["seconds"] * size / count
     return Result(size * found["numbers"], seconds, size, tasks, details)
@@ -314,7 +326,7 @@ def interpolated_adapters(lab: Lab) -> Result:
         (left_at,), (right_at,) = nodes[right - 1], nodes[right]
         weight, sides = (values[0] - left_at) / (right_at - left_at), found["merged"]
         state = {key: torch.lerp(sides[right - 1][key], sides[right][key], weight) for key in sides[right]}
-        error = relative_l2_error(lab.load(state), lab.case.pde(values), lab.grid)
+        error = lab.error(lab.load(state), lab.case.pde(values))
         tasks.append((values, [(0, 0.0, error)]))
     return Result(len(nodes) * found["numbers"], lab.base["seconds"] + found["seconds"], 0, tasks)
 
