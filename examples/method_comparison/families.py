@@ -66,7 +66,7 @@ def as_line(lab: Lab, method: str, result: Result) -> Line:
         "details": result.details,
         "settings": {
             "ranges": case.ranges, "base": case.base, "base_by": case.base_by, "ranks": case.ranks,
-            "degree": case.degree, "kan": case.kan, "dtype": str(case.dtype), **asdict(lab.sizes),
+            "degree": case.degree, "kan": case.kan, "dtype": str(case.dtype), **asdict(lab.sizes), "width": lab.width,
         },
         "environment": {"torch": torch.__version__, "threads": torch.get_num_threads()},
     }  # fmt: skip

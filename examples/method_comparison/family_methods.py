@@ -36,6 +36,7 @@ class Sizes:
     """How much of everything is done.
 
     Attributes:
+        width: of all KANs; None: that of the case.
         base_steps, base_iterations: of the base, by Adam, or by Levenberg–Marquardt.
         family, alone, full, adam: iterations of the family's fit, of an adapter and of a KAN for one task by
             Levenberg–Marquardt, and steps of a KAN by Adam.
@@ -45,7 +46,7 @@ class Sizes:
         continued: iterations of a network that begins as one nearby.
     """
 
-    width: int = 32
+    width: int | None = None
     base_steps: int = 1500
     base_iterations: int = 60
     family: int = 120
@@ -68,10 +69,11 @@ class Lab:
 
     def __init__(self, name: str, case: Case, seed: int, sizes: Sizes, folder: Path) -> None:
         self.name, self.case, self.seed, self.sizes, self.folder = name, case, seed, sizes, folder
+        self.width = sizes.width or case.width
         self.grid = case.pde(case.base).grid(sizes.interior)
 
     def build(self, further_inputs: int = 0) -> nn.Module:
-        widths = (2 + further_inputs, self.sizes.width, self.sizes.width, 1)
+        widths = (2 + further_inputs, self.width, self.width, 1)
         if self.case.kan == "chebyshev":
             torch.manual_seed(self.seed)
             return ChebyshevKAN(widths, degree=BASIS - 1)

@@ -134,6 +134,7 @@ class Case:
     ranks: tuple[int, int, int] = (6, 6, 6)
     degree: int = 4
     kan: str = "chebyshev"
+    width: int = 32
     base_by: str = "adam"
     dtype: torch.dtype = torch.float32
     separate: bool = False
@@ -275,4 +276,6 @@ CASES = {
     ),
     "parabolic": Case("Heat equation", Parabolic, {"kappa": (1.0, 2.0)}, (1.0,)),
     "fastkan": Case("Poisson equation, FastKAN", Elliptic, LAM, (1.0,), kan="fastkan"),
+    "elliptic, width 64": Case("Poisson equation, width 64", Elliptic, LAM, (1.0,), width=64),
+    "elliptic, width 128": Case("Poisson equation, width 128", Elliptic, LAM, (1.0,), width=128),
 }
