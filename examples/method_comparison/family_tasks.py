@@ -223,6 +223,17 @@ class AtParameters(nn.Module):
         return self.model(points, *(points.new_full((len(points), 1), value) for value in self.parameters_of_task))
 
 
+class Exact(nn.Module):
+    """A task's solution itself."""
+
+    def __init__(self, pde: PDE) -> None:
+        super().__init__()
+        self.pde = pde
+
+    def forward(self, points: Tensor) -> Tensor:
+        return self.pde.exact(points)
+
+
 class Combination(nn.Module):
     """Σ_k c_k u_k of given networks; shape (N, 2) → (N, 1)"""
 
