@@ -32,7 +32,7 @@ _POSITIONS = 256  # taken where the batch is open, while a graph is compiled
 
 def cheapest_order(
     positions: int | None, depth: int, terms: int, modes: Triple, kernel: int, on_x: str, ranks: tuple[Triple, ...],
-    whole: tuple[str, ...], device: str,
+    whole: tuple[str, ...], device: str, per_sample: bool = False,
 ) -> str:  # fmt: skip
     """One of `ORDERS`, or `DENSE`.
 
@@ -46,10 +46,12 @@ def cheapest_order(
         ranks: (r1, r2, r3) of each update; r2 counts P times where an update has P terms.
         whole: the modes of each update that have no factor.
         device: the kind of device, such as "cpu".
+        per_sample: whether each sample has gradients of its own, in one batched call. Those of A + Δ would be as many
+            tensors of A's size.
     """
     positions = _POSITIONS if positions is None else positions
     n, m, n_d = modes
-    call = _CALL.get(device, _CALL_ELSEWHERE)
+    call = 0 if per_sample else _CALL.get(device, _CALL_ELSEWHERE)
     x = positions * depth
     costs = {}  # what depends on x, and what does not
     for order in ORDERS:
@@ -72,6 +74,8 @@ def cheapest_order(
             calls = 7 - 2 * len(set(order + without) - {"o"})
             of_factors += kernel * products(modes, r, "o" + order + without) + calls * call
         costs[order] = 3 * of_x, 3 * of_factors  # the two gradients cost as much again, each
+    if per_sample:
+        return min(costs, key=lambda order: sum(costs[order]))
     # The dense form adds the gradient of A to what the frozen layer computes, besides forming A + Δ and its gradient.
     entries = n * m * n_d * kernel
     build = 0

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch._C import _functorch
 
 from .axes import Arrangement, Axes, Rows, planned
 from .cost import DENSE, cheapest_order
@@ -71,13 +72,23 @@ def plan_for(c: Contraction, weight: Weight) -> Plan | None:
             samples, lead = len(update.weights), tuple(c.x.shape[: c.x.dim() - len(c.form.summed)])
     # Where a graph is compiled the batch may be open, and a plan that looked at it would bind the graph to it.
     positions = None if torch.compiler.is_compiling() else c.x.numel() // c.form.depth
-    return _plan(c.form, weight.axes, tuple(shapes), c.x.dim(), positions, c.x.device.type, samples, lead)
+    transformed = positions is not None and _functorch.peek_interpreter_stack() is not None
+    per_sample = transformed and _gradients_per_sample(weight)
+    return _plan(c.form, weight.axes, tuple(shapes), c.x.dim(), positions, c.x.device.type, per_sample, samples, lead)
+
+
+def _gradients_per_sample(weight: Weight) -> bool:
+    """Whether torch.func differentiates by a factor within `torch.func.vmap`: for each sample alone."""
+    tensors = [tensor for update in weight.updates for tensor in update.factors if tensor is not None]
+    level = max([_functorch.maybe_get_level(t) for t in tensors if _functorch.is_gradtrackingtensor(t)], default=0)
+    transforms = _functorch.get_interpreter_stack()
+    return any([one.key() == _functorch.TransformType.Vmap and one.level() < level for one in transforms])
 
 
 @planned
 def _plan(
-    form: Form, axes: Axes, shapes: tuple[Shapes, ...], ndim: int, positions: int | None, device: str, samples: int,
-    lead: tuple[int, ...],
+    form: Form, axes: Axes, shapes: tuple[Shapes, ...], ndim: int, positions: int | None, device: str,
+    per_sample: bool, samples: int, lead: tuple[int, ...],
 ) -> Plan | None:  # fmt: skip
     """None if there is no factorised form.
 
@@ -87,6 +98,7 @@ def _plan(
         ndim: of x.
         positions: of x; None if open.
         device: the kind of device.
+        per_sample: whether each sample has gradients of its own.
         samples: their number, where updates are weighted by sample; else 0.
         lead: then the sizes of x's axes that are not summed.
     """
@@ -117,7 +129,8 @@ def _plan(
     order = ""
     if not samples:
         sizes = modes, math.prod(kernel)
-        order = cheapest_order(positions, form.depth, form.terms, *sizes, on_x, tuple(ranks), whole, device)
+        count = positions, form.depth, form.terms, *sizes, on_x
+        order = cheapest_order(*count, tuple(ranks), whole, device, per_sample)
     # Without factors on x, all updates share one operation.
     members = [tuple(range(len(ranks)))] if order == "" else [(k,) for k in range(len(ranks))]
     by_x = [output.axis, *sorted(summed, key=summed.__getitem__)]
