@@ -89,8 +89,7 @@ def run(args: argparse.Namespace) -> None:
     sizes = SMOKE if args.smoke else Sizes()
     every = wanted(args)
     for number, (name, method, seed) in enumerate(every, start=1):
-        lines = read_lines(args.results)
-        done = {key(line): line for line in lines}
+        done = {key(line): line for line in read_lines(args.results)}
         if (name, method, seed) in done:
             continue
         print(f"\n[{number} of {len(every)}] {name}, {method}, seed {seed}; {time.strftime('%H:%M')}", flush=True)
@@ -100,7 +99,8 @@ def run(args: argparse.Namespace) -> None:
             if (name, "family", seed) not in done:
                 raise SystemExit(f"{method!r} takes the seconds of 'family', which is not there: add it to --methods")
             further["budget"] = done[name, "family", seed]["offline_seconds"]
-        lines.append(as_line(lab, method, METHODS[method](lab, **further)))
+        line = as_line(lab, method, METHODS[method](lab, **further))
+        lines = [*read_lines(args.results), line]  # another process may have added lines
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         args.results.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(args.results, lambda partial, text=text: partial.write_text(text))

@@ -151,7 +151,7 @@ def family(lab: Lab) -> Result:
     case = lab.case
     ranges = dict(case.ranges)
     model = lab.adapted(r=case.ranks, family=ranges, family_degree=case.degree)
-    numbers, losses = trainable(model), []
+    numbers = trainable(model)
 
     def at(net: Any, parameters: tuple[Tensor, ...]) -> Any:
         return net, at_task(model, **dict(zip(ranges, parameters, strict=True)))
@@ -167,8 +167,7 @@ def family(lab: Lab) -> Result:
         )
         if result.reason == "interrupted":
             raise KeyboardInterrupt
-        losses.append(result.losses[-1])
-        return {"state": model.state_dict()}
+        return {"state": model.state_dict(), "details": {"iterations": result.iterations, "reason": result.reason}}
 
     fitted = lab.kept("family", compute)
     model.load_state_dict(fitted["state"])
@@ -181,7 +180,8 @@ def family(lab: Lab) -> Result:
         tasks.append((values, lab.course(model, case.pde(values), lab.sizes.core, seed, f"core at {values}")))
         model.set_adapter("default")
         model.delete_adapter("task")
-    return Result(numbers, lab.base["seconds"] + fitted["seconds"], online, tasks, {"base error": lab.base["error"]})
+    details = {"base error": lab.base["error"], **fitted.get("details", {})}
+    return Result(numbers, lab.base["seconds"] + fitted["seconds"], online, tasks, details)
 
 
 def each_alone(
