@@ -102,7 +102,9 @@ def ratio(ours: Values, theirs: Values, part: int = 1) -> float | None:
 
 
 def times(value: float | None) -> str:
-    return NONE if value is None else f"{value:.2g} ×" if value < 100 else f"{value:.0f} ×"
+    if value is None:
+        return NONE
+    return f"{value:.2f} ×" if 0.1 <= value < 10 else f"{value:.2g} ×" if value < 10 else f"{value:.0f} ×"
 
 
 def spread(values: list[float]) -> str:
@@ -241,7 +243,7 @@ def draw(found: Found) -> Figure:
         for (_, parameters), (_, error) in found.values(entry).items():
             points.setdefault(parameters[0] if one else order[parameters], []).append(error)
         if points:
-            band(left, points, colour, style, entry.label)
+            band(left, points, colour, style if one else style[0], entry.label)
     drawn = {ALONE: "C2", FULL: "C4", ADAM: "C3", CORE: "C1", INPUT_AFTER: "C6", NEAREST: "C8", BASIS: "C7"}
     for entry, colour in drawn.items():
         marks: dict[int, list[tuple[float, float]]] = {}
@@ -252,8 +254,10 @@ def draw(found: Found) -> Figure:
             courses = {median(s for s, _ in of_step): [e for _, e in of_step] for of_step in marks.values()}
             band(right, courses, colour, "x-" if len(courses) == 1 else ".-", entry.label)
     symbol = found.case.pde_class.symbol
-    left.set(title=found.case.title, xlabel=symbol if one else f"number of ({symbol})", yscale="log")
+    left.set(title=found.case.title, xlabel=symbol, yscale="log")
     left.set_ylabel("relative L2 error")
+    if not one:
+        left.set_xticks(list(order.values()), [", ".join(map(str, values)) for values in order])
     right.set(title="for one task more", xlabel="CPU seconds", yscale="log")
     right.set_xscale("symlog", linthresh=0.3, linscale=0.4)
     right.set_xticks([0, 0.3, 1, 3, 10, 30], ["0", "0.3", "1", "3", "10", "30"])
@@ -279,6 +283,7 @@ def overview(cases: dict[str, Found]) -> Figure:
                 ax.plot(median(errors), k, "|", color=DRAWN[entry][0], ms=16, mew=2.5)
         ax.set(title=found.name, xscale="log", yticks=range(len(shown)))
         ax.set_yticklabels([entry.label for entry in reversed(shown)], fontsize=8)
+        ax.tick_params(labelbottom=True)
         ax.grid(alpha=0.3)
     for ax in axes.flat[len(cases) :]:
         ax.axis("off")
