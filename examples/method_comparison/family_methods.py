@@ -1,0 +1,360 @@
+"""The methods that `families.py` compares: each solves tasks at parameters that nothing was trained on.
+
+What a method does once for all tasks is its offline part, what it does for one task its online part.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from chebyshev_kan import ChebyshevKAN
+from family_tasks import AtParameters, Case, Exact, OfParameters, Parameters, solve_combination
+from kans import build_kan, coefficients_of
+from pde_least_squares import batch, fit
+from pde_transfer import LEARNING_RATES, train
+from pdes import PDE, Points, relative_l2_error
+from peft import PeftModel, get_peft_model
+from reporting import write_atomically
+from torch import Tensor, nn
+
+from peft_lotra import LoTRAConfig, adapter_at, at_task, fit_gauss_newton
+
+BASIS = 8  # functions of a basis: degree 7, or Gaussians on a grid of 8
+Course = list[tuple[int, float, float]]  # (step, CPU seconds, relative L2 error)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything is done.
+
+    Attributes:
+        width: of all KANs; None: that of the case.
+        base_steps, base_iterations: of the base, by Adam, or by Levenberg–Marquardt.
+        family, alone, full, adam: iterations of the family's fit, of an adapter and of a KAN for one task by
+            Levenberg–Marquardt, and steps of a KAN by Adam.
+        core: iterations at a new task of the family's core, and of the nearest adapter.
+        everything: of the KAN with parameters as inputs, at a new task.
+        networks: the greater number of networks of a reduced basis.
+        continued: iterations of a network that begins as one nearby.
+    """
+
+    width: int | None = None
+    base_steps: int = 1500
+    base_iterations: int = 60
+    family: int = 120
+    alone: int = 30
+    full: int = 30
+    adam: int = 1000
+    core: int = 5
+    everything: int = 2
+    networks: int = 16
+    continued: int = 10
+    held_out: int = 5
+    interior: int = 65  # points of the grid on a side, where errors are measured
+
+
+SMOKE = Sizes(12, 5, 2, 3, 2, 2, 3, 2, 1, 4, 1, 2, 9)
+
+
+class Lab:
+    """A case with a seed: its base, its tasks, and a folder for what several methods need."""
+
+    def __init__(self, name: str, case: Case, seed: int, sizes: Sizes, folder: Path) -> None:
+        self.name, self.case, self.seed, self.sizes, self.folder = name, case, seed, sizes, folder
+        self.width = sizes.width or case.width
+        self.grid = case.pde(case.base).grid(sizes.interior)
+
+    def build(self, further_inputs: int = 0) -> nn.Module:
+        widths = (2 + further_inputs, self.width, self.width, 1)
+        if self.case.kan == "chebyshev":
+            torch.manual_seed(self.seed)
+            return ChebyshevKAN(widths, degree=BASIS - 1)
+        return build_kan(self.case.kan, widths, BASIS, self.seed)
+
+    def kept(self, what: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `compute` returns with the CPU seconds that it took, from a file if it is there."""
+        path = self.folder / f"{self.name.replace(', ', '_').replace(' ', '_')}_seed{self.seed}_{what}.pt"
+        if not path.exists():
+            start = time.process_time()
+            result = compute() | {"seconds": time.process_time() - start}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda partial: torch.save(result, partial))
+        return torch.load(path, weights_only=True)
+
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        """{"state", "seconds", "error"} of the base."""
+
+        def compute() -> dict[str, Any]:
+            kan, pde, sizes = self.build(), self.case.pde(self.case.base), self.sizes
+            if self.case.base_by == "lm":
+                fit(kan.to(self.case.dtype), pde, sizes.base_iterations, self.seed, self.grid, "base")
+            else:
+                train(kan, pde, sizes.base_steps, LEARNING_RATES["chebyshev"]["base"], self.seed, self.grid, "base")
+            return {"state": kan.state_dict(), "error": self.error(kan, pde)}
+
+        return self.kept("base", compute)
+
+    def load(self, state: dict[str, Tensor] | None = None) -> nn.Module:
+        """A KAN with these weights, those of the base by default."""
+        kan = self.build().to(self.case.dtype)
+        kan.load_state_dict(self.base["state"] if state is None else state)
+        return kan
+
+    def error(self, model: nn.Module, pde: PDE) -> float:
+        return relative_l2_error(model, pde, self.grid.to(next(model.parameters()).dtype))
+
+    def adapted(self, **config: Any) -> PeftModel:
+        """The base with a new adapter."""
+        kan = self.load()
+        chebyshev = {"coefficients": "i o d"}
+        coefficients = chebyshev if self.case.kan == "chebyshev" else coefficients_of(kan, self.case.kan)
+        torch.manual_seed(self.seed + 1)
+        return get_peft_model(kan, LoTRAConfig(coefficients=coefficients, **config))
+
+    def tasks(self, which: Sequence[int] | None = None) -> list[tuple[Parameters, int]]:
+        """Parameters that nothing is trained on, each with a seed for its points: some, or all and those outside."""
+        inside = self.case.held_out()[: self.sizes.held_out]
+        chosen = inside + self.case.outside() if which is None else [inside[k] for k in which if k < len(inside)]
+        return [(values, self.seed + 2 + (inside + self.case.outside()).index(values)) for values in chosen]
+
+    def course(self, model: nn.Module, pde: PDE, iterations: int, seed: int, label: str) -> Course:
+        """Levenberg–Marquardt on what is trainable."""
+        marks = fit(model, pde, iterations, seed, self.grid, f"{self.name}, seed {self.seed}, {label}")
+        return [(mark.step, mark.cpu_seconds, mark.error) for mark in marks]
+
+
+class Result(NamedTuple):
+    """What a method has to tell: numbers trained and CPU seconds, once and for a task, courses by parameters."""
+
+    offline_numbers: int
+    offline_seconds: float
+    online_numbers: int
+    tasks: list[tuple[Parameters, Course]]
+    details: dict[str, Any] = {}
+
+
+def trainable(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def family(lab: Lab) -> Result:
+    """One adapter for all parameters; at a new one, its core alone."""
+    case = lab.case
+    ranges = dict(case.ranges)
+    model = lab.adapted(r=case.ranks, family=ranges, family_degree=case.degree)
+    numbers = trainable(model)
+
+    def at(net: Any, parameters: tuple[Tensor, ...]) -> Any:
+        return net, at_task(model, **dict(zip(ranges, parameters, strict=True)))
+
+    def compute() -> dict[str, Any]:
+        print(f"{lab.name}, seed {lab.seed}, family")
+        result = fit_gauss_newton(
+            model,
+            case.residuals(at),
+            case.points(lab.seed + 1, dtype=case.dtype),
+            iterations=lab.sizes.family,
+            loss_tolerance=0,
+        )
+        if result.reason == "interrupted":
+            raise KeyboardInterrupt
+        return {"state": model.state_dict(), "details": {"iterations": result.iterations, "reason": result.reason}}
+
+    fitted = lab.kept("family", compute)
+    model.load_state_dict(fitted["state"])
+    tasks, online = [], 0
+    for values, seed in lab.tasks():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*outside of the family's range")
+            adapter_at(model, "task", **dict(zip(ranges, values, strict=True)))
+        online = trainable(model)
+        tasks.append((values, lab.course(model, case.pde(values), lab.sizes.core, seed, f"core at {values}")))
+        model.set_adapter("default")
+        model.delete_adapter("task")
+    details = {"base error": lab.base["error"], **fitted.get("details", {})}
+    return Result(numbers, lab.base["seconds"] + fitted["seconds"], online, tasks, details)
+
+
+def each_alone(
+    lab: Lab, start: Callable[[], nn.Module], iterations: int, label: str, which: Sequence[int] | None = None
+) -> Result:
+    """A model for every task from the base, by Levenberg–Marquardt."""
+    tasks, numbers = [], 0
+    for values, seed in lab.tasks(which):
+        model = start()
+        numbers = trainable(model)
+        tasks.append((values, lab.course(model, lab.case.pde(values), iterations, seed, f"{label} at {values}")))
+    return Result(0, lab.base["seconds"], numbers, tasks)
+
+
+def lotra_alone(lab: Lab) -> Result:
+    return each_alone(lab, lab.adapted, lab.sizes.alone, "LoTRA alone")
+
+
+def full_lm(lab: Lab) -> Result:
+    return each_alone(lab, lab.load, lab.sizes.full, "everything, LM", (1, 3))
+
+
+def full_adam(lab: Lab) -> Result:
+    tasks, steps = [], lab.sizes.adam
+    for values, seed in lab.tasks((0, 2, 4)):
+        model, start = lab.load().float(), time.process_time()
+        rate = LEARNING_RATES["chebyshev"]["full"]
+        marks, _ = train(model, lab.case.pde(values), steps, rate, seed, lab.grid, f"everything, Adam, at {values}")
+        each = (time.process_time() - start) / steps  # every step costs the same
+        tasks.append((values, [(step, step * each, error) for step, error in marks]))
+    return Result(0, lab.base["seconds"], trainable(model), tasks)
+
+
+def parameter_as_input(lab: Lab, budget: float) -> Result:
+    """A KAN of points and parameters, from scratch: Adam as for the base, then Levenberg–Marquardt until `budget` CPU
+    seconds are over; at a new task, Levenberg–Marquardt on all of its numbers."""
+    case, sizes = lab.case, lab.sizes
+    model = OfParameters(lab.build(len(case.ranges)), list(case.ranges.values()))
+    residuals = case.residuals(OfParameters.at)
+    start = time.process_time()
+
+    def over(result: Any) -> bool:
+        return time.process_time() - start >= budget
+
+    def compute() -> dict[str, Any]:
+        print(f"{lab.name}, seed {lab.seed}, parameter as an input, {budget:.0f} CPU s")
+        points = case.points(lab.seed + 1, interior=256, per_side=20)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATES["chebyshev"]["base"])
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, sizes.base_steps)
+        for step in range(sizes.base_steps):
+            optimizer.zero_grad()
+            parts = points(step)
+            sum(residuals[name](model, part).square().mean() for name, part in parts.items()).backward()
+            optimizer.step()
+            schedule.step()
+        adam_seconds = time.process_time() - start
+        result = fit_gauss_newton(
+            model.to(case.dtype),
+            residuals,
+            case.points(lab.seed + 1, dtype=case.dtype),
+            iterations=10_000,
+            loss_tolerance=0,
+            callback=over,
+        )
+        if result.reason == "interrupted":
+            raise KeyboardInterrupt
+        details = {"iterations": result.iterations, "reason": result.reason, "Adam seconds": adam_seconds}
+        return {"state": model.state_dict(), "details": details}
+
+    fitted = lab.kept("parameter_as_input", compute)
+    model.to(case.dtype).load_state_dict(fitted["state"])
+    tasks = []
+    for values, seed in lab.tasks():
+        of_task = AtParameters(copy.deepcopy(model), values)
+        label = f"parameter as an input, at {values}"
+        tasks.append((values, lab.course(of_task, case.pde(values), sizes.everything, seed, label)))
+    return Result(trainable(model), fitted["seconds"], trainable(model), tasks, fitted["details"])
+
+
+def separate(lab: Lab, kind: str) -> dict[str, Any]:
+    """KANs for the nodes of the range, by Levenberg–Marquardt: all coefficients, or an adapter of the base.
+
+    The one nearest to the base begins as the base, any other as the nearest that is there, with fewer iterations.
+
+    Returns:
+        By node: "states" of the models, "merged" ones of plain KANs, "errors"; "numbers" of one, and "seconds".
+    """
+    nodes, base = lab.case.nodes(lab.sizes.networks), lab.case.base
+
+    def compute() -> dict[str, Any]:
+        states: dict[int, dict[str, Tensor]] = {}
+        merged, errors, numbers = {}, {}, 0
+        for k in sorted(range(len(nodes)), key=lambda k: abs(nodes[k][0] - base[0])):
+            model = lab.adapted() if kind == "adapters" else lab.load()
+            if states:
+                model.load_state_dict(states[min(states, key=lambda j: abs(nodes[j][0] - nodes[k][0]))])
+            numbers, iterations = trainable(model), lab.sizes.continued if states else lab.sizes.alone
+            label = f"one of {len(nodes)} {kind} at {nodes[k]}"
+            marks = lab.course(model, lab.case.pde(nodes[k]), iterations, lab.seed + 100 + k, label)
+            states[k], errors[k] = copy.deepcopy(model.state_dict()), marks[-1][2]
+            merged[k] = (model.merge_and_unload() if kind == "adapters" else model).state_dict()
+        return {"states": states, "merged": merged, "errors": errors, "numbers": numbers}
+
+    return lab.kept(kind, compute)
+
+
+def reduced_basis(lab: Lab, kind: str, size: int) -> Result:
+    """A task is the combination of networks at nodes, by least squares of its residual; of exact solutions in their
+    place, which is as far as better networks would take it."""
+    count, nodes = lab.sizes.networks, lab.case.nodes(lab.sizes.networks)
+    size = min(size, count)
+    # Of more nodes than that, those near to the Chebyshev points of the smaller number; seconds in proportion.
+    chosen = [round(k * (count - 1) / (size - 1)) for k in range(size)]
+    if kind == "exact solutions":
+        found = {"numbers": 0, "seconds": 0.0}
+        networks, errors = [Exact(lab.case.pde(nodes[k])) for k in chosen], []
+    else:
+        found = separate(lab, kind)
+        networks, errors = (
+            [lab.load(found["merged"][k]).double() for k in chosen],
+            [found["errors"][k] for k in chosen],
+        )
+    tasks, solution = [], []
+    for values, seed in lab.tasks()[: lab.sizes.held_out]:
+        pde, generator = lab.case.pde(values), torch.Generator().manual_seed(seed)
+        points = Points(*(part.double() for part in pde.sample(generator, interior=1000, per_side=80)))
+        start = time.process_time()
+        model, alone = solve_combination(pde, networks, batch(pde, points))
+        seconds = time.process_time() - start
+        solution.append(alone)
+        tasks.append((values, [(1, seconds, relative_l2_error(model, pde, lab.grid.double()))]))
+    details = {"solution seconds": solution, "errors of the networks": errors}
+    seconds = lab.base["seconds"] * bool(errors) + found["seconds"] * size / count
+    return Result(size * found["numbers"], seconds, size, tasks, details)
+
+
+def nearest_adapter(lab: Lab) -> Result:
+    """The adapter of the nearest node as a start for Levenberg–Marquardt on all of its numbers."""
+    found, nodes, tasks = separate(lab, "adapters"), lab.case.nodes(lab.sizes.networks), []
+    for values, seed in lab.tasks()[: lab.sizes.held_out]:
+        model = lab.adapted()
+        model.load_state_dict(found["states"][min(range(len(nodes)), key=lambda k: abs(nodes[k][0] - values[0]))])
+        label = f"nearest adapter at {values}"
+        tasks.append((values, lab.course(model, lab.case.pde(values), lab.sizes.core, seed, label)))
+    seconds = lab.base["seconds"] + found["seconds"]
+    return Result(len(nodes) * found["numbers"], seconds, found["numbers"], tasks)
+
+
+def interpolated_adapters(lab: Lab) -> Result:
+    """Base + (1 − w) Δ_k + w Δ_{k+1}, linear between the adapters of the nodes on both sides."""
+    found, nodes, tasks = separate(lab, "adapters"), lab.case.nodes(lab.sizes.networks), []
+    for values, _ in lab.tasks()[: lab.sizes.held_out]:
+        right = next(k for k, node in enumerate(nodes) if node[0] >= values[0] and k)
+        (left_at,), (right_at,) = nodes[right - 1], nodes[right]
+        weight, sides = (values[0] - left_at) / (right_at - left_at), found["merged"]
+        state = {key: torch.lerp(sides[right - 1][key], sides[right][key], weight) for key in sides[right]}
+        error = lab.error(lab.load(state), lab.case.pde(values))
+        tasks.append((values, [(0, 0.0, error)]))
+    return Result(len(nodes) * found["numbers"], lab.base["seconds"] + found["seconds"], 0, tasks)
+
+
+METHODS: dict[str, Callable[..., Result]] = {
+    "family": family,
+    "LoTRA alone, LM": lotra_alone,
+    "full, LM": full_lm,
+    "full, Adam": full_adam,
+    "parameter as an input": parameter_as_input,
+    "basis of 8 KANs": partial(reduced_basis, kind="KANs", size=8),
+    "basis of 16 KANs": partial(reduced_basis, kind="KANs", size=16),
+    "basis of 8 adapters": partial(reduced_basis, kind="adapters", size=8),
+    "basis of 16 adapters": partial(reduced_basis, kind="adapters", size=16),
+    "basis of 16 exact solutions": partial(reduced_basis, kind="exact solutions", size=16),
+    "nearest adapter": nearest_adapter,
+    "interpolated adapters": interpolated_adapters,
+}
+SEPARATE = list(METHODS)[5:]  # they need separate networks
