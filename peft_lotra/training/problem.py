@@ -203,8 +203,9 @@ class Problem:
         if not math.isfinite(found.loss):
             raise ValueError(f"the loss should be finite but it is {found.loss}, {now}")
         if first:
-            # Elsewhere: the residuals of a fitted model may be rounding errors, which differ.
-            net = self._net(self._named(1.1 * theta))
+            # Elsewhere, and not where a fresh adapter's core is zero: the residuals of a fitted model may be rounding
+            # errors, which differ.
+            net = self._net(self._named(1.1 * theta + 0.1 * theta.abs().mean()))
             for kind in self._kinds(batch, argument):
                 kind = kind._replace(batch=tree_map(lambda leaf: leaf[:4], kind.batch))
                 with torch.no_grad():
