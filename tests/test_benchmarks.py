@@ -157,3 +157,12 @@ def test_convolutions(tmp_path):
         assert 0 < row["time_ratio"]
         # The frozen convolution and its input's gradient are two of the three products of full fine-tuning.
         assert 2 / 3 * full["flops"] < row["flops"] < 1.1 * full["flops"]
+
+
+def test_family_cost(tmp_path):
+    command = [sys.executable, "-W", "error", str(SCRIPT.with_name("family_cost.py")), "--output-dir", str(tmp_path)]
+    done = subprocess.run([*command, "--widths", "64", "--rounds", "1"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads((tmp_path / "family_cost.json").read_text())
+    assert 1 < row["thin_ratio"] < row["terms"]
+    assert min(row["time_ratio"], row["swap_seconds"]) > 0
