@@ -96,9 +96,9 @@ def run(args: argparse.Namespace) -> None:
         records.append(measured(width, args.rounds, device))
         row = records[-1]
         print(
-            f"width {width}, P = {row['terms']}: a step with a task for every sample takes {row['time_ratio']:.2f} × the "
-            f"time of a plain adapter's and {row['flops_ratio']:.3f} × its FLOPs ({row['thin_ratio']:.2f} × what it adds "
-            f"to the frozen layer's); a change of task {1e3 * row['swap_seconds']:.2f} ms"
+            f"width {width}, P = {row['terms']}: a step with a task for every sample takes {row['time_ratio']:.2f} × "
+            f"the time of a plain adapter's and {row['flops_ratio']:.3f} × its FLOPs ({row['thin_ratio']:.2f} × what "
+            f"it adds to the frozen layer's); a change of task {1e3 * row['swap_seconds']:.2f} ms"
         )
     path = args.output_dir / "family_cost.json"
     write_atomically(path, lambda p: p.write_text(json.dumps(records, indent=1) + "\n"))
