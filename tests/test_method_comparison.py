@@ -49,7 +49,7 @@ def test_smoke_from_the_command_line(tmp_path, monkeypatch):
     first = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert first.returncode == 0, first.stderr
     done = files(tmp_path)
-    assert len(done) == 7 * 2 + 9  # rates, runs
+    assert len(done) == 4 * 2 + 9  # rates, runs
     monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
     assert run.main() == 0
     assert files(tmp_path) == done, "a run was repeated"
@@ -165,6 +165,7 @@ def test_methods_keep_to_their_budget_and_change_only_what_they_train(method, tm
         assert not result["above_budget"]
 
 
+@pytest.mark.filterwarnings("ignore:.*fitted by heart:UserWarning")  # the comparison says so of few compounds
 @pytest.mark.parametrize("name", ["slim_functions", "compounds"])
 def test_tasks_on_data(name, tmp_path):
     (experiment,) = load_experiments([name], smoke=True)
