@@ -163,8 +163,9 @@ def ranks_for_budget(
 
     Equal ranks, and not ranks in proportion to the modes: those leave short modes (the basis, few inputs) with rank 1,
     where one more costs little. Which rule is best depends on the optimizer and the task: with the basis whole, Adam
-    ended at 3.4 × the error of equal ranks on an elliptic PDE, and Levenberg–Marquardt at 0.38 to 1.8 × on six tasks,
-    below 1 on four (medians of three seeds; experiments `ranks_adam` and `ranks_lm` of examples/method_comparison).
+    ended at 4.2 and 1.4 × the error of equal ranks on two PDEs, SOAP at 1.0 and 1.1 ×, and Levenberg–Marquardt at 0.38
+    to 1.8 × on six tasks, below 1 on four (medians of three seeds; experiments `ranks_adam` and `ranks_lm` of
+    examples/method_comparison).
 
     Args:
         shapes: the canonical shapes (n, m, n_d, ...) of the coefficient tensors.
