@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -55,6 +56,20 @@ def make_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --output-dir: {error}")
+
+
+def benchmark_arguments(docstring: str, name: str, rounds: int, **sizes: tuple[list[int], str]) -> argparse.Namespace:
+    """The sizes of a benchmark, each with its default and help, and what benchmarks have in common."""
+    parser = new_parser(docstring)
+    for size, (default, text) in sizes.items():
+        parser.add_argument(f"--{size}", type=positive_int, nargs="+", default=default, help=text)
+    parser.add_argument("--rounds", type=positive_int, default=rounds, help="of each step, interleaved")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs") / name)
+    args = parser.parse_args()
+    check_device(parser, args)
+    make_output_dir(parser, args)
+    return args
 
 
 def exit_code(job: Callable[[], None], kept: str) -> int:

@@ -326,8 +326,16 @@ def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
     given = _given_by_pattern(targets, config, "rank_pattern")
     alphas = _given_by_pattern(targets, config, "alpha_pattern")
     shapes = {target.parameter: target.spec.layout.canonical_shape for target in targets}
-    counted = config.freeze_factors, config.terms, config.tasks, config.slim
-    ranks = choose_ranks(shapes, given, config.r, config.compression_ratio, *counted)
+    ranks = choose_ranks(
+        shapes,
+        given,
+        config.r,
+        config.compression_ratio,
+        freeze_factors=config.freeze_factors,
+        terms=config.terms,
+        tasks=config.tasks,
+        slim=config.slim,
+    )
     if config.is_self_contained:  # a factor of full size, in an earlier file, stays one
         ranks = {parameter: by_mode(r) for parameter, r in given.items()}
     return [

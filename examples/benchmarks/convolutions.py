@@ -21,7 +21,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 sys.path.append(str(Path(__file__).parents[1] / "method_comparison"))
-from command_line import check_device, exit_code, make_output_dir, new_parser, positive_int
+from command_line import benchmark_arguments, exit_code
 from kans import ConvKANLayer
 from measuring import clock, count_flops, interleaved, median_ratio, saved_bytes
 from peft import LoraConfig, get_peft_model
@@ -98,16 +98,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("--channels", type=positive_int, nargs="+", default=[16, 64], help="in and out")
-    add("--kernels", type=positive_int, nargs="+", default=[3, 5], help="sides")
-    add("--rounds", type=positive_int, default=15, help="of each step, interleaved")
-    add("--device", default="cpu")
-    add("--output-dir", type=Path, default=Path("outputs/convolutions"))
-    args = parser.parse_args()
-    check_device(parser, args)
-    make_output_dir(parser, args)
+    args = benchmark_arguments(
+        __doc__, "convolutions", 15, channels=([16, 64], "in and out"), kernels=([3, 5], "sides")
+    )
     return exit_code(lambda: run(args), "Nothing was written.")
 
 

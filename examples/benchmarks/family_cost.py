@@ -20,7 +20,7 @@ from statistics import median
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
-from command_line import check_device, exit_code, make_output_dir, new_parser, positive_int
+from command_line import benchmark_arguments, exit_code
 from layers import KINDS, OneLayer
 from measuring import clock, count_flops, interleaved, median_ratio
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -106,15 +106,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("--widths", type=positive_int, nargs="+", default=[64, 512], help="n = m")
-    add("--rounds", type=positive_int, default=25, help="of each step, interleaved")
-    add("--device", default="cpu")
-    add("--output-dir", type=Path, default=Path("outputs/family_cost"))
-    args = parser.parse_args()
-    check_device(parser, args)
-    make_output_dir(parser, args)
+    args = benchmark_arguments(__doc__, "family_cost", 25, widths=([64, 512], "n = m"))
     return exit_code(lambda: run(args), "Nothing was written.")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from objectives import Objective
-from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from rank_rules import NAMES, ranks_by_rule
 from tasks import Task
 from torch import nn
@@ -255,6 +255,13 @@ def ranks_within(budget: float, limits: Mapping[str, int], cost: Callable[[str, 
 
 def trainable(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def stored(model: nn.Module) -> int:
+    """The numbers in an adapter's file; without an adapter, those that are trained."""
+    if not isinstance(model, PeftModel):
+        return trainable(model)
+    return sum(tensor.numel() for tensor in get_peft_model_state_dict(model).values())
 
 
 def above_budget(model: nn.Module, settings: Settings, coefficients: int) -> bool:

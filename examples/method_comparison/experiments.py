@@ -103,15 +103,20 @@ class Experiment:
                 yield from self.final_runs(case, label, results)
 
 
+def mean_metric(runs: Iterable[Run], results: Path, higher_is_better: bool) -> float | None:
+    """The mean over seeds of the last metric, of errors the geometric one; None if a run has diverged."""
+    metrics = [json.loads(run.path(results).read_text())["marks"][-1][-1] for run in runs]
+    return None if None in metrics else (fmean if higher_is_better else geometric_mean)(metrics)
+
+
 def best_rate(runs: Mapping[float, list[Run]], results: Path, higher_is_better: bool) -> float:
-    """The rate with the best last metric, in the mean over seeds, of errors the geometric one; one that diverged is
-    the worst."""
+    """The rate with the best last metric, in the mean over seeds; one that diverged is the worst."""
 
     def badness(lr: float) -> float:
-        metrics = [json.loads(run.path(results).read_text())["marks"][-1][-1] for run in runs[lr]]
-        if None in metrics:
+        mean = mean_metric(runs[lr], results, higher_is_better)
+        if mean is None:
             return float("inf")
-        return -fmean(metrics) if higher_is_better else geometric_mean(metrics)
+        return -mean if higher_is_better else mean
 
     return min(runs, key=badness)
 

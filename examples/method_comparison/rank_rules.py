@@ -14,7 +14,7 @@ from peft_lotra import LoTRAConfig, suggest_ranks
 from peft_lotra.analysis import effective_coefficients
 from peft_lotra.standin import adapted_coefficients, replaced
 from peft_lotra.targets import resolve_targets
-from peft_lotra.tensors.ranks import clipped, equal_ranks, ranks_for_budget, slim_ranks
+from peft_lotra.tensors.ranks import clipped, equal_ranks, ranks_for_budget
 from peft_lotra.tensors.tucker import Ranks, parameter_count
 
 BATCHES = 8  # whose gradients a rule looks at
@@ -50,7 +50,6 @@ RULES: dict[str, Callable[[Sequence[int], int], Ranks]] = {
     "equal": equal_ranks,
     "basis": _basis,
     "lora": _lora,
-    "half": slim_ranks,
     "positions": _positions,
 }
 NAMES = (*RULES, "gradients")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from statistics import fmean, geometric_mean
 
 from compared_methods import FIRST_ORDER
-from experiments import Experiment, Run
+from experiments import Experiment, mean_metric
 from rows import NONE, table
 
 METHODS = ("full", "lotra", "lora")
@@ -29,19 +27,13 @@ def rates(experiments: list[Experiment], results: Path) -> str:
             searched = experiment.tuning_runs(case, label)
             if not all(run.path(results).exists() for runs in searched.values() for run in runs):
                 continue
-            found = {lr: _mean(runs, results, higher) for lr, runs in searched.items()}
+            found = {lr: mean_metric(runs, results, higher) for lr, runs in searched.items()}
             known = {lr: value for lr, value in found.items() if value is not None}
             if known:
                 best = (max if higher else min)(known.values())
                 cells = [_relative(known.get(lr), best, higher) if lr in found else NONE for lr in tried]
                 lines.append([experiment.name, label, *cells])
     return table(["experiment", "method", *(f"{rate:g}" for rate in tried)], lines) if lines else ""
-
-
-def _mean(runs: list[Run], results: Path, higher_is_better: bool) -> float | None:
-    """None if a run has diverged."""
-    metrics = [json.loads(run.path(results).read_text())["marks"][-1][-1] for run in runs]
-    return None if None in metrics else (fmean if higher_is_better else geometric_mean)(metrics)
 
 
 def _relative(value: float | None, best: float, higher_is_better: bool) -> str:

@@ -47,8 +47,12 @@ def spread(case: Case, values: list[float | None]) -> str:
 
 
 def size(row: Row) -> str:
-    share = row.trainable / row.results[0]["coefficients"]
-    return f"{row.trainable:,} ({share:.1%})" + (" above the budget" if row.results[0]["above_budget"] else "")
+    """The trained numbers, and the stored ones where they are more."""
+    result = row.results[0]
+    text = f"{row.trainable:,} ({row.trainable / result['coefficients']:.1%})"
+    if result.get("stored", 0) > row.trainable:
+        text += f", {result['stored']:,} stored"
+    return text + (" above the budget" if result["above_budget"] else "")
 
 
 def rate(row: Row) -> str:

@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from accelerate import Accelerator
 from command_line import exit_code, new_parser, positive_int
-from compared_methods import FROM_SCRATCH, above_budget, apply_method, count_coefficients, trainable
+from compared_methods import FROM_SCRATCH, above_budget, apply_method, count_coefficients, stored, trainable
 from experiments import Experiment, Run, digest, experiment_names, load_experiments, missing_packages
 from reporting import write_atomically
 from torch import nn
@@ -68,6 +68,7 @@ def perform(run: Run, results: Path, bases: Path) -> None:
         "parameters": numbers,
         "coefficients": coefficients,
         "trainable": trainable(model),
+        "stored": stored(model),
         "above_budget": above_budget(model, method, coefficients),
         "marks": [(step, round(seconds, 4), metric) for step, seconds, metric in marks],
         "details": objective.details(model.eval()),

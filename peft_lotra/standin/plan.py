@@ -128,9 +128,9 @@ def _plan(
         ranks.append((r1, r2 * math.prod(own[0][len(axes.modes()) :]), r3))  # P terms
     order = ""
     if not samples:
-        sizes = modes, math.prod(kernel)
-        count = positions, form.depth, form.terms, *sizes, on_x
-        order = cheapest_order(*count, tuple(ranks), whole, device, per_sample)
+        order = cheapest_order(
+            positions, form.depth, form.terms, modes, math.prod(kernel), on_x, tuple(ranks), whole, device, per_sample
+        )
     # Without factors on x, all updates share one operation.
     members = [tuple(range(len(ranks)))] if order == "" else [(k,) for k in range(len(ranks))]
     by_x = [output.axis, *sorted(summed, key=summed.__getitem__)]
