@@ -23,10 +23,12 @@ from .training.gauss_newton import GaussNewtonResult, fit_gauss_newton
 from .training.initialization import initialize_lotra_weights
 from .training.learning_rates import create_lotra_optimizer, lotra_parameter_groups
 from .training.losses import OutputLoss
+from .training.optimizer import GaussNewton
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GaussNewton",
     "GaussNewtonResult",
     "LoTRAConfig",
     "LoTRALayer",

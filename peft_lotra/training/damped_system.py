@@ -77,9 +77,11 @@ class NormalEquations:
     def step(self, damping: float) -> torch.Tensor:
         return -_solve(self.matrix, damping * self.diagonal, self.gradient)
 
-    def predicted_gain(self, step: torch.Tensor, damping: float) -> float:
-        """‖r‖² − ‖r + Jδ‖² = −rᵀJδ + λ·δᵀDδ for the δ that solves the equation; of the prior and h the same."""
-        return (damping * (self.diagonal @ step.square()) - self.gradient @ step).item()
+    def predicted_gain(self, step: torch.Tensor, damping: float, rate: float = 1.0) -> float:
+        """‖r‖² − ‖r + αJδ‖² = −(2α − α²)·rᵀJδ + α²λ·δᵀDδ for the δ that solves the equation; of the prior and h the
+        same. α is the rate."""
+        linear, quadratic = -self.gradient @ step, damping * (self.diagonal @ step.square())
+        return ((2 * rate - rate**2) * linear + rate**2 * quadratic).item()
 
 
 class ResidualSpace(NormalEquations):

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from inspect import signature
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from .damped_system import Prior, linear_system
-from .losses import OutputLoss
-from .problem import Evaluation, Problem
+from .checks import check_numbers
+from .iteration import DampingRule, iterate, total_loss
+from .problem import Function, Loss, Problem
 from .validation import Validation
-
-_Function = Callable[[Callable[..., Any], Any], Any]
-_Loss = str | OutputLoss
-
-# Bounds of the damping: with more the step is nothing, with less the fp64 factorisation fails.
-_LEAST_DAMPING, _MOST_DAMPING = 1e-14, 1e10
 
 
 @dataclass(frozen=True)
@@ -53,10 +45,10 @@ class GaussNewtonResult:
 
 def fit_gauss_newton(
     model: nn.Module,
-    residual_fn: _Function | Mapping[str, _Function],
+    residual_fn: Function | Mapping[str, Function],
     data: Any,
     *,
-    loss: _Loss | Mapping[str, _Loss] = "least_squares",
+    loss: Loss | Mapping[str, Loss] = "least_squares",
     weight_decay: float = 0.0,
     iterations: int = 100,
     damping: float = 0.1,
@@ -156,7 +148,7 @@ def fit_gauss_newton(
 
     Source: ours; generalised Gauss–Newton is Schraudolph's (2002), the damping is Levenberg's and Marquardt's.
     """
-    _check_numbers(
+    check_numbers(
         iterations=(iterations, 1), damping=(damping, 0), damping_increase=(damping_increase, 1),
         damping_decrease=(damping_decrease, 1), gradient_tolerance=(gradient_tolerance, 0),
         loss_tolerance=(loss_tolerance, 0), weight_decay=(weight_decay, 0), max_seconds=(max_seconds, 0),
@@ -172,79 +164,44 @@ def fit_gauss_newton(
     result = _started(resume_from, damping, theta, weight_decay=bool(weight_decay), validates=checking.given)
     start, theta, best = (_restored(result, name, theta) for name in ("start", "last", "best"))
     first, evaluation, reason = result.iterations, None, "iterations"
-
-    def with_prior(evaluation: Evaluation, theta: torch.Tensor) -> float:
-        away = theta.double() - start.double() if weight_decay else theta.new_zeros(0)
-        return evaluation.loss + weight_decay * away.square().sum().item()
+    rule = DampingRule(damping_increase, damping_decrease, gradient_tolerance, weight_decay)
 
     began = time.perf_counter()
     progress = tqdm(total=iterations, initial=first, disable=not progressbar, unit="iteration", dynamic_ncols=True)
     try:
         for iteration in range(first, iterations):
-            batch, damping = data(iteration) if callable(data) else data, result.damping
+            batch = data(iteration) if callable(data) else data
             if evaluation is None or callable(data):
                 evaluation = problem.checked(theta, batch, first=iteration == first)
-            before = with_prior(evaluation, theta)
+            before = total_loss(evaluation, theta, start, weight_decay)
             result = replace(result, losses=result.losses or (before,))
             if not result.validation_losses:
                 result = replace(result, validation_losses=checking.at_start(problem, theta))
-            system = linear_system(
-                problem.rows(theta, batch, evaluation.counts),
-                evaluation.residuals,
-                len(theta),
-                Prior(weight_decay, theta.double() - start.double()) if weight_decay else None,
-                problem.gradient(theta, batch, evaluation.counts),
-                None if problem.is_least_squares and not weight_decay else abs(before) ** 0.5,
-            )
-            if not math.isfinite(system.scale):
-                raise ValueError(f"`residual_fn` has derivatives that are not finite, in iteration {iteration}")
-            if iteration == first and not system.scale and not weight_decay and system.gradient.any():
-                raise ValueError(
-                    "`loss` has no curvature at any sample, so that there is no second-order step: give it one, or "
-                    "`weight_decay`"
-                )
-            if iteration == first and not system.scale and not system.gradient.any():
-                raise ValueError(
-                    "`residual_fn` does not depend on the trainable parameters of `model`: every derivative is zero; "
-                    "does it call `net`, and is the trainable adapter active, enabled and not merged?"
-                )
+            done = iterate(problem, theta, batch, evaluation, result.damping, rule, start, first=iteration == first)
             if iteration == first and not (callable(data) or checking.given or weight_decay):
                 _warn_of_few(evaluation.fitted, len(theta))
-            if system.cosine <= gradient_tolerance:
-                reason = "gradient"
+            if done.reason is not None:
+                reason = done.reason
                 break
-            while damping <= _MOST_DAMPING:
-                step = system.step(damping)
-                candidate = theta + step.to(theta)
-                evaluation = problem.evaluate(candidate, batch)
-                gain = before - with_prior(evaluation, candidate)
-                if gain > 0:  # false for NaN
-                    break
-                damping = max(damping, _LEAST_DAMPING) * damping_increase
-            else:
-                reason = "damping"
-                break
-            if gain > system.predicted_gain(step, damping) / 4:
-                damping = max(damping / damping_decrease, _LEAST_DAMPING)
-            losses = (*result.losses, before - gain)
-            measured = (*result.validation_losses, *checking.measured(problem, candidate))
+            losses = (*result.losses, done.loss)
+            measured = (*result.validation_losses, *checking.measured(problem, done.theta))
             is_best = checking.given and measured[-1] < min(measured[:-1])
-            now = {"start": start, "last": candidate, "best": candidate if is_best else best}
+            now = {"start": start, "last": done.theta, "best": done.theta if is_best else best}
             after = GaussNewtonResult(
-                losses, damping, iteration + 1, "running", measured, _kept(now, result.parameters)
+                losses, done.damping, iteration + 1, "running", measured, _kept(now, result.parameters)
             )
             # In one statement: an interrupt finds all old or all new.
-            theta, best, result = candidate, now["best"], after
+            theta, best, evaluation, result = done.theta, now["best"], done.evaluation, after
             problem.write(theta)
             progress.update()
-            progress.set_postfix_str(f"loss {losses[-1]:.2e}, damping {damping:.0e}", refresh=False)
+            progress.set_postfix_str(f"loss {losses[-1]:.2e}, damping {done.damping:.0e}", refresh=False)
             if callback is not None and callback(result):
                 reason = "callback"
                 break
             if checking.is_over(measured):
                 reason = "validation"
                 break
-            if gain <= loss_tolerance * abs(before):
+            if done.before - done.loss <= loss_tolerance * abs(done.before):
                 reason = "loss"
                 break
             if max_seconds is not None and time.perf_counter() - began >= max_seconds:
@@ -302,17 +259,3 @@ def _check_callable(argument: str, function: Any, of: str) -> None:
         raise TypeError(f"`{argument}` should be a function of {of} but the value passed is {function!r}") from None
     except ValueError:
         pass  # it does not tell what it takes, as some builtins
-
-
-def _check_numbers(**arguments: tuple[Any, float]) -> None:
-    for name, (value, bound) in arguments.items():
-        whole = name in ("iterations", "patience", "chunk_size")
-        above = not whole and not name.endswith(("tolerance", "decay"))
-        if value is None and name in ("max_seconds", "patience", "chunk_size"):
-            continue
-        good = isinstance(value, Integral if whole else Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or value < bound or (above and value == bound):
-            kind, relation = "whole" if whole else "finite", "above" if above else "of at least"
-            raise ValueError(
-                f"`{name}` should be a {kind} number {relation} {bound} but the value passed is {value!r}"
-            )

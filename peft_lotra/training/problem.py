@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from ..placement.sharded import check_not_sharded
 from ..preserved import check_model
-from .losses import ConvexLoss, Given, checked_losses, described
+from .losses import ConvexLoss, Given, OutputLoss, checked_losses, described
 
-_Function = Callable[[Callable[..., Any], Any], Any]
+Function = Callable[[Callable[..., Any], Any], Any]
+Loss = str | OutputLoss
 
 # Numbers that a chunk of per-sample gradients may hold, where `chunk_size` is not given: 256 MiB in fp32.
 _CHUNK_NUMBERS = 2**26
@@ -42,7 +43,7 @@ class _Kind(NamedTuple):
     """A kind of residuals; `batch` has `size` rows, and `loss` is None for least squares."""
 
     name: str
-    function: _Function
+    function: Function
     loss: ConvexLoss | None
     batch: Any
     size: int

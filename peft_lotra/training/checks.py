@@ -1,0 +1,21 @@
+"""Checks of the arguments of second-order fits."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+
+def check_numbers(**arguments: tuple[object, float]) -> None:
+    """Raise ValueError if an argument is not a number from its bound on; the value and the bound, by name."""
+    for name, (value, bound) in arguments.items():
+        whole = name in ("iterations", "patience", "chunk_size")
+        above = not whole and not name.endswith(("tolerance", "decay"))
+        if value is None and name in ("max_seconds", "patience", "chunk_size"):
+            continue
+        good = isinstance(value, Integral if whole else Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not good or value < bound or (above and value == bound):
+            kind, relation = "whole" if whole else "finite", "above" if above else "of at least"
+            raise ValueError(
+                f"`{name}` should be a {kind} number {relation} {bound} but the value passed is {value!r}"
+            )

@@ -1,0 +1,107 @@
+"""One iteration of Gauss–Newton with Levenberg–Marquardt damping."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from .damped_system import Prior, linear_system
+from .problem import Evaluation, Problem
+
+# Bounds of the damping: with more the step is nothing, with less the fp64 factorisation fails.
+_LEAST_DAMPING, _MOST_DAMPING = 1e-14, 1e10
+
+
+class DampingRule(NamedTuple):
+    """How λ changes, when no step is tried any more, the c of the prior, and the α of θ + αδ."""
+
+    increase: float = 5.0
+    decrease: float = 4.0
+    gradient_tolerance: float = 1e-8
+    weight_decay: float = 0.0
+    rate: float = 1.0
+
+
+class Iteration(NamedTuple):
+    """What an iteration found.
+
+    Attributes:
+        theta: θ + δ, or θ if there is a reason.
+        damping: λ for the next iteration.
+        before, loss: the loss at θ and at `theta`, prior included, on the batch of the iteration.
+        evaluation: of `theta`.
+        reason: why θ stays: "gradient" or "damping"; None if it does not.
+    """
+
+    theta: torch.Tensor
+    damping: float
+    before: float
+    loss: float
+    evaluation: Evaluation
+    reason: str | None = None
+
+
+def total_loss(evaluation: Evaluation, theta: torch.Tensor, start: torch.Tensor, decay: float) -> float:
+    """The loss at θ with the prior c‖θ − θ₀‖²."""
+    return evaluation.loss + (decay * (theta.double() - start.double()).square().sum().item() if decay else 0.0)
+
+
+def iterate(
+    problem: Problem,
+    theta: torch.Tensor,
+    batch: Any,
+    evaluation: Evaluation,
+    damping: float,
+    rule: DampingRule,
+    start: torch.Tensor,
+    first: bool,
+) -> Iteration:
+    """θ ← θ + αδ with the first λ whose δ reduces the loss on the batch. Writes nothing.
+
+    Args:
+        evaluation: of θ on the batch.
+        start: θ₀ of the prior.
+        first: whether to check what later iterations have in common with the first.
+
+    Raises:
+        ValueError: naming `residual_fn` or `loss`.
+    """
+    decay = rule.weight_decay
+
+    before = total_loss(evaluation, theta, start, decay)
+    system = linear_system(
+        problem.rows(theta, batch, evaluation.counts),
+        evaluation.residuals,
+        len(theta),
+        Prior(decay, theta.double() - start.double()) if decay else None,
+        problem.gradient(theta, batch, evaluation.counts),
+        None if problem.is_least_squares and not decay else abs(before) ** 0.5,
+    )
+    if not math.isfinite(system.scale):
+        raise ValueError("`residual_fn` has derivatives that are not finite, with the parameters that `model` has now")
+    if first and not system.scale and not decay and system.gradient.any():
+        raise ValueError(
+            "`loss` has no curvature at any sample, so that there is no second-order step: give it one, or "
+            "`weight_decay`"
+        )
+    if first and not system.scale and not system.gradient.any():
+        raise ValueError(
+            "`residual_fn` does not depend on the trainable parameters of `model`: every derivative is zero; "
+            "does it call `net`, and is the trainable adapter active, enabled and not merged?"
+        )
+    if system.cosine <= rule.gradient_tolerance:
+        return Iteration(theta, damping, before, before, evaluation, "gradient")
+    tried = damping
+    while tried <= _MOST_DAMPING:
+        step = system.step(tried)
+        candidate = theta + rule.rate * step.to(theta)
+        found = problem.evaluate(candidate, batch)
+        gain = before - total_loss(found, candidate, start, decay)
+        if gain > 0:  # false for NaN
+            if gain > system.predicted_gain(step, tried, rule.rate) / 4:
+                tried = max(tried / rule.decrease, _LEAST_DAMPING)
+            return Iteration(candidate, tried, before, before - gain, found)
+        tried = max(tried, _LEAST_DAMPING) * rule.increase
+    return Iteration(theta, damping, before, before, evaluation, "damping")

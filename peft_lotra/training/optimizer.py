@@ -1,0 +1,103 @@
+"""Gauss–Newton as an optimizer: one iteration of `fit_gauss_newton` at a time, for loops of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checks import check_numbers
+from .iteration import DampingRule, iterate
+from .problem import Function, Loss, Problem
+
+
+class GaussNewton(torch.optim.Optimizer):
+    """θ ← θ + αδ with (JᵀJ + λD) δ = −Jᵀr on a batch: an iteration of `fit_gauss_newton`, whose arguments these are.
+
+    ```python
+    optimizer = GaussNewton(model, lambda net, batch: (net(batch["x"]), batch["y"]), loss="cross_entropy")
+    for batch in loader:
+        loss = optimizer.step(batch)
+    ```
+
+    There is no closure and no `backward()`: J has a row for every sample, so that the optimizer calls the model
+    itself, on each sample of the batch. θ are the parameters that require gradients when the optimizer is made.
+    Batches should give at least twice as many residuals as there are trained numbers: with fewer, δ fits each batch
+    by heart, and a rate that falls (a scheduler of torch) has to average what they learn.
+
+    `param_groups[0]` has "lr", which is α, and "damping", which is λ of the next step. Both and θ₀ of the prior are in
+    `state_dict()`: with it and the model's a fit goes on bit for bit. accelerate and the Trainer of transformers take
+    it as they take any optimizer of torch; `examples/gauss_newton_trainer.py` has the Trainer.
+
+    Args:
+        model, residual_fn, loss, weight_decay, damping, damping_increase, damping_decrease, chunk_size: as for
+            `fit_gauss_newton`. A batch is what it calls data.
+        lr: α, at most 1, which is the Gauss–Newton step.
+
+    Raises:
+        ValueError, TypeError: as `fit_gauss_newton`.
+
+    Source: ours; see `fit_gauss_newton`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        residual_fn: Function | Mapping[str, Function],
+        *,
+        lr: float = 1.0,
+        loss: Loss | Mapping[str, Loss] = "least_squares",
+        weight_decay: float = 0.0,
+        damping: float = 0.1,
+        damping_increase: float = 5.0,
+        damping_decrease: float = 4.0,
+        chunk_size: int | None = None,
+    ) -> None:
+        check_numbers(
+            lr=(lr, 0), damping=(damping, 0), damping_increase=(damping_increase, 1),
+            damping_decrease=(damping_decrease, 1), weight_decay=(weight_decay, 0), chunk_size=(chunk_size, 1),
+        )  # fmt: skip
+        if lr > 1:
+            raise ValueError(f"`lr` should be at most 1, the Gauss–Newton step, but the value passed is {lr!r}")
+        self._problem = Problem(model, residual_fn, loss, chunk_size)
+        self._rule = DampingRule(damping_increase, damping_decrease, 0.0, weight_decay)
+        self._checked = False
+        super().__init__(list(self._problem.trained.values()), {"lr": lr, "damping": damping})
+        if weight_decay:
+            for parameter in self._problem.trained.values():
+                self.state[parameter]["start"] = parameter.detach().clone()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Takes the one group of the constructor; a further one raises ValueError."""
+        if self.param_groups:
+            raise ValueError(
+                "GaussNewton has one group of parameters, all of `model` that require gradients: set "
+                "`requires_grad` of what is to be fitted, and make the optimizer anew"
+            )
+        super().add_param_group(param_group)
+
+    def step(self, batch: Any) -> float:  # type: ignore[override]  # torch's takes a closure
+        """One iteration.
+
+        Args:
+            batch: what `residual_fn` takes, a row for every sample.
+
+        Returns:
+            The loss before the step, prior included. If no λ gives a step that reduces it, the parameters stay.
+
+        Raises:
+            ValueError, TypeError: before anything is changed, naming `residual_fn`, `loss` or `data`, the batch.
+        """
+        problem, group = self._problem, self.param_groups[0]
+        theta = problem.parameters()
+        start = torch.cat([self.state[p].get("start", p.detach()).flatten() for p in problem.trained.values()])
+        evaluation = problem.checked(theta, batch, first=not self._checked)
+        rule = self._rule._replace(rate=group["lr"])
+        done = iterate(problem, theta, batch, evaluation, group["damping"], rule, start, first=not self._checked)
+        self._checked = True
+        if done.reason is None:
+            problem.write(done.theta)
+        group["damping"] = done.damping
+        return done.before
