@@ -6,6 +6,7 @@ every sample, and torch.func takes those of a batch at a time.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from math import pi, sqrt
@@ -19,6 +20,10 @@ from torch.func import grad, vjp
 from peft_lotra import fit_gauss_newton
 
 Net = Callable[[Tensor], Tensor]
+
+# Times the points of an iteration, where a fit grows: a few points are fitted by heart in each iteration, which is cheap
+# and enough at first; more of them average that out.
+GROWTH = 4
 
 
 class Mark(NamedTuple):
@@ -85,15 +90,27 @@ def batch(pde: PDE, points: Points) -> dict[str, Tensor]:
 
 
 def fit(
-    model: nn.Module, pde: PDE, iterations: int, seed: int, grid: Tensor, label: str, per_side: int = 80
+    model: nn.Module,
+    pde: PDE,
+    iterations: int,
+    seed: int,
+    grid: Tensor,
+    label: str,
+    per_side: int = 80,
+    grows_at: float = math.inf,
 ) -> list[Mark]:
-    """Gauss–Newton with Levenberg–Marquardt damping, on fresh points each time; marks of the relative L2 error."""
+    """Gauss–Newton with Levenberg–Marquardt damping, on fresh points each time; marks of the relative L2 error.
+
+    Args:
+        grows_at: the iteration from which on there are `GROWTH` times as many points.
+    """
     dtype, device = next(model.parameters()).dtype, grid.device
     grid = grid.to(dtype)
 
     def fresh(iteration: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed + 1_000_003 * iteration)
-        points = pde.sample(generator, device, interior=1000, per_side=per_side)
+        times = GROWTH if iteration >= grows_at else 1
+        points = pde.sample(generator, device, interior=times * 1000, per_side=times * per_side)
         return batch(pde, Points(*(part.to(dtype) for part in points)))
 
     marks = [Mark(0, 0.0, 0.0, relative_l2_error(model, pde, grid))]

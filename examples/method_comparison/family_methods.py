@@ -6,6 +6,7 @@ What a method does once for all tasks is its offline part, what it does for one 
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,8 +39,10 @@ class Sizes:
     Attributes:
         width: of all KANs; None: that of the case.
         base_steps, base_iterations: of the base, by Adam, or by Levenberg–Marquardt.
-        family, alone, full, adam: iterations of the family's fit, of an adapter and of a KAN for one task by
-            Levenberg–Marquardt, and steps of a KAN by Adam.
+        family: iterations of the family's fit; the last fifth takes more points.
+        alone, full, adam: iterations of an adapter and of a KAN for one task by Levenberg–Marquardt, and steps of a
+            KAN by Adam.
+        growing: iterations of an adapter for one task; the last fifth takes more points.
         core: iterations at a new task of the family's core, and of the nearest adapter.
         everything: of the KAN with parameters as inputs, at a new task.
         networks: the greater number of networks of a reduced basis.
@@ -49,8 +52,9 @@ class Sizes:
     width: int | None = None
     base_steps: int = 1500
     base_iterations: int = 60
-    family: int = 120
+    family: int = 75
     alone: int = 30
+    growing: int = 24
     full: int = 30
     adam: int = 1000
     core: int = 5
@@ -61,7 +65,7 @@ class Sizes:
     interior: int = 65  # points of the grid on a side, where errors are measured
 
 
-SMOKE = Sizes(12, 5, 2, 3, 2, 2, 3, 2, 1, 4, 1, 2, 9)
+SMOKE = Sizes(12, 5, 2, 3, 2, 2, 2, 3, 2, 1, 4, 1, 2, 9)
 
 
 class Lab:
@@ -126,9 +130,12 @@ class Lab:
         chosen = inside + self.case.outside() if which is None else [inside[k] for k in which if k < len(inside)]
         return [(values, self.seed + 2 + (inside + self.case.outside()).index(values)) for values in chosen]
 
-    def course(self, model: nn.Module, pde: PDE, iterations: int, seed: int, label: str) -> Course:
+    def course(
+        self, model: nn.Module, pde: PDE, iterations: int, seed: int, label: str, grows_at: float = math.inf
+    ) -> Course:
         """Levenberg–Marquardt on what is trainable."""
-        marks = fit(model, pde, iterations, seed, self.grid, f"{self.name}, seed {self.seed}, {label}")
+        label = f"{self.name}, seed {self.seed}, {label}"
+        marks = fit(model, pde, iterations, seed, self.grid, label, grows_at=grows_at)
         return [(mark.step, mark.cpu_seconds, mark.error) for mark in marks]
 
 
@@ -161,7 +168,7 @@ def family(lab: Lab) -> Result:
         result = fit_gauss_newton(
             model,
             case.residuals(at),
-            case.points(lab.seed + 1, dtype=case.dtype),
+            case.points(lab.seed + 1, dtype=case.dtype, grows=lambda k: k >= 0.8 * lab.sizes.family),
             iterations=lab.sizes.family,
             loss_tolerance=0,
         )
@@ -185,19 +192,30 @@ def family(lab: Lab) -> Result:
 
 
 def each_alone(
-    lab: Lab, start: Callable[[], nn.Module], iterations: int, label: str, which: Sequence[int] | None = None
+    lab: Lab,
+    start: Callable[[], nn.Module],
+    iterations: int,
+    label: str,
+    which: Sequence[int] | None = None,
+    grows_at: float = math.inf,
 ) -> Result:
     """A model for every task from the base, by Levenberg–Marquardt."""
     tasks, numbers = [], 0
     for values, seed in lab.tasks(which):
         model = start()
         numbers = trainable(model)
-        tasks.append((values, lab.course(model, lab.case.pde(values), iterations, seed, f"{label} at {values}")))
+        marks = lab.course(model, lab.case.pde(values), iterations, seed, f"{label} at {values}", grows_at)
+        tasks.append((values, marks))
     return Result(0, lab.base["seconds"], numbers, tasks)
 
 
 def lotra_alone(lab: Lab) -> Result:
     return each_alone(lab, lab.adapted, lab.sizes.alone, "LoTRA alone")
+
+
+def lotra_alone_growing(lab: Lab) -> Result:
+    iterations = lab.sizes.growing
+    return each_alone(lab, lab.adapted, iterations, "LoTRA alone, more points", grows_at=0.8 * iterations)
 
 
 def full_lm(lab: Lab) -> Result:
@@ -346,6 +364,7 @@ def interpolated_adapters(lab: Lab) -> Result:
 METHODS: dict[str, Callable[..., Result]] = {
     "family": family,
     "LoTRA alone, LM": lotra_alone,
+    "LoTRA alone, LM, more points": lotra_alone_growing,
     "full, LM": full_lm,
     "full, Adam": full_adam,
     "parameter as an input": parameter_as_input,
@@ -357,4 +376,4 @@ METHODS: dict[str, Callable[..., Result]] = {
     "nearest adapter": nearest_adapter,
     "interpolated adapters": interpolated_adapters,
 }
-SEPARATE = list(METHODS)[5:]  # they need separate networks
+SEPARATE = list(METHODS)[6:]  # they need separate networks

@@ -40,6 +40,7 @@ ENTRIES = [
     Entry("family, core, 2 iterations", "family", 2),
     CORE,
     ALONE,
+    Entry("LoTRA alone, LM, more points", "LoTRA alone, LM, more points"),
     FULL,
     ADAM,
     INPUT,
