@@ -14,7 +14,7 @@ from math import cos, pi, sqrt
 from typing import Any
 
 import torch
-from pde_least_squares import EQUATIONS, GROWTH, Net, batch, derivatives, residual_functions
+from pde_least_squares import EQUATIONS, Net, batch, derivatives, residual_functions
 from pdes import PDE, Elliptic, Hyperbolic, Parabolic
 from torch import Tensor, nn
 
@@ -183,19 +183,19 @@ class Case:
         interior: int = 1000,
         per_side: int = 80,
         dtype: torch.dtype = torch.float32,
-        grows: Callable[[int], bool] = lambda iteration: False,
+        times: Callable[[int], int] = lambda iteration: 1,
     ) -> Callable[[int], dict[str, Any]]:
         """Fresh points of each kind of residual, with parameters drawn beside them.
 
         Args:
-            grows: whether an iteration takes `GROWTH` times as many.
+            times: as many points in this iteration.
         """
         low, high = (torch.tensor(ends) for ends in zip(*self.ranges.values(), strict=True))
 
         def fresh(iteration: int) -> dict[str, tuple[Tensor, Tensor]]:
             generator = torch.Generator().manual_seed(seed + 1_000_003 * iteration)
-            pde, times = self.pde(self.base), GROWTH if grows(iteration) else 1
-            parts = batch(pde, pde.sample(generator, "cpu", times * interior, times * per_side))
+            pde, more = self.pde(self.base), times(iteration)
+            parts = batch(pde, pde.sample(generator, "cpu", more * interior, more * per_side))
             drawn = {name: torch.rand(len(part), len(low), generator=generator) for name, part in parts.items()}
             return {
                 name: (part.to(dtype), (low + (high - low) * drawn[name]).to(dtype)) for name, part in parts.items()
