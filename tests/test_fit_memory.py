@@ -1,4 +1,4 @@
-"""`max_memory` of `fit_gauss_newton`: what is held, the form that is taken for it, and its steps against dense ones."""
+"""`max_memory` of `fit_gauss_newton`: what is held, the form taken for it, and its steps against dense ones."""
 
 import re
 
