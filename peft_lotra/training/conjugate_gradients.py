@@ -63,7 +63,9 @@ class ConjugateGradients(DampedSystem):
             self.processes.sum(part)
         norm = norm_of(residuals, self.processes) if norm is None else norm
         self._measure(gradient, squares, norm, prior, further)
-        self.gram = self.sample.gram(self.diagonal) if not self.decay and self.scale > 0 else None
+        # The first process conditions for all of them.
+        once = self.processes.is_first and not self.decay and self.scale > 0
+        self.gram = self.sample.gram(self.diagonal) if once else None
 
     def step(self, damping: float) -> torch.Tensor:
         shift = damping * self.diagonal + self.decay
@@ -96,6 +98,8 @@ class ConjugateGradients(DampedSystem):
         return super().predicted_gain(step, damping) + (self.missing @ step).item()
 
     def _preconditioner(self, shift: torch.Tensor, damping: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        if not self.processes.is_first:
+            return torch.empty_like
         gram, unit = (self.sample.gram(shift), 1.0) if self.gram is None else (self.gram, damping)
         factor = gram.factor(shift.new_full((gram.size,), unit))
         if factor is None:
