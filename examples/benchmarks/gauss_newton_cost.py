@@ -7,6 +7,8 @@ A Chebyshev KAN of widths (2, W, W, 1) and degree 7 has P = 8W(W + 3) numbers: 1
 49. It is fitted to values of a function, or to the Poisson equation. Parts:
 
 - gram: JᵀJ and its factorisation by the lower triangle, over the whole matrix; JᵀJ in fp32 too.
+- passes: seconds of the processor, from few samples, for J, for JᵀJ and for a product with it by a pass of the data,
+  which is what conjugate gradients are made of.
 - size: an iteration's seconds (the median), those of the processor, which a busy machine does not change, and how far
   the memory of the process rises above what it is before the fit; for each bound `max_memory`. Where the bound leaves
   no room for P² numbers, the equation is solved by conjugate gradients.
@@ -49,8 +51,10 @@ from peft_lotra.training import choice
 from peft_lotra.training.conjugate_gradients import ConjugateGradients
 from peft_lotra.training.damped_system import NormalEquations, ResidualSpace
 from peft_lotra.training.lower_triangle import LowerTriangle
+from peft_lotra.training.problem import Problem
+from peft_lotra.training.processes import Processes
 
-PARTS = ("gram", "size", "processes")
+PARTS = ("gram", "passes", "size", "processes")
 FORMS = {form.__name__: form for form in (NormalEquations, ResidualSpace, ConjugateGradients)}
 PART = "processes.json"  # from the processes to the one that has started them
 PDE = PDES["elliptic"](1.3)
@@ -102,6 +106,40 @@ def gram(sizes: list[int], rounds: int) -> list[dict[str, Any]]:
             f"({rows[-1]['gflops']:.0f} GFLOP/s), the factor {rows[-1]['factor']:.2f} ×, the memory "
             f"{rows[-1]['memory']:.2f} ×; the whole matrix in fp32 {rows[-1]['fp32']:.2f} ×"
         )
+    return rows
+
+
+def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of the processor for 10⁵ residuals."""
+    rows, points = [], drawn(args.samples)
+
+    def measured(run: Callable[[], object], count: int) -> float:
+        run()
+        start = time.process_time()
+        run()
+        return (time.process_time() - start) * 1e5 / count
+
+    for width in args.widths:
+        for name in args.problems:
+            torch.manual_seed(0)
+            kan = ChebyshevKAN((2, width, width, 1), 7)
+            problem = Problem(kan, PROBLEMS[name], "least_squares", args.max_memory[-1], Processes(False))
+            theta, counts = problem.parameters(), {"": args.samples}
+            vector, block = torch.randn(len(theta), dtype=torch.float64), torch.randn(300, len(theta)).double()
+            triangle = LowerTriangle(len(theta), vector)
+            runs = {
+                "rows": (lambda p=problem, t=theta, c=counts: sum(len(b) for b in p.rows(t, points, c)), args.samples),
+                "gram": (lambda m=triangle, b=block: m.add_products(b), len(block)),
+                "product": (lambda p=problem, t=theta, c=counts, v=vector: p.product(t, points, c, v), args.samples),
+            }
+            rows.append(
+                {"numbers": len(theta), "problem": name} | {key: measured(*value) for key, value in runs.items()}
+            )
+            print(
+                f"{name}, P = {len(theta):,}: for 10⁵ residuals J takes {rows[-1]['rows']:.1f} s of the processor, "
+                f"JᵀJ {rows[-1]['gram']:.1f} s, a product {rows[-1]['product']:.1f} s",
+                flush=True,
+            )
     return rows
 
 
@@ -226,6 +264,8 @@ def run(args: argparse.Namespace) -> None:
     results: dict[str, Any] = {"settings": settings, "threads": torch.get_num_threads()}
     if "gram" in args.parts:
         results["gram"] = gram([8 * width * (width + 3) for width in args.widths], args.rounds)
+    if "passes" in args.parts:
+        results["passes"] = passes(args)
     if "size" in args.parts:
         results["size"] = size(args)
     if "processes" in args.parts:
@@ -255,6 +295,7 @@ def parse_args() -> argparse.Namespace:
     add("--max-memory", type=number_of_bytes, nargs="+", default=[2 * 10**9, 8 * 10**9], help="bytes, as 2e9")
     add("--iterations", type=positive_int, default=3, help="of each fit; the first is not timed where there are more")
     add("--rounds", type=positive_int, default=5, help="of gram, interleaved")
+    add("--samples", type=positive_int, default=1000, help="of passes")
     add("--processes", type=positive_int, default=2, help="beside one")
     add("--threads", type=positive_int, help="of the CPU in gram and size; default: torch's")
     add("--smoke", action="store_true", help="small sizes, to see that all of it runs")
@@ -262,7 +303,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.smoke:
         args.widths, args.residuals, args.max_memory, args.rounds = [10], [1500], [9_000_000, 2**32], 1
-        args.problems, args.iterations = ["values"], 2
+        args.problems, args.iterations, args.samples = ["values"], 2, 100
     if args.threads:
         torch.set_num_threads(args.threads)
     make_output_dir(parser, args)

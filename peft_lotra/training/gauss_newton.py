@@ -137,9 +137,10 @@ def fit_gauss_newton(
             start and after every iteration, and the model ends with the parameters of its least value.
         validation_metric: a function of the model to be measured in place of that loss; less is better.
         patience: stop after so many iterations without a new least value; None keeps the best and goes on.
-        max_memory: bytes that the fit may hold besides the model and the data, 4 GiB by default. A block of rows of J
-            takes at most a quarter of it. Where neither 8P² bytes nor J have room, the equation is solved by conjugate
-            gradients: to a part of 10⁻³ of the step, in the norm of its matrix, in many more passes of the data.
+        max_memory: bytes of tensors that the fit may hold besides the model and the data, 4 GiB by default. A block of
+            rows of J takes at most a quarter of it. Where neither 8P² bytes have room nor, with R < P, J and 8R², the
+            equation is solved by conjugate gradients: to about 10⁻³ of the step in the norm of its matrix, in many
+            more passes of the data.
         across_processes: for torch.distributed and accelerate, where it must be given. True makes one fit of all
             processes: `data` is the part of each (parts may differ in size), means are over all samples, and all end
             with the same parameters; one process may be all. With False this process fits by itself.
