@@ -166,3 +166,22 @@ def test_family_cost(tmp_path):
     (row,) = json.loads((tmp_path / "family_cost.json").read_text())
     assert 1 < row["thin_ratio"] < row["terms"]
     assert min(row["time_ratio"], row["swap_seconds"]) > 0
+
+
+def test_gauss_newton_cost(tmp_path):
+    # TorchScript is what torch's own code uses when forward derivatives are first used.
+    warnings = ("-W", "error", "-W", "ignore:`torch.jit.script:DeprecationWarning")
+    command = [sys.executable, *warnings, str(SCRIPT.with_name("gauss_newton_cost.py")), "--smoke"]
+    done = subprocess.run(
+        [*command, "--threads", "1", "--output-dir", str(tmp_path)], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "gauss_newton_cost.json").read_text())
+    assert 0.5 < results["gram"][0]["memory"] < 0.7
+    assert min(results["passes"][0][key] for key in ("rows", "gram", "product")) > 0
+    assert [row["form"] for row in results["size"]] == ["ConjugateGradients", "NormalEquations"]
+    short_of, enough = (row["losses"][-1] for row in results["size"])
+    assert short_of == pytest.approx(enough, rel=0.01)
+    one, two = results["processes"]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert two["difference"] < 1e-4  # fp32

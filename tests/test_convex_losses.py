@@ -197,7 +197,7 @@ def test_step_equals_the_dense_formula(case, rows):
     model, x, y = adapted(), points(rows, *tokens), targets(rows)
     before, first = trained(model), mean_loss(model(x).detach(), y).item()
     expected = before + oracle_step(model, mean_loss, x, y, damping=DAMPING)
-    result = fit(model, (x, y), loss, iterations=1, damping=DAMPING, chunk_size=7)
+    result = fit(model, (x, y), loss, iterations=1, damping=DAMPING, max_memory=400_000)
     assert_different(trained(model), before)
     assert_equal(trained(model), expected, 1e-8)
     assert result.losses == pytest.approx((first, mean_loss(model(x).detach(), y).item()), rel=1e-12)

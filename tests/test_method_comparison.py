@@ -112,6 +112,10 @@ def test_every_experiment_is_as_it_should_be():
             {"methods": {"A": {"method": "full", "optimizer": "sgd"}}},
             r"`optimizer` should be one of \['adam', 'soap', 'lm'\]",
         ),
+        (
+            {"methods": {"A": {"method": "full", "weight_decay": 0.1}}},
+            "'A': `weight_decay` is that of the optimizer 'lm'",
+        ),
         ({"settings": {"family": "parabolic"}}, "parameter"),
         ({"settings": EXPERIMENT["settings"] | {"family": "conic"}}, r"`family` should be one of .* is 'conic'"),
         ({"settings": EXPERIMENT["settings"] | {"widht": 3}}, r"should be some of .* but has \['widht'\]"),

@@ -27,7 +27,7 @@ GRADIENT_BATCHES = 4  # from which the gradient of an initialisation is taken
 HIGHEST_RANK = 64  # that is tried for PEFT's own methods
 
 # Settings that every method may have, and those of single methods.
-COMMON = ("method", "optimizer", "lr", "lr_of", "steps", "cases")
+COMMON = ("method", "optimizer", "weight_decay", "lr", "lr_of", "steps", "cases")
 RANKS = ("ratio", "r", "rank_pattern")
 METHODS: dict[str, tuple[str, ...]] = {
     "full": (),
@@ -62,6 +62,8 @@ def check_method(label: str, settings: Settings) -> None:
     for key, values in {"optimizer": OPTIMIZERS, "init": INITIALISATIONS, "rule": NAMES, "layers": LAYERS}.items():
         if settings.get(key, values[0]) not in values:
             raise ValueError(f"{label!r}: `{key}` should be one of {list(values)} but the value is {settings[key]!r}")
+    if "weight_decay" in settings and settings.get("optimizer") != "lm":
+        raise ValueError(f"{label!r}: `weight_decay` is that of the optimizer 'lm'; the others have none")
     if "ratio" in METHODS[name] and sum(key in settings for key in RANKS) != 1:
         needed = [key for key in RANKS if key in METHODS[name]]
         raise ValueError(f"{label!r}: the method {name!r} needs one of {needed}")

@@ -39,13 +39,13 @@ class Objective:
             if not goes_on(step + 1):
                 break
 
-    def least_squares(self) -> tuple[Any, Any]:
-        """(residual_fn, data) for `peft_lotra.fit_gauss_newton`.
+    def second_order(self) -> dict[str, Any]:
+        """residual_fn, data and, if they are no least squares, loss of `peft_lotra.fit_gauss_newton`.
 
         Raises:
-            ValueError: if the loss is not a sum of squares.
+            ValueError: if there is no such form of it.
         """
-        raise ValueError(f"{type(self).__name__} is not a least squares problem: optimizer 'lm' cannot be used")
+        raise ValueError(f"{type(self).__name__} has no second-order form: optimizer 'lm' cannot be used")
 
     def details(self, model: nn.Module) -> dict[str, float]:
         """Further numbers at the end of a run, kept in the result."""
@@ -110,8 +110,8 @@ class Regression(Supervised):
     ) -> None:
         super().__init__(training, test, nn.functional.mse_loss, metric_fn or relative_error, batch, seed)
 
-    def least_squares(self) -> tuple[Any, Any]:
-        return (lambda net, batch: net(batch[0]) - batch[1]), tuple(self.training)
+    def second_order(self) -> dict[str, Any]:
+        return {"residual_fn": lambda net, batch: net(batch[0]) - batch[1], "data": tuple(self.training)}
 
 
 class Classification(Supervised):
@@ -120,6 +120,13 @@ class Classification(Supervised):
 
     def __init__(self, training: Data, test: Data, batch: int, seed: int) -> None:
         super().__init__(training, test, nn.functional.cross_entropy, accuracy, batch, seed)
+
+    def second_order(self) -> dict[str, Any]:
+        return {
+            "residual_fn": lambda net, batch: (net(batch[0]), batch[1]),
+            "data": tuple(self.training),
+            "loss": "cross_entropy",
+        }
 
 
 def accuracy(outputs: Tensor, y: Tensor) -> Tensor:

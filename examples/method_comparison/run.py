@@ -58,7 +58,7 @@ def perform(run: Run, results: Path, bases: Path) -> None:
     with watch:
         model = apply_method(model, method, task, objective, run.seed + 1)
     if method.get("optimizer") == "lm":
-        marks = train_by_lm(model, objective, run.steps, watch)
+        marks = train_by_lm(model, objective, method, run.steps, watch)
     else:
         marks = train_by_steps(model, objective, method, method["lr"], run.steps, watch)
     result = {

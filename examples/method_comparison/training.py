@@ -80,9 +80,11 @@ def train_by_steps(
     return marks
 
 
-def train_by_lm(model: nn.Module, objective: Objective, steps: int, watch: Stopwatch) -> list[Mark]:
+def train_by_lm(
+    model: nn.Module, objective: Objective, settings: Mapping[str, Any], steps: int, watch: Stopwatch
+) -> list[Mark]:
     """Levenberg–Marquardt on what is trainable; `steps` iterations unless no step reduces the loss any more."""
-    residual_fn, data = objective.least_squares()
+    options = objective.second_order() | {"weight_decay": settings.get("weight_decay", 0.0)}
     marks = [Mark(0, watch.seconds, measured(model, objective))]
     ends = {math.ceil(steps * k / MARKS) for k in range(1, MARKS + 1)}
 
@@ -94,7 +96,7 @@ def train_by_lm(model: nn.Module, objective: Objective, steps: int, watch: Stopw
 
     with watch:
         result = fit_gauss_newton(
-            model, residual_fn, data, iterations=steps, loss_tolerance=0, progressbar=False, callback=mark
+            model, iterations=steps, loss_tolerance=0, progressbar=False, callback=mark, **options
         )
     if result.reason == "interrupted":
         raise KeyboardInterrupt

@@ -9,9 +9,9 @@ from numbers import Integral, Real
 def check_numbers(**arguments: tuple[object, float]) -> None:
     """Raise ValueError if an argument is not a number from its bound on; the value and the bound, by name."""
     for name, (value, bound) in arguments.items():
-        whole = name in ("iterations", "patience", "chunk_size")
+        whole = name in ("iterations", "patience", "max_memory")
         above = not whole and not name.endswith(("tolerance", "decay"))
-        if value is None and name in ("max_seconds", "patience", "chunk_size"):
+        if value is None and name in ("max_seconds", "patience"):
             continue
         good = isinstance(value, Integral if whole else Real) and not isinstance(value, bool) and math.isfinite(value)
         if not good or value < bound or (above and value == bound):

@@ -5,13 +5,17 @@ JᵀJ and Jᵀr are half the (generalised Gauss–Newton) Hessian and half the g
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 
-# Numbers that are held in fp64 besides J: 32 MiB.
-_COLUMN_NUMBERS = 2**22
+from .lower_triangle import LowerTriangle
+from .processes import Processes
+
+# Numbers that are held in fp64 besides J: 16 MiB.
+COLUMN_NUMBERS = 2**21
 # D = diag(JᵀJ) + this · its mean · I
 _FLOOR = 1e-3
 
@@ -23,8 +27,48 @@ class Prior(NamedTuple):
     away: torch.Tensor
 
 
-class NormalEquations:
-    """(JᵀJ + cI + λD) δ = −(Jᵀr + c(θ − θ₀) + h), which needs P² numbers and a block of J at a time.
+class DampedSystem(ABC):
+    """(JᵀJ + cI + λD) δ = −(Jᵀr + c(θ − θ₀) + h) with D = diag(JᵀJ + cI) + 10⁻³ · (mean of diag(JᵀJ)) · I.
+
+    Attributes:
+        scale: the mean of diag(JᵀJ).
+        gradient: the negative of the right side, half the gradient of the loss.
+        cosine: the greatest that a column of J makes with r.
+    """
+
+    def _measure(
+        self,
+        gradient: torch.Tensor,
+        squares: torch.Tensor,
+        norm: float,
+        prior: Prior | None,
+        further: torch.Tensor | None = None,
+    ) -> None:
+        """From Jᵀr, diag(JᵀJ), √loss and the terms that are not in them."""
+        self.scale, self.decay = squares.mean().item(), 0.0
+        # A factor has derivative zero while its core is zero: the second term gives it a damping all the same.
+        self.diagonal = squares + _FLOOR * self.scale
+        if further is not None:
+            gradient = gradient + further
+        if prior is not None:
+            self.decay, self.pull = prior.decay, prior.decay * prior.away.double()
+            gradient, squares, self.diagonal = gradient + self.pull, squares + self.decay, self.diagonal + self.decay
+        self.gradient = gradient
+        self.cosine = (gradient.abs() / (squares.sqrt() * norm)).nan_to_num(0.0).max().item()  # zero where a norm is
+
+    @abstractmethod
+    def step(self, damping: float) -> torch.Tensor:
+        """δ, or zero, which is no step, where the matrix is not positive definite in floating point. shape: (P,)"""
+
+    def predicted_gain(self, step: torch.Tensor, damping: float, rate: float = 1.0) -> float:
+        """‖r‖² − ‖r + αJδ‖² = −(2α − α²)·rᵀJδ + α²λ·δᵀDδ for the δ that solves the equation; of the prior and h the
+        same. α is the rate."""
+        linear, quadratic = -self.gradient @ step, damping * (self.diagonal @ step.square())
+        return ((2 * rate - rate**2) * linear + rate**2 * quadratic).item()
+
+
+class NormalEquations(DampedSystem):
+    """JᵀJ itself, P² numbers for it and its factor, and a block of J at a time.
 
     Args:
         blocks: of rows of J, in the order of the residuals.
@@ -33,6 +77,7 @@ class NormalEquations:
         prior: c and θ − θ₀; none if there is no such term.
         further: h, what else there is of half the gradient, shape (P,).
         norm: √loss, if that is not ‖r‖.
+        processes: each has rows of J, and residuals, of its own; `further` and `norm` are of all of them.
     """
 
     def __init__(
@@ -43,49 +88,63 @@ class NormalEquations:
         prior: Prior | None = None,
         further: torch.Tensor | None = None,
         norm: float | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        self.matrix = residuals.new_zeros(size, size)
+        self.processes = processes or Processes(False)
+        self.matrix = LowerTriangle(size, residuals)
         gradient, done = residuals.new_zeros(size), 0
         for block in blocks:
             block = block.double()
-            self.matrix.addmm_(block.T, block)
+            self.matrix.add_products(block)
             gradient.addmv_(block.T, residuals[done : done + len(block)])
             done += len(block)
-        if further is not None:
-            gradient += further
-        self._measure(gradient, self.matrix.diagonal().clone(), residuals, prior, norm)
-        self.matrix.diagonal().add_(self.decay)
-
-    def _measure(
-        self,
-        gradient: torch.Tensor,
-        squares: torch.Tensor,
-        residuals: torch.Tensor,
-        prior: Prior | None,
-        norm: float | None,
-    ) -> None:
-        self.scale, self.decay = squares.mean().item(), 0.0
-        # A factor has derivative zero while its core is zero: the second term gives it a damping all the same.
-        self.diagonal = squares + _FLOOR * self.scale
-        if prior is not None:
-            self.decay, self.pull = prior.decay, prior.decay * prior.away.double()
-            gradient, squares, self.diagonal = gradient + self.pull, squares + self.decay, self.diagonal + self.decay
-        self.gradient = gradient  # half that of the loss
-        cosines = gradient.abs() / (squares.sqrt() * (torch.linalg.vector_norm(residuals) if norm is None else norm))
-        self.cosine = cosines.nan_to_num(0.0).max().item()  # zero where a norm is
+        for part in (*self.matrix.blocks, gradient):
+            self.processes.sum(part)
+        norm = norm_of(residuals, self.processes) if norm is None else norm
+        self._measure(gradient, self.matrix.diagonal(), norm, prior, further)
+        self.matrix.add_to_diagonal(self.decay)
 
     def step(self, damping: float) -> torch.Tensor:
-        return -_solve(self.matrix, damping * self.diagonal, self.gradient)
-
-    def predicted_gain(self, step: torch.Tensor, damping: float, rate: float = 1.0) -> float:
-        """‖r‖² − ‖r + αJδ‖² = −(2α − α²)·rᵀJδ + α²λ·δᵀDδ for the δ that solves the equation; of the prior and h the
-        same. α is the rate."""
-        linear, quadratic = -self.gradient @ step, damping * (self.diagonal @ step.square())
-        return ((2 * rate - rate**2) * linear + rate**2 * quadratic).item()
+        step = torch.zeros_like(self.gradient)
+        if self.processes.is_first:
+            factor = self.matrix.factor(damping * self.diagonal)
+            step = step if factor is None else -factor.solved(self.gradient)
+        return self.processes.of_first(step)
 
 
-class ResidualSpace(NormalEquations):
-    """δ = −D⁻¹Jᵀ(JD⁻¹Jᵀ + λI)⁻¹r, the same δ where h is zero, which needs J and R² numbers.
+class Rows:
+    """Some rows of J, shape (R, P), in the dtype in which they come; products with them are in fp64."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix = matrix
+
+    def columns(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Some columns at a time: all of them in fp64 may be twice as large as J itself."""
+        width = max(1, COLUMN_NUMBERS // len(self.matrix))
+        for start in range(0, self.matrix.shape[1], width):
+            yield slice(start, start + width), self.matrix[:, start : start + width].double()
+
+    def gram(self, diagonal: torch.Tensor) -> LowerTriangle:
+        """JE⁻¹Jᵀ for a diagonal E > 0. shape: (R, R)"""
+        found, roots = LowerTriangle(len(self.matrix), diagonal), diagonal.rsqrt()
+        for columns, block in self.columns():
+            found.add_products((block * roots[columns]).T)
+        return found
+
+    def times(self, vector: torch.Tensor) -> torch.Tensor:
+        """J v. shape: (R,)"""
+        found = vector.new_zeros(len(self.matrix))
+        for columns, block in self.columns():
+            found.addmv_(block, vector[columns])
+        return found
+
+    def transposed_times(self, vector: torch.Tensor) -> torch.Tensor:
+        """Jᵀw. shape: (P,)"""
+        return torch.cat([block.T @ vector for _, block in self.columns()])
+
+
+class ResidualSpace(DampedSystem):
+    """δ = −D⁻¹Jᵀ(JD⁻¹Jᵀ + λI)⁻¹r, the same δ where h is zero, which needs J, and R² numbers for JD⁻¹Jᵀ and its factor.
 
     With a prior, δ = −E⁻¹(v + Jᵀ(JE⁻¹Jᵀ + I)⁻¹(r − JE⁻¹v)) with E = λD + cI and v = c(θ − θ₀).
     """
@@ -98,65 +157,36 @@ class ResidualSpace(NormalEquations):
         prior: Prior | None = None,
         norm: float | None = None,
     ) -> None:
-        self.jacobian, done = torch.empty(0), 0
+        jacobian, done = torch.empty(0), 0
         for block in blocks:
             if not done:
-                self.jacobian = block.new_empty(len(residuals), size)
-            self.jacobian[done : done + len(block)] = block
+                jacobian = block.new_empty(len(residuals), size)
+            jacobian[done : done + len(block)] = block
             done += len(block)
-        self.residuals = residuals
+        self.rows, self.residuals = Rows(jacobian), residuals
         gradient, squares = residuals.new_empty(size), residuals.new_empty(size)
-        for columns, block in self._columns():
+        for columns, block in self.rows.columns():
             torch.mv(block.T, residuals, out=gradient[columns])
             torch.sum(block.square(), dim=0, out=squares[columns])
-        self._measure(gradient, squares, residuals, prior, norm)
-        if prior is None:
-            self.matrix = self._gram(self.diagonal)
-
-    def _columns(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """J in fp64, some columns at a time: all of it may be twice as large as J itself."""
-        width = max(1, _COLUMN_NUMBERS // len(self.jacobian))
-        for start in range(0, self.jacobian.shape[1], width):
-            yield slice(start, start + width), self.jacobian[:, start : start + width].double()
-
-    def _gram(self, diagonal: torch.Tensor) -> torch.Tensor:
-        """JE⁻¹Jᵀ. shape: (R, R)"""
-        matrix = self.residuals.new_zeros(len(self.residuals), len(self.residuals))
-        for columns, block in self._columns():
-            matrix.addmm_(block / diagonal[columns], block.T)
-        return matrix
+        self._measure(gradient, squares, norm_of(residuals) if norm is None else norm, prior)
+        if prior is None and self.scale > 0:
+            self.matrix = self.rows.gram(self.diagonal)
 
     def step(self, damping: float) -> torch.Tensor:
         if self.decay:
-            diagonal, right = damping * self.diagonal + self.decay, self.residuals.clone()
-            for columns, block in self._columns():
-                right -= block @ (self.pull[columns] / diagonal[columns])
-            weights = _solve(self._gram(diagonal), torch.ones_like(right), right)
-            return -(self.pull + self._transposed(weights)) / diagonal
-        weights = _solve(self.matrix, torch.full_like(self.residuals, damping), self.residuals)
-        return -self._transposed(weights) / self.diagonal
-
-    def _transposed(self, weights: torch.Tensor) -> torch.Tensor:
-        return torch.cat([block.T @ weights for _, block in self._columns()])
-
-
-def linear_system(
-    blocks: Iterable[torch.Tensor],
-    residuals: torch.Tensor,
-    size: int,
-    prior: Prior | None = None,
-    further: torch.Tensor | None = None,
-    norm: float | None = None,
-) -> NormalEquations:
-    """The cheaper of the two forms, if both are exact; see `NormalEquations`."""
-    if len(residuals) < size and further is None:
-        return ResidualSpace(blocks, residuals, size, prior, norm)
-    return NormalEquations(blocks, residuals, size, prior, further, norm)
+            diagonal = damping * self.diagonal + self.decay
+            right = self.residuals - self.rows.times(self.pull / diagonal)
+            factor = self.rows.gram(diagonal).factor(torch.ones_like(right))
+            if factor is None:
+                return torch.zeros_like(self.gradient)
+            return -(self.pull + self.rows.transposed_times(factor.solved(right))) / diagonal
+        factor = self.matrix.factor(torch.full_like(self.residuals, damping))
+        if factor is None:
+            return torch.zeros_like(self.gradient)
+        return -self.rows.transposed_times(factor.solved(self.residuals)) / self.diagonal
 
 
-def _solve(matrix: torch.Tensor, shift: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """(M + diag(shift))⁻¹ b; zero, which is no step, where this is not positive definite in floating point."""
-    shifted = matrix.clone()
-    shifted.diagonal().add_(shift)
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    return torch.zeros_like(right) if failed else torch.cholesky_solve(right.unsqueeze(1), factor).squeeze(1)
+def norm_of(residuals: torch.Tensor, processes: Processes | None = None) -> float:
+    """‖r‖, of the residuals of all processes."""
+    square = residuals.square().sum().item()
+    return float((square if processes is None else processes.totals([square])[0]) ** 0.5)

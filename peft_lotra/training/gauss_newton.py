@@ -13,9 +13,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .answers import Function, Loss
 from .checks import check_numbers
 from .iteration import DampingRule, iterate, total_loss
-from .problem import Function, Loss, Problem
+from .problem import Problem
+from .processes import Processes
 from .validation import Validation
 
 
@@ -60,7 +62,8 @@ def fit_gauss_newton(
     validation: Any = None,
     validation_metric: Callable[[nn.Module], Any] | None = None,
     patience: int | None = None,
-    chunk_size: int | None = None,
+    max_memory: int = 2**32,
+    across_processes: bool | None = None,
     progressbar: bool = True,
     callback: Callable[[GaussNewtonResult], Any] | None = None,
     resume_from: GaussNewtonResult | None = None,
@@ -126,7 +129,13 @@ def fit_gauss_newton(
             start and after every iteration, and the model ends with the parameters of its least value.
         validation_metric: a function of the model to be measured in place of that loss; less is better.
         patience: stop after so many iterations without a new least value; None keeps the best and goes on.
-        chunk_size: samples whose gradients are in memory at a time; by default as many as fit into 2²⁶ numbers.
+        max_memory: bytes of tensors that the fit may hold besides the model and the data, 4 GiB by default. A block of
+            rows of J takes at most a quarter of it. Where neither 8P² bytes have room nor, with R < P, J and 8R², the
+            equation is solved by conjugate gradients: to about 10⁻³ of the step in the norm of its matrix, in many
+            more passes of the data.
+        across_processes: for torch.distributed and accelerate, where it must be given. True makes one fit of all
+            processes: `data` is the part of each (parts may differ in size), means are over all samples, and all end
+            with the same parameters; one process may be all. With False this process fits by itself.
         callback: called with the result so far after every iteration, when the model holds the new parameters; a true
             answer ends the fit.
         resume_from: the result of an earlier call that this one continues, on the model as that call left it and with
@@ -152,14 +161,15 @@ def fit_gauss_newton(
         iterations=(iterations, 1), damping=(damping, 0), damping_increase=(damping_increase, 1),
         damping_decrease=(damping_decrease, 1), gradient_tolerance=(gradient_tolerance, 0),
         loss_tolerance=(loss_tolerance, 0), weight_decay=(weight_decay, 0), max_seconds=(max_seconds, 0),
-        patience=(patience, 1), chunk_size=(chunk_size, 1),
+        patience=(patience, 1), max_memory=(max_memory, 1),
     )  # fmt: skip
     if callback is not None:
         _check_callable("callback", callback, "one GaussNewtonResult")
     if validation_metric is not None:
         _check_callable("validation_metric", validation_metric, "one model")
     checking = Validation(validation, validation_metric, patience)
-    problem = Problem(model, residual_fn, loss, chunk_size)
+    processes = Processes(across_processes)
+    problem = Problem(model, residual_fn, loss, max_memory, processes)
     theta = problem.parameters()
     result = _started(resume_from, damping, theta, weight_decay=bool(weight_decay), validates=checking.given)
     start, theta, best = (_restored(result, name, theta) for name in ("start", "last", "best"))
@@ -167,10 +177,12 @@ def fit_gauss_newton(
     rule = DampingRule(damping_increase, damping_decrease, gradient_tolerance, weight_decay)
 
     began = time.perf_counter()
-    progress = tqdm(total=iterations, initial=first, disable=not progressbar, unit="iteration", dynamic_ncols=True)
+    shown = progressbar and processes.is_first
+    progress = tqdm(total=iterations, initial=first, disable=not shown, unit="iteration", dynamic_ncols=True)
+    processes.keep_interrupts()
     try:
         for iteration in range(first, iterations):
-            batch = data(iteration) if callable(data) else data
+            batch = processes.agreed(data, iteration) if callable(data) else data
             if evaluation is None or callable(data):
                 evaluation = problem.checked(theta, batch, first=iteration == first)
             before = total_loss(evaluation, theta, start, weight_decay)
@@ -195,7 +207,13 @@ def fit_gauss_newton(
             problem.write(theta)
             progress.update()
             progress.set_postfix_str(f"loss {losses[-1]:.2e}, damping {done.damping:.0e}", refresh=False)
-            if callback is not None and callback(result):
+            called = processes.called(callback, result)
+            late = max_seconds is not None and time.perf_counter() - began >= max_seconds
+            interrupted, called, late = processes.any(processes.interrupted, called, late)
+            if interrupted:
+                reason = "interrupted"
+                break
+            if called:
                 reason = "callback"
                 break
             if checking.is_over(measured):
@@ -204,7 +222,7 @@ def fit_gauss_newton(
             if done.before - done.loss <= loss_tolerance * abs(done.before):
                 reason = "loss"
                 break
-            if max_seconds is not None and time.perf_counter() - began >= max_seconds:
+            if late:
                 reason = "seconds"
                 break
     except KeyboardInterrupt:
@@ -212,6 +230,7 @@ def fit_gauss_newton(
     finally:
         problem.write(best if checking.given else theta)  # whatever came while the tensors were being written
         progress.close()
+        processes.release_interrupts()
     return replace(result, reason=reason)
 
 

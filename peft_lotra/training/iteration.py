@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .damped_system import Prior, linear_system
+from .choice import damped_system
+from .damped_system import Prior
 from .problem import Evaluation, Problem
 
 # Bounds of the damping: with more the step is nothing, with less the fp64 factorisation fails.
@@ -71,14 +72,9 @@ def iterate(
     decay = rule.weight_decay
 
     before = total_loss(evaluation, theta, start, decay)
-    system = linear_system(
-        problem.rows(theta, batch, evaluation.counts),
-        evaluation.residuals,
-        len(theta),
-        Prior(decay, theta.double() - start.double()) if decay else None,
-        problem.gradient(theta, batch, evaluation.counts),
-        None if problem.is_least_squares and not decay else abs(before) ** 0.5,
-    )
+    prior = Prior(decay, theta.double() - start.double()) if decay else None
+    norm = None if problem.is_least_squares and not decay else abs(before) ** 0.5
+    system = damped_system(problem, theta, batch, evaluation, prior, norm)
     if not math.isfinite(system.scale):
         raise ValueError("`residual_fn` has derivatives that are not finite, with the parameters that `model` has now")
     if first and not system.scale and not decay and system.gradient.any():

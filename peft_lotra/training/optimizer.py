@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from .answers import Function, Loss
 from .checks import check_numbers
 from .iteration import DampingRule, iterate
-from .problem import Function, Loss, Problem
+from .problem import Problem
+from .processes import Processes
 
 
 class GaussNewton(torch.optim.Optimizer):
@@ -32,8 +34,8 @@ class GaussNewton(torch.optim.Optimizer):
     it as they take any optimizer of torch; `examples/gauss_newton_trainer.py` has the Trainer.
 
     Args:
-        model, residual_fn, loss, weight_decay, damping, damping_increase, damping_decrease, chunk_size: as for
-            `fit_gauss_newton`. A batch is what it calls data.
+        model, residual_fn, loss, weight_decay, damping, damping_increase, damping_decrease, max_memory,
+        across_processes: as for `fit_gauss_newton`. A batch is what it calls data.
         lr: α, at most 1, which is the Gauss–Newton step.
 
     Raises:
@@ -53,15 +55,16 @@ class GaussNewton(torch.optim.Optimizer):
         damping: float = 0.1,
         damping_increase: float = 5.0,
         damping_decrease: float = 4.0,
-        chunk_size: int | None = None,
+        max_memory: int = 2**32,
+        across_processes: bool | None = None,
     ) -> None:
         check_numbers(
             lr=(lr, 0), damping=(damping, 0), damping_increase=(damping_increase, 1),
-            damping_decrease=(damping_decrease, 1), weight_decay=(weight_decay, 0), chunk_size=(chunk_size, 1),
+            damping_decrease=(damping_decrease, 1), weight_decay=(weight_decay, 0), max_memory=(max_memory, 1),
         )  # fmt: skip
         if lr > 1:
             raise ValueError(f"`lr` should be at most 1, the Gauss–Newton step, but the value passed is {lr!r}")
-        self._problem = Problem(model, residual_fn, loss, chunk_size)
+        self._problem = Problem(model, residual_fn, loss, max_memory, Processes(across_processes))
         self._rule = DampingRule(damping_increase, damping_decrease, 0.0, weight_decay)
         self._checked = False
         super().__init__(list(self._problem.trained.values()), {"lr": lr, "damping": damping})

@@ -4,67 +4,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
-from torch.func import functional_call, grad, jacrev, vjp, vmap
+from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..placement.sharded import check_not_sharded
 from ..preserved import check_model
-from .losses import ConvexLoss, Given, OutputLoss, checked_losses, described
-
-Function = Callable[[Callable[..., Any], Any], Any]
-Loss = str | OutputLoss
-
-# Numbers that a chunk of per-sample gradients may hold, where `chunk_size` is not given: 256 MiB in fp32.
-_CHUNK_NUMBERS = 2**26
+from .answers import Kind, answer_of, at, first_of, residuals_of
+from .losses import ConvexLoss, Given, checked_losses
+from .memory import Chunks
+from .processes import Processes
 
 
 class Evaluation(NamedTuple):
     """The loss at θ, and what the linear system needs of it besides derivatives by θ.
 
     Attributes:
-        loss: the sum over all kinds.
-        residuals: r, shape (R,).
-        counts: by kind, how many samples its mean is taken over.
-        fitted: how many numbers are to be fitted: residuals, labels, or outputs that have a target.
+        loss: the sum over all kinds, of all processes.
+        residuals: r, shape (R,), of this process.
+        kinds: how many of them belong to each kind, in their order.
+        counts: by kind, how many samples its mean is taken over, of all processes.
+        fitted: how many numbers are to be fitted: residuals, labels, or outputs that have a target, of all processes.
     """
 
     loss: float
     residuals: torch.Tensor
+    kinds: list[int]
     counts: dict[str, int]
     fitted: int
 
 
-class _Kind(NamedTuple):
-    """A kind of residuals; `batch` has `size` rows, and `loss` is None for least squares."""
+class _OfKind(NamedTuple):
+    """What a kind gives before it is known over how many samples the means are taken.
 
-    name: str
-    function: Function
-    loss: ConvexLoss | None
-    batch: Any
-    size: int
+    Attributes:
+        total: Σ w ℓ.
+        roots: r times the root of that number, shape (R,).
+        counted: the number in this process.
+        fitted: see `Evaluation`.
+    """
 
-    def chunks(self, rows: int) -> Iterator[tuple[Any, int]]:
-        """Parts of the batch, and their numbers of rows."""
-        leaves, spec = tree_flatten(self.batch)
-        for chunk in zip(*(leaf.split(rows) for leaf in leaves), strict=True):
-            yield spec.unflatten(chunk), len(chunk[0])
-
-
-class _Answer(NamedTuple):
-    """What a function gives for a batch under a loss: outputs in fp64, targets, and the weights of the samples."""
-
-    outputs: torch.Tensor
-    targets: Any
-    weights: torch.Tensor
-
-    def over_samples(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The weights, so that they multiply a tensor with one entry or more for each sample."""
-        return self.weights.view(-1, *[1] * (tensor.ndim - 1))
+    total: float
+    roots: torch.Tensor
+    counted: int
+    fitted: int
 
 
 class Problem:
@@ -73,11 +61,16 @@ class Problem:
     Of least squares r are the residuals and R is their Jacobian, both divided by √N. Under another loss there are rows
     √(w/2M) LᵀJ for each sample, with its weight w, the Jacobian J of its outputs, L Lᵀ = ∂²ℓ/∂o², and M samples.
 
+    Args:
+        model, function, loss: those of `fit_gauss_newton`; `function` is its `residual_fn`.
+        max_memory: bytes that the fit may hold besides the model.
+        processes: each has a part of the data; r and R are those of this process.
+
     Raises:
         ValueError, TypeError: if nothing can be fitted.
     """
 
-    def __init__(self, model: nn.Module, function: Any, loss: Any, chunk_size: int | None) -> None:
+    def __init__(self, model: nn.Module, function: Any, loss: Any, max_memory: int, processes: Processes) -> None:
         check_model(model=model)
         check_not_sharded(
             model, "`model`", "fit it before it is sharded, or save the adapter and fit it in one process"
@@ -109,9 +102,8 @@ class Problem:
         self.several = isinstance(function, Mapping)
         self.losses = checked_losses(loss, list(self.functions))
         self.is_least_squares = not any(self.losses.values())
-        # A sample has its own gradient of whatever the trained parameters are made into: a dense update, say.
-        numbers = sum(p.numel() for p in model.parameters())
-        self.chunk_size = lambda count: chunk_size or max(1, _CHUNK_NUMBERS // numbers // count)
+        self.max_memory, self.chunks, self.processes = max_memory, Chunks(max_memory), processes
+        processes.check_same(model)
 
     def parameters(self) -> torch.Tensor:
         """θ, in the widest dtype of its parts."""
@@ -138,7 +130,7 @@ class Problem:
 
         return net
 
-    def _kinds(self, batch: Any, argument: str = "data") -> Iterator[_Kind]:
+    def _kinds(self, batch: Any, argument: str = "data") -> Iterator[Kind]:
         if self.several and not (isinstance(batch, Mapping) and set(batch) == set(self.functions)):
             raise ValueError(
                 f"`{argument}` should be a mapping with the keys of `residual_fn`, {sorted(self.functions)}, but it "
@@ -150,42 +142,55 @@ class Problem:
             shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             if not all(isinstance(leaf, torch.Tensor) and leaf.ndim for leaf in leaves):
                 raise TypeError(
-                    f"`{argument}{_at(name)}` should be made of tensors with a batch axis, but it has {shapes}"
+                    f"`{argument}{at(name)}` should be made of tensors with a batch axis, but it has {shapes}"
                 )
             rows = {len(leaf) for leaf in leaves}
             if len(rows) != 1 or rows == {0}:
                 raise ValueError(
-                    f"`{argument}{_at(name)}` should have one number of rows, above zero, but its shapes are {shapes}"
+                    f"`{argument}{at(name)}` should have one number of rows, above zero, but its shapes are {shapes}"
                 )
-            yield _Kind(name, function, self.losses[name], part, rows.pop())
+            yield Kind(name, function, self.losses[name], part, rows.pop())
 
     @torch.no_grad()
     def evaluate(self, theta: torch.Tensor, batch: Any, argument: str = "data") -> Evaluation:
-        net = self._net(self._named(theta))
-        squares, rows, others, fitted = [], [], 0.0, 0
-        counts: dict[str, int] = {}
+        answers = self.processes.agreed(self._answers, theta, batch, argument)
+        totals = self.processes.totals(answer.counted for answer in answers.values())
+        counts = {name: int(total) for name, total in zip(answers, totals, strict=True)}
+        if not all(totals):
+            name = next(name for name, count in counts.items() if not count)
+            raise ValueError(f"every label in `{argument}{at(name)}` is to be ignored: none is left to be fitted")
+        rows, kinds, total = [], [], 0.0
+        for name, answer in answers.items():
+            rows.append(answer.roots / math.sqrt(counts[name]))
+            kinds.append(len(rows[-1]))
+            total += answer.total / counts[name]
+        total, fitted = self.processes.totals([total, sum(answer.fitted for answer in answers.values())])
+        return Evaluation(total, torch.cat(rows), kinds, counts, int(fitted))
+
+    def _answers(self, theta: torch.Tensor, batch: Any, argument: str) -> dict[str, _OfKind]:
+        net, found = self._net(self._named(theta)), {}
         for kind in self._kinds(batch, argument):
-            name, loss = kind.name, kind.loss
-            chunks = kind.chunks(self.chunk_size(1))
-            if loss is None:
-                values = torch.cat([_residuals(kind, kind.function(net, chunk), size) for chunk, size in chunks])
-                counts[name] = kind.size
-                rows.append(values.double().flatten() / math.sqrt(kind.size))
-                squares.append(rows[-1])
-                fitted += rows[-1].numel()
-                continue
-            answers = [_answer(kind, kind.function(net, chunk), size, loss) for chunk, size in chunks]
-            counts[name] = sum(loss.counted(answer.outputs, answer.targets) for answer in answers)
-            if not counts[name]:
-                raise ValueError(f"every label in `{argument}{_at(name)}` is to be ignored: none is left to be fitted")
-            for answer in answers:
-                value, residual = (f(answer.outputs, answer.targets) for f in (loss.value, loss.residual))
-                others += (answer.weights @ value).item() / counts[name]
-                scale = (answer.over_samples(residual) / (2 * counts[name])).sqrt()
-                rows.append((scale * residual).flatten())
-                fitted += loss.fitted(answer.outputs, answer.targets, rows[-1])
-        total = torch.cat(squares).square().sum().item() if squares else 0.0
-        return Evaluation(total + others, torch.cat(rows), counts, fitted)
+
+            def answered(part: Any, kind: Kind = kind) -> _OfKind:
+                return _answered(kind, net, part)
+
+            rows = self._rows_at_a_time(kind, "values", answered)
+            parts = [answered(part) for part, _ in kind.chunks(rows)]
+            found[kind.name] = _OfKind(
+                sum(part.total for part in parts),
+                torch.cat([part.roots for part in parts]),
+                sum(part.counted for part in parts),
+                sum(part.fitted for part in parts),
+            )
+        return found
+
+    def _rows_at_a_time(self, kind: Kind, what: str, run: Callable[[Any], object]) -> int:
+        """How many samples of a kind; `run` does with a part of the batch what is to be done with all parts."""
+
+        def measured(rows: int) -> None:
+            run(tree_map(lambda leaf: leaf[:rows], kind.batch))
+
+        return self.chunks.rows(f"{what} {kind.name}", kind.size, measured)
 
     def checked(self, theta: torch.Tensor, batch: Any, first: bool, argument: str = "data") -> Evaluation:
         """`evaluate`, which must be finite; at `first`, also what single samples give, which must be the same."""
@@ -195,6 +200,10 @@ class Problem:
             if "does not require grad" not in str(error):
                 raise
             raise ValueError("`residual_fn` should take derivatives of `net` by `torch.func`") from error
+        self.processes.agreed(self._check, found, theta, batch, first, argument)
+        return found
+
+    def _check(self, found: Evaluation, theta: torch.Tensor, batch: Any, first: bool, argument: str) -> None:
         values, now = found.residuals, f"on `{argument}` and with the parameters that `model` has now"
         if not values.isfinite().all():
             raise ValueError(
@@ -210,31 +219,32 @@ class Problem:
             for kind in self._kinds(batch, argument):
                 kind = kind._replace(batch=tree_map(lambda leaf: leaf[:4], kind.batch))
                 with torch.no_grad():
-                    together = _first(kind, kind.function(net, kind.batch))
-                    alone = torch.cat([_first(kind, kind.function(net, row)) for row, _ in kind.chunks(1)])
+                    together = first_of(kind, kind.function(net, kind.batch))
+                    alone = torch.cat([first_of(kind, kind.function(net, row)) for row, _ in kind.chunks(1)])
                 if not torch.allclose(together, alone, rtol=1e-2, atol=1e-2 * together.abs().max().item()):
                     what = "residuals" if kind.loss is None else "outputs"
                     raise ValueError(
-                        f"`residual_fn{_at(kind.name)}` should compute the {what} of a sample from this sample alone, "
+                        f"`residual_fn{at(kind.name)}` should compute the {what} of a sample from this sample alone, "
                         f"but those of the first ones are {alone.flatten().tolist()}, and "
                         f"{together.flatten().tolist()} together: a batch mean? dropout?"
                     )
-        return found
 
     def rows(self, theta: torch.Tensor, batch: Any, counts: dict[str, int]) -> Iterator[torch.Tensor]:
         """Blocks of rows of R, in the order of r, in the dtype of θ. shape: (rows, P)"""
         parameters = self._named(theta)
+        parts = []
         for kind in self._kinds(batch):
             if kind.loss is None:
-                yield from self._jacobian(kind, parameters)
+                parts.append(self._jacobian(kind, parameters, counts[kind.name]))
             else:
-                yield from self._times_factors(kind, kind.loss, parameters, counts[kind.name])
+                parts.append(self._times_factors(kind, kind.loss, parameters, counts[kind.name]))
+        return chain.from_iterable(parts)
 
-    def _of_sample(self, kind: _Kind, parameters: dict[str, torch.Tensor], sample: Any) -> torch.Tensor:
+    def _of_sample(self, kind: Kind, parameters: dict[str, torch.Tensor], sample: Any) -> torch.Tensor:
         answer = kind.function(self._net(parameters), tree_map(lambda leaf: leaf.unsqueeze(0), sample))
-        return _first(kind, answer)
+        return first_of(kind, answer)
 
-    def _jacobian(self, kind: _Kind, parameters: dict[str, torch.Tensor]) -> Iterator[torch.Tensor]:
+    def _jacobian(self, kind: Kind, parameters: dict[str, torch.Tensor], samples: int) -> Iterator[torch.Tensor]:
         def of_sample(parameters: dict[str, torch.Tensor], sample: Any) -> torch.Tensor:
             return self._of_sample(kind, parameters, sample).flatten()
 
@@ -242,13 +252,16 @@ class Problem:
             count = of_sample(parameters, tree_map(lambda leaf: leaf[0], kind.batch)).numel()
         # One residual is the common case, and a gradient is cheaper than a Jacobian of one row.
         rows_of = grad(lambda *args: of_sample(*args).sum()) if count == 1 else jacrev(of_sample)
-        for chunk, size in kind.chunks(self.chunk_size(count)):
+
+        def of_chunk(chunk: Any) -> torch.Tensor:
             rows = vmap(rows_of, in_dims=(None, 0))(parameters, chunk)
-            columns = [rows[key].detach().reshape(size * count, -1) for key in parameters]
-            yield torch.cat(columns, dim=1) / math.sqrt(kind.size)
+            columns = [rows[key].detach().reshape(rows[key].shape[0] * count, -1) for key in parameters]
+            return torch.cat(columns, dim=1).div_(math.sqrt(samples))
+
+        return self._by_chunks(kind, of_chunk)
 
     def _times_factors(
-        self, kind: _Kind, loss: ConvexLoss, parameters: dict[str, torch.Tensor], count: int
+        self, kind: Kind, loss: ConvexLoss, parameters: dict[str, torch.Tensor], count: int
     ) -> Iterator[torch.Tensor]:
         """A reverse pass for each column of L, none for J itself."""
 
@@ -259,86 +272,99 @@ class Problem:
             columns = torch.einsum("tkm,ts->tmsk", blocks, eye).reshape(-1, *outputs.shape)
             return vmap(pull_back)(columns.to(outputs.dtype))[0]
 
-        with torch.no_grad():
-            first = self._factors(kind, loss, parameters, *next(kind.chunks(1)), count)
-        for chunk, size in kind.chunks(self.chunk_size(first.numel() // first.shape[-2])):
+        def of_chunk(chunk: Any) -> torch.Tensor:
             with torch.no_grad():
-                factors = self._factors(kind, loss, parameters, chunk, size, count)
+                factors = self._factors(kind, loss, parameters, chunk, count)
             rows = vmap(of_sample)(chunk, factors)
-            yield torch.cat([rows[key].detach().reshape(-1, p.numel()) for key, p in parameters.items()], dim=1)
+            return torch.cat([rows[key].detach().reshape(-1, p.numel()) for key, p in parameters.items()], dim=1)
+
+        return self._by_chunks(kind, of_chunk)
+
+    def _by_chunks(self, kind: Kind, of_chunk: Callable[[Any], torch.Tensor]) -> Iterator[torch.Tensor]:
+        """What solves the system takes a block in fp64: that is measured too."""
+        rows = self._rows_at_a_time(kind, "rows", lambda part: of_chunk(part).to(torch.float64, copy=True))
+        return (of_chunk(part) for part, _ in kind.chunks(rows))
+
+    def product(self, theta: torch.Tensor, batch: Any, counts: dict[str, int], vector: torch.Tensor) -> torch.Tensor:
+        """RᵀR v without R, a forward and a reverse pass; in fp64, with the rows of this process. shapes: (P,)"""
+        parameters, tangents = self._named(theta), self._named(vector.to(theta))
+        total = torch.zeros_like(vector, dtype=torch.float64)
+        for kind in self._kinds(batch):
+
+            def of_chunk(chunk: Any, kind: Kind = kind) -> torch.Tensor:
+                def outputs(p: dict[str, torch.Tensor]) -> torch.Tensor:
+                    return first_of(kind, kind.function(self._net(p), chunk))
+
+                with torch.no_grad():
+                    along = jvp(outputs, (parameters,), (tangents,))[1]
+                if kind.loss is None:
+                    along = along / counts[kind.name]
+                else:
+                    with torch.no_grad():
+                        factors = self._factors(kind, kind.loss, parameters, chunk, counts[kind.name])
+                    wide = along.double().reshape(*factors.shape[:-1], 1)
+                    along = (factors @ (factors.mT @ wide)).reshape(along.shape)
+                return self._pulled(outputs, parameters, along)
+
+            for chunk, _ in kind.chunks(self._rows_at_a_time(kind, "product", of_chunk)):
+                total += of_chunk(chunk)
+        return total
 
     def _factors(
-        self, kind: _Kind, loss: ConvexLoss, parameters: dict[str, torch.Tensor], chunk: Any, rows: int, count: int
+        self, kind: Kind, loss: ConvexLoss, parameters: dict[str, torch.Tensor], chunk: Any, count: int
     ) -> torch.Tensor:
         """√(w/2M) L. shape: (N, ..., k, m)"""
-        answer = _answer(kind, kind.function(self._net(parameters), chunk), rows, loss)
+        rows = len(tree_flatten(chunk)[0][0])
+        answer = answer_of(kind, kind.function(self._net(parameters), chunk), rows, loss)
         factor = loss.factor(answer.outputs, answer.targets)
         return answer.over_samples(factor).div(2 * count).sqrt() * factor
 
     def gradient(self, theta: torch.Tensor, batch: Any, counts: dict[str, int]) -> torch.Tensor | None:
-        """What Rᵀr lacks of g/2: that of losses whose r is zero, in fp64; None if there are none. shape: (P,)"""
-        parameters, parts = self._named(theta), []
+        """What Rᵀr lacks of g/2 in all processes: that of losses whose r is zero, in fp64. shape: (P,)"""
+        parameters, total = self._named(theta), None
         for kind in self._kinds(batch):
             if not isinstance(kind.loss, Given):
                 continue
-            for chunk, rows in kind.chunks(self.chunk_size(1)):
+
+            def of_chunk(chunk: Any, kind: Kind = kind, loss: Given = kind.loss) -> torch.Tensor:
+                def outputs(p: dict[str, torch.Tensor]) -> torch.Tensor:
+                    return first_of(kind, kind.function(self._net(p), chunk))
+
                 with torch.no_grad():
-                    answer = _answer(kind, kind.function(self._net(parameters), chunk), rows, kind.loss)
-                    gradient = kind.loss.gradient(answer.outputs, answer.targets)
+                    given, rows = kind.function(self._net(parameters), chunk), len(tree_flatten(chunk)[0][0])
+                    answer = answer_of(kind, given, rows, loss)
+                    gradient = loss.gradient(answer.outputs, answer.targets)
                     gradient = answer.over_samples(gradient) * gradient / (2 * counts[kind.name])
+                return self._pulled(outputs, parameters, gradient)
 
-                def outputs(p: dict[str, torch.Tensor], kind: _Kind = kind, chunk: Any = chunk) -> torch.Tensor:
-                    return _first(kind, kind.function(self._net(p), chunk))
+            rows = self._rows_at_a_time(kind, "gradient", of_chunk)
+            for chunk, _ in kind.chunks(rows):
+                pulled = of_chunk(chunk)
+                total = pulled if total is None else total + pulled
+        return None if total is None else self.processes.sum(total)
 
-                of_chunk, pull_back = vjp(outputs, parameters)[:2]
-                (pulled,) = pull_back(gradient.to(of_chunk.dtype))
-                parts.append(torch.cat([pulled[key].detach().flatten() for key in parameters]).double())
-        return sum(parts[1:], parts[0]) if parts else None
-
-
-def _first(kind: _Kind, answer: Any) -> torch.Tensor:
-    """Residuals, or outputs."""
-    return answer if kind.loss is None else answer[0]
-
-
-def _residuals(kind: _Kind, values: Any, rows: int) -> torch.Tensor:
-    _check_real(f"`residual_fn{_at(kind.name)}` should give", values)
-    if values.ndim not in (1, 2) or len(values) != rows or not values.numel():
-        raise ValueError(
-            f"`residual_fn{_at(kind.name)}` should give the residuals of every sample, shape ({rows},) or ({rows}, k) "
-            f"for a batch of {rows}, not their mean or sum, but it gave {tuple(values.shape)}"
-        )
-    return values
+    @staticmethod
+    def _pulled(
+        outputs: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+        parameters: dict[str, torch.Tensor],
+        cotangent: torch.Tensor,
+    ) -> torch.Tensor:
+        """(∂outputs/∂θ)ᵀ · cotangent, in fp64. shape: (P,)"""
+        of_outputs, pull_back = vjp(outputs, parameters)[:2]
+        (pulled,) = pull_back(cotangent.detach().to(of_outputs.dtype))
+        return torch.cat([pulled[key].detach().flatten() for key in parameters]).double()
 
 
-def _answer(kind: _Kind, given: Any, rows: int, loss: ConvexLoss) -> _Answer:
-    should = f"`residual_fn{_at(kind.name)}` should give"
-    if not isinstance(given, tuple) or len(given) not in (2, 3):
-        raise TypeError(
-            f"{should} a pair, (outputs, targets), or (outputs, targets, weights), for a `loss` other than "
-            f"'least_squares', but it gave {described(given)}"
-        )
-    outputs, targets, *weights = given
-    _check_real(f"{should}, first in the pair,", outputs)
-    if not outputs.ndim or len(outputs) != rows or not outputs.numel():
-        raise ValueError(f"{should} outputs of {rows} samples, shape ({rows}, ...), but they are {described(outputs)}")
-    if wrong := loss.check(outputs, targets):
-        raise ValueError(f"{should} {wrong}")
-    weight = weights[0] if weights else outputs.new_ones(rows)
-    if not isinstance(weight, torch.Tensor) or weight.shape != (rows,):
-        raise ValueError(f"{should} weights of shape ({rows},), one for each sample, but they are {described(weight)}")
-    if not (weight.isfinite() & (weight >= 0)).all():
-        raise ValueError(f"{should} weights of at least 0, but they go from {weight.min()} to {weight.max()}")
-    return _Answer(outputs.double(), targets, weight.double())
-
-
-def _check_real(should: str, values: Any) -> None:
-    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
-        got = f"one of {values.dtype}" if isinstance(values, torch.Tensor) else f"a {type(values).__qualname__}"
-        raise TypeError(
-            f"{should} a tensor of real floating-point numbers, made by torch from what `net` returns, but it gave "
-            f"{got}"
-        )
+def _answered(kind: Kind, net: Callable[..., Any], part: Any) -> _OfKind:
+    given, rows, loss = kind.function(net, part), len(tree_flatten(part)[0][0]), kind.loss
+    if loss is None:
+        values = residuals_of(kind, given, rows).double().flatten()
+        return _OfKind(values.square().sum().item(), values, rows, len(values))
+    answer = answer_of(kind, given, rows, loss)
+    value, residual = (f(answer.outputs, answer.targets) for f in (loss.value, loss.residual))
+    roots = ((answer.over_samples(residual) / 2).sqrt() * residual).flatten()
+    counted, fitted = loss.counted(answer.outputs, answer.targets), loss.fitted(answer.outputs, answer.targets, roots)
+    return _OfKind((answer.weights @ value).item(), roots, counted, fitted)
 
 
 def _check_differentiable(model: nn.Module) -> None:
@@ -353,7 +379,3 @@ def _check_differentiable(model: nn.Module) -> None:
                 "`LoTRAConfig(r=(None, r, None))`, which is LoRA of coefficients, or merge the adapter if it stays "
                 "as it is"
             )
-
-
-def _at(name: str) -> str:
-    return f"[{name!r}]" if name else ""

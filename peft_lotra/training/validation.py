@@ -33,12 +33,16 @@ class Validation:
         if self.metric is None:
             return (problem.evaluate(theta, self.data, "validation").loss,) if self.given else ()
         problem.write(theta)
-        value = self.metric(problem.model)
+        return (problem.processes.mean(problem.processes.agreed(self._of_metric, problem.model)),)
+
+    def _of_metric(self, model: nn.Module) -> float:
+        assert self.metric is not None
+        value = self.metric(model)
         if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
             value = value.item()
         if not isinstance(value, Real):
             raise TypeError(f"`validation_metric` should give one number, less being better, but it gave {value!r}")
-        return (float(value),)
+        return float(value)
 
     def at_start(self, problem: Problem, theta: torch.Tensor) -> tuple[float, ...]:
         """`measured`, which must be finite."""

@@ -28,12 +28,12 @@ class Solution(Objective):
     def metric(self, model: nn.Module) -> float:
         return relative_l2_error(model, self.pde, self.grid)
 
-    def least_squares(self) -> tuple[Any, Any]:
+    def second_order(self) -> dict[str, Any]:
         def data(iteration: int) -> dict[str, Tensor]:
             points = self.pde.sample(generator(self.seed, iteration), self.device, interior=1000, per_side=80)
             return batch(self.pde, Points(*points))
 
-        return residual_functions(self.pde), data
+        return {"residual_fn": residual_functions(self.pde), "data": data}
 
 
 @dataclass(frozen=True, kw_only=True)

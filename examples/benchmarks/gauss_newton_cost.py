@@ -1,0 +1,322 @@
+"""What an iteration of `fit_gauss_newton` takes: seconds and memory by size, form of the solver and processes.
+
+    python examples/benchmarks/gauss_newton_cost.py
+    python examples/benchmarks/gauss_newton_cost.py --parts size --widths 24 --residuals 100000 --max-memory 2e9
+
+A Chebyshev KAN of widths (2, W, W, 1) and degree 7 has P = 8W(W + 3) numbers: 1,040 at W = 10, 5,184 at 24, 20,384 at
+49. It is fitted to values of a function, or to the Poisson equation. Parts:
+
+- gram: JᵀJ and its factorisation by the lower triangle, over the whole matrix; JᵀJ in fp32 too.
+- passes: seconds of the processor, from few samples, for J, for JᵀJ and for a product with it by a pass of the data,
+  which is what conjugate gradients are made of.
+- size: an iteration's seconds (the median), those of the processor, which a busy machine does not change, and how far
+  the memory of the process rises above what it is before the fit; for each bound `max_memory`. Where the bound leaves
+  no room for P² numbers, the equation is solved by conjugate gradients.
+- processes: the same with all points in one process, and with a part in each of several, one thread each.
+
+Every case of the last two runs in processes of its own. Writes gauss_newton_cost.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import psutil
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
+from chebyshev_kan import ChebyshevKAN
+from command_line import exit_code, make_output_dir, new_parser, positive_int
+from measuring import clock, interleaved, median_ratio
+from pde_least_squares import residual_functions
+from pdes import PDES
+from reporting import write_atomically
+from torch import distributed
+from torch.distributed.run import main as torchrun
+
+from peft_lotra import fit_gauss_newton
+from peft_lotra.training import choice
+from peft_lotra.training.conjugate_gradients import ConjugateGradients
+from peft_lotra.training.damped_system import NormalEquations, ResidualSpace
+from peft_lotra.training.lower_triangle import LowerTriangle
+from peft_lotra.training.problem import Problem
+from peft_lotra.training.processes import Processes
+
+PARTS = ("gram", "passes", "size", "processes")
+FORMS = {form.__name__: form for form in (NormalEquations, ResidualSpace, ConjugateGradients)}
+PART = "processes.json"  # from the processes to the one that has started them
+PDE = PDES["elliptic"](1.3)
+PROBLEMS = {
+    "values": lambda net, points: net(points) - PDE.exact(points),
+    "poisson": residual_functions(PDE)["equation"],
+}
+
+
+def timed(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run, interleaved."""
+    device = torch.device("cpu")
+    for run in runs.values():
+        run()
+    found = interleaved({name: lambda run=run: clock(device, run) for name, run in runs.items()}, rounds)
+    return {name: [end for (end,) in ends] for name, ends in found.items()}
+
+
+def gram(sizes: list[int], rounds: int) -> list[dict[str, Any]]:
+    """Over the whole matrix, in fp64: the time of JᵀJ for 2,000 rows of J, and that of its factorisation."""
+    rows = []
+    for size in sizes:
+        J = torch.randn(2000, size, dtype=torch.float64)
+        whole, narrow, triangle = J.new_zeros(size, size), J.new_zeros(size, size).float(), LowerTriangle(size, J)
+        shift, single = J.new_full((size,), 2000.0), J.float()
+        runs = {
+            "whole": lambda J=J, whole=whole: whole.addmm_(J.T, J),
+            "triangle": lambda J=J, triangle=triangle: triangle.add_products(J),
+            "fp32": lambda J=single, narrow=narrow: narrow.addmm_(J.T, J),
+        }
+        seconds = timed(runs, rounds)
+        factors = {
+            "whole": lambda whole=whole, shift=shift: torch.linalg.cholesky_ex(whole + shift.diag()),
+            "triangle": lambda triangle=triangle, shift=shift: triangle.factor(shift),
+        }
+        of_factor = timed(factors, rounds)
+        rows.append(
+            {
+                "numbers": size,
+                "triangle": median_ratio(seconds["triangle"], seconds["whole"]),
+                "fp32": median_ratio(seconds["fp32"], seconds["whole"]),
+                "factor": median_ratio(of_factor["triangle"], of_factor["whole"]),
+                "memory": LowerTriangle.numbers(size) / size**2,
+                "gflops": 2 * 2000 * size**2 / median(seconds["whole"]) / 1e9,
+            }
+        )
+        print(
+            f"P = {size:,}: by the lower triangle JᵀJ takes {rows[-1]['triangle']:.2f} × the time of the whole matrix "
+            f"({rows[-1]['gflops']:.0f} GFLOP/s), the factor {rows[-1]['factor']:.2f} ×, the memory "
+            f"{rows[-1]['memory']:.2f} ×; the whole matrix in fp32 {rows[-1]['fp32']:.2f} ×"
+        )
+    return rows
+
+
+def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds of the processor for 10⁵ residuals."""
+    rows, points = [], drawn(args.samples)
+
+    def measured(run: Callable[[], object], count: int) -> float:
+        run()
+        start = time.process_time()
+        run()
+        return (time.process_time() - start) * 1e5 / count
+
+    for width in args.widths:
+        for name in args.problems:
+            torch.manual_seed(0)
+            kan = ChebyshevKAN((2, width, width, 1), 7)
+            problem = Problem(kan, PROBLEMS[name], "least_squares", args.max_memory[-1], Processes(False))
+            theta, counts = problem.parameters(), {"": args.samples}
+            vector, block = torch.randn(len(theta), dtype=torch.float64), torch.randn(300, len(theta)).double()
+            triangle = LowerTriangle(len(theta), vector)
+            runs = {
+                "rows": (lambda p=problem, t=theta, c=counts: sum(len(b) for b in p.rows(t, points, c)), args.samples),
+                "gram": (lambda m=triangle, b=block: m.add_products(b), len(block)),
+                "product": (lambda p=problem, t=theta, c=counts, v=vector: p.product(t, points, c, v), args.samples),
+            }
+            rows.append(
+                {"numbers": len(theta), "problem": name} | {key: measured(*value) for key, value in runs.items()}
+            )
+            print(
+                f"{name}, P = {len(theta):,}: for 10⁵ residuals J takes {rows[-1]['rows']:.1f} s of the processor, "
+                f"JᵀJ {rows[-1]['gram']:.1f} s, a product {rows[-1]['product']:.1f} s",
+                flush=True,
+            )
+    return rows
+
+
+def fitted(case: dict[str, Any], points: torch.Tensor, across: bool | None = None) -> dict[str, Any]:
+    """A fit of so many iterations: seconds of each, and the forms that were taken."""
+    torch.manual_seed(0)
+    model, marks, forms = ChebyshevKAN((2, case["width"], case["width"], 1), 7), [], []
+
+    def noted(form: Any) -> Callable[..., Any]:
+        def make(*args: Any) -> Any:
+            forms.append(form.__name__)
+            return form(*args)
+
+        return make
+
+    for name, form in FORMS.items():
+        setattr(choice, name, noted(form))
+
+    def mark(result: Any = None) -> None:
+        marks.append((time.perf_counter(), time.process_time(), result and result.losses[-1]))
+
+    before = psutil.Process().memory_info().rss
+    mark()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some cases have few points
+        fit_gauss_newton(
+            model, PROBLEMS[case["problem"]], points, iterations=case["iterations"], max_memory=case["max_memory"],
+            loss_tolerance=0, callback=mark, progressbar=False, across_processes=across,
+        )  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    steps = [[b - a for a, b in zip(one[:2], next_[:2], strict=True)] for one, next_ in zip(marks, marks[1:])]  # noqa: B905
+    # The first iteration also finds out how many samples fit into the memory.
+    seconds, cpu_seconds = zip(*(steps[1:] or steps), strict=True)
+    return {
+        "numbers": sum(p.numel() for p in model.parameters()),
+        "form": forms[0],
+        "seconds": median(seconds),
+        "cpu_seconds": median(cpu_seconds),
+        "losses": [loss for *_, loss in marks[1:]],
+        "megabytes": max(0, peak - before) / 1e6,
+    }
+
+
+def drawn(count: int) -> torch.Tensor:
+    return 2 * torch.rand(count, 2, generator=torch.Generator().manual_seed(1)) - 1
+
+
+def child(case: dict[str, Any], answer: Connection) -> None:
+    torch.set_num_threads(case["threads"])
+    fitted(case | {"width": 2, "iterations": 1}, drawn(64))  # what torch loads and allocates once
+    answer.send(fitted(case, drawn(case["residuals"])))
+
+
+def size(args: argparse.Namespace) -> list[dict[str, Any]]:
+    context, rows = multiprocessing.get_context("spawn"), []
+    for width in args.widths:
+        for count in args.residuals:
+            for problem in args.problems:
+                for max_memory in args.max_memory:
+                    case = {
+                        "width": width, "residuals": count, "problem": problem, "max_memory": max_memory,
+                        "iterations": args.iterations, "threads": torch.get_num_threads(),
+                    }  # fmt: skip
+                    receiver, sender = context.Pipe(duplex=False)
+                    process = context.Process(target=child, args=(case, sender))
+                    process.start()
+                    sender.close()
+                    try:
+                        rows.append(case | receiver.recv())
+                    except EOFError:
+                        raise RuntimeError(f"the process of {case} has ended without a result") from None
+                    process.join()
+                    row = rows[-1]
+                    print(
+                        f"{problem}, P = {row['numbers']:,}, R = {count:,}, {max_memory / 1e9:.3g} GB allowed: "
+                        f"{row['form']}, {row['seconds']:.2f} s an iteration ({row['cpu_seconds']:.2f} s of the "
+                        f"processor), {row['megabytes']:.0f} MB, loss {row['losses'][-1]:.2e}",
+                        flush=True,
+                    )
+    return rows
+
+
+def of_processes(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The largest number of points, in one process and in several."""
+    rows = []
+    for count in (1, args.processes):
+        # --standalone takes a free port.
+        start = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}"]
+        torchrun([*start, __file__, *sys.argv[1:]])
+        rows.append(json.loads((args.output_dir / PART).read_text()))
+        (args.output_dir / PART).unlink()
+        assert rows[-1]["processes"] == count, "torchrun has started something else"
+    one, several = rows
+    several["difference"] = max(abs(a - b) / b for a, b in zip(several["losses"], one["losses"], strict=True))
+    print(
+        f"{one['problem']}, P = {one['numbers']:,}, R = {one['residuals']:,}, one thread for each process: "
+        f"{one['seconds']:.2f} s an iteration in one process, {several['seconds']:.2f} s in {args.processes} "
+        f"({one['seconds'] / several['seconds']:.2f} ×; of the processor {one['cpu_seconds']:.2f} and "
+        f"{several['cpu_seconds']:.2f} s in each); losses differ by {several['difference']:.1e}"
+    )
+    return rows
+
+
+def work(args: argparse.Namespace) -> None:
+    """What each of several processes runs; the first one writes."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank, count = distributed.get_rank(), distributed.get_world_size()
+    case = {
+        "width": args.widths[0], "residuals": args.residuals[-1], "problem": args.problems[-1],
+        "max_memory": args.max_memory[-1], "iterations": args.iterations, "processes": count,
+    }  # fmt: skip
+    row = case | fitted(case, drawn(case["residuals"]).tensor_split(count)[rank], across=True)
+    if rank == 0:
+        write_atomically(args.output_dir / PART, lambda path: path.write_text(json.dumps(row)))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
+    results: dict[str, Any] = {"settings": settings, "threads": torch.get_num_threads()}
+    if "gram" in args.parts:
+        results["gram"] = gram([8 * width * (width + 3) for width in args.widths], args.rounds)
+    if "passes" in args.parts:
+        results["passes"] = passes(args)
+    if "size" in args.parts:
+        results["size"] = size(args)
+    if "processes" in args.parts:
+        results["processes"] = of_processes(args)
+    path = args.output_dir / "gauss_newton_cost.json"
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
+    print(f"Written: {path}")
+
+
+def number_of_bytes(text: str) -> int:
+    try:
+        value = int(float(text))
+    except (ValueError, OverflowError):
+        value = 0
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"should be a positive number of bytes, got {text!r}")
+    return value
+
+
+def parse_args() -> argparse.Namespace:
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
+    add("--widths", type=positive_int, nargs="+", default=[10, 24, 49], help="W; processes have the first")
+    add("--residuals", type=positive_int, nargs="+", default=[10_000, 100_000], help="R; processes have the last")
+    add("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="processes have the last")
+    add("--max-memory", type=number_of_bytes, nargs="+", default=[2 * 10**9, 8 * 10**9], help="bytes, as 2e9")
+    add("--iterations", type=positive_int, default=3, help="of each fit; the first is not timed where there are more")
+    add("--rounds", type=positive_int, default=5, help="of gram, interleaved")
+    add("--samples", type=positive_int, default=1000, help="of passes")
+    add("--processes", type=positive_int, default=2, help="beside one")
+    add("--threads", type=positive_int, help="of the CPU in gram and size; default: torch's")
+    add("--smoke", action="store_true", help="small sizes, to see that all of it runs")
+    add("--output-dir", type=Path, default=Path("outputs/gauss_newton_cost"), help="where everything is written")
+    args = parser.parse_args()
+    if args.smoke:
+        args.widths, args.residuals, args.max_memory, args.rounds = [10], [1500], [9_000_000, 2**32], 1
+        args.problems, args.iterations, args.samples = ["values"], 2, 100
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    make_output_dir(parser, args)
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    if "RANK" in os.environ:
+        work(args)
+        return 0
+    return exit_code(lambda: run(args), "Nothing was written.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

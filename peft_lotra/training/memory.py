@@ -1,0 +1,87 @@
+"""How much memory a computation takes for each sample, and so how many samples it may take at a time."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# What a chunk of samples may take, within a quarter of `max_memory`: more of it saves no time.
+_CHUNK_BYTES = 2**28
+# Numbers of samples at which memory is measured.
+_FEW, _MORE = 16, 64
+
+
+class LiveBytes(TorchDispatchMode):
+    """While this is entered: `peak` is the most bytes of tensors from operations that are alive at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if _has_storage(leaf)}
+        for leaf in tree_leaves(result):
+            if _has_storage(leaf) and leaf.untyped_storage()._cdata not in given:
+                self._follow(leaf.untyped_storage())
+        return result
+
+    def _follow(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def freed(_: Any) -> None:
+            self._alive.pop(key, None)
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _has_storage(leaf: Any) -> bool:
+    return type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.layout == torch.strided
+
+
+class Chunks:
+    """How many samples of each computation are taken at a time, found out once for each.
+
+    Args:
+        max_memory: what the whole fit may take, in bytes.
+    """
+
+    def __init__(self, max_memory: int) -> None:
+        self.budget = min(_CHUNK_BYTES, max_memory // 4)
+        self._found: dict[str, tuple[int, int]] = {}
+
+    @property
+    def bytes(self) -> int:
+        """What the largest chunk may take, which is more than `budget` where a single sample does."""
+        return max(self.budget, self.of_one)
+
+    @property
+    def of_one(self) -> int:
+        """What a chunk of one sample takes."""
+        return max((taken for _, taken in self._found.values()), default=0)
+
+    def rows(self, key: str, size: int, run: Callable[[int], object]) -> int:
+        """At least 1; `run(n)` does the computation for n of the `size` samples that there are."""
+        if key not in self._found:
+            few, more = (self._measured(run, min(n, size)) for n in (_FEW, _MORE))
+            each = max(1, (more - few) // (_MORE - _FEW)) if size >= _MORE else max(1, more // size)
+            constant = max(0, more - each * min(_MORE, size))
+            self._found[key] = max(1, (self.budget - constant) // each), constant + each
+        return self._found[key][0]
+
+    @staticmethod
+    def _measured(run: Callable[[int], object], rows: int) -> int:
+        with LiveBytes() as live:
+            run(rows)
+        return live.peak

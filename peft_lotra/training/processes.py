@@ -1,0 +1,131 @@
+"""Several processes, each of which holds a part of the data, as one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed, nn
+
+_T = TypeVar("_T")
+
+
+class Processes:
+    """Sums over processes and decisions that are the same in all of them; with one process, all of it is nothing.
+
+    Args:
+        across: the argument `across_processes` of `fit_gauss_newton`.
+
+    Raises:
+        ValueError: if there are several processes and it is not said what they are to do.
+    """
+
+    def __init__(self, across: bool | None) -> None:
+        if across is not None and not isinstance(across, bool):
+            raise TypeError(f"`across_processes` should be True, False or None but the value passed is {across!r}")
+        started = distributed.is_available() and distributed.is_initialized()
+        count = distributed.get_world_size() if started else 1
+        if across is None and count > 1:
+            raise ValueError(
+                f"`across_processes` should be given where torch.distributed has {count} processes: True if `data` is "
+                "this process's part of the data and all processes make one fit; False if this process fits by itself"
+            )
+        self.several = bool(across) and count > 1
+        self.count = count if self.several else 1
+        self.is_first = not self.several or distributed.get_rank() == 0
+        self.interrupted = False
+        self._handler: Any = None
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Σ of all processes, in place."""
+        if self.several:
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def totals(self, numbers: Iterable[float]) -> list[float]:
+        """Σ of all processes for each number; whole numbers up to 2⁵³ are exact."""
+        values = list(numbers)
+        return self.sum(self._tensor(values)).tolist() if self.several else values
+
+    def any(self, *conditions: bool) -> list[bool]:
+        """Of each, whether it holds in some process."""
+        return [total > 0 for total in self.totals(map(float, conditions))]
+
+    def mean(self, number: float) -> float:
+        """Over the processes."""
+        return self.totals([number])[0] / self.count
+
+    def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first process's, in place: other machines may round differently."""
+        if self.several:
+            distributed.broadcast(tensor, src=0)
+        return tensor
+
+    def agreed(self, function: Callable[..., _T], *args: Any) -> _T:
+        """`function(*args)`, or an error in every process if it fails in one: none waits for another forever."""
+        if not self.several:
+            return function(*args)
+        try:
+            result, error = [function(*args)], None
+        except Exception as raised:
+            result, error = [], raised
+        (failed,) = self.any(error is not None)
+        if error is not None:
+            raise error
+        if failed:
+            raise RuntimeError("`fit_gauss_newton` failed in another process, whose error says why")
+        return result[0]
+
+    def check_same(self, model: nn.Module) -> None:
+        """Raise ValueError unless all processes have the same parameters."""
+        if not self.several:
+            return
+        sums = [p.detach().double().sum() for p in model.parameters()] + [
+            p.detach().double().square().sum() for p in model.parameters()
+        ]
+        mine = torch.stack([value.to(self._device()) for value in sums])
+        first = self.of_first(mine.clone())
+        if any(self.any(not torch.equal(mine, first))):
+            raise ValueError(
+                "`model` should have the same parameters in all processes, but they differ: set one seed before it is "
+                "made, or load one state dict into all"
+            )
+
+    def called(self, callback: Callable[[Any], Any] | None, value: Any) -> bool:
+        """Whether the callback answers true in this process; with several, an interrupt in it is kept."""
+        if callback is None or not self.several:
+            return callback is not None and bool(callback(value))
+
+        def call() -> bool:
+            try:
+                return bool(callback(value))
+            except KeyboardInterrupt:
+                self.interrupted = True
+                return False
+
+        return self.agreed(call)
+
+    def keep_interrupts(self) -> None:
+        """Ctrl-C sets `interrupted`, until all processes can end together; a second one is not kept."""
+        if not self.several or threading.current_thread() is not threading.main_thread():
+            return
+
+        def keep(number: int, frame: Any) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        self._handler = signal.signal(signal.SIGINT, keep)
+
+    def release_interrupts(self) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+
+    def _device(self) -> torch.device:
+        return torch.device("cuda") if distributed.get_backend() == "nccl" else torch.device("cpu")
+
+    def _tensor(self, values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self._device())
