@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 
-def check_numbers(**arguments: tuple[object, float]) -> None:
+def check_numbers(**arguments: tuple[Any, float]) -> None:
     """Raise ValueError if an argument is not a number from its bound on; the value and the bound, by name."""
     for name, (value, bound) in arguments.items():
         whole = name in ("iterations", "patience", "max_memory")
