@@ -220,10 +220,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--pde", choices=list(PDES), default="elliptic", help="family of PDEs")
-    add("--iterations", type=positive_int, default=75, help="of the fit to the whole family")
+    add("--iterations", type=positive_int, default=60, help="of the fit to the whole family")
     add("--parameters", type=positive_int, default=10, help="at which errors are measured")
-    add("--compared", type=positive_int, default=3, help="of them, at which the other methods run too")
-    add("--base-steps", type=positive_int, default=1500, help="Adam steps of the base")
+    add("--compared", type=positive_int, default=1, help="of them, at which the other methods run too")
+    add("--base-steps", type=positive_int, default=600, help="Adam steps of the base")
     add("--full-steps", type=positive_int, default=1000, help="Adam steps of full fine-tuning")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")

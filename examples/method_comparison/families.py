@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))  # modules of the other examples
 sys.path.append(str(HERE.parent / "benchmarks"))
 from command_line import exit_code, new_parser  # noqa: E402
-from family_methods import METHODS, SEPARATE, SMOKE, Lab, Result, Sizes  # noqa: E402
+from family_methods import ALL_TASKS, METHODS, SEPARATE, SMOKE, Lab, Result, Sizes  # noqa: E402
 from family_report import report  # noqa: E402
 from family_tasks import CASES  # noqa: E402
 from reporting import write_atomically  # noqa: E402
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"\n[{number} of {len(every)}] {name}, {method}, seed {seed}; {time.strftime('%H:%M')}", flush=True)
         lab, start = Lab(name, CASES[name], seed, sizes, args.outputs), time.process_time()
         further = {}
-        if method == "parameter as an input":
+        if method in ALL_TASKS:
             if (name, "family", seed) not in done:
                 raise SystemExit(f"{method!r} takes the seconds of 'family', which is not there: add it to --methods")
             further["budget"] = done[name, "family", seed]["offline_seconds"]

@@ -17,7 +17,16 @@ from typing import Any, NamedTuple
 
 import torch
 from chebyshev_kan import ChebyshevKAN
-from family_tasks import AtParameters, Case, Exact, OfParameters, Parameters, solve_combination
+from family_tasks import (
+    AtParameters,
+    Case,
+    DiagonalsAtParameters,
+    DiagonalsOfParameters,
+    Exact,
+    OfParameters,
+    Parameters,
+    solve_combination,
+)
 from kans import build_kan, coefficients_of
 from pde_least_squares import GROWTH, batch, fit
 from pde_transfer import LEARNING_RATES, train
@@ -233,11 +242,10 @@ def full_adam(lab: Lab) -> Result:
     return Result(0, lab.base["seconds"], trainable(model), tasks)
 
 
-def parameter_as_input(lab: Lab, budget: float) -> Result:
-    """A KAN of points and parameters, from scratch: Adam as for the base, then Levenberg–Marquardt until `budget` CPU
-    seconds are over; at a new task, Levenberg–Marquardt on all of its numbers."""
+def trained_on_all(lab: Lab, model: nn.Module, what: str, budget: float) -> dict[str, Any]:
+    """A network of points and parameters, from scratch: Adam as for the base, then Levenberg–Marquardt until `budget`
+    CPU seconds are over. What `Lab.kept` gives of it; the model has its weights."""
     case, sizes = lab.case, lab.sizes
-    model = OfParameters(lab.build(len(case.ranges)), list(case.ranges.values()))
     residuals = case.residuals(OfParameters.at)
     start = time.process_time()
 
@@ -249,7 +257,7 @@ def parameter_as_input(lab: Lab, budget: float) -> Result:
         return 2 if time.process_time() - start >= 0.6 * budget else 1
 
     def compute() -> dict[str, Any]:
-        print(f"{lab.name}, seed {lab.seed}, parameter as an input, {budget:.0f} CPU s")
+        print(f"{lab.name}, seed {lab.seed}, {what}, {budget:.0f} CPU s")
         points = case.points(lab.seed + 1, interior=256, per_side=20)
         optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATES["chebyshev"]["base"])
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, sizes.base_steps)
@@ -273,14 +281,36 @@ def parameter_as_input(lab: Lab, budget: float) -> Result:
         details = {"iterations": result.iterations, "reason": result.reason, "Adam seconds": adam_seconds}
         return {"state": model.state_dict(), "details": details}
 
-    fitted = lab.kept("parameter_as_input", compute)
+    fitted = lab.kept(what.replace(" ", "_"), compute)
     model.to(case.dtype).load_state_dict(fitted["state"])
-    tasks = []
+    return fitted
+
+
+def parameter_as_input(lab: Lab, budget: float) -> Result:
+    """A KAN with the parameters as inputs, `trained_on_all`; at a new task Levenberg–Marquardt on all of it."""
+    case = lab.case
+    model = OfParameters(lab.build(len(case.ranges)), list(case.ranges.values()))
+    fitted, tasks = trained_on_all(lab, model, "parameter as an input", budget), []
     for values, seed in lab.tasks():
         of_task = AtParameters(copy.deepcopy(model), values)
         label = f"parameter as an input, at {values}"
-        tasks.append((values, lab.course(of_task, case.pde(values), sizes.everything, seed, label)))
+        tasks.append((values, lab.course(of_task, case.pde(values), lab.sizes.everything, seed, label)))
     return Result(trainable(model), fitted["seconds"], trainable(model), tasks, fitted["details"])
+
+
+def low_rank_layers(lab: Lab, budget: float) -> Result:
+    """Layers of low rank whose diagonals a small network makes of the parameters, `trained_on_all`; at a new task, the
+    diagonals and the first and last layer. The idea is that of Hyper-LR-PINN (Cho et al., 2023)."""
+    case = lab.case
+    torch.manual_seed(lab.seed)
+    model = DiagonalsOfParameters(list(case.ranges.values()))
+    fitted, tasks, online = trained_on_all(lab, model, "diagonals of the parameter", budget), [], 0
+    for values, seed in lab.tasks():
+        of_task = DiagonalsAtParameters(copy.deepcopy(model), values)
+        online = trainable(of_task)
+        label = f"diagonals of the parameter, at {values}"
+        tasks.append((values, lab.course(of_task, case.pde(values), lab.sizes.core, seed, label)))
+    return Result(trainable(model), fitted["seconds"], online, tasks, fitted["details"])
 
 
 def separate(lab: Lab, kind: str) -> dict[str, Any]:
@@ -365,6 +395,7 @@ def interpolated_adapters(lab: Lab) -> Result:
     return Result(len(nodes) * found["numbers"], lab.base["seconds"] + found["seconds"], 0, tasks)
 
 
+ALL_TASKS = ("parameter as an input", "diagonals of the parameter")  # they take the seconds of the family
 METHODS: dict[str, Callable[..., Result]] = {
     "family": family,
     "LoTRA alone, LM": lotra_alone,
@@ -372,6 +403,7 @@ METHODS: dict[str, Callable[..., Result]] = {
     "full, LM": full_lm,
     "full, Adam": full_adam,
     "parameter as an input": parameter_as_input,
+    "diagonals of the parameter": low_rank_layers,
     "basis of 8 KANs": partial(reduced_basis, kind="KANs", size=8),
     "basis of 16 KANs": partial(reduced_basis, kind="KANs", size=16),
     "basis of 8 adapters": partial(reduced_basis, kind="adapters", size=8),
@@ -380,4 +412,4 @@ METHODS: dict[str, Callable[..., Result]] = {
     "nearest adapter": nearest_adapter,
     "interpolated adapters": interpolated_adapters,
 }
-SEPARATE = list(METHODS)[6:]  # they need separate networks
+SEPARATE = list(METHODS)[7:]  # they need separate networks

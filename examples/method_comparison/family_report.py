@@ -46,6 +46,8 @@ ENTRIES = [
     INPUT,
     INPUT_ONCE,
     INPUT_AFTER,
+    Entry("diagonals of the parameter, as it is", "diagonals of the parameter", 0),
+    Entry("diagonals of the parameter, 5 iterations", "diagonals of the parameter", 5),
     Entry("basis of 8 KANs", "basis of 8 KANs"),
     BASIS,
     Entry("basis of 8 adapters", "basis of 8 adapters"),

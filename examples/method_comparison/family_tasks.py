@@ -232,6 +232,55 @@ class AtParameters(nn.Module):
         return self.model(points, *(points.new_full((len(points), 1), value) for value in self.parameters_of_task))
 
 
+class DiagonalsOfParameters(nn.Module):
+    """x ← tanh(L_k diag(s_k) R_k x + b_k), k = 1, …, K, between two linear layers, with s made of the parameters.
+
+    Args:
+        ranges: of the parameters, which are scaled to [−1, 1].
+
+    Shapes: points (N, 2) and parameters (N, 1) each → (N, 1); s (N, K, rank).
+    """
+
+    def __init__(self, ranges: Sequence[tuple[float, float]], width: int = 50, rank: int = 20, depth: int = 3) -> None:
+        super().__init__()
+        self.ranges, self.shape = tuple(ranges), (depth, rank)
+        self.first, self.last = nn.Linear(2, width), nn.Linear(width, 1)
+        self.left = nn.Parameter(torch.randn(depth, rank, width) * rank**-0.5)
+        self.right = nn.Parameter(torch.randn(depth, width, rank) * width**-0.5)
+        self.bias = nn.Parameter(torch.zeros(depth, width))
+        self.maker = nn.Sequential(nn.Linear(len(ranges), 32), nn.Tanh(), nn.Linear(32, depth * rank))
+        nn.init.ones_(self.maker[-1].bias)
+
+    def diagonals(self, *parameters: Tensor) -> Tensor:
+        scaled = [2 * (p - low) / (high - low) - 1 for p, (low, high) in zip(parameters, self.ranges, strict=True)]
+        return self.maker(torch.cat(scaled, dim=1)).unflatten(1, self.shape)
+
+    def with_diagonals(self, points: Tensor, diagonals: Tensor) -> Tensor:
+        x = torch.tanh(self.first(points))
+        for k in range(len(self.bias)):
+            x = torch.tanh((x @ self.right[k] * diagonals[:, k]) @ self.left[k] + self.bias[k])
+        return self.last(x)
+
+    def forward(self, points: Tensor, *parameters: Tensor) -> Tensor:
+        return self.with_diagonals(points, self.diagonals(*parameters))
+
+
+class DiagonalsAtParameters(nn.Module):
+    """A `DiagonalsOfParameters` at given numbers, of which the diagonals and the outer layers are trainable."""
+
+    def __init__(self, model: DiagonalsOfParameters, parameters: Parameters) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False)
+        model.first.requires_grad_(True)
+        model.last.requires_grad_(True)
+        with torch.no_grad():
+            made = model.diagonals(*(model.bias.new_full((1, 1), value) for value in parameters))
+        self.own = nn.Parameter(made)
+
+    def forward(self, points: Tensor) -> Tensor:
+        return self.model.with_diagonals(points, self.own)
+
+
 class Exact(nn.Module):
     """A task's solution itself."""
 
