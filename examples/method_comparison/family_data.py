@@ -72,7 +72,7 @@ def jobs(name: str, seed: int, sizes: Sizes, lines: list[Line]) -> Iterator[tupl
             "environment": {"torch": torch.__version__, "threads": torch.get_num_threads()},
         }
 
-    used = {label: method for label, method in METHODS.items() if method.kinds in ("both", lab.kind)}
+    used = {label: method for label, method in METHODS.items() if method.kind in ("any", *tasks.kinds)}
     if seed != TUNING:
         for label in used:
             yield {"case": name, "method": label, "seed": seed}, lambda label=label: solved(label)

@@ -37,8 +37,8 @@ class Sizes:
         tasks: new tasks.
     """
 
-    base: tuple[int, int] = (500, 30)
-    family: tuple[int, int] = (1500, 80)
+    base: tuple[int, int] = (500, 25)
+    family: tuple[int, int] = (1500, 100)
     rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     weight_decays: tuple[float, ...] = (1e-6, 1e-4, 1e-2, 1.0, 100.0, 1e4)
     tuning: float = 0.5
@@ -77,8 +77,14 @@ class Lab:
 
     def __init__(self, tasks: DataFamily, sizes: Sizes, chosen: dict[tuple[str, str], float]) -> None:
         self.tasks, self.sizes, self.chosen = tasks, sizes, chosen
-        self.lm, self.kind = tasks.regression, "names" if isinstance(tasks.family, list) else "ranges"
+        self.lm, self.named = tasks.regression, "names" in tasks.kinds
         self.learned: dict[str, Learned] = {}
+        self._samples: dict[str, tuple[Data, Data]] = {}
+
+    def samples(self, new: NewTask) -> tuple[Data, Data]:
+        if (key := str(new.task)) not in self._samples:
+            self._samples[key] = self.tasks.samples(new.task)
+        return self._samples[key]
 
     def once(self, name: str) -> Learned:
         """What a method learns once for all tasks, at the rate that was chosen."""
@@ -206,7 +212,7 @@ def learn_one(lab: Lab, rate: float, part: float) -> Learned:
 def learn_rival(lab: Lab, rate: float, part: float) -> Learned:
     """A KAN of inputs and parameters, or with outputs for each task: from scratch, as long as base and family took."""
     tasks, seconds = lab.tasks, (lab.once("base").seconds + lab.once("family").seconds) * part
-    if lab.kind == "names":
+    if lab.named:
         model, place = tasks.build(heads=len(tasks.family)), {name: k for k, name in enumerate(tasks.family)}
 
         def outputs(net: Any, x: Tensor, task: Task) -> Tensor:
@@ -233,7 +239,7 @@ ONCE: dict[str, Callable[[Lab, float, float], Learned]] = {
 
 def core(lab: Lab, new: NewTask, once: str = "family") -> nn.Module:
     model = copy.deepcopy(lab.once(once).model)
-    if lab.kind == "names":
+    if lab.named:
         add_task(model, new.task["task"])
     adapter_at(model, "new", **new.task)
     return model
@@ -251,7 +257,7 @@ def row(lab: Lab, new: NewTask) -> nn.Module:
 
 def unknown(lab: Lab, new: NewTask, once: str, what: str = "parameter") -> nn.Module:
     """At the parameter with the least loss of 21 in the range, which is trained; or of the family the core there."""
-    few, _ = lab.tasks.samples(new.task)
+    few, _ = lab.samples(new)
     ((name, (low, high)),) = lab.tasks.family.items()
     values = torch.linspace(low, high, 21)
     losses = [lab.loss(AtTask(lab.once(once), {name: value}), few) for value in values]
@@ -264,7 +270,7 @@ def unknown(lab: Lab, new: NewTask, once: str, what: str = "parameter") -> nn.Mo
 def rival(lab: Lab, new: NewTask, last_layer: bool = False) -> nn.Module:
     """Everything from the rival at the new parameters; of one with heads, the new one is their mean."""
     learned = lab.once("rival")
-    if lab.kind == "ranges":
+    if not lab.named:
         return AtTask(learned, new.task).requires_grad_(True)
     kan, state = lab.tasks.build(), dict(learned.model.state_dict())
     for key, own in kan.state_dict().items():
@@ -284,13 +290,13 @@ class Method(NamedTuple):
 
     Attributes:
         once: what was learned before.
-        kinds: of families that it is for.
+        kind: of families that it is for, see `DataFamily`.
         decays: whether it is kept near to its start.
     """
 
     start: Callable[[Lab, NewTask], nn.Module]
     once: str
-    kinds: str = "both"
+    kind: str = "any"
     decays: bool = True
 
 
@@ -303,7 +309,7 @@ METHODS = {
     "LoTRA alone": Method(partial(from_base, method="lotra", ratio=0.1), "base"),
     "LoRA alone": Method(partial(from_base, method="lora", ratio=0.1), "base"),
     "full": Method(partial(from_base, method="full"), "base"),
-    "one adapter": Method(lambda lab, new: copy.deepcopy(lab.once("one adapter").model), "one adapter"),
+    "one adapter": Method(lambda lab, new: copy.deepcopy(lab.once("one adapter").model), "one adapter", "visible"),
     "rival": Method(rival, "rival"),
     "rival, last layer": Method(partial(rival, last_layer=True), "rival", "names"),
     "rival, unknown parameter": Method(partial(unknown, once="rival"), "rival", "ranges", False),
@@ -326,7 +332,7 @@ def solve(lab: Lab, method: Method, weight_decay: float, every: int = 1) -> tupl
             return lab.tasks.metric(model(test.x), test.y)
 
     for new in lab.tasks.new_tasks()[: lab.sizes.tasks : every]:
-        few, test = lab.tasks.samples(new.task)
+        few, test = lab.samples(new)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*outside of the family's range")
             start = time.process_time()

@@ -59,7 +59,7 @@ class Case:
         of_case = [line for line in lines if line["case"] == name]
         self.lines = [line for line in of_case if "tasks" in line]
         self.tuning = {(line["stage"], line["method"]): line["tried"] for line in of_case if "tried" in line}
-        self.kind = "names" if isinstance(self.tasks.family, list) else "ranges"
+        self.kind = self.tasks.kinds[0]
         self.places = list(dict.fromkeys(task["place"] for line in self.lines for task in line["tasks"]))
 
     def label(self, row: Row) -> str:
@@ -109,7 +109,7 @@ def table_of(case: Case) -> str:
         rows.append(
             [
                 case.label(row),
-                f"{line['numbers']['once']:,}",
+                f"{line['numbers']['once']:,}" if METHODS[row.method].once != "base" else NONE,
                 seconds(median(line["once"]["seconds"] for line in case.of(row.method))),
                 f"{line['numbers']['task']:,}" if row.when else NONE,
                 seconds(median(every)) if row.when else NONE,

@@ -38,7 +38,8 @@ class DataFamily:
         widths: of the FastKAN.
         family: ranges of the parameters, or names of the tasks, as `LoTRAConfig` takes them.
         ranks: of the family, and its degree, as `LoTRAConfig` takes them.
-        ranks_of_one: of one adapter for all tasks with about as many numbers.
+        kinds: "ranges" of parameters or "names" of tasks; "visible" if the inputs show their task.
+        ranks_of_one: of one adapter for all visible tasks, with about as many numbers.
         regression: whether outputs are numbers, not scores of classes.
     """
 
@@ -46,6 +47,7 @@ class DataFamily:
     widths: ClassVar[tuple[int, ...]]
     family: dict[str, tuple[float, float]] | list[str]
     ranks: ClassVar[dict[str, Any]]
+    kinds: ClassVar[tuple[str, ...]] = ("ranges",)
     ranks_of_one: ClassVar[tuple[int, int, int]]
     regression: ClassVar[bool] = False
 
@@ -113,7 +115,7 @@ class TurnedDigits(Digits):
     widths = (64, 32, 10)
     family = {"angle": (-60.0, 60.0)}
     ranks = {"r": (8, 8, 5), "family_degree": 2}
-    ranks_of_one = (11, 11, 5)
+    kinds, ranks_of_one = ("ranges", "visible"), (11, 11, 5)
     trained = ((-60.0, -45.0), (-25.0, 15.0), (35.0, 60.0))
 
     def base_batch(self, step: int, test: bool = False) -> Data:
@@ -140,7 +142,7 @@ class GroupsOfDigits(Digits):
     title = "Groups of digits"
     widths = (64, 48, 2)
     ranks = {"r": (12, 12, 5), "rank_pattern": {"1.layer": (None, None, None)}}  # the last layer whole
-    ranks_of_one = (30, 30, 5)
+    kinds = ("names",)
     base, seen, new_ones = "02468", 12, 5
 
     def __init__(self, seed: int) -> None:
@@ -184,7 +186,6 @@ class Oscillator(DataFamily):
     widths = (2, 24, 24, 1)
     family = {"mu": (0.5, 2.5)}
     ranks = {"r": (6, 6, 5)}
-    ranks_of_one = (11, 11, 5)
     regression = True
     base, trained = 1.0, ((0.5, 1.2), (1.6, 2.5))
     runs, times, noise = 400, 50, 0.05
@@ -218,7 +219,7 @@ class Oscillator(DataFamily):
         return [self.pool(mu, -k) for k, mu in enumerate(drawn, start=5)]
 
     def rows(self, step: int, count: int, test: bool) -> Tensor:
-        return torch.arange(count) if test else torch.randint(count, (1000,), generator=generator(self.seed, step))
+        return torch.arange(count) if test else torch.randint(count, (600,), generator=generator(self.seed, step))
 
     def base_batch(self, step: int, test: bool = False) -> Data:
         data = self.of_base[test]
