@@ -204,7 +204,8 @@ class Oscillator(DataFamily):
         def right(_: float, state: np.ndarray) -> list[float]:
             return [state[1], mu * (1 - state[0] ** 2) * state[1] - state[0]]
 
-        return solve_ivp(right, (0, 10), [start, 0], t_eval=t, method="LSODA", rtol=1e-8, atol=1e-8).y[0]
+        found = solve_ivp(right, (0, 10), [start, 0], "LSODA", dense_output=True, rtol=1e-8, atol=1e-8)
+        return found.sol(t)[0]  # `t_eval` refuses a time that comes twice
 
     def pool(self, mu: Tensor, number: int) -> tuple[Data, Tensor]:
         return self.simulated(mu, self.times, generator(self.seed, number))
