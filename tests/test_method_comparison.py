@@ -147,8 +147,8 @@ def test_older_code_is_named_and_run_again(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "version", lambda task: "0.2.0+01234567")
     run.run_all(experiment, 1, results, tmp_path)
     assert files(tmp_path / "runs") == before
-    report.report(experiment, results, readme)
-    note = f"Older code: 6 of 6 runs ({older}); `run.py heat --stale` does them again."
+    report.report(experiment, results, readme, " --large")
+    note = f"Older code: 6 of 6 runs ({older}); `run.py heat --large --stale` does them again."
     assert note in readme.read_text()
     run.run_all(experiment, 1, results, tmp_path, stale=True)
     after = files(tmp_path / "runs")

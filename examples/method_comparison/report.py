@@ -211,7 +211,7 @@ def lacking(experiment: Experiment, found: Results) -> int:
     return searched or sum(run not in found for run in experiment.all_final_runs(found))
 
 
-def older_code(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
+def older_code(experiments: list[Experiment], results: Mapping[str, Results], options: str) -> str:
     """A line on the runs by older code; empty if there are none."""
     older, count = [], 0
     for experiment in experiments:
@@ -222,8 +222,9 @@ def older_code(experiments: list[Experiment], results: Mapping[str, Results]) ->
     if not older:
         return ""
     one = len(experiments) == 1
-    versions, names = (f" ({', '.join(sorted(set(older)))})", f" {experiments[0].name}") if one else ("", "")
-    return f"\n\nOlder code: {len(older)} of {count} runs{versions}; `run.py{names} --stale` does them again."
+    by = sorted(set(", ".join(older).split(", ")))  # a search may be by several
+    versions, names = (f" ({', '.join(by)})", f" {experiments[0].name}") if one else ("", "")
+    return f"\n\nOlder code: {len(older)} of {count} runs{versions}; `run.py{names}{options} --stale` does them again."
 
 
 def report(
@@ -245,7 +246,7 @@ def report(
     images.mkdir(parents=True, exist_ok=True)
     for experiment in experiments:
         cases = [case_of(experiment, name, results[experiment.name]) for name in experiment.cases]
-        content = tables(cases) + older_code([experiment], results)
+        content = tables(cases) + older_code([experiment], results, options)
         for picture in experiment.pictures:
             path = images / f"{experiment.name}_{picture}.png"
             figure = draw(cases, PANELS_OF[picture])
