@@ -28,7 +28,7 @@ from torch import nn
 
 from .coefficients import CoefficientSpec
 from .config import LoTRAConfig
-from .inference.search import verify_coefficients
+from .inference.verify import verify_coefficients
 from .layer import adapted_tensors, first_tensor
 from .standin import plan
 from .standin import tensor as standin_tensor

@@ -166,3 +166,13 @@ def test_family_cost(tmp_path):
     (row,) = json.loads((tmp_path / "family_cost.json").read_text())
     assert 1 < row["thin_ratio"] < row["terms"]
     assert min(row["time_ratio"], row["swap_seconds"]) > 0
+
+
+def test_inference(tmp_path):
+    command = [sys.executable, "-W", "error", str(SCRIPT.with_name("inference.py")), "--output-dir", str(tmp_path)]
+    command += ["--widths", "16", "--blocks", "4", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "inference.json").read_text())
+    assert [row["layers"] for row in rows] == [8, 8, 8]
+    assert all(row["forward_passes"] < 8 * 4 and row["memory_ratio"] > 0 for row in rows)

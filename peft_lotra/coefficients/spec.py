@@ -198,8 +198,11 @@ class CoefficientSpec:
 
     def to_canonical(self, stored: torch.Tensor) -> torch.Tensor:
         """A[i, o, d, ...] from a tensor that lies like the parameter."""
-        part = stored if self.slice is None else stored[parse_slice(self.slice)]
-        return self.layout.to_canonical(part)
+        return self.layout.to_canonical(self.part(stored))
+
+    def part(self, stored: torch.Tensor) -> torch.Tensor:
+        """What `layout` describes, of a tensor that lies like the parameter."""
+        return stored if self.slice is None else stored[parse_slice(self.slice)]
 
     def stored_update(self, canonical: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """An update of A, shape (n, m, n_d, ...), as an update of the parameter, whose shape is given."""

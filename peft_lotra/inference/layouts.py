@@ -200,15 +200,35 @@ def _verify(layout: Layout, responses: Responses, tolerance: Tolerance) -> None:
         if not _proportional(numbered, plain, axes, tolerance.ratio):
             raise NoLayout(f"its {what} follow no pattern: {layout.pattern!r} explains only a part of its entries")
     for _, plain in [responses.output, *responses.inputs]:
-        # s_io · φ_d: for each input (and kernel position) an o × d matrix of rank 1.
-        curves = canonical(plain).permute(0, 3, 1, 2)  # (i, k, o, d)
-        strongest = curves.square().sum(-1).argmax(-1)[..., None, None].expand(*curves.shape[:2], 1, curves.shape[3])
-        if not _proportional(curves, curves.gather(2, strongest).expand_as(curves), (3,), tolerance.product):
+        if not _share_functions(canonical(plain), tolerance):
             raise NoLayout("its functions φ_d(x_i) differ from output to output")
     plain = canonical(responses.output[1]).abs()
     functions = (plain > tolerance.zero * plain.max()).any(1).sum(1)  # of each input (and kernel position)
     if (functions > 1).float().mean() < 0.5:
         raise NoLayout("most inputs show fewer than two functions on this sample")
+
+
+def _share_functions(response: torch.Tensor, tolerance: Tolerance) -> bool:
+    """Whether g, shape (i, o, d, k), is s_io · φ_d: for each input (and kernel position) an o × d matrix of rank 1."""
+    curves = response.permute(0, 3, 1, 2)  # (i, k, o, d)
+    strongest = curves.square().sum(-1).argmax(-1)[..., None, None].expand(*curves.shape[:2], 1, curves.shape[3])
+    return _proportional(curves, curves.gather(2, strongest).expand_as(curves), (3,), tolerance.product)
+
+
+def bears_out(layout: Layout, response: torch.Tensor, inputs: int, outputs: int, tolerance: Tolerance) -> bool:
+    """Whether a response is one of the layout, where only so many input features and outputs have been asked for.
+
+    The entries of the others have none, and each of these outputs has the same functions.
+    """
+    stored = layout.to_canonical(response)
+    groups = layout.sizes.get("g", 1)
+    canonical = stored.reshape(*stored.shape[:3], groups, -1)  # (i, o, d, g, k)
+    alive = canonical.abs() > tolerance.zero * canonical.abs().max()
+    n, m = (int(alive.any(axis).any(1).any(-1).sum()) for axis in (1, 0))
+    if not 0 < n <= inputs or not 0 < m <= outputs:
+        return False
+    chosen = alive.flatten(1).any(1).nonzero()[:32, 0]  # as every input would cost as much as the layer itself
+    return _share_functions(canonical[chosen].flatten(3), tolerance)
 
 
 def _proportional(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], tolerance: float) -> bool:

@@ -40,8 +40,15 @@ PRECISIONS = (
 FINITE_DIFFERENCES = Tolerance(ratio=1e-3, product=1e-5, zero=1e-5)  # in float64
 
 
+VECTOR = "it is a vector along one axis of the input or output"
+
+
 class Refused(Exception):
-    """A parameter cannot be tested further."""
+    """A parameter cannot be tested further; `of_class`: nor can it in any layer of this class, settings and shapes."""
+
+    def __init__(self, reason: str, of_class: bool = False):
+        super().__init__(reason)
+        self.of_class = of_class
 
 
 class Unusable(Exception):
@@ -51,8 +58,18 @@ class Unusable(Exception):
 class Probe:
     """A layer with its sample at one precision; one of its inputs, x, is varied."""
 
-    def __init__(self, layer: nn.Module, args: tuple, kwargs: dict, precision: Precision, which: int, passes: Passes):
-        self.layer, self.precision, self._passes = layer, precision, passes
+    def __init__(
+        self,
+        layer: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        precision: Precision,
+        which: int,
+        passes: Passes,
+        repeats: bool = True,
+    ):
+        """With `repeats`, the layer runs a second time, to see that it does the same."""
+        self.layer, self.precision, self.which, self._passes = layer, precision, which, passes
         self._random = torch.Generator().manual_seed(0)
         dtype = precision.dtype
         self.values = {}
@@ -69,7 +86,13 @@ class Probe:
         self._met: dict[tuple, tuple[set[int], set[int]]] = {}
         given = tensors[self._position]
         self.x, self.base = self._first_run([self._spread(given, grow=len(tensors) == 1), given])
-        self._check_repeats()
+        if repeats:
+            self._check_repeats()
+
+    @property
+    def trace(self) -> tuple:
+        """The shapes of the recorded tensors and what each was made of: equal where a layer took equal steps."""
+        return tuple(t.shape for t in self.base.tensors), tuple(map(tuple, self.base.sources))
 
     def _noise(self, like: torch.Tensor) -> torch.Tensor:
         return torch.randn(like.shape, generator=self._random, dtype=torch.float64).to(like)
@@ -87,8 +110,10 @@ class Probe:
     def _spread(self, x: torch.Tensor, grow: bool) -> torch.Tensor:
         """Values like those of x, but none twice, in enough rows for most of the basis functions to be met."""
         rows = x.shape[0] if x.ndim else 0
-        if grow and x.ndim > 1 and (rows < 16 or x.numel() > 2**19):
-            rows = max(2, min(32, 2**19 // x[0].numel()))
+        if grow and x.ndim > 1 and x.numel():
+            places = x[0].numel() // max(x.shape[1:])  # of a row, at least: whichever axis is that of the features
+            enough = max(2, -(-32 // places))
+            rows = min(rows, max(enough, 2**15 // x[0].numel())) if rows >= enough else enough
         shape = (rows, *x.shape[1:]) if x.ndim else x.shape
         from_pool = x.flatten()[torch.randint(x.numel(), shape, generator=self._random).to(x.device)]
         mixed = from_pool
@@ -166,10 +191,10 @@ class Probe:
     def contractions(self, path: str) -> tuple[int, ...]:
         """The numbers of the last tensors on the way to the first output that are affine in the parameter."""
         if path in self.base.reassigned or path not in self.values:
-            raise Refused("the forward pass assigns it anew, so that an adapter would be lost")
+            raise Refused("the forward pass assigns it anew, so that an adapter would be lost", of_class=True)
         value = self.values[path]
         if value.dim() == 1 and value.numel() <= max(max(t.shape, default=1) for t in [self.x, *self.base.returned]):
-            raise Refused("it is a vector along one axis of the input or output")
+            raise Refused(VECTOR, of_class=True)
         output = next((k for k in self.base.outputs if self.base.depends(k, value)), None)
         if output is None:
             parameter = self.layer.get_parameter(path)
