@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..preserved import preserved
-from .recording import map_tensors
+from .recording import map_tensors, tensors_in
 
 Call = tuple[tuple, dict[str, Any]]  # what a module received
 
@@ -52,7 +53,9 @@ def walk(
             result = forward(*args, **kwargs)
             visiting = True
             try:
-                with torch.inference_mode(False), torch.autocast("cpu", enabled=False):
+                with torch.inference_mode(False), ExitStack() as stack:
+                    for device in {t.device.type for t in (*tensors_in(call), *module.parameters())} - {"meta"}:
+                        stack.enter_context(torch.autocast(device, enabled=False))
                     visit(name, module, call)
             except Exception as error:
                 failure = error
