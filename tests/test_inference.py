@@ -21,7 +21,8 @@ from peft_lotra import LoTRAConfig, infer_coefficients, register_kan_layer, veri
 from peft_lotra.coefficients import registry
 from peft_lotra.coefficients.spec import Layout
 from peft_lotra.inference.layouts import agree
-from peft_lotra.inference.response import Passes, infer_layer
+from peft_lotra.inference.precision import Passes
+from peft_lotra.inference.response import infer_layer
 from peft_lotra.layer import first_tensor
 from peft_lotra.testing import dense_model
 
@@ -691,3 +692,24 @@ def test_layers_of_an_adapted_model_are_verified_without_their_adapters():
     assert str(verify_coefficients(model, IMAGES)).count("; verified") == 1
     assert_equal(model(IMAGES), merged, 0)
     assert_different(merged, base(IMAGES))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.Identity, nn.ReLU, nn.Tanh, lambda: nn.LayerNorm(4), lambda: nn.BatchNorm1d(4)],
+    ids=["nothing", "ReLU", "tanh", "LayerNorm", "BatchNorm"],
+)
+@pytest.mark.parametrize(
+    "outer", [nn.Identity, lambda: nn.Sequential(nn.ReLU(), nn.Linear(5, 3))], ids=["alone", "mlp"]
+)
+def test_rows_of_an_image_are_no_functions_of_its_columns(activation, outer):
+    images = torch.randn(8, 4, 4, generator=torch.Generator().manual_seed(5))
+    model = nn.Sequential(nn.Sequential(activation(), nn.Flatten(), nn.Linear(16, 5)), outer())
+    with pytest.raises(ValueError, match="no KAN coefficient tensor found"):
+        infer_coefficients(model, images)
+
+
+def test_a_kernel_as_large_as_the_image_is_a_linear_weight():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 5, (6, 4)), nn.Flatten()))
+    with pytest.raises(ValueError, match="one function per input \\(n_d = 1\\)"):
+        infer_coefficients(model, torch.randn(9, 1, 6, 4))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .probe import Passes
+from .precision import Passes
 from .recording import map_tensors
 from .response import Finding, confirm_layer, infer_layer
 from .walk import Call

@@ -12,7 +12,6 @@ lies d.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,9 +21,13 @@ from functools import partial
 import torch
 
 from ..coefficients import Layout
+from ..coefficients.spec import GROUP
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # (numbered, plain) responses, each in the shape of the parameter
 Factor = tuple[str, int]  # (mode, size)
+
+
+LINEAR = "it has one function per input (n_d = 1): a linear weight, no basis axis"
 
 
 class NoLayout(Exception):
@@ -58,8 +61,6 @@ class Responses:
     output: Pair
     inputs: list[Pair]
     kernel: Mapping[str, list[Pair]] = field(default_factory=dict)  # by kernel axis: t, h, w
-    single_input: bool = False  # the layer has one input feature
-    single_output: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -95,11 +96,11 @@ def find_layout(responses: Responses, tolerance: Tolerance, features: int) -> La
         if _repeats(ratios["i"], axes):
             raise NoLayout("its entries share inputs, but not along factors of its stored axes")
         mixing = bool(modes & {"i", "o"})
-        raise NoLayout("it has one function per input (n_d = 1): a linear weight, no basis axis", True, mixing)
-    if "i" not in modes and not responses.single_input:
-        raise NoLayout("its functions of x cannot be told apart by input feature")
-    if "o" not in modes and not responses.single_output:
-        raise NoLayout("its entries cannot be told apart by output")
+        raise NoLayout(LINEAR, True, mixing)
+    # One input, or one output, of all or of each group is as good as several; but not one of each, without a kernel.
+    several = math.prod(size for factors in axes for mode, size in factors if mode in ("i", "o"))
+    if several == 1 and not responses.kernel and (features > 1 or "g" in modes):
+        raise NoLayout("it has functions of one input for one output each, and mixes nothing")
     layout = _name_axes(axes, tuple(responses.shape))
     seen = layout.canonical_shape[0] * layout.sizes.get("g", 1)
     if features % seen:
@@ -247,6 +248,21 @@ def _distinct(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], tolerance
     return not (ratios.sort(0).values.diff(dim=0) < least).any()  # what is not known, NaN, comes last
 
 
+def find_flattened(responses: Responses, features: int, tolerance: Tolerance) -> Layout | None:
+    """The layout with a star, if the parameter has one once some of its stored axes are flattened: most, or all."""
+    shape = tuple(responses.shape)
+    for start, stop in ((1, len(shape)), (0, len(shape) - 1), (0, len(shape))):
+        if stop - start < 2:
+            continue
+        with suppress(NoLayout):
+            flat = responses.map(partial(torch.flatten, start_dim=start, end_dim=stop - 1))
+            layout = find_layout(flat, tolerance, features)
+            groups = GROUP.findall(layout.pattern)
+            groups[start] = f"({groups[start].strip('()')})*"
+            return Layout(" ".join(groups), layout.sizes, shape[start:stop])
+    return None
+
+
 def find_part(responses: Responses, features: int, tolerance: Tolerance) -> tuple[Layout, str] | None:
     """The layout and the slice of the part of the parameter that is a coefficient tensor, where the whole is none.
 
@@ -263,7 +279,7 @@ def find_part(responses: Responses, features: int, tolerance: Tolerance) -> tupl
                     part = responses.map(partial(torch.narrow, dim=axis, start=start, length=size - rest))
                     layout = find_layout(part, tolerance, features)
                     complete = layout.canonical_shape[0] * layout.sizes.get("g", 1) == features
-                    if complete and "d" in re.findall(r"\([^()]*\)|\S+", layout.pattern)[axis]:
+                    if complete and "d" in GROUP.findall(layout.pattern)[axis]:
                         bounds = f"{start or ''}:{'' if stop == size else stop}"
                         return layout, ", ".join([":"] * axis + [bounds])
     return None

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..coefficients import CoefficientSpec
+from ..coefficients import CoefficientSpec, Layout
 from .contraction import Contraction, Place
 from .layouts import NoLayout, NoOutputs
-from .probe import PRECISIONS, VECTOR, Passes, Precision, Probe, Refused, Unusable
+from .precision import PRECISIONS, Passes, Precision
+from .probe import VECTOR, Probe, Refused, Unusable, is_numeric
 from .recording import tensors_in
+from .scales import scale_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def infer_layer(
     widest = max((size for t in tensors for size in t.shape), default=1)
     findings = {path: Finding(reason=_unfit(layer.get_parameter(path), widest), of_class=True) for path in paths}
     open_paths = [path for path, finding in findings.items() if not finding.reason]
-    inputs = sum(t.is_floating_point() and t.numel() > 0 for t in tensors)
+    inputs = sum(map(is_numeric, tensors))
     if not inputs:
         refusal = Finding(reason="its layer receives no floating-point tensor", of_class=True)
         return findings | dict.fromkeys(open_paths, refusal)
@@ -105,26 +107,22 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
     results: dict[str, Finding] = {}
     tensors: dict[str, tuple[int, ...]] = {}
     weights = []  # parameters that multiply functions of x
-    found: dict[str, tuple[CoefficientSpec, tuple[int, ...], int]] = {}  # with z and u
+    found: dict[str, tuple[CoefficientSpec, Place]] = {}
     for path in paths:
         try:
             tensors[path] = probe.contractions(path)
         except Refused as refused:
             results[path] = Finding(reason=str(refused), of_class=refused.of_class)
-    for members, z, u in probe.groups(tensors):
-        group = Contraction(probe, z, u, members)
+    contractions: dict[tuple, Contraction] = {}
+    for members, z in probe.groups(tensors):
         for path in members:
             try:
-                try:
-                    layout, part, place = group.find(path, region)
-                except NoOutputs:  # something linear comes after the contraction, and mixes the outputs
-                    first = Contraction(probe, *probe.first_contraction(path, z), [path])
-                    layout, part, place = first.find(path, region)
-                scale, scale_layout = (None, None) if part else probe.scale(path, place.frontier, layout)
+                layout, part, place = _layout(probe, path, members, z, tensors[path], region, contractions)
+                scale, scale_layout = (None, None) if part else scale_of(probe, path, place.frontier, layout)
                 spec = CoefficientSpec(path, layout, scale, scale_layout, part)
                 results[path] = Finding(spec, place=place)
                 weights.append(path)
-                found[path] = (spec, place.frontier, place.u)
+                found[path] = spec, place
             except Refused as refused:
                 results[path] = Finding(reason=str(refused))
             except NoLayout as failure:
@@ -132,13 +130,53 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
                 results[path] = Finding(reason=str(failure), linear=linear, of_class=failure.linear)
                 if failure.mixing:
                     weights.append(path)
-    for path, (spec, z, u) in found.items():
+    for path, (spec, place) in found.items():
         others = [other for other in weights if other not in (path, spec.scale)]
-        inside = [other for other in others if probe.in_basis(path, z, u, other)]
+        inside = [other for other in others if probe.in_basis(path, place.frontier, place.inputs.numbers, other)]
         if inside:
             reason = f"its functions of x contain the weights {inside}: it is the layer of a network behind them"
             results[path] = Finding(reason=reason, of_class=True)
     return results
+
+
+def _layout(
+    probe: Probe,
+    path: str,
+    members: list[str],
+    z: tuple[int, ...],
+    own: tuple[int, ...],
+    region: str | None,
+    contractions: dict[tuple, Contraction],
+) -> tuple[Layout, str | None, Place]:
+    """Layout, slice and place of a parameter that is tested with others, and then alone.
+
+    Args:
+        members, z: those that can be tested at once, and their tensors z; `own` are those of this parameter.
+        contractions: of these members, which are kept from one of them to the next.
+
+    Raises:
+        NoLayout, Refused: why it is no coefficient tensor, tested with the others.
+    """
+    failure: NoLayout | None = None
+    tests = [(members, z)] + ([([path], own)] if len(members) > 1 else [])
+    while tests:
+        paths, frontier = tests.pop(0)
+        try:
+            for inputs in probe.inputs_of(paths, frontier):
+                key = (*paths, frontier, inputs)
+                if key not in contractions:
+                    contractions[key] = Contraction(probe, frontier, inputs, paths)
+                try:
+                    return contractions[key].find(path, region)
+                except NoLayout as no_layout:
+                    failure = failure or no_layout
+                    if no_layout.linear or isinstance(no_layout, NoOutputs):
+                        raise
+        except NoOutputs:  # something linear comes after the contraction, and mixes the outputs
+            first = probe.first_contraction(path, frontier)
+            tests = [([path], first)] if first != frontier else []
+    assert failure is not None
+    raise failure
 
 
 def confirm_layer(
@@ -160,7 +198,7 @@ def confirm_layer(
             probe = Probe(layer, args, kwargs, *run, passes, repeats=False)
             for place, specs in places.items():
                 contraction = Contraction(
-                    probe, place.frontier, place.u, [spec.parameter for spec in specs], place.finite
+                    probe, place.frontier, place.inputs, [spec.parameter for spec in specs], place.finite
                 )
                 if probe.trace != place.trace or not contraction.bears_out(specs, place):
                     return False

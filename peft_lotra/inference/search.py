@@ -13,7 +13,7 @@ from ..coefficients import CoefficientSpec, known_coefficients
 from ..preserved import check_model, preserved
 from ..standin.placing import is_used
 from .alike import LayerTests
-from .probe import Passes
+from .precision import Passes
 from .recording import tensors_in
 from .response import Finding
 from .walk import Call, walk

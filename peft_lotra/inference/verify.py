@@ -17,7 +17,7 @@ from ..preserved import check_model
 from ..targets import resolve_targets
 from .alike import LayerTests
 from .layouts import agree
-from .probe import Passes
+from .precision import Passes
 from .response import Finding
 from .search import InferredCoefficients, described, result, spent
 from .walk import Call, walk
@@ -127,6 +127,8 @@ def _disagreement(layer: nn.Module, given: CoefficientSpec, found: CoefficientSp
 
 def _differing_axes(given: Layout, found: Layout) -> str:
     """What the stored axes hold, where the two differ: both shapes (n, m, n_d) may be the same."""
+    if given.flattened != found.flattened:
+        return ""
     pairs = enumerate(zip(given.stored_axes, found.stored_axes, strict=True))
     held = [f"axis {axis} of the parameter holds {b}, not {a}" for axis, (a, b) in pairs if a != b]
     return f": {'; '.join(held)} (i input, o output, d basis)" if held else ""
