@@ -713,3 +713,38 @@ def test_a_kernel_as_large_as_the_image_is_a_linear_weight():
     model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 5, (6, 4)), nn.Flatten()))
     with pytest.raises(ValueError, match="one function per input \\(n_d = 1\\)"):
         infer_coefficients(model, torch.randn(9, 1, 6, 4))
+
+
+@pytest.mark.parametrize("order", ["i d", "d i"])
+def test_a_layer_that_flattens_its_input(order):
+    images = torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(5))
+    model = nn.Sequential(nn.Sequential(nn.Flatten(), kans.MatrixKANLayer(6, 4, order=order)))
+    assert infer_coefficients(model, images)["0.1.weight"]["sizes"] == {"o": 4, "i": 6, "d": 4}
+
+    class Flattening(kans.MatrixKANLayer):
+        def forward(self, x):
+            return super().forward(x.flatten(1))
+
+    found = infer_coefficients(nn.Sequential(Flattening(6, 4, order=order)), images)
+    assert found["0.weight"] == {"layout": f"o ({order})", "sizes": {"o": 4, "i": 6, "d": 4}}
+
+
+class LookupKANLayer(nn.Module):
+    """y = Σ_i lerp(values[i, ⌊x_i⌋], values[i, ⌊x_i⌋ + 1], x_i - ⌊x_i⌋): looked up by number, as in kanditioned."""
+
+    def __init__(self, n, m, points=8):
+        super().__init__()
+        self.points = points
+        self.values = nn.Parameter(torch.randn(n, points, m))
+
+    def forward(self, x):
+        at = (x + 1) * (self.points - 1) / 2
+        low = at.floor().clamp(0, self.points - 2)
+        rows = low.long() + self.points * torch.arange(len(self.values))
+        table = self.values.view(-1, self.values.shape[-1])
+        lower, upper = nn.functional.embedding(rows, table), nn.functional.embedding(rows + 1, table)
+        return torch.lerp(lower, upper, (at - low).unsqueeze(-1)).sum(1)
+
+
+def test_rows_looked_up_by_number():
+    assert inferred(LookupKANLayer(4, 5), ROWS[:, :4]) == {"values": ("i d o", (4, 5, 8), None, None)}

@@ -11,9 +11,11 @@ import torch
 
 from ..coefficients import CoefficientSpec, Layout
 from ..coefficients.spec import parse_slice
-from .layouts import LINEAR, NoLayout, NoOutputs, Pair, Responses, bears_out, find_flattened, find_layout, find_part
+from .layouts import NoLayout, NoOutputs, Pair, Responses, bears_out, find_flattened, find_layout, find_part
 from .precision import FINITE_DIFFERENCES, Precision
 from .probe import Inputs, Probe
+
+FLAT = -1  # in place of the axis of features: all axes but the first
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,10 @@ class Contraction:
         single = not joined and (shape[1:].numel() if len(shape) > 1 else shape.numel()) == 1
         output, out_axis, out_joined = self._output(path)
         failure = None
-        for feature, kernel in [(None, ())] if single else _axis_choices(shape, joined):
+        for feature, kernel in [(None, ())] if single else _axis_choices(shape, joined, flat=True):
             axes = [out_axis] if kernel and z.ndim == 2 + len(kernel) and out_axis is not None else None
             pair = self._slope(path, feature, joined=joined), self._slope(path, None)
-            features = 1 if feature is None else shape[feature] * (len(self._u) if joined else 1)
+            features = 1 if feature is None else _size(shape, feature) * (len(self._u) if joined else 1)
             if feature is not None and not self._fits(pair, features):
                 continue
             letters = "thw"[3 - len(kernel) :] if kernel else ""
@@ -99,11 +101,7 @@ class Contraction:
             at = (probe.precision, probe.which, self._frontier, self._inputs, out_axis, out_joined, feature)
             place = Place(*at, self._finite, probe.trace)
             try:
-                layout = find_layout(responses, self._tolerance, features)
-                if self._inputs.numbers == (0,) and not self._finite:
-                    if probe.takes_entries(path, self._frontier, self._weights(), self._towards_u[True][0]):
-                        raise NoLayout(LINEAR, linear=True, mixing=True)
-                return layout, region, place
+                return find_layout(responses, self._tolerance, features), region, place
             except NoLayout as no_layout:
                 part = None if no_layout.linear or region else find_part(responses, features, self._tolerance)
                 if part is not None:
@@ -112,6 +110,8 @@ class Contraction:
                 if flat is not None:
                     return flat, None, place
                 failure = failure or no_layout
+                if feature == FLAT:  # a row of the input must not be taken for functions of its columns
+                    break
         raise failure or NoLayout("its entries cannot be told apart by input feature")
 
     def bears_out(self, specs: list[CoefficientSpec], place: Place) -> bool:
@@ -169,7 +169,7 @@ class Contraction:
 
     def _numbers(self, tensors: list[torch.Tensor], axis: int, joined: bool) -> list[torch.Tensor]:
         """Numbers along an axis of each tensor: all different if the tensors are `joined`, else the same in each."""
-        sizes = [t.shape[axis] for t in tensors]
+        sizes = [_size(t.shape, axis) for t in tensors]
         if joined:
             return list(self._probe.numbers(sum(sizes), tensors[0]).split(sizes))
         return [self._probe.numbers(sizes[0], tensors[0])] * len(tensors)
@@ -241,7 +241,14 @@ class Contraction:
 
 def _times(tensors: list[torch.Tensor], numbers: list[torch.Tensor], axis: int) -> list[torch.Tensor]:
     """Each tensor times its numbers along an axis."""
-    return [t * _along(own, axis, t.ndim) for t, own in zip(tensors, numbers, strict=True)]
+    return [
+        t * (own.view(t.shape[1:]) if axis == FLAT else _along(own, axis, t.ndim))
+        for t, own in zip(tensors, numbers, strict=True)
+    ]
+
+
+def _size(shape: torch.Size, axis: int) -> int:
+    return shape[1:].numel() if axis == FLAT else shape[axis]
 
 
 def _count(numbers: list[torch.Tensor], joined: bool) -> int:
@@ -262,12 +269,17 @@ def _along(vector: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
     return vector.view([-1] + [1] * (ndim - 1 - axis))
 
 
-def _axis_choices(shape: torch.Size, joined: bool = False) -> Iterator[tuple[int, tuple[int, ...]]]:
+def _axis_choices(
+    shape: torch.Size, joined: bool = False, flat: bool = False
+) -> Iterator[tuple[int, tuple[int, ...]]]:
     """(axis of the features, axes of positions) of a tensor, the likeliest first; the batch has the first axis.
 
     With `joined` there are several such tensors, and the second axis is one of features even if its size is 1.
+    `FLAT` stands for all axes but the first as one: the layer may flatten what it receives.
     """
     axes = [axis for axis in range(1, len(shape)) if shape[axis] > 1 or (joined and axis == 1)]
+    if flat and len(axes) > 1 and not joined:
+        yield FLAT, ()
     if len(shape) < 2 or not axes:
         yield 0, ()
     elif len(axes) < 3:

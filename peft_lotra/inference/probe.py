@@ -325,25 +325,6 @@ class Probe:
             t.numel() == self.x.numel() and torch.equal(t.flatten(), self.x.flatten()) for t in sides
         )
 
-    def takes_entries(
-        self, path: str, frontier: tuple[int, ...], weights: list[torch.Tensor], towards_x: torch.Tensor
-    ) -> bool:
-        """Whether the parameter multiplies fewer functions than two of each entry of x that matters to it.
-
-        That is an image before a linear layer, whose rows must not be taken for functions of its columns.
-        `towards_x` is ∂/∂x Σ weights · z.
-        """
-        sides = self._x_sides(path, frontier)
-        if 0 in sides:  # it meets x itself, or in a function that is not seen from inside: is z linear in x?
-            (run,) = self._alike([self.run(self.x.flatten().flip(0).view(self.x.shape))])
-            self._passes.backward += 1
-            (other,) = torch.autograd.grad([run.tensors[k] for k in frontier], run.x, weights)
-            return torch.allclose(other, towards_x, rtol=self.precision.affine)
-        count = sum(self.base.tensors[k].numel() for k in sides)
-        if count >= 2 * self.x.numel():
-            return False
-        return count < 2 * int(torch.stack([self._part_of_x(k) for k in sides]).any(0).sum())
-
     def in_basis(self, path: str, frontier: tuple[int, ...], u: Collection[int], other: str) -> bool:
         """Whether another parameter has a part in the functions of u that the parameter multiplies."""
         between = self.ancestors(self._x_sides(path, frontier), without=u)
