@@ -17,6 +17,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ import pytest
 import torch
 from torch import nn
 
-from .. import __version__
 from ..coefficients import known_coefficients
 from ..inference.search import InferredCoefficients, infer_coefficients
 from .harness import KANLayerTests
@@ -40,7 +40,7 @@ def report(factory: Callable[[], Any]) -> bool:
     """
     layer, x, coefficients = _made(factory)
     print(f"{type(layer).__module__}.{type(layer).__qualname__}, input {tuple(x.shape)} of {x.dtype}")
-    print(f"peft_lotra {__version__}, torch {torch.__version__}, peft {peft.__version__}")
+    print(f"peft_lotra {version('peft_lotra')}, torch {torch.__version__}, peft {peft.__version__}")
     if coefficients is None and not known_coefficients(layer):
         found: InferredCoefficients = infer_coefficients(nn.Sequential(layer), x)
         print(f"\n{found}\n")
