@@ -14,7 +14,8 @@ from .adapters.slim import slim_kan
 from .analysis.updates import update_spectrum
 from .coefficients import register_kan_layer, registered_kan_layers
 from .config import LoTRAConfig
-from .inference.search import infer_coefficients, verify_coefficients
+from .inference.search import infer_coefficients
+from .inference.verify import verify_coefficients
 from .layer import LoTRALayer
 from .model import LoTRAModel
 from .standin import PerformanceWarning

@@ -42,6 +42,7 @@ class Target:
     spec: CoefficientSpec
     ranks: Ranks = (1, 1, 1)
     alpha: float = 1.0
+    copy_of: tuple[str, str] | None = None  # the layer's class, and the registered one that it is taken for
 
     @property
     def parameter(self) -> str:

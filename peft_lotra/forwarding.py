@@ -86,7 +86,8 @@ class Forwarding(nn.Module):
             if name.startswith(_REWRITING):
                 raise RuntimeError(
                     f"`{name}` would rewrite coefficients under a LoTRA adapter, whose update belongs to the old "
-                    "ones: call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt anew"
+                    "ones: call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt anew, "
+                    "or leave it out, as pykan's `fit(dataset, update_grid=False)` does"
                 )
             with self._adapted_for_methods():
                 return value(*args, **kwargs)

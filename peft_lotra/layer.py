@@ -64,7 +64,9 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         names = {name for name in dir(self.get_base_layer()) if not name.startswith("_")}
         self._names_of_base = frozenset(names.difference(vars(self), self._modules, dir(nn.Module)))
         self._allows_unread = False  # whether the base layer need not use its coefficients in every pass
-        self._needs_tensor = False  # whether the base layer was found to take its coefficients as a plain tensor only
+        # Whether the base layer was found to take its coefficients as a plain tensor only. Nor can a stand-in follow
+        # axes that end where none of the layout's does.
+        self._needs_tensor = bool(spec.layout.flattened)
 
     def update_layer(
         self,
@@ -307,6 +309,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
                         raise
                 self._needs_tensor = True
                 warn("TorchScript, torch.autograd.Function or torch.vmap", type(layer).__qualname__)
+            if spec.layout.flattened:
+                warn("", type(layer).__qualname__, f"keeps its coefficients as {spec.layout.pattern!r}, across axes")
             with replaced(layer, spec, adapted_coefficients(layer, spec, updates).contiguous()):
                 return inner(*args, **kwargs)
 

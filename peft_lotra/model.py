@@ -21,6 +21,7 @@ from .coefficients.spec import tensor_at
 from .collected import Collected, check_whole
 from .combination import combine_adapters, copied_modules, copy_trained
 from .config import LoTRAConfig, Target
+from .copies import warn_of_copies
 from .layer import LoTRALayer, adapted_tensors, wrapped
 from .linear_layer import LinearLayer, is_linear
 from .placement.offloaded import writable_tensors
@@ -69,6 +70,7 @@ class LoTRAModel(BaseTuner):
             peft_config = replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or ()), *HEADS[task]])
         targets = resolve_targets(self.model, peft_config)
         warn_of_no_effect(peft_config, targets)
+        warn_of_copies(peft_config, targets)
         self._targets: dict[str, list[Target]] = {}
         for target in targets:
             self._targets.setdefault(target.module, []).append(target)

@@ -17,6 +17,7 @@ from .checkpoint import CONTAINERS
 from .coefficients import CoefficientSpec, known_coefficients
 from .coefficients.spec import owner_of, tensor_at
 from .config import LoTRAConfig, Target
+from .copies import copies
 from .layer import adapted_tensors
 from .linear_targets import layout_of, linear_targets
 from .patterns import ENDING, check_expressions, means, pattern_value
@@ -93,6 +94,9 @@ def _known_targets(base: BaseModel, config: LoTRAConfig) -> list[Target]:
             spec = CoefficientSpec.resolve(layers[module], parameter.removeprefix(f"{module}."), description)
         targets[parameter] = Target(module, spec)
     modules = {target.module for target in targets.values()}
+    for target in [] if config.is_self_contained else copies(layers, modules):
+        targets[target.parameter] = target
+        modules.add(target.module)
     if "" in modules:
         raise ValueError(
             "the model itself is a KAN layer, and PEFT adapts modules inside a model: "

@@ -35,7 +35,7 @@ def adapted_rows(
     layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...]
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """A + Σ updates, some rows of the parameter's first axis at a time, so that there is no second copy of it."""
-    if is_sharded(layer, spec, updates):
+    if is_sharded(layer, spec, updates) or spec.layout.flattened:
         yield slice(None), adapted_coefficients(layer, spec, updates)
         return
     parameter = _located(layer, spec.parameter)[2]
@@ -89,7 +89,9 @@ class Adapted(Call):
 
 
 def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> bool:
-    """Whether a forward pass of the layer computes something from its coefficients."""
+    """Whether a forward pass of the layer computes something from its coefficients; one with a star is believed."""
+    if spec.layout.flattened:
+        return True
     parameter = _located(layer, spec.parameter)[2]
     shapes = factor_shapes(spec.layout.canonical_shape, (1, 1, 1))
     factors = TuckerFactors(*[None if shape is None else parameter.new_zeros(shape) for shape in shapes])  # type: ignore[arg-type]

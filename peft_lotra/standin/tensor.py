@@ -329,13 +329,14 @@ def writes(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
 _warned: set[tuple[str, str]] = set()
 
 
-def warn(operation: str, owner: str | None) -> None:
-    """Say once for each class of layers and operation that A + Δ is formed."""
+def warn(operation: str, owner: str | None, use: str | None = None) -> None:
+    """Say once for each class of layers and operation, or other use, that A + Δ is formed."""
     if owner is None or (operation, owner) in _warned or torch.compiler.is_compiling():
         return
     _warned.add((operation, owner))
     warnings.warn(
-        f"{owner} calls `{operation}` on its coefficients, for which there is no factorised form: A + Δ is formed. "
+        f"{owner} {use or f'calls `{operation}` on its coefficients'}, for which there is no factorised form: "
+        "A + Δ is formed. "
         "The result is exact, but a training step costs as much as full fine-tuning, or more",
         PerformanceWarning,
         stacklevel=4,
