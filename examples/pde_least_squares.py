@@ -21,8 +21,8 @@ from peft_lotra import fit_gauss_newton
 
 Net = Callable[[Tensor], Tensor]
 
-# Times the points of an iteration, where a fit grows: a few points are fitted by heart in each iteration, which is cheap
-# and enough at first; more of them average that out.
+# Times the points of an iteration, where a fit grows: a few points are fitted by heart in each iteration, which is
+# cheap and enough at first; more of them average that out.
 GROWTH = 4
 
 

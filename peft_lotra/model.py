@@ -56,6 +56,19 @@ class LoTRAModel(BaseTuner):
 
     peft_config: dict[str, Any]  # LoTRAConfigs, by name
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        held = getattr(model, "peft_config", {})
+        if isinstance(adapter_name, str) and adapter_name in held:
+            warnings.warn(
+                f"`adapter_name` {adapter_name!r}: the model has an adapter of this name already "
+                f"({type(held[adapter_name]).__name__}), and the new one replaces it. To keep both, give the new one "
+                "another name; to start anew, take the adapters off first (`unload()`, `merge_and_unload()`)",
+                stacklevel=2,
+            )
+        with warnings.catch_warnings():  # of PEFT's about every second adapter, whether it is meant or not
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if not isinstance(self.peft_config, _Configs):  # a model with an adapter injected has one already
             self.peft_config = _Configs(self.peft_config)
