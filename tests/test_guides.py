@@ -1,4 +1,4 @@
-"""The code of the guides and of the notebook runs as it stands there, and links between the repository's files lead somewhere."""
+"""The code of the guides and of the notebook runs as it stands there, and links between pages lead somewhere."""
 
 import json
 import os
@@ -13,8 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("examples/**/*.md")})
 RUN = ["examples/pykan.md", "examples/transformers.md", "examples/quickstart.ipynb"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-# matplotlib has no window here, and PEFT says what the guides announce.
-PREAMBLE = "import matplotlib; matplotlib.use('Agg')\n"
+PREAMBLE = "import matplotlib; matplotlib.use('Agg')\n"  # there are no windows here
 
 
 def blocks(path):
@@ -27,7 +26,7 @@ def blocks(path):
 
 @pytest.mark.parametrize("name", RUN)
 def test_the_code_runs(name, tmp_path):
-    """In one process of its own: the guides register layers, draw pictures and train."""
+    """In a process of its own, because the guides register layers and draw pictures."""
     path = ROOT / name
     code = blocks(path)
     assert len(code) > 3
@@ -64,8 +63,8 @@ def test_links_lead_somewhere(path):
 
 def test_every_example_is_in_the_index():
     text = (ROOT / "examples" / "README.md").read_text()
-    scripts = [path.relative_to(ROOT / "examples") for path in ROOT.glob("examples/*") if path.suffix in (".py", ".md", ".ipynb")]
-    assert not [str(path) for path in scripts if path.name != "README.md" and f"({path})" not in text]
+    names = {path.name for path in ROOT.glob("examples/*") if path.suffix in (".py", ".md", ".ipynb")} - {"README.md"}
+    assert not [name for name in names if f"({name})" not in text]
 
 
 def test_every_benchmark_is_in_its_index():
