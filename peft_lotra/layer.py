@@ -31,12 +31,12 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     G: (r1, r2, r3, ...), U1: (n, r1), U2: (m, r2), U3: (n_d, r3), kept by adapter name in `lotra_core`, `lotra_U1`,
     `lotra_U2`, `lotra_U3`. With U4: (K, r4) in `lotra_U4`, the K groups and kernel positions are one mode, and G is
-    (r1, r2, r3, r4). A mode whose rank is None is whole: it has no U. Of a family of named tasks, U5: (tasks, k) in
-    `lotra_U5` has the task factor's rows. A module with several coefficient tensors is wrapped once for each.
+    (r1, r2, r3, r4). A mode whose rank is None is whole: it has no U. With `family_rank` k, `lotra_U5` holds the
+    factor of the tasks, U5: (tasks, k). A module with several coefficient tensors is wrapped once for each.
 
     Unknown public attributes are looked up on the base layer, so that code around the layer goes on working. Like
-    `forward`, the layer's methods see the adapted coefficients, and so does who reads the parameter by its name (for a
-    regulariser, say); methods that rewrite coefficients raise an error while the adapter is attached.
+    `forward`, the layer's methods see the adapted coefficients. So does code that reads the parameter by its name,
+    such as a regulariser. Methods that rewrite coefficients raise an error while the adapter is attached.
     """
 
     adapter_layer_names = CONTAINERS
@@ -80,7 +80,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         """Add an adapter of the given ranks; `terms` and `tasks` as for `factor_shapes`.
 
         Raises:
-            ValueError: if a rank is not in 1 … size of its mode; nothing is added then.
+            ValueError: if a rank is not in 1 … size of its mode. Nothing is added then.
         """
         modes = mode_sizes(self.spec.layout.canonical_shape)
         if any(rank is not None and not 0 < rank <= size for rank, size in zip(ranks, modes, strict=False)):
@@ -112,8 +112,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         """G = 0 (normal if `init_weights` is False), U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3 ~ N(0, 1/n_d), U4 ~ N(0, 1/K).
 
         With G = 0 the update is zero and every factor has a gradient after one step. Source: eq. 8, with a random U2.
-        U5, and factors that stay frozen, have orthonormal columns (ours): few rows drawn at random may be nearly
-        parallel, and their tasks hard to tell apart.
+        U5 and frozen factors have orthonormal columns (ours): a few rows that are drawn at random may be nearly
+        parallel, and their tasks would be hard to tell apart.
         """
         core, *factors = self.factors(adapter_name)
         if init_weights:
@@ -135,13 +135,13 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, factors: TuckerFactors) -> None:
-        """Write the values of G and of the factors; shapes as the adapter's ranks say."""
+        """Write the values of G and of the factors, whose shapes are those of the adapter's ranks."""
         for own, values in zip(self.factors(adapter_name), factors, strict=True):
             if own is not None and values is not None:
                 own.copy_(values.reshape(own.shape))
 
     def dtype_in_use(self, adapter_name: str) -> torch.dtype:
-        """The dtype of the smaller range that the factors are cast to: their own, or that of the coefficients."""
+        """The factors' own dtype or that of the coefficients, whichever has the smaller range."""
         dtypes = self.lotra_core[adapter_name].dtype, self._stored(self.spec.parameter).dtype
         return min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
 
@@ -189,12 +189,12 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return self._update(adapter_name).dense(self.spec, full_shape(self._stored(self.spec.parameter)))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """parameter ← parameter · scale + Σ updates, scale ← 1, for the given or else the active adapters.
+        """parameter ← parameter · scale + Σ updates, scale ← 1, for the given adapters, or else for the active ones.
 
-        The values before are kept until `unmerge`, which restores them to the bit.
+        The values from before are kept until `unmerge`, which restores them to the bit.
 
         Raises:
-            ValueError: with `safe_merge`, if the merged coefficients are not all finite; nothing is changed then.
+            ValueError: with `safe_merge`, if the merged coefficients are not all finite. Nothing is changed then.
         """
         self._merge(safe_merge, adapter_names, keep=True)
 
@@ -249,7 +249,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         """The base layer's own forward, with A_ft in place of A; in a mixed batch, with every sample's own A_ft.
 
         Raises:
-            ValueError: in a mixed batch, if the first tensor has not one row for each name, or adapters are merged.
+            ValueError: in a mixed batch, if the first tensor does not have one row for each name, or if adapters are
+                merged.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -315,10 +316,9 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         if not self._allows_unread:
             raise RuntimeError(
                 f"a forward pass of {type(self.get_base_layer()).__qualname__} did not use `{self.spec.parameter}`, "
-                "and its adapter had no effect: the layer uses another tensor, gets at this one otherwise than as an "
+                "and its adapter had no effect: the layer uses another tensor, does not read this one as an "
                 "attribute, keeps a copy of it, or uses it after the pass. `verify_coefficients(model, *sample)` says "
-                "whether it is the right one; `LoTRAConfig(allow_unread=True)` is for layers that do not use it in "
-                "every pass"
+                "whether it is the right one; `LoTRAConfig(allow_unread=True)` is for layers that do not use it in every pass"
             )
 
     def _active_updates(self, besides: str | None = None) -> tuple[Update, ...]:
@@ -361,7 +361,7 @@ if torch.__version__ < (2, 13):  # type: ignore[operator]
 
 
 def wrapped(kind: type[LoTRALayer], module: nn.Module, spec: CoefficientSpec) -> tuple[LoTRALayer, nn.Module]:
-    """A new layer for one tensor of a module, at its place among those that there are, and the outermost of them."""
+    """A new layer for one tensor of a module, at its place among the layers around it, and the outermost of them."""
     if isinstance(module, LoTRALayer) and module.spec.nesting > spec.nesting:
         layer, module.base_layer = wrapped(kind, module.base_layer, spec)
         return layer, module

@@ -33,7 +33,7 @@ from .tensors.tucker import Ranks
 
 
 class _Configs(dict):
-    """LoTRAConfigs by adapter name. PEFT's functions look names up here that they are given."""
+    """LoTRAConfigs by adapter name. PEFT's functions look up here the names that they are given."""
 
     def __missing__(self, name: Any) -> Any:
         raise ValueError(f"`adapter_name` {name!r} does not exist: the model has the adapters {list(self)}")
@@ -42,12 +42,12 @@ class _Configs(dict):
 class LoTRAModel(BaseTuner):
     """A model whose KAN layers compute with A + s · G ×₁ U1 ×₂ U2 ×₃ U3; made by `peft.get_peft_model`.
 
-    Everything of PEFT's tuners applies: adding, switching, disabling, deleting, merging and unloading adapters.
-    Errors of configuration are raised before the first layer is touched.
+    It does what PEFT's other tuners do: it adds, switches, disables, deletes, merges and unloads adapters. Errors of
+    configuration are raised before the first layer is touched.
 
     Two arguments of a call, `model(...)` or `model.generate(...)`, are for the adapters, and the base model does not
-    see them. `adapter_names` has an adapter for each sample, "__base__" for none. `lotra_task` says at which task the
-    active (or named) families are; see `at_task`.
+    see them. `adapter_names` names an adapter for each sample; "__base__" stands for no adapter. `lotra_task` says at
+    which task the active (or named) families are; see `at_task`.
     """
 
     prefix = "lotra_"
@@ -102,7 +102,7 @@ class LoTRAModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to `model`, with the arguments of PEFT's base class.
 
-        After an exception, because of the file that the adapter comes from too, the model is as it was.
+        After an exception, also one that the adapter's file causes, the model is as it was before.
         """
         config = self.peft_config[adapter_name]
         try:
@@ -170,10 +170,10 @@ class LoTRAModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters; unless `inference_mode`, they are trained, with the biases of their configs.
+        """Set the active adapters. Unless `inference_mode` is true, they are trained, and their biases with them.
 
         Raises:
-            ValueError: if there is none of a name; nothing is changed then.
+            ValueError: if there is no adapter of a name. Nothing is changed then.
         """
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             self.peft_config[name]  # raises if there is none
@@ -181,7 +181,7 @@ class LoTRAModel(BaseTuner):
         self._set_biases(not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. Its biases stay as they are, and frozen."""
+        """Delete an adapter. Its biases keep their values, and are frozen."""
         biases = trained_biases(self.model, adapter_name, self.peft_config[adapter_name].bias)
         super().delete_adapter(adapter_name)
         for bias in biases:
@@ -212,7 +212,7 @@ class LoTRAModel(BaseTuner):
             layer.set_requires_grad(adapter_name, requires_grad)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the coefficients and keep them; with `safe_merge`, all layers are checked first."""
+        """Merge adapters into the coefficients and keep them. With `safe_merge`, all layers are checked first."""
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -261,25 +261,26 @@ class LoTRAModel(BaseTuner):
         >>> model.add_weighted_adapter(["a", "b"], [1.0, -1.0], "a without b", svd_rank=4)
 
         Args:
-            adapters: their names. One that does not adapt a tensor counts as zero there.
-            weights: a number for each; a negative one subtracts. The adapters' scalings count besides.
-            adapter_name: the new adapter's name. It is not active, and its `alpha` is 1.
+            adapters: the names of the adapters. One that does not adapt a tensor counts as zero there.
+            weights: a number for each adapter; a negative one subtracts. Each Δ_j includes its adapter's scaling.
+            adapter_name: the new adapter's name. The new adapter is not active, and its `alpha` is 1.
             combination_type: "cat": exactly Δ; the ranks add up, to the size of the mode at most. "svd", or "linear":
-                the Tucker approximation of Δ of the ranks `svd_rank`, by HOSVD and HOOI. "ties", "dare_linear",
-                "dare_ties", "magnitude_prune": of what these rules of `peft.utils.merge_utils` make of the dense Δ_j.
-                All are of updates, none of factors as some of LoRA's, so that LoRA's names in "_svd" mean the same.
-            svd_rank: ranks as `LoTRAConfig.r`, or as its `rank_pattern` by full parameter names; by default, and for
-                tensors that are not named, the largest that the adapters have there.
+                the Tucker approximation of Δ with the ranks `svd_rank`, by HOSVD and HOOI. "ties", "dare_linear",
+                "dare_ties", "magnitude_prune": the same of what these rules of `peft.utils.merge_utils` make of the
+                dense Δ_j. All types combine updates, and none combines factors as some of LoRA's do; LoRA's names
+                that end in "_svd" therefore mean the same.
+            svd_rank: ranks as in `LoTRAConfig.r`, or as in its `rank_pattern` by full parameter names. By default, and
+                for tensors that are not named, they are the largest that the adapters have there.
             density: the fraction of entries in (0, 1] that pruning leaves; only for the last four types.
-            majority_sign_method: "total" or "frequency", for the two ties.
+            majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
 
-        Trained copies of modules (`modules_to_save`) and token rows are taken over from the one adapter that has them.
+        The new adapter gets trained copies of modules (`modules_to_save`) and token rows from the one that has them.
 
         Returns:
             ‖Δ − Δ_r‖ / ‖Δ‖ by full parameter name, where Δ is what the rule gives before its ranks are cut.
 
         Raises:
-            ValueError: naming the argument; the model is as it was then.
+            ValueError: naming the argument. The model is then as it was before.
         """
         self.check_new(adapter_name)
         config, factors, errors = combine_adapters(
@@ -311,9 +312,9 @@ class LoTRAModel(BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """A Slim KAN's zeros, by their names in the PeftModel: DistributedDataParallel would write to them.
+        """The zeros of a Slim KAN, by their names in the PeftModel: DistributedDataParallel would write to them.
 
-        It asks the module that it is given. Where the PeftModel is a part of that one, `outer`, tell it beforehand:
+        It asks the module that it is given. If the PeftModel is a part of that module, `outer`, tell it beforehand:
         `outer._ddp_params_and_buffers_to_ignore = [n for n, p in outer.named_parameters() if not p.is_contiguous()]`.
         """
         layers = [layer for layer in adapted_tensors(self).values() if isinstance(layer, SlimLayer)]
@@ -383,7 +384,7 @@ def lotra_model(model: nn.Module, adapter_name: str | None = None) -> LoTRAModel
     """The LoTRAModel of a PeftModel, compiled or not.
 
     Raises:
-        TypeError, ValueError: if it is none, or has no adapter of the name, if one is given.
+        TypeError, ValueError: if `model` is no such PeftModel, or has no adapter of the given name.
     """
     model = getattr(model, "_orig_mod", model)
     tuner = getattr(model, "base_model", None)

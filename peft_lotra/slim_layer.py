@@ -30,8 +30,8 @@ class SlimLayer(LoTRALayer):
     def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3[d] ~ N(0, v_d/Σv), G ~ N(0, n·m·Σv / (r1·r2·r3·s²)), if no mode is whole.
 
-        Then E A[i, o, d]² = v_d, the mean square over i and o that the layer had been initialised with. By basis
-        function, because layers with polynomials or wavelets start smaller in the higher ones.
+        Then E A[i, o, d]² = v_d, the mean square over i and o that the layer was initialised with. There is a v_d for
+        each basis function, because layers with polynomials or wavelets start smaller in the higher ones.
         """
         super().reset_lotra_parameters(adapter_name, init_weights=False)
         core, U1, U2, U3, U4, _ = self.factors(adapter_name)

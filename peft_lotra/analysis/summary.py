@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import prod
 from typing import NamedTuple
 
@@ -125,5 +124,5 @@ def _size(row: SummaryRow) -> int:
     return prod(row.modes) if row.modes else 0
 
 
-def _text(cell: str | Iterable[int | None]) -> str:
-    return cell if isinstance(cell, str) else str(tuple(cell)) if cell else ""
+def _text(cell: object) -> str:
+    return str(cell) if cell else ""
