@@ -318,7 +318,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
                 f"a forward pass of {type(self.get_base_layer()).__qualname__} did not use `{self.spec.parameter}`, "
                 "and its adapter had no effect: the layer uses another tensor, does not read this one as an "
                 "attribute, keeps a copy of it, or uses it after the pass. `verify_coefficients(model, *sample)` says "
-                "whether it is the right one; `LoTRAConfig(allow_unread=True)` is for layers that do not use it in every pass"
+                "whether it is the right one; `LoTRAConfig(allow_unread=True)` is for layers that do not use it in "
+                "every pass"
             )
 
     def _active_updates(self, besides: str | None = None) -> tuple[Update, ...]:

@@ -27,17 +27,17 @@ def adapter_from_lora(
     """G = lora_A with one axis for each mode, U2 = scaling · lora_B, inputs and basis whole: the same update, exactly.
 
     LoRA on coefficients that are the weight of an nn.Linear, in a layout such as "o (i d)", is a LoTRA adapter of the
-    ranks (None, r, None). So it can be combined, swapped and served together with others, and trained on.
+    ranks (None, r, None). So it can be combined, swapped and served together with others, and its training can go on.
     `save_as_lora` is the way back.
 
     Args:
-        base: the KAN that the LoRA is for; wrapped as by `get_peft_model`.
-        path: directory of the LoRA adapter, on modules whose weights are coefficients of `base`.
+        base: the KAN that the LoRA is for. It is wrapped as by `get_peft_model`.
+        path: the directory of the LoRA adapter, on modules whose weights are coefficients of `base`.
         coefficients: layouts of layers that are not registered, as in `LoTRAConfig(coefficients=...)`.
 
     Raises:
-        ValueError: if it is no LoRA, has parts that are no plain pairs of matrices (DoRA, biases, embeddings), or is
-            on other modules. `base` is as it was then.
+        ValueError: if the adapter is not a LoRA, has other parts than pairs of matrices (DoRA, biases, embeddings), or
+            is on other modules. `base` is then as it was before.
 
     Source: ours.
     """

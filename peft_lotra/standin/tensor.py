@@ -28,7 +28,7 @@ from .views import VIEWS
 
 
 class PerformanceWarning(UserWarning):
-    """The adapted coefficients are formed densely, which costs more than the layer itself; the result is exact."""
+    """The adapted coefficients are formed densely. That costs more than the layer itself, and the result is exact."""
 
 
 class TensorNeeded(RuntimeError):
