@@ -25,8 +25,8 @@ def family_from(
     """Add a family whose updates at some tasks are near those of adapters that were trained for these tasks.
 
     min Σ_j ‖Δ_j − G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task_j)‖² in two steps: common factors by HOSVD and HOOI of the updates
-    side by side, and then the core by least squares over the tasks. Where the tasks do not determine the core, it is the
-    one of least norm. With `family_rank`, the core of all tasks is then split by SVD into G and the factor of the
+    side by side, and then the core by least squares over the tasks. Where the tasks do not determine the core, it is
+    the one of least norm. With `family_rank`, the core of all tasks is then split by SVD into G and the factor of the
     tasks. The result is a start for a fit to the whole family, by `at_task`.
 
     >>> config = LoTRAConfig(r=6, family={"lam": (1.0, 1.6)})

@@ -41,13 +41,13 @@ def hotswap_adapter(
     The adapter that is overwritten is called the slot. The new adapter must be for the same base and layouts. It must
     adapt no other layers, and its ranks (`family_rank` too) may be up to those of the slot. Where its ranks are
     smaller, the rest of the slot becomes zero. If it does not adapt a layer of the slot, the update of that layer
-    becomes zero. Zeros get no gradients, so training goes on at the new adapter's ranks. (The state of an optimizer is not
-    reset.) If the slot has a whole mode, the new factor goes into the core, and training goes on in the whole mode.
-    Trained copies of modules (`modules_to_save`), trained token rows and biases are replaced too.
+    becomes zero. Zeros get no gradients, so training goes on at the new adapter's ranks. (The state of an optimizer is
+    not reset.) If the slot has a whole mode, the new factor goes into the core, and training goes on in the whole
+    mode. Trained copies of modules (`modules_to_save`), trained token rows and biases are replaced too.
 
     The slot keeps its config, ranks, `alpha`, dtype, device and flags. If the new `alpha` differs, it goes into the
-    core, G ← G · alpha_new / alpha_slot, because a compiled model holds the number itself. The update is the saved one,
-    also after `save_pretrained`, and a factor that `set_scale` has set applies to it as before.
+    core, G ← G · alpha_new / alpha_slot, because a compiled model holds the number itself. The update is the saved
+    one, also after `save_pretrained`, and a factor that `set_scale` has set applies to it as before.
 
     Args:
         model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it.
