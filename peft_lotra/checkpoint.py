@@ -58,7 +58,7 @@ def check_weights(expected: Mapping[str, Slot], weights: Mapping[str, torch.Tens
     if missing or unexpected:
         raise ValueError(
             f"{origin} does not belong to this adapter: it lacks {missing or 'nothing'}, and has "
-            f"{unexpected or 'nothing'} beyond it. Was it made for another base model, or other `target_modules`? "
+            f"{unexpected or 'nothing'} in addition. Was it made for another base model, or other `target_modules`? "
             "Of the base model's own tensors, only those that `modules_to_save` and `bias` mean are loaded"
         )
     for key, slot in expected.items():

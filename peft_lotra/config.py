@@ -270,7 +270,7 @@ class LoTRAConfig(PeftConfig):
         if wrong:
             layers = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in wrong})
             raise ValueError(
-                f"the adapter {adapter_name!r} cannot be saved: what there is of {layers} is not what its config "
+                f"the adapter {adapter_name!r} cannot be saved: the tensors of {layers} are not those that its config "
                 "names. Were these layers replaced or rebuilt after they were adapted, so that their update is lost, "
                 "or is `state_dict` not the whole model's? Adapt the model as it is now by a new `get_peft_model`"
             )

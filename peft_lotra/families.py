@@ -119,7 +119,7 @@ class Family:
         names = list(task) if isinstance(task, list | tuple) else [task]
         unknown = [name for name in names if name not in self.tasks]
         if unknown:
-            raise ValueError(f"`task` {unknown[0]!r} is none of the family's tasks {list(self.tasks)}")
+            raise ValueError(f"`task` {unknown[0]!r} is not one of the family's tasks {list(self.tasks)}")
         places = torch.tensor([self.tasks.index(name) for name in names], dtype=torch.long)
         rows = torch.nn.functional.one_hot(places, len(self.tasks)).double()
         return rows[0] if isinstance(task, str) else rows

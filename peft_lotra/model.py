@@ -373,11 +373,11 @@ def _check_name(adapter_name: str) -> None:
         )
     if len(adapter_name) > 100 or not adapter_name.isprintable() or set(adapter_name) & set("/\\:"):
         raise ValueError(
-            f"`adapter_name` {adapter_name[:100]!r} is no name of a directory to save to: choose one of up to 100 "
-            "printable characters, without / \\ :"
+            f"`adapter_name` {adapter_name[:100]!r} cannot be the name of a directory to save to: choose one of up to "
+            "100 printable characters, without / \\ :"
         )
     if adapter_name == mixed_batch.BASE:
-        raise ValueError(f"`adapter_name` {adapter_name!r} means no adapter, in a mixed batch: choose another")
+        raise ValueError(f"`adapter_name` {adapter_name!r} stands for no adapter in a mixed batch: choose another")
 
 
 def lotra_model(model: nn.Module, adapter_name: str | None = None) -> LoTRAModel:

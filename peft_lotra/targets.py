@@ -86,7 +86,7 @@ def _known_targets(base: BaseModel, config: LoTRAConfig) -> list[Target]:
         module = (own or _layer_of(parameter, key, layers)) if given is None else given
         if module not in layers or not parameter.startswith(f"{module}." if module else ""):
             raise ValueError(
-                f"`coefficients[{key!r}]` gives the layer {module!r}, which is no module around {parameter} "
+                f"`coefficients[{key!r}]` gives the layer {module!r}, which is not a module around {parameter} "
                 "that can be adapted"
             )
         with naming_layer(module):

@@ -288,7 +288,7 @@ DAMAGES = {
     "NaN": "has NaN or infinity in base_model.model.layers.0.lotra_U2: the adapter is broken",
     "other ranks": r"lotra_U2 of shape \(6, 1\), expected \(6, 2\): an adapter of other ranks",
     "a tensor lacks": r"it lacks \['base_model.model.layers.0.lotra_U2'\]",
-    "a tensor too much": r"and has \['base_model.model.layers.7.lotra_U2'\] beyond it",
+    "a tensor too much": r"and has \['base_model.model.layers.7.lotra_U2'\] in addition",
 }
 
 

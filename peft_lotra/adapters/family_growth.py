@@ -117,11 +117,11 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
     config = tuner.peft_config[family]
     names = config.family if isinstance(config.family, list) else None
     if names is None:
-        raise ValueError(f"`family` {family!r} is no family of named tasks (`LoTRAConfig(family=[...])`)")
+        raise ValueError(f"`family` {family!r} is not a family of named tasks (`LoTRAConfig(family=[...])`)")
     if not isinstance(task, str) or task in names:
         raise ValueError(f"`task` should be a new name but the value passed is {task!r}; there are {names}")
     if core_from is not None and core_from not in names:
-        raise ValueError(f"`core_from` {core_from!r} is none of the family's tasks {names}")
+        raise ValueError(f"`core_from` {core_from!r} is not one of the family's tasks {names}")
     for layer in _whole_layers(tuner, family, "add the task"):
         held, dim = (layer.lotra_core, -1) if config.family_rank is None else (layer.lotra_U5, 0)
         old = held[family]
@@ -165,7 +165,7 @@ def change_range(
     config = tuner.peft_config[family]
     if not isinstance(config.family, dict):
         raise ValueError(
-            f"`family` {family!r} is no family of continuous parameters (`LoTRAConfig(family={{'lam': (1, 2)}})`): "
+            f"`family` {family!r} is not a family of continuous parameters (`LoTRAConfig(family={{'lam': (1, 2)}})`): "
             "only such a one has ranges"
         )
     if not isinstance(ranges, Mapping) or (unknown := sorted(map(str, ranges.keys() - config.family.keys()))):

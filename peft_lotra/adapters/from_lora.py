@@ -50,14 +50,14 @@ def adapter_from_lora(
         linear, _, side = key.removeprefix(PREFIX).rpartition(".lora_")
         if side not in ("A.weight", "B.weight"):
             raise ValueError(
-                f"{path} has {key}, which is no plain pair of LoRA's matrices: merge that adapter into the base "
+                f"{path} has {key}, which is not one of LoRA's pairs of matrices: merge that adapter into the base "
                 "instead (`merge_and_unload`), or convert it without"
             )
         pairs.setdefault(linear, {})[side[0]] = value
     known = {t.parameter: t for t in plain_targets("base", base, LoTRAConfig(r=1, coefficients=coefficients or {}))}
     unknown = sorted(linear for linear in pairs if f"{linear}.weight" not in known)
     if config.use_dora or unknown:
-        what = f"{unknown} are no coefficients of `base`, which has {list(known)}" if unknown else "it is a DoRA"
+        what = f"{unknown} are not coefficients of `base`, which has {list(known)}" if unknown else "it is a DoRA"
         raise ValueError(f"{path} cannot be a LoTRA adapter: {what}; merge it into the base (`merge_and_unload`)")
     factors = {}
     for linear, pair in pairs.items():

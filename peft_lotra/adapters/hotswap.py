@@ -62,9 +62,7 @@ def hotswap_adapter(
     """
     unknown = sorted(kwargs.keys() - signature(hf_hub_download).parameters)
     if unknown:
-        raise TypeError(
-            f"{unknown} are no arguments, neither of this function nor of `huggingface_hub.hf_hub_download`"
-        )
+        raise TypeError(f"{unknown} are not arguments of this function or of `huggingface_hub.hf_hub_download`")
     lotra_model(model, adapter_name)
     config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
     if not isinstance(config, LoTRAConfig):
