@@ -122,10 +122,10 @@ def _refused_history(module: nn.Module, *_: Any, **__: Any) -> None:
 
 
 def read_adapter(directory: str) -> SavedAdapter | None:
-    """The adapter file in a local directory; None if there is none.
+    """The adapter file in a local directory, or None if the directory has no such file.
 
     Raises:
-        ValueError: if it cannot be read, or holds other things than tensors by name.
+        ValueError: if the file cannot be read, or holds anything else than tensors by name.
     """
     files = [os.path.join(directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
     file = next(filter(os.path.isfile, files), None)

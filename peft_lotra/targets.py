@@ -36,11 +36,11 @@ _NAMES_OF_HEADS = sum(HEADS.values(), ())
 def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
     """The coefficient tensors of `model` that `config` selects, with ranks and scaling; nothing is changed.
 
-    They come in the order of the modules, and for one module in the order of nesting.
+    They are in the order of the modules, and within one module in the order of nesting.
 
     Args:
         model: a base model, which may have adapters already.
-        config: what is asked of it.
+        config: the config whose fields select.
 
     Raises:
         NoMatchingPeftModuleError, ValueError: naming what was looked for, or the layer and field that do not fit the

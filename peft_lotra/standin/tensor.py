@@ -68,8 +68,8 @@ _STANDING = (Weight, Product, Ones)
 class StandIn(torch.Tensor):
     """A + Σ updates, or a view of it, in the place of a coefficient parameter or of its scale.
 
-    It has no memory: what gets past torch's functions finds no values. In a graph that is being compiled it is a
-    tensor on the meta device, which no operation takes together with others.
+    It has no memory, so code that gets past torch's functions finds no values. In a graph that is being compiled it is
+    a tensor on the meta device, which no operation takes together with others.
     """
 
     meant: tuple[Meant, Call] | None  # None: what the thread's running pass has at `place`
@@ -193,7 +193,7 @@ def _runs_in(function: Any) -> bool:
 
 
 def _told(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Shape, dtype and device, which A has too."""
+    """Shape, dtype and device, which are those of A."""
     raise AssertionError("answered before")
 
 
