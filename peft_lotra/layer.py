@@ -147,7 +147,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     def _update(self, adapter_name: str) -> Update:
         factors = self.factors(adapter_name)
-        if factors.U4 is not None:  # part of the core, for who contracts
+        if factors.U4 is not None:  # contractions take it as a part of the core
             core, U4 = full_tensor(factors.core), full_tensor(factors.U4)
             factors = with_positions(factors._replace(core=core, U4=U4), self.spec.layout.canonical_shape[3:])
         if not self.terms[adapter_name]:

@@ -40,7 +40,7 @@ def extract_adapter(
 
     The nearest update of low rank is not the one whose function is nearest. Energy 0.99 leaves out a tenth of the
     update's size. If fine-tuning has divided the error by far more than ten, as with PDEs, that tenth is most of the
-    gain. With `inputs`, the adapter is therefore fitted to the outputs of `finetuned` from there on,
+    gain. With `inputs`, the adapter is therefore fitted to the outputs of `finetuned`, starting from there:
     min Σ_x ‖model(x) − finetuned(x)‖², by `fit_gauss_newton`.
 
     Args:
