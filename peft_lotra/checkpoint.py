@@ -37,7 +37,7 @@ def naming(file: str | None) -> Iterator[None]:
     """Errors raised inside become a ValueError or TypeError that names the file, if there is one."""
     try:
         yield
-    except Exception as error:  # PEFT, json, the file system and Python about arguments raise their own
+    except Exception as error:  # PEFT, json, the file system and Python itself raise other types
         if file is None:
             raise
         raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{file}: {error}") from error
@@ -133,7 +133,7 @@ def read_adapter(directory: str) -> SavedAdapter | None:
         return None
     try:
         weights = load_peft_weights(directory, device="cpu")
-    except Exception as error:  # safetensors, pickle and zip each raise their own
+    except Exception as error:  # safetensors, pickle and zip raise types of their own
         raise ValueError(
             f"the adapter file {file} cannot be read ({error}): it is corrupt or truncated; copy or save it again"
         ) from error

@@ -143,7 +143,7 @@ class LoTRAConfig(PeftConfig):
     digest: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_written": {}, "_saved": None}  # copies do without tensors
+        return vars(self) | {"_written": {}, "_saved": None}  # copies have no tensors
 
     def __post_init__(self) -> None:
         try:
@@ -151,10 +151,10 @@ class LoTRAConfig(PeftConfig):
         except ValueError as error:
             raise ValueError(f"`task_type`: {error}") from None
         self.peft_type = LOTRA
-        self._written: Mapping[str, torch.Tensor] = {}  # what is being saved, by name
-        self._copies: frozenset[str] = frozenset()  # of it, names of trained copies of modules, and of token rows
+        self._written: Mapping[str, torch.Tensor] = {}  # the tensors that are being saved, by name
+        self._copies: frozenset[str] = frozenset()  # those of copied modules and token rows among them
         self._saved: SavedAdapter | None = None  # the adapter file that the config was read with
-        self._file: str | None = None  # the config's own file then
+        self._file: str | None = None  # the file of the config itself in that case
         check_names(self)
         if self.r is not None and self.compression_ratio is not None:
             raise ValueError(
@@ -215,7 +215,7 @@ class LoTRAConfig(PeftConfig):
 
     def _checked(self, directory: str) -> LoTRAConfig:
         """This config as it came from a directory, with the adapter file there."""
-        # Applied when the adapter was made.
+        # These fields were applied when the adapter was made.
         modules = {target.module for _, target in self.saved_targets()}
         alphas = {module: self.alpha_pattern.get(module, self.alpha) for module in modules if self.alpha_pattern}
         config = replace(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Of `at_task` and `adapter_at`, which take a family's parameters by name.
+# The arguments of `at_task` and `adapter_at`, which take a family's parameters by name.
 _ARGUMENTS = {"model", "adapter_name", "family", "train", "task"}
 
 
@@ -57,7 +57,7 @@ class Family:
             for name, (a, b) in family.items():
                 if not a < b:
                     raise ValueError(f"`{field}` gives {name!r} the range {(a, b)}, whose ends are not in order")
-            # In one order, as saved configs have it: it decides on the order of the products.
+            # Sorted, as in saved configs, because the order of the names decides on the order of the products.
             return cls({name: (float(a), float(b)) for name, (a, b) in sorted(family.items())}, degree=degree)
         if isinstance(family, list | tuple) and family and all(isinstance(name, str) for name in family):
             if len(set(family)) < len(family):

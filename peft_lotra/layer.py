@@ -51,8 +51,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.r: dict[str, Ranks] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}  # alpha, unless it was rescaled
-        # P of a family of tasks; else 0. As any factor, U5 is the layer's own: tasks that are alike in one layer need
-        # not be in another, and so a layer is merged, swapped and sharded with nothing but what is in it.
+        # P of a family of tasks; else 0. U5 belongs to one layer, like any factor: tasks that are alike in one layer
+        # need not be alike in another, and a layer can be merged, swapped and sharded by itself.
         self.terms: dict[str, int] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}  # as PEFT asks for them
         self.in_features, self.out_features = spec.layout.canonical_shape[:2]
@@ -60,7 +60,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self._before_merge: dict[str, torch.Tensor] = {}  # by path: parameter and scale
         self._drawn: dict[str, tuple[torch.Tensor, ...]] = {}  # until `check_one_draw`, by adapter
-        # What frameworks hang on modules later is each module's own.
+        # Attributes that frameworks add to modules later belong to the module that they are added to.
         names = {name for name in dir(self.get_base_layer()) if not name.startswith("_")}
         self._names_of_base = frozenset(names.difference(vars(self), self._modules, dir(nn.Module)))
         self._allows_unread = False  # whether the base layer need not use its coefficients in every pass
@@ -97,10 +97,10 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         for name, shape in zip(CONTAINERS, shapes, strict=True):
             if shape is None:
                 continue
-            # A base without memory yet, or offloaded, is no reason for an adapter without.
+            # If the base has no memory yet, or is offloaded, the adapter gets memory all the same.
             device = None if coefficients.is_meta else coefficients.device
             container = getattr(self, name)
-            if hasattr(container, "_hf_hook"):  # accelerate has offloaded the adapters here, and knows those only
+            if hasattr(container, "_hf_hook"):  # accelerate has offloaded the adapters here, without this one
                 remove_hook_from_module(container)
             container[adapter_name] = nn.Parameter(torch.empty(shape, dtype=coefficients.dtype, device=device))
         self.reset_lotra_parameters(adapter_name, init_weights)
@@ -130,7 +130,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> TuckerFactors:
         """G and the factors of the adapter; None for whole modes."""
-        held: Any = self._modules  # not by attributes, which are looked up on the base layer too
+        held: Any = self._modules  # attributes would be looked up on the base layer too
         return TuckerFactors(*[held[name]._parameters.get(adapter_name) for name in CONTAINERS])
 
     @torch.no_grad()
@@ -271,7 +271,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             check_one_draw(self, CONTAINERS, self._active_here())
         own = [] if self.disable_adapters else [name for name in self._active_here() if self.terms[name]]
         by_sample = families.per_sample(own, self) if own else {}
-        if not by_sample or isinstance(mixed_batch.current(self), Shares):  # the caller goes another way then
+        if not by_sample or isinstance(mixed_batch.current(self), Shares):  # a mixed batch handles samples itself
             return self._run_once(args, kwargs)
         try:
             return self._run_once(args, kwargs)
@@ -288,7 +288,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             self._check_unread()
         return y
 
-    # Where torch.compile breaks the graph at this layer, it must not compile parts of what runs in it.
+    # If torch.compile breaks the graph at this layer, it must not compile parts of the layer's pass.
     @torch.compiler.disable
     def _run_eagerly(self, args: Any, kwargs: Any) -> Any:
         inner: Any = self._modules["base_layer"]
@@ -346,7 +346,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The base class looks for a `weight`, rounds fp32 factors to the base's 16 bits and makes them trainable.
-        # Values that are on the CPU do not follow a base that is still to be loaded.
+        # Values on the CPU stay there if the base is not loaded yet.
         device = device or self._stored(self.spec.parameter).device
         for factor in self.factors(adapter_name).tensors():
             if not factor.is_meta and device != torch.device("meta"):
@@ -356,7 +356,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return f"lotra.{super().__repr__()}"
 
 
-# Older dynamos do not follow the stand-in: there, these layers run between compiled graphs.
+# Older versions of dynamo do not trace the stand-in, so these layers run between compiled graphs there.
 if torch.__version__ < (2, 13):  # type: ignore[operator]
     LoTRALayer.forward = torch.compiler.disable(LoTRALayer.forward)  # type: ignore[method-assign]
 

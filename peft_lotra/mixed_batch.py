@@ -78,7 +78,7 @@ def pass_names_on(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, 
     """A forward pre-hook for PEFT's own modules, which take the names as an argument."""
     batch = current(module)
     if not isinstance(batch, MixedBatch) or not batch.names or module.disable_adapters:
-        return None  # they fail on a batch of no samples, and on names for another one while adapters are off
+        return None  # they fail on a batch without samples, and on another batch's names while adapters are off
     names = [name if name in module._adapters else BASE for name in batch.names_for(module)]
     return args, kwargs | {"adapter_names": names}
 

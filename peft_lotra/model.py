@@ -65,7 +65,7 @@ class LoTRAModel(BaseTuner):
                 "another name; to start anew, take the adapters off first (`unload()`, `merge_and_unload()`)",
                 stacklevel=2,
             )
-        with warnings.catch_warnings():  # of PEFT's about every second adapter, whether it is meant or not
+        with warnings.catch_warnings():  # PEFT warns of every second adapter, also if it is wanted
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -74,7 +74,7 @@ class LoTRAModel(BaseTuner):
             self.peft_config = _Configs(self.peft_config)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> LoTRAConfig:
-        # A copy becomes self-contained: the user's object stays as it is and serves for other models too.
+        # A copy becomes self-contained. The user's object stays as it is, so that it can be used for other models too.
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         _check_name(adapter_name)
         task = peft_config.task_type
@@ -86,7 +86,7 @@ class LoTRAModel(BaseTuner):
         for target in targets:
             self._targets.setdefault(target.module, []).append(target)
         self._self_contained = peft_config.self_contained(targets)
-        # PEFT warns about patterns that mean nothing, and so sees the user's own while it injects.
+        # PEFT warns about patterns that match nothing, so it sees the user's own patterns while it injects.
         parameters = {target.parameter for target in targets}
         own = {} if peft_config.is_self_contained else vars(peft_config)
         self.peft_config[adapter_name] = replace(
@@ -334,7 +334,7 @@ class LoTRAModel(BaseTuner):
         slots = slots_of(model, adapter_name, config.bias)
         tensors = {key: state_dict.get(name) for key, (name, _) in slots.items()}
         config._written = {PREFIX + key.removeprefix(PREFIX): t for key, t in tensors.items() if t is not None}
-        # Of a gathered state dict, other processes than the first have nothing, and write nothing.
+        # Only the first process has a gathered state dict; the others have nothing and write nothing.
         if state_dict or not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             config.check_written(adapter_name)
         check_whole(config._written.values(), adapter_name)
@@ -346,7 +346,7 @@ class LoTRAModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # Other tensors have none, and their modules may be called like an adapter.
+        # Other tensors have no adapter's name in their key, but a module's name may be like one.
         return super()._remove_adapter_name_from_key(key, adapter_name) if is_adapter_key(key) else key
 
     @classmethod

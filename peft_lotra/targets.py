@@ -216,7 +216,7 @@ def _check_modules_to_save(config: LoTRAConfig, layers: Mapping[str, nn.Module])
                 f"`modules_to_save` entry {entry!r}: PEFT compares endings, and the adapter's own {container} has "
                 "this one too; give a longer part of the module's name, or give the module a longer name"
             )
-        # With a task type PEFT adds the names that a head may have, of which one will do.
+        # With a task type, PEFT adds all names that a head may have. One of them is enough.
         added = config.task_type is not None and entry in _NAMES_OF_HEADS
         added = added and any(name.endswith(_NAMES_OF_HEADS) for name in layers)
         if not added and not any(name.endswith(entry) for name in layers):
@@ -336,7 +336,7 @@ def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
         tasks=config.tasks,
         slim=config.slim,
     )
-    if config.is_self_contained:  # a factor of full size, in an earlier file, stays one
+    if config.is_self_contained:  # a factor of full size, from an earlier file, stays a factor
         ranks = {parameter: by_mode(r) for parameter, r in given.items()}
     return [
         replace(target, ranks=ranks[target.parameter], alpha=alphas.get(target.parameter, config.alpha))

@@ -159,7 +159,7 @@ def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
     try:
         with safe_open(path, "pt") as file:
             meant, cores = (file.metadata() or {}).get("family"), {key: file.get_tensor(key) for key in file.keys()}
-    except Exception as error:  # safetensors and the file system raise their own
+    except Exception as error:  # safetensors and the file system raise types of their own
         raise ValueError(f"{origin} cannot be read ({error})") from error
     if meant != _digest(tuner, family):
         raise ValueError(

@@ -66,7 +66,7 @@ def adapter_from_lora(
     ranks = {
         parameter: (None, None if U2 is None else U2.shape[1], None) for parameter, (_, _, U2, *_) in factors.items()
     }
-    # Self-contained, so that no other tensor is adapted, whatever its name or layer.
+    # A self-contained config adapts no other tensor, whatever its name or layer.
     chosen = [replace(known[parameter], ranks=ranks[parameter]) for parameter in factors]
     model = get_peft_model(base, LoTRAConfig(r=1).self_contained(chosen))
     for parameter, layer in adapted_tensors(model).items():

@@ -135,7 +135,7 @@ def _least_rank(values: torch.Tensor, fraction: float) -> int:
 def _config(tuner: LoTRAModel, adapter_name: str, ranks: dict[str, int]) -> LoraConfig:
     own = tuner.peft_config[adapter_name]
     largest = max(ranks.values())
-    # Anchored and escaped, for PEFT takes the keys as regular expressions on endings of names.
+    # Anchored and escaped, because PEFT takes the keys as regular expressions on endings of names.
     pattern = {f"^{re.escape(name)}": k for name, k in ranks.items() if k != largest}
     fields: dict[str, Any] = {"r": largest, "lora_alpha": largest, "rank_pattern": pattern, "alpha_pattern": pattern}
     names = [name.replace(".base_layer", "") for name, _ in tuner.model.named_modules()]

@@ -99,7 +99,7 @@ def _clipped(shapes: Mapping[str, tuple[int, ...]], r: int | Ranks) -> dict[str,
     ranks = by_mode(r)
     largest = [max(sizes) for sizes in zip(*map(mode_sizes, shapes.values()), strict=True)]
     above = [rank is not None and rank > size for rank, size in zip(ranks, largest, strict=False)]
-    # One number for all modes is meant to be clipped in some of them; a triple says what is wanted in each.
+    # One number for all modes is expected to be clipped in some of them. A triple is what the user wants in each.
     if above and (all(above) if isinstance(r, int) else any(above)):
         raise ValueError(
             f"`r`={r!r} is above the modes (input, output, basis) of every layer; the largest are "
@@ -272,7 +272,7 @@ class _Front(NamedTuple):
         *sizes, K = mode_sizes(spectrum.shape)
         ranks = [torch.arange(1, length + 1) for length in kept.shape]
         for mode, size in enumerate(sizes):
-            if kept.shape[mode] < size:  # a long mode, of which more than the product of the others keeps no more
+            if kept.shape[mode] < size:  # in a long mode, a rank above the product of the others keeps nothing more
                 ranks[mode] = torch.cat([ranks[mode], torch.tensor([size])])
                 kept = torch.cat([kept, kept.narrow(mode, -1, 1)], dim=mode)
         r1, r2, r3 = torch.meshgrid(*ranks, indexing="ij")

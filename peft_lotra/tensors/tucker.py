@@ -136,7 +136,7 @@ def orthonormal(factors: TuckerFactors) -> TuckerFactors:
     core, *sides = factors
     for mode, U in enumerate(sides):
         if U is not None:
-            Q, R = torch.linalg.qr(U.to(torch.promote_types(U.dtype, torch.float32)))  # 16 bits have no QR
+            Q, R = torch.linalg.qr(U.to(torch.promote_types(U.dtype, torch.float32)))  # there is no QR in 16 bits
             sign = torch.where(R.diagonal() < 0, -1, 1).to(R.dtype)
             sides[mode] = (Q * sign).to(U)
             core = mode_product(core, (sign[:, None] * R).to(U), mode if mode < 4 else -1)
@@ -155,7 +155,7 @@ def weighted_sum(terms: Sequence[tuple[float, TuckerFactors]]) -> TuckerFactors:
         if len(own) == len(terms):
             beside = torch.cat(own, dim=1)
             joint[mode] = beside if beside.shape[1] < beside.shape[0] else None
-    # What a term's core is without the factors that stay beside the others.
+    # A term's core, multiplied by the factors that do not stay side by side with the others'.
     cores = []
     for weight, (core, *sides, _) in terms:
         for mode, U in enumerate(sides):
