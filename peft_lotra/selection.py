@@ -56,7 +56,7 @@ def select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRACo
             f"`layers_to_transform` names {missing}, which are indices of no KAN layer that the other fields leave; "
             f"there are {sorted({index for index in indices.values() if index is not None})}, of {list(indices)}"
         )
-    # `exclude_modules` may mean a part of a KAN layer too, the module that holds one of its tensors.
+    # `exclude_modules` may also name a part of a KAN layer: the module that holds one of its tensors.
     left = [t for t in known if t.module in chosen and not is_excluded(config, t.parameter.rpartition(".")[0])]
     if not left:
         raise NoMatchingPeftModuleError(

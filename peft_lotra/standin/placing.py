@@ -22,7 +22,7 @@ from .update import Update
 
 
 def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> torch.Tensor:
-    """parameter · scale + Σ updates, in the layout of the parameter; whole where they are sharded."""
+    """parameter · scale + Σ updates, in the layout of the parameter. Sharded tensors are gathered first."""
     coefficients = full_tensor(_located(layer, spec.parameter)[2])
     if spec.scale is not None:
         coefficients = coefficients * spread_scale(spec, full_tensor(_located(layer, spec.scale)[2]))
@@ -60,7 +60,7 @@ class Adapted(Call):
 
     Args:
         layer, spec: the layer and where its coefficients are.
-        updates: those that count.
+        updates: the updates to add.
         quiet: whether the dense sum may be formed without a warning, and without gradients.
         is_zero: whether A is zero.
     """
