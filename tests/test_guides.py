@@ -34,7 +34,7 @@ def test_the_code_runs(name, tmp_path):
     script.write_text(PREAMBLE + "\n".join(code))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     tables = [text for language, text in FENCE.findall(path.read_text()) if not language and path.suffix == ".md"]
