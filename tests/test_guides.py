@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("examples/**/*.md")})
-RUN = ["examples/pykan.md", "examples/transformers.md", "examples/quickstart.ipynb"]
+RUN = ["README.md", "examples/pykan.md", "examples/transformers.md", "examples/quickstart.ipynb"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PREAMBLE = "import matplotlib; matplotlib.use('Agg')\n"  # there are no windows here
 
@@ -29,7 +29,7 @@ def test_the_code_runs(name, tmp_path):
     """In a process of its own, because the guides register layers and draw pictures."""
     path = ROOT / name
     code = blocks(path)
-    assert len(code) > 3
+    assert len(code) > 1
     script = tmp_path / "guide.py"
     script.write_text(PREAMBLE + "\n".join(code))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
