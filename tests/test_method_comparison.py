@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
 for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
     sys.path.insert(0, str(folder))
+import lines  # noqa: E402
+import perform  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 from compared_methods import ranks_within  # noqa: E402
@@ -40,6 +43,7 @@ def experiments(folder, name="heat", **changes):
 
 
 def files(folder):
+    """The single runs that are kept."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
 
 
@@ -48,31 +52,35 @@ def test_smoke_from_the_command_line(tmp_path, monkeypatch):
     command = [sys.executable, *WARNINGS, str(SUITE / "run.py"), *map(str, arguments)]
     first = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert first.returncode == 0, first.stderr
-    done = files(tmp_path)
+    done = files(tmp_path / "runs")
     assert len(done) == 4 * 2 + 9  # rates, runs
+    table = tmp_path / "smoke" / "pde_elliptic.jsonl"
+    written = table.read_text()
+    assert len(written.splitlines()) == 4 + 9
     monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
     assert run.main() == 0
-    assert files(tmp_path) == done, "a run was repeated"
+    assert files(tmp_path / "runs") == done, "a run was repeated"
+    assert table.read_text() == written
     monkeypatch.setattr(sys, "argv", ["report.py", "--smoke", "pde_elliptic", "--outputs", str(tmp_path)])
     assert report.main() == 0
     text = (tmp_path / "smoke" / "README.md").read_text()
-    assert "not run" not in text
+    assert "Older code" not in text
     assert "above the budget" in text  # LoRA on bare parameters
     assert all(path.stat().st_size > 10_000 for path in (tmp_path / "smoke" / "images").iterdir())
 
 
 def test_only_what_changed_is_run_again(tmp_path):
-    results, bases = tmp_path / "results", tmp_path / "bases"
+    results = tmp_path / "results"
     first = experiments(tmp_path / "experiments")
-    run.run_all(first, 1, results, bases)
-    done = files(results)
+    run.run_all(first, 1, results, tmp_path)
+    done = files(tmp_path / "runs")
     assert len(done) == 2 + 4
     changed = {**EXPERIMENT["methods"], "LoTRA": {"method": "lotra", "r": 3, "optimizer": "lm"}}
-    run.run_all(experiments(tmp_path / "experiments", methods=changed), 1, results, bases)
-    after = files(results)
+    run.run_all(experiments(tmp_path / "experiments", methods=changed), 1, results, tmp_path)
+    after = files(tmp_path / "runs")
     assert len(after) == len(done) + 2
     assert done.items() <= after.items()
-    assert len(list(bases.iterdir())) == 3  # of two seeds and the one for the rates
+    assert len(list((tmp_path / "bases").iterdir())) == 3  # of two seeds and the one for the rates
 
 
 def test_an_interrupted_run_leaves_no_file(tmp_path, monkeypatch):
@@ -81,19 +89,104 @@ def test_an_interrupted_run_leaves_no_file(tmp_path, monkeypatch):
     def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run, "train_by_lm", interrupted)
+    monkeypatch.setattr(perform, "train_by_lm", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run.run_all(experiment, 1, tmp_path / "results", tmp_path / "bases")
-    before = files(tmp_path / "results")
+        run.run_all(experiment, 1, tmp_path / "results", tmp_path)
+    before = files(tmp_path / "runs")
     assert before
+    assert len((tmp_path / "results" / "heat.jsonl").read_text().splitlines()) == 1 + len(before) - 2
     monkeypatch.undo()
-    run.run_all(experiment, 1, tmp_path / "results", tmp_path / "bases")
-    after = files(tmp_path / "results")
+    run.run_all(experiment, 1, tmp_path / "results", tmp_path)
+    after = files(tmp_path / "runs")
     assert len(after) == 6
     assert before.items() <= after.items()
     for path in after:
         result = json.loads(path.read_text())
-        assert Run(**result["run"]).path(tmp_path / "results") == path
+        assert tmp_path / "runs" / f"{Run(**result['run']).key}.json" == path
+
+
+def test_lines(tmp_path):
+    labels = {"LoTRA": {"method": "lotra", "r": 2}, "LM": EXPERIMENT["methods"]["LoTRA"], "full": {"method": "full"}}
+    cases = {"far": {"parameter": 2.0}, "near": {"parameter": 1.3}}
+    (experiment,) = experiments(
+        tmp_path / "e", methods=labels, cases=cases, tuning=EXPERIMENT["tuning"] | {"case": "near"}
+    )
+    run.run_all([experiment], 1, tmp_path / "results", tmp_path)
+    found = [json.loads(line) for line in (tmp_path / "results" / "heat.jsonl").read_text().splitlines()]
+    places = [(line["case"], line["label"], line.get("seed")) for line in found]
+    of_seeds = [(case, label, seed) for case in cases for label in labels for seed in (None, 0, 1)]
+    searched = {("near", "LoTRA"), ("near", "full")}
+    assert places == [place for place in of_seeds if place[2] is not None or place[:2] in searched]
+    for line in found:
+        assert line["version"] == lines.version("pde")
+        if "tuning" in line:
+            assert {rate: len(metrics) for rate, metrics in line["tuning"].items()} == {"0.001": 1, "0.01": 1}
+        else:
+            assert len(line["marks"]) <= 20
+            assert Run(**line["run"]) in experiment.final_runs(
+                line["case"], line["label"], lines.Results("heat", tmp_path / "results")
+            )
+
+
+def test_experiments_share_runs_and_need_no_cache(tmp_path):
+    first = experiments(tmp_path / "experiments")
+    run.run_all(first, 1, tmp_path / "results", tmp_path)
+    both = experiments(tmp_path / "experiments", "warmth")
+    run.run_all(both, 1, tmp_path / "results", tmp_path / "other")
+    assert not files(tmp_path / "other")
+    heat, warmth = ((tmp_path / "results" / f"{name}.jsonl").read_text() for name in ("heat", "warmth"))
+    assert heat == warmth
+
+
+def test_older_code_is_named_and_run_again(tmp_path, monkeypatch):
+    experiment, results = experiments(tmp_path / "experiments", pictures=[]), tmp_path / "results"
+    run.run_all(experiment, 1, results, tmp_path)
+    before = files(tmp_path / "runs")
+    readme, older = tmp_path / "README.md", lines.version("pde")
+    for module in (lines, perform):
+        monkeypatch.setattr(module, "version", lambda task: "0.2.0+01234567")
+    run.run_all(experiment, 1, results, tmp_path)
+    assert files(tmp_path / "runs") == before
+    report.report(experiment, results, readme)
+    note = f"Older code: 6 of 6 runs ({older}); `run.py heat --stale` does them again."
+    assert note in readme.read_text()
+    run.run_all(experiment, 1, results, tmp_path, stale=True)
+    after = files(tmp_path / "runs")
+    assert after.keys() == before.keys()
+    assert not set(after.values()) & set(before.values())
+    assert len(list((tmp_path / "bases").iterdir())) == 2 * 3  # a base is of the code, too
+    run.run_all(experiment, 1, results, tmp_path, stale=True)
+    assert files(tmp_path / "runs") == after
+    report.report(experiment, results, readme)
+    assert "Older code" not in readme.read_text()
+
+
+def test_version_is_that_of_the_code(tmp_path):
+    assert lines.version("pde") != lines.version("images")
+    texts = [
+        '"""A."""\nimport b  # c\n\n\ndef f():\n    """D."""\n    return 1\n',
+        "import b\ndef f():\n    return 2\n",
+    ]
+    texts += [texts[0].replace("D.", "E.").replace("# c", "")]
+    found = []
+    for name, text in zip("xyz", texts, strict=True):
+        (tmp_path / name).write_text(text)
+        found.append(lines._code(tmp_path / name))
+    assert found[0] == found[2] != found[1]
+    assert found[0][1] == ["b"]
+
+
+def test_version_knows_all_modules_of_a_result():
+    code = f"""import sys
+sys.path[:0] = {[str(folder) for folder in lines.FOLDERS]}
+import perform, tasks.pde, tasks.reviews
+print(*(getattr(module, "__file__", None) for module in list(sys.modules.values())), sep="\\n")"""
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    folders = (str(SUITE.parent), str(SUITE.parents[1] / "peft_lotra"))
+    needed = {Path(name) for name in loaded.splitlines() if name.startswith(folders)}
+    needed -= {SUITE / f"{name}.py" for name in lines.NOT_OF_A_RESULT}
+    assert {path.name for path in needed} >= {"perform.py", "training.py", "pdes.py", "transformer_kan.py", "model.py"}
+    assert needed <= lines.sources("pde") | lines.sources("reviews")
 
 
 def test_every_experiment_is_as_it_should_be():
@@ -148,7 +241,7 @@ def test_unknown_experiment(tmp_path, capsys):
 def test_a_method_that_does_not_fit_the_model(tmp_path):
     methods = {"LoRA": {"method": "lora", "ratio": 0.5, "lr": 1e-3}}
     with pytest.raises(RuntimeError, match="this run failed: .*'lora'") as error:
-        run.run_all(experiments(tmp_path / "e", methods=methods), 1, tmp_path / "results", tmp_path / "bases")
+        run.run_all(experiments(tmp_path / "e", methods=methods), 1, tmp_path / "results", tmp_path)
     assert "needs coefficients that are weights of nn.Linear" in str(error.value.__cause__)
 
 
@@ -158,9 +251,8 @@ def test_methods_keep_to_their_budget_and_change_only_what_they_train(method, tm
     ratio = {"ratio": 0.5} if method in ("lotra", "lora", "loha", "lokr") else {}
     methods = {"A": {"method": method, "lr": 1e-2, **ratio}}
     (experiment,) = experiments(tmp_path / "e", settings=settings, methods=methods, seeds=[0])
-    run.run_all([experiment], 1, tmp_path / "results", tmp_path / "bases")
-    (path,) = files(tmp_path / "results")
-    result = json.loads(path.read_text())
+    run.run_all([experiment], 1, tmp_path / "results", tmp_path)
+    result = json.loads((tmp_path / "results" / "heat.jsonl").read_text())
     assert result["coefficients"] == 2 * 8 * 8 + 8 * 8 * 8 + 8 * 8
     assert result["marks"][0][2] == pytest.approx(result["zero_shot"], rel=1e-5)
     assert result["marks"][-1][2] != pytest.approx(result["zero_shot"], rel=1e-5)
@@ -175,7 +267,7 @@ def test_tasks_on_data(name, tmp_path):
     (experiment,) = load_experiments([name], smoke=True)
     if missing_packages(experiment):
         pytest.skip(missing_packages(experiment)[0])
-    run.run_all([experiment], 1, tmp_path / "results", tmp_path / "bases")
+    run.run_all([experiment], 1, tmp_path / "results", tmp_path)
     task = experiment.task_of(next(iter(experiment.cases)))
     first, again, other = (task.objective("target", seed, torch.device("cpu")) for seed in (0, 0, 1))
     assert torch.equal(first.training.x, again.training.x)
@@ -199,16 +291,23 @@ def test_ranks_within():
 
 
 def made_results(experiment, folder, finals):
-    """Results as if they had been run: (seconds, metric) of two marks by label and seed; no diverged metric."""
+    """Lines as if they had been run: (seconds, metric) of two marks by label and seed; no diverged metric."""
+
+    def keep(one, **content):
+        path = folder / "runs" / f"{one.key}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"version": lines.version("pde"), **content, "run": asdict(one)}))
+
     for case in experiment.cases:
         for lr, (one,) in experiment.tuning_runs(case, "full").items():
-            run.write_json(one.path(folder), {"marks": [[2, 1.0, None if lr == 1e-3 else 0.5]]})
+            keep(one, marks=[[2, 1.0, None if lr == 1e-3 else 0.5]])
+        found = lines.Results(experiment.name, folder, folder / "runs")
         for label, by_seed in finals.items():
-            for one, (seconds, half, last) in zip(experiment.final_runs(case, label, folder), by_seed, strict=True):
+            for one, (seconds, half, last) in zip(experiment.final_runs(case, label, found), by_seed, strict=True):
                 marks = [[0, 0.0, 1.0], [1, seconds / 2, half], [3, seconds, last]]
                 content = {"zero_shot": 1.0, "coefficients": 500, "trainable": 50, "above_budget": False}
-                environment = {"device": "cpu, x86_64"}
-                run.write_json(one.path(folder), {**content, "marks": marks, "environment": environment})
+                keep(one, **content, marks=marks, environment={"device": "cpu, x86_64"})
+    lines.write_lines(experiment, folder, folder / "runs")
 
 
 def test_report_of_made_results(tmp_path):
@@ -235,7 +334,7 @@ def test_report_of_made_results(tmp_path):
 
 def test_report_adds_markers_and_refuses_half_of_them(tmp_path):
     (experiment,) = experiments(tmp_path / "experiments", pictures=["courses"])
-    made_results(experiment, tmp_path / "results", {"full": [(1.0, 0.4, 0.2)] * 2})
+    made_results(experiment, tmp_path / "results", dict.fromkeys(("full", "LoTRA"), [(1.0, 0.4, 0.2)] * 2))
     readme = tmp_path / "README.md"
     readme.write_text("<!-- begin heat -->\n")
     with pytest.raises(ValueError, match="should have one <!-- begin heat --> and one <!-- end heat -->"):
@@ -245,10 +344,27 @@ def test_report_adds_markers_and_refuses_half_of_them(tmp_path):
     report.report([experiment], tmp_path / "results", readme)
     text = readme.read_text()
     assert text.startswith("# Title\n\n## Heat equation\n\n<!-- begin heat -->\n")
-    assert "| LoTRA | not run |" in text
+    assert "<!-- begin rates -->" in text
+    readme.write_text("# Title\n")
+    report.report([experiment], tmp_path / "results", readme, whole=False)
+    assert text.startswith(readme.read_text())
+    assert "rates" not in readme.read_text()
 
 
-def test_aims_compare_medians_and_wait_for_all_methods(tmp_path):
+def test_a_result_that_lacks(tmp_path, monkeypatch):
+    (experiment,) = experiments(tmp_path / "experiments", pictures=["courses"])
+    readme = tmp_path / "README.md"
+    command = r"python examples/method_comparison/run.py heat --large; or name the experiments to report"
+    for made, count in ((None, 2), ({"full": [(1.0, 0.4, 0.2)] * 2}, 2)):
+        if made:
+            made_results(experiment, tmp_path / "results", made)
+        with pytest.raises(ValueError, match=rf"results: heat.jsonl lacks {count} runs: {command}"):
+            report.report([experiment], tmp_path / "results", readme, " --large")
+    assert not readme.exists()
+    assert not (tmp_path / "images").exists()
+
+
+def test_aims_compare_medians(tmp_path):
     methods = {
         "full": {"method": "full"},
         "Adam": {"method": "lotra", "r": 1, "lr": 1e-2},
@@ -260,12 +376,11 @@ def test_aims_compare_medians_and_wait_for_all_methods(tmp_path):
         "full": [(10.0, 0.4, 0.2), (10.0, 0.4, 0.4)],
         "Adam": [(10.0, 0.6, 0.4), (10.0, 0.6, 0.5)],
         "LM": [(20.0, 0.1, 0.01), (20.0, 0.2, 0.01)],
+        "LoRA": [(10.0, 0.6, 0.5), (10.0, 0.6, 0.1)],
     }
-    results = tmp_path / "results"
-    made_results(experiment, results, finals)
-    assert report.aims([experiment], results) == ""
-    made_results(experiment, results, finals | {"LoRA": [(10.0, 0.6, 0.5), (10.0, 0.6, 0.1)]})
-    _, _, seconds, steps, baseline = report.aims([experiment], results).splitlines()
+    made_results(experiment, tmp_path, finals)
+    found = {"pde_parabolic": lines.Results("pde_parabolic", tmp_path)}
+    _, _, seconds, steps, baseline = report.aims([experiment], found).splitlines()
     # At full's 10 s LM is in the middle of its course: (0.1 + 0.2) / (0.2 + 0.4).
     assert seconds.endswith("| parabolic | 0.50 × (LM) | ≤ 1 × | yes |")
     assert steps.endswith("| parabolic | 1.50 × (Adam) | ≤ 1.2 × | **no** |")

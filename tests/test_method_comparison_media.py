@@ -36,8 +36,8 @@ def results(tmp_path, task, settings, methods):
     folder.mkdir()
     content = {"title": "Short", "task": task, "settings": settings, "steps": 3, "seeds": [0], "methods": methods}
     (folder / "short.json").write_text(json.dumps(content))
-    run.run_all(load_experiments(folder=folder), 1, tmp_path / "results", tmp_path / "bases")
-    found = [json.loads(path.read_text()) for path in (tmp_path / "results").rglob("*.json")]
+    run.run_all(load_experiments(folder=folder), 1, tmp_path / "results", tmp_path)
+    found = [json.loads(line) for line in (tmp_path / "results" / "short.jsonl").read_text().splitlines()]
     assert len(found) == len(methods)
     return {result["run"]["method"]["method"]: result for result in found}
 
@@ -90,7 +90,7 @@ def test_a_diverged_run_ends():
     model, objective = task.build(0), task.objective("target", 0, CPU)
     objective.metric = lambda model: float("nan")
     marks = train_by_steps(model, objective, {"method": "full"}, 1e-2, 50, Stopwatch(CPU))
-    assert [(mark.step, mark.metric) for mark in marks] == [(0, None), (2, None)]
+    assert [(mark.step, mark.metric) for mark in marks] == [(0, None), (3, None)]
 
 
 class TestConvKANLayer(KANLayerTests):
@@ -234,11 +234,11 @@ def test_runs_on_reviews(tmp_path):
 )
 def test_how_near_to_the_reference(name, finals, measured, monkeypatch):
     (experiment,) = load_experiments([name])
-    case = rows.Case(experiment, "", Path("nowhere"))
-    monkeypatch.setattr(aims, "complete", lambda *_: case)
+    case = rows.Case(experiment, "", {})
+    monkeypatch.setattr(aims, "case_of", lambda *_: case)
     for label, value in {"full": 2.0, **finals}.items():
         result = {"trainable": 25 if "1/4" in label else 10, "coefficients": 100, "marks": [[1, 1.0, value]]}
         case.rows[label] = rows.Row(label, [result], 1e-3, False)
-    (line,) = [line for line in aims.aims([experiment], Path("nowhere")).splitlines() if name in line]
+    (line,) = [line for line in aims.aims([experiment], {name: None}).splitlines() if name in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert [cells[2].split(" (")[0], cells[4]] == measured

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 
 from compared_methods import FIRST_ORDER, OPTIMIZERS
 from experiments import Experiment
-from rows import Case, Row, table
+from lines import Results
+from rows import Case, Row, case_of, table
 
 NEAR_REFERENCE = {  # methods that shall come near to the first one of an experiment, in every case
     **dict.fromkeys(("images_kan", "images_resnet", "text_code", "text_reviews"), ("lotra",)),
@@ -16,14 +17,6 @@ TENTH, SLIM = 0.1, "Slim 1/10"
 SAME_SECONDS = "LoTRA at ≤ 1/10 against full fine-tuning by Adam, same seconds"
 FAMILIES, STEPS_LIMIT = ("elliptic", "parabolic", "hyperbolic"), 1.2  # of LoTRA's error to full fine-tuning's by Adam
 PEFT_BASELINES = ("pde_elliptic", "pde_parabolic", "pde_hyperbolic", "pde_fastkan")  # where PEFT's methods are
-
-
-def complete(experiment: Experiment | None, case: str | None, results: Path) -> Case | None:
-    """A case of an experiment (None: its first), if all of its methods have been run."""
-    if experiment is None:
-        return None
-    found = Case(experiment, next(iter(experiment.cases)) if case is None else case, results)
-    return found if set(found.rows) == set(experiment.labels(found.name)) else None
 
 
 def rows_by(case: Case, methods: tuple[str, ...], optimizers: tuple[str, ...] = OPTIMIZERS) -> list[Row]:
@@ -47,9 +40,13 @@ def near_reference(where: str, case: Case, rows: list[Row]) -> list[str]:
     return [aim, where, f"{measured} ({best.label})", limit, "yes" if reached else "**no**"]
 
 
-def aims(experiments: list[Experiment], results: Path) -> str:
-    """What was to be shown, and what has been measured; empty as long as nothing has."""
+def aims(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
+    """What was to be shown, and what has been measured; empty if none of these experiments has an aim."""
     by_name, lines, halved = {experiment.name: experiment for experiment in experiments}, [], []
+
+    def cases(name: str) -> list[Case]:
+        experiment = by_name.get(name)
+        return [case_of(experiment, case, results[name]) for case in experiment.cases] if experiment else []
 
     def add(aim: str, where: str, case: Case, ours: dict[str, list[float | None]], other: Row, limit: float) -> None:
         if not ours:
@@ -60,7 +57,7 @@ def aims(experiments: list[Experiment], results: Path) -> str:
             halved.append(value <= 0.5)
 
     for family in FAMILIES:
-        if case := complete(by_name.get(f"pde_{family}"), None, results):
+        for case in cases(f"pde_{family}")[:1]:
             full = case.reference
             small = [r for r in rows_by(case, ("lotra",)) if r.trainable <= TENTH * r.results[0]["coefficients"]]
             add(SAME_SECONDS, family, case, {row.label: row.at(full.seconds) for row in small}, full, 1.0)
@@ -72,22 +69,18 @@ def aims(experiments: list[Experiment], results: Path) -> str:
         reached = "yes" if sum(halved) >= 2 else "**no**"
         lines.append([f"{SAME_SECONDS}: half the error", "PDEs", f"on {sum(halved)}", "on 2", reached])
     for name in PEFT_BASELINES:
-        if case := complete(by_name.get(name), None, results):
+        for case in cases(name)[:1]:
             for optimizer in OPTIMIZERS:
                 ours = {row.label: row.finals for row in rows_by(case, ("lotra",), (optimizer,))}
                 for row in rows_by(case, ("lora", "lora_parameters", "loha", "lokr"), (optimizer,)):
                     aim = "LoTRA against PEFT's methods, by the same optimizer, same steps"
                     add(aim, f"{name}, {row.label}", case, ours, row, 1.0)
-    slim = by_name.get("slim_functions")
-    for name in slim.cases if slim else ():
-        case = complete(slim, name, results)
-        if case and case.task.noise:
+    for case in cases("slim_functions"):
+        if case.task.noise:
             ours = {SLIM: case.rows[SLIM].finals}
-            add("a Slim KAN against the dense one, noisy samples", name, case, ours, case.reference, 1.0)
+            add("a Slim KAN against the dense one, noisy samples", case.name, case, ours, case.reference, 1.0)
     for name, methods in NEAR_REFERENCE.items():
-        experiment = by_name.get(name)
-        for case_name in experiment.cases if experiment else ():
-            if case := complete(experiment, case_name, results):
-                small = [r for r in rows_by(case, methods) if r.trainable <= TENTH * r.results[0]["coefficients"]]
-                lines.append(near_reference(f"{name}, {case_name}".removesuffix(", "), case, small))
+        for case in cases(name):
+            small = [r for r in rows_by(case, methods) if r.trainable <= TENTH * r.results[0]["coefficients"]]
+            lines.append(near_reference(f"{name}, {case.name}".removesuffix(", "), case, small))
     return table(["aim", "where", "measured, ratio of medians", "limit", "reached"], lines) if lines else ""

@@ -9,10 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, geometric_mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compared_methods import FIRST_ORDER, FROM_SCRATCH, check_method
 from tasks import Task, make_task
+
+if TYPE_CHECKING:
+    from lines import Results
 
 HERE = Path(__file__).parent
 NOT_OF_A_RUN = ("lr", "lr_of", "steps", "cases")  # settings of a method that only say which runs there are
@@ -33,9 +36,10 @@ class Run:
     def make_task(self) -> Task:
         return make_task(self.task, self.settings)
 
-    def path(self, results: Path) -> Path:
-        """Where the result lies: named by the settings, so that a changed setting is another result."""
-        return results / self.task / f"{self.method['method']}-{digest(asdict(self))}.json"
+    @property
+    def key(self) -> str:
+        """A changed setting is another run, with another result."""
+        return f"{self.task}/{self.method['method']}-{digest(asdict(self))}"
 
 
 @dataclass(frozen=True)
@@ -71,49 +75,53 @@ class Experiment:
         """The methods of a case."""
         return [label for label, method in self.methods.items() if case in method.get("cases", self.cases)]
 
+    def searched_in(self, case: str, label: str) -> tuple[str, str]:
+        """The case and label that the search for the rate is done for."""
+        return self.tuning.get("case", case), self.methods[label].get("lr_of", label)
+
     def tuning_runs(self, case: str, label: str) -> dict[float, list[Run]]:
         """One for each tuning seed, by learning rate; none where there is nothing to tune."""
-        label = self.methods[label].get("lr_of", label)
+        case, label = self.searched_in(case, label)
         method = self.methods[label]
         if method.get("optimizer") == "lm" or "lr" in method:
             return {}
-        case, seeds, steps = self.tuning.get("case", case), self.tuning["seeds"], self.tuning["steps"]
+        seeds, steps = self.tuning["seeds"], self.tuning["steps"]
         return {lr: [self.run(case, label, seed, lr, steps) for seed in seeds] for lr in self.tuning["rates"]}
 
-    def all_tuning_runs(self, results: Path) -> Iterator[Run]:
+    def all_tuning_runs(self) -> Iterator[Run]:
         for case in self.cases:
             for label in self.labels(case):
                 for runs in self.tuning_runs(case, label).values():
                     yield from runs
 
-    def final_runs(self, case: str, label: str, results: Path) -> list[Run]:
+    def final_runs(self, case: str, label: str, found: Results) -> list[Run]:
         """One for each seed, at the rate that has turned out best.
 
         Raises:
-            FileNotFoundError: if the tuning has not been done.
+            KeyError: if the tuning has not been done.
         """
         lr = self.methods[label].get("lr")
         if runs := self.tuning_runs(case, label):
-            lr = best_rate(runs, results, self.task_of(case).higher_is_better)
+            lr = best_rate(runs, found, self.task_of(case).higher_is_better)
         return [self.run(case, label, seed, lr) for seed in self.seeds]
 
-    def all_final_runs(self, results: Path) -> Iterator[Run]:
+    def all_final_runs(self, found: Results) -> Iterator[Run]:
         for case in self.cases:
             for label in self.labels(case):
-                yield from self.final_runs(case, label, results)
+                yield from self.final_runs(case, label, found)
 
 
-def mean_metric(runs: Iterable[Run], results: Path, higher_is_better: bool) -> float | None:
+def mean_metric(runs: Iterable[Run], found: Results, higher_is_better: bool) -> float | None:
     """The mean over seeds of the last metric, of errors the geometric one; None if a run has diverged."""
-    metrics = [json.loads(run.path(results).read_text())["marks"][-1][-1] for run in runs]
+    metrics = [found[run]["marks"][-1][-1] for run in runs]
     return None if None in metrics else (fmean if higher_is_better else geometric_mean)(metrics)
 
 
-def best_rate(runs: Mapping[float, list[Run]], results: Path, higher_is_better: bool) -> float:
+def best_rate(runs: Mapping[float, list[Run]], found: Results, higher_is_better: bool) -> float:
     """The rate with the best last metric, in the mean over seeds; one that diverged is the worst."""
 
     def badness(lr: float) -> float:
-        mean = mean_metric(runs[lr], results, higher_is_better)
+        mean = mean_metric(runs[lr], found, higher_is_better)
         if mean is None:
             return float("inf")
         return -mean if higher_is_better else mean

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
 
 from compared_methods import FIRST_ORDER
 from experiments import Experiment, mean_metric
+from lines import Results
 from rows import NONE, table
 
 METHODS = ("full", "lotra", "lora")
 
 
-def rates(experiments: list[Experiment], results: Path) -> str:
+def rates(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
     """The metric at each rate of the search, relative to the best rate's: a factor on errors, a difference of scores;
-    means over the seeds of the search. Searches that are not complete are left out."""
+    means over the seeds of the search."""
     tried = sorted({rate for experiment in experiments for rate in experiment.tuning.get("rates", ())})
     lines = []
     for experiment in experiments:
@@ -25,9 +26,7 @@ def rates(experiments: list[Experiment], results: Path) -> str:
                 continue
             higher = experiment.task_of(case).higher_is_better
             searched = experiment.tuning_runs(case, label)
-            if not all(run.path(results).exists() for runs in searched.values() for run in runs):
-                continue
-            found = {lr: mean_metric(runs, results, higher) for lr, runs in searched.items()}
+            found = {lr: mean_metric(runs, results[experiment.name], higher) for lr, runs in searched.items()}
             known = {lr: value for lr, value in found.items() if value is not None}
             if known:
                 best = (max if higher else min)(known.values())

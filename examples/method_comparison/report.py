@@ -1,10 +1,15 @@
-"""Tables and pictures of the results that are there, written into README.md between its markers, and into images/.
+"""Tables and pictures of the results, written into README.md between its markers, and into images/.
 
     python examples/method_comparison/report.py
     python examples/method_comparison/report.py --smoke --readme outputs/method_comparison/smoke/README.md
 
 Every experiment has a part of README.md between `<!-- begin NAME -->` and `<!-- end NAME -->`, with a row for each
-method. The first method of an experiment is the reference that the others are compared with.
+method. The first method of an experiment is the reference that the others are compared with. Only the lines of
+results/*.jsonl are read; the tables of aims and rates are written when no experiment is named.
+
+A result that lacks is an error. One by older code (every line names the version of what it depends on) is not: to do
+all runs again takes hours, and many changes of the code change no result. Below a table then stands how many runs are
+by older code, and by which; `run.py --stale` does them again.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 
@@ -21,12 +26,13 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from aims import aims
 from command_line import new_parser
 from experiments import Experiment, experiment_names, load_experiments
+from lines import Results, is_older
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rates import rates
 from reporting import write_atomically
-from rows import NONE, Case, Row, table
+from rows import NONE, Case, Row, case_of, table
 
 HERE = Path(__file__).parent
 WIDE = 3  # cases; more of them have a table in common
@@ -61,17 +67,13 @@ def rate(row: Row) -> str:
 
 def table_of_case(case: Case) -> str:
     """Same steps and same seconds, beside the reference."""
-    clock = "CPU s" if "cpu" in str(case.reference and case.reference.results[0]["environment"]["device"]) else "s"
+    clock = "CPU s" if "cpu" in case.reference.results[0]["environment"]["device"] else "s"
     rows = []
-    if isinstance(case.zero_shot, float):
+    if case.zero_shot is not None:
         zero = [result["zero_shot"] for result in case.reference.results]
         rows.append(["zero-shot", "0", NONE, spread(case, zero), case.relative(zero), NONE, NONE, NONE])
-    for label in case.experiment.labels(case.name):
-        row = case.rows.get(label)
-        if row is None:
-            rows.append([label, *["not run"] * 7])
-            continue
-        same = row.at(case.reference.seconds) if case.reference else None
+    for label, row in case.rows.items():
+        same = row.at(case.reference.seconds)
         rows.append(
             [
                 label,
@@ -80,8 +82,8 @@ def table_of_case(case: Case) -> str:
                 spread(case, row.finals),
                 case.relative(row.finals),
                 f"{row.seconds:.1f}",
-                spread(case, same) if same else NONE,
-                case.relative(same) if same else NONE,
+                spread(case, same),
+                case.relative(same),
             ]
         )
     first = next(iter(case.experiment.methods))
@@ -106,7 +108,7 @@ def tables(cases: list[Case]) -> str:
     if len(cases) <= WIDE:
         return "\n\n".join((f"**{case.name}**\n\n" if case.name else "") + table_of_case(case) for case in cases)
     first, metric = next(iter(cases[0].experiment.methods)), cases[0].task.metric
-    same = table_of_cases(cases, lambda case, row: row.at(case.reference.seconds) if case.reference else [None])
+    same = table_of_cases(cases, lambda case, row: row.at(case.reference.seconds))
     return (
         f"{metric[0].upper()}{metric[1:]} after the last step; beside it, relative to {first}:\n\n"
         f"{table_of_cases(cases, lambda case, row: row.finals)}\n\n"
@@ -141,7 +143,7 @@ def courses(ax: Axes, case: Case) -> None:
             points = [(s, m) for _, s, m in result["marks"] if m is not None]
             style = "--" if list(case.experiment.methods).index(label) >= 10 else "-"
             ax.plot(*zip(*points, strict=True), style, color=colour(case, label), lw=1, label=None if seed else label)
-    if isinstance(case.zero_shot, float):
+    if case.zero_shot is not None:
         ax.axhline(case.zero_shot, color="0.5", ls=":", label="zero-shot, first seed")
     if not case.task.higher_is_better:
         ax.set_yscale("log")
@@ -166,9 +168,7 @@ def ratios(ax: Axes, case: Case) -> None:
                 [max(v) - m for m, v in zip(middle, values, strict=True)]]  # fmt: skip
         x = [row.trainable for row in rows]
         ax.errorbar(x, middle, bars, fmt="o-", ms=4, color=f"C{number_}", label=name)
-    if case.reference:
-        reference = case.middle(case.reference.finals)
-        ax.axhline(reference, color="0.3", ls="--", label=case.reference.label)
+    ax.axhline(case.middle(case.reference.finals), color="0.3", ls="--", label=case.reference.label)
     ax.set_xscale("log")
     ax.xaxis.set_minor_formatter(NullFormatter())
     if not case.task.higher_is_better:
@@ -178,7 +178,7 @@ def ratios(ax: Axes, case: Case) -> None:
 
 def spectra(ax: Axes, case: Case) -> None:
     """Singular values of the reference's updates, unfolded along the modes, over the greatest of each; first seed."""
-    layers = case.reference.results[0].get("spectra", []) if case.reference else []
+    layers = case.reference.results[0].get("spectra", [])
     for layer, values in enumerate(layers):
         for mode, style, singular in zip(("input", "output", "basis"), ("-", "--", ":"), values, strict=False):
             share = [(k + 1) / len(singular) for k in range(len(singular))]
@@ -205,16 +205,47 @@ def updated(text: str, name: str, title: str, content: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
 
 
-def report(experiments: list[Experiment], results: Path, readme: Path) -> list[Path]:
-    """Writes what has results; returns the files written."""
+def lacking(experiment: Experiment, found: Results) -> int:
+    """How many runs are not there; of the search for rates, as long as some of these are not."""
+    searched = sum(run not in found for run in experiment.all_tuning_runs())
+    return searched or sum(run not in found for run in experiment.all_final_runs(found))
+
+
+def older_code(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
+    """A line on the runs by older code; empty if there are none."""
+    older, count = [], 0
+    for experiment in experiments:
+        found = results[experiment.name]
+        runs = [*experiment.all_tuning_runs(), *experiment.all_final_runs(found)]
+        count += len(runs)
+        older += [found[run]["version"] for run in runs if is_older(run, found[run])]
+    if not older:
+        return ""
+    one = len(experiments) == 1
+    versions, names = (f" ({', '.join(sorted(set(older)))})", f" {experiments[0].name}") if one else ("", "")
+    return f"\n\nOlder code: {len(older)} of {count} runs{versions}; `run.py{names} --stale` does them again."
+
+
+def report(
+    experiments: list[Experiment], folder: Path, readme: Path, options: str = "", whole: bool = True
+) -> list[Path]:
+    """Writes the tables and pictures, `whole`: those of aims and rates, too; returns the files written.
+
+    Raises:
+        ValueError: if a result lacks, before anything is written; `options` are those of run.py that it has run with.
+    """
+    results = {experiment.name: Results(experiment.name, folder) for experiment in experiments}
+    lacks = [(e.name, count) for e in experiments if (count := lacking(e, results[e.name]))]
+    if lacks:
+        files = ", ".join(f"{name}.jsonl lacks {count} runs" for name, count in lacks)
+        command = " ".join(["python examples/method_comparison/run.py", *(name for name, _ in lacks)])
+        raise ValueError(f"{folder}: {files}: {command}{options}; or name the experiments to report")
     text = readme.read_text() if readme.exists() else ""
     written, images = [], readme.parent / "images"
+    images.mkdir(parents=True, exist_ok=True)
     for experiment in experiments:
-        cases = [Case(experiment, name, results) for name in experiment.cases]
-        if not any(case.rows for case in cases):
-            continue
-        images.mkdir(parents=True, exist_ok=True)
-        content = tables(cases)
+        cases = [case_of(experiment, name, results[experiment.name]) for name in experiment.cases]
+        content = tables(cases) + older_code([experiment], results)
         for picture in experiment.pictures:
             path = images / f"{experiment.name}_{picture}.png"
             figure = draw(cases, PANELS_OF[picture])
@@ -222,10 +253,10 @@ def report(experiments: list[Experiment], results: Path, readme: Path) -> list[P
             content += f"\n\n![{experiment.title}: {picture}](images/{path.name})"
             written.append(path)
         text = updated(text, experiment.name, experiment.title, content)
-    if reached := aims(experiments, results):
-        text = updated(text, "aims", "Aims", reached)
-    if found := rates(experiments, results):
-        text = updated(text, "rates", "Learning rates", found)
+    common = {("aims", "Aims"): aims, ("rates", "Learning rates"): rates} if whole else {}
+    for (name, title), table_of in common.items():
+        if content := table_of(experiments, results):
+            text = updated(text, name, title, content + older_code(experiments, results))
     write_atomically(readme, lambda p: p.write_text(text.rstrip() + "\n"))
     return [*written, readme]
 
@@ -237,7 +268,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", action="store_true", help="what run.py --smoke has done")
     size.add_argument("--large", action="store_true", help="what run.py --large has done")
-    add("--results", type=Path, help="where results are kept; default: as in run.py")
+    add("--results", type=Path, help="where the .jsonl files are; default: as in run.py")
     add("--outputs", type=Path, default=Path("outputs/method_comparison"), help="that of run.py")
     add("--readme", type=Path, help="file with the markers, made if it is not there; pictures go beside it")
     args = parser.parse_args(argv)
@@ -245,9 +276,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.experiments = load_experiments(args.names, smoke=args.smoke, large=args.large)
     except ValueError as error:
         parser.error(str(error))
-    args.results = args.results or (args.outputs / "smoke" if args.smoke else HERE / "results")
-    other = args.outputs / ("smoke" if args.smoke else "large") / "README.md"
-    args.readme = args.readme or (other if args.smoke or args.large else HERE / "README.md")
+    size = "smoke" if args.smoke else "large" if args.large else None
+    args.options = f" --{size}" if size else ""
+    args.results = args.results or (args.outputs / size if size else HERE / "results")
+    args.readme = args.readme or (args.outputs / size if size else HERE) / "README.md"
     args.readme.parent.mkdir(parents=True, exist_ok=True)
     return args
 
@@ -255,7 +287,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     try:
-        for path in report(args.experiments, args.results, args.readme):
+        for path in report(args.experiments, args.results, args.readme, args.options, not args.names):
             print(f"Written: {path}")
     except ValueError as error:
         sys.exit(str(error))

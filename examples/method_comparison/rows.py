@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from experiments import Experiment
+from lines import Results
+from tasks import Task
 
 NONE = "–"
 
@@ -39,30 +39,25 @@ class Row:
         return [[m for k, s, m in result["marks"] if s <= seconds or not k][-1] for result in self.results]
 
 
+@dataclass(frozen=True)
 class Case:
-    """All rows of a case of an experiment, by label; the first is the reference. Rows without results are left out."""
+    """All rows of a case of an experiment, by label; the first is the reference."""
 
-    def __init__(self, experiment: Experiment, name: str, results: Path) -> None:
-        self.experiment, self.name, self.task = experiment, name, experiment.task_of(name)
-        self.rows: dict[str, Row] = {}
-        for label in experiment.labels(name):
-            try:
-                runs = experiment.final_runs(name, label, results)
-            except FileNotFoundError:  # the search for its rate is not complete
-                continue
-            found = [json.loads(path.read_text()) for run in runs if (path := run.path(results)).exists()]
-            if found:
-                lr = runs[0].method.get("lr")
-                rates = sorted(experiment.tuning_runs(name, label))
-                self.rows[label] = Row(label, found, lr, bool(rates) and lr in (rates[0], rates[-1]))
+    experiment: Experiment
+    name: str
+    rows: dict[str, Row]
 
     @property
-    def reference(self) -> Row | None:
-        return self.rows.get(next(iter(self.experiment.methods)))
+    def task(self) -> Task:
+        return self.experiment.task_of(self.name)
 
     @property
-    def zero_shot(self) -> list[float | None]:
-        return self.reference.results[0]["zero_shot"] if self.reference else None
+    def reference(self) -> Row:
+        return self.rows[next(iter(self.experiment.methods))]
+
+    @property
+    def zero_shot(self) -> float | None:
+        return self.reference.results[0]["zero_shot"]
 
     def middle(self, values: list[float | None]) -> float:
         """The median; what diverged is worst."""
@@ -71,10 +66,21 @@ class Case:
 
     def relative(self, values: list[float | None]) -> str:
         """To the reference's final metric, of medians: a factor on errors, a difference of scores."""
-        if not self.reference:
-            return NONE
         ours, theirs = self.middle(values), self.middle(self.reference.finals)
         return f"{ours - theirs:+.3f}" if self.task.higher_is_better else f"{ours / theirs:.2f} ×"
+
+
+def case_of(experiment: Experiment, name: str, found: Results) -> Case:
+    """
+    Raises:
+        KeyError: if a run has not been done.
+    """
+    rows = {}
+    for label in experiment.labels(name):
+        runs, rates = experiment.final_runs(name, label, found), sorted(experiment.tuning_runs(name, label))
+        lr = runs[0].method.get("lr")
+        rows[label] = Row(label, [found[run] for run in runs], lr, bool(rates) and lr in (rates[0], rates[-1]))
+    return Case(experiment, name, rows)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -3,21 +3,22 @@
     python examples/method_comparison/run.py
     python examples/method_comparison/run.py --smoke
     python examples/method_comparison/run.py pde_elliptic slim_functions --jobs 2
+    python examples/method_comparison/run.py pde_elliptic --stale
 
-A run is a file below results/, named by its settings: it is done once, and again if a setting changes. Stop it when
-you like, the same command goes on. Tables and pictures come from `python examples/method_comparison/report.py`.
+An experiment's results are results/<experiment>.jsonl. A run is done once for all experiments that it is part of, and
+again if a setting changes; with --stale, also if the code has changed that it depends on. Stop it when you like, the
+same command goes on: every run is kept below outputs/. Tables and pictures come from
+`python examples/method_comparison/report.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -26,95 +27,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from accelerate import Accelerator
 from command_line import exit_code, new_parser, positive_int
-from compared_methods import FROM_SCRATCH, above_budget, apply_method, count_coefficients, stored, trainable
-from experiments import Experiment, Run, digest, experiment_names, load_experiments, missing_packages
-from reporting import write_atomically
-from torch import nn
+from compared_methods import FROM_SCRATCH
+from experiments import Experiment, Run, experiment_names, load_experiments, missing_packages
+from lines import Results, is_older, write_lines
+from perform import base_path, perform, train_base
 from tqdm import tqdm
-from training import Stopwatch, measured, train_by_lm, train_by_steps
-
-from peft_lotra import update_spectrum
 
 HERE = Path(__file__).parent
-BASE_SEED = 7_000  # added for the points of a base, so that they are not those of the target
-
-
-def perform(run: Run, results: Path, bases: Path) -> None:
-    """Does a run and writes its result."""
-    torch.set_num_threads(1)  # what others do on the machine then hardly changes the seconds
-    device, task = Accelerator().device, run.make_task()
-    objective, watch = task.objective("target", run.seed, device), Stopwatch(device)
-    method, fresh = run.method, task.build(run.seed)
-    scratch = method["method"] in FROM_SCRATCH
-    model = (fresh if scratch else trained_base(run, bases, device)).to(device)
-    coefficients = count_coefficients(model, task, method)
-    numbers, zero_shot = trainable(model), None if scratch else measured(model, objective)
-    with watch:
-        model = apply_method(model, method, task, objective, run.seed + 1)
-    if method.get("optimizer") == "lm":
-        marks = train_by_lm(model, objective, method, run.steps, watch)
-    else:
-        marks = train_by_steps(model, objective, method, method["lr"], run.steps, watch)
-    result = {
-        "run": asdict(run),
-        "metric": task.metric,
-        "zero_shot": zero_shot,
-        "parameters": numbers,
-        "coefficients": coefficients,
-        "trainable": trainable(model),
-        "stored": stored(model),
-        "above_budget": above_budget(model, method, coefficients),
-        "marks": [(step, round(seconds, 4), metric) for step, seconds, metric in marks],
-        "details": objective.details(model.eval()),
-        "environment": environment(device),
-    }
-    if method["method"] == "full":
-        found = update_spectrum(trained_base(run, bases, device), model, task.coefficients(model)).values()
-        result["spectra"] = [[[float(f"{x:.4g}") for x in s] for s in spectrum.singular_values] for spectrum in found]
-    write_json(run.path(results), result)
-
-
-def base_path(run: Run, bases: Path) -> Path:
-    return bases / f"{run.task}-{digest([run.task, run.make_task().base_settings(), run.seed])}.pt"
-
-
-def train_base(run: Run, results: Path, bases: Path) -> None:
-    """Trains the base that a run needs, and keeps it."""
-    torch.set_num_threads(1)
-    device, task = Accelerator().device, run.make_task()
-    model, objective = task.build(run.seed).to(device), task.objective("base", run.seed + BASE_SEED, device)
-    *_, last = train_by_steps(model, objective, {"method": "full"}, task.base_lr, task.base_steps, Stopwatch(device))
-    if last.metric is None:
-        raise ValueError(f"the base of {run.settings} has diverged: lower `base_lr`, {task.base_lr}")
-    path = base_path(run, bases)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda partial: torch.save(model.state_dict(), partial))
-
-
-def trained_base(run: Run, bases: Path, device: torch.device) -> nn.Module:
-    model = run.make_task().build(run.seed)
-    model.load_state_dict(torch.load(base_path(run, bases), map_location="cpu", weights_only=True))
-    return model.to(device)
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    kind = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return {"torch": torch.__version__, "device": f"{device.type}, {kind}"}
-
-
-def write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda partial: partial.write_text(json.dumps(content, ensure_ascii=False) + "\n"))
 
 
 def do_all(
-    job: Any, runs: list[Run], executor: ProcessPoolExecutor | None, results: Path, bases: Path, title: str
+    job: Any, runs: list[Run], executor: ProcessPoolExecutor | None, cache: Path, bases: Path, title: str
 ) -> None:
     """`job` for every run, in the executor's processes or in this one, behind one progress bar."""
     with tqdm(total=len(runs), desc=title, unit="run", dynamic_ncols=True, disable=not runs) as bar:
@@ -131,9 +57,9 @@ def do_all(
 
         if executor is None:
             for run in runs:
-                done(run, partial(job, run, results, bases))
+                done(run, partial(job, run, cache, bases))
         else:
-            futures = {executor.submit(job, run, results, bases): run for run in runs}
+            futures = {executor.submit(job, run, cache, bases): run for run in runs}
             for future in as_completed(futures):
                 done(futures[future], future.result)
 
@@ -155,21 +81,30 @@ def _worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends them without a word
 
 
-def missing(runs: Iterable[Run], results: Path) -> list[Run]:
-    """Those without a result, each once."""
-    by_path = {run.path(results): run for run in runs}
-    return [run for path, run in by_path.items() if not path.exists()]
+def missing(experiments: list[Experiment], title: str, results: Path, cache: Path, stale: bool) -> list[Run]:
+    """The runs without a result, or with `stale` without one of the code as it is, each once."""
+    by_key = {}
+    for experiment in experiments:
+        found = Results(experiment.name, results, cache)
+        every = experiment.all_final_runs(found) if title == "runs" else experiment.all_tuning_runs()
+        by_key |= {run.key: run for run in every if run not in found or stale and is_older(run, found[run])}
+    return list(by_key.values())
 
 
-def run_all(experiments: list[Experiment], jobs: int, results: Path, bases: Path) -> None:
+def run_all(experiments: list[Experiment], jobs: int, results: Path, outputs: Path, stale: bool = False) -> None:
     """Bases, then the search for learning rates, then the reported runs; only what is not there."""
-    with processes(jobs) as executor:
-        for title, wanted in (("learning rates", Experiment.all_tuning_runs), ("runs", Experiment.all_final_runs)):
-            runs = missing((run for experiment in experiments for run in wanted(experiment, results)), results)
-            needed = {base_path(run, bases): run for run in runs if run.method["method"] not in FROM_SCRATCH}
-            untrained = [run for path, run in needed.items() if not path.exists()]
-            do_all(train_base, untrained, executor, results, bases, f"bases for {title}")
-            do_all(perform, runs, executor, results, bases, title)
+    cache, bases = outputs / "runs", outputs / "bases"
+    try:
+        with processes(jobs) as executor:
+            for title in ("learning rates", "runs"):
+                runs = missing(experiments, title, results, cache, stale)
+                needed = {base_path(run, bases): run for run in runs if run.method["method"] not in FROM_SCRATCH}
+                untrained = [run for path, run in needed.items() if not path.exists()]
+                do_all(train_base, untrained, executor, cache, bases, f"bases for {title}")
+                do_all(perform, runs, executor, cache, bases, title)
+    finally:
+        for experiment in experiments:
+            write_lines(experiment, results, cache)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -178,10 +113,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("names", nargs="*", help=f"experiments; all if none is given: {', '.join(experiment_names())}")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", action="store_true", help="a few steps of each, into outputs/")
-    size.add_argument("--large", action="store_true", help="the larger sizes of the files, for an accelerator")
+    size.add_argument(
+        "--large", action="store_true", help="the larger sizes of the files, for an accelerator; into outputs/"
+    )
+    add("--stale", action="store_true", help="again what is there by older code, too")
     add("--jobs", type=positive_int, default=1, help="runs at a time, each in one thread")
-    add("--results", type=Path, help="where results are kept; default: results/ beside this file")
-    add("--outputs", type=Path, default=Path("outputs/method_comparison"), help="bases, and results of --smoke")
+    add("--results", type=Path, help="where the .jsonl files are; default: results/ beside this file")
+    add(
+        "--outputs",
+        type=Path,
+        default=Path("outputs/method_comparison"),
+        help="bases, single runs, and results of --smoke and --large",
+    )
     args = parser.parse_args(argv)
     try:
         args.experiments = load_experiments(args.names, smoke=args.smoke, large=args.large)
@@ -190,7 +133,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for experiment in args.experiments:
         if commands := missing_packages(experiment):
             parser.error(f"{experiment.name} needs data: {'; '.join(commands)}; or name the experiments without it")
-    args.results = args.results or (args.outputs / "smoke" if args.smoke else HERE / "results")
+    size = "smoke" if args.smoke else "large" if args.large else None
+    args.results = args.results or (args.outputs / size if size else HERE / "results")
     return args
 
 
@@ -198,7 +142,7 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args = parse_arguments()
     return exit_code(
-        lambda: run_all(args.experiments, args.jobs, args.results, args.outputs / "bases"),
+        lambda: run_all(args.experiments, args.jobs, args.results, args.outputs, args.stale),
         "The runs that were done are stored; the same command goes on from there.",
     )
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from peft_lotra import fit_gauss_newton
 
-MARKS = 25  # points of a course, beside its start
+MARKS = 20  # points of a course, its start among them
 
 
 class Mark(NamedTuple):
@@ -65,7 +65,7 @@ def train_by_steps(
         optimizer = optimizer_of(model, settings, lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     marks = [Mark(0, watch.seconds, measured(model, objective))]
-    ends = {math.ceil(steps * k / MARKS) for k in range(1, MARKS + 1)}
+    ends = {math.ceil(steps * k / (MARKS - 1)) for k in range(1, MARKS)}
 
     def goes_on(step: int) -> bool:
         if step not in ends:
@@ -86,7 +86,7 @@ def train_by_lm(
     """Levenberg–Marquardt on what is trainable; `steps` iterations unless no step reduces the loss any more."""
     options = objective.second_order() | {"weight_decay": settings.get("weight_decay", 0.0)}
     marks = [Mark(0, watch.seconds, measured(model, objective))]
-    ends = {math.ceil(steps * k / MARKS) for k in range(1, MARKS + 1)}
+    ends = {math.ceil(steps * k / (MARKS - 1)) for k in range(1, MARKS)}
 
     def mark(result: Any) -> None:
         watch.__exit__()

@@ -1,0 +1,93 @@
+"""One run of a method on a task, and the base that it starts from."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from compared_methods import FROM_SCRATCH, above_budget, apply_method, count_coefficients, stored, trainable
+from experiments import Run, digest
+from lines import version
+from reporting import write_atomically
+from torch import nn
+from training import Stopwatch, measured, train_by_lm, train_by_steps
+
+from peft_lotra import update_spectrum
+
+BASE_SEED = 7_000  # added for the points of a base, so that they are not those of the target
+
+
+def perform(run: Run, cache: Path, bases: Path) -> None:
+    """Does a run and writes its result."""
+    torch.set_num_threads(1)  # what others do on the machine then hardly changes the seconds
+    device, task = Accelerator().device, run.make_task()
+    objective, watch = task.objective("target", run.seed, device), Stopwatch(device)
+    method, fresh = run.method, task.build(run.seed)
+    scratch = method["method"] in FROM_SCRATCH
+    model = (fresh if scratch else trained_base(run, bases, device)).to(device)
+    coefficients = count_coefficients(model, task, method)
+    numbers, zero_shot = trainable(model), None if scratch else measured(model, objective)
+    with watch:
+        model = apply_method(model, method, task, objective, run.seed + 1)
+    if method.get("optimizer") == "lm":
+        marks = train_by_lm(model, objective, method, run.steps, watch)
+    else:
+        marks = train_by_steps(model, objective, method, method["lr"], run.steps, watch)
+    result = {
+        "version": version(run.task),
+        "metric": task.metric,
+        "zero_shot": rounded(zero_shot),
+        "parameters": numbers,
+        "coefficients": coefficients,
+        "trainable": trainable(model),
+        "stored": stored(model),
+        "above_budget": above_budget(model, method, coefficients),
+        "marks": [(step, round(seconds, 4), rounded(metric)) for step, seconds, metric in marks],
+        "details": objective.details(model.eval()),
+        "environment": environment(device),
+        "run": asdict(run),
+    }
+    if method["method"] == "full":
+        found = update_spectrum(trained_base(run, bases, device), model, task.coefficients(model)).values()
+        result["spectra"] = [[[float(f"{x:.4g}") for x in s] for s in spectrum.singular_values] for spectrum in found]
+    path = cache / f"{run.key}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(result, ensure_ascii=False) + "\n"))
+
+
+def rounded(metric: float | None) -> float | None:
+    return None if metric is None else float(f"{metric:.8g}")
+
+
+def base_path(run: Run, bases: Path) -> Path:
+    """Named by all that the base depends on: its settings and the code."""
+    settings = [run.task, run.make_task().base_settings(), run.seed, version(run.task)]
+    return bases / f"{run.task}-{digest(settings)}.pt"
+
+
+def train_base(run: Run, cache: Path, bases: Path) -> None:
+    """Trains the base that a run needs, and keeps it."""
+    torch.set_num_threads(1)
+    device, task = Accelerator().device, run.make_task()
+    model, objective = task.build(run.seed).to(device), task.objective("base", run.seed + BASE_SEED, device)
+    *_, last = train_by_steps(model, objective, {"method": "full"}, task.base_lr, task.base_steps, Stopwatch(device))
+    if last.metric is None:
+        raise ValueError(f"the base of {run.settings} has diverged: lower `base_lr`, {task.base_lr}")
+    path = base_path(run, bases)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda partial: torch.save(model.state_dict(), partial))
+
+
+def trained_base(run: Run, bases: Path, device: torch.device) -> nn.Module:
+    model = run.make_task().build(run.seed)
+    model.load_state_dict(torch.load(base_path(run, bases), map_location="cpu", weights_only=True))
+    return model.to(device)
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    kind = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return {"torch": torch.__version__, "device": f"{device.type}, {kind}"}
