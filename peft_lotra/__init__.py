@@ -11,10 +11,12 @@ from .adapters.from_lora import adapter_from_lora
 from .adapters.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from .adapters.lora_conversion import convert_to_lora, save_as_lora
 from .adapters.slim import slim_kan
+from .analysis.summary import summary
 from .analysis.updates import update_spectrum
 from .coefficients import register_kan_layer, registered_kan_layers
 from .config import LoTRAConfig
-from .inference.search import infer_coefficients, verify_coefficients
+from .inference.search import infer_coefficients
+from .inference.verify import verify_coefficients
 from .layer import LoTRALayer
 from .model import LoTRAModel
 from .standin import PerformanceWarning
@@ -57,6 +59,7 @@ __all__ = [
     "save_task",
     "slim_kan",
     "suggest_ranks",
+    "summary",
     "update_spectrum",
     "verify_coefficients",
 ]

@@ -25,11 +25,11 @@ class Bias(NamedTuple):
 
 
 def trained_biases(model: nn.Module, adapter: str, bias: str, modules: Collection[str] = ()) -> list[Bias]:
-    """What `bias` of the config of `adapter` means in `model`, but for what `modules_to_save` has wrapped.
+    """The biases that `bias`, of the config of `adapter`, means in `model`, except those inside `modules_to_save`.
 
-    A bias is a parameter of this name, as for LoRA. In adapted layers, the vectors of normalisations count as biases:
-    parameters of one axis in modules whose class is called so. In the file, an adapted layer has its name as if
-    there were no other adapter in the model. `modules` names layers that are yet to be adapted.
+    A bias is a parameter called "bias", as for LoRA. In adapted layers, the vectors of normalisations count as biases,
+    too: parameters of one axis in modules such as LayerNorm and BatchNorm2d. In the file, an adapted layer has the
+    name that it would have without other adapters. `modules` names layers that will be adapted.
     """
     if bias == "none":
         return []

@@ -24,9 +24,9 @@ def entered(
 
     Args:
         model: the base model, with the adapters in it.
-        configs: of all adapters.
+        configs: the configs of all adapters.
         active: the active adapters.
-        arguments: those of the call, by name.
+        arguments: the arguments of the call, by name.
 
     Raises:
         TypeError, ValueError: naming the argument.

@@ -37,7 +37,7 @@ def naming(file: str | None) -> Iterator[None]:
     """Errors raised inside become a ValueError or TypeError that names the file, if there is one."""
     try:
         yield
-    except Exception as error:  # PEFT, json, the file system and Python about arguments raise their own
+    except Exception as error:  # PEFT, json, the file system and Python itself raise other types
         if file is None:
             raise
         raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{file}: {error}") from error
@@ -58,7 +58,7 @@ def check_weights(expected: Mapping[str, Slot], weights: Mapping[str, torch.Tens
     if missing or unexpected:
         raise ValueError(
             f"{origin} does not belong to this adapter: it lacks {missing or 'nothing'}, and has "
-            f"{unexpected or 'nothing'} beyond it. Was it made for another base model, or other `target_modules`? "
+            f"{unexpected or 'nothing'} in addition. Was it made for another base model, or other `target_modules`? "
             "Of the base model's own tensors, only those that `modules_to_save` and `bias` mean are loaded"
         )
     for key, slot in expected.items():
@@ -122,10 +122,10 @@ def _refused_history(module: nn.Module, *_: Any, **__: Any) -> None:
 
 
 def read_adapter(directory: str) -> SavedAdapter | None:
-    """The adapter file in a local directory; None if there is none.
+    """The adapter file in a local directory, or None if the directory has no such file.
 
     Raises:
-        ValueError: if it cannot be read, or holds other things than tensors by name.
+        ValueError: if the file cannot be read, or holds anything else than tensors by name.
     """
     files = [os.path.join(directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
     file = next(filter(os.path.isfile, files), None)
@@ -133,7 +133,7 @@ def read_adapter(directory: str) -> SavedAdapter | None:
         return None
     try:
         weights = load_peft_weights(directory, device="cpu")
-    except Exception as error:  # safetensors, pickle and zip each raise their own
+    except Exception as error:  # safetensors, pickle and zip raise types of their own
         raise ValueError(
             f"the adapter file {file} cannot be read ({error}): it is corrupt or truncated; copy or save it again"
         ) from error

@@ -52,7 +52,7 @@ def check_whole(tensors: Iterable[torch.Tensor], adapter_name: str) -> None:
 
 
 def _is_saving() -> bool:
-    # accelerate collects parts by the same function, and writes them by its own means. PEFT tells a tuner of neither,
+    # accelerate collects parts by the same function, and writes them in its own way. PEFT tells a tuner of neither,
     # and calls nothing of it between collecting and writing.
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not PeftModel.save_pretrained.__code__:

@@ -37,9 +37,9 @@ def combine_adapters(
 
     Args:
         model: the base model with the adapters in it.
-        configs: of all adapters, by name.
+        configs: the configs of all adapters, by name.
 
-    See `LoTRAModel.add_weighted_adapter` for the other arguments, and errors.
+    `LoTRAModel.add_weighted_adapter` describes the other arguments and the errors.
     """
     _check_adapters(model, configs, adapters, weights)
     rule = _checked_rule(combination_type, density, majority_sign_method)
@@ -192,7 +192,7 @@ def _config(
     layers: Mapping[str, LoTRALayer],
     factors: Mapping[str, TuckerFactors],
 ) -> LoTRAConfig:
-    """Like the first adapter's, but with every tensor, its layout and its ranks by name."""
+    """The first adapter's config, but with every tensor, its layout and its ranks by name."""
     described = {key: value for name in adapters for key, value in configs[name].coefficients.items()}
     saved = {entry for name in adapters for entry in configs[name].modules_to_save or ()}
     tokens = [configs[name].trainable_token_indices for name in adapters]

@@ -42,6 +42,7 @@ class Target:
     spec: CoefficientSpec
     ranks: Ranks = (1, 1, 1)
     alpha: float = 1.0
+    copy_of: tuple[str, str] | None = None  # the layer's class, and the registered one that it is taken for
 
     @property
     def parameter(self) -> str:
@@ -58,61 +59,63 @@ class LoTRAConfig(PeftConfig):
     machine that made it. The object passed in is not changed and can be used again.
 
     Args:
-        r: Tucker ranks (input, output, basis), or one number for all three. Upper bounds: in each layer they are
-            clipped to the sizes of the modes. A mode of rank None, or of its full size, is whole: it has no factor.
-            With `(None, r2, None)` the adapter is a LoRA of the flattened coefficients. A fourth number is the rank of
-            the groups and kernel positions, in layers that have them; left out, they are whole.
-        compression_ratio: instead of `r`, a budget c in (0, 1] over all adapted layers together: trained adapter
+        r: Tucker ranks (input, output, basis), or one number for all three. They are upper bounds: each layer clips
+            them to the sizes of its modes. A mode of rank None, or of its full size, is whole: it has no factor. With
+            `(None, r2, None)` the adapter is a LoRA of the flattened coefficients. A fourth number is the rank of the
+            groups and kernel positions, in layers that have them. Without it, they are whole.
+        compression_ratio: a budget c in (0, 1] in place of `r`, for all adapted layers together: trained adapter
             parameters ≤ c · (number of coefficients). The largest `r` that fits is taken, and then the lowest ranks
-            are raised in turn while that fits. 0.1 if neither `r` nor `compression_ratio` is given and `rank_pattern`
-            leaves layers open; on a KAN so small that a tenth does not suffice, the smallest adapter, with a warning.
-        alpha: factor on the update. Unlike LoRA's `lora_alpha`, it is not divided by the rank. With 0 there is no
-            update, and a warning.
+            are raised in turn while they fit. The default is 0.1 if neither `r` nor `compression_ratio` is given and
+            `rank_pattern` leaves layers open. On a KAN that is too small for 0.1, the default is the smallest adapter,
+            with a warning.
+        alpha: a factor on the update. Unlike LoRA's `lora_alpha`, it is not divided by the rank. If it is 0, there is
+            no update, and a warning says so.
         target_modules: KAN layers to adapt: names or name endings, or a regular expression on the full name. None
             means every KAN layer that is known, by `register_kan_layer` or by `coefficients`. "all-linear" means
-            these and every other matrix and convolution kernel, in KAN layers or not, but for the output layer of a
+            these and every other matrix and convolution kernel, in KAN layers or not, except the output layer of a
             model of transformers; see `peft_lotra.linear_targets`.
         exclude_modules: layers to leave out, in the same form.
-        layers_to_transform: adapt only layers with these indices (the first number in the module's name), all
-            of which there must be.
-        layers_pattern: the name before that number, if the first one is not meant.
+        layers_to_transform: the indices of the layers to adapt. An index is the first number in a module's name, and
+            the model must have a layer of each.
+        layers_pattern: the name in front of the index, if the first number is not the index.
         rank_pattern: ranks for single layers, keyed by module name or a regular expression on its ending, or by the
             parameter's full name, as `suggest_ranks` gives them. They are taken exactly; a rank above its mode is an
             error. For a module with several coefficient tensors the value may map parameter paths to ranks. A full
-            name goes before an expression, and of two expressions the first.
-        alpha_pattern: `alpha` for single layers, keyed likewise.
-        modules_to_save: modules other than adapters that are trained and saved with them, by endings of their names.
+            name takes precedence over an expression, and an expression over those after it.
+        alpha_pattern: `alpha` for single layers, with keys of the same form.
+        modules_to_save: modules other than adapters that are trained and saved with them, by the endings of their
+            names.
         trainable_token_indices: rows of embeddings that are trained and saved with the adapters: indices into the
             input embedding, or a mapping from names of embedding modules to indices.
-        coefficients: coefficient tensors that are not registered: maps a parameter's full name, or a regular
+        coefficients: coefficient tensors that are not registered. It maps a parameter's full name, or a regular
             expression on its ending, to a layout such as `"i o d"` or `"o (i d)"`, or to a mapping with `layout`,
             `sizes` (of flattened axes), `slice` (the part of a packed parameter), `scale` and `scale_layout` (a factor
             before the contraction), and `layer` (the module whose forward uses the parameter, if the key does not
             tell).
-        bias: which biases are trained and saved with the adapter: "none"; "lotra_only": those of adapted layers, with
+        bias: which biases are trained and saved with the adapter. "none"; "lotra_only": those of adapted layers, with
             the vectors of normalisations in them; "all": these and all others of the model. They are the model's own
-            tensors, as with LoRA: one adapter of a model may have them, and they stay as trained where the adapter is
-            disabled, unloaded or deleted.
-        allow_unread: whether a forward pass of an adapted layer may go by without using its coefficients, as in a
-            layer with branches; otherwise that is an error, since the adapter would have no effect.
-        freeze_factors: train the core G alone, on factors that stay as they start: orthonormal at random, or as
-            `initialize_lotra_weights(method="gradient_hosvd")` sets them. They are saved with the core: what a seed
-            draws and orthonormalises differs in its last bits between processors.
-        family: makes this an adapter for a whole family of tasks, Δ(task) = alpha · G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task),
-            whose core has one more axis, of size P: ranges of continuous parameters by name, as in
-            `{"lam": (1.0, 1.6)}`, or a list of names of tasks. `at_task` says which task a pass is at, `adapter_at`
-            makes an ordinary adapter for one. Ours.
-        family_degree: of the polynomials in the parameters of which c consists, in total: P = C(k + degree, degree)
-            for k parameters. For named tasks, P is their number.
-        family_rank: of named tasks: P, with c(task) the task's row of a trained factor U5, shape (tasks, P), in each
-            layer. None: c(task) is one-hot.
-        init_weights: True: G = 0, factors normal with variance 1/size; the adapted model starts equal to the base.
-            False: G is random too, for tests.
-        slim: A_pt = 0 without memory: the coefficient tensors are the update alone, and those of the model are lost.
-            `slim_kan` sets it. G is then random, scaled to the layer's own initialisation.
-        digest: sha256 of the saved tensors and of what the config says of them. `save_pretrained` sets it, and an
-            adapter file that does not fit it is not loaded. Who edits tensors or config by hand on purpose removes
-            the field from `adapter_config.json`; the adapter then loads with a warning.
+            tensors, as with LoRA: only one adapter of a model may have them, and they keep their trained values when
+            the adapter is disabled, unloaded or deleted.
+        allow_unread: whether a forward pass of an adapted layer may leave its coefficients unused, as a layer with
+            branches does. Otherwise such a pass is an error, since the adapter would have no effect.
+        freeze_factors: train the core G alone. The factors stay as they start: orthonormal at random, or as
+            `initialize_lotra_weights(method="gradient_hosvd")` sets them. They are saved with the core, because the
+            factors that a seed gives differ in their last bits between processors.
+        family: ranges of continuous parameters by name, as in `{"lam": (1.0, 1.6)}`, or a list of names of tasks. The
+            adapter is then for the whole family of tasks, Δ(task) = alpha · G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task), and its
+            core has one more axis, of size P. `at_task` says at which task a pass is, and `adapter_at` makes an
+            ordinary adapter for one task. Ours.
+        family_degree: the total degree of the polynomials in the parameters that c consists of: P = C(k + degree,
+            degree) for k parameters. For named tasks, P is their number.
+        family_rank: P of named tasks, where c(task) is the task's row of a trained factor U5, shape (tasks, P), in
+            each layer. With None, c(task) is one-hot.
+        init_weights: True: G = 0 and the factors are normal with variance 1/size, so that the adapted model starts
+            equal to the base. False: G is random too, for tests.
+        slim: A_pt = 0, and takes no memory: the coefficient tensors are the update alone, and those of the model are
+            lost. `slim_kan` sets this. G is then random, scaled to the layer's own initialisation.
+        digest: sha256 of the saved tensors and of what the config says about them. `save_pretrained` sets it, and an
+            adapter file that does not fit it is not loaded. To edit tensors or config by hand on purpose, remove the
+            field from `adapter_config.json`; the adapter then loads with a warning.
 
     Raises:
         ValueError, TypeError: naming the field, the value and what is allowed.
@@ -141,7 +144,7 @@ class LoTRAConfig(PeftConfig):
     digest: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_written": {}, "_saved": None}  # copies do without tensors
+        return vars(self) | {"_written": {}, "_saved": None}  # copies have no tensors
 
     def __post_init__(self) -> None:
         try:
@@ -149,10 +152,10 @@ class LoTRAConfig(PeftConfig):
         except ValueError as error:
             raise ValueError(f"`task_type`: {error}") from None
         self.peft_type = LOTRA
-        self._written: Mapping[str, torch.Tensor] = {}  # what is being saved, by name
-        self._copies: frozenset[str] = frozenset()  # of it, names of trained copies of modules, and of token rows
+        self._written: Mapping[str, torch.Tensor] = {}  # the tensors that are being saved, by name
+        self._copies: frozenset[str] = frozenset()  # those of copied modules and token rows among them
         self._saved: SavedAdapter | None = None  # the adapter file that the config was read with
-        self._file: str | None = None  # the config's own file then
+        self._file: str | None = None  # the file of the config itself in that case
         check_names(self)
         if self.r is not None and self.compression_ratio is not None:
             raise ValueError(
@@ -188,7 +191,7 @@ class LoTRAConfig(PeftConfig):
 
     @property
     def is_all_linear(self) -> bool:
-        """Whether `target_modules` means every matrix and convolution kernel; upper and lower case are the same."""
+        """Whether `target_modules` means every matrix and convolution kernel, in upper or lower case."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
     def to_dict(self) -> dict[str, Any]:
@@ -199,12 +202,12 @@ class LoTRAConfig(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
         """The config of a saved adapter, checked with the adapter file beside it before a model is touched.
 
-        Beside an adapter file the config is self-contained: its names are compared as they are, and nothing in it is
-        taken for a regular expression. An adapter without `digest` is loaded with a warning.
+        A config beside an adapter file is self-contained: its names are compared as they are, and nothing in it is a
+        regular expression. An adapter without `digest` is loaded with a warning.
 
         Raises:
-            ValueError, TypeError: naming the file, and the field if one is wrong: if the adapter file lacks, cannot be
-                read, holds NaN or infinity, or does not fit the config.
+            ValueError, TypeError: naming the file, and the field if one is wrong: if the adapter file is missing,
+                cannot be read, holds NaN or infinity, or does not fit the config.
         """
         directory = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
         with naming(os.path.join(directory, CONFIG_NAME)):
@@ -213,7 +216,7 @@ class LoTRAConfig(PeftConfig):
 
     def _checked(self, directory: str) -> LoTRAConfig:
         """This config as it came from a directory, with the adapter file there."""
-        # Applied when the adapter was made.
+        # These fields were applied when the adapter was made.
         modules = {target.module for _, target in self.saved_targets()}
         alphas = {module: self.alpha_pattern.get(module, self.alpha) for module in modules if self.alpha_pattern}
         config = replace(
@@ -253,7 +256,7 @@ class LoTRAConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, with the `digest` of the tensors that were last asked for to be saved."""
+        """Write `adapter_config.json`, with the `digest` of the tensors that PEFT has last collected to save."""
         written, self._written = self._written, {}
         plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta for t in written.values())
         self.digest = digest(written, self._meaning()) if written and plain else None
@@ -268,7 +271,7 @@ class LoTRAConfig(PeftConfig):
         if wrong:
             layers = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in wrong})
             raise ValueError(
-                f"the adapter {adapter_name!r} cannot be saved: what there is of {layers} is not what its config "
+                f"the adapter {adapter_name!r} cannot be saved: the tensors of {layers} are not those that its config "
                 "names. Were these layers replaced or rebuilt after they were adapted, so that their update is lost, "
                 "or is `state_dict` not the whole model's? Adapt the model as it is now by a new `get_peft_model`"
             )

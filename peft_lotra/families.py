@@ -1,6 +1,6 @@
 """Families of tasks: the numbers c(task) that a core is contracted with, and the task that a running call is at.
 
-The task is on a stack of the thread, so that calls in other threads, and calls inside of this one, do not see it.
+The task is on a stack of the thread, so calls in other threads, and calls inside of this call, do not see it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-# Of `at_task` and `adapter_at`, which take a family's parameters by name.
+# The arguments of `at_task` and `adapter_at`, which take a family's parameters by name.
 _ARGUMENTS = {"model", "adapter_name", "family", "train", "task"}
 
 
@@ -28,14 +28,14 @@ _ARGUMENTS = {"model", "adapter_name", "family", "train", "task"}
 class Family:
     """c(task) of shape (P,), for tasks that have names or continuous parameters.
 
-    Of parameters μ_1 … μ_k in ranges [a_j, b_j] it has the products T_{e_1}(x_1) ⋯ T_{e_k}(x_k) of Chebyshev
-    polynomials, x_j = 2 (μ_j − a_j) / (b_j − a_j) − 1, of total degree Σ e_j ≤ `degree`. Of named tasks it is one-hot.
-    Ours.
+    For parameters μ_1 … μ_k in ranges [a_j, b_j], c has the products T_{e_1}(x_1) ⋯ T_{e_k}(x_k) of Chebyshev
+    polynomials, x_j = 2 (μ_j − a_j) / (b_j − a_j) − 1, of total degree Σ e_j ≤ `degree`. For named tasks, c is
+    one-hot. Ours.
 
     Attributes:
         ranges: (a, b) by the name of a parameter; empty if tasks have names.
         tasks: the names of the tasks; empty if they have parameters.
-        degree: of the polynomials.
+        degree: the largest total degree of the polynomials.
     """
 
     ranges: Mapping[str, tuple[float, float]]
@@ -44,7 +44,7 @@ class Family:
 
     @classmethod
     def of(cls, family: Any, degree: int, field: str = "family") -> Family:
-        """The family that the fields of a config mean; `field` is what errors call the first.
+        """The family that the fields of a config mean. In errors, the first field has the name `field`.
 
         Raises:
             TypeError, ValueError: naming the field and the value.
@@ -57,7 +57,7 @@ class Family:
             for name, (a, b) in family.items():
                 if not a < b:
                     raise ValueError(f"`{field}` gives {name!r} the range {(a, b)}, whose ends are not in order")
-            # In one order, as saved configs have it: it decides on the order of the products.
+            # Sorted, as in saved configs, because the order of the names decides on the order of the products.
             return cls({name: (float(a), float(b)) for name, (a, b) in sorted(family.items())}, degree=degree)
         if isinstance(family, list | tuple) and family and all(isinstance(name, str) for name in family):
             if len(set(family)) < len(family):
@@ -94,7 +94,7 @@ class Family:
     def weights(self, task: Mapping[str, Any]) -> torch.Tensor:
         """c of one task, shape (P,), or of a task for each sample, shape (batch, P); float64 unless tensors are given.
 
-        Of a batch of one it is that of the one task.
+        For a batch of one sample, it is the c of its task.
 
         Args:
             task: a number, or a tensor of the shape (), (batch,) or (batch, 1), for each parameter; or under "task" a
@@ -119,7 +119,7 @@ class Family:
         names = list(task) if isinstance(task, list | tuple) else [task]
         unknown = [name for name in names if name not in self.tasks]
         if unknown:
-            raise ValueError(f"`task` {unknown[0]!r} is none of the family's tasks {list(self.tasks)}")
+            raise ValueError(f"`task` {unknown[0]!r} is not one of the family's tasks {list(self.tasks)}")
         places = torch.tensor([self.tasks.index(name) for name in names], dtype=torch.long)
         rows = torch.nn.functional.one_hot(places, len(self.tasks)).double()
         return rows[0] if isinstance(task, str) else rows
@@ -232,7 +232,7 @@ def current(adapter: str, layer: nn.Module) -> torch.Tensor | None:
 
 
 def per_sample(adapters: Iterable[str], layer: nn.Module) -> dict[str, torch.Tensor]:
-    """c of those adapters of a layer for which the running call has a task for each sample."""
+    """c of the adapters of a layer for which the running call has a task for each sample."""
     found = {}
     for name in adapters:
         c = current(name, layer)

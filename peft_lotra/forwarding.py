@@ -45,7 +45,7 @@ class Forwarding(nn.Module):
         layer, updates = self.get_base_layer(), self._active_updates()
         if updates and is_sharded(layer, self.spec, updates):
             return replaced(layer, self.spec, adapted_coefficients(layer, self.spec, updates).contiguous())
-        # A regulariser needs the dense coefficients; there is nothing to warn of.
+        # A regulariser needs the dense coefficients, so no warning is due.
         return Adapted(layer, self.spec, updates, quiet=True, is_zero=self._base_is_zero)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -64,7 +64,7 @@ class Forwarding(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Private names stay here: accelerate and torch hang state on modules under such names.
+            # Private names stay on the wrapper: accelerate and torch keep state of modules under such names.
             if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
         value = getattr(self.base_layer, name)
@@ -86,7 +86,8 @@ class Forwarding(nn.Module):
             if name.startswith(_REWRITING):
                 raise RuntimeError(
                     f"`{name}` would rewrite coefficients under a LoTRA adapter, whose update belongs to the old "
-                    "ones: call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt anew"
+                    "ones: call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt anew, "
+                    "or leave it out, as pykan's `fit(dataset, update_grid=False)` does"
                 )
             with self._adapted_for_methods():
                 return value(*args, **kwargs)

@@ -31,12 +31,12 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     G: (r1, r2, r3, ...), U1: (n, r1), U2: (m, r2), U3: (n_d, r3), kept by adapter name in `lotra_core`, `lotra_U1`,
     `lotra_U2`, `lotra_U3`. With U4: (K, r4) in `lotra_U4`, the K groups and kernel positions are one mode, and G is
-    (r1, r2, r3, r4). A mode whose rank is None is whole: it has no U. Of a family of named tasks, U5: (tasks, k) in
-    `lotra_U5` has the task factor's rows. A module with several coefficient tensors is wrapped once for each.
+    (r1, r2, r3, r4). A mode whose rank is None is whole: it has no U. With `family_rank` k, `lotra_U5` holds the
+    factor of the tasks, U5: (tasks, k). A module with several coefficient tensors is wrapped once for each.
 
     Unknown public attributes are looked up on the base layer, so that code around the layer goes on working. Like
-    `forward`, the layer's methods see the adapted coefficients, and so does who reads the parameter by its name (for a
-    regulariser, say); methods that rewrite coefficients raise an error while the adapter is attached.
+    `forward`, the layer's methods see the adapted coefficients. So does code that reads the parameter by its name,
+    such as a regulariser. Methods that rewrite coefficients raise an error while the adapter is attached.
     """
 
     adapter_layer_names = CONTAINERS
@@ -51,8 +51,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.r: dict[str, Ranks] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}  # alpha, unless it was rescaled
-        # P of a family of tasks; else 0. As any factor, U5 is the layer's own: tasks that are alike in one layer need
-        # not be in another, and so a layer is merged, swapped and sharded with nothing but what is in it.
+        # P of a family of tasks; else 0. U5 belongs to one layer, like any factor: tasks that are alike in one layer
+        # need not be alike in another, and a layer can be merged, swapped and sharded by itself.
         self.terms: dict[str, int] = {}
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}  # as PEFT asks for them
         self.in_features, self.out_features = spec.layout.canonical_shape[:2]
@@ -60,11 +60,13 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.cast_input_dtype_enabled = True
         self._before_merge: dict[str, torch.Tensor] = {}  # by path: parameter and scale
         self._drawn: dict[str, tuple[torch.Tensor, ...]] = {}  # until `check_one_draw`, by adapter
-        # What frameworks hang on modules later is each module's own.
+        # Attributes that frameworks add to modules later belong to the module that they are added to.
         names = {name for name in dir(self.get_base_layer()) if not name.startswith("_")}
         self._names_of_base = frozenset(names.difference(vars(self), self._modules, dir(nn.Module)))
         self._allows_unread = False  # whether the base layer need not use its coefficients in every pass
-        self._needs_tensor = False  # whether the base layer was found to take its coefficients as a plain tensor only
+        # Whether the base layer was found to take its coefficients as a plain tensor only. Nor can a stand-in follow
+        # axes that end where none of the layout's does.
+        self._needs_tensor = bool(spec.layout.flattened)
 
     def update_layer(
         self,
@@ -80,7 +82,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         """Add an adapter of the given ranks; `terms` and `tasks` as for `factor_shapes`.
 
         Raises:
-            ValueError: if a rank is not in 1 … size of its mode; nothing is added then.
+            ValueError: if a rank is not in 1 … size of its mode. Nothing is added then.
         """
         modes = mode_sizes(self.spec.layout.canonical_shape)
         if any(rank is not None and not 0 < rank <= size for rank, size in zip(ranks, modes, strict=False)):
@@ -97,10 +99,10 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         for name, shape in zip(CONTAINERS, shapes, strict=True):
             if shape is None:
                 continue
-            # A base without memory yet, or offloaded, is no reason for an adapter without.
+            # If the base has no memory yet, or is offloaded, the adapter gets memory all the same.
             device = None if coefficients.is_meta else coefficients.device
             container = getattr(self, name)
-            if hasattr(container, "_hf_hook"):  # accelerate has offloaded the adapters here, and knows those only
+            if hasattr(container, "_hf_hook"):  # accelerate has offloaded the adapters here, without this one
                 remove_hook_from_module(container)
             container[adapter_name] = nn.Parameter(torch.empty(shape, dtype=coefficients.dtype, device=device))
         self.reset_lotra_parameters(adapter_name, init_weights)
@@ -112,8 +114,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         """G = 0 (normal if `init_weights` is False), U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3 ~ N(0, 1/n_d), U4 ~ N(0, 1/K).
 
         With G = 0 the update is zero and every factor has a gradient after one step. Source: eq. 8, with a random U2.
-        U5, and factors that stay frozen, have orthonormal columns (ours): few rows drawn at random may be nearly
-        parallel, and their tasks hard to tell apart.
+        U5 and frozen factors have orthonormal columns (ours): a few rows that are drawn at random may be nearly
+        parallel, and their tasks would be hard to tell apart.
         """
         core, *factors = self.factors(adapter_name)
         if init_weights:
@@ -130,24 +132,24 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> TuckerFactors:
         """G and the factors of the adapter; None for whole modes."""
-        held: Any = self._modules  # not by attributes, which are looked up on the base layer too
+        held: Any = self._modules  # attributes would be looked up on the base layer too
         return TuckerFactors(*[held[name]._parameters.get(adapter_name) for name in CONTAINERS])
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, factors: TuckerFactors) -> None:
-        """Write the values of G and of the factors; shapes as the adapter's ranks say."""
+        """Write the values of G and of the factors, whose shapes are those of the adapter's ranks."""
         for own, values in zip(self.factors(adapter_name), factors, strict=True):
             if own is not None and values is not None:
                 own.copy_(values.reshape(own.shape))
 
     def dtype_in_use(self, adapter_name: str) -> torch.dtype:
-        """The dtype of the smaller range that the factors are cast to: their own, or that of the coefficients."""
+        """The factors' own dtype or that of the coefficients, whichever has the smaller range."""
         dtypes = self.lotra_core[adapter_name].dtype, self._stored(self.spec.parameter).dtype
         return min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
 
     def _update(self, adapter_name: str) -> Update:
         factors = self.factors(adapter_name)
-        if factors.U4 is not None:  # part of the core, for who contracts
+        if factors.U4 is not None:  # contractions take it as a part of the core
             core, U4 = full_tensor(factors.core), full_tensor(factors.U4)
             factors = with_positions(factors._replace(core=core, U4=U4), self.spec.layout.canonical_shape[3:])
         if not self.terms[adapter_name]:
@@ -189,12 +191,12 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return self._update(adapter_name).dense(self.spec, full_shape(self._stored(self.spec.parameter)))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """parameter ← parameter · scale + Σ updates, scale ← 1, for the given or else the active adapters.
+        """parameter ← parameter · scale + Σ updates, scale ← 1, for the given adapters, or else for the active ones.
 
-        The values before are kept until `unmerge`, which restores them to the bit.
+        The values from before are kept until `unmerge`, which restores them to the bit.
 
         Raises:
-            ValueError: with `safe_merge`, if the merged coefficients are not all finite; nothing is changed then.
+            ValueError: with `safe_merge`, if the merged coefficients are not all finite. Nothing is changed then.
         """
         self._merge(safe_merge, adapter_names, keep=True)
 
@@ -249,7 +251,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         """The base layer's own forward, with A_ft in place of A; in a mixed batch, with every sample's own A_ft.
 
         Raises:
-            ValueError: in a mixed batch, if the first tensor has not one row for each name, or adapters are merged.
+            ValueError: in a mixed batch, if the first tensor does not have one row for each name, or if adapters are
+                merged.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -270,7 +273,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             check_one_draw(self, CONTAINERS, self._active_here())
         own = [] if self.disable_adapters else [name for name in self._active_here() if self.terms[name]]
         by_sample = families.per_sample(own, self) if own else {}
-        if not by_sample or isinstance(mixed_batch.current(self), Shares):  # the caller goes another way then
+        if not by_sample or isinstance(mixed_batch.current(self), Shares):  # a mixed batch handles samples itself
             return self._run_once(args, kwargs)
         try:
             return self._run_once(args, kwargs)
@@ -287,7 +290,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             self._check_unread()
         return y
 
-    # Where torch.compile breaks the graph at this layer, it must not compile parts of what runs in it.
+    # If torch.compile breaks the graph at this layer, it must not compile parts of the layer's pass.
     @torch.compiler.disable
     def _run_eagerly(self, args: Any, kwargs: Any) -> Any:
         inner: Any = self._modules["base_layer"]
@@ -307,6 +310,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
                         raise
                 self._needs_tensor = True
                 warn("TorchScript, torch.autograd.Function or torch.vmap", type(layer).__qualname__)
+            if spec.layout.flattened:
+                warn("", type(layer).__qualname__, f"keeps its coefficients as {spec.layout.pattern!r}, across axes")
             with replaced(layer, spec, adapted_coefficients(layer, spec, updates).contiguous()):
                 return inner(*args, **kwargs)
 
@@ -315,7 +320,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         if not self._allows_unread:
             raise RuntimeError(
                 f"a forward pass of {type(self.get_base_layer()).__qualname__} did not use `{self.spec.parameter}`, "
-                "and its adapter had no effect: the layer uses another tensor, gets at this one otherwise than as an "
+                "and its adapter had no effect: the layer uses another tensor, does not read this one as an "
                 "attribute, keeps a copy of it, or uses it after the pass. `verify_coefficients(model, *sample)` says "
                 "whether it is the right one; `LoTRAConfig(allow_unread=True)` is for layers that do not use it in "
                 "every pass"
@@ -345,7 +350,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The base class looks for a `weight`, rounds fp32 factors to the base's 16 bits and makes them trainable.
-        # Values that are on the CPU do not follow a base that is still to be loaded.
+        # Values on the CPU stay there if the base is not loaded yet.
         device = device or self._stored(self.spec.parameter).device
         for factor in self.factors(adapter_name).tensors():
             if not factor.is_meta and device != torch.device("meta"):
@@ -355,13 +360,13 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return f"lotra.{super().__repr__()}"
 
 
-# Older dynamos do not follow the stand-in: there, these layers run between compiled graphs.
+# Older versions of dynamo do not trace the stand-in, so these layers run between compiled graphs there.
 if torch.__version__ < (2, 13):  # type: ignore[operator]
     LoTRALayer.forward = torch.compiler.disable(LoTRALayer.forward)  # type: ignore[method-assign]
 
 
 def wrapped(kind: type[LoTRALayer], module: nn.Module, spec: CoefficientSpec) -> tuple[LoTRALayer, nn.Module]:
-    """A new layer for one tensor of a module, at its place among those that there are, and the outermost of them."""
+    """A new layer for one tensor of a module, at its place among the layers around it, and the outermost of them."""
     if isinstance(module, LoTRALayer) and module.spec.nesting > spec.nesting:
         layer, module.base_layer = wrapped(kind, module.base_layer, spec)
         return layer, module

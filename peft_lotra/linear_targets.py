@@ -46,13 +46,13 @@ def layout_of(module: nn.Module) -> tuple[str, dict[str, int]] | None:
 
 
 def linear_targets(model: nn.Module, base: BaseModel, known: list[Target], config: LoTRAConfig) -> list[Target]:
-    """Every matrix and convolution kernel of `model` that is none of the `known` tensors, as "all-linear" means it.
+    """Every matrix and convolution kernel of `model` that "all-linear" means, without the `known` tensors.
 
-    These are the weights of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d and transformers' Conv1D, which belong to the
-    KAN layer around them if there is one, and what KAN layers are registered with as `matrices`.
+    These are the weights of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d and transformers' Conv1D, and the `matrices`
+    that KAN layers are registered with. If there is a KAN layer around a weight, the weight belongs to that layer.
 
-    Left out are the output layer of a model of transformers, by PEFT's rule for LoRA; what another PEFT method or
-    `modules_to_save` has wrapped; and layers and weights that the model has twice, such as tied ones.
+    The output layer of a model of transformers is left out, by PEFT's rule for LoRA. So are modules that another PEFT
+    method or `modules_to_save` has wrapped, and layers and weights that the model has twice, such as tied ones.
 
     Raises:
         ValueError, TypeError: naming the layer, if its weight cannot be adapted, as where it is quantized.

@@ -1,6 +1,6 @@
 """Batches in which every sample has an adapter of its own: which names belong to the running call, and a layer's pass.
 
-The names are on a stack of the thread, so that calls in other threads, and calls inside of this one, do not see them.
+The names are on a stack of the thread, so calls in other threads, and calls inside of this call, do not see them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class MixedBatch:
     """The adapters of a call's samples.
 
     Attributes:
-        names: one for each sample.
-        in_encoder: those that the modules of `encoder` see: beam search repeats samples behind the encoder only.
+        names: a name for each sample.
+        in_encoder: the names that the modules of `encoder` see, because beam search repeats samples only behind it.
     """
 
     names: tuple[str, ...]
@@ -57,7 +57,7 @@ _calls = _Calls()
 
 @contextmanager
 def entered(entry: MixedBatch | Shares | None) -> Iterator[None]:
-    """While this is entered, the thread's calls are of this batch; of none that is mixed, for None."""
+    """While this is entered, the thread's calls are of this mixed batch, or of no mixed batch if it is None."""
     before = _calls.stack
     _calls.stack = (*before, entry)
     try:
@@ -78,7 +78,7 @@ def pass_names_on(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, 
     """A forward pre-hook for PEFT's own modules, which take the names as an argument."""
     batch = current(module)
     if not isinstance(batch, MixedBatch) or not batch.names or module.disable_adapters:
-        return None  # they fail on a batch of no samples, and on names for another one while adapters are off
+        return None  # they fail on a batch without samples, and on another batch's names while adapters are off
     names = [name if name in module._adapters else BASE for name in batch.names_for(module)]
     return args, kwargs | {"adapter_names": names}
 
@@ -123,15 +123,15 @@ def run_mixed(
 ) -> Any:
     """A forward pass in which every sample sees the update of its own adapter.
 
-    It is one pass of the base layer on all samples where they can be told apart in its contractions, else one on the
-    samples of each adapter.
+    If the base layer's contractions keep the samples apart, it is one pass on all samples. Otherwise it is one pass on
+    the samples of each adapter.
 
     Args:
-        layers: those around the KAN layer.
-        adapters: that they have.
-        names: one for each sample.
-        run: the pass, of args and kwargs.
-        in_one_pass: whether to try that.
+        layers: the LoTRALayers around the KAN layer.
+        adapters: the adapters that they have.
+        names: a name for each sample.
+        run: the pass, a function of args and kwargs.
+        in_one_pass: whether to try one pass on all samples.
     """
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):

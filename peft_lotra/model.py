@@ -21,6 +21,7 @@ from .coefficients.spec import tensor_at
 from .collected import Collected, check_whole
 from .combination import combine_adapters, copied_modules, copy_trained
 from .config import LoTRAConfig, Target
+from .copies import warn_of_copies
 from .layer import LoTRALayer, adapted_tensors, wrapped
 from .linear_layer import LinearLayer, is_linear
 from .placement.offloaded import writable_tensors
@@ -33,7 +34,7 @@ from .tensors.tucker import Ranks
 
 
 class _Configs(dict):
-    """LoTRAConfigs by adapter name. PEFT's functions look names up here that they are given."""
+    """LoTRAConfigs by adapter name. PEFT's functions look up here the names that they are given."""
 
     def __missing__(self, name: Any) -> Any:
         raise ValueError(f"`adapter_name` {name!r} does not exist: the model has the adapters {list(self)}")
@@ -42,12 +43,12 @@ class _Configs(dict):
 class LoTRAModel(BaseTuner):
     """A model whose KAN layers compute with A + s · G ×₁ U1 ×₂ U2 ×₃ U3; made by `peft.get_peft_model`.
 
-    Everything of PEFT's tuners applies: adding, switching, disabling, deleting, merging and unloading adapters.
-    Errors of configuration are raised before the first layer is touched.
+    It does what PEFT's other tuners do: it adds, switches, disables, deletes, merges and unloads adapters. Errors of
+    configuration are raised before the first layer is touched.
 
     Two arguments of a call, `model(...)` or `model.generate(...)`, are for the adapters, and the base model does not
-    see them. `adapter_names` has an adapter for each sample, "__base__" for none. `lotra_task` says at which task the
-    active (or named) families are; see `at_task`.
+    see them. `adapter_names` names an adapter for each sample; "__base__" stands for no adapter. `lotra_task` says at
+    which task the active (or named) families are; see `at_task`.
     """
 
     prefix = "lotra_"
@@ -56,12 +57,25 @@ class LoTRAModel(BaseTuner):
 
     peft_config: dict[str, Any]  # LoTRAConfigs, by name
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        held = getattr(model, "peft_config", {})
+        if isinstance(adapter_name, str) and adapter_name in held:
+            warnings.warn(
+                f"`adapter_name` {adapter_name!r}: the model has an adapter of this name already "
+                f"({type(held[adapter_name]).__name__}), and the new one replaces it. To keep both, give the new one "
+                "another name; to start anew, take the adapters off first (`unload()`, `merge_and_unload()`)",
+                stacklevel=2,
+            )
+        with warnings.catch_warnings():  # PEFT warns of every second adapter, also if it is wanted
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if not isinstance(self.peft_config, _Configs):  # a model with an adapter injected has one already
             self.peft_config = _Configs(self.peft_config)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> LoTRAConfig:
-        # A copy becomes self-contained: the user's object stays as it is and serves for other models too.
+        # A copy becomes self-contained. The user's object stays as it is, so that it can be used for other models too.
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         _check_name(adapter_name)
         task = peft_config.task_type
@@ -69,11 +83,12 @@ class LoTRAModel(BaseTuner):
             peft_config = replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or ()), *HEADS[task]])
         targets = resolve_targets(self.model, peft_config)
         warn_of_no_effect(peft_config, targets)
+        warn_of_copies(peft_config, targets)
         self._targets: dict[str, list[Target]] = {}
         for target in targets:
             self._targets.setdefault(target.module, []).append(target)
         self._self_contained = peft_config.self_contained(targets)
-        # PEFT warns about patterns that mean nothing, and so sees the user's own while it injects.
+        # PEFT warns about patterns that match nothing, so it sees the user's own patterns while it injects.
         parameters = {target.parameter for target in targets}
         own = {} if peft_config.is_self_contained else vars(peft_config)
         self.peft_config[adapter_name] = replace(
@@ -89,7 +104,7 @@ class LoTRAModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to `model`, with the arguments of PEFT's base class.
 
-        After an exception, because of the file that the adapter comes from too, the model is as it was.
+        After an exception, also one that the adapter's file causes, the model is as it was before.
         """
         config = self.peft_config[adapter_name]
         try:
@@ -157,10 +172,10 @@ class LoTRAModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters; unless `inference_mode`, they are trained, with the biases of their configs.
+        """Set the active adapters. Unless `inference_mode` is true, they are trained, and their biases with them.
 
         Raises:
-            ValueError: if there is none of a name; nothing is changed then.
+            ValueError: if there is no adapter of a name. Nothing is changed then.
         """
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             self.peft_config[name]  # raises if there is none
@@ -168,7 +183,7 @@ class LoTRAModel(BaseTuner):
         self._set_biases(not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. Its biases stay as they are, and frozen."""
+        """Delete an adapter. Its biases keep their values, and are frozen."""
         biases = trained_biases(self.model, adapter_name, self.peft_config[adapter_name].bias)
         super().delete_adapter(adapter_name)
         for bias in biases:
@@ -199,7 +214,7 @@ class LoTRAModel(BaseTuner):
             layer.set_requires_grad(adapter_name, requires_grad)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the coefficients and keep them; with `safe_merge`, all layers are checked first."""
+        """Merge adapters into the coefficients and keep them. With `safe_merge`, all layers are checked first."""
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
@@ -248,25 +263,26 @@ class LoTRAModel(BaseTuner):
         >>> model.add_weighted_adapter(["a", "b"], [1.0, -1.0], "a without b", svd_rank=4)
 
         Args:
-            adapters: their names. One that does not adapt a tensor counts as zero there.
-            weights: a number for each; a negative one subtracts. The adapters' scalings count besides.
-            adapter_name: the new adapter's name. It is not active, and its `alpha` is 1.
+            adapters: the names of the adapters. One that does not adapt a tensor counts as zero there.
+            weights: a number for each adapter; a negative one subtracts. Each Δ_j includes its adapter's scaling.
+            adapter_name: the new adapter's name. The new adapter is not active, and its `alpha` is 1.
             combination_type: "cat": exactly Δ; the ranks add up, to the size of the mode at most. "svd", or "linear":
-                the Tucker approximation of Δ of the ranks `svd_rank`, by HOSVD and HOOI. "ties", "dare_linear",
-                "dare_ties", "magnitude_prune": of what these rules of `peft.utils.merge_utils` make of the dense Δ_j.
-                All are of updates, none of factors as some of LoRA's, so that LoRA's names in "_svd" mean the same.
-            svd_rank: ranks as `LoTRAConfig.r`, or as its `rank_pattern` by full parameter names; by default, and for
-                tensors that are not named, the largest that the adapters have there.
+                the Tucker approximation of Δ with the ranks `svd_rank`, by HOSVD and HOOI. "ties", "dare_linear",
+                "dare_ties", "magnitude_prune": the same of what these rules of `peft.utils.merge_utils` make of the
+                dense Δ_j. All types combine updates, and none combines factors as some of LoRA's do; LoRA's names
+                that end in "_svd" therefore mean the same.
+            svd_rank: ranks as in `LoTRAConfig.r`, or as in its `rank_pattern` by full parameter names. By default, and
+                for tensors that are not named, they are the largest that the adapters have there.
             density: the fraction of entries in (0, 1] that pruning leaves; only for the last four types.
-            majority_sign_method: "total" or "frequency", for the two ties.
+            majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
 
-        Trained copies of modules (`modules_to_save`) and token rows are taken over from the one adapter that has them.
+        The new adapter gets trained copies of modules (`modules_to_save`) and token rows from the one that has them.
 
         Returns:
             ‖Δ − Δ_r‖ / ‖Δ‖ by full parameter name, where Δ is what the rule gives before its ranks are cut.
 
         Raises:
-            ValueError: naming the argument; the model is as it was then.
+            ValueError: naming the argument. The model is then as it was before.
         """
         self.check_new(adapter_name)
         config, factors, errors = combine_adapters(
@@ -298,9 +314,9 @@ class LoTRAModel(BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """A Slim KAN's zeros, by their names in the PeftModel: DistributedDataParallel would write to them.
+        """The zeros of a Slim KAN, by their names in the PeftModel: DistributedDataParallel would write to them.
 
-        It asks the module that it is given. Where the PeftModel is a part of that one, `outer`, tell it beforehand:
+        It asks the module that it is given. If the PeftModel is a part of that module, `outer`, tell it beforehand:
         `outer._ddp_params_and_buffers_to_ignore = [n for n, p in outer.named_parameters() if not p.is_contiguous()]`.
         """
         layers = [layer for layer in adapted_tensors(self).values() if isinstance(layer, SlimLayer)]
@@ -320,7 +336,7 @@ class LoTRAModel(BaseTuner):
         slots = slots_of(model, adapter_name, config.bias)
         tensors = {key: state_dict.get(name) for key, (name, _) in slots.items()}
         config._written = {PREFIX + key.removeprefix(PREFIX): t for key, t in tensors.items() if t is not None}
-        # Of a gathered state dict, other processes than the first have nothing, and write nothing.
+        # Only the first process has a gathered state dict; the others have nothing and write nothing.
         if state_dict or not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             config.check_written(adapter_name)
         check_whole(config._written.values(), adapter_name)
@@ -332,7 +348,7 @@ class LoTRAModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # Other tensors have none, and their modules may be called like an adapter.
+        # Other tensors have no adapter's name in their key, but a module's name may be like one.
         return super()._remove_adapter_name_from_key(key, adapter_name) if is_adapter_key(key) else key
 
     @classmethod
@@ -359,18 +375,18 @@ def _check_name(adapter_name: str) -> None:
         )
     if len(adapter_name) > 100 or not adapter_name.isprintable() or set(adapter_name) & set("/\\:"):
         raise ValueError(
-            f"`adapter_name` {adapter_name[:100]!r} is no name of a directory to save to: choose one of up to 100 "
-            "printable characters, without / \\ :"
+            f"`adapter_name` {adapter_name[:100]!r} cannot be the name of a directory to save to: choose one of up to "
+            "100 printable characters, without / \\ :"
         )
     if adapter_name == mixed_batch.BASE:
-        raise ValueError(f"`adapter_name` {adapter_name!r} means no adapter, in a mixed batch: choose another")
+        raise ValueError(f"`adapter_name` {adapter_name!r} stands for no adapter in a mixed batch: choose another")
 
 
 def lotra_model(model: nn.Module, adapter_name: str | None = None) -> LoTRAModel:
     """The LoTRAModel of a PeftModel, compiled or not.
 
     Raises:
-        TypeError, ValueError: if it is none, or has no adapter of the name, if one is given.
+        TypeError, ValueError: if `model` is no such PeftModel, or has no adapter of the given name.
     """
     model = getattr(model, "_orig_mod", model)
     tuner = getattr(model, "base_model", None)

@@ -46,7 +46,7 @@ def check_expressions(field: str, entries: Iterable[str], around: tuple[str, str
             re.compile(f"{around[0]}{entry}{around[1]}")
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"`{field}`: {entry!r} is no regular expression ({error}); where a name is meant, give "
+                f"`{field}`: {entry!r} is not a regular expression ({error}); to mean this name, give "
                 f"{re.escape(entry)!r}"
             ) from None
 

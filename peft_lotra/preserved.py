@@ -12,7 +12,7 @@ from torch import nn
 
 
 def check_model(**models: Any) -> None:
-    """Raise TypeError, naming the argument, if what is given for a model is none."""
+    """Raise TypeError, naming the argument, if a value that should be a model is not a torch.nn.Module."""
     for name, model in models.items():
         if not isinstance(model, nn.Module):
             raise TypeError(f"`{name}` should be a torch.nn.Module but the value passed is {model!r}")
@@ -26,8 +26,8 @@ def preserved(model: nn.Module, training: bool | None = None, dtype: torch.dtype
 
     Args:
         model: any module.
-        training: the mode of all modules inside; None leaves them as they are.
-        dtype: of the copies of buffers, of tensors that are plain attributes, and of new tensors.
+        training: the mode of all modules inside. None leaves the modes as they are.
+        dtype: the dtype of the copies of buffers, of tensors that are plain attributes, and of new tensors.
     """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # these cannot be restored
     saved = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]

@@ -11,6 +11,7 @@ from torch import nn
 from .coefficients import registered_kan_layers
 from .coefficients.registry import qualified_name
 from .config import LoTRAConfig, Target
+from .copies import misfits
 from .linear_targets import layout_of
 from .patterns import entries_for, index_of
 
@@ -31,7 +32,8 @@ def select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRACo
         classes = dict.fromkeys(qualified_name(type(layer)) for layer in layers.values())
         raise NoMatchingPeftModuleError(
             f"no KAN layer found. Looked for the classes {registered_kan_layers()} and, by `coefficients`, for "
-            f"{sorted(config.coefficients) or 'nothing else'}. This model has {shortened(list(classes))}; "
+            f"{sorted(config.coefficients) or 'nothing else'}. This model has {shortened(list(classes))}"
+            f"{misfits(layers)}; "
             "let `peft_lotra.infer_coefficients(model, *sample)` find the layouts by running the model on a sample, "
             f"and pass the result as `LoTRAConfig(coefficients=...)`; or {_HOW_TO_DECLARE}, and check it by "
             "`peft_lotra.verify_coefficients(model, *sample, coefficients=...)`"
@@ -54,7 +56,7 @@ def select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRACo
             f"`layers_to_transform` names {missing}, which are indices of no KAN layer that the other fields leave; "
             f"there are {sorted({index for index in indices.values() if index is not None})}, of {list(indices)}"
         )
-    # `exclude_modules` may mean a part of a KAN layer too, the module that holds one of its tensors.
+    # `exclude_modules` may also name a part of a KAN layer: the module that holds one of its tensors.
     left = [t for t in known if t.module in chosen and not is_excluded(config, t.parameter.rpartition(".")[0])]
     if not left:
         raise NoMatchingPeftModuleError(

@@ -30,15 +30,15 @@ class SlimLayer(LoTRALayer):
     def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3[d] ~ N(0, v_d/Σv), G ~ N(0, n·m·Σv / (r1·r2·r3·s²)), if no mode is whole.
 
-        Then E A[i, o, d]² = v_d, the mean square over i and o that the layer had been initialised with. By basis
-        function, because layers with polynomials or wavelets start smaller in the higher ones.
+        Then E A[i, o, d]² = v_d, the mean square over i and o that the layer was initialised with. There is a v_d for
+        each basis function, because layers with polynomials or wavelets start smaller in the higher ones.
         """
         super().reset_lotra_parameters(adapter_name, init_weights=False)
         core, U1, U2, U3, U4, _ = self.factors(adapter_name)
         if init_weights:
             n_d, total = len(self._variances), self._variances.sum().item()
             shares = self._variances * (n_d / total) if total else self._variances
-            # Of a sum over products of U1, U2, U3 and U4, with variances 1/n, 1/m, v_d/Σv and 1/K.
+            # The variance of a sum over products of U1, U2, U3 and U4, whose variances are 1/n, 1/m, v_d/Σv and 1/K.
             sums = math.prod([U.shape[1] / len(U) for U in (U1, U2, U3, U4) if U is not None])
             with torch.no_grad():
                 core.mul_(math.sqrt(total / n_d / sums) / abs(self.scaling[adapter_name]))
@@ -88,7 +88,7 @@ class SlimLayer(LoTRALayer):
             parameter.requires_grad_(False)
             parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
 
-    # Copies and casts write an expanded tensor out; loading writes into it, which takes memory of its own.
+    # Copies and casts give an expanded tensor memory for all entries, and loading needs such memory to write into.
 
     def _apply(self, *args: Any, **kwargs: Any) -> SlimLayer:
         super()._apply(*args, **kwargs)

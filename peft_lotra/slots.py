@@ -11,10 +11,10 @@ from .layer import LoTRALayer
 
 
 def slots_of(model: nn.Module, adapter_name: str, bias: str) -> dict[str, tuple[str, Slot]]:
-    """What an adapter consists of, trained copies, token rows and biases included: saved name -> own name, slot.
+    """The tensors of an adapter, with trained copies, token rows and biases: saved name -> own name, slot.
 
-    In its file, a LoTRALayer has the name that it has where there are no other adapters. Names of a model that is not
-    wrapped in a PeftModel have no prefix.
+    In the file, a LoTRALayer has the name that it would have without other adapters. If the model is not wrapped in a
+    PeftModel, the names have no prefix.
     """
     biases = trained_biases(model, adapter_name, bias)
     found = {entry.saved: (entry.name, Slot(tuple(entry.parameter.shape), entry.parameter.dtype)) for entry in biases}

@@ -17,6 +17,7 @@ from .checkpoint import CONTAINERS
 from .coefficients import CoefficientSpec, known_coefficients
 from .coefficients.spec import owner_of, tensor_at
 from .config import LoTRAConfig, Target
+from .copies import copies
 from .layer import adapted_tensors
 from .linear_targets import layout_of, linear_targets
 from .patterns import ENDING, check_expressions, means, pattern_value
@@ -36,11 +37,11 @@ _NAMES_OF_HEADS = sum(HEADS.values(), ())
 def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
     """The coefficient tensors of `model` that `config` selects, with ranks and scaling; nothing is changed.
 
-    They come in the order of the modules, and for one module in the order of nesting.
+    They are in the order of the modules, and within one module in the order of nesting.
 
     Args:
         model: a base model, which may have adapters already.
-        config: what is asked of it.
+        config: the config whose fields select.
 
     Raises:
         NoMatchingPeftModuleError, ValueError: naming what was looked for, or the layer and field that do not fit the
@@ -86,13 +87,16 @@ def _known_targets(base: BaseModel, config: LoTRAConfig) -> list[Target]:
         module = (own or _layer_of(parameter, key, layers)) if given is None else given
         if module not in layers or not parameter.startswith(f"{module}." if module else ""):
             raise ValueError(
-                f"`coefficients[{key!r}]` gives the layer {module!r}, which is no module around {parameter} "
+                f"`coefficients[{key!r}]` gives the layer {module!r}, which is not a module around {parameter} "
                 "that can be adapted"
             )
         with naming_layer(module):
             spec = CoefficientSpec.resolve(layers[module], parameter.removeprefix(f"{module}."), description)
         targets[parameter] = Target(module, spec)
     modules = {target.module for target in targets.values()}
+    for target in [] if config.is_self_contained else copies(layers, modules):
+        targets[target.parameter] = target
+        modules.add(target.module)
     if "" in modules:
         raise ValueError(
             "the model itself is a KAN layer, and PEFT adapts modules inside a model: "
@@ -216,7 +220,7 @@ def _check_modules_to_save(config: LoTRAConfig, layers: Mapping[str, nn.Module])
                 f"`modules_to_save` entry {entry!r}: PEFT compares endings, and the adapter's own {container} has "
                 "this one too; give a longer part of the module's name, or give the module a longer name"
             )
-        # With a task type PEFT adds the names that a head may have, of which one will do.
+        # With a task type, PEFT adds all names that a head may have. One of them is enough.
         added = config.task_type is not None and entry in _NAMES_OF_HEADS
         added = added and any(name.endswith(_NAMES_OF_HEADS) for name in layers)
         if not added and not any(name.endswith(entry) for name in layers):
@@ -336,7 +340,7 @@ def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
         tasks=config.tasks,
         slim=config.slim,
     )
-    if config.is_self_contained:  # a factor of full size, in an earlier file, stays one
+    if config.is_self_contained:  # a factor of full size, from an earlier file, stays a factor
         ranks = {parameter: by_mode(r) for parameter, r in given.items()}
     return [
         replace(target, ranks=ranks[target.parameter], alpha=alphas.get(target.parameter, config.alpha))

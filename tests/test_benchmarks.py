@@ -185,3 +185,13 @@ def test_gauss_newton_cost(tmp_path):
     one, two = results["processes"]
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["difference"] < 1e-4  # fp32
+
+
+def test_inference(tmp_path):
+    command = [sys.executable, "-W", "error", str(SCRIPT.with_name("inference.py")), "--output-dir", str(tmp_path)]
+    command += ["--widths", "16", "--blocks", "4", "--rounds", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "inference.json").read_text())
+    assert [row["layers"] for row in rows] == [8, 8, 8]
+    assert all(row["forward_passes"] < 8 * 4 and row["memory_ratio"] > 0 for row in rows)

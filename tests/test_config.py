@@ -102,19 +102,19 @@ def test_survives_json(tmp_path):
         (
             {"target_modules": "layers.("},
             ValueError,
-            "`target_modules`: 'layers.(' is no regular expression (missing ), unterminated subpattern at position "
-            "7); where a name is meant, give 'layers\\\\.\\\\('",
+            "`target_modules`: 'layers.(' is not a regular expression (missing ), unterminated subpattern at position "
+            "7); to mean this name, give 'layers\\\\.\\\\('",
         ),
         (
             {"exclude_modules": "*"},
             ValueError,
-            "`exclude_modules`: '*' is no regular expression (nothing to repeat at",
+            "`exclude_modules`: '*' is not a regular expression (nothing to repeat at",
         ),
-        ({"exclude_modules": "a{99999999999}"}, ValueError, "'a{99999999999}' is no regular expression (the repet"),
+        ({"exclude_modules": "a{99999999999}"}, ValueError, "'a{99999999999}' is not a regular expression (the repet"),
         (
             {"layers_to_transform": 0, "layers_pattern": ["a", "["]},
             ValueError,
-            "`layers_pattern`: '[' is no regular expression (",
+            "`layers_pattern`: '[' is not a regular expression (",
         ),
         ({"layers_pattern": "layers"}, ValueError, "When `layers_pattern` is specified, `layers_to_transform` must"),
     ],

@@ -366,7 +366,7 @@ def test_further_errors():
     with pytest.raises(ValueError, match="cannot be converted to LoRA: it is for a family"):
         convert_to_lora(model)
     _, named = kan(family=["a", "b"])
-    with pytest.raises(ValueError, match=re.escape("`task` 'c' is none of the family's tasks ['a', 'b']")):
+    with pytest.raises(ValueError, match=re.escape("`task` 'c' is not one of the family's tasks ['a', 'b']")):
         with at_task(named, task="c"):
             pass
     with (

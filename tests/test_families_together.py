@@ -110,7 +110,9 @@ def test_a_family_of_one_task_and_two_families_of_named_tasks():
     model.set_adapter("second")
     with at_task(model, task="c"):
         assert_different(model(X), base(X))
-    with pytest.raises(ValueError, match=re.escape("`task` 'e' is none of the family's tasks ['only']; `task` 'e'")):
+    with pytest.raises(
+        ValueError, match=re.escape("`task` 'e' is not one of the family's tasks ['only']; `task` 'e'")
+    ):
         with at_task(model, task="e"):
             pass
 

@@ -179,9 +179,9 @@ def test_a_task_is_added(tmp_path):
     with at_task(loaded, task="c"):
         assert_equal(loaded(X), expected, 0)
     for wrong in ({"task": "a"}, {"task": "d", "core_from": "e"}):
-        with pytest.raises(ValueError, match="`task` should be a new name|is none of the family's tasks"):
+        with pytest.raises(ValueError, match="`task` should be a new name|is not one of the family's tasks"):
             add_task(model, **wrong)
-    with pytest.raises(ValueError, match="is no family of named tasks"):
+    with pytest.raises(ValueError, match="is not a family of named tasks"):
         add_task(kan()[1], "c")
 
 
@@ -295,5 +295,5 @@ def test_nothing_is_changed_where_a_core_is_elsewhere():
 
 
 def test_named_tasks_have_no_range():
-    with pytest.raises(ValueError, match="`family` 'default' is no family of continuous parameters"):
+    with pytest.raises(ValueError, match="`family` 'default' is not a family of continuous parameters"):
         change_range(kan(family=["a", "b"])[1], {"lam": (0, 1)})

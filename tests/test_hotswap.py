@@ -401,7 +401,7 @@ def test_other_models_adapters_and_names(cheby, tmp_path):
         hotswap_adapter(base, path)
     with pytest.raises(ValueError, match=r"`adapter_name` 'other' does not exist: the model has the adapters \['defa"):
         hotswap_adapter(model, path, "other")
-    with pytest.raises(TypeError, match=r"\['adapter', 'device'\] are no arguments"):
+    with pytest.raises(TypeError, match=r"\['adapter', 'device'\] are not arguments of this function"):
         hotswap_adapter(model, path, adapter="default", device="cpu")
     lora = get_peft_model(nn.Sequential(nn.Linear(3, 2)), LoraConfig(target_modules=["0"]))
     lora.save_pretrained(tmp_path / "lora")

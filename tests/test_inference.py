@@ -1,11 +1,13 @@
 """Layouts found and verified by running layers: every layout, hard cases, refusals, wrong declarations, bad input."""
 
 import copy
+import gc
 import itertools
 import json
 import random
 import re
 import warnings
+import weakref
 
 import kan_layers as kans
 import pytest
@@ -19,7 +21,8 @@ from peft_lotra import LoTRAConfig, infer_coefficients, register_kan_layer, veri
 from peft_lotra.coefficients import registry
 from peft_lotra.coefficients.spec import Layout
 from peft_lotra.inference.layouts import agree
-from peft_lotra.inference.response import Passes, infer_layer
+from peft_lotra.inference.precision import Passes
+from peft_lotra.inference.response import infer_layer
 from peft_lotra.layer import first_tensor
 from peft_lotra.testing import dense_model
 
@@ -553,3 +556,195 @@ def test_cost_does_not_depend_on_the_size(name):
     assert spent[0] == spent[1]
     assert spent[0].forward <= 10
     assert spent[0].backward <= 12
+
+
+# Layers alike --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "spent"),
+    [
+        (lambda: kans.MatrixKANLayer(4, 4), 1),
+        (lambda: kans.KANLinear(4, 4), 1),
+        (lambda: kans.FastKANLayer(4, 4), 1),
+        (lambda: kans.PackedKANLayer(4, 4), 1),
+        (lambda: kans.NaiveFourierKANLayer(4, 4), 1),
+        (lambda: PyKANLayer(4, 4), 1),
+        (lambda: kans.TwoTensorKANLayer(4, 4), 1),
+        (lambda: InPlaceKANLayer(4, 4, 3), 3),  # slopes are differences of two more passes
+    ],
+)
+def test_layers_alike_confirm_in_one_pass(make, spent):
+    class Pair(nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.layers = nn.ModuleList([make() for _ in range(count)])
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = first_tensor(layer(x))
+            return x
+
+    few, many = (infer_coefficients(Pair(count), ROWS[:, :4]) for count in (1, 5))
+    tensors = len(few)
+    assert len(many) == 5 * tensors
+    for key, entry in many.items():
+        expected = few[re.sub(r"layers.\d", "layers.0", key)]
+        assert {**entry, "layer": ""} == {**expected, "layer": ""}
+    assert str(many).count("like layers.0, confirmed, ") == 4 * tensors
+    # What is left over, such as a residual weight, is tested once more in the layer around.
+    contractions = tensors
+    assert many.forwards <= few.forwards + 4 * spent + 1
+    assert many.backwards <= few.backwards + 4 * 2 * contractions + 1
+
+
+class TurningKANLayer(kans.MatrixKANLayer):
+    """The order of the flattened axis is in a buffer."""
+
+    def __init__(self, turned, same_steps):
+        super().__init__(4, 4)
+        self.same_steps = same_steps
+        self.register_buffer("turned", torch.tensor(turned))
+        order = torch.arange(16)
+        self.register_buffer("places", order.view(4, 4).T.flatten() if turned else order)
+
+    def forward(self, x):
+        basis = kans.chebyshev(torch.tanh(x), self.degree)
+        if self.same_steps:
+            return nn.functional.linear(basis.flatten(-2)[:, self.places], self.weight)
+        return nn.functional.linear((basis.transpose(-1, -2) if self.turned else basis).flatten(-2), self.weight)
+
+
+@pytest.mark.parametrize("same_steps", [False, True])
+def test_layers_that_only_look_alike(same_steps):
+    model = nn.Sequential(*[TurningKANLayer(turned, same_steps) for turned in (False, False, True, True)])
+    found = infer_coefficients(model, ROWS[:, :4])
+    assert [entry["layout"] for entry in found.values()] == ["o (i d)", "o (i d)", "o (d i)", "o (d i)"]
+    assert "like 0, confirmed" in str(found)
+    assert "like 2, confirmed" in str(found)
+
+
+def test_a_dead_layer_is_no_example_for_others():
+    """A refusal that is owed to the values of a layer is not taken over."""
+    model = nn.Sequential(*[kans.MatrixKANLayer(4, 4) for _ in range(2)], nn.Linear(4, 4))
+    infinite = model[0]
+    infinite.weight.data[0, 0] = torch.inf
+    model.forward = lambda x: (model[0](x), model[1](x))[1]
+    assert list(infer_coefficients(model, ROWS[:, :4])) == ["1.weight"]
+
+
+def test_alike_layers_are_verified_in_one_pass():
+    model = nn.Sequential(*[kans.MatrixKANLayer(4, 4) for _ in range(4)])
+    declared = {"weight": {"layout": "o (i d)", "sizes": {"d": 4}}}
+    one = verify_coefficients(model[:1], ROWS[:, :4], coefficients=declared)
+    report = verify_coefficients(model, ROWS[:, :4], coefficients=declared)
+    assert (report.forwards, report.backwards) == (one.forwards + 3, one.backwards + 6)
+    with pytest.raises(ValueError, match="KAN layer '3', parameter weight: declared is 'o \\(d i\\)'"):
+        verify_coefficients(
+            model, ROWS[:, :4], coefficients=declared | {"3.weight": {"layout": "o (d i)", "sizes": {"d": 4}}}
+        )
+
+
+def test_only_running_layers_are_in_memory():
+    """What a layer has received is freed when it has been tested."""
+    alive = []
+
+    class Watching(kans.MatrixKANLayer):
+        def forward(self, x):
+            alive.append(weakref.ref(x))
+            return super().forward(x)
+
+    model = nn.Sequential(*[Watching(4, 4) for _ in range(12)])
+    most = 0
+
+    class Last(nn.Module):
+        def forward(self, x):
+            nonlocal most
+            gc.collect()
+            most = sum(x() is not None for x in alive)
+            return x
+
+    model.append(Last())
+    infer_coefficients(model, ROWS[:, :4])
+    assert len(alive) > 24
+    assert most <= 2
+
+
+def test_layers_of_an_adapted_model_are_verified_without_their_adapters():
+    class Convolution(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain = nn.Conv2d(4, 4, 3, padding=1)
+            self.kan = kans.ConvKANLayer(4, 6)
+
+        def forward(self, x):
+            return self.kan(self.plain(x))
+
+    base = nn.Sequential(Convolution())
+    declared = {"kan.spline_conv.weight": {"layout": "o (i d) h w", "sizes": {"d": 4}}}
+    declared_by_path = {"0." + key: value for key, value in declared.items()}
+    model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, coefficients=declared_by_path, init_weights=False))
+    y = model(IMAGES)
+    assert str(verify_coefficients(model, IMAGES)).count("; verified") == 1
+    assert_equal(model(IMAGES), y, 0)
+    model.merge_adapter()
+    merged = model(IMAGES)
+    assert str(verify_coefficients(model, IMAGES)).count("; verified") == 1
+    assert_equal(model(IMAGES), merged, 0)
+    assert_different(merged, base(IMAGES))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    [nn.Identity, nn.ReLU, nn.Tanh, lambda: nn.LayerNorm(4), lambda: nn.BatchNorm1d(4)],
+    ids=["nothing", "ReLU", "tanh", "LayerNorm", "BatchNorm"],
+)
+@pytest.mark.parametrize(
+    "outer", [nn.Identity, lambda: nn.Sequential(nn.ReLU(), nn.Linear(5, 3))], ids=["alone", "mlp"]
+)
+def test_rows_of_an_image_are_no_functions_of_its_columns(activation, outer):
+    images = torch.randn(8, 4, 4, generator=torch.Generator().manual_seed(5))
+    model = nn.Sequential(nn.Sequential(activation(), nn.Flatten(), nn.Linear(16, 5)), outer())
+    with pytest.raises(ValueError, match="no KAN coefficient tensor found"):
+        infer_coefficients(model, images)
+
+
+def test_a_kernel_as_large_as_the_image_is_a_linear_weight():
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 5, (6, 4)), nn.Flatten()))
+    with pytest.raises(ValueError, match="one function per input \\(n_d = 1\\)"):
+        infer_coefficients(model, torch.randn(9, 1, 6, 4))
+
+
+@pytest.mark.parametrize("order", ["i d", "d i"])
+def test_a_layer_that_flattens_its_input(order):
+    images = torch.randn(8, 2, 3, generator=torch.Generator().manual_seed(5))
+    model = nn.Sequential(nn.Sequential(nn.Flatten(), kans.MatrixKANLayer(6, 4, order=order)))
+    assert infer_coefficients(model, images)["0.1.weight"]["sizes"] == {"o": 4, "i": 6, "d": 4}
+
+    class Flattening(kans.MatrixKANLayer):
+        def forward(self, x):
+            return super().forward(x.flatten(1))
+
+    found = infer_coefficients(nn.Sequential(Flattening(6, 4, order=order)), images)
+    assert found["0.weight"] == {"layout": f"o ({order})", "sizes": {"o": 4, "i": 6, "d": 4}}
+
+
+class LookupKANLayer(nn.Module):
+    """y = Σ_i lerp(values[i, ⌊x_i⌋], values[i, ⌊x_i⌋ + 1], x_i - ⌊x_i⌋): looked up by number, as in kanditioned."""
+
+    def __init__(self, n, m, points=8):
+        super().__init__()
+        self.points = points
+        self.values = nn.Parameter(torch.randn(n, points, m))
+
+    def forward(self, x):
+        at = (x + 1) * (self.points - 1) / 2
+        low = at.floor().clamp(0, self.points - 2)
+        rows = low.long() + self.points * torch.arange(len(self.values))
+        table = self.values.view(-1, self.values.shape[-1])
+        lower, upper = nn.functional.embedding(rows, table), nn.functional.embedding(rows + 1, table)
+        return torch.lerp(lower, upper, (at - low).unsqueeze(-1)).sum(1)
+
+
+def test_rows_looked_up_by_number():
+    assert inferred(LookupKANLayer(4, 5), ROWS[:, :4]) == {"values": ("i d o", (4, 5, 8), None, None)}

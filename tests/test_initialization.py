@@ -199,12 +199,13 @@ def failing_models():
         "method": (fresh(), {"method": "svd"}, "`method` should be one of .*gradient_hosvd.*, got 'svd'"),
         "trained": (trained, {}, "core that is not zero at .*: it has been trained"),
         "merged": (merged, {}, "has merged adapters: call `unmerge_adapter"),
-        "no backward": (fresh(), {"step": lambda model: model(x)}, "gave no gradient.*should call `backward"),
+        "nothing": (fresh(), {"step": lambda model: None}, "gave no gradient.*should call `backward"),
+        "a loss": (fresh(), {"step": lambda model: loss_of(model, x)}, "returned a loss.*should call `backward"),
         "nan": (fresh(), {"step": lambda model: (model(x) * torch.nan).sum().backward()}, "is not finite"),
     }
 
 
-@pytest.mark.parametrize("kind", ["no adapter", "method", "trained", "merged", "no backward", "nan"])
+@pytest.mark.parametrize("kind", ["no adapter", "method", "trained", "merged", "nothing", "a loss", "nan"])
 def test_errors_change_nothing(kind):
     model, kwargs, message = failing_models()[kind]
     step = kwargs.pop("step", lambda model: None)
@@ -212,6 +213,24 @@ def test_errors_change_nothing(kind):
     with pytest.raises(ValueError, match=message):
         initialize_lotra_weights(model, lambda: step(model), progressbar=False, **kwargs)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_train_step_takes_nothing_and_may_return_what_it_likes():
+    base, x = make("ChebyKAN")
+    model = get_peft_model(base, config("ChebyKAN"))
+    with pytest.raises(TypeError, match=r"`train_step` should be a function without arguments.*takes the arguments"):
+        initialize_lotra_weights(model, lambda model: loss_of(model, x).backward())
+    with pytest.raises(TypeError, match=r"`train_step` should be a function without arguments.*passed is tensor"):
+        initialize_lotra_weights(model, loss_of(model, x))
+
+    def train_step(batch=x):
+        loss = loss_of(model, batch)
+        loss.backward()
+        return loss
+
+    before = lotra_layers(model)["layers.0"].lotra_U2["default"].clone()
+    initialize_lotra_weights(model, train_step, progressbar=False)
+    assert_different(lotra_layers(model)["layers.0"].lotra_U2["default"], before)
 
 
 def _worker(rank, port, folder):

@@ -148,3 +148,21 @@ def test_multkan_around_adapted_layers(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()  # where pykan keeps its history
     pruned = merged.prune(node_th=0, edge_th=0)
     assert_equal(pruned(x), y)
+
+
+def test_multkan_fits_an_adapter_by_its_own_method():
+    """Its updates of the grid are refused, and the error names the way; without them the factors are fitted."""
+    torch.manual_seed(0)
+    x = torch.rand(64, 2) * 2 - 1
+    y = torch.sin(3 * x[:, :1]) + x[:, 1:] ** 2
+    data = {"train_input": x, "train_label": y, "test_input": x, "test_label": y}
+    model = get_peft_model(PyKAN(width=[2, 3, 1], grid=4, k=3, auto_save=False, seed=1), LoTRAConfig(r=1))
+    kan, before = model.get_base_model(), {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"or leave it out, as pykan's `fit\(dataset, update_grid=False\)` does"):
+        kan.fit(data, steps=2)
+    loss = (model(x) - y).square().mean().item()
+    kan.fit(data, steps=5, update_grid=False)
+    assert (model(x) - y).square().mean().item() < 0.5 * loss
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all("lotra_" in name for name in changed)

@@ -142,13 +142,13 @@ def test_older_code_is_named_and_run_again(tmp_path, monkeypatch):
     experiment, results = experiments(tmp_path / "experiments", pictures=[]), tmp_path / "results"
     run.run_all(experiment, 1, results, tmp_path)
     before = files(tmp_path / "runs")
-    readme, older = tmp_path / "README.md", lines.version("pde")
+    readme = tmp_path / "README.md"
     for module in (lines, perform):
         monkeypatch.setattr(module, "version", lambda task: "0.2.0+01234567")
     run.run_all(experiment, 1, results, tmp_path)
     assert files(tmp_path / "runs") == before
     report.report(experiment, results, readme, " --large")
-    note = f"Older code: 6 of 6 runs ({older}); `run.py heat --large --stale` does them again."
+    note = "Older code: 6 of 6 runs; `run.py heat --large --stale` does them again."
     assert note in readme.read_text()
     run.run_all(experiment, 1, results, tmp_path, stale=True)
     after = files(tmp_path / "runs")

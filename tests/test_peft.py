@@ -288,7 +288,7 @@ DAMAGES = {
     "NaN": "has NaN or infinity in base_model.model.layers.0.lotra_U2: the adapter is broken",
     "other ranks": r"lotra_U2 of shape \(6, 1\), expected \(6, 2\): an adapter of other ranks",
     "a tensor lacks": r"it lacks \['base_model.model.layers.0.lotra_U2'\]",
-    "a tensor too much": r"and has \['base_model.model.layers.7.lotra_U2'\] beyond it",
+    "a tensor too much": r"and has \['base_model.model.layers.7.lotra_U2'\] in addition",
 }
 
 
@@ -406,3 +406,23 @@ def test_a_config_of_a_newer_version_warns(saved):
     with pytest.warns(UserWarning, match="Unexpected keyword arguments \\['field_of_the_future'\\]"):
         loaded = PeftModel.from_pretrained(copy.deepcopy(base), path)
     assert_equal(loaded(x), y, 0)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.parametrize("around", [False, True])
+def test_only_a_second_adapter_of_the_same_name_is_warned_of(around):
+    """PEFT warns of every second one ("Already found a `peft_config`"), and its advice fits none of the two cases."""
+    base, _ = make("ChebyKAN")
+    model = get_peft_model(base, config("ChebyKAN"))
+    given = model if around else base
+    get_peft_model(given, config("ChebyKAN"), adapter_name="other")
+    with pytest.warns(UserWarning, match=r"`adapter_name` 'default'.*\(LoTRAConfig\).*replaces it.*another name"):
+        get_peft_model(given, config("ChebyKAN"))
+
+
+def test_an_adapter_after_another_has_been_taken_off():
+    base, _ = make("ChebyKAN")
+    for _ in range(2):
+        base = get_peft_model(base, config("ChebyKAN")).merge_and_unload()  # warnings are errors here
+    get_peft_model(base, config("ChebyKAN")).unload()
+    get_peft_model(base, config("ChebyKAN"))

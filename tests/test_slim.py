@@ -244,7 +244,7 @@ def test_errors_of_coefficients():
     broken.layers[0].cheby_coeffs.data[0] = torch.nan
     packed = {"weight": {"layout": "o (i d)", "sizes": {"d": 6}, "slice": ":, :18"}}
     for model, kwargs, message in (
-        (zero, {}, "layers.0.cheby_coeffs is zero, so that there is no variance to start from"),
+        (zero, {}, "layers.0.cheby_coeffs is zero, and there is no variance to start from"),
         (broken, {}, "layers.0.cheby_coeffs has NaN or infinity"),
         (nn.Sequential(PackedKANLayer(3, 2)), {"coefficients": packed}, "`slim`=True: 0.weight holds more than"),
     ):

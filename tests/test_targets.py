@@ -304,7 +304,7 @@ def test_heads_that_peft_names_for_a_task_may_lack():
         ({"coefficients": {"tail.weight": "o (i d)"}}, "KAN layer 'tail': layout 'o (i d)' leaves the sizes of"),
         (
             {"coefficients": {"tail.weight": TAIL["tail.weight"] | {"layer": "head"}}},
-            "`coefficients['tail.weight']` gives the layer 'head', which is no module around tail.weight",
+            "`coefficients['tail.weight']` gives the layer 'head', which is not a module around tail.weight",
         ),
         (
             {"coefficients": {"linear.weight": {"layout": "o (i d)", "sizes": {"d": 3}}}},
@@ -314,12 +314,12 @@ def test_heads_that_peft_names_for_a_task_may_lack():
             {"coefficients": {"head.base_linear.weight": {"layout": "o (i d)", "sizes": {"d": 1}}}},
             "the KAN layer head.base_linear lies inside the KAN layer head, and both cannot be wrapped",
         ),
-        ({"rank_pattern": {"mlp(": 1}}, "`rank_pattern`: 'mlp(' is no regular expression (missing ), unterminated"),
-        ({"alpha_pattern": {"mlp": 1, "*": 2}}, "`alpha_pattern`: '*' is no regular expression (nothing to repeat"),
+        ({"rank_pattern": {"mlp(": 1}}, "`rank_pattern`: 'mlp(' is not a regular expression (missing ), unterminated"),
+        ({"alpha_pattern": {"mlp": 1, "*": 2}}, "`alpha_pattern`: '*' is not a regular expression (nothing to repeat"),
         (
             {"coefficients": {"[.weight": "i o d"}},
-            r"`coefficients`: '[.weight' is no regular expression (unterminated character set at position 8); "
-            r"where a name is meant, give '\\[\\.weight'",
+            r"`coefficients`: '[.weight' is not a regular expression (unterminated character set at position 8); "
+            r"to mean this name, give '\\[\\.weight'",
         ),
         ({"r": 100}, "`r`=100 is above the modes (input, output, basis) of every layer; the largest are (4, 4, 8)"),
         ({"r": (5, 1, 1)}, "`r`=(5, 1, 1) is above the modes"),
@@ -342,7 +342,7 @@ def test_errors_leave_the_model_as_it_was(kwargs, message):
     # and it is still there to be adapted, or to be given a second adapter, after the same mistake
     peft_model = get_peft_model(model, LoTRAConfig(r=2, coefficients=TAIL))
     inside = "'head." in message or "head.base" in message  # what is inside an adapted layer is no layer of its own
-    with pytest.raises(ValueError, match="no module around" if inside else re.escape(message)):
+    with pytest.raises(ValueError, match="not a module around" if inside else re.escape(message)):
         peft_model.add_adapter("second", LoTRAConfig(**{"r": 2} | kwargs))
     assert list(peft_model.peft_config) == ["default"]
     assert_equal(peft_model(x), y, 0)

@@ -156,7 +156,7 @@ def test_errors():
     ):
         two(X, lotra_task=1.3)
     _, named = kan(family=["a", "b"])
-    with pytest.raises(ValueError, match=re.escape("`task` 'c' is none of the family's tasks ['a', 'b']")):
+    with pytest.raises(ValueError, match=re.escape("`task` 'c' is not one of the family's tasks ['a', 'b']")):
         named(X, lotra_task="c")
     adapter_at(model, "single", lam=1.3)
     with pytest.raises(ValueError, match=re.escape("none of the adapters ['single'] is for a family of tasks")):

@@ -57,11 +57,8 @@ from transformer_kan import (  # noqa: E402
     TransformerKANModel,
 )
 
-pytestmark = [
-    # PEFT 0.21 calls what transformers 5.23 renamed, and tells of every second adapter of a plain model.
-    pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
-]
+# PEFT 0.21 calls what transformers 5.23 renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")
 needs_mixin = pytest.mark.skipif(
     Version(MIN_PEFT_VERSION) > Version(peft.__version__),
     reason=f"transformers {transformers.__version__} wants peft {MIN_PEFT_VERSION} for `model.add_adapter` and the "
@@ -311,6 +308,7 @@ def test_auto_peft_classes(base_path, saved, tmp_path):
 
 @needs_mixin
 @needs_loader
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # of LoRA's tuner
 def test_a_lora_adapter_of_the_attention_beside_one_of_the_kan_layers(base_path, tmp_path):
     model = load_base(base_path)
     base = run(model)

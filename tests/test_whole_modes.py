@@ -268,7 +268,7 @@ def test_lora_of_the_full_rank_and_of_some_layers(tmp_path):
     ("config", "message"),
     [
         (LoraConfig(r=2, target_modules=["spline_linear"], use_dora=True), "lora_magnitude_vector"),
-        (LoraConfig(r=2, target_modules=["base_linear"]), r"'layers.1.base_linear'\] are no coefficients of `base`"),
+        (LoraConfig(r=2, target_modules=["base_linear"]), r"'layers.1.base_linear'\] are not coefficients of `base`"),
         (LoTRAConfig(r=2), "has a .*LOTRA adapter: only LoRA"),
     ],
 )

@@ -52,7 +52,6 @@ from peft_lotra.training.conjugate_gradients import ConjugateGradients
 from peft_lotra.training.damped_system import NormalEquations, ResidualSpace
 from peft_lotra.training.lower_triangle import LowerTriangle
 from peft_lotra.training.problem import Problem
-from peft_lotra.training.processes import Processes
 
 PARTS = ("gram", "passes", "size", "processes")
 FORMS = {form.__name__: form for form in (NormalEquations, ResidualSpace, ConjugateGradients)}
@@ -123,7 +122,7 @@ def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
         for name in args.problems:
             torch.manual_seed(0)
             kan = ChebyshevKAN((2, width, width, 1), 7)
-            problem = Problem(kan, PROBLEMS[name], "least_squares", args.max_memory[-1], Processes(False))
+            problem = Problem(kan, PROBLEMS[name], "least_squares", args.max_memory[-1], False)
             theta, counts = problem.parameters(), {"": args.samples}
             vector, block = torch.randn(len(theta), dtype=torch.float64), torch.randn(300, len(theta)).double()
             triangle = LowerTriangle(len(theta), vector)

@@ -75,7 +75,8 @@ def as_line(lab: Lab, method: str, result: Result) -> Line:
         "details": result.details,
         "settings": {
             "ranges": case.ranges, "base": case.base, "base_by": case.base_by, "ranks": case.ranks,
-            "degree": case.degree, "kan": case.kan, "dtype": str(case.dtype), **asdict(lab.sizes), "width": lab.width,
+            "degree": case.degree, "kan": case.kan, "seen": case.seen, "dtype": str(case.dtype), **asdict(lab.sizes),
+            "width": lab.width,
         },
         "environment": {"torch": torch.__version__, "threads": torch.get_num_threads()},
     }  # fmt: skip
@@ -88,7 +89,7 @@ def wanted(args: argparse.Namespace) -> list[tuple[str, str, int]]:
         for seed in args.seeds
         for name in args.cases
         for method in args.methods
-        if CASES[name].separate or method not in SEPARATE
+        if (CASES[name].separate or method not in SEPARATE) and (method == "family" or not CASES[name].variant_of)
     ]
 
 

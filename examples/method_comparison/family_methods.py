@@ -94,7 +94,8 @@ class Lab:
 
     def kept(self, what: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `compute` returns with the CPU seconds that it took, from a file if it is there."""
-        path = self.folder / f"{self.name.replace(', ', '_').replace(' ', '_')}_seed{self.seed}_{what}.pt"
+        name = self.case.variant_of if what == "base" and self.case.variant_of else self.name
+        path = self.folder / f"{name.replace(', ', '_').replace(' ', '_')}_seed{self.seed}_{what}.pt"
         if not path.exists():
             start = time.process_time()
             result = compute() | {"seconds": time.process_time() - start}

@@ -294,10 +294,24 @@ def overview(cases: dict[str, Found]) -> Figure:
     return figure
 
 
+def variants(every: dict[str, Found]) -> str:
+    """How the errors of a family depend on its settings."""
+    rows, varied = [], {found.case.variant_of for found in every.values()} - {""}
+    for found in every.values():
+        if "family" not in found.lines or not (found.case.variant_of or found.name in varied):
+            continue
+        numbers, once = found.numbers("family"), seconds(found.once("family", "offline_seconds"))
+        errors = [spread([error for _, error in found.values(entry).values()]) for entry in (AS_IT_IS, CORE)]
+        rows.append([found.name, f"{numbers['offline']:,}", once, f"{numbers['online']:,}", *errors])
+    header = ["family", "numbers once", "CPU s once", "numbers for a task", "as it is", "its core, 5 iterations"]
+    return table(header, rows)
+
+
 def report(lines: list[Line], page: Path) -> list[Path]:
     """Writes what there are lines of; returns the files written."""
     text, images, written = page.read_text() if page.exists() else "", page.parent / "images", []
-    cases = {name: Found(name, lines) for name in CASES if any(line["case"] == name for line in lines)}
+    every = {name: Found(name, lines) for name in CASES if any(line["case"] == name for line in lines)}
+    cases = {name: found for name, found in every.items() if not found.case.variant_of}
     if not cases:
         raise SystemExit("There are no results yet: run families.py first")
     images.mkdir(parents=True, exist_ok=True)
@@ -312,6 +326,8 @@ def report(lines: list[Line], page: Path) -> list[Path]:
     text = updated(text, "aims", "Aims", aims(cases))
     seen = f"![Errors of all tasks and seeds; the bar is their median]({picture('overview', overview(cases))})"
     text = updated(text, "overview", "All cases", seen)
+    if len(cases) < len(every):
+        text = updated(text, "variants", "Ranks, degree, and tasks seen", variants(every))
     for name, found in cases.items():
         title = found.case.title
         content = f"{table_of(found)}\n\n![{title}: errors]({picture(name, draw(found))})"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi, sqrt
 from typing import Any
 
@@ -125,6 +125,9 @@ class Case:
         dtype: of Levenberg–Marquardt. Adam runs in float32.
         separate: whether the methods that combine separate networks run too.
         beyond: parameters outside of the range, as parts of it.
+        seen: how many parameters the family is fitted to, Chebyshev points of the range; None: all of them, drawn.
+        variant_of: the name of the case that this one differs from in one setting of the family, whose bases it takes;
+            the family alone is fitted.
     """
 
     title: str
@@ -139,6 +142,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     separate: bool = False
     beyond: tuple[float, ...] = ()
+    seen: int | None = None
+    variant_of: str = ""
 
     def pde(self, parameters: Sequence[Any]) -> PDE:
         """The task at these parameters: numbers, or tensors with a value for each point, shape (N, 1)."""
@@ -196,10 +201,13 @@ class Case:
             generator = torch.Generator().manual_seed(seed + 1_000_003 * iteration)
             pde, more = self.pde(self.base), times(iteration)
             parts = batch(pde, pde.sample(generator, "cpu", more * interior, more * per_side))
-            drawn = {name: torch.rand(len(part), len(low), generator=generator) for name, part in parts.items()}
-            return {
-                name: (part.to(dtype), (low + (high - low) * drawn[name]).to(dtype)) for name, part in parts.items()
-            }
+
+            def drawn(count: int) -> Tensor:
+                if self.seen is None:
+                    return low + (high - low) * torch.rand(count, len(low), generator=generator)
+                return torch.tensor(self.nodes(self.seen))[torch.randint(self.seen, (count,), generator=generator)]
+
+            return {name: (part.to(dtype), drawn(len(part)).to(dtype)) for name, part in parts.items()}
 
         return fresh
 
@@ -347,4 +355,19 @@ CASES = {
     "fastkan": Case("Poisson equation, FastKAN", Elliptic, LAM, (1.0,), kan="fastkan"),
     "elliptic, width 64": Case("Poisson equation, width 64", Elliptic, LAM, (1.0,), width=64),
     "elliptic, width 128": Case("Poisson equation, width 128", Elliptic, LAM, (1.0,), width=128),
+}
+# By what differs: how the error falls with ranks, degree and the number of tasks seen.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "ranks 3": {"ranks": (3, 3, 3)},
+    "ranks 4": {"ranks": (4, 4, 4)},
+    "ranks 8": {"ranks": (8, 8, 8)},
+    "degree 2": {"degree": 2},
+    "degree 6": {"degree": 6},
+    "3 tasks seen": {"seen": 3},
+    "5 tasks seen": {"seen": 5},
+    "9 tasks seen": {"seen": 9},
+}
+CASES |= {
+    f"elliptic, {name}": replace(CASES["elliptic"], variant_of="elliptic", separate=False, beyond=(), **changes)
+    for name, changes in VARIANTS.items()
 }

@@ -213,18 +213,16 @@ def lacking(experiment: Experiment, found: Results) -> int:
 
 def older_code(experiments: list[Experiment], results: Mapping[str, Results], options: str) -> str:
     """A line on the runs by older code; empty if there are none."""
-    older, count = [], 0
+    older = count = 0
     for experiment in experiments:
         found = results[experiment.name]
         runs = [*experiment.all_tuning_runs(), *experiment.all_final_runs(found)]
         count += len(runs)
-        older += [found[run]["version"] for run in runs if is_older(run, found[run])]
+        older += sum(is_older(run, found[run]) for run in runs)
     if not older:
         return ""
-    one = len(experiments) == 1
-    by = sorted(set(", ".join(older).split(", ")))  # a search may be by several
-    versions, names = (f" ({', '.join(by)})", f" {experiments[0].name}") if one else ("", "")
-    return f"\n\nOlder code: {len(older)} of {count} runs{versions}; `run.py{names}{options} --stale` does them again."
+    name = f" {experiments[0].name}" if len(experiments) == 1 else ""
+    return f"\n\nOlder code: {older} of {count} runs; `run.py{name}{options} --stale` does them again."
 
 
 def report(

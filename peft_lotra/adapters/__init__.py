@@ -1,1 +1,1 @@
-"""What one does with adapters: swap, convert, extract, and models that are adapters alone."""
+"""Work with adapters: swap, convert and extract them, families of tasks, and Slim KANs."""

@@ -38,21 +38,21 @@ def extract_adapter(
     >>> model, errors = extract_adapter(base, finetuned, LoTRAConfig(rank_pattern=ranks), inputs=x)
     >>> model.save_pretrained("adapter")
 
-    The nearest update of low rank is not the one whose function is nearest: energy 0.99 leaves a tenth of the update's
-    size, and where fine-tuning has divided the error by far more than ten, as with PDEs, that is most of the gain.
-    With `inputs`, the adapter is therefore fitted to the outputs of `finetuned` from there on,
+    The nearest update of low rank is not the one whose function is nearest. Energy 0.99 leaves out a tenth of the
+    update's size. If fine-tuning has divided the error by far more than ten, as with PDEs, that tenth is most of the
+    gain. With `inputs`, the adapter is therefore fitted to the outputs of `finetuned`, starting from there:
     min Σ_x ‖model(x) − finetuned(x)‖², by `fit_gauss_newton`.
 
     Args:
         base: the model before fine-tuning. It is wrapped and frozen, as `get_peft_model` does.
-        finetuned: the same model after it; not changed.
-        config: which layers, with which ranks. Its `modules_to_save` and biases are copied from `finetuned`.
+        finetuned: the same model after fine-tuning. It is not changed.
+        config: which layers are adapted, with which ranks. `modules_to_save` and biases are copied from `finetuned`.
         inputs: points x that the models take, shape (N, ...), or a function from the number of the iteration to such
-            points; None: no fit. Each output is to depend on its own x alone. Where a model returns several things,
-            as those of transformers do, the first is its output. Fixed points with less than 2 outputs for each number
-            of the adapter are fitted by heart, of which a UserWarning tells.
-        iterations: of the fit.
-        strict: whether a difference between the models that the adapter cannot hold is an error, or a warning.
+            points. With None there is no fit. Each output should depend on its own x alone. If a model returns several
+            things, as those of transformers do, the first is its output. If fixed points have fewer than 2 outputs for
+            each number of the adapter, the fit learns them by heart, and a UserWarning says so.
+        iterations: how many iterations the fit has at most.
+        strict: whether a difference between the models that the adapter cannot hold is an error or a warning.
         progressbar: whether the fit shows its progress.
 
     Returns:
@@ -60,7 +60,7 @@ def extract_adapter(
 
     Raises:
         ValueError: if the models do not have the same layers, the update is not finite, a rank or alpha does not fit,
-            or, with `strict`, other tensors differ. `base` is as it was then.
+            or, with `strict`, other tensors differ. `base` is then as it was before.
     """
     if config.family is not None:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What one does with an adapter for a family of tasks: say at which task a pass is, make adapters for single tasks."""
+"""Use of an adapter for a family of tasks: say at which task a pass is, and make adapters for single tasks."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
     >>> with at_task(model, lam=1.3):                           # or a tensor of one λ for each sample
     ...     y = model(x)
 
-    For one task the core is contracted with c first, and the pass is that of an ordinary adapter. For a task per
-    sample the terms of all P polynomials are computed side by side, weighted by c and summed, in one pass of the base;
-    where a layer's samples cannot be told apart, there is a pass for each distinct task. Gradients flow to the task,
-    and it may be a value of `torch.func.vmap`, so that residuals of single points see their own.
+    If there is one task, the core is contracted with c first, and the pass is that of an ordinary adapter. If there is
+    a task for each sample, the terms of all P polynomials are computed side by side, weighted by c and summed, in one
+    pass of the base. Where a layer's samples cannot be told apart, there is a pass for each distinct task. Gradients
+    flow to the task. It may be a value of `torch.func.vmap`, so that the residual of each point has its own task.
 
-    `model(x, lotra_task={"lam": 1.3})` is the same for one call, as are `lotra_task=` a name, a list of names, or the
-    value of a family's only parameter. It is an error where no active adapter is a family. In transformers' Trainer, a
-    column `lotra_task` of the data set has the tasks, with `remove_unused_columns=False`; names and mappings need
-    `data_collator=torch.utils.data.default_collate`, for transformers' own drops the first and fails on the others.
-    `model.generate` repeats tasks as its arguments `num_beams` and `num_return_sequences` repeat samples. Pipelines
-    are called in here.
+    `model(x, lotra_task={"lam": 1.3})` does the same for one call. `lotra_task` may also be a name, a list of names,
+    or the value of a family's only parameter. It is an error if no active adapter is a family. With transformers'
+    Trainer, put the tasks into a column `lotra_task` of the data set and set `remove_unused_columns=False`. Names and
+    mappings also need `data_collator=torch.utils.data.default_collate`, because transformers' own collator drops names
+    and fails on mappings. `model.generate` repeats tasks as its arguments `num_beams` and `num_return_sequences`
+    repeat samples. Call a pipeline inside of this context.
 
-    The task belongs to the calls of this thread. A backward pass that computes a forward again (activation
-    checkpointing) has to run in here too, and in this thread, as it does on a CPU; on an accelerator autograd has
-    threads of its own, so that checkpoints must not be around adapted layers there. Merging in here merges the update
-    at this task.
+    The task belongs to the calls of this thread. A backward pass that computes a forward pass again (activation
+    checkpointing) has to run inside of this context too, and in this thread, as it does on a CPU. On an accelerator,
+    autograd has threads of its own, so checkpoints must not be around adapted layers there. A merge inside of this
+    context merges the update at this task.
 
     Args:
         model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it.
         task: a number, or a tensor of the shape (), (batch,) or (batch, 1), for each parameter of the family; or
-            `task=` a name, or a list of a name for each sample. A value outside of the family's range extrapolates,
-            with a warning (but under `vmap` and in compiled code).
+            `task=` a name, or a list with a name for each sample. A value outside of the family's range extrapolates,
+            with a warning (except under `vmap` and in compiled code).
 
     Raises:
         TypeError, ValueError: if the task does not fit any family adapter of the model.
@@ -71,24 +71,24 @@ def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
 def adapter_at(
     model: nn.Module, adapter_name: str, *, family: str = "default", train: str = "core", **task: Any
 ) -> None:
-    """Add an ordinary adapter of the factors of a family and of its core at one task: G(task) = G ×₅ c(task), exactly.
+    """Add an ordinary adapter with a family's factors and its core at one task: G(task) = G ×₅ c(task), exactly.
 
     >>> adapter_at(model, "new", lam=1.35)
     >>> fit_gauss_newton(model, residual, data, iterations=5)      # trains this core alone
 
-    The new adapter is active, and the family's is not. It is saved, merged, swapped and served like any other. It has
-    copies of its own of what the family has trained beside (`modules_to_save`, token rows).
+    The new adapter becomes active, and the family's becomes inactive. It is saved, merged, swapped and served like any
+    other. It has its own copies of what the family trains besides (`modules_to_save`, token rows).
 
     Args:
         model: a PeftModel with a family adapter.
         adapter_name: the new adapter's name.
         family: the name of the family adapter.
-        train: "core": its factors stay those of the family; "all": they are trained too.
-        task: as for `at_task`, one task. Without a task, the core is the mean over the family: of continuous
-            parameters the constant term, of named tasks the mean of their cores.
+        train: "core": the factors stay those of the family; "all": they are trained too.
+        task: one task, in the form that `at_task` takes. Without a task, the core is the mean over the family: the
+            constant term for continuous parameters, the mean of the cores for named tasks.
 
     Raises:
-        TypeError, ValueError: naming what does not fit; nothing is changed then.
+        TypeError, ValueError: naming what does not fit. Nothing is changed then.
 
     Source: ours.
     """
@@ -118,10 +118,10 @@ def adapter_at(
 def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, family: str = "default") -> None:
     """Write the cores of an adapter from `adapter_at`, and the digest of the family's factors: a kilobyte or two.
 
-    Where the model is sharded all processes have to call this, each with a path of its own.
+    If the model is sharded, all processes have to call this, each with a path of its own.
 
     Args:
-        path: of the file.
+        path: the file to write.
         model: a PeftModel with both adapters.
         adapter_name: the adapter of one task, whose factors are still the family's.
         family: the name of the family adapter.
@@ -149,17 +149,17 @@ def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
 
 
 def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, family: str = "default") -> None:
-    """Add the adapter that `save_task` has written, with the factors of the same family; it is active then.
+    """Add the adapter that `save_task` has written, with the factors of the same family, and make it active.
 
     Raises:
-        ValueError: if the file is for another family, damaged, or does not fit; nothing is changed then.
+        ValueError: if the file is for another family, is damaged, or does not fit. Nothing is changed then.
     """
     tuner, *_ = _family(model, family)
     origin = f"the task file {os.fspath(path)}"
     try:
         with safe_open(path, "pt") as file:
             meant, cores = (file.metadata() or {}).get("family"), {key: file.get_tensor(key) for key in file.keys()}
-    except Exception as error:  # safetensors and the file system raise their own
+    except Exception as error:  # safetensors and the file system raise types of their own
         raise ValueError(f"{origin} cannot be read ({error})") from error
     if meant != _digest(tuner, family):
         raise ValueError(
@@ -191,7 +191,7 @@ def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig, Famil
 
 @torch.no_grad()
 def _whole_factors(layer: LoTRALayer, adapter: str) -> TuckerFactors:
-    """Those of all processes, where they are sharded."""
+    """The adapter's factors; where they are sharded, with the parts of all processes."""
     return layer.factors(adapter).map(lambda factor: full_tensor(factor).detach())
 
 

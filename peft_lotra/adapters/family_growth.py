@@ -1,4 +1,4 @@
-"""Families that come from adapters for single tasks, and families that get further tasks or other ranges."""
+"""Families that are made of adapters for single tasks, and families that get further tasks or other ranges."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ def family_from(
 ) -> dict[str, float]:
     """Add a family whose updates at some tasks are near those of adapters that were trained for these tasks.
 
-    min Σ_j ‖Δ_j − G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task_j)‖² in two steps: factors in common by HOSVD and HOOI of the updates
-    side by side, and then the core by least squares over the tasks, of least norm where the tasks do not determine it.
-    With `family_rank`, the core of all tasks is then split by SVD into G and the tasks' factor.
-    It is a start for a fit to the whole family, by `at_task`.
+    min Σ_j ‖Δ_j − G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task_j)‖² in two steps: common factors by HOSVD and HOOI of the updates
+    side by side, and then the core by least squares over the tasks. Where the tasks do not determine the core, it is
+    the one of least norm. With `family_rank`, the core of all tasks is then split by SVD into G and the factor of the
+    tasks. The result is a start for a fit to the whole family, by `at_task`.
 
     >>> config = LoTRAConfig(r=6, family={"lam": (1.0, 1.6)})
     >>> errors = family_from(model, {"low": 1.0, "middle": 1.3, "high": 1.6}, "family", config)
 
     Args:
         model: a PeftModel with the adapters.
-        adapters: the task of each, by its name: a number, a mapping of the family's parameters to numbers, or the name
-            of a task.
-        adapter_name: of the family; it is active then.
-        config: its config; `family` is needed.
+        adapters: maps the name of each adapter to its task: a number, a mapping of the family's parameters to numbers,
+            or the name of a task.
+        adapter_name: the name of the new family, which becomes active.
+        config: the config of the new family. It needs `family`.
 
     Returns:
         sqrt(Σ_j ‖Δ_j − Δ(task_j)‖² / Σ_j ‖Δ_j‖²) by full parameter name.
 
     Raises:
-        TypeError, ValueError: naming what does not fit; the model is as it was then.
+        TypeError, ValueError: naming what does not fit. The model is then as it was before.
 
     Source: ours.
     """
@@ -96,19 +96,19 @@ def _update(layer: LoTRALayer, adapter: str) -> torch.Tensor:
 
 @torch.no_grad()
 def add_task(model: nn.Module, task: str, *, family: str = "default", core_from: str | None = None) -> None:
-    """Add a task to a family of named tasks: the core gets one more slice, G[..., P], and all else stays.
+    """Add a task to a family of named tasks: the core gets one more slice, G[..., P], and everything else stays.
 
-    With `family_rank`, the tasks' factor U5 gets one more row instead. An optimizer that holds what has grown has to
-    be made anew.
+    With `family_rank`, the factor U5 of the tasks gets one more row instead. Make a new optimizer afterwards if it
+    holds the tensor that has grown.
 
     Args:
         model: a PeftModel with the family.
         task: the new task's name.
         family: the name of the family adapter.
-        core_from: the task whose core (or row of U5) it starts from; by default the mean of all.
+        core_from: the task whose core (or row of U5) the new task starts from. By default it is the mean of all.
 
     Raises:
-        ValueError: if the family's tasks have no names, a name does not fit, or the model is sharded; nothing is
+        ValueError: if the family's tasks have no names, a name does not fit, or the model is sharded. Nothing is
             changed then.
 
     Source: ours.
@@ -117,11 +117,11 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
     config = tuner.peft_config[family]
     names = config.family if isinstance(config.family, list) else None
     if names is None:
-        raise ValueError(f"`family` {family!r} is no family of named tasks (`LoTRAConfig(family=[...])`)")
+        raise ValueError(f"`family` {family!r} is not a family of named tasks (`LoTRAConfig(family=[...])`)")
     if not isinstance(task, str) or task in names:
         raise ValueError(f"`task` should be a new name but the value passed is {task!r}; there are {names}")
     if core_from is not None and core_from not in names:
-        raise ValueError(f"`core_from` {core_from!r} is none of the family's tasks {names}")
+        raise ValueError(f"`core_from` {core_from!r} is not one of the family's tasks {names}")
     for layer in _whole_layers(tuner, family, "add the task"):
         held, dim = (layer.lotra_core, -1) if config.family_rank is None else (layer.lotra_U5, 0)
         old = held[family]
@@ -141,23 +141,23 @@ def change_range(
 ) -> None:
     """The same family on other ranges of its parameters, and of a higher degree: G ← G ×₅ Mᵀ, where c = M · c'.
 
-    A polynomial of total degree d in the parameters is one on any range, so that the update stays what it was at every
-    parameter, and a fit to the new range starts from there. Widen a range little by little: polynomials extrapolate
-    badly, and far outside of the old range the old solution is no better a start than none.
+    A polynomial of total degree d in the parameters is a polynomial of that degree on any range. So the update stays
+    what it was at every parameter, and a fit to the new range starts from there. Widen a range little by little:
+    polynomials extrapolate badly, and far outside of the old range the old solution is not a better start than none.
 
     >>> change_range(model, {"lam": (0.8, 2.0)}, family_degree=6)
 
-    An optimizer that holds the core has to be made anew.
+    Make a new optimizer afterwards, because the old one holds the old core.
 
     Args:
         model: a PeftModel with the family.
-        ranges: the new range by name of a parameter; those that are left out keep theirs.
+        ranges: the new range by name of a parameter. Parameters that are left out keep their range.
         family: the name of the family adapter.
-        family_degree: the new degree of the polynomials, not below the present one; by default that.
+        family_degree: the new degree of the polynomials, at least the present one, which is the default.
 
     Raises:
-        TypeError, ValueError: if it is no family of continuous parameters, a range or the degree does not fit, or the
-            model is sharded or offloaded; nothing is changed then.
+        TypeError, ValueError: if the family is not one of continuous parameters, a range or the degree does not fit,
+            or the model is sharded or offloaded. Nothing is changed then.
 
     Source: ours.
     """
@@ -165,7 +165,7 @@ def change_range(
     config = tuner.peft_config[family]
     if not isinstance(config.family, dict):
         raise ValueError(
-            f"`family` {family!r} is no family of continuous parameters (`LoTRAConfig(family={{'lam': (1, 2)}})`): "
+            f"`family` {family!r} is not a family of continuous parameters (`LoTRAConfig(family={{'lam': (1, 2)}})`): "
             "only such a one has ranges"
         )
     if not isinstance(ranges, Mapping) or (unknown := sorted(map(str, ranges.keys() - config.family.keys()))):

@@ -27,17 +27,17 @@ def adapter_from_lora(
     """G = lora_A with one axis for each mode, U2 = scaling · lora_B, inputs and basis whole: the same update, exactly.
 
     LoRA on coefficients that are the weight of an nn.Linear, in a layout such as "o (i d)", is a LoTRA adapter of the
-    ranks (None, r, None). So it can be combined, swapped and served together with others, and trained on.
+    ranks (None, r, None). So it can be combined, swapped and served together with others, and its training can go on.
     `save_as_lora` is the way back.
 
     Args:
-        base: the KAN that the LoRA is for; wrapped as by `get_peft_model`.
-        path: directory of the LoRA adapter, on modules whose weights are coefficients of `base`.
+        base: the KAN that the LoRA is for. It is wrapped as by `get_peft_model`.
+        path: the directory of the LoRA adapter, on modules whose weights are coefficients of `base`.
         coefficients: layouts of layers that are not registered, as in `LoTRAConfig(coefficients=...)`.
 
     Raises:
-        ValueError: if it is no LoRA, has parts that are no plain pairs of matrices (DoRA, biases, embeddings), or is
-            on other modules. `base` is as it was then.
+        ValueError: if the adapter is not a LoRA, has other parts than pairs of matrices (DoRA, biases, embeddings), or
+            is on other modules. `base` is then as it was before.
 
     Source: ours.
     """
@@ -50,14 +50,14 @@ def adapter_from_lora(
         linear, _, side = key.removeprefix(PREFIX).rpartition(".lora_")
         if side not in ("A.weight", "B.weight"):
             raise ValueError(
-                f"{path} has {key}, which is no plain pair of LoRA's matrices: merge that adapter into the base "
+                f"{path} has {key}, which is not one of LoRA's pairs of matrices: merge that adapter into the base "
                 "instead (`merge_and_unload`), or convert it without"
             )
         pairs.setdefault(linear, {})[side[0]] = value
     known = {t.parameter: t for t in plain_targets("base", base, LoTRAConfig(r=1, coefficients=coefficients or {}))}
     unknown = sorted(linear for linear in pairs if f"{linear}.weight" not in known)
     if config.use_dora or unknown:
-        what = f"{unknown} are no coefficients of `base`, which has {list(known)}" if unknown else "it is a DoRA"
+        what = f"{unknown} are not coefficients of `base`, which has {list(known)}" if unknown else "it is a DoRA"
         raise ValueError(f"{path} cannot be a LoTRA adapter: {what}; merge it into the base (`merge_and_unload`)")
     factors = {}
     for linear, pair in pairs.items():
@@ -66,7 +66,7 @@ def adapter_from_lora(
     ranks = {
         parameter: (None, None if U2 is None else U2.shape[1], None) for parameter, (_, _, U2, *_) in factors.items()
     }
-    # Self-contained, so that no other tensor is adapted, whatever its name or layer.
+    # A self-contained config adapts no other tensor, whatever its name or layer.
     chosen = [replace(known[parameter], ranks=ranks[parameter]) for parameter in factors]
     model = get_peft_model(base, LoTRAConfig(r=1).self_contained(chosen))
     for parameter, layer in adapted_tensors(model).items():

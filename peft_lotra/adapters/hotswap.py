@@ -30,7 +30,7 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """G, U1, U2, U3 ← those of a saved adapter, in the memory of the present ones, so that nothing is compiled again.
+    """G, U1, U2, U3 ← those of a saved adapter, in the same memory, so that nothing is compiled again.
 
     >>> slot = PeftModel.from_pretrained(kan, "task-a")  # or get_peft_model, with the largest ranks that will come
     >>> compiled = torch.compile(slot)
@@ -38,22 +38,23 @@ def hotswap_adapter(
     >>> hotswap_adapter(compiled, "task-b")
     >>> y_b = compiled(x)
 
-    The new adapter is for the same base and layouts, on no other layers, and of ranks up to those of the slot
-    (`family_rank` too). What a smaller one does not fill becomes zero, and so does the whole update of a layer that it
-    does not adapt; zeros get no gradients, so that training goes on at the new adapter's ranks (an optimizer's state
-    is not reset). In a mode that the slot has whole, the new factor goes into the core, and training goes on in the
-    whole mode. Trained copies of modules (`modules_to_save`), trained token rows and biases are replaced too.
+    The adapter that is overwritten is called the slot. The new adapter must be for the same base and layouts. It must
+    adapt no other layers, and its ranks (`family_rank` too) may be up to those of the slot. Where its ranks are
+    smaller, the rest of the slot becomes zero. If it does not adapt a layer of the slot, the update of that layer
+    becomes zero. Zeros get no gradients, so training goes on at the new adapter's ranks. (The state of an optimizer is
+    not reset.) If the slot has a whole mode, the new factor goes into the core, and training goes on in the whole
+    mode. Trained copies of modules (`modules_to_save`), trained token rows and biases are replaced too.
 
-    The slot keeps its config, ranks, `alpha`, dtype, device and flags. An `alpha` of another value goes into the core,
-    G ← G · alpha_new / alpha_slot, because a compiled model holds the number itself: the update is the saved one, also
-    after `save_pretrained`, and a factor that was set by `set_scale` applies to it as before.
+    The slot keeps its config, ranks, `alpha`, dtype, device and flags. If the new `alpha` differs, it goes into the
+    core, G ← G · alpha_new / alpha_slot, because a compiled model holds the number itself. The update is the saved
+    one, also after `save_pretrained`, and a factor that `set_scale` has set applies to it as before.
 
     Args:
         model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it.
-        model_name_or_path: directory of the saved adapter, or its name on the Hub.
+        model_name_or_path: the directory of the saved adapter, or its name on the Hub.
         adapter_name: the adapter to overwrite. It keeps its name.
-        torch_device: where the file is read to; by default the CPU. The slot stays where it is.
-        kwargs: `subfolder`, `revision`, `token` and what else `huggingface_hub.hf_hub_download` takes.
+        torch_device: the device that the file is read to, by default the CPU. The slot stays on its own device.
+        kwargs: `subfolder`, `revision`, `token` and other arguments of `huggingface_hub.hf_hub_download`.
 
     Raises:
         TypeError, ValueError: naming what does not fit: the kind of adapter or model, the base, layers, layouts,
@@ -61,9 +62,7 @@ def hotswap_adapter(
     """
     unknown = sorted(kwargs.keys() - signature(hf_hub_download).parameters)
     if unknown:
-        raise TypeError(
-            f"{unknown} are no arguments, neither of this function nor of `huggingface_hub.hf_hub_download`"
-        )
+        raise TypeError(f"{unknown} are not arguments of this function or of `huggingface_hub.hf_hub_download`")
     lotra_model(model, adapter_name)
     config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
     if not isinstance(config, LoTRAConfig):
@@ -83,10 +82,10 @@ def hotswap_adapter_from_state_dict(
     """`hotswap_adapter` from memory.
 
     Args:
-        model: as there.
-        state_dict: what `peft.get_peft_model_state_dict` gives for the new adapter, or its file holds.
-        adapter_name: as there.
-        config: the new adapter's, as in `peft_config` of a model that has it.
+        model: as for `hotswap_adapter`.
+        state_dict: what `peft.get_peft_model_state_dict` gives for the new adapter, or what its file holds.
+        adapter_name: as for `hotswap_adapter`.
+        config: the config of the new adapter, as in `peft_config` of a model that has it.
     """
     tuner = lotra_model(model, adapter_name)
     targets = resolve_targets(tuner.model, config)

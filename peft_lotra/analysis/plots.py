@@ -20,11 +20,11 @@ _MODES = {"input": "-", "output": "--", "basis": ":"}  # drawn so that equal cur
 
 
 def plot_spectrum(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | Ranks] | None = None) -> Figure:
-    """σ_k / ‖Δ‖ over k for the three unfoldings of every update, a panel for each; the source's figure 1.
+    """σ_k / ‖Δ‖ over k for the three unfoldings of every update, with a panel for each update; the source's figure 1.
 
     Args:
-        spectra: by name, as from `update_spectrum`.
-        ranks: also mark these ranks, by the same names, as from `suggest_ranks`.
+        spectra: spectra by name, as from `update_spectrum`.
+        ranks: ranks to mark, by the same names, as from `suggest_ranks`.
 
     Raises:
         ImportError: without matplotlib.
@@ -61,14 +61,14 @@ def plot_activations(
     >>> plot_activations(layers, [(0, 0), (1, 3)], reference=torch.zeros(2), inputs=torch.linspace(-1, 1, 200))
 
     Args:
-        layers: by label. They are run, not read, so any layer serves; see `activation_curves` for what is drawn.
+        layers: layers by label. They are run, so any layer will do; see `activation_curves` for what is drawn.
         edges: pairs (input, output).
         reference: the point around which one input at a time varies, shape (n,).
-        inputs: the values that it takes, shape (points,).
+        inputs: the values that this input takes, shape (points,).
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: as `activation_curves`, or if there is nothing to draw.
+        ValueError: as for `activation_curves`, or if there is nothing to draw.
     """
     figure, panels = _panels("plot_activations", "edges", edges)
     if not layers:

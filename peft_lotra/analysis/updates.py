@@ -35,8 +35,8 @@ def coefficient_updates(
 ) -> dict[str, torch.Tensor]:
     """Δ = A_ft − A_pt in the order (n, m, n_d, ...), by full parameter name; float64, on the CPU.
 
-    Both models need the same basis functions for Δ to mean anything: no new grid between them. What else differs
-    between the models, such as biases, is not looked at.
+    Δ means something only if both models have the same basis functions, so the grid must not change between them.
+    Other differences between the models, such as biases, are ignored.
 
     Raises:
         ValueError: if a model has no KAN layer or has adapters, or the two do not have the same layers.
@@ -48,7 +48,7 @@ def coefficient_updates(
 def update_spectrum(
     base: nn.Module, finetuned: nn.Module, coefficients: Descriptions | None = None
 ) -> dict[str, Spectrum]:
-    """The singular values of A_ft − A_pt unfolded along its modes, and what they say of ranks, by parameter name.
+    """The singular values of A_ft − A_pt unfolded along its modes, and what they say about ranks, by parameter name.
 
     >>> spectrum = update_spectrum(base, finetuned)["layers.0.coef"]
     >>> spectrum.energy_kept((4, 4, 3)), spectrum.truncation_error((4, 4, 3)), spectrum.tail_bound((4, 4, 3))
@@ -95,13 +95,14 @@ def activation_curves(
 ) -> torch.Tensor:
     """φ_io(t) = y_o(x with x_i = t) − y_o(x) at the reference x, measured by running the layer.
 
-    For a KAN layer y_o = Σ_i φ_io(x_i) it is the edge's function up to a constant, which no output tells, whatever the
-    other inputs are. Where the layer mixes inputs first (fast-kan's LayerNorm), it is the course along x_i near x.
+    For a KAN layer y_o = Σ_i φ_io(x_i) this is the edge's function up to a constant, whatever the other inputs are. No
+    output tells the constant. If the layer mixes its inputs first (fast-kan's LayerNorm), it is the course along x_i
+    near x.
 
     Args:
-        layer: any module from (batch, n) to (batch, m); the first of several outputs counts.
+        layer: any module from (batch, n) to (batch, m). If it returns several outputs, the first counts.
         edges: pairs (input, output).
-        reference: x, shape (n,); its dtype and device are used.
+        reference: x, shape (n,). Its dtype and device are used.
         inputs: the values t, shape (points,).
 
     Returns:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,7 @@ _REGISTRY: dict[str, tuple[Described, Described]] = {}  # coefficients and matri
 
 def register_kan_layer(
     layer_class: type[nn.Module] | str,
-    coefficients: Described,
+    coefficients: Described | str,
     matrices: Described | None = None,
 ) -> None:
     """Make a KAN layer class known, so that `LoTRAConfig()` finds its layers in any model.
@@ -31,7 +32,8 @@ def register_kan_layer(
         layer_class: the class, or its qualified name (`"package.module.Class"`) where importing it is unwanted.
         coefficients: maps the path of each coefficient parameter to its layout, in the form that
             `LoTRAConfig(coefficients=...)` takes: `{"coef": "i o d"}`. A function of the layer that returns such a
-            mapping serves where the answer depends on the instance, such as the size of a flattened axis.
+            mapping serves where the answer depends on the instance, such as the size of a flattened axis. For a copy
+            of a registered class, that one's qualified name, which says the `matrices` too.
         matrices: the layer's other weights, without a basis, in the same form with an axis d of size 1:
             `{"base_weight": {"layout": "o (i d)", "sizes": {"d": 1}}}`. Only `target_modules="all-linear"` adapts
             them. Linear layers and convolutions inside the layer need not be named.
@@ -42,6 +44,15 @@ def register_kan_layer(
     if not isinstance(layer_class, str | type):
         raise TypeError(f"`layer_class` should be a class or its qualified name, but {layer_class!r} is passed")
     name = layer_class if isinstance(layer_class, str) else qualified_name(layer_class)
+    if isinstance(coefficients, str):
+        if coefficients not in _REGISTRY or matrices is not None:
+            what = "and `matrices` is given besides" if coefficients in _REGISTRY else "which is not registered"
+            raise ValueError(
+                f"`coefficients` names the class {coefficients!r}, {what}: give the name of a registered class alone, "
+                f"one of {registered_kan_layers()}, or a mapping from parameters to layouts"
+            )
+        _REGISTRY[name] = _REGISTRY[coefficients]
+        return
     matrices = {} if matrices is None else matrices
     for argument, described in {"coefficients": coefficients, "matrices": matrices}.items():
         if not callable(described):
@@ -60,18 +71,71 @@ def known_coefficients(layer: nn.Module) -> list[CoefficientSpec]:
 
 
 def known_matrices(layer: nn.Module) -> list[CoefficientSpec]:
-    """What `layer` has besides, of its `matrices`."""
+    """What `layer` has besides, of its `matrices`, or of those of the class that it is a copy of."""
+    if _registered(layer) is None:
+        copied = copy_of(layer)
+        return [] if copied is None else copied.matrices
     return _known(layer, 1)
 
 
+@dataclass(frozen=True)
+class Copy:
+    """What a layer would have if it were one of a registered class that has its name.
+
+    Attributes:
+        original: the qualified name of that class.
+        coefficients, matrices: as that one is registered; no coefficients if the layer has not all of its parameters.
+        problem: why there are none.
+    """
+
+    original: str
+    coefficients: list[CoefficientSpec]
+    matrices: list[CoefficientSpec]
+    problem: str = ""
+
+
+def copy_of(layer: nn.Module) -> Copy | None:
+    """What a layer has as a copy: its class has the name, and it the parameters, of a registered class.
+
+    None if its class is registered itself, or no class of its name is. Whether a copy really uses its parameters as
+    the original does is not known.
+    """
+    name = type(layer).__name__
+    originals = [other for other in _REGISTRY if other.rpartition(".")[2] == name]
+    if not originals or _registered(layer) is not None:
+        return None
+    found: list[Copy] = []
+    problem = ""
+    for original in originals:
+        try:
+            specs = [_resolved(layer, original, which) for which in (0, 1)]
+        except Exception as error:  # of a function that reads what only the original has
+            problem = problem or str(error)
+            continue
+        if specs[0] and not any(specs == [other.coefficients, other.matrices] for other in found):
+            found.append(Copy(original, specs[0], specs[1]))
+    if len(found) == 1:
+        return found[0]
+    if found:
+        problem = f"it fits several that differ, {[other.original for other in found]}"
+    return Copy(originals[0], [], [], problem)
+
+
+def _registered(layer: nn.Module) -> str | None:
+    """The name under which the layer's class, or the nearest base class, is registered."""
+    names = map(qualified_name, type(layer).__mro__)
+    return next((name for name in names if name in _REGISTRY), None)
+
+
 def _known(layer: nn.Module, which: int) -> list[CoefficientSpec]:
-    for cls in type(layer).__mro__:
-        registered = _REGISTRY.get(qualified_name(cls))
-        if registered is not None:
-            described = registered[which]
-            descriptions = described(layer) if callable(described) else described
-            return [CoefficientSpec.resolve(layer, path, text) for path, text in descriptions.items()]
-    return []
+    name = _registered(layer)
+    return [] if name is None else _resolved(layer, name, which)
+
+
+def _resolved(layer: nn.Module, registered: str, which: int) -> list[CoefficientSpec]:
+    described = _REGISTRY[registered][which]
+    descriptions = described(layer) if callable(described) else described
+    return [CoefficientSpec.resolve(layer, path, text) for path, text in descriptions.items()]
 
 
 def qualified_name(cls: type) -> str:
@@ -117,10 +181,8 @@ register_kan_layer(  # pykan
     "kan.KANLayer.KANLayer", {"coef": "i o d"}, {"scale_base": _EDGE_SCALE, "scale_sp": _EDGE_SCALE}
 )
 register_kan_layer("efficient_kan.kan.KANLinear", _efficient_kan, _BASE_WEIGHT)
-# Copies of it, in kan_gpt, visionkan and qkan.
-register_kan_layer("kan_gpt.efficient_kan.model.KANLinear", _efficient_kan, _BASE_WEIGHT)
-register_kan_layer("VisionKAN.ekan.KANLinear", _efficient_kan, _BASE_WEIGHT)
-register_kan_layer("qkan.kan.KANLinear", _efficient_kan, _BASE_WEIGHT)
+for _copy in ("kan_gpt.efficient_kan.model.KANLinear", "VisionKAN.ekan.KANLinear", "qkan.kan.KANLinear"):
+    register_kan_layer(_copy, "efficient_kan.kan.KANLinear")
 register_kan_layer("fastkan.fastkan.FastKANLayer", _fast_kan)
 register_kan_layer("ChebyKANLayer.ChebyKANLayer", {"cheby_coeffs": "i o d"})
 register_kan_layer("convkan.convkan_layer.ConvKAN", _convkan, _convkan_base)

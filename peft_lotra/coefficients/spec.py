@@ -17,6 +17,7 @@ from ..placement.sharded import full_shape
 _MODES = ("i", "o", "d")  # factored: input, output, basis
 _KERNEL = ("g", "t", "h", "w")  # not factored: group, and the kernel's time, height and width
 _AXIS = re.compile(r"[iodgthw][0-9]{0,9}")
+GROUP = re.compile(r"\([^()]*\)\*?|[^\s()*]+")  # what lies on one stored axis, or with a star on several
 _BOUND = re.compile(r"(-?[0-9]{1,18})?")  # of a slice
 _FIELDS = ("layout", "sizes", "slice", "scale", "scale_layout", "layer")
 
@@ -26,11 +27,13 @@ def _part_number(axis: str) -> int:
 
 
 def _parse(pattern: str) -> list[list[str]]:
-    """The axes of a layout, one list per stored axis: `"o (i d)"` -> `[["o"], ["i", "d"]]`."""
+    """The axes of a layout, one list per stored axis: `"o (i d)"` -> `[["o"], ["i", "d"]]`. A star changes nothing."""
     if not isinstance(pattern, str):
         raise TypeError(f"a layout is a string such as 'i o d' or 'o (i d)', got {pattern!r}")
-    groups = [part.strip("()").split() for part in re.findall(r"\([^()]*\)|[^\s()]+", pattern)]
+    groups = [part.strip("()*").split() for part in GROUP.findall(pattern)]
     axes = [axis for group in groups for axis in group]
+    if pattern.count("*") > 1 or ("*" in pattern and not re.search(r"\)\*(\s|$)", pattern)):
+        raise ValueError(f"layout {pattern!r} should have at most one `*`, after a parenthesis, as in 'o (i d)*'")
     if pattern.count("(") != pattern.count(")") or len(re.sub(r"[^()]", "", pattern).replace("()", "")) > 0:
         raise ValueError(f"layout {pattern!r} has unbalanced or nested parentheses")
     unknown = [axis for axis in axes if not _AXIS.fullmatch(axis)]
@@ -50,6 +53,24 @@ def check_layout(pattern: str, modes: tuple[str, ...] = _MODES) -> None:
     missing = [mode for mode in modes if mode not in axes]
     if missing:
         raise ValueError(f"layout {pattern!r} lacks the axes {missing}: a coefficient tensor has i, o and d")
+
+
+def _flat_axis(pattern: str) -> int | None:
+    """The number of the group with a star, if any."""
+    return next((k for k, group in enumerate(GROUP.findall(pattern)) if group.endswith("*")), None)
+
+
+def _flattened(pattern: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The stored axes that the group with a star lies on: those that the other groups leave."""
+    axis, groups = _flat_axis(pattern), GROUP.findall(pattern)
+    if axis is None:
+        return ()
+    stop = len(shape) - (len(groups) - 1 - axis)
+    if stop - axis < 2:
+        raise ValueError(
+            f"layout {pattern!r} flattens several stored axes, and of shape {shape} leaves fewer than two"
+        )
+    return shape[axis:stop]
 
 
 def _solve_sizes(pattern: str, shape: tuple[int, ...], known: Mapping[str, int]) -> dict[str, int]:
@@ -86,10 +107,17 @@ class Layout:
 
     Axes are named i (input), o (output), d (basis), g (group), t h w (kernel). A mode that lies on two axes is
     numbered, as in `"d1 o i d2"`; its parts are joined in the order of their numbers.
+
+    A star says that a group lies on several stored axes, which are flattened into one first, although its own axes
+    do not end where they do: `"o (i d)*"` of ReLU-KAN's kernel, whose stored axes have the sizes m, 1, n_d, n.
+
+    Attributes:
+        flattened: the sizes of those stored axes.
     """
 
     pattern: str
     sizes: Mapping[str, int] = field(hash=False)
+    flattened: tuple[int, ...] = ()
 
     @classmethod
     def fit(cls, pattern: str, shape: tuple[int, ...], sizes: Mapping[str, int] | None = None) -> Layout:
@@ -99,7 +127,15 @@ class Layout:
             ValueError: if the pattern is not a layout of a coefficient tensor or does not fit the shape.
         """
         check_layout(pattern)
-        return cls(pattern, _solve_sizes(pattern, tuple(shape), sizes or {}))
+        flattened, axis = _flattened(pattern, tuple(shape)), _flat_axis(pattern)
+        if axis is not None:
+            shape = (*shape[:axis], math.prod(flattened), *shape[axis + len(flattened) :])
+        return cls(pattern, _solve_sizes(pattern, tuple(shape), sizes or {}), flattened)
+
+    @cached_property
+    def _stored(self) -> str:
+        """The pattern as einops reads it, of the stored tensor after flattening."""
+        return self.pattern.replace("*", "")
 
     @cached_property
     def _canonical(self) -> str:
@@ -118,17 +154,22 @@ class Layout:
 
     def to_canonical(self, stored: torch.Tensor) -> torch.Tensor:
         """A[i, o, d, ...] from the stored tensor."""
-        return rearrange(stored, f"{self.pattern} -> {self._canonical}", **self.sizes)
+        axis = _flat_axis(self.pattern)
+        if axis is not None:
+            stored = stored.flatten(axis, axis + len(self.flattened) - 1)
+        return rearrange(stored, f"{self._stored} -> {self._canonical}", **self.sizes)
 
     def from_canonical(self, canonical: torch.Tensor) -> torch.Tensor:
         """The stored tensor, contiguous, from A[i, o, d, ...]."""
-        return rearrange(canonical, f"{self._canonical} -> {self.pattern}", **self.sizes).contiguous()
+        stored = rearrange(canonical, f"{self._canonical} -> {self._stored}", **self.sizes).contiguous()
+        axis = _flat_axis(self.pattern)
+        return stored if axis is None else stored.unflatten(axis, self.flattened)
 
     def expand(self, scale: torch.Tensor, scale_pattern: str) -> torch.Tensor:
         """A scale stored as `scale_pattern` (some of this layout's axes), repeated to the stored shape."""
         own = {axis: size for axis, size in self.sizes.items() if re.search(rf"\b{axis}\b", scale_pattern)}
         _solve_sizes(scale_pattern, tuple(scale.shape), own)
-        return repeat(scale, f"{scale_pattern} -> {self.pattern}", **self.sizes)
+        return repeat(scale, f"{scale_pattern} -> {self._stored}", **self.sizes)
 
 
 @dataclass(frozen=True)
@@ -198,8 +239,11 @@ class CoefficientSpec:
 
     def to_canonical(self, stored: torch.Tensor) -> torch.Tensor:
         """A[i, o, d, ...] from a tensor that lies like the parameter."""
-        part = stored if self.slice is None else stored[parse_slice(self.slice)]
-        return self.layout.to_canonical(part)
+        return self.layout.to_canonical(self.part(stored))
+
+    def part(self, stored: torch.Tensor) -> torch.Tensor:
+        """What `layout` describes, of a tensor that lies like the parameter."""
+        return stored if self.slice is None else stored[parse_slice(self.slice)]
 
     def stored_update(self, canonical: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         """An update of A, shape (n, m, n_d, ...), as an update of the parameter, whose shape is given."""
@@ -244,6 +288,8 @@ def check_description(description: str | Mapping[str, Any]) -> dict[str, Any]:
         parse_slice(description["slice"])
         if description.get("scale") is not None:
             raise ValueError(f"`scale` and `slice` together are not supported, got {description!r}")
+    if "*" in description["layout"] and not description.get("slice") is description.get("scale") is None:
+        raise ValueError(f"a layout with a star goes with no `slice` and no `scale`, got {description!r}")
     if (description.get("scale") is None) != (description.get("scale_layout") is None):
         raise ValueError(f"`scale` and `scale_layout` come together, got {description!r}")
     if description.get("scale_layout") is not None:

@@ -12,7 +12,6 @@ lies d.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,9 +21,13 @@ from functools import partial
 import torch
 
 from ..coefficients import Layout
+from ..coefficients.spec import GROUP
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # (numbered, plain) responses, each in the shape of the parameter
 Factor = tuple[str, int]  # (mode, size)
+
+
+LINEAR = "it has one function per input (n_d = 1): a linear weight, no basis axis"
 
 
 class NoLayout(Exception):
@@ -58,8 +61,6 @@ class Responses:
     output: Pair
     inputs: list[Pair]
     kernel: Mapping[str, list[Pair]] = field(default_factory=dict)  # by kernel axis: t, h, w
-    single_input: bool = False  # the layer has one input feature
-    single_output: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -95,11 +96,11 @@ def find_layout(responses: Responses, tolerance: Tolerance, features: int) -> La
         if _repeats(ratios["i"], axes):
             raise NoLayout("its entries share inputs, but not along factors of its stored axes")
         mixing = bool(modes & {"i", "o"})
-        raise NoLayout("it has one function per input (n_d = 1): a linear weight, no basis axis", True, mixing)
-    if "i" not in modes and not responses.single_input:
-        raise NoLayout("its functions of x cannot be told apart by input feature")
-    if "o" not in modes and not responses.single_output:
-        raise NoLayout("its entries cannot be told apart by output")
+        raise NoLayout(LINEAR, True, mixing)
+    # One input, or one output, of all or of each group is as good as several; but not one of each, without a kernel.
+    several = math.prod(size for factors in axes for mode, size in factors if mode in ("i", "o"))
+    if several == 1 and not responses.kernel and (features > 1 or "g" in modes):
+        raise NoLayout("it has functions of one input for one output each, and mixes nothing")
     layout = _name_axes(axes, tuple(responses.shape))
     seen = layout.canonical_shape[0] * layout.sizes.get("g", 1)
     if features % seen:
@@ -200,15 +201,35 @@ def _verify(layout: Layout, responses: Responses, tolerance: Tolerance) -> None:
         if not _proportional(numbered, plain, axes, tolerance.ratio):
             raise NoLayout(f"its {what} follow no pattern: {layout.pattern!r} explains only a part of its entries")
     for _, plain in [responses.output, *responses.inputs]:
-        # s_io · φ_d: for each input (and kernel position) an o × d matrix of rank 1.
-        curves = canonical(plain).permute(0, 3, 1, 2)  # (i, k, o, d)
-        strongest = curves.square().sum(-1).argmax(-1)[..., None, None].expand(*curves.shape[:2], 1, curves.shape[3])
-        if not _proportional(curves, curves.gather(2, strongest).expand_as(curves), (3,), tolerance.product):
+        if not _share_functions(canonical(plain), tolerance):
             raise NoLayout("its functions φ_d(x_i) differ from output to output")
     plain = canonical(responses.output[1]).abs()
     functions = (plain > tolerance.zero * plain.max()).any(1).sum(1)  # of each input (and kernel position)
     if (functions > 1).float().mean() < 0.5:
         raise NoLayout("most inputs show fewer than two functions on this sample")
+
+
+def _share_functions(response: torch.Tensor, tolerance: Tolerance) -> bool:
+    """Whether g, shape (i, o, d, k), is s_io · φ_d: for each input (and kernel position) an o × d matrix of rank 1."""
+    curves = response.permute(0, 3, 1, 2)  # (i, k, o, d)
+    strongest = curves.square().sum(-1).argmax(-1)[..., None, None].expand(*curves.shape[:2], 1, curves.shape[3])
+    return _proportional(curves, curves.gather(2, strongest).expand_as(curves), (3,), tolerance.product)
+
+
+def bears_out(layout: Layout, response: torch.Tensor, inputs: int, outputs: int, tolerance: Tolerance) -> bool:
+    """Whether a response is one of the layout, where only so many input features and outputs have been asked for.
+
+    The entries of the others have none, and each of these outputs has the same functions.
+    """
+    stored = layout.to_canonical(response)
+    groups = layout.sizes.get("g", 1)
+    canonical = stored.reshape(*stored.shape[:3], groups, -1)  # (i, o, d, g, k)
+    alive = canonical.abs() > tolerance.zero * canonical.abs().max()
+    n, m = (int(alive.any(axis).any(1).any(-1).sum()) for axis in (1, 0))
+    if not 0 < n <= inputs or not 0 < m <= outputs:
+        return False
+    chosen = alive.flatten(1).any(1).nonzero()[:32, 0]  # as every input would cost as much as the layer itself
+    return _share_functions(canonical[chosen].flatten(3), tolerance)
 
 
 def _proportional(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], tolerance: float) -> bool:
@@ -227,6 +248,21 @@ def _distinct(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], tolerance
     return not (ratios.sort(0).values.diff(dim=0) < least).any()  # what is not known, NaN, comes last
 
 
+def find_flattened(responses: Responses, features: int, tolerance: Tolerance) -> Layout | None:
+    """The layout with a star, if the parameter has one once some of its stored axes are flattened: most, or all."""
+    shape = tuple(responses.shape)
+    for start, stop in ((1, len(shape)), (0, len(shape) - 1), (0, len(shape))):
+        if stop - start < 2:
+            continue
+        with suppress(NoLayout):
+            flat = responses.map(partial(torch.flatten, start_dim=start, end_dim=stop - 1))
+            layout = find_layout(flat, tolerance, features)
+            groups = GROUP.findall(layout.pattern)
+            groups[start] = f"({groups[start].strip('()')})*"
+            return Layout(" ".join(groups), layout.sizes, shape[start:stop])
+    return None
+
+
 def find_part(responses: Responses, features: int, tolerance: Tolerance) -> tuple[Layout, str] | None:
     """The layout and the slice of the part of the parameter that is a coefficient tensor, where the whole is none.
 
@@ -243,7 +279,7 @@ def find_part(responses: Responses, features: int, tolerance: Tolerance) -> tupl
                     part = responses.map(partial(torch.narrow, dim=axis, start=start, length=size - rest))
                     layout = find_layout(part, tolerance, features)
                     complete = layout.canonical_shape[0] * layout.sizes.get("g", 1) == features
-                    if complete and "d" in re.findall(r"\([^()]*\)|\S+", layout.pattern)[axis]:
+                    if complete and "d" in GROUP.findall(layout.pattern)[axis]:
                         bounds = f"{start or ''}:{'' if stop == size else stop}"
                         return layout, ", ".join([":"] * axis + [bounds])
     return None

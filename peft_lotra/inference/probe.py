@@ -3,45 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import permutations
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..coefficients import Layout
-from .layouts import Tolerance
+from .precision import Passes, Precision
 from .recording import Run, map_tensors, tensors_in
 
 
-@dataclass
-class Passes:
-    """How often layers were run forward and backward."""
+class Inputs(NamedTuple):
+    """u, the last tensors before the basis, by their numbers: one, or several of one shape.
 
-    forward: int = 0
-    backward: int = 0
+    `joined`: whether the features of several lie one after another, as in the groups of a layer, or are the same.
+    """
 
-
-@dataclass(frozen=True)
-class Precision:
-    dtype: torch.dtype
-    affine: float
-    tolerance: Tolerance
+    numbers: tuple[int, ...]
+    joined: bool = True
 
 
-# In float64 where the layer can; some make float32 tensors of their own.
-PRECISIONS = (
-    Precision(torch.float64, 1e-7, Tolerance(ratio=1e-6, product=1e-7, zero=1e-9)),
-    Precision(torch.float32, 1e-3, Tolerance(ratio=2e-3, product=1e-3, zero=1e-3)),
-)
-
-FINITE_DIFFERENCES = Tolerance(ratio=1e-3, product=1e-5, zero=1e-5)  # in float64
+VECTOR = "it is a vector along one axis of the input or output"
 
 
 class Refused(Exception):
-    """A parameter cannot be tested further."""
+    """A parameter cannot be tested further; `of_class`: nor can it in any layer of this class, settings and shapes."""
+
+    def __init__(self, reason: str, of_class: bool = False):
+        super().__init__(reason)
+        self.of_class = of_class
 
 
 class Unusable(Exception):
@@ -51,8 +41,18 @@ class Unusable(Exception):
 class Probe:
     """A layer with its sample at one precision; one of its inputs, x, is varied."""
 
-    def __init__(self, layer: nn.Module, args: tuple, kwargs: dict, precision: Precision, which: int, passes: Passes):
-        self.layer, self.precision, self._passes = layer, precision, passes
+    def __init__(
+        self,
+        layer: nn.Module,
+        args: tuple,
+        kwargs: dict,
+        precision: Precision,
+        which: int,
+        passes: Passes,
+        repeats: bool = True,
+    ):
+        """With `repeats`, the layer runs a second time, to see that it does the same."""
+        self.layer, self.precision, self.which, self._passes = layer, precision, which, passes
         self._random = torch.Generator().manual_seed(0)
         dtype = precision.dtype
         self.values = {}
@@ -62,14 +62,20 @@ class Probe:
                 if not value.any():  # a zero may hide what it multiplies
                     value = self._noise(value)
                 self.values[path] = value.requires_grad_(True)
-        self._args = map_tensors((args, kwargs), lambda t: t.detach().to(dtype if t.is_floating_point() else None))
+        self._args = map_tensors((args, kwargs), lambda t: t.detach().to(_dtype_for(t, dtype)))
         tensors = tensors_in(self._args)
-        self._position = [k for k, t in enumerate(tensors) if t.is_floating_point() and t.numel()][which]
+        self._position = [k for k, t in enumerate(tensors) if is_numeric(t)][which]
         self._changed: dict[tuple[str, ...], tuple[Run, Run]] = {}
         self._met: dict[tuple, tuple[set[int], set[int]]] = {}
         given = tensors[self._position]
         self.x, self.base = self._first_run([self._spread(given, grow=len(tensors) == 1), given])
-        self._check_repeats()
+        if repeats:
+            self._check_repeats()
+
+    @property
+    def trace(self) -> tuple:
+        """The shapes of the recorded tensors and what each was made of: equal where a layer took equal steps."""
+        return tuple(t.shape for t in self.base.tensors), tuple(map(tuple, self.base.sources))
 
     def _noise(self, like: torch.Tensor) -> torch.Tensor:
         return torch.randn(like.shape, generator=self._random, dtype=torch.float64).to(like)
@@ -81,14 +87,18 @@ class Probe:
         return torch.randint(size, (count,), generator=self._random)
 
     def uniform(self, shape: Iterable[int], like: torch.Tensor) -> torch.Tensor:
-        """Uniform in [0.5, 1.5]."""
-        return (torch.rand(tuple(shape), generator=self._random, dtype=torch.float64) + 0.5).to(like)
+        """Uniform in [0.5, 1.5], and real even if `like` is complex."""
+        return (torch.rand(tuple(shape), generator=self._random, dtype=torch.float64) + 0.5).to(
+            like.device, _real(like)
+        )
 
     def _spread(self, x: torch.Tensor, grow: bool) -> torch.Tensor:
         """Values like those of x, but none twice, in enough rows for most of the basis functions to be met."""
         rows = x.shape[0] if x.ndim else 0
-        if grow and x.ndim > 1 and (rows < 16 or x.numel() > 2**19):
-            rows = max(2, min(32, 2**19 // x[0].numel()))
+        if grow and x.ndim > 1 and x.numel():
+            places = x[0].numel() // max(x.shape[1:])  # of a row, at least: whichever axis is that of the features
+            enough = max(2, -(-32 // places))
+            rows = min(rows, max(enough, 2**15 // x[0].numel())) if rows >= enough else enough
         shape = (rows, *x.shape[1:]) if x.ndim else x.shape
         from_pool = x.flatten()[torch.randint(x.numel(), shape, generator=self._random).to(x.device)]
         mixed = from_pool
@@ -106,7 +116,7 @@ class Probe:
             except Unusable as unusable:
                 problem = str(unusable)
                 continue
-            if self.precision.dtype == torch.float64 and any(t.dtype == torch.float32 for t in run.tensors):
+            if self.precision.dtype == torch.float64 and any(_real(t) == torch.float32 for t in run.tensors):
                 problem = "its layer computes in float32"
             elif not run.returned:
                 raise Unusable("its layer returns no floating-point tensor")
@@ -145,7 +155,7 @@ class Probe:
 
     def numbers(self, size: int, like: torch.Tensor) -> torch.Tensor:
         """1 … 3 in even steps, in random order."""
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(1)).to(like)
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(1)).to(like.device, _real(like))
         return 1 + 2 * order / max(size - 1, 1)
 
     def moved(self, t: torch.Tensor) -> list[Run]:
@@ -166,10 +176,10 @@ class Probe:
     def contractions(self, path: str) -> tuple[int, ...]:
         """The numbers of the last tensors on the way to the first output that are affine in the parameter."""
         if path in self.base.reassigned or path not in self.values:
-            raise Refused("the forward pass assigns it anew, so that an adapter would be lost")
+            raise Refused("the forward pass assigns it anew, so that an adapter would be lost", of_class=True)
         value = self.values[path]
         if value.dim() == 1 and value.numel() <= max(max(t.shape, default=1) for t in [self.x, *self.base.returned]):
-            raise Refused("it is a vector along one axis of the input or output")
+            raise Refused(VECTOR, of_class=True)
         output = next((k for k in self.base.outputs if self.base.depends(k, value)), None)
         if output is None:
             parameter = self.layer.get_parameter(path)
@@ -181,8 +191,6 @@ class Probe:
         for paths in dict.fromkeys([alike, (path,)]):
             found = self._last_affine(value, output, *self._perturbed(paths))
             if found and all(self.moves(k) for k in found):
-                if any(self.base.tensors[k].is_complex() for k in found):
-                    raise Refused("it is multiplied by complex functions")
                 return tuple(sorted(found))
         raise Refused("the layer is not affine in it, or not through functions of the input")
 
@@ -234,64 +242,92 @@ class Probe:
     def _x_sides(self, path: str, frontier: tuple[int, ...]) -> set[int]:
         return self._meetings(path, frontier)[1]
 
-    def first_contraction(self, path: str, frontier: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-        """z and u, with the one tensor in which the parameter meets x as z."""
+    def first_contraction(self, path: str, frontier: tuple[int, ...]) -> tuple[int, ...]:
+        """The one tensor in which the parameter meets x, as z."""
         products, _ = self._meetings(path, frontier)
         plus_minus = next(runs for paths, runs in reversed(self._changed.items()) if path in paths)
         z = tuple(products)
         if len(z) != 1 or self._last_affine(self.values[path], z[0], *plus_minus) != products:
             raise Refused("its entries cannot be told apart by output")
-        return z, self._input_of([path], z)
+        return z
 
-    def groups(self, z: dict[str, tuple[int, ...]]) -> Iterable[tuple[list[str], tuple[int, ...], int]]:
-        """Parameters that can be tested at once: (paths, their tensors z, the number of their u)."""
+    def groups(self, z: dict[str, tuple[int, ...]]) -> Iterable[tuple[list[str], tuple[int, ...]]]:
+        """Parameters that can be tested at once, and their tensors z."""
         by_shape: dict[Any, list[str]] = {}
         for path, value in self.values.items():
             if path in z:
                 by_shape.setdefault(value.shape, []).append(path)
-        by_tensors: dict[tuple[tuple[int, ...], int], list[str]] = {}
-        for paths in by_shape.values():
+        by_tensors: dict[tuple[tuple[int, ...], Any], list[str]] = {}
+        for shape, paths in by_shape.items():
             apart = not any(
                 self.base.depends(k, self.values[p]) for p in paths for q in paths if z[p] != z[q] for k in z[q]
             )  # such as the weights of the groups of a grouped layer
             union = tuple(sorted({k for path in paths for k in z[path]}))
             for path in paths:
                 tensors = union if apart else z[path]
-                u = self._input_of(paths if apart else [path], tensors)
-                by_tensors.setdefault((tensors, u), []).append(path)
-        return [(paths, *key) for key, paths in by_tensors.items()]
+                together = shape if apart and len(paths) > 1 else self._input_of(self._x_sides(path, tensors))
+                by_tensors.setdefault((tensors, together), []).append(path)
+        return [(paths, tensors) for (tensors, _), paths in by_tensors.items()]
 
-    def _input_of(self, paths: list[str], frontier: tuple[int, ...]) -> int:
-        """The number of u: of the last tensor, no larger than x, through which x reaches the basis."""
-        sides, tensors = {k for path in paths for k in self._x_sides(path, frontier)}, self.base.tensors
+    def inputs_of(self, paths: list[str], frontier: tuple[int, ...]) -> list[Inputs]:
+        """What u of these parameters may be, the likeliest first: one tensor, or one for each function of x."""
+        sides = {k for path in paths for k in self._x_sides(path, frontier)}
+        found = [Inputs((self._input_of(sides),))]
+        each = tuple(sorted({u for side in sides for u in self._inputs_of_side(side)}))
+        shapes = sorted((self.base.tensors[u].shape for u in each), key=len)
+        alike = all(shape == shapes[0] + (1,) * (len(shape) - len(shapes[0])) for shape in shapes)
+        if len(each) > 1 and 0 not in each and alike and not any({*each} & (self.ancestors([u]) - {u}) for u in each):
+            # What comes from parts of x that do not overlap are other features; unless no layout says so.
+            parts = [self._part_of_x(u) for u in each]
+            joined = int(torch.stack(parts).sum(0).max()) == 1
+            found += [Inputs(each, joined), Inputs(each, not joined)]
+        return found
+
+    def _inputs_of_side(self, side: int) -> set[int]:
+        """The number of u of a function of x, or those of the functions that it is put together of."""
+        u = self._input_of({side})
+        parts = [k for k in self.base.sources[side] if self.moves(k)]
+        return {u} if u or not parts else {u for k in parts for u in self._inputs_of_side(k)}
+
+    def _part_of_x(self, u: int) -> torch.Tensor:
+        """Which entries of x a recorded tensor depends on."""
+        self._passes.backward += 1
+        tensor = self.base.tensors[u]
+        weights = self.uniform(tensor.shape, tensor).to(tensor.dtype)
+        (found,) = torch.autograd.grad(tensor, self.base.x, weights, retain_graph=True, materialize_grads=True)
+        return found != 0
+
+    def _input_of(self, sides: set[int]) -> int:
+        """The number of u: of the last tensor, no larger than x, through which x reaches these functions of it."""
+        tensors = self.base.tensors
         most = min(self.x.numel(), sum(tensors[k].numel() for k in sides) // 2)
-        before = self._ancestors(sides)
+        before = self.ancestors(sides)
         for u in sorted(before - {0} - self.base.overwritten, reverse=True):
-            if 0 < tensors[u].numel() <= most and 0 in before and 0 not in self._ancestors(sides, without=u):
+            if 0 < tensors[u].numel() <= most and 0 in before and 0 not in self.ancestors(sides, without={u}):
                 equal = tensors[u].numel() == self.x.numel() and torch.equal(tensors[u].flatten(), self.x.flatten())
-                return 0 if equal or not tensors[u].is_floating_point() else u
+                return 0 if equal or not is_numeric(tensors[u]) else u
         return 0
 
-    def _ancestors(self, numbers: Iterable[int], without: int | None = None) -> set[int]:
+    def ancestors(self, numbers: Iterable[int], without: Collection[int] = ()) -> set[int]:
         """The numbers, and those of everything that these tensors are made of."""
         seen, stack = set(), list(numbers)
         while stack:
             k = stack.pop()
-            if k not in seen and k != without:
+            if k not in seen and k not in without:
                 seen.add(k)
                 stack += self.base.sources[k]
         return seen
 
     def sees_x(self, path: str, frontier: tuple[int, ...]) -> bool:
         """Whether what the parameter multiplies is x itself."""
-        return any(
-            t.numel() == self.x.numel() and torch.equal(t.flatten(), self.x.flatten())
-            for t in (self.base.tensors[k] for k in self._x_sides(path, frontier))
+        sides = [self.base.tensors[k] for k in self._x_sides(path, frontier)]
+        return bool(sides) and all(
+            t.numel() == self.x.numel() and torch.equal(t.flatten(), self.x.flatten()) for t in sides
         )
 
-    def in_basis(self, path: str, frontier: tuple[int, ...], u: int, other: str) -> bool:
+    def in_basis(self, path: str, frontier: tuple[int, ...], u: Collection[int], other: str) -> bool:
         """Whether another parameter has a part in the functions of u that the parameter multiplies."""
-        between = self._ancestors(self._x_sides(path, frontier), without=u)
+        between = self.ancestors(self._x_sides(path, frontier), without=u)
         return any(self.base.tensors[k] is self.values[other] for k in between)
 
     def gradients(self, tensors, weights, paths) -> dict[str, torch.Tensor]:
@@ -301,46 +337,27 @@ class Probe:
         found = torch.autograd.grad(tensors, values, weights, retain_graph=True, materialize_grads=True)
         return dict(zip(paths, found, strict=True))
 
-    def input_gradient(self, u: int, frontier: tuple[int, ...], weights: list[torch.Tensor]) -> torch.Tensor:
-        """∂/∂u Σ weights · z, itself differentiable."""
+    def input_gradient(
+        self, u: tuple[int, ...], frontier: tuple[int, ...], weights: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """∂/∂u Σ weights · z for each u, themselves differentiable."""
         self._passes.backward += 1
         z = [self.base.tensors[k] for k in frontier]
-        inner = self.base.x if u == 0 else self.base.tensors[u]
-        return torch.autograd.grad(z, inner, weights, create_graph=True, materialize_grads=True)[0]
-
-    def scale(self, path: str, frontier: tuple[int, ...], layout: Layout) -> tuple[str, str] | tuple[None, None]:
-        """The parameter, and its layout, that is multiplied onto this one before it meets x."""
-        value = self.values[path]
-        numbers = {
-            s
-            for k in self._ancestors(frontier)
-            if self.moves(k)
-            for s in self.base.sources[k]
-            if self.base.depends(s, value) and not self.moves(s)
-        }
-        others = [p for p, v in self.values.items() if p != path and any(self.base.depends(k, v) for k in numbers)]
-        if not others:
-            return None, None
-        changed = {p: self.uniform(self.values[p].shape, value).requires_grad_(True) for p in others}
-        run = self.run(self.x, changed)
-        products = [run.tensors[k] for k in numbers]
-        factor = self.gradients(products, [torch.ones_like(product) for product in products], [path])[path]
-        for other in others:
-            for pattern in _scale_patterns(layout, changed[other].shape):
-                expanded = layout.expand(changed[other].detach(), pattern)
-                if torch.allclose(expanded, factor, rtol=self.precision.affine, atol=0):
-                    return other, pattern
-        return None, None
+        inner = [self.base.x if k == 0 else self.base.tensors[k] for k in u]
+        return list(torch.autograd.grad(z, inner, weights, create_graph=True, materialize_grads=True))
 
 
-def _scale_patterns(layout: Layout, shape: torch.Size) -> list[str]:
-    """The layouts of some of a layout's axes that fit `shape`."""
-    groups = re.findall(r"\([^()]*\)|[^\s()]+", layout.pattern)
-    parts = {group: group.strip("()").split() for group in groups} | {axis: [axis] for axis in layout.sizes}
-    fits = []
-    for chosen in permutations(parts, len(shape)):
-        axes = [axis for part in chosen for axis in parts[part]]
-        sizes = [torch.Size(layout.sizes[axis] for axis in parts[part]).numel() for part in chosen]
-        if axes and len(set(axes)) == len(axes) and sizes == list(shape):
-            fits.append(" ".join(chosen))
-    return fits
+def is_numeric(tensor: torch.Tensor) -> bool:
+    """Whether it has real or complex numbers that a layer may be differentiated by."""
+    return tensor.numel() > 0 and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _real(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype of its real numbers."""
+    return tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
+
+
+def _dtype_for(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype | None:
+    if tensor.is_complex():
+        return dtype.to_complex()
+    return dtype if tensor.is_floating_point() else None

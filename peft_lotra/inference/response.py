@@ -12,20 +12,20 @@ axis of u, shows which input feature the entry multiplies: ∂/∂P Σ t · ∂/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from operator import itemgetter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..coefficients import CoefficientSpec, Layout
-from ..coefficients.spec import parse_slice
-from .layouts import NoLayout, NoOutputs, Pair, Responses, find_layout, find_part
-from .probe import FINITE_DIFFERENCES, PRECISIONS, Passes, Probe, Refused, Unusable
+from .contraction import Contraction, Place
+from .layouts import NoLayout, NoOutputs
+from .precision import PRECISIONS, Passes, Precision
+from .probe import VECTOR, Probe, Refused, Unusable, is_numeric
 from .recording import tensors_in
+from .scales import scale_of
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,17 @@ class Finding:
         reason: why it is none.
         linear: whether it is a weight on what the layer receives, as it is; then it may still be the coefficient
             tensor of a module around the layer, which feeds it with a basis.
+        of_class: whether the reason holds for every layer alike, whatever the sample and the values of parameters.
+        place: where in a run the response was read off, if it is a coefficient tensor.
+        like: the name of the layer alike in which it was found, if this one has only confirmed it.
     """
 
     spec: CoefficientSpec | None = None
     reason: str = ""
     linear: bool = False
+    of_class: bool = False
+    place: Place | None = field(default=None, repr=False)
+    like: str | None = None
 
 
 def infer_layer(
@@ -58,13 +64,18 @@ def infer_layer(
 
     Nothing in `layer` changes. Nothing is raised for what the layer does: the findings have a reason instead.
     """
-    findings = {path: Finding(reason=_unfit(layer.get_parameter(path))) for path in paths}
-    open_paths = [path for path, finding in findings.items() if not finding.reason]
     if any(isinstance(module, torch.jit.ScriptModule) for module in layer.modules()):
-        return {path: Finding(reason="a part of its layer is a TorchScript module") for path in findings}
-    inputs = sum(t.is_floating_point() and t.numel() > 0 for t in tensors_in((args, kwargs)))
+        return dict.fromkeys(paths, Finding(reason="a part of its layer is a TorchScript module", of_class=True))
+    tensors = tensors_in((args, kwargs))
+    widest = max((size for t in tensors for size in t.shape), default=1)
+    findings = {path: Finding(reason=_unfit(layer.get_parameter(path), widest), of_class=True) for path in paths}
+    open_paths = [path for path, finding in findings.items() if not finding.reason]
+    inputs = sum(map(is_numeric, tensors))
     if not inputs:
-        return findings | {path: Finding(reason="its layer receives no floating-point tensor") for path in open_paths}
+        refusal = Finding(reason="its layer receives no floating-point tensor", of_class=True)
+        return findings | dict.fromkeys(open_paths, refusal)
+    if not open_paths:
+        return findings
     reason = ""
     for precision in PRECISIONS:
         try:
@@ -81,208 +92,116 @@ def infer_layer(
     return findings | {path: Finding(reason=reason) for path in open_paths}
 
 
-def _unfit(parameter: nn.Parameter) -> str:
+def _unfit(parameter: nn.Parameter, widest: int) -> str:
+    """Why the parameter needs no test, `widest` being the largest axis that the layer receives."""
     if parameter.is_complex():
         return f"it is complex ({parameter.dtype}), and LoTRA adapts real coefficients only"
     if not parameter.is_floating_point():
         return f"it has dtype {parameter.dtype}: no floating-point coefficients"
-    return "it has fewer than four entries" if parameter.numel() < 4 else ""
+    if parameter.numel() < 4:
+        return "it has fewer than four entries"
+    return VECTOR if parameter.dim() == 1 and parameter.numel() <= widest else ""
 
 
 def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Finding]:
     results: dict[str, Finding] = {}
     tensors: dict[str, tuple[int, ...]] = {}
     weights = []  # parameters that multiply functions of x
-    found: dict[str, tuple[CoefficientSpec, tuple[int, ...], int]] = {}  # with z and u
+    found: dict[str, tuple[CoefficientSpec, Place]] = {}
     for path in paths:
         try:
             tensors[path] = probe.contractions(path)
         except Refused as refused:
-            results[path] = Finding(reason=str(refused))
-    for members, z, u in probe.groups(tensors):
-        group = _Contraction(probe, z, u, members)
+            results[path] = Finding(reason=str(refused), of_class=refused.of_class)
+    contractions: dict[tuple, Contraction] = {}
+    for members, z in probe.groups(tensors):
         for path in members:
-            place = z, u
             try:
-                try:
-                    layout, part = group.find(path, region)
-                except NoOutputs:  # something linear comes after the contraction, and mixes the outputs
-                    place = probe.first_contraction(path, z)
-                    layout, part = _Contraction(probe, *place, [path]).find(path, region)
-                scale, scale_layout = (None, None) if part else probe.scale(path, place[0], layout)
+                layout, part, place = _layout(probe, path, members, z, tensors[path], region, contractions)
+                scale, scale_layout = (None, None) if part else scale_of(probe, path, place.frontier, layout)
                 spec = CoefficientSpec(path, layout, scale, scale_layout, part)
-                results[path] = Finding(spec)
+                results[path] = Finding(spec, place=place)
                 weights.append(path)
-                found[path] = (spec, *place)
+                found[path] = spec, place
             except Refused as refused:
                 results[path] = Finding(reason=str(refused))
             except NoLayout as failure:
-                results[path] = Finding(reason=str(failure), linear=failure.linear and probe.sees_x(path, z))
+                linear = failure.linear and probe.sees_x(path, z)
+                results[path] = Finding(reason=str(failure), linear=linear, of_class=failure.linear)
                 if failure.mixing:
                     weights.append(path)
-    for path, (spec, z, u) in found.items():
+    for path, (spec, place) in found.items():
         others = [other for other in weights if other not in (path, spec.scale)]
-        inside = [other for other in others if probe.in_basis(path, z, u, other)]
+        inside = [other for other in others if probe.in_basis(path, place.frontier, place.inputs.numbers, other)]
         if inside:
             reason = f"its functions of x contain the weights {inside}: it is the layer of a network behind them"
-            results[path] = Finding(reason=reason)
+            results[path] = Finding(reason=reason, of_class=True)
     return results
 
 
-class _Contraction:
-    """The responses of the parameters that share z and u."""
+def _layout(
+    probe: Probe,
+    path: str,
+    members: list[str],
+    z: tuple[int, ...],
+    own: tuple[int, ...],
+    region: str | None,
+    contractions: dict[tuple, Contraction],
+) -> tuple[Layout, str | None, Place]:
+    """Layout, slice and place of a parameter that is tested with others, and then alone.
 
-    def __init__(self, probe: Probe, frontier: tuple[int, ...], u: int, paths: list[str]):
-        self._probe, self._frontier, self._u, self._paths = probe, frontier, u, paths
-        self._towards_u: dict[bool, torch.Tensor] = {}
-        self._gradients: dict[tuple, dict[str, torch.Tensor]] = {}
-        self._z = [probe.base.tensors[k].detach() for k in frontier]
-        self._tolerance, self._finite = probe.precision.tolerance, False
-        with suppress(NoLayout):
-            try:
-                self._slope(paths[0], None)
-            except RuntimeError:  # such as a function without a second derivative, or tensors changed in place
-                self._gradients.clear()
-                self._u, self._tolerance, self._finite = 0, FINITE_DIFFERENCES, True
+    Args:
+        members, z: those that can be tested at once, and their tensors z; `own` are those of this parameter.
+        contractions: of these members, which are kept from one of them to the next.
 
-    def find(self, path: str, region: str | None) -> tuple[Layout, str | None]:
-        """The layout of the parameter, and the slice of it that is the coefficient tensor unless it is the whole.
-
-        With `region`, this slice is taken.
-
-        Raises:
-            NoLayout: if it is no coefficient tensor.
-        """
-        z, u = self._z[0], self._inner
-        single = u[0].numel() == 1 if u.ndim > 1 else u.numel() == 1
-        output, out_axis = self._output(path)
-        failure = None
-        for feature, kernel in [(None, ())] if single else _axis_choices(u.shape):
-            axes = [out_axis] if kernel and z.ndim == 2 + len(kernel) and out_axis is not None else None
-            pair = self._slope(path, feature), self._slope(path, None)
-            if feature is not None and not self._fits(pair, u.shape[feature]):
-                continue
-            letters = "thw"[3 - len(kernel) :] if kernel else ""
-            positions = {
-                letter: [(self._slope(path, axis, axes), self._slope(path, None, axes))]
-                for letter, axis in zip(letters, kernel, strict=True)
-            }
-            features = 1 if feature is None else u.shape[feature]
-            responses = Responses(output, [pair], positions, single, out_axis is None)
-            if region is not None:
-                responses = responses.map(itemgetter(parse_slice(region)))
-            try:
-                return find_layout(responses, self._tolerance, features), region
-            except NoLayout as no_layout:
-                part = None if no_layout.linear or region else find_part(responses, features, self._tolerance)
-                if part is not None:
-                    return part
-                failure = failure or no_layout
-        raise failure or NoLayout("its entries cannot be told apart by input feature")
-
-    def _output(self, path: str) -> tuple[Pair, int | None]:
-        """The numbered and the plain response, and the axis of z that is numbered: that of the outputs, if any."""
-        plain = self._response(path, None)
-        shape = self._z[0].shape
-        if all(size == 1 for size in shape[1:]) and (len(shape) > 1 or self._probe.x.ndim > 1):
-            return (plain, plain), None
-        for axis, _ in _axis_choices(shape):
-            pair = self._response(path, axis), plain
-            if self._fits(pair, sum(z.shape[axis] for z in self._z if axis < z.ndim)):
-                return pair, axis
-        raise NoOutputs("its entries cannot be told apart by output")
-
-    def _fits(self, pair: Pair, count: int) -> bool:
-        """Whether nearly all ratios are numbers of the axis, so that it is one of features."""
-        numbered, plain = (side.flatten() for side in pair)
-        if plain.numel() > 2**17:  # a part of them will do
-            self._probe.seed(4)
-            some = self._probe.choice(plain.numel(), 2**16).to(plain.device)
-            numbered, plain = numbered[some], plain[some]
-        tolerance = self._tolerance
-        known = plain.abs() > tolerance.zero * plain.abs().max()
-        if not known.any():
-            raise NoLayout("its response does not change with the input")
-        ratios = numbered[known] / plain[known]
-        numbers = self._probe.numbers(count, ratios).sort().values
-        place = torch.searchsorted(numbers, ratios).clamp(1, max(count - 1, 1))
-        near = torch.stack([numbers[place - 1], numbers[place.clamp(max=count - 1)]])
-        return ((near - ratios).abs().amin(0) <= 3 * tolerance.ratio).double().mean().item() > 0.98
-
-    def _response(self, path: str, axis: int | None) -> torch.Tensor:
-        """g at x, with numbers in w along an axis of z."""
-        key = ("output", axis)
-        if key not in self._gradients:
-            numbers = None if axis is None else self._probe.numbers(sum(z.shape[axis] for z in self._z), self._z[0])
-            z = [self._probe.base.tensors[k] for k in self._frontier]
-            self._gradients[key] = self._probe.gradients(z, self._weights(axis, numbers), self._paths)
-        return self._gradients[key][path]
-
-    def _slope(self, path: str, axis: int | None, keep: list[int] | None = None) -> torch.Tensor:
-        """∂g/∂u · t with numbers in t along an axis of u; with `keep`, of one position of z."""
-        key = ("input", axis, keep is None)
-        if key not in self._gradients:
-            weights = self._weights(None, None)
-            if keep is not None:
-                weights = [_middle(w, {0, *keep}) for w in weights]
-            self._probe.seed(2)
-            t = self._probe.uniform(self._inner.shape, self._inner)
-            if axis is not None:
-                t = t * self._probe.numbers(t.shape[axis], t).view([-1] + [1] * (t.ndim - 1 - axis))
-            self._gradients[key] = self._slopes(t, weights, keep is None)
-        return self._gradients[key][path]
-
-    def _slopes(self, t: torch.Tensor, weights: list[torch.Tensor], everywhere: bool) -> dict[str, torch.Tensor]:
-        if self._finite:
-            sides = []
-            for run in self._probe.moved(t):
-                z = [run.tensors[k] for k in self._frontier]
-                sides.append(self._probe.gradients(z, weights, self._paths))
-            return {path: sides[0][path] - sides[1][path] for path in self._paths}
-        if everywhere not in self._towards_u:
-            self._towards_u[everywhere] = self._probe.input_gradient(self._u, self._frontier, weights)
-        if not self._towards_u[everywhere].requires_grad:
-            raise NoLayout("its response does not change with the input")
-        return self._probe.gradients([self._towards_u[everywhere]], [t], self._paths)
-
-    @property
-    def _inner(self) -> torch.Tensor:
-        """u."""
-        return self._probe.base.tensors[self._u].detach()
-
-    def _weights(self, axis: int | None, numbers: torch.Tensor | None) -> list[torch.Tensor]:
-        self._probe.seed(3)
-        weights, start = [], 0
-        for z in self._z:
-            w = torch.ones_like(z)  # a product of weights along each axis, so that all outputs see the same φ
-            for k, size in enumerate(z.shape):
-                w = w * self._probe.uniform([size], z).view([-1] + [1] * (z.ndim - 1 - k))
-            if axis is not None and numbers is not None:
-                own = numbers[start : start + z.shape[axis]]
-                w = w * own.view([-1] + [1] * (z.ndim - 1 - axis))
-                start += z.shape[axis]
-            weights.append(w)
-        return weights
+    Raises:
+        NoLayout, Refused: why it is no coefficient tensor, tested with the others.
+    """
+    failure: NoLayout | None = None
+    tests = [(members, z)] + ([([path], own)] if len(members) > 1 else [])
+    while tests:
+        paths, frontier = tests.pop(0)
+        try:
+            for inputs in probe.inputs_of(paths, frontier):
+                key = (*paths, frontier, inputs)
+                if key not in contractions:
+                    contractions[key] = Contraction(probe, frontier, inputs, paths)
+                try:
+                    return contractions[key].find(path, region)
+                except NoLayout as no_layout:
+                    failure = failure or no_layout
+                    if no_layout.linear or isinstance(no_layout, NoOutputs):
+                        raise
+        except NoOutputs:  # something linear comes after the contraction, and mixes the outputs
+            first = probe.first_contraction(path, frontier)
+            tests = [([path], first)] if first != frontier else []
+    assert failure is not None
+    raise failure
 
 
-def _middle(tensor: torch.Tensor, keep: set[int]) -> torch.Tensor:
-    """The tensor, but zero off the middle of each axis that is not kept."""
-    for axis in set(range(tensor.ndim)) - keep:
-        index = torch.arange(tensor.shape[axis], device=tensor.device) == tensor.shape[axis] // 2
-        tensor = tensor * index.view([-1] + [1] * (tensor.ndim - 1 - axis))
-    return tensor
+def confirm_layer(
+    layer: nn.Module, args: tuple, kwargs: dict[str, Any], findings: Mapping[str, Finding], passes: Passes
+) -> bool:
+    """Whether the layer bears out what was found in one of the same class, settings and shapes.
 
-
-def _axis_choices(shape: torch.Size) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """(axis of the features, axes of positions) of a tensor, the likeliest first; the batch has the first axis."""
-    axes = [axis for axis in range(1, len(shape)) if shape[axis] > 1]
-    if len(shape) < 2 or not axes:
-        yield 0, ()
-    elif len(axes) < 3:
-        yield axes[-1], ()
-        if len(axes) == 2:
-            yield axes[0], (axes[1],)
-    else:
-        yield axes[0], tuple(axes[1:])
-        yield axes[-1], ()
-        yield from ((axis, ()) for axis in axes[1:-1])
+    It takes the same steps as that one, and the slope ∂/∂P Σ t · ∂/∂u Σ w z, with w zero for half of the outputs and
+    t for half of the input features, is zero for all their entries, and else one of functions that the outputs share.
+    That takes one pass forward and two backward.
+    """
+    runs: dict[tuple[Precision, int], dict[Place, list[CoefficientSpec]]] = {}
+    for finding in findings.values():
+        if finding.spec is not None and finding.place is not None:
+            place = finding.place
+            runs.setdefault((place.precision, place.which), {}).setdefault(place, []).append(finding.spec)
+    try:
+        for run, places in runs.items():
+            probe = Probe(layer, args, kwargs, *run, passes, repeats=False)
+            for place, specs in places.items():
+                contraction = Contraction(
+                    probe, place.frontier, place.inputs, [spec.parameter for spec in specs], place.finite
+                )
+                if probe.trace != place.trace or not contraction.bears_out(specs, place):
+                    return False
+    except Exception:  # whatever a layer may raise: then it is tested itself
+        return False
+    return True

@@ -57,7 +57,7 @@ def writable_tensors(layer: nn.Module, owners: Sequence[nn.Module] = ()) -> Iter
 
     What was on disk is in host memory afterwards.
     """
-    # PEFT fetches them too, but forgets what is written to submodules of the base layer.
+    # PEFT fetches them too, but loses what is written to submodules of the base layer.
     hooks = _offloading_hooks(layer.modules())
     away = [(module, hook) for module, hook in hooks if any(tensor.is_meta for _, tensor in _tensors(module, hook))]
     try:

@@ -121,7 +121,7 @@ def largest(numbers: Sequence[int], module: nn.Module) -> Sequence[int]:
 
 def fsdp_modules(module: nn.Module) -> list[Any]:
     """The modules given to `fully_shard` that hold `module` or are held by it, in one order in all processes."""
-    # A module does not know those around it, and the tensors do not tell; `fully_shard` makes a class for each class.
+    # A module does not know the modules around it, and its tensors do not tell. `fully_shard` gives it another class.
     classes = set(FSDPModule.__subclasses__())
     if not classes:
         return []

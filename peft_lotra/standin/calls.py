@@ -1,8 +1,8 @@
 """What a layer finds in its parameters' places: it belongs to the running forward pass, in its thread.
 
-Python looks into the instance dictionary of a module before it asks nn.Module for a parameter of the name. What is put
-there is seen by all threads, so it says nothing itself: what it stands for is on a stack of each thread, and is gone
-from there when the pass ends. A tensor that is put there as it is, is for one thread alone, and the others wait.
+Python looks into the instance dictionary of a module before it asks nn.Module for a parameter of the name. All threads
+see what is put there, so a stand-in has no values: what it stands for is on a stack of each thread, and leaves the
+stack when the pass ends. If a plain tensor is put there, it is for one thread alone, and the others wait.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from .update import Update
 
 
 def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> torch.Tensor:
-    """parameter · scale + Σ updates, in the layout of the parameter; whole where they are sharded."""
+    """parameter · scale + Σ updates, in the layout of the parameter. Sharded tensors are gathered first."""
     coefficients = full_tensor(_located(layer, spec.parameter)[2])
     if spec.scale is not None:
         coefficients = coefficients * spread_scale(spec, full_tensor(_located(layer, spec.scale)[2]))
@@ -35,7 +35,7 @@ def adapted_rows(
     layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...]
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """A + Σ updates, some rows of the parameter's first axis at a time, so that there is no second copy of it."""
-    if is_sharded(layer, spec, updates):
+    if is_sharded(layer, spec, updates) or spec.layout.flattened:
         yield slice(None), adapted_coefficients(layer, spec, updates)
         return
     parameter = _located(layer, spec.parameter)[2]
@@ -60,7 +60,7 @@ class Adapted(Call):
 
     Args:
         layer, spec: the layer and where its coefficients are.
-        updates: those that count.
+        updates: the updates to add.
         quiet: whether the dense sum may be formed without a warning, and without gradients.
         is_zero: whether A is zero.
     """
@@ -89,7 +89,9 @@ class Adapted(Call):
 
 
 def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> bool:
-    """Whether a forward pass of the layer computes something from its coefficients."""
+    """Whether a forward pass of the layer computes something from its coefficients; one with a star is believed."""
+    if spec.layout.flattened:
+        return True
     parameter = _located(layer, spec.parameter)[2]
     shapes = factor_shapes(spec.layout.canonical_shape, (1, 1, 1))
     factors = TuckerFactors(*[None if shape is None else parameter.new_zeros(shape) for shape in shapes])  # type: ignore[arg-type]

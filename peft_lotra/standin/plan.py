@@ -300,7 +300,7 @@ def dense_sum(weight: Weight, plans: tuple[DensePlan, ...] = ()) -> torch.Tensor
             total = torch.addmm(flat, factors[plan.last], delta, alpha=scaling).view(plan.shape)
         else:
             total = total + (factors[plan.last] @ delta * scaling).view(plan.shape).to(total.dtype)
-    # A sum lies like its first term where that is transposed; the layer's operation then rounds as with A.
+    # The sum lies in memory as A does, so that the layer's operation rounds as it does with A.
     return total if total.is_contiguous() or not weight.tensor.is_contiguous() else total.contiguous()
 
 

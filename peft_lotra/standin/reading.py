@@ -24,7 +24,7 @@ class EffectiveCoefficients(torch.Tensor):
         first = next(iter((*args, *kwargs.values())), None)
         written = [kwargs.get("out"), first if writes(func, {}) else None]
         if any(isinstance(tensor, cls) for tensor in written):
-            raise RuntimeError(  # `*=` would take a TypeError for a reason to make a new tensor
+            raise RuntimeError(  # after a TypeError, `*=` would make a new tensor
                 f"`{name}` would write to adapted coefficients, which are computed when they are read: write to the "
                 "parameter in `base_layer`, or call `merge_and_unload()` first"
             )

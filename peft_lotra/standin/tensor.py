@@ -28,7 +28,7 @@ from .views import VIEWS
 
 
 class PerformanceWarning(UserWarning):
-    """The adapted coefficients are formed densely, which costs more than the layer itself; the result is exact."""
+    """The adapted coefficients are formed densely. That costs more than the layer itself, and the result is exact."""
 
 
 class TensorNeeded(RuntimeError):
@@ -68,8 +68,8 @@ _STANDING = (Weight, Product, Ones)
 class StandIn(torch.Tensor):
     """A + Σ updates, or a view of it, in the place of a coefficient parameter or of its scale.
 
-    It has no memory: what gets past torch's functions finds no values. In a graph that is being compiled it is a
-    tensor on the meta device, which no operation takes together with others.
+    It has no memory, so code that gets past torch's functions finds no values. In a graph that is being compiled it is
+    a tensor on the meta device, which no operation takes together with others.
     """
 
     meant: tuple[Meant, Call] | None  # None: what the thread's running pass has at `place`
@@ -145,7 +145,7 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     if handler is _requires_grad:
         return _requires_grad(meant)
     if handler is _shown and (not args or args[0] is not first):
-        return _called(function, args, kwargs, _stored)  # `x.view_as(weight)` wants its shape only
+        return _called(function, args, kwargs, _stored)  # `x.view_as(weight)` reads only its shape
     if handler is None and writes(function, kwargs):
         raise TypeError(
             f"`{_name(function)}` would write to adapted coefficients, which are a parameter and its update without "
@@ -160,7 +160,7 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         # The backward of a Function would not know of the factors.
         if _runs_in(torch.autograd.Function.apply.__func__):  # type: ignore[attr-defined]
             raise call.refuse(f"`{_name(function)}` without gradients")
-    call.needs_tensor = False  # the layer has helped itself, if it goes on after a refusal
+    call.needs_tensor = False  # if the layer goes on after a refusal, it has found another way
     result = NotImplemented
     if handler is not None and (len(found) == 1 or handler is _shown):
         result = handler(function, first, meant, args, kwargs)
@@ -193,7 +193,7 @@ def _runs_in(function: Any) -> bool:
 
 
 def _told(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Shape, dtype and device, which A has too."""
+    """Shape, dtype and device, which are those of A."""
     raise AssertionError("answered before")
 
 
@@ -204,7 +204,7 @@ def _shown(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...],
     if isinstance(meant, Product):
         return NotImplemented
     others = []
-    for arg in args[1:]:  # other stand-ins, as in `weight.expand_as(weight)`, tell their shape only
+    for arg in args[1:]:  # of other stand-ins, as in `weight.expand_as(weight)`, only the shape is read
         others.append(_stored(_meaning(arg)[0]) if isinstance(arg, StandIn) else arg)
     return VIEWS[function](function, meant, *others, **kwargs)
 
@@ -329,13 +329,14 @@ def writes(function: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
 _warned: set[tuple[str, str]] = set()
 
 
-def warn(operation: str, owner: str | None) -> None:
-    """Say once for each class of layers and operation that A + Δ is formed."""
+def warn(operation: str, owner: str | None, use: str | None = None) -> None:
+    """Say once for each class of layers and operation, or other use, that A + Δ is formed."""
     if owner is None or (operation, owner) in _warned or torch.compiler.is_compiling():
         return
     _warned.add((operation, owner))
     warnings.warn(
-        f"{owner} calls `{operation}` on its coefficients, for which there is no factorised form: A + Δ is formed. "
+        f"{owner} {use or f'calls `{operation}` on its coefficients'}, for which there is no factorised form: "
+        "A + Δ is formed. "
         "The result is exact, but a training step costs as much as full fine-tuning, or more",
         PerformanceWarning,
         stacklevel=4,

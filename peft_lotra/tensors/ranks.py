@@ -99,7 +99,7 @@ def _clipped(shapes: Mapping[str, tuple[int, ...]], r: int | Ranks) -> dict[str,
     ranks = by_mode(r)
     largest = [max(sizes) for sizes in zip(*map(mode_sizes, shapes.values()), strict=True)]
     above = [rank is not None and rank > size for rank, size in zip(ranks, largest, strict=False)]
-    # One number for all modes is meant to be clipped in some of them; a triple says what is wanted in each.
+    # One number for all modes is expected to be clipped in some of them. A triple is what the user wants in each.
     if above and (all(above) if isinstance(r, int) else any(above)):
         raise ValueError(
             f"`r`={r!r} is above the modes (input, output, basis) of every layer; the largest are "
@@ -213,22 +213,22 @@ def suggest_ranks(
 ) -> dict[str, Ranks]:
     """min over ranks of Σ ‖Δ − Δ_r‖² within a budget; or the fewest parameters that keep a share of every ‖Δ‖².
 
-    ‖Δ − Δ_r‖ is the error of the truncated HOSVD, known exactly for all ranks. Within a budget, an exchange rate λ
-    between error and parameters, the same for all tensors, gives the ranks that minimise error² + λ · parameters; what
-    then is left is spent where it helps most. The error is never above that of `compression_ratio`'s ranks at the same
-    budget. A tensor that is zero gets the ranks of fewest parameters.
+    ‖Δ − Δ_r‖ is the error of the truncated HOSVD, which is known exactly for all ranks. Within a budget, all tensors
+    have one exchange rate λ between error and parameters, and the ranks minimise error² + λ · parameters. What is left
+    of the budget is spent where it helps most. The error is never above that of `compression_ratio`'s ranks at the
+    same budget. A tensor that is zero gets the ranks with the fewest parameters.
 
     Args:
-        updates: by full parameter name, an update A_ft − A_pt in the order (n, m, n_d, ...), or its Spectrum, as from
-            `update_spectrum`. Where there is no fine-tuned model yet, the gradient ∂L/∂A takes the update's place.
-        energy: the share of ‖Δ‖² that is to be kept of every tensor, with the fewest parameters; 0.99 by default.
-        budget: instead, the number of parameters that all adapters together may have.
+        updates: maps a full parameter name to an update A_ft − A_pt in the order (n, m, n_d, ...), or to its Spectrum,
+            as from `update_spectrum`. Without a fine-tuned model, take the gradient ∂L/∂A in place of the update.
+        energy: the share of ‖Δ‖² to keep of every tensor, with the fewest parameters. The default is 0.99.
+        budget: in place of `energy`, the number of parameters that all adapters together may have.
 
     Returns:
         Ranks by full parameter name, for `LoTRAConfig(rank_pattern=...)`; None for a whole mode.
 
     Raises:
-        ValueError, TypeError: naming the argument, if it is not as said above, or the budget is too small.
+        ValueError, TypeError: naming the argument, if it does not have the form above, or the budget is too small.
     """
     if not isinstance(updates, Mapping) or not updates:
         raise TypeError(f"`updates` should map parameter names to updates, at least one, got {updates!r}")
@@ -272,7 +272,7 @@ class _Front(NamedTuple):
         *sizes, K = mode_sizes(spectrum.shape)
         ranks = [torch.arange(1, length + 1) for length in kept.shape]
         for mode, size in enumerate(sizes):
-            if kept.shape[mode] < size:  # a long mode, of which more than the product of the others keeps no more
+            if kept.shape[mode] < size:  # in a long mode, a rank above the product of the others keeps nothing more
                 ranks[mode] = torch.cat([ranks[mode], torch.tensor([size])])
                 kept = torch.cat([kept, kept.narrow(mode, -1, 1)], dim=mode)
         r1, r2, r3 = torch.meshgrid(*ranks, indexing="ij")

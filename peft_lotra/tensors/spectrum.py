@@ -1,4 +1,4 @@
-"""What a tensor keeps and loses when it is cut to Tucker ranks, read off its HOSVD. Pure functions, no PEFT."""
+"""What a tensor keeps and loses when it is cut to Tucker ranks, from its HOSVD. Pure functions, without PEFT."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Spectrum:
     ranks r keeps the energy of S[:r1, :r2, :r3].
 
     Attributes:
-        shape: of A.
-        singular_values: of the three unfoldings, descending; float64.
+        shape: the shape of A.
+        singular_values: those of the three unfoldings, in descending order and float64.
         core_energy: S², summed over A's trailing axes. shape: (≤ n, ≤ m, ≤ n_d)
     """
 
@@ -33,7 +33,7 @@ class Spectrum:
         """The spectrum of A, shape (n, m, n_d, ...), computed in float64 on the CPU.
 
         Raises:
-            TypeError, ValueError: naming `name`, if A is no tensor, has fewer than three axes, or is not finite.
+            TypeError, ValueError: naming `name`, if A is not a tensor, has fewer than three axes, or is not finite.
         """
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise TypeError(f"{name} should be a real floating-point tensor, got {getattr(tensor, 'dtype', tensor)!r}")

@@ -1,8 +1,8 @@
 """Tucker algebra on coefficient tensors A of shape (n, m, n_d, ...): modes input i, output o, basis d, positions k.
 
-The fourth mode is all that A has beyond: groups and kernel positions, together K entries. A mode without a factor is
-whole: its U is the identity, which nothing stores or multiplies. Of a family of tasks, G has one more axis, the last,
-and the fifth mode is that of the tasks. Pure functions, no PEFT.
+The fourth mode is everything else that A has: groups and kernel positions, together K entries. A mode without a factor
+is whole: its U is the identity, which is neither stored nor multiplied. In a family of tasks, G has one more axis, the
+last, and the fifth mode is that of the tasks. Pure functions, without PEFT.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Ranks = tuple[int | None, ...]
 class TuckerFactors(NamedTuple):
     """A tensor in Tucker form, G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 ×₅ U5; None in place of an identity.
 
-    With U4, the tensor's positions are one axis, the fourth; without, any number of axes. U5 is of the last axis.
+    With U4, the tensor's positions are one axis, the fourth. Without U4, they may be any number of axes. U5 belongs to
+    the last axis.
     """
 
     core: torch.Tensor  # shape: (r1, r2, r3, ...)
@@ -33,11 +34,11 @@ class TuckerFactors(NamedTuple):
     U5: torch.Tensor | None = None  # shape: (tasks, k)
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TuckerFactors:
-        """`function` of the core and of every factor that there is."""
+        """`function` of the core and of every factor that is not None."""
         return TuckerFactors(*[None if tensor is None else function(tensor) for tensor in self])  # type: ignore[arg-type]
 
     def tensors(self) -> list[torch.Tensor]:
-        """The core and the factors that there are."""
+        """The core and the factors that are not None."""
         return [tensor for tensor in self if tensor is not None]
 
     def at(self, c: torch.Tensor) -> TuckerFactors:
@@ -78,10 +79,11 @@ def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> Tucke
     """argmin ‖A − G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4‖ over factors of the given ranks: truncated HOSVD improved by HOOI.
 
     Args:
-        tensor: A, shape (n, m, n_d, ...); with a rank for the positions they are flattened.
-        ranks: each at most its mode, None for a whole mode. Where one exceeds the product of the others (and of the
-            whole modes) the surplus cannot help: G is zero there, and the columns of U only complete it orthonormally.
-        n_iter_max: sweeps of HOOI after the HOSVD.
+        tensor: A, shape (n, m, n_d, ...). If the positions have a rank, they are flattened.
+        ranks: each is at most the size of its mode, or None for a whole mode. If a rank exceeds the product of the
+            others (and of the whole modes), the surplus cannot help: G is zero there, and the columns of U only
+            complete it orthonormally.
+        n_iter_max: how many sweeps of HOOI follow the HOSVD.
     """
     modes = [mode for mode, r in enumerate(ranks) if r is not None]
     given = [r for r in ranks if r is not None]
@@ -110,8 +112,8 @@ def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> Tucke
 def compress(factors: TuckerFactors, ranks: Ranks) -> tuple[TuckerFactors, float]:
     """`decompose` of G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 without its dense tensor, and the relative error ‖A − A_r‖ / ‖A‖.
 
-    With U_k = Q_k R_k, that of the smaller tensor G ×₁ R1 ×₂ R2 ×₃ R3 ×₄ R4, of the same norms. Ranks as in
-    `decompose`.
+    With U_k = Q_k R_k, it decomposes the smaller tensor G ×₁ R1 ×₂ R2 ×₃ R3 ×₄ R4, which has the same norms. Ranks are
+    as in `decompose`.
     """
     core, *sides, _ = factors
     bases: list[torch.Tensor | None] = [None] * 4
@@ -134,7 +136,7 @@ def orthonormal(factors: TuckerFactors) -> TuckerFactors:
     core, *sides = factors
     for mode, U in enumerate(sides):
         if U is not None:
-            Q, R = torch.linalg.qr(U.to(torch.promote_types(U.dtype, torch.float32)))  # 16 bits have no QR
+            Q, R = torch.linalg.qr(U.to(torch.promote_types(U.dtype, torch.float32)))  # there is no QR in 16 bits
             sign = torch.where(R.diagonal() < 0, -1, 1).to(R.dtype)
             sides[mode] = (Q * sign).to(U)
             core = mode_product(core, (sign[:, None] * R).to(U), mode if mode < 4 else -1)
@@ -153,7 +155,7 @@ def weighted_sum(terms: Sequence[tuple[float, TuckerFactors]]) -> TuckerFactors:
         if len(own) == len(terms):
             beside = torch.cat(own, dim=1)
             joint[mode] = beside if beside.shape[1] < beside.shape[0] else None
-    # What a term's core is without the factors that stay beside the others.
+    # A term's core, multiplied by the factors that do not stay side by side with the others'.
     cores = []
     for weight, (core, *sides, _) in terms:
         for mode, U in enumerate(sides):
@@ -170,7 +172,7 @@ def weighted_sum(terms: Sequence[tuple[float, TuckerFactors]]) -> TuckerFactors:
 
 
 def _placed(core: torch.Tensor, factors: Sequence[torch.Tensor], modes: Sequence[int]) -> TuckerFactors:
-    """The factors of some modes, the others whole."""
+    """The factors of some modes; the other modes are whole."""
     sides: list[torch.Tensor | None] = [None] * 4
     for mode, U in zip(modes, factors, strict=True):
         sides[mode] = U
@@ -216,8 +218,8 @@ def factor_shapes(
 ) -> tuple[tuple[int, ...] | None, ...]:
     """The shapes of G, U1, U2, U3, U4, U5 for a tensor of shape (n, m, n_d, ...); None where the mode is whole.
 
-    With `terms` P > 0, G is that of a family of tasks: its last axis has this size. With `tasks` > 0, U5 has so many
-    rows.
+    With `terms` P > 0, G is the core of a family of tasks: its last axis has this size. With `tasks` > 0, U5 has that
+    many rows.
     """
     ranks = (*ranks, None)[:4]
     sizes = [*shape[:3], math.prod(shape[3:])]
@@ -229,11 +231,11 @@ def factor_shapes(
 
 
 def core_count(shape: Sequence[int], ranks: Ranks, terms: int = 0, tasks: int = 0) -> int:
-    """The numbers of G alone."""
+    """How many numbers G alone has."""
     return math.prod(factor_shapes(shape, ranks, terms, tasks)[0] or ())
 
 
 def parameter_count(shape: Sequence[int], ranks: Ranks, terms: int = 0, tasks: int = 0) -> int:
-    """The numbers of G and of the factors that there are: r1·r2·r3·r4 + n·r1 + m·r2 + n_d·r3 + K·r4 without whole
+    """How many numbers G and its factors have: r1·r2·r3·r4 + n·r1 + m·r2 + n_d·r3 + K·r4 without whole
     modes, for a tensor of shape (n, m, n_d, ...)."""
     return sum(math.prod(part) for part in factor_shapes(shape, ranks, terms, tasks) if part is not None)

@@ -17,7 +17,6 @@ from .answers import Function, Loss
 from .checks import check_numbers
 from .iteration import DampingRule, iterate, total_loss
 from .problem import Problem
-from .processes import Processes
 from .validation import Validation
 
 
@@ -170,8 +169,8 @@ def fit_gauss_newton(
     if validation_metric is not None:
         _check_callable("validation_metric", validation_metric, "one model")
     checking = Validation(validation, validation_metric, patience)
-    processes = Processes(across_processes)
-    problem = Problem(model, residual_fn, loss, max_memory, processes)
+    problem = Problem(model, residual_fn, loss, max_memory, across_processes)
+    processes = problem.processes
     theta = problem.parameters()
     result = _started(resume_from, damping, theta, weight_decay=bool(weight_decay), validates=checking.given)
     start, theta, best = (_restored(result, name, theta) for name in ("start", "last", "best"))

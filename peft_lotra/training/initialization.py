@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from inspect import signature
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +29,8 @@ def initialize_lotra_weights(
 ) -> None:
     """U2 ← the r2 leading left singular vectors of the mode-o unfolding of ∂L/∂A; with G = 0, the model is unchanged.
 
+    >>> initialize_lotra_weights(model, lambda: mse_loss(model(x), y).backward())
+
     The gradient is that of the model as it is, other active adapters included, by the coefficients of every layer that
     has the adapter. Only its factors are written; everything else in the model is afterwards what it was before
     (parameters, buffers, `.grad`, modes, random state), also if `train_step` raises. Gradients leave the accelerator
@@ -38,8 +42,8 @@ def initialize_lotra_weights(
 
     Args:
         model: an adapted model, from `get_peft_model`.
-        train_step: computes losses on the new task and calls `backward()` on each; gradients add up. No optimizer
-            step.
+        train_step: a function without arguments that computes losses on the new task and calls `backward()` on each;
+            gradients add up. It makes no optimizer step.
         adapter_name: an adapter that has not been trained (G = 0).
         method: "gradient" sets U2; "gradient_hosvd" sets every factor, each from the unfolding along its mode. Whole
             modes have none, and the tasks' factor (`family_rank`) stays as drawn.
@@ -48,15 +52,17 @@ def initialize_lotra_weights(
     Directions that the gradient does not have (its unfolding has fewer than r2) are random, orthonormal to the others.
 
     Raises:
-        TypeError: if `model` is none.
-        ValueError: if there is no such adapter, method or gradient (none, zero or not finite), or the adapter has been
-            trained or merged already; no factor is changed then.
+        TypeError: if `model` is not a torch.nn.Module, or `train_step` is not a function without arguments.
+        ValueError: if there is no such adapter or method; if `train_step` returns a loss in place of calling
+            `backward()`; if there is no gradient, or it is zero or not finite; or if the adapter has been trained or
+            merged already. No factor is changed then.
 
     Source: eq. 8, for r2 > 1 and several samples; "gradient_hosvd" is ours.
     """
     check_model(model=model)
     if method not in METHODS:
         raise ValueError(f"`method` should be one of {list(METHODS)}, got {method!r}")
+    _check_train_step(train_step)
     layers = _layers(model, adapter_name)
     gradients = _gradients(model, layers, adapter_name, train_step)
     new: dict[torch.Tensor, torch.Tensor] = {}
@@ -123,8 +129,33 @@ def _gradients(
             stack.callback(setattr, layer, "_disable_adapters", layer.disable_adapters)
             layer._disable_adapters = True  # what is active is in `coefficients` already
         with torch.enable_grad():
-            train_step()
+            returned: Any = train_step()
+    if (
+        isinstance(returned, torch.Tensor)
+        and returned.requires_grad
+        and not any(g is not None for g in gradients.values())
+    ):
+        raise ValueError(
+            "`train_step` returned a loss, and no gradient arrived: it should call `backward()` on the loss itself, "
+            "as in `lambda: loss_of(model, batch).backward()`"
+        )
     return gradients
+
+
+def _check_train_step(train_step: Any) -> None:
+    way_out = "a function without arguments, such as `lambda: loss_of(model, batch).backward()`"
+    if not callable(train_step):
+        raise TypeError(f"`train_step` should be {way_out} but the value passed is {train_step!r}")
+    try:
+        parameters = signature(train_step)
+    except ValueError:  # it does not tell, as some builtins
+        return
+    try:
+        parameters.bind()
+    except TypeError:
+        raise TypeError(
+            f"`train_step` should be {way_out} but the value passed takes the arguments {parameters}: {train_step!r}"
+        ) from None
 
 
 def _averaged(gradient: torch.Tensor | None, layer: LoTRALayer) -> torch.Tensor:

@@ -12,7 +12,6 @@ from .answers import Function, Loss
 from .checks import check_numbers
 from .iteration import DampingRule, iterate
 from .problem import Problem
-from .processes import Processes
 
 
 class GaussNewton(torch.optim.Optimizer):
@@ -64,7 +63,7 @@ class GaussNewton(torch.optim.Optimizer):
         )  # fmt: skip
         if lr > 1:
             raise ValueError(f"`lr` should be at most 1, the Gauss–Newton step, but the value passed is {lr!r}")
-        self._problem = Problem(model, residual_fn, loss, max_memory, Processes(across_processes))
+        self._problem = Problem(model, residual_fn, loss, max_memory, across_processes)
         self._rule = DampingRule(damping_increase, damping_decrease, 0.0, weight_decay)
         self._checked = False
         super().__init__(list(self._problem.trained.values()), {"lr": lr, "damping": damping})

@@ -64,13 +64,15 @@ class Problem:
     Args:
         model, function, loss: those of `fit_gauss_newton`; `function` is its `residual_fn`.
         max_memory: bytes that the fit may hold besides the model.
-        processes: each has a part of the data; r and R are those of this process.
+        across_processes: that of `fit_gauss_newton`; with several processes, r and R are those of this one.
 
     Raises:
         ValueError, TypeError: if nothing can be fitted.
     """
 
-    def __init__(self, model: nn.Module, function: Any, loss: Any, max_memory: int, processes: Processes) -> None:
+    def __init__(
+        self, model: nn.Module, function: Any, loss: Any, max_memory: int, across_processes: bool | None
+    ) -> None:
         check_model(model=model)
         check_not_sharded(
             model, "`model`", "fit it before it is sharded, or save the adapter and fit it in one process"
@@ -102,8 +104,8 @@ class Problem:
         self.several = isinstance(function, Mapping)
         self.losses = checked_losses(loss, list(self.functions))
         self.is_least_squares = not any(self.losses.values())
-        self.max_memory, self.chunks, self.processes = max_memory, Chunks(max_memory), processes
-        processes.check_same(model)
+        self.max_memory, self.chunks, self.processes = max_memory, Chunks(max_memory), Processes(across_processes)
+        self.processes.check_same(model)
 
     def parameters(self) -> torch.Tensor:
         """θ, in the widest dtype of its parts."""

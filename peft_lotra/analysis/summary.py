@@ -1,0 +1,128 @@
+"""A table of what is adapted, with which ranks, and how many numbers that takes."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+from torch import nn
+
+from ..checkpoint import CONTAINERS, PREFIX, is_adapter_key
+from ..layer import adapted_tensors
+from ..placement.sharded import full_shape
+from ..preserved import check_model
+from ..slots import slots_of
+from ..tensors.tucker import Ranks
+
+
+class SummaryRow(NamedTuple):
+    """One tensor that an adapter adapts, or trains besides.
+
+    Attributes:
+        adapter: the adapter's name.
+        tensor: the full name of the coefficient parameter, or of a bias, copied module or token row.
+        layout: the layout of the parameter, such as "o (i d)"; empty if it is not a coefficient tensor.
+        modes: the sizes (n, m, n_d, ...); empty likewise.
+        ranks: (r1, r2, r3, ...), None for a whole mode; empty likewise.
+        trained: how many numbers training the adapter changes; frozen factors do not count.
+        stored: how many numbers its file has.
+    """
+
+    adapter: str
+    tensor: str
+    layout: str
+    modes: tuple[int, ...]
+    ranks: Ranks | tuple[()]
+    trained: int
+    stored: int
+
+
+class Summary(tuple[SummaryRow, ...]):
+    """The rows of `summary`, which print as a table."""
+
+    @property
+    def totals(self) -> dict[str, tuple[int, int, int]]:
+        """By adapter: the trained numbers, the stored numbers, and the coefficients that are adapted."""
+        own = {
+            name: [row for row in self if row.adapter == name] for name in dict.fromkeys(row.adapter for row in self)
+        }
+        return {
+            name: (sum(row.trained for row in rows), sum(row.stored for row in rows), sum(_size(row) for row in rows))
+            for name, rows in own.items()
+        }
+
+    def __str__(self) -> str:
+        shown = ("adapter", "tensor", "layout", "modes", "ranks", "trained", "stored")
+        lines = [shown, *((*map(_text, row[:5]), f"{row.trained:,}", f"{row.stored:,}") for row in self)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(shown))]
+        table = [
+            "  ".join(
+                cell.rjust(width) if column > 4 else cell.ljust(width) for column, (cell, width) in enumerate(row)
+            )
+            for row in (tuple(zip(line, widths, strict=True)) for line in lines)
+        ]
+        totals = [
+            f"{name}: {trained:,} trained and {stored:,} stored numbers for {size:,} coefficients"
+            for name, (trained, stored, size) in self.totals.items()
+        ]
+        return "\n".join([*table, *totals])
+
+
+def summary(model: nn.Module) -> Summary:
+    """What the LoTRA adapters of a model adapt: layouts, ranks, and how many numbers are trained and stored.
+
+    >>> model = get_peft_model(ChebyshevKAN([2, 16, 1], degree=4), LoTRAConfig(r=3, coefficients=layouts))
+    >>> print(summary(model))
+    adapter  tensor                 layout  modes       ranks         trained  stored
+    default  layers.0.coefficients  i o d   (2, 16, 5)  (None, 3, 3)       81      81
+    default  layers.1.coefficients  i o d   (16, 1, 5)  (3, None, 3)       72      72
+    default: 153 trained and 153 stored numbers for 240 coefficients
+    >>> summary(model)[0].ranks
+    (None, 3, 3)
+
+    There is a row for every adapter and tensor, also for the biases, copied modules and token rows that the adapter's
+    file has. Trained numbers are counted by the config, whether or not the adapter is active or loaded for training;
+    `model.print_trainable_parameters()` counts what requires gradients at this moment.
+
+    Args:
+        model: any module with LoTRA adapters: a PeftModel, or what is around or inside it.
+
+    Raises:
+        TypeError: if `model` is not a torch.nn.Module.
+        ValueError: if it has no LoTRA adapter.
+    """
+    check_model(model=model)
+    layers = adapted_tensors(model)
+    if not layers:
+        raise ValueError(
+            f"`model`, a {type(model).__name__}, has no LoTRA adapter: pass what "
+            "`get_peft_model(model, LoTRAConfig(...))` returns"
+        )
+    configs = {}
+    for module in model.modules():
+        configs.update(vars(module).get("peft_config", {}))
+    rows = []
+    for name in dict.fromkeys(name for layer in layers.values() for name in layer.lotra_core):
+        for tensor, layer in layers.items():
+            if name in layer.lotra_core:
+                factors = zip(CONTAINERS, layer.factors(name), strict=True)
+                sizes = {key: prod(full_shape(factor)) for key, factor in factors if factor is not None}
+                stored, frozen = sum(sizes.values()), layer.frozen_peft_weight_names[name]
+                trained = stored - sum(size for key, size in sizes.items() if key in frozen)
+                layout = layer.spec.layout
+                rows.append(
+                    SummaryRow(name, tensor, layout.pattern, layout.canonical_shape, layer.r[name], trained, stored)
+                )
+        for key, (_, slot) in slots_of(model, name, configs[name].bias if name in configs else "none").items():
+            if not is_adapter_key(key):
+                size = prod(slot.shape)
+                rows.append(SummaryRow(name, key.removeprefix(PREFIX), "", (), (), size, size))
+    return Summary(rows)
+
+
+def _size(row: SummaryRow) -> int:
+    return prod(row.modes) if row.modes else 0
+
+
+def _text(cell: object) -> str:
+    return str(cell) if cell else ""

@@ -1,0 +1,55 @@
+"""Layers of classes that nobody registered, which have the name and the parameters of a registered class."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+
+from torch import nn
+
+from .coefficients import copy_of
+from .coefficients.registry import qualified_name
+from .config import LoTRAConfig, Target
+
+
+def copies(layers: Mapping[str, nn.Module], known: Collection[str]) -> Iterator[Target]:
+    """The tensors of copies of registered classes, but for copies in and around modules that have known ones."""
+    for module, layer in layers.items():
+        copied = copy_of(layer)
+        if copied is None or any(_overlap(module, other) for other in known):
+            continue
+        for spec in copied.coefficients:
+            yield Target(module, spec, copy_of=(qualified_name(type(layer)), copied.original))
+
+
+def _overlap(one: str, two: str) -> bool:
+    return f"{one}.".startswith(f"{two}.") or f"{two}.".startswith(f"{one}.") or "" in (one, two)
+
+
+def warn_of_copies(config: LoTRAConfig, targets: list[Target]) -> None:
+    """Warn of each class that is taken for a copy: a layout is assumed that nobody has declared."""
+    if config.is_self_contained:  # the file's own words
+        return
+    for pair in dict.fromkeys(target.copy_of for target in targets):
+        if pair is None:
+            continue
+        own, original = pair
+        layouts = {t.spec.parameter: t.spec.layout.pattern for t in targets if t.copy_of == pair}
+        count = len({t.module for t in targets if t.copy_of == pair})
+        warnings.warn(
+            f"{own}, of {count} layer(s), is not registered; it has the name and the parameters of {original}, and is "
+            f"taken for a copy with the same layouts, {layouts}. `peft_lotra.verify_coefficients(model, *sample)` "
+            f"checks them on the base model; `peft_lotra.register_kan_layer({own!r}, {original!r})` says that they "
+            "are right",
+            stacklevel=2,
+        )
+
+
+def misfits(layers: Mapping[str, nn.Module]) -> str:
+    """What keeps layers from being copies of the registered classes whose names they have."""
+    found = {}
+    for layer in layers.values():
+        copied = copy_of(layer)
+        if copied is not None and not copied.coefficients:
+            found[qualified_name(type(layer))] = f"{copied.original}, but {copied.problem}"
+    return "".join(f". {own} has the name of {problem}" for own, problem in found.items())

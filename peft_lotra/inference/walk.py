@@ -1,0 +1,82 @@
+"""One pass of a model on a sample, in which each module is visited as soon as it has run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..preserved import preserved
+from .recording import map_tensors, tensors_in
+
+Call = tuple[tuple, dict[str, Any]]  # what a module received
+
+
+def walk(
+    model: nn.Module,
+    sample: tuple,
+    kwargs: Mapping[str, Any],
+    modules: Mapping[str, nn.Module],
+    visit: Callable[[str, nn.Module, Call], None],
+) -> None:
+    """Run the model once; when one of `modules` has run for the first time, `visit` it with what it received.
+
+    So inner modules are visited before those around them, and only what the modules that are running at a time have
+    received is in memory. In the pass, and in visits, modules are in eval mode. Afterwards the model is as it was.
+
+    Args:
+        modules: those to be visited, by name.
+        visit: gets the name, the module and copies of its arguments; it shall leave the module as it was.
+
+    Raises:
+        ValueError: if the model does not run on the sample.
+    """
+    seen: set[str] = set()
+    visiting = False
+    failure: Exception | None = None  # of a visit: no fault of the sample
+    progress = tqdm(total=len(modules), desc="layers", unit="layer", delay=5, leave=False, dynamic_ncols=True)
+
+    def recording(name: str, module: nn.Module, forward: Callable) -> Callable:
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal visiting, failure
+            if visiting or name in seen:
+                return forward(*args, **kwargs)
+            seen.add(name)
+            with torch.inference_mode(False):
+                call = map_tensors((args, kwargs), lambda t: t.detach().clone())
+            result = forward(*args, **kwargs)
+            visiting = True
+            try:
+                with torch.inference_mode(False), ExitStack() as stack:
+                    for device in {t.device.type for t in (*tensors_in(call), *module.parameters())} - {"meta"}:
+                        stack.enter_context(torch.autocast(device, enabled=False))
+                    visit(name, module, call)
+            except Exception as error:
+                failure = error
+                raise
+            finally:
+                visiting = False
+            progress.update()
+            return result
+
+        return run
+
+    with progress, preserved(model, training=False), torch.no_grad():
+        for name, module in modules.items():
+            if not isinstance(module, torch.jit.ScriptModule):
+                module.__dict__["forward"] = recording(name, module, module.forward)  # some call it without `__call__`
+        try:
+            model(*sample, **kwargs)
+        except Exception as error:
+            if failure is not None:
+                raise failure from None
+            raise ValueError(
+                f"the model fails on this sample, which should be what its forward takes, of the right shape, dtype "
+                f"and device: {type(error).__name__}: {error}"
+            ) from error

@@ -1,0 +1,122 @@
+"""Put a layer through `KANLayerTests` and print a report, for an issue or a bug report.
+
+    python -m peft_lotra.testing my_module:factory
+
+`factory()` returns the layer and a sample input. A third thing may be its coefficients as in
+`LoTRAConfig(coefficients=...)`, by names such as "weight"; else those of its registered class, or inferred ones. The
+module is looked for in the current folder too. The exit status is 0 if nothing failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from ..coefficients import known_coefficients
+from ..inference.search import InferredCoefficients, infer_coefficients
+from .harness import KANLayerTests
+
+
+def report(factory: Callable[[], Any]) -> bool:
+    """Print how a layer is adapted and which tests it passes; returns whether nothing failed.
+
+    Raises:
+        TypeError: if the factory returns no layer and sample.
+        ValueError: if no coefficients are given and none are found, with the reasons.
+    """
+    layer, x, coefficients = _made(factory)
+    print(f"{type(layer).__module__}.{type(layer).__qualname__}, input {tuple(x.shape)} of {x.dtype}")
+    print(f"peft_lotra {version('peft_lotra')}, torch {torch.__version__}, peft {peft.__version__}")
+    if coefficients is None and not known_coefficients(layer):
+        found: InferredCoefficients = infer_coefficients(nn.Sequential(layer), x)
+        print(f"\n{found}\n")
+        coefficients = dict(found)
+    tests = _tests(factory, dict(coefficients or {}))
+    counts = {"passed": 0, "skipped": 0, "failed": 0}
+    for name, _ in inspect.getmembers(KANLayerTests, inspect.isfunction):
+        if name.startswith("test_"):
+            outcome, text = _outcome(tests, name)
+            counts[outcome] += 1
+            print(f"{name.removeprefix('test_').replace('_', ' '):<32}{outcome}{text}")
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    return not counts["failed"]
+
+
+def _made(factory: Callable[[], Any]) -> tuple[nn.Module, torch.Tensor, Mapping[str, Any] | None]:
+    made = factory()
+    parts = made if isinstance(made, tuple) else (made,)
+    layer, x, coefficients = (*parts, None, None, None)[:3]
+    if not isinstance(layer, nn.Module) or not isinstance(x, torch.Tensor) or len(parts) > 3:
+        raise TypeError(
+            "the factory should return (layer, sample) or (layer, sample, coefficients), a torch.nn.Module and a "
+            f"tensor first, but it returned {tuple(type(part).__name__ for part in parts)}"
+        )
+    return layer, x, coefficients
+
+
+def _tests(factory: Callable[[], Any], given: dict[str, Any]) -> KANLayerTests:
+    class Tests(KANLayerTests):
+        coefficients = given
+        ranks = (1, 1, 2)
+
+        def make_layer(self) -> nn.Module:
+            return _made(factory)[0]
+
+        def make_sample(self) -> torch.Tensor:
+            return _made(factory)[1]
+
+    return Tests()
+
+
+def _outcome(tests: KANLayerTests, name: str) -> tuple[str, str]:
+    """What became of a test, and why."""
+    test = getattr(tests, name)
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as noted:
+            warnings.simplefilter("always")
+            test(*[Path(folder)] * len(inspect.signature(test).parameters))
+        texts = dict.fromkeys(str(warning.message) for warning in noted)
+        return "passed", "".join(f"\n    warned: {text}" for text in texts)
+    except pytest.skip.Exception as skipped:
+        return "skipped", f": {skipped}"
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return "failed", f": {type(error).__name__}: {error}\n    in {last.filename}:{last.lineno}, {last.line}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m peft_lotra.testing", description="Put a KAN layer through KANLayerTests and print a report."
+    )
+    parser.add_argument("factory", metavar="module:factory", help="returns (layer, sample) or (…, coefficients)")
+    name = parser.parse_args().factory
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        parser.error(f"argument module:factory: should be like my_module:make, got {name!r}")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        parser.error(f"argument module:factory: {name!r} cannot be imported: {error}")
+    try:
+        return 0 if report(factory) else 1
+    except (TypeError, ValueError) as error:
+        parser.error(f"argument module:factory: {error}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,239 @@
+"""Tests that any KAN layer can be put through, against a dense oracle that shares no code with the adapter.
+
+class TestMyLayer(KANLayerTests):
+    coefficients = {"weight": "o i d"}  # not needed for a registered class
+
+    def make_layer(self):
+        return MyLayer(3, 4)
+
+    def make_sample(self):
+        return torch.randn(8, 3)
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from ..adapters.family import at_task
+from ..config import LoTRAConfig
+from ..inference.verify import verify_coefficients
+from ..layer import adapted_tensors, first_tensor
+from .oracle import assert_close, assert_differs, dense_model
+
+
+class KANLayerTests:
+    """Inherit from this in a class that pytest collects, and say how to make a layer and a sample input.
+
+    Attributes:
+        coefficients: as in `LoTRAConfig(coefficients=...)`, for a class that is not registered.
+        ranks: `r` of the adapters.
+        dtypes: those that the layer itself runs in.
+    """
+
+    coefficients: dict[str, Any] = {}
+    ranks: int | tuple[int | None, ...] = 2
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
+
+    def make_layer(self) -> nn.Module:
+        """A new layer; its weights may be random."""
+        raise NotImplementedError
+
+    def make_sample(self) -> torch.Tensor:
+        """An input for the layer, in fp32 or complex64."""
+        raise NotImplementedError
+
+    # What the tests are made of --------------------------------------------------------------------------------------
+
+    def _base(self, dtype: torch.dtype) -> tuple[nn.Sequential, torch.Tensor]:
+        torch.manual_seed(0)
+        base = nn.Sequential(self.make_layer()).eval()
+        for tensor in (*base.parameters(), *base.buffers()):
+            tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+        x = self.make_sample()
+        return base, x.to(dtype.to_complex() if x.is_complex() else dtype)
+
+    def _adapted(self, base: nn.Module, **kwargs: Any) -> PeftModel:
+        """An adapted copy of `base`, its update about as large as the coefficients."""
+        torch.manual_seed(1)
+        given = {"r": self.ranks, "coefficients": self.coefficients, "init_weights": False}
+        return get_peft_model(copy.deepcopy(base), LoTRAConfig(**given | kwargs))
+
+    def _check_gradients(self, base: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
+        """Values, and gradients by the input and every factor, against the oracle."""
+        factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        x = x.clone().requires_grad_()
+        y, expected = _output(model, x), _output(dense_model(base, model), x)
+        assert_close(y, expected)
+        assert_differs(y, _output(base, x))
+        weights = torch.randn_like(y)
+        pairs = [torch.autograd.grad((output * weights).sum(), [x, *factors]) for output in (y, expected)]
+        for a, e in zip(*pairs, strict=True):
+            assert e.any()
+            assert_close(_as_real(a), _as_real(e))
+
+    def _skip_unless_samples_are_apart(self, base: nn.Module, x: torch.Tensor) -> None:
+        try:
+            y, part = _by_sample(base, x), _by_sample(base, x[:1])
+        except Exception as error:
+            pytest.skip(f"the layer takes no part of this batch: {error}")
+        if y[:1].shape != part.shape or not torch.allclose(y[:1], part, rtol=1e-9, atol=1e-12):
+            pytest.skip("the layer's output for a sample depends on the others")
+
+    # The tests -------------------------------------------------------------------------------------------------------
+
+    def test_layout(self) -> None:
+        base, x = self._base(torch.float32)
+        verify_coefficients(base, x, coefficients=self.coefficients)
+
+    def test_fresh_adapter_changes_nothing(self) -> None:
+        base, x = self._base(torch.float64)
+        model = self._adapted(base, init_weights=True)
+        assert adapted_tensors(model)
+        assert_close(_output(model, x), _output(base, x), 0)
+
+    def test_values(self) -> None:
+        for dtype in self.dtypes:
+            base, x = self._base(dtype)
+            model = self._adapted(base, alpha=0.7)
+            y = _output(model, x)
+            assert_differs(y, _output(base, x))
+            assert_close(y, _output(dense_model(base, model), x))
+
+    def test_gradients(self) -> None:
+        base, x = self._base(torch.float64)
+        model = self._adapted(base)
+        factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert len(factors) == sum(
+            len(layer.factors("default").tensors()) for layer in adapted_tensors(model).values()
+        )
+        self._check_gradients(base, model, x)
+
+    def test_second_derivatives(self) -> None:
+        base, x = self._base(torch.float64)
+        model = self._adapted(base)
+        factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        x.requires_grad_()
+
+        def gradients(y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            return torch.autograd.grad(_as_real(slope).square().sum(), factors)
+
+        try:
+            expected = gradients(_output(dense_model(base, model), x))
+        except RuntimeError as error:
+            pytest.skip(f"the layer itself has no second derivatives: {error}")
+        for a, e in zip(gradients(_output(model, x)), expected, strict=True):
+            assert_close(a, e, 1e-9)
+
+    def test_whole_modes(self) -> None:
+        base, x = self._base(torch.float64)
+        layers = adapted_tensors(self._adapted(base)).values()  # whose ranks are cut to their modes
+        ranks = [
+            None if None in of_mode else min(of_mode)
+            for of_mode in zip(*(layer.r["default"][:3] for layer in layers), strict=True)
+        ]
+        for mode in range(3):
+            self._check_gradients(base, self._adapted(base, r=(*ranks[:mode], None, *ranks[mode + 1 :])), x)
+
+    def test_family(self) -> None:
+        """At one task for all samples, and at one for each."""
+        base, x = self._base(torch.float64)
+        tasks = ["first", "second", "third"]
+        model = self._adapted(base, family=tasks)
+        expected = [_by_sample(dense_model(base, model, task=k), x) for k in range(3)]
+        for k, task in enumerate(tasks):
+            with at_task(model, task=task):
+                assert_close(_by_sample(model, x), expected[k])
+        assert_differs(expected[0], expected[1])
+        self._skip_unless_samples_are_apart(base, x)
+        own = [(2 * k + 1) % 3 for k in range(len(x))]
+        with at_task(model, task=[tasks[k] for k in own]):
+            y = _by_sample(model, x)
+        assert_close(y, torch.stack([expected[k][row] for row, k in enumerate(own)]))
+
+    def test_mixed_batch(self) -> None:
+        base, x = self._base(torch.float64)
+        self._skip_unless_samples_are_apart(base, x)
+        model = self._adapted(base).eval()
+        model.add_adapter("second", LoTRAConfig(r=1, alpha=0.7, coefficients=self.coefficients, init_weights=False))
+        expected = {"__base__": _by_sample(base, x)}
+        for name in ("default", "second"):
+            expected[name] = _by_sample(dense_model(base, model, {name: 1.0}), x)
+        names = [list(expected)[k % 3] for k in range(1, len(x) + 1)]
+        y = _by_sample(model, x, adapter_names=names)
+        assert_close(y, torch.stack([expected[name][row] for row, name in enumerate(names)]))
+
+    def test_merge_and_unmerge(self) -> None:
+        for dtype in self.dtypes:
+            base, x = self._base(dtype)
+            model = self._adapted(base)
+            y = _output(model, x).detach()
+            model.merge_adapter(safe_merge=True)
+            assert_close(_output(model, x), y)
+            model.unmerge_adapter()
+            assert_close(_output(model, x), y, 0)
+            merged = model.merge_and_unload()
+            assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
+            assert_close(_output(merged, x), y)
+
+    def test_unload(self) -> None:
+        base, x = self._base(torch.float64)
+        model = self._adapted(base)
+        assert_differs(_output(model, x), _output(base, x))
+        assert_close(_output(model.unload(), x), _output(base, x), 0)
+
+    def test_save_and_load(self, tmp_path: Path) -> None:
+        for dtype in self.dtypes:
+            base, x = self._base(dtype)
+            model = self._adapted(base)
+            y = _output(model, x).detach()
+            model.save_pretrained(str(tmp_path / str(dtype)))
+            torch.manual_seed(2)
+            loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / str(dtype))
+            assert_close(_output(loaded, x), y, 0)
+
+    def test_state_dict(self) -> None:
+        base, _ = self._base(torch.float64)
+        model = self._adapted(base)
+        held = {key.replace(".base_layer", ""): value for key, value in model.get_base_model().state_dict().items()}
+        adapters = {key for key in held if ".lotra_" in key}
+        assert held.keys() - adapters == base.state_dict().keys()
+        for key, value in base.state_dict().items():
+            assert_close(held[key], value, 0)
+
+    def test_copies(self) -> None:
+        base, x = self._base(torch.float64)
+        model = self._adapted(base)
+        y = _output(model, x).detach()
+        copies = [copy.deepcopy(model)]
+        try:
+            pickle.dumps(base)
+        except (pickle.PicklingError, AttributeError, TypeError):
+            pass  # the layer itself cannot be pickled
+        else:
+            copies.append(pickle.loads(pickle.dumps(model)))
+        for twin in copies:
+            assert_close(_output(twin, x), y, 0)
+
+
+def _as_real(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _output(model: nn.Module, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """The first tensor that a model returns, in real numbers."""
+    return _as_real(first_tensor(model(x, **kwargs)))
+
+
+def _by_sample(model: nn.Module, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """The same with one row for each row of x: some layers flatten leading axes in their output."""
+    y = _output(model, x, **kwargs).detach()
+    return y.unflatten(0, (len(x), -1))

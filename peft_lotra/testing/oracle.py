@@ -1,0 +1,167 @@
+"""The dense oracle of adapted models, comparisons, and what tests change in how contractions go."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..coefficients import CoefficientSpec
+from ..layer import adapted_tensors
+from ..standin import plan
+from ..standin import tensor as standin_tensor
+from ..standin.cost import DENSE
+
+# Relative to the largest entry of the expected tensor.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+@contextmanager
+def forced_order(order: str) -> Iterator[SimpleNamespace]:
+    """While this is entered, contractions go this way round where they can; `taken.times` counts the plans that do.
+
+    Args:
+        order: one of `peft_lotra.standin.cost.ORDERS`, or `DENSE`.
+    """
+    taken, counted = SimpleNamespace(times=0), plan.cheapest_order
+    room: Any = plan
+
+    def forced(*sizes: Any) -> str:
+        on_x = sizes[5]
+        possible = order == DENSE or set(order) <= set(on_x)
+        taken.times += possible
+        return order if possible else ""
+
+    room.cheapest_order = forced
+    room._plan.cache_clear()
+    try:
+        yield taken
+    finally:
+        room.cheapest_order = counted
+        room._plan.cache_clear()
+
+
+def forget_warnings() -> None:
+    """Let every `PerformanceWarning` come once again."""
+    standin_tensor._warned.clear()
+
+
+def dense_model(
+    base: nn.Module, model: nn.Module, weights: Mapping[str, float] | None = None, task: int | None = None
+) -> nn.Module:
+    """A copy of `base` whose coefficients are A + Σ_j w_j · Δ_j: every stored entry looks its own (i, o, d, ...) up.
+
+    The oracle for an adapted model: it shares no code with the adapter, and is differentiable by the factors.
+
+    Args:
+        base: the plain model.
+        model: the adapted one.
+        weights: w by adapter; by default 1 for those that are active in a layer.
+        task: of families of named tasks, the number of the one that is meant.
+    """
+    oracle = copy.deepcopy(base)
+    for path, layer in adapted_tensors(model).items():
+        spec = layer.spec
+        plain = oracle.get_submodule(path.removesuffix(spec.parameter).removesuffix("."))
+        owner, _, name = spec.parameter.rpartition(".")
+        holder = plain.get_submodule(owner)
+        coefficients = getattr(holder, name).detach()
+        total = torch.zeros_like(coefficients)
+        for adapter, weight in (weights or dict.fromkeys(layer.active_adapters, 1.0)).items():
+            if adapter not in layer.lotra_core:
+                continue
+            held = [getattr(layer, container)._parameters.get(adapter) for container in layer.adapter_layer_names]
+            if task is not None:  # a family has no one update
+                held[0] = held[0][..., task]
+            update = weight * layer.scaling[adapter] * _scattered(spec, *held[:5])
+            if spec.scale is not None:
+                update = update / _repeated(spec, tensor_at(plain, spec.scale))
+            whole = torch.zeros_like(coefficients, dtype=update.dtype)
+            # Entries lie in memory in the order of the layout's axes, also where these are not the stored ones.
+            whole[_region(spec)] = update.reshape(whole[_region(spec)].shape)
+            total = total + whole
+        del holder._parameters[name]
+        setattr(holder, name, (coefficients + total).to(coefficients.dtype))
+    return oracle
+
+
+def tensor_at(layer: nn.Module, path: str) -> torch.Tensor:
+    """The tensor at a dotted path."""
+    owner, _, name = path.rpartition(".")
+    return getattr(layer.get_submodule(owner), name)
+
+
+def _scattered(spec: CoefficientSpec, core: torch.Tensor, *factors: torch.Tensor | None) -> torch.Tensor:
+    """G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 in the stored layout: every stored entry looks up its own (i, o, d, ...)."""
+    U1, U2, U3, U4 = (
+        torch.eye(n).to(core) if U is None else U for U, n in zip(factors, (*core.shape, 1), strict=False)
+    )
+    index = _canonical_index(spec)
+    if factors[3] is not None:
+        core = torch.einsum("abck,pk->abcp", core, U4)
+        sizes = [int(part.max()) + 1 for part in index[3:]]
+        core = core.reshape(*core.shape[:3], *sizes)
+    dense = torch.einsum("abc...,ia,ob,dc->iod...", core, U1, U2, U3)
+    return dense[index]
+
+
+def _digits(spec: CoefficientSpec) -> dict[str, torch.Tensor]:
+    """For each axis of the layout, its index at every stored entry; from the layout string by arithmetic."""
+    groups, sizes = _groups(spec.layout.pattern), spec.layout.sizes
+    shape = [torch.Size([sizes[axis] for axis in group]).numel() for group in groups]
+    digits = {}
+    for group, position in zip(groups, torch.meshgrid(*map(torch.arange, shape), indexing="ij"), strict=True):
+        for axis in reversed(group):
+            digits[axis] = position % sizes[axis]
+            position = position // sizes[axis]
+    return digits
+
+
+def _groups(pattern: str) -> list[list[str]]:
+    return [part.strip("()").split() for part in re.findall(r"\([^)]*\)|\S+", pattern.replace("*", ""))]
+
+
+def _joined(spec: CoefficientSpec, digits: dict[str, torch.Tensor], axes: list[str]) -> torch.Tensor:
+    """The index along several axes as one, the last running fastest."""
+    index = torch.zeros_like(digits[axes[0]])
+    for axis in axes:
+        index = index * spec.layout.sizes[axis] + digits[axis]
+    return index
+
+
+def _canonical_index(spec: CoefficientSpec) -> tuple[torch.Tensor, ...]:
+    """For each axis of A, its index at every stored entry."""
+    digits = _digits(spec)
+    modes = ([axis for axis in digits if axis[0] == letter] for letter in "iodgthw")
+    return tuple(_joined(spec, digits, sorted(axes, key=lambda axis: int(axis[1:] or 0))) for axes in modes if axes)
+
+
+def _region(spec: CoefficientSpec) -> tuple[slice, ...]:
+    """The part of the parameter that is the coefficient tensor."""
+    ranges = [part.split(":") for part in (spec.slice or ":").split(",")]
+    return tuple(slice(*(int(bound) if bound.strip() else None for bound in bounds)) for bounds in ranges)
+
+
+def _repeated(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
+    """The scale at every stored entry of the coefficients."""
+    digits = _digits(spec)
+    return scale.detach()[tuple(_joined(spec, digits, axes) for axes in _groups(spec.scale_layout or ""))]
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
+    """max |actual − expected| ≤ tolerance · max |expected|, with equal dtype and shape; 0 demands equal bits."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    tolerance = TOLERANCES[expected.dtype] if tolerance is None else tolerance
+    error, size = (actual - expected).abs().max().item(), expected.abs().max().item()
+    assert error <= tolerance * size, f"off by {error:.3g}, allowed are {tolerance:g} of {size:.3g}"
+
+
+def assert_differs(actual: torch.Tensor, other: torch.Tensor) -> None:
+    """The two are not nearly equal, so that a later `assert_close` is not trivial."""
+    assert (actual - other).abs().max() > 1e-3 * other.abs().max()

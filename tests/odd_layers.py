@@ -1,0 +1,174 @@
+"""Small KAN layers with uses of their coefficients that are met in public libraries, but not in most: code of ours."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from kan_layers import chebyshev, gaussians
+from torch import nn
+
+
+class GroupedFastConvLayer(nn.Module):
+    """Per group: y = spline_conv[g](gaussians(layer_norm[g](x))) + base_conv[g](silu(x)): a norm and a tensor each."""
+
+    def __init__(self, n, m, groups=2, num_grids=4, kernel_size=3):
+        super().__init__()
+        self.groups = groups
+        self.register_buffer("grid", torch.linspace(-1.5, 1.5, num_grids))
+        sizes = {"kernel_size": kernel_size, "padding": kernel_size // 2, "bias": False}
+        self.layer_norm = nn.ModuleList(nn.InstanceNorm2d(n // groups) for _ in range(groups))
+        self.base_conv = nn.ModuleList(nn.Conv2d(n // groups, m // groups, **sizes) for _ in range(groups))
+        self.spline_conv = nn.ModuleList(
+            nn.Conv2d(n // groups * num_grids, m // groups, **sizes) for _ in range(groups)
+        )
+
+    def forward(self, x):
+        outputs = []
+        for g, part in enumerate(x.chunk(self.groups, dim=1)):
+            basis = gaussians(self.layer_norm[g](part), self.grid).movedim(-1, 2).flatten(1, 2)
+            outputs.append(self.spline_conv[g](basis) + self.base_conv[g](F.silu(part)))
+        return torch.cat(outputs, dim=1)
+
+
+class GroupNormalizedConvLayer(nn.Module):
+    """Per group: y = silu(norm(conv2d(T(x in [-1, 1]), weights[g]))), one Parameter for all: `g o (d i) h w`."""
+
+    def __init__(self, n, m, groups=2, degree=3, kernel_size=3):
+        super().__init__()
+        self.groups, self.degree, self.padding = groups, degree, kernel_size // 2
+        n, m = n // groups, m // groups
+        self.weights = nn.Parameter(torch.randn(groups, m, n * (degree + 1), kernel_size, kernel_size) / n)
+        self.norm = nn.ModuleList(nn.InstanceNorm2d(m) for _ in range(groups))
+
+    def forward(self, x):
+        outputs = []
+        for g, part in enumerate(x.chunk(self.groups, dim=1)):
+            scaled = 2 * (part - part.min()) / (part.max() - part.min()) - 1
+            basis = chebyshev(scaled, self.degree).movedim(-1, 1).flatten(1, 2)
+            outputs.append(F.silu(self.norm[g](F.conv2d(basis, self.weights[g], padding=self.padding))))
+        return torch.cat(outputs, dim=1)
+
+
+class TwoBasesKANLayer(nn.Module):
+    """y = linear([gaussians(x), T(norm(x))]): two bases side by side, and each sees the inputs its own way."""
+
+    def __init__(self, n, m, num_grids=4, degree=2):
+        super().__init__()
+        self.degree = degree
+        self.register_buffer("grid", torch.linspace(-1.5, 1.5, num_grids))
+        self.norm = nn.LayerNorm(n)
+        self.weight = nn.Parameter(torch.randn(m, n * (num_grids + degree + 1)) / n)
+
+    def forward(self, x):
+        basis = torch.cat([gaussians(1.2 * x, self.grid), chebyshev(torch.tanh(self.norm(x)), self.degree)], dim=-1)
+        return F.linear(basis.flatten(-2), self.weight)
+
+
+class StackedKANLayer(nn.Module):
+    """y[0] = linear(gaussians(x[0])), y[1] = linear(T(x[1])), x normalised first: one weight, as in FC_KAN."""
+
+    def __init__(self, n, m, basis=4):
+        super().__init__()
+        self.basis, self.m = basis, m
+        self.register_buffer("grid", torch.linspace(-1.5, 1.5, basis))
+        self.norm = nn.LayerNorm(n)
+        self.weight = nn.Parameter(torch.randn(m, n * basis) / n)
+
+    def forward(self, x):
+        x = self.norm(x)
+        y = torch.zeros(*x.shape[:2], self.m)
+        for k in range(2):
+            part = x[k]
+            basis = gaussians(part, self.grid) if k == 0 else chebyshev(torch.tanh(part), self.basis - 1)
+            y[k] = F.linear(basis.flatten(-2), self.weight)
+        return y
+
+
+class ComplexInputKANLayer(nn.Module):
+    """y = (Σ real·φ) + i (Σ imaginary·φ), φ = exp(-|z - grid|²) on a square grid: `i o d1 d2`, as in cvkan."""
+
+    def __init__(self, n, m, num_grids=3):
+        super().__init__()
+        line = torch.linspace(-1, 1, num_grids)
+        self.register_buffer("grid", torch.complex(line[:, None].expand(-1, num_grids), line.expand(num_grids, -1)))
+        self.real, self.imaginary = (nn.Parameter(torch.randn(n, m, num_grids, num_grids) / n) for _ in range(2))
+        self.silu_weight = nn.Parameter(torch.randn(n, m, dtype=torch.complex64))
+
+    def forward(self, z):
+        basis = torch.exp(-((z[..., None, None] - self.grid).abs() ** 2))
+        y = torch.complex(*(torch.einsum("biuv,iouv->bo", basis, w) for w in (self.real, self.imaginary)))
+        return y + torch.einsum("io,bi->bo", self.silu_weight.to(z.dtype), torch.tanh(z))
+
+
+class ComplexBasisKANLayer(nn.Module):
+    """y = Σ coeffs[i, o, d]·exp(i d x_i): real coefficients of complex functions."""
+
+    def __init__(self, n, m, basis=4):
+        super().__init__()
+        self.basis = basis
+        self.coeffs = nn.Parameter(torch.randn(n, m, basis) / n)
+
+    def forward(self, x):
+        waves = torch.exp(1j * x[..., None] * torch.arange(1, self.basis + 1))
+        return torch.view_as_real(torch.einsum("bid,iod->bo", waves, self.coeffs.to(waves.dtype))).flatten(1)
+
+
+class ReLUKANLayer(nn.Module):
+    """y = conv(r·(relu(x - low)·relu(high - x))²), the basis (i d) reshaped into one image, as in ReLU-KAN."""
+
+    def __init__(self, n, m, g=4, k=2):
+        super().__init__()
+        self.n, self.m, self.size, self.r = n, m, g + k, 4 * g * g / ((k + 1) * (k + 1))
+        low = torch.arange(-k, g) / g * 2 - 1
+        self.phase_low = nn.Parameter(low.repeat(n, 1))
+        self.phase_high = nn.Parameter((low + 2 * (k + 1) / g).repeat(n, 1))
+        self.equal_size_conv = nn.Conv2d(1, m, (self.size, n))
+
+    def forward(self, x):
+        x = x.unsqueeze(2)
+        basis = (torch.relu(x - self.phase_low) * torch.relu(self.phase_high - x) * self.r) ** 2
+        return self.equal_size_conv(basis.reshape(len(x), 1, self.size, self.n)).reshape(len(x), self.m)
+
+
+class VmapKANLayer(nn.Module):
+    """y_o = Σ_i Σ_d values[i, o, d]·φ_d(x_i) by torch.vmap over samples, inputs and outputs, as in mlp-kan."""
+
+    def __init__(self, n, m, points=5):
+        super().__init__()
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.values = nn.Parameter(torch.randn(n, m, points) / n)
+
+    def forward(self, x):
+        def curve(x, values):
+            return (gaussians(x, self.points) * values).sum()
+
+        edges = torch.vmap(torch.vmap(curve, (None, 0)), (0, 0))
+        return torch.vmap(lambda sample: edges(sample, self.values))(x).sum(1)
+
+
+class CumulativeKANLayer(nn.Module):
+    """y = Σ cumsum(steps along d)[i, d, o]·φ_d(x_i), as in kanditioned's parallel scan."""
+
+    def __init__(self, n, m, points=5):
+        super().__init__()
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.steps = nn.Parameter(torch.randn(n, points, m) / n)
+
+    def forward(self, x):
+        return torch.einsum("bid,ido->bo", gaussians(x, self.points), torch.cumsum(self.steps, dim=1))
+
+
+class SharingKANLayer(nn.Module):
+    """y = Σ_i coef[weight_sharing][o·i, d]·φ_d(x_i): rows picked by an index tensor, as in pykan's older versions."""
+
+    def __init__(self, n, m, points=5):
+        super().__init__()
+        self.n, self.m = n, m
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.weight_sharing = torch.arange(n * m)
+        self.coef = nn.Parameter(torch.randn(n * m, points) / n)
+
+    def forward(self, x):
+        x = torch.einsum("bi,o->boi", x, torch.ones(self.m)).reshape(len(x), -1).T
+        y = torch.einsum("ij,ijk->ik", self.coef[self.weight_sharing], gaussians(x, self.points).transpose(1, 2))
+        return y.T.reshape(-1, self.m, self.n).sum(2)

@@ -1,0 +1,73 @@
+"""The code of the guides and of the notebook runs as it stands there, and links between pages lead somewhere."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("examples/**/*.md")})
+RUN = ["README.md", "examples/pykan.md", "examples/transformers.md", "examples/quickstart.ipynb"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PREAMBLE = "import matplotlib; matplotlib.use('Agg')\n"  # there are no windows here
+
+
+def blocks(path):
+    """The Python code of a page, in order."""
+    if path.suffix == ".ipynb":
+        cells = json.loads(path.read_text())["cells"]
+        return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return [code for language, code in FENCE.findall(path.read_text()) if language == "python"]
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_the_code_runs(name, tmp_path):
+    """In a process of its own, because the guides register layers and draw pictures."""
+    path = ROOT / name
+    code = blocks(path)
+    assert len(code) > 1
+    script = tmp_path / "guide.py"
+    script.write_text(PREAMBLE + "\n".join(code))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    tables = [text for language, text in FENCE.findall(path.read_text()) if not language and path.suffix == ".md"]
+    for table in tables:  # what a page shows as output
+        assert table in done.stdout
+
+
+def anchors(text):
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(FENCE, "", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", re.sub(r"[`*]|\]\(.*?\)", "", h).lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    text = re.sub(FENCE, "", path.read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def test_every_example_is_in_the_index():
+    text = (ROOT / "examples" / "README.md").read_text()
+    names = {path.name for path in ROOT.glob("examples/*") if path.suffix in (".py", ".md", ".ipynb")} - {"README.md"}
+    assert not [name for name in names if f"({name})" not in text]
+
+
+def test_every_benchmark_is_in_its_index():
+    folder = ROOT / "examples" / "benchmarks"
+    text = (folder / "README.md").read_text()
+    assert not [path.name for path in folder.glob("*.py") if path.name not in text]
