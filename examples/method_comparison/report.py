@@ -9,7 +9,7 @@ results/*.jsonl are read; the tables of aims and rates are written when no exper
 
 A result that lacks is an error. One by older code (every line names the version of what it depends on) is not: to do
 all runs again takes hours, and many changes of the code change no result. Below a table then stands how many runs are
-by older code, and by which; `run.py --stale` does them again.
+by older code; `run.py --stale` does them again.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def report(
     common = {("aims", "Aims"): aims, ("rates", "Learning rates"): rates} if whole else {}
     for (name, title), table_of in common.items():
         if content := table_of(experiments, results):
-            text = updated(text, name, title, content + older_code(experiments, results))
+            text = updated(text, name, title, content + older_code(experiments, results, options))
     write_atomically(readme, lambda p: p.write_text(text.rstrip() + "\n"))
     return [*written, readme]
 
