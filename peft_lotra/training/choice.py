@@ -28,7 +28,8 @@ def damped_system(
     Normal equations take P² operations for each residual, conjugate gradients 15 to 60 passes of the data. Of 10⁵
     residuals, J and JᵀJ take 50 s of one core for values of a KAN with P = 5,184 and 64 s for its Laplacian, a pass
     2.6 and 19 s; at P = 20,384 it is 590 and 630 s, and 4.2 and 39 s. So passes are the cheaper way from P ≈ 5,000 on
-    for values, and 20,000 for the Laplacian (`examples/benchmarks/gauss_newton_cost.py --parts passes`).
+    for values, and 20,000 for the Laplacian. (`examples/benchmarks/gauss_newton_cost.py --parts passes`, on a busy
+    machine.)
 
     In residual space the data are one process's, and no loss has a gradient that is not Jᵀr.
 

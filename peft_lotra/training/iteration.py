@@ -29,7 +29,7 @@ class Iteration(NamedTuple):
     """What an iteration found.
 
     Attributes:
-        theta: θ + δ, or θ if there is a reason.
+        theta: θ + αδ, or θ if there is a reason.
         damping: λ for the next iteration.
         before, loss: the loss at θ and at `theta`, prior included, on the batch of the iteration.
         evaluation: of `theta`.
@@ -70,7 +70,6 @@ def iterate(
         ValueError: naming `residual_fn` or `loss`.
     """
     decay = rule.weight_decay
-
     before = total_loss(evaluation, theta, start, decay)
     prior = Prior(decay, theta.double() - start.double()) if decay else None
     norm = None if problem.is_least_squares and not decay else abs(before) ** 0.5
