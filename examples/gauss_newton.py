@@ -34,7 +34,7 @@ from command_line import exit_code, make_output_dir, new_parser, positive_int
 from matplotlib.figure import Figure
 from pde_least_squares import Mark, batch, fit, residual_functions
 from pde_transfer import LEARNING_RATES, train, trained_base
-from pdes import PDES, Points
+from pdes import LINEAR, PDES, Points
 from peft import get_peft_model
 from reporting import write_atomically
 from torch import nn
@@ -223,7 +223,7 @@ def width_table(args: argparse.Namespace) -> list[dict[str, Any]]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--families", nargs="+", choices=list(PDES), default=list(PDES), help="families of PDEs")
+    add("--families", nargs="+", choices=list(PDES), default=LINEAR, help="families of PDEs")
     add("--seeds", type=positive_int, default=3, help="number of seeds, of base, factors and points")
     add("--steps", type=positive_int, default=2000, help="steps of Adam")
     add("--lm-steps", type=positive_int, default=50, help="iterations of Levenberg–Marquardt")

@@ -164,15 +164,17 @@ def test_older_code_is_named_and_run_again(tmp_path, monkeypatch):
 def test_version_is_that_of_the_code(tmp_path):
     assert lines.version("pde") != lines.version("images")
     texts = [
-        '"""A."""\nimport b  # c\n\n\ndef f():\n    """D."""\n    return 1\n',
+        '"""A."""\nimport b  # c\n\n\ndef f():\n    """D."""\n    raise ValueError("G")\n    return 1\n',
         "import b\ndef f():\n    return 2\n",
     ]
-    texts += [texts[0].replace("D.", "E.").replace("# c", "")]
+    texts += [texts[0].replace("D.", "E.").replace("# c", "").replace("G", "H")]
+    texts += [texts[0].replace("ValueError", "TypeError")]
     found = []
-    for name, text in zip("xyz", texts, strict=True):
+    for name, text in zip("wxyz", texts, strict=True):
         (tmp_path / name).write_text(text)
         found.append(lines._code(tmp_path / name))
-    assert found[0] == found[2] != found[1]
+    assert found[0] == found[2]
+    assert found[1] != found[0] != found[3]
     assert found[0][1] == ["b"]
 
 
@@ -184,7 +186,10 @@ print(*(getattr(module, "__file__", None) for module in list(sys.modules.values(
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     folders = (str(SUITE.parent), str(SUITE.parents[1] / "peft_lotra"))
     needed = {Path(name) for name in loaded.splitlines() if name.startswith(folders)}
-    needed -= {SUITE / f"{name}.py" for name in lines.NOT_OF_A_RESULT}
+    needed -= {folder / f"{name}.py" for folder in lines.FOLDERS for name in lines.NOT_OF_A_RESULT}
+    library = SUITE.parents[1] / "peft_lotra"
+    needed -= {path for path in library.rglob("*.py") if path.name == "__init__.py"}
+    needed -= {path for start in lines.NO_RESULT_OF for path in library.glob(f"{start}*")}
     assert {path.name for path in needed} >= {"perform.py", "training.py", "pdes.py", "transformer_kan.py", "model.py"}
     assert needed <= lines.sources("pde") | lines.sources("reviews")
 
@@ -298,8 +303,9 @@ def made_results(experiment, folder, finals):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"version": lines.version("pde"), **content, "run": asdict(one)}))
 
+    found = lines.Results(experiment.name, folder)
     for case in experiment.cases:
-        for lr, (one,) in experiment.tuning_runs(case, "full").items():
+        for lr, (one,) in experiment.tuning_runs(case, "full", found).items():
             keep(one, marks=[[2, 1.0, None if lr == 1e-3 else 0.5]])
         found = lines.Results(experiment.name, folder, folder / "runs")
         for label, by_seed in finals.items():

@@ -207,7 +207,7 @@ def updated(text: str, name: str, title: str, content: str) -> str:
 
 def lacking(experiment: Experiment, found: Results) -> int:
     """How many runs are not there; of the search for rates, as long as some of these are not."""
-    searched = sum(run not in found for run in experiment.all_tuning_runs())
+    searched = sum(run not in found for run in experiment.all_tuning_runs(found))
     return searched or sum(run not in found for run in experiment.all_final_runs(found))
 
 
@@ -216,7 +216,7 @@ def older_code(experiments: list[Experiment], results: Mapping[str, Results], op
     older = count = 0
     for experiment in experiments:
         found = results[experiment.name]
-        runs = [*experiment.all_tuning_runs(), *experiment.all_final_runs(found)]
+        runs = [*experiment.all_tuning_runs(found), *experiment.all_final_runs(found)]
         count += len(runs)
         older += sum(is_older(run, found[run]) for run in runs)
     if not older:
