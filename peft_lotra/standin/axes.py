@@ -46,7 +46,7 @@ class Atom(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """Atoms flattened on one axis. `before` and `after` count entries of a packed parameter that are no coefficients."""
+    """Atoms flattened on one axis, with `before` and `after` entries around them that are no coefficients."""
 
     atoms: tuple[Atom, ...]
     before: int = 0

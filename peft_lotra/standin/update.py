@@ -61,7 +61,7 @@ class Update(NamedTuple):
         return spec.stored_update(reconstruct(factors) * self.scaling, shape).to(dtype)
 
     def shown(self, rows: tuple[Rows, ...] | None) -> Update:
-        """The update of the part that a view shows, in at least fp32: `rows` of U1, U2, U3 and the core's last axes."""
+        """The update of what a view shows, in at least fp32: `rows` are of U1, U2, U3 and of the core's last axes."""
         update = _in_fp32(self) if self.factors.core.dtype in _16_BIT else self
         if rows is None:
             return update
