@@ -28,7 +28,7 @@ def entries_for(module: str, patterns: Collection[str] | str) -> list[str]:
 
 
 def means(key: str, name: str) -> re.Match[str] | None:
-    """The match if a key means this name, by the rule of PEFT's `get_pattern_key`; group 1 is what precedes the key."""
+    """The match if a key means this name, by the rule of PEFT's `get_pattern_key`; group 1 is the part before it."""
     return re.match(f"{ENDING[0]}{key}{ENDING[1]}", name)
 
 
