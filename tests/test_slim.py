@@ -259,7 +259,8 @@ def test_errors_of_coefficients():
 def test_slim_and_other_adapters_do_not_mix(slim):
     model, x = get_peft_model(ChebyKAN([3, 4, 2]), LoTRAConfig(r=1, slim=slim)), torch.randn(5, 3)
     y = model(x)
-    with pytest.raises(ValueError, match=f"`slim`={not slim}, but layers.0.cheby_coeffs has an adapter with `slim`={slim}"):
+    message = f"`slim`={not slim}, but layers.0.cheby_coeffs has an adapter with `slim`={slim}"
+    with pytest.raises(ValueError, match=message):
         model.add_adapter("other", LoTRAConfig(r=1, slim=not slim))
     assert list(model.peft_config) == ["default"]
     assert_equal(model(x), y, 0)

@@ -290,7 +290,7 @@ def test_heads_that_peft_names_for_a_task_may_lack():
         (
             {"coefficients": {"cheby_coeffs": "i o d", r"layers\.1\.mlp\.cheby_coeffs": "o i d"}},
             r"key 'layers\\.1\\.mlp\\.cheby_coeffs' means only parameters that other keys take, "
-            "{'layers.1.mlp.cheby_coeffs': 'cheby_coeffs'}: a full name takes precedence over a pattern, and a pattern",
+            "{'layers.1.mlp.cheby_coeffs': 'cheby_coeffs'}: a full name takes precedence over a pattern, and a",
         ),
         (
             {"coefficients": {"tail.w.*": TAIL["tail.weight"]} | TAIL},
