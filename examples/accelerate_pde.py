@@ -281,7 +281,7 @@ def main() -> int:
     accelerator = start(args)
     lock = FileLock(args.output_dir / ".lock")
     try:
-        if accelerator.is_main_process:  # workers may outlive a killed launcher, and two runs may not share checkpoints
+        if accelerator.is_main_process:  # workers may outlive a killed launcher: two runs must not share checkpoints
             lock.acquire(blocking=False)
         code = exit_code(lambda: run(accelerator, args), "The same command goes on from the last checkpoint.")
     except Timeout:

@@ -281,7 +281,7 @@ def test_heads_that_peft_names_for_a_task_may_lack():
             "`layers_to_transform` names [7, 99], but no KAN layer that the other fields leave has such an index; "
             "there are [0, 1, 2], of ['head', 'layers.0.mlp', ",
         ),
-        ({"layers_to_transform": [0, 1], "exclude_modules": ["layers.1.mlp"]}, "names [1], which are indices of no"),
+        ({"layers_to_transform": [0, 1], "exclude_modules": ["layers.1.mlp"]}, "names [1], but no KAN layer that"),
         (
             {"layers_to_transform": 0, "layers_pattern": "blocks"},
             "no KAN layer is left by {'layers_to_transform': 0, ",
