@@ -272,8 +272,8 @@ class LoTRAConfig(PeftConfig):
             raise ValueError(
                 f"the adapter {adapter_name!r} cannot be saved: the tensors of {layers} are not those that its config "
                 "names. Either these layers were replaced or rebuilt after they were adapted, so that their update is "
-                "lost, or `state_dict` is not that of the whole model. Adapt the model as it is now by a new "
-                "`get_peft_model`"
+                "lost; or they have an earlier adapter of the same name; or `state_dict` is not that of the whole "
+                "model. Adapt the model as it is now by a new `get_peft_model`"
             )
 
     def _meaning(self) -> dict[str, Any]:
