@@ -62,9 +62,9 @@ class LoTRAModel(BaseTuner):
         if isinstance(adapter_name, str) and adapter_name in held:
             warnings.warn(
                 f"`adapter_name` {adapter_name!r}: the model has an adapter of this name already "
-                f"({type(held[adapter_name]).__name__}). In tensors that both adapt, the new one replaces it; elsewhere "
-                "the old one stays active. To keep both, give the new one another name. To start again, remove the "
-                "adapters first (`unload()`, `merge_and_unload()`)",
+                f"({type(held[adapter_name]).__name__}). In tensors that both adapt, the new one replaces it; in "
+                "others, the old one stays active. To keep both, give the new one another name. To start again, "
+                "remove the adapters first (`unload()`, `merge_and_unload()`)",
                 stacklevel=2,
             )
         with warnings.catch_warnings():  # PEFT warns of every second adapter, even if it is wanted
