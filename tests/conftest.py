@@ -29,7 +29,7 @@ def _forget_warnings():
 
 @pytest.fixture
 def order(request):
-    """Contractions go this way round; the one that is counted as the cheapest for "counted"."""
+    """Force the order of every contraction. "counted" keeps the order that counts as the cheapest."""
     with nullcontext() if request.param == "counted" else forced_order(request.param):
         yield request.param
 
@@ -45,5 +45,5 @@ def assert_equal(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 
 def assert_different(actual: torch.Tensor, other: torch.Tensor) -> None:
-    """The two differ by more than any tolerance of `assert_equal` in fp32, so that a later "equal" is not trivial."""
+    """The two differ by more than every tolerance of `assert_equal` in fp32, so that a later "equal" is not trivial."""
     assert (actual - other).abs().max() > 1e-3 * other.abs().max()
