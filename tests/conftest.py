@@ -45,5 +45,5 @@ def assert_equal(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 
 def assert_different(actual: torch.Tensor, other: torch.Tensor) -> None:
-    """The two differ by more than every tolerance of `assert_equal` in fp32, so that a later "equal" is not trivial."""
+    """The two differ by more than any tolerance of `assert_equal` in fp32, so that a later "equal" is not trivial."""
     assert (actual - other).abs().max() > 1e-3 * other.abs().max()

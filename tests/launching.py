@@ -59,7 +59,7 @@ class Job:
         return self.log.read_text(errors="replace")
 
     def processes(self) -> list[psutil.Process]:
-        """All living processes of the job. They are found by their environment, because workers have other sessions."""
+        """All living processes of the job, found by their environment, because workers have other sessions."""
         found = []
         for process in psutil.process_iter():
             try:
