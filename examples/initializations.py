@@ -31,7 +31,7 @@ from peft_lotra import initialize_lotra_weights
 
 METHODS = ("random", "gradient", "gradient_hosvd")
 TASKS = (*PDES, "regression")
-GRADIENT_BATCHES = 4  # for the gradient of an initialisation
+GRADIENT_BATCHES = 4  # those from which the gradient of an initialisation is taken
 Losses = Iterator[Callable[[PeftModel], Tensor]]
 
 
