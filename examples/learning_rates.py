@@ -4,8 +4,8 @@
     python examples/learning_rates.py --widths 16 64 --seeds 1 --steps 20
 
 A Chebyshev KAN [4, w, w, 1] is trained on one function and adapted to another, for every width, optimizer, rule of
-learning rates, initialisation, seed and base rate. The command writes learning_rates.json after each run, and an
-interrupted study goes on from there. It writes a picture, and prints the best losses and the growth of the first steps
+learning rates, initialisation, seed and base rate. Writes learning_rates.json (each finished run is in it at once, and
+an interrupted study goes on from there) and two pictures, and prints the best losses and the growth of the first steps
 with the width.
 """
 
@@ -200,7 +200,7 @@ def report(runs: list[dict], args: argparse.Namespace) -> None:
 
 
 def draw(runs: list[dict], args: argparse.Namespace) -> Figure:
-    """The loss over the rate: a colour for each width, a column per rule, a row per optimizer and initialisation."""
+    """Loss over the rate for each width (colour) and rule (column); a row per optimizer and initialisation."""
     rows = list(itertools.product(args.optimizers, INITIALISATIONS))
     figure = Figure(figsize=(3 * len(args.rules), 2.6 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(args.rules), sharey=True, squeeze=False)
