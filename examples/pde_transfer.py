@@ -36,7 +36,7 @@ from tqdm import tqdm
 from peft_lotra import LoTRAConfig, create_lotra_optimizer
 
 WIDTHS = {"chebyshev": (2, 32, 32, 1), "pykan": (2, 16, 16, 1)}
-# Learning rates at the start of the cosine decay. Each is the best of a few that were tried.
+# Learning rates at the start of the cosine decay, the best of a few tried for each.
 LEARNING_RATES = {
     "chebyshev": {"base": 3e-3, "full": 1e-3, "lotra": 2e-2},
     "pykan": {"base": 1e-2, "full": 3e-3, "lotra": 2e-2},
