@@ -1,15 +1,16 @@
-"""Adapt a KAN to another PDE in several processes, by accelerate, with checkpoints that a killed run goes on from.
+"""Adapt a KAN to another PDE in several processes, with accelerate and checkpoints from which a killed run goes on.
 
     accelerate launch --config_file examples/accelerate/cpu_2_processes.yaml examples/accelerate_pde.py --cpu
     accelerate launch --config_file examples/accelerate/multi_gpu_ddp.yaml examples/accelerate_pde.py --init gradient
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 2 --max-restarts 3 \
         examples/accelerate_pde.py --cpu
 
-Every step has one batch of points, whatever the number of processes; each takes its share, so that 2 processes train
-what 1 process trains, up to rounding. With --family one adapter is for a range of the PDE's parameter, and every point
-has a parameter of its own. The same command after an interruption goes on from the last checkpoint in --output-dir,
-which all machines should share; the last of the commands above restarts by itself (without the variable new processes
-often meet addresses of the dead). Mixed precision is the launcher's: `--mixed_precision bf16`.
+Every step has one batch of points, whatever the number of processes. Each process takes its share, so 2 processes
+train what 1 process trains, up to rounding. With --family, one adapter is for a range of the PDE's parameter, and
+every point has its own parameter. After an interruption, the same command goes on from the last checkpoint in
+--output-dir, which all machines should share. The last of the commands above restarts by itself (without the variable,
+new processes often meet addresses of dead ones). Mixed precision is an option of the launcher: `--mixed_precision
+bf16`.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ INTERIOR, PER_SIDE = 256, 32  # points of a step
 
 
 class Problem(nn.Module):
-    """The loss of a network on a PDE as one forward pass: that of points, or the error on a grid.
+    """A forward pass is the loss of a network on a PDE for points, or the error on a grid.
 
-    What wraps a module for several processes acts when its forward begins and ends. The loss is made of derivatives of
-    the network by its input; with the network alone wrapped they would be taken outside, through what the wrapper has
-    put into the graph: DDP with `static_graph=True` then gives wrong gradients, and says nothing.
+    A wrapper for several processes acts when the wrapped module's forward begins and ends. The loss contains
+    derivatives of the network by its input. If only the network were wrapped, they would be taken outside, through
+    what the wrapper has put into the graph. DDP with `static_graph=True` then gives wrong gradients without an error.
     """
 
     def __init__(self, network: PeftModel, pde: PDE) -> None:
@@ -63,7 +64,7 @@ class Problem(nn.Module):
 
 
 class FamilyProblem(nn.Module):
-    """The same for a family: the loss of points with a parameter for each, or the errors at a few parameters."""
+    """The same for a family: the loss for points with a parameter each, or the errors at a few parameters."""
 
     def __init__(self, network: PeftModel, pde: PDE) -> None:
         super().__init__()
@@ -83,7 +84,7 @@ def family_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def family_errors(network: PeftModel, family: type[PDE], grid: Tensor) -> list[tuple[float, float]]:
-    """(parameter, relative L2 error) at a few within the range."""
+    """(parameter, relative L2 error) at a few parameters within the range."""
     low, high = RANGES[family.__name__.lower()]
     errors = []
     for parameter in [round(low + (high - low) * share, 4) for share in (0.05, 0.35, 0.65, 0.95)]:
@@ -93,15 +94,15 @@ def family_errors(network: PeftModel, family: type[PDE], grid: Tensor) -> list[t
 
 
 def start(args: argparse.Namespace) -> Accelerator:
-    """The processes that were asked for.
+    """The Accelerator, after checks.
 
     Raises:
-        SystemExit: if they cannot train together.
+        SystemExit: if the processes cannot train together.
     """
     accelerator = Accelerator(
         cpu=args.cpu or not torch.accelerator.is_available(),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        # a step's batch is the same for any number of processes; otherwise the schedule takes a step for each of them
+        # A step has the same batch for any number of processes. Otherwise the schedule takes a step for each process.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with=args.log_with,
         project_config=ProjectConfiguration(logging_dir=str(args.output_dir / "logs")),
@@ -121,8 +122,8 @@ def start(args: argparse.Namespace) -> Accelerator:
 def batch(accelerator: Accelerator, pde: PDE, seed: int, step: int) -> list[Points]:
     """This process's share of a step's points, one part for each accumulation step.
 
-    The points depend on the seed and the step alone: there is no state to save. Every part has the same number of
-    points of every side, hence the mean of the parts' losses is the loss of the whole.
+    The points depend on the seed and the step alone, so there is no state to save. Every part has the same number of
+    points of every side, so the mean of the parts' losses is the loss of the whole batch.
     """
     points = pde.sample(torch.Generator().manual_seed(1_000_003 * seed + step), "cpu", INTERIOR, PER_SIDE)
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -133,7 +134,7 @@ def batch(accelerator: Accelerator, pde: PDE, seed: int, step: int) -> list[Poin
 def family_batch(
     accelerator: Accelerator, pde: PDE, seed: int, step: int
 ) -> list[tuple[dict[str, tuple[Tensor, Tensor]]]]:
-    """As `batch`, by kind of residual, with a parameter for each point."""
+    """The same as `batch`, by kind of residual, with a parameter for each point."""
     bounds = RANGES[type(pde).__name__.lower()]
     whole = family_points(type(pde), bounds, seed, str(accelerator.device), INTERIOR, PER_SIDE)(step)
     rank, processes = accelerator.process_index, accelerator.num_processes
@@ -148,7 +149,7 @@ def train(
     """Adam with cosine decay, from the last checkpoint on.
 
     Returns:
-        The network's state on the main process, and its course as [step, loss, relative L2 error].
+        The network's state on the main process, and the course of training as [step, loss, relative L2 error].
     """
     optimizer = torch.optim.Adam(
         [p for p in problem.parameters() if p.requires_grad], lr=LEARNING_RATES["chebyshev"]["lotra"]
@@ -196,7 +197,7 @@ def run(accelerator: Accelerator, args: argparse.Namespace) -> None:
         load_base = trained_base(args, source, grid)  # the main process trains it, the others find its file
     network = attach_lotra(load_base(), args.r, args.compression_ratio, **family_settings(args))
     problem = FamilyProblem(network, target) if args.family else Problem(network, target)
-    if args.init == "gradient":  # before DDP wraps the network; each process gives its share of the gradient
+    if args.init == "gradient":  # before DDP wraps the network; each process adds its share of the gradient
         parts = (family_batch if args.family else batch)(accelerator, target, args.seed + 1, 0)
 
         def train_step() -> None:
@@ -217,7 +218,7 @@ def run(accelerator: Accelerator, args: argparse.Namespace) -> None:
 def report(
     processes: int, load_base: Callable[[], nn.Module], adapter: Path, course: list, target: PDE, grid: Tensor
 ) -> None:
-    """Of the saved adapter, loaded into a fresh base; printed and as JSON."""
+    """Load the saved adapter into a fresh base, print its errors, and write them as JSON."""
     base = load_base()
     size, zero_shot = sum(p.numel() for p in base.parameters()), relative_l2_error(base, target, grid)
     adapted = PeftModel.from_pretrained(base, adapter, is_trainable=True)
@@ -236,7 +237,7 @@ def report(
 
 
 def tracker(name: str) -> str:
-    """accelerate leaves out a tracker that is not installed."""
+    """Check that a tracker is installed, because accelerate would silently leave it out."""
     installed = [str(tracker) for tracker in get_available_trackers()]
     if name not in installed:
         raise argparse.ArgumentTypeError(
@@ -285,7 +286,7 @@ def main() -> int:
         code = exit_code(lambda: run(accelerator, args), "The same command goes on from the last checkpoint.")
     except Timeout:
         raise SystemExit(f"{args.output_dir}: another run is at work here.") from None
-    if code == 0:  # in this order: the group's end while DDP's objects are alive can hang
+    if code == 0:  # in this order: ending the group while DDP's objects are alive can hang
         accelerator.free_memory()
         gc.collect()
         accelerator.end_training()

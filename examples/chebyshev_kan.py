@@ -16,8 +16,8 @@ from torch import Tensor, nn
 def chebyshev_basis(z: Tensor, degree: int) -> Tensor:
     """T_0(z), …, T_degree(z), by T_{k+1} = 2 z T_k − T_{k−1}.
 
-    The recurrence and not cos(k·acos z): the derivative of acos is infinite at ±1, and a saturated tanh gives exactly
-    ±1 in floating point, hence NaN gradients.
+    cos(k·acos z) would give NaN gradients: the derivative of acos is infinite at ±1, and a saturated tanh is exactly
+    ±1 in floating point.
 
     Args:
         z: Points in [−1, 1]. shape: (*batch, n)
@@ -54,8 +54,8 @@ class ChebyshevKANLayer(nn.Module):
     def reset_parameters(self) -> None:
         """coefficients[i, o, d] ~ N(0, 1 / (n · n_d · (d + 1)²))
 
-        Without the decay in d the layer starts with derivatives so large (T_d' grows as d²) that a loss made of
-        second derivatives does not get anywhere.
+        Without the decay in d, the layer starts with such large derivatives (T_d' grows as d²) that a loss of second
+        derivatives does not decrease.
         """
         nn.init.normal_(self.coefficients, std=(self.in_features * (self.degree + 1)) ** -0.5)
         with torch.no_grad():
@@ -70,7 +70,7 @@ class ChebyshevKANLayer(nn.Module):
 
 
 class ChebyshevKAN(nn.Module):
-    """Ψ = layer_L ∘ … ∘ layer_1, layer l mapping width[l − 1] to width[l].
+    """Ψ = layer_L ∘ … ∘ layer_1, where layer l maps width[l − 1] features to width[l].
 
     Args:
         width: Numbers of features, from the input to the output.

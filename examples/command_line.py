@@ -1,4 +1,4 @@
-"""What the examples' command lines share: arguments that are checked before any work, and an orderly interruption."""
+"""Shared by the examples' command lines: arguments that are checked before any work, and an orderly interruption."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 
 def new_parser(docstring: str) -> argparse.ArgumentParser:
-    """A parser described by the first line of a module's docstring, which shows defaults."""
+    """A parser that shows defaults, and the first line of a module's docstring as its description."""
     return argparse.ArgumentParser(
         description=docstring.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -43,7 +43,7 @@ def check_seed(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
 
 def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Stops unless tensors can be made on `args.device`."""
+    """Stop unless tensors can be made on `args.device`."""
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -51,7 +51,7 @@ def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 
 def make_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Last of all checks: nothing is written before."""
+    """Call this after all other checks, because nothing should be written before them."""
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -59,7 +59,7 @@ def make_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def benchmark_arguments(docstring: str, name: str, rounds: int, **sizes: tuple[list[int], str]) -> argparse.Namespace:
-    """The sizes of a benchmark, each with its default and help, and what benchmarks have in common."""
+    """The arguments of a benchmark: its sizes, each with default and help, and those that all benchmarks have."""
     parser = new_parser(docstring)
     for size, (default, text) in sizes.items():
         parser.add_argument(f"--{size}", type=positive_int, nargs="+", default=default, help=text)
@@ -73,7 +73,7 @@ def benchmark_arguments(docstring: str, name: str, rounds: int, **sizes: tuple[l
 
 
 def exit_code(job: Callable[[], None], kept: str) -> int:
-    """0 after the job; 130 after Ctrl-C, 1 where nothing can be written: then `kept` says what is left of it."""
+    """0 after the job; 130 after Ctrl-C, and 1 if a file cannot be written. `kept` then says what the job has left."""
     try:
         job()
     except KeyboardInterrupt:
@@ -92,7 +92,7 @@ _NOT_WRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EAC
 
 
 def _writing_error(error: BaseException | None) -> str | None:
-    """What the system said against writing, wherever in the chain of causes; torch and safetensors hide it."""
+    """Why the system could not write, from anywhere in the chain of causes, where torch and safetensors hide it."""
     while error is not None:
         number = error.errno if isinstance(error, OSError) else None
         if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):

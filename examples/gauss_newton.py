@@ -3,11 +3,11 @@
     python examples/gauss_newton.py
     python examples/gauss_newton.py --families elliptic --seeds 1 --widths 32 64
 
-A Chebyshev KAN that solves a PDE is fitted to another parameter of it: by Adam and by Gauss–Newton with
+A Chebyshev KAN that solves a PDE is fitted to another parameter of the PDE: by Adam and by Gauss–Newton with
 Levenberg–Marquardt damping (LM, `peft_lotra.fit_gauss_newton`), each on an adapter of at most an eighth of the
-coefficients and on all of them. A second table shows what an iteration costs as the KAN gets wider. Every run is
-stored when it ends and used again: start the command once more after an interruption. Writes tables (printed, and as
-JSON) and a picture.
+coefficients and on all coefficients. A second table shows the cost of an iteration as the KAN gets wider. Every run is
+stored when it ends; after an interruption, the same command goes on from there. The command prints tables, and writes
+them as JSON, with a picture.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, fit_gauss_newton
 
-# By optimizer and what it trains. The order is that of the runs of one family and seed.
+# The optimizer and what it trains, in the order of the runs for one family and seed.
 METHODS = ("adam adapter", "lm adapter", "adam all", "lm all")
-# Nearly full ranks where a layer is narrow: 1,109 numbers for the 8,960 coefficients of width 32, an eighth.
+# Nearly full ranks in narrow modes: 1,109 numbers for the 8,960 coefficients of width 32, an eighth.
 RANKS = {"layers.0": (2, 8, 8), "layers.1": (4, 4, 4), "layers.2": (6, 1, 8)}
 
 
@@ -56,7 +56,7 @@ def trainable(model: nn.Module) -> int:
 
 
 def stored(path: Path, compute: Callable[[], Any]) -> Any:
-    """What the file holds; computed and written first if it is not there."""
+    """The contents of the file. If it does not exist, they are computed and written first."""
     if not path.exists():
         result = compute()
         write_atomically(path, lambda partial: partial.write_text(json.dumps(result) + "\n"))
@@ -64,7 +64,7 @@ def stored(path: Path, compute: Callable[[], Any]) -> Any:
 
 
 def run(args: argparse.Namespace, family: str, seed: int, method: str) -> dict[str, Any]:
-    """One fit: {"numbers": trained, "marks": the course}."""
+    """One fit: {"numbers": the number of trained parameters, "marks": the course of the error}."""
     source, target = PDES[family](PDES[family].base_parameter), PDES[family](PDES[family].target_parameter)
     grid, (optimizer, part) = target.grid(), method.split()
     base = argparse.Namespace(**vars(args), pde=family, kan="chebyshev", seed=seed, device="cpu")
@@ -85,10 +85,10 @@ def run(args: argparse.Namespace, family: str, seed: int, method: str) -> dict[s
 
 
 def cost(width: int, part: str, dtype: torch.dtype, answer: Connection) -> None:
-    """Sends the seconds of an iteration (the faster of two), and how far the memory of the process rises."""
+    """Send the seconds of an iteration (the faster of two), and how far the memory of the process rises."""
     target = PDES["elliptic"](1.3)
     torch.manual_seed(0)
-    # Two iterations learn nothing by heart: their time is of interest alone.
+    # Only the time of the two iterations matters.
     warnings.filterwarnings("ignore", ".*fitted by heart", UserWarning)
     kan = ChebyshevKAN((2, width, width, 1))
     model = (attach(kan) if part == "adapter" else kan).to(dtype)
@@ -114,12 +114,12 @@ def cost(width: int, part: str, dtype: torch.dtype, answer: Connection) -> None:
 
 
 def first_time(marks: list[Mark], error: float, clock: str) -> float:
-    """When the error was first at most this; infinity if it never was."""
+    """The time when the error was first at most `error`; infinity if it never was."""
     return next((getattr(mark, clock) for mark in marks if mark.error <= error), math.inf)
 
 
 def finite_or_none(number: float) -> float | None:
-    """As JSON has it."""
+    """The number, or None if it is infinite, because JSON has no infinity."""
     return number if math.isfinite(number) else None
 
 
@@ -184,7 +184,7 @@ def draw(runs: dict[str, dict[str, list[dict[str, Any]]]], costs: list[dict[str,
 
 
 def main_table(args: argparse.Namespace) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Runs by family and method, one for each seed. Seed by seed: what is compared runs side by side."""
+    """Runs by family and method, one for each seed. They run seed by seed, so that compared runs are close in time."""
     runs = {family: {method: [] for method in METHODS} for family in args.families}
     for seed in range(args.seeds):
         for family in args.families:
@@ -203,7 +203,7 @@ def width_table(args: argparse.Namespace) -> list[dict[str, Any]]:
         for part in ("adapter", "all"):
 
             def measured(width: int = width, part: str = part) -> dict[str, Any]:
-                # In a process of its own: the peak of a process is that of its whole life.
+                # Each case has its own process, because the peak of a process is that of its whole life.
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=cost, args=(width, part, args.dtype, sender))
                 process.start()

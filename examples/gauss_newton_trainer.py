@@ -1,9 +1,9 @@
-"""Second order in the Trainer of transformers: `GaussNewton` as its optimizer, on handwritten digits.
+"""A second-order optimizer in transformers' Trainer: `GaussNewton` on handwritten digits.
 
     python examples/gauss_newton_trainer.py
 
-A Chebyshev KAN that knows the digits 0 to 4 learns 5 to 9 with an adapter of a tenth. The loss is a cross-entropy.
-There is no rate to choose. Trainer resumes from its checkpoints. It takes less than a minute.
+A Chebyshev KAN that knows the digits 0 to 4 learns 5 to 9 with an adapter of a tenth of its size. The loss is a
+cross-entropy. There is no rate to choose. Trainer resumes from its checkpoints. The command takes less than a minute.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CLASSES = 5
 
 
 class Digits(Dataset):
-    """Images of 64 values in [−1, 1] and labels in 0, …, 4, of the digits from `first` on. Every third is a test."""
+    """Images of 64 values in [−1, 1], and labels in 0, …, 4, of five digits from `first` on. Every third is a test."""
 
     def __init__(self, first: int, test: bool = False) -> None:
         images, digits = load_digits(return_X_y=True)
@@ -47,7 +47,7 @@ class Digits(Dataset):
 
 
 class Classifier(nn.Module):
-    """(N, 64) → logits (N, 5), and their cross-entropy where there are labels."""
+    """(N, 64) → logits (N, 5), and their cross-entropy if labels are given."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Classifier(nn.Module):
 
 
 class OnTrainersBatch(GaussNewton):
-    """Trainer calls `step()` without a batch: the step is on the last one that `training_step` saw."""
+    """GaussNewton whose step uses the batch that `training_step` saw last. Trainer calls `step()` without a batch."""
 
     batch: Any = None
 
@@ -68,7 +68,7 @@ class OnTrainersBatch(GaussNewton):
 
 
 class GaussNewtonTrainer(Trainer):
-    """Trainer whose step is that of its optimizer, an `OnTrainersBatch`: no backward pass, only the loss before it."""
+    """Trainer for an `OnTrainersBatch`. It computes the loss before the step, and makes no backward pass."""
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         self.optimizer.optimizer.batch = inputs = self._prepare_inputs(inputs)  # accelerate wraps the optimizer
@@ -81,7 +81,7 @@ def outputs_and_targets(net: nn.Module, batch: dict[str, Tensor]) -> tuple[Tenso
 
 
 def base() -> Classifier:
-    """A classifier of 0 to 4, by Adam."""
+    """A classifier of the digits 0 to 4, trained by Adam."""
     classifier, digits = Classifier(), Digits(0)
     optimizer = torch.optim.Adam(classifier.parameters(), lr=1e-3)
     for _ in range(200):

@@ -3,9 +3,9 @@
     python examples/initializations.py
     python examples/initializations.py --tasks elliptic --seeds 3 --steps 100
 
-Three PDEs (their bases from pde_transfer.py's output directory, or trained as it does) and the regression task of
-learning_rates.py. Prints medians over the seeds, and in how many seeds an initialisation beats the random one; writes
-all losses as JSON.
+The tasks are three PDEs (with bases from pde_transfer.py's output directory, or trained in the same way) and the
+regression task of learning_rates.py. The command prints medians over the seeds, and for how many seeds an
+initialisation beats the random one. It writes all losses as JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Losses = Iterator[Callable[[PeftModel], Tensor]]
 
 
 def task(args: argparse.Namespace, name: str) -> tuple[Callable[[int], PeftModel], Callable[[int], Losses], float]:
-    """A function from the seed to an adapted model, one from the seed to an endless series of losses, and the rate."""
+    """A function from a seed to an adapted model, a function from a seed to an endless series of losses, the rate."""
     if name == "regression":
 
         def regression_losses(seed: int) -> Losses:

@@ -3,10 +3,10 @@
     python examples/interpolation.py
     python examples/interpolation.py --optimizer adam --seeds 1
 
-The base solves the elliptic problem at λ = 1. Adapters are trained at λ = 1.2 and at λ = 1.6, the second from random
-factors or from where the first has ended, and `add_weighted_adapter` takes their mean for λ = 1.4. Printed beside it:
-the base, each adapter alone, an adapter trained at λ = 1.4, and how far a few steps from the mean go, against as many
-from the base. Medians over the seeds; all errors as JSON.
+The base solves the elliptic problem at λ = 1. Adapters are trained at λ = 1.2 and at λ = 1.6. The second one starts
+from random factors, or from the end of the first. `add_weighted_adapter` takes their mean for λ = 1.4. For comparison,
+the table has the base, each adapter alone, an adapter trained at λ = 1.4, and a few steps from the mean and as many
+from the base. The command prints medians over the seeds, and writes all errors as JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEFT, MIDDLE, RIGHT = 1.2, 1.4, 1.6
 
 
 def run(args: argparse.Namespace, seed: int) -> dict[str, float]:
-    """Relative L2 errors at the parameter in the middle, by row of the table."""
+    """The relative L2 error at the middle parameter for each row of the table."""
     family = PDES["elliptic"]
     settings = argparse.Namespace(
         **vars(args) | {"pde": "elliptic", "kan": "chebyshev", "seed": seed, "device": "cpu"}

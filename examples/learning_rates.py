@@ -1,4 +1,4 @@
-"""Which learning rates the core and the factors should have: a coordinate check and a sweep over widths.
+"""Learning rates for the core and the factors: a coordinate check and a sweep over widths.
 
     python examples/learning_rates.py
     python examples/learning_rates.py --widths 16 64 --seeds 1 --steps 20
@@ -36,9 +36,9 @@ OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 INITIALISATIONS = ("random", "gradient")
 # Half decades around the best rate of each optimizer; the rates of the core.
 RATES = {"sgd": (3e-2, 1e-1, 3e-1, 1e0, 3e0), "adam": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
-RATIOS = (1 / 16, 1 / 4, 1, 4, 16)  # of η_U1 and η_U3 to their values in LR-1
+RATIOS = (1 / 16, 1 / 4, 1, 4, 16)  # η_U1 or η_U3 over its value in LR-1
 COORDINATE_STEPS = 5
-BATCH, DEGREE, RANKS = 64, 6, 4  # 7 basis functions: no width is 7, so that U1 and U3 never share a group
+BATCH, DEGREE, RANKS = 64, 6, 4  # no width may be 7, the number of basis functions, or U1 and U3 share a group
 
 
 def source(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def loss_of(model: torch.nn.Module, x: Tensor) -> Tensor:
 
 
 def groups(model: PeftModel, rate: float, rule: str, ratios: dict[str, float]) -> list[dict]:
-    """Parameter groups of a rule, those of a component scaled by its ratio."""
+    """The parameter groups of a rule, with the rate of each component multiplied by its ratio."""
     found = lotra_parameter_groups(model, lr=rate, lr_rule=rule)
     for group in found:
         for component, ratio in ratios.items():
@@ -94,7 +94,7 @@ def groups(model: PeftModel, rate: float, rule: str, ratios: dict[str, float]) -
 
 
 def run(case: dict, steps: int) -> dict:
-    """The loss after adaptation (infinite where it diverged), and how far the output moved in the first steps."""
+    """The loss after adaptation (infinite if it diverged), and how far the output moved in the first steps."""
     model = adapted(case["width"], case["seed"], case["initialisation"])
     ratios = {"U1": case.get("ratio_U1", 1), "U3": case.get("ratio_U3", 1)}
     optimizer = OPTIMIZERS[case["optimizer"]](groups(model, case["rate"], case["rule"], ratios))
@@ -118,7 +118,7 @@ def run(case: dict, steps: int) -> dict:
 
 def cases(args: argparse.Namespace) -> list[dict]:
     keys = ("width", "seed", "optimizer", "initialisation", "rule", "rate")
-    # Widths and seeds outermost: the base of one is kept.
+    # Widths and seeds are the outer loops, because `base_state` keeps one base.
     sweep = [
         dict(zip(keys, (width, seed, optimizer, initialisation, rule, rate), strict=True))
         for width, seed in itertools.product(args.widths, range(args.seeds))
@@ -169,7 +169,7 @@ def best(runs: list[dict], **where) -> tuple[float, float]:
 
 
 def growth(runs: list[dict], rate: float, **where) -> float:
-    """The exponent of the width in the movement of the output by the first steps; 0 is Θ(1)."""
+    """The exponent with which the output's movement in the first steps grows with the width; 0 means Θ(1)."""
     by_width: dict[int, list[float]] = {}
     for row in runs:
         case = row["case"]

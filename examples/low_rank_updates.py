@@ -1,17 +1,17 @@
-"""How low is the rank of what full fine-tuning changes? Spectra, suggested ranks and extracted adapters, three PDEs.
+"""How low is the rank of a full fine-tune's update? Spectra, suggested ranks and extracted adapters on three PDEs.
 
     python examples/low_rank_updates.py
     python examples/low_rank_updates.py --pde elliptic --energies 0.99 0.9999
 
-Takes the bases and fully fine-tuned weights that pde_transfer.py has left in --output-dir, or trains them as it does.
-Prints, and writes as JSON: the ranks that keep a share of the energy of A_ft − A_pt; the error of this update at the
-same number of parameters for the ranks of `compression_ratio` and for `suggest_ranks`; and what an adapter extracted
-from the fine-tuned model is worth. The picture shows the singular values.
+The command takes the bases and fully fine-tuned weights that pde_transfer.py has left in --output-dir, or trains them
+in the same way. It prints, and writes as JSON: the ranks that keep a share of the energy of A_ft − A_pt; the error of
+this update for the ranks of `compression_ratio` and of `suggest_ranks` at the same number of parameters; and the error
+of adapters extracted from the fine-tuned model. The picture shows the singular values.
 
-What to expect: the updates that Adam finds here are not of low rank. Energy 0.99 takes four fifths as many numbers as
-there are coefficients and still leaves a tenth of the update out, hence errors of 2e-2 to 5e-2; the fine-tuned models
-are at 3e-3 and below. But there are updates of low rank that do the same: fitted to the outputs of the fine-tuned
-model, an adapter of a tenth of the size is about as good.
+What to expect: the updates that Adam finds here are not of low rank. At the energy 0.99, they take four fifths as many
+numbers as there are coefficients. A tenth of the update is still left out, so the errors are 2e-2 to 5e-2. Those of
+the fine-tuned models are at most 3e-3. But there are updates of low rank with the same effect: an adapter of a tenth
+of the size that is fitted to the outputs of the fine-tuned model is about as good.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from peft_lotra.tensors.tucker import parameter_count
 
 LAYOUT = {"coefficients": "i o d"}
 RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # the ablation grid: adapter parameters per coefficient
-BUDGETS = (1 / 10, 1 / 20)  # those at which adapters are extracted
-FIT_POINTS = 1000  # in every iteration of a fit
+BUDGETS = (1 / 10, 1 / 20)  # at which adapters are extracted
+FIT_POINTS = 1000  # points in every iteration of a fit
 Ranks = dict[str, tuple[int, int, int]]
 
 
 def finetuned(args: argparse.Namespace, base: ChebyshevKAN, grid: torch.Tensor) -> ChebyshevKAN:
-    """The base after full fine-tuning: from a file of this script, from one of pde_transfer.py, or by training."""
+    """The base after full fine-tuning: from a file of this script or of pde_transfer.py, or by training."""
     width = "x".join(map(str, WIDTHS[args.kan]))
     steps = f"{args.base_steps}+{args.steps}steps"
     own = args.output_dir / f"full_{args.pde}_{args.kan}_{width}_seed{args.seed}_{steps}.safetensors"
@@ -80,7 +80,7 @@ def parameters(spectra: dict[str, Spectrum], ranks: Ranks) -> int:
 
 
 def compare_budgets(spectra: dict[str, Spectrum]) -> list[dict]:
-    """Uniform and suggested ranks at the budgets of RATIOS."""
+    """Uniform and suggested ranks for the budgets in RATIOS."""
     shapes = {name: spectrum.shape for name, spectrum in spectra.items()}
     rows = []
     for share in RATIOS:
@@ -101,7 +101,7 @@ def compare_budgets(spectra: dict[str, Spectrum]) -> list[dict]:
 
 
 def analyse(args: argparse.Namespace) -> tuple[dict, dict[str, Spectrum]]:
-    """Everything about one PDE: a record for the JSON file, and the spectra."""
+    """The analysis of one PDE: a record for the JSON file, and the spectra."""
     family = PDES[args.pde]
     target = family(family.target_parameter)
     grid = target.grid().to(args.device)
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Checks everything that can be checked before the minutes of training, and writes nothing until it has."""
+    """Check everything that can be checked before minutes of training. Nothing is written before that."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--pde", dest="pdes", choices=list(PDES), nargs="+", default=list(PDES), help="families of PDEs")

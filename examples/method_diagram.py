@@ -1,4 +1,4 @@
-"""Draw what LoTRA does: a KAN layer, its tensor of coefficients, and the update by core and factors.
+"""Draws what LoTRA does: a KAN layer, its tensor of coefficients, and the update by core and factors.
 
 python examples/method_diagram.py
 """
@@ -17,7 +17,7 @@ from matplotlib.patches import Polygon, Rectangle
 from reporting import write_atomically
 
 FROZEN, TRAINED = "#c9d3df", "#f2a65a"
-SHIFT = (0.45, 0.35)  # of the third axis, for each unit of its length
+SHIFT = (0.45, 0.35)  # how far a unit of the third axis is drawn to the right and up
 
 
 def box(axes: Axes, x: float, y: float, width: float, height: float, depth: float, color: str) -> None:

@@ -3,11 +3,11 @@
     python examples/pde_family.py --pde elliptic
     python examples/pde_family.py --pde hyperbolic
 
-Trains a base at one parameter (or loads that of an earlier run), fits one LoTRA adapter to the whole range by
-Gauss–Newton with Levenberg–Marquardt damping, on points and parameters that are drawn together, and prints its errors
-at parameters that it never saw, as it is and after 1, 2 and 5 iterations on the core alone. Beside it: an adapter for
-each parameter from the base, by the same optimizer, and full fine-tuning by Adam. Writes the adapter, a table as JSON
-and a picture.
+The command trains a base at one parameter (or loads the base of an earlier run). It fits one LoTRA adapter to the
+whole range by Gauss–Newton with Levenberg–Marquardt damping, on points and parameters that are drawn together. It
+prints the adapter's errors at parameters that it never saw, as it is and after 1, 2 and 5 iterations on the core
+alone. For comparison, it trains an adapter for one parameter from the base, by the same optimizer, and fully
+fine-tunes the base by Adam. It writes the adapter, a table as JSON and a picture.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COEFFICIENTS = {"coefficients": "i o d"}
 
 
 def family_residuals(model: nn.Module, family: type[PDE]) -> dict[str, Callable[[Any, Any], Tensor]]:
-    """As `residual_functions`, of batches that have a parameter for every point."""
+    """The same as `residual_functions`, for batches that have a parameter for every point."""
 
     def at(function: Callable[[PDE], Callable[..., Tensor]]) -> Callable[[Any, Any], Tensor]:
         def residual(net: Any, part: tuple[Tensor, Tensor]) -> Tensor:
@@ -66,12 +66,12 @@ def family_points(
     per_side: int = 80,
     grows_at: float = math.inf,
 ) -> Callable[[int], dict[str, tuple[Tensor, Tensor]]]:
-    """Fresh points of each kind of residual, with parameters drawn beside them.
+    """Fresh points for each kind of residual, with a parameter drawn for each point.
 
-    Few points fit an iteration by heart, which is cheap and enough at first; more of them average it out.
+    An iteration learns a few points by heart, which is cheap and good enough at first. More points average this out.
 
     Args:
-        grows_at: the iteration from which on there are `GROWTH` times as many.
+        grows_at: the iteration from which on there are `GROWTH` times as many points.
     """
 
     def fresh(iteration: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -91,7 +91,7 @@ def family_points(
 def course(
     model: nn.Module, pde: PDE, iterations: int, seed: int, grid: Tensor, label: str
 ) -> list[tuple[float, float]]:
-    """(CPU seconds, error) at the start and after every iteration on what is trainable."""
+    """(CPU seconds, error) at the start and after every iteration on the trainable parameters."""
     return [(mark.cpu_seconds, mark.error) for mark in fit(model, pde, iterations, seed, grid, label)]
 
 
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
 def separate(
     args: argparse.Namespace, load_base: Callable[[], nn.Module], pde: PDE, seed: int, grid: Tensor
 ) -> dict[str, Any]:
-    """An adapter of a tenth for this parameter alone, by Levenberg–Marquardt, and full fine-tuning by Adam."""
+    """An adapter for this parameter alone, with a tenth of the numbers, by LM, and full fine-tuning by Adam."""
     adapted: PeftModel = get_peft_model(load_base(), LoTRAConfig(coefficients=COEFFICIENTS))
     alone = course(adapted, pde, min(TASK_ITERATIONS, args.iterations), seed, grid, "LoTRA alone")
     full = load_base()

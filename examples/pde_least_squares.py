@@ -1,7 +1,7 @@
 """The PDEs as least squares, for `peft_lotra.fit_gauss_newton`: residuals at points, differentiated by torch.func.
 
 `pdes.py` differentiates by torch.autograd, which is enough for the gradient of a loss. A Jacobian has a gradient for
-every sample, and torch.func takes those of a batch at a time.
+every sample, and torch.func takes the gradients of a whole batch at once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from peft_lotra import fit_gauss_newton
 
 Net = Callable[[Tensor], Tensor]
 
-# Times the points of an iteration, where a fit grows. A few points are fitted by heart in each iteration, which is
-# cheap and enough at first; more of them average that out.
+# The factor by which a fit increases its points. Each iteration fits a few points by heart, which is cheap and good
+# enough at first. More points average this out.
 GROWTH = 4
 
 
 class Mark(NamedTuple):
-    """The error after a step, and when that was: seconds of the wall clock and of the process's own work."""
+    """The error after a step, with the seconds until then by the wall clock and of CPU time."""
 
     step: int
     seconds: float
@@ -74,8 +74,8 @@ EQUATIONS = {Elliptic: elliptic, Parabolic: parabolic, Hyperbolic: hyperbolic, B
 
 
 def residual_functions(pde: PDE) -> dict[str, Callable[[Net, Tensor], Tensor]]:
-    """By kind; with `batch`, mean squares that sum to ``pde.loss``."""
-    # The velocity at t = 0 is a fourth side beside the three with values; they have one mean.
+    """The residual functions by kind. Their mean squares over the points of `batch` sum to ``pde.loss``."""
+    # The velocity at t = 0 counts as a fourth side beside the three with values. All four have one mean.
     sides = len(pde.sides) + isinstance(pde, Hyperbolic)
     value = sqrt(pde.condition_weight * len(pde.sides) / sides)
     functions = {
@@ -104,7 +104,7 @@ def fit(
     per_side: int = 80,
     grows_at: float = math.inf,
 ) -> list[Mark]:
-    """Gauss–Newton with Levenberg–Marquardt damping, on fresh points each time; marks of the relative L2 error.
+    """Gauss–Newton with Levenberg–Marquardt damping, on fresh points in each iteration; returns marks of the error.
 
     Args:
         grows_at: the iteration from which on there are `GROWTH` times as many points.

@@ -1,12 +1,13 @@
-"""Adapt a KAN that solves one PDE to another PDE of the same family: LoTRA beside full fine-tuning.
+"""Adapt a KAN that solves one PDE to another PDE of the same family, by LoTRA and by full fine-tuning.
 
     python examples/pde_transfer.py --pde elliptic
     python examples/pde_transfer.py --pde hyperbolic --kan pykan --r 8 8 4
     python examples/pde_transfer.py --pde hyperbolic --optimizer lm
 
-Trains the base (or loads the one that an earlier run has left in --output-dir), adapts copies of it to the target,
-saves the adapter, loads and merges it into a fresh base, and checks that the merged KAN computes what the adapted one
-does. Writes a table (printed, and as JSON), a picture, the adapter and the fully fine-tuned weights.
+The command trains the base (or loads the base that an earlier run has left in --output-dir) and adapts copies of it to
+the target. It saves the adapter, loads and merges it into a fresh base, and checks that the merged KAN computes the
+same as the adapted KAN. It prints a table, and writes it as JSON, with a picture, the adapter and the fully fine-tuned
+weights.
 """
 
 from __future__ import annotations
@@ -51,16 +52,17 @@ def build_kan(kind: str, seed: int) -> nn.Module:
         return ChebyshevKAN(WIDTHS[kind], degree=7)
     from kan import MultKAN  # imported here: optional, and slow to import
 
-    # `width` as a list: MultKAN rewrites it in place. What is switched off serves plotting and symbolic regression.
+    # `width` is a list that MultKAN rewrites in place. The parts that are switched off are for plots and symbolic
+    # regression.
     kan = MultKAN(list(WIDTHS[kind]), grid=5, k=3, seed=seed, symbolic_enabled=False, save_act=False, auto_save=False)
     kan.symbolic_fun.requires_grad_(False)
     return kan
 
 
 def attach_lotra(kan: nn.Module, r: list[int] | None, compression_ratio: float, **family: Any) -> PeftModel:
-    """The KAN with an adapter that changes nothing yet. pykan's layers are known; for ours the layout is given.
+    """The KAN with an adapter that changes nothing yet. pykan's layers are registered; for ours the layout is given.
 
-    `family` is what `LoTRAConfig` takes for a family of tasks.
+    `family`: fields of `LoTRAConfig` for a family of tasks.
     """
     coefficients = {"coefficients": "i o d"} if isinstance(kan, ChebyshevKAN) else {}
     ranks = {"r": r[0] if len(r) == 1 else tuple(r)} if r else {"compression_ratio": compression_ratio}
@@ -73,7 +75,7 @@ def train(
     """Adam with cosine decay on fresh points at every step; an adapter's factors are kept orthonormal.
 
     Returns:
-        The course of the error as (step, relative L2 error), and the seconds taken.
+        The course of the error as (step, relative L2 error), and the seconds of the training.
     """
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, PeftModel):
@@ -101,9 +103,9 @@ def train(
 def adapt(
     args: argparse.Namespace, model: nn.Module, pde: PDE, part: str, grid: Tensor
 ) -> tuple[list[tuple[int, float]], float]:
-    """Fit to the target by the chosen optimizer; the course of the error and the seconds, as from `train`.
+    """Fit to the target by the chosen optimizer. Return the course of the error and the seconds, as `train` does.
 
-    The seed is the same, hence the points, whatever the model.
+    The seed, and with it the points, is the same for every model.
     """
     if args.optimizer == "lm":
         marks = fit(model, pde, args.steps, args.seed + 1, grid, part)
@@ -112,9 +114,9 @@ def adapt(
 
 
 def trained_base(args: argparse.Namespace, pde: PDE, grid: Tensor) -> Callable[[], nn.Module]:
-    """Trains and saves the base unless its file is there; returns a function that builds a copy of it.
+    """Train and save the base unless its file exists. Return a function that builds a copy of it.
 
-    From the file and not by ``copy.deepcopy``: pykan keeps the activations of the last batch, which cannot be copied.
+    The copy is read from the file. ``copy.deepcopy`` would fail on the activations of the last batch that pykan keeps.
     """
     width = "x".join(map(str, WIDTHS[args.kan]))
     path = args.output_dir / f"base_{args.pde}_{args.kan}_{width}_seed{args.seed}_{args.base_steps}steps.pt"
@@ -138,7 +140,7 @@ def check_merged(load_base: Callable[[], nn.Module], adapter: Path, adapted: nn.
     """‖merged − adapted‖₂ / ‖adapted‖₂, where merged = fresh base + adapter from its file.
 
     Raises:
-        SystemExit: if that is above MERGE_TOLERANCE.
+        SystemExit: if this difference is above MERGE_TOLERANCE.
     """
     merged = PeftModel.from_pretrained(load_base(), adapter).merge_and_unload()
     expected = adapted(grid)
@@ -193,7 +195,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Checks everything that can be checked before the minutes of training, and writes nothing until it has."""
+    """Check everything that can be checked before minutes of training. Nothing is written before that."""
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--pde", choices=list(PDES), default="elliptic", help="family of PDEs")

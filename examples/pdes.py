@@ -1,7 +1,7 @@
-"""Three families of PDEs with known solutions, one parameter each: what a physics-informed KAN is trained on.
+"""Families of PDEs with known solutions and one parameter each, on which a physics-informed KAN is trained.
 
-A family gives its residual (through autograd), its boundary and initial conditions and its exact solution for any
-value of its parameter: train at one value, adapt to another. The model is any ``nn.Module`` from (N, 2) to (N, 1).
+A family has its residual (by autograd), its boundary and initial conditions and its exact solution for every value of
+its parameter. A model is trained at one value and adapted to another. It is any ``nn.Module`` from (N, 2) to (N, 1).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 
 
 class Points(NamedTuple):
-    """Where the equation and where the conditions are imposed. shapes: (N, 2) and (M, 2)"""
+    """The points at which the equation and the conditions are imposed. shapes: (N, 2) and (M, 2)"""
 
     interior: Tensor
     boundary: Tensor
 
 
 def partial_derivatives(u: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """(∂u/∂p₀, ∂u/∂p₁) at every point, themselves differentiable.
+    """(∂u/∂p₀, ∂u/∂p₁) at every point. They can be differentiated again.
 
     One gradient of Σ u serves all points, because u at a point depends on that point alone.
 
     Args:
         u: shape: (N, 1)
-        points: the leaf that u was computed from. shape: (N, 2)
+        points: the leaf from which u was computed. shape: (N, 2)
 
     Returns:
         Two tensors. shape: (N, 1)
@@ -39,10 +39,10 @@ def partial_derivatives(u: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class PDE:
-    """A boundary value problem on a rectangle; a subclass is a family, ``parameter`` its member.
+    """A boundary value problem on a rectangle. A subclass is a family, and ``parameter`` selects a member.
 
-    The loss is mean(residual²) + condition_weight · mean(condition²). The residual is made of second derivatives, of
-    size 10 to 100 here, the conditions of the solution, of size 1: without the weight the conditions hardly count.
+    The loss is mean(residual²) + condition_weight · mean(condition²). The residual contains second derivatives, of
+    size 10 to 100 here. The conditions contain the solution, of size 1, and would hardly count without the weight.
     """
 
     parameter: float
@@ -66,7 +66,7 @@ class PDE:
         raise NotImplementedError
 
     def conditions(self, model: nn.Module, points: Tensor) -> Tensor:
-        """How far the model is from the prescribed values on the boundary. shape: (M, 2) → (≥ M, 1)"""
+        """The differences between the model and the prescribed values on the boundary. shape: (M, 2) → (≥ M, 1)"""
         return model(points) - self.exact(points)
 
     def loss(self, model: nn.Module, points: Points) -> Tensor:
@@ -81,11 +81,11 @@ class PDE:
         interior: int = 256,
         per_side: int = 20,
     ) -> Points:
-        """Uniform points, drawn on the CPU so that a seed gives the same ones on every device.
+        """Uniform random points. They are drawn on the CPU, so a seed gives the same points on every device.
 
-        Meant to be called at every step. With points drawn once, the loss goes down just the same while the error
-        stays ten times higher (elliptic, 1,000 Adam steps: 1.6e-2 fixed, 1.8e-3 fresh): 336 points can be fitted
-        by heart. Drawing them costs about nothing beside the derivatives.
+        Call this at every step. If points are drawn once, the loss falls all the same, but the error stays ten times
+        higher (elliptic, 1,000 Adam steps: 1.6e-2 fixed, 1.8e-3 fresh), because 336 points can be fitted by heart.
+        Compared with the derivatives, drawing points costs almost nothing.
 
         Returns:
             shapes: (interior, 2) and (number of sides · per_side, 2)
@@ -98,7 +98,7 @@ class PDE:
         return Points(inside.to(device), boundary.to(device))
 
     def grid(self, size: int = 65) -> Tensor:
-        """A regular grid with the boundary, the first axis slowest. shape: (size², 2)"""
+        """A regular grid that includes the boundary. The first axis varies slowest. shape: (size², 2)"""
         axes = [torch.linspace(low, high, size) for low, high in zip(self.lower, self.upper, strict=True)]
         return torch.cartesian_prod(*axes)
 
@@ -162,7 +162,7 @@ class Hyperbolic(PDE):
     def conditions(self, model: nn.Module, points: Tensor) -> Tensor:
         at_rest = points[points[:, 1] == 0].detach().requires_grad_()
         u_t = partial_derivatives(model(at_rest), at_rest)[1]
-        # cπ is the size of u_t elsewhere: divided by it, the velocity weighs as much as the displacement.
+        # cπ is the size of u_t elsewhere. Divided by it, the velocity has the same weight as the displacement.
         return torch.cat([super().conditions(model, points), u_t / (self.parameter * pi)])
 
 

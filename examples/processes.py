@@ -1,4 +1,4 @@
-"""What a run in several processes needs: as many as were asked for, and checkpoints that outlive any of them."""
+"""For runs in several processes: a check of their number, and checkpoints that survive when a process is killed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from accelerate import Accelerator
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Says how many processes work together.
+    """Print how many processes work together.
 
     Raises:
-        SystemExit: if they are not as many as the launcher was asked for, as far as that can be known.
+        SystemExit: if this is not the number that the launcher was asked for, as far as that can be known.
     """
     processes = accelerator.num_processes
     if processes == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise SystemExit(
             "The launcher was asked for several processes and has started one, as `accelerate launch --cpu` does: use "
-            "torchrun or a file of examples/accelerate/, and --cpu after the script's name."
+            "torchrun or a file from examples/accelerate/, and put --cpu after the script's name."
         )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if processes != launched:
@@ -35,13 +35,13 @@ def check_processes(accelerator: Accelerator) -> None:
 
 @contextmanager
 def complete_directory(accelerator: Accelerator, path: Path) -> Iterator[Path]:
-    """A directory for all processes to fill, which then takes the name `path`; what was there is replaced.
+    """A directory for all processes to fill. It then takes the name `path`, and replaces what was there.
 
-    Complete or absent, at whatever moment a process is killed.
+    It is complete or absent, whenever a process is killed.
     """
     partial = path.with_name(".partial")
     if accelerator.is_main_process:
-        for rest in (partial, path.with_name(".old")):  # of a killed run
+        for rest in (partial, path.with_name(".old")):  # left by a killed run
             shutil.rmtree(rest, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
@@ -53,9 +53,9 @@ def complete_directory(accelerator: Accelerator, path: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: dict) -> None:
-    """Saves all that is prepared (models with their bases) and `progress`, a dict for JSON with its "step".
+    """Save everything that is prepared (models with their bases) and `progress`, a dict for JSON that has "step".
 
-    Earlier checkpoints are removed when this one is complete; accelerate's own limit removes them before.
+    Earlier checkpoints are removed when this one is complete. (accelerate's own limit would remove them before.)
     """
     with complete_directory(accelerator, folder / f"step_{progress['step']:07d}") as partial:
         accelerator.save_state(partial)
@@ -67,10 +67,10 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: dict) -> N
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path, settings: dict) -> dict | None:
-    """Loads the last checkpoint into what is prepared; returns its progress, or None if there is none.
+    """Load the last checkpoint into what is prepared. Return its progress, or None if there is no checkpoint.
 
     Raises:
-        SystemExit: if it was made with other settings; nothing is loaded then.
+        SystemExit: if it was made with other settings. Nothing is loaded then.
     """
     checkpoints = _checkpoints(folder)
     if not checkpoints:
@@ -83,7 +83,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, settings: dict) -> d
                 f"--output-dir, or remove {folder}."
             )
     accelerator.load_state(checkpoints[-1])
-    accelerator.step = 0  # backward passes since the last whole step; how many make one may have changed
+    accelerator.step = 0  # backward passes since the last whole step; their number per step may have changed
     accelerator.print(f"Goes on after step {progress['step']}, from {checkpoints[-1]}")
     return progress
 
@@ -93,6 +93,6 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    """At once, not file by file."""
+    """Remove a directory. The rename first makes it absent at once, not file by file."""
     if path.exists():
         shutil.rmtree(path.rename(path.with_name(".old")))

@@ -1,4 +1,4 @@
-"""What an example leaves behind: a table, a picture, and files that are complete or absent."""
+"""The output of an example: a table, a picture, and files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Row:
     share: float
     error: float
     seconds: float | None = None
-    stored_bytes: int | None = None  # what has to be kept for this task, given the base
+    stored_bytes: int | None = None  # what must be stored for this task besides the base
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """A file that is there is complete, even if a run is interrupted or two run at once."""
+    """Write a file that is complete or absent, even if a run is interrupted or two runs write it at once."""
     partial = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         write(partial)
@@ -58,14 +58,14 @@ def draw(
     limit = exact.abs().max().item()
     error = (adapted - exact).abs()
     solution = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
-    # The points where the error happens to vanish would stretch the scale over many empty decades.
+    # Points where the error happens to vanish would stretch the scale over many empty decades.
     logarithmic = {"cmap": "magma", "norm": LogNorm(error.max().item() / 1e3, error.max().item(), clip=True)}
     for axes, field, name, style in (
         (exact_axes, exact, "Exact solution u", solution),
         (adapted_axes, adapted, "LoTRA-adapted KAN Ψ", solution),
         (error_axes, error, "Absolute error |Ψ − u|", logarithmic),
     ):
-        # Transposed: an image's rows run along the vertical axis, our first axis is the horizontal one.
+        # Transposed, because an image's rows run along the vertical axis, and our first axis is horizontal.
         image = axes.imshow(field.T.numpy(), origin="lower", extent=extent, aspect="auto", **style)
         axes.set(title=name, xlabel=pde.axes[0], ylabel=pde.axes[1])
         figure.colorbar(image, ax=axes)

@@ -1,6 +1,6 @@
 """A Transformer-KAN for transformers: GPT-2 whose MLP blocks are two KAN layers.
 
->>> import transformer_kan  # makes the classes known to AutoConfig and AutoModel..., and the KAN layers to LoTRA
+>>> import transformer_kan  # registers the classes with AutoConfig and AutoModel..., and the KAN layers with LoTRA
 >>> config = TransformerKANConfig(
 ...     vocab_size=103, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128,
 ...     kan_hidden_size=64, kan_degree=4,
@@ -9,7 +9,7 @@
 >>> model = get_peft_model(base, LoTRAConfig(compression_ratio=0.1, task_type="CAUSAL_LM"))
 >>> AutoModelForCausalLM.from_pretrained("directory of a saved base, or of an adapter")
 
-For `TransformerKANForSequenceClassification` give the config `num_labels` and `pad_token_id`: it classifies by the
+For `TransformerKANForSequenceClassification`, give the config `num_labels` and `pad_token_id`. It classifies by the
 last token that is not padding. Everything else (attention, cache, generation, checkpointing, Trainer) is GPT-2's own.
 """
 
@@ -34,14 +34,14 @@ from peft_lotra import register_kan_layer
 
 
 class TransformerKANConfig(GPT2Config):
-    """GPT-2's configuration, with the KAN layers' sizes.
+    """GPT-2's configuration with the sizes of the KAN layers.
 
     Args:
-        kan_hidden_size: features between the two KAN layers of a block.
-        kan_degree: highest Chebyshev degree; n_d = kan_degree + 1 basis functions per input.
-        kwargs: GPT-2's: `vocab_size`, `hidden_size`, `num_hidden_layers`, `num_attention_heads`,
-            `max_position_embeddings`, `num_labels`, `pad_token_id`, … Differing from GPT-2, no token is special and
-            no dropout is applied unless given.
+        kan_hidden_size: the number of features between the two KAN layers of a block.
+        kan_degree: the highest Chebyshev degree; there are n_d = kan_degree + 1 basis functions per input.
+        kwargs: arguments of GPT-2's configuration: `vocab_size`, `hidden_size`, `num_hidden_layers`,
+            `num_attention_heads`, `max_position_embeddings`, `num_labels`, `pad_token_id`, … Unlike in GPT-2, there
+            are no special tokens and no dropout by default.
     """
 
     model_type = "transformer_kan"
@@ -65,14 +65,14 @@ class TransformerKANModel(GPT2Model):
             block.mlp = nn.Sequential(ChebyshevKANLayer(n, hidden, degree), ChebyshevKANLayer(hidden, n, degree))
 
     def _init_weights(self, module: nn.Module) -> None:
-        # Called for layers that a loaded file lacks as well; the flag says that this one was in it.
+        # transformers also calls this after loading. The flag says that the loaded file had this layer.
         super()._init_weights(module)
         if isinstance(module, ChebyshevKANLayer) and not getattr(module.coefficients, "_is_hf_initialized", False):
             module.reset_parameters()
 
 
 class _WithHead:
-    """Puts a TransformerKANModel under GPT-2's heads."""
+    """Replaces the model under one of GPT-2's heads by a TransformerKANModel."""
 
     config_class = TransformerKANConfig
 
@@ -83,14 +83,14 @@ class _WithHead:
 
 
 class TransformerKANForCausalLM(_WithHead, GPT2LMHeadModel):
-    """input_ids (batch, t) → logits (batch, t, vocab_size), by the embedding transposed (`tie_word_embeddings`)"""
+    """input_ids (batch, t) → logits (batch, t, vocab_size), with the transposed embedding (`tie_word_embeddings`)"""
 
 
 class TransformerKANForSequenceClassification(_WithHead, GPT2ForSequenceClassification):
     """input_ids (batch, t) → logits (batch, num_labels)"""
 
-    # Its loss is a mean over the batch. From the **kwargs of GPT-2's forward, Trainer would conclude that it divides
-    # by `num_items_in_batch`, and would multiply loss and gradients by the number of processes.
+    # The loss is a mean over the batch. From the **kwargs of GPT-2's forward, Trainer would conclude that the loss is
+    # divided by `num_items_in_batch`, and would multiply loss and gradients by the number of processes.
     accepts_loss_kwargs = False
 
 

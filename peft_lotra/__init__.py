@@ -1,6 +1,6 @@
 """LoTRA: low tensor-rank adaptation of Kolmogorov–Arnold networks, as a PEFT method.
 
-Importing this package registers LoTRA with PEFT, for `get_peft_model`, `PeftModel.from_pretrained` and the rest.
+Importing this package registers LoTRA with PEFT, for `get_peft_model`, `PeftModel.from_pretrained` and others.
 """
 
 from . import registration as _registration

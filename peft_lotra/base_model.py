@@ -1,4 +1,4 @@
-"""The layers and parameters of a model by the names that they have without adapters."""
+"""The layers and parameters of a model, by the names that they have without adapters."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import nn
 class BaseModel:
     """The base model as it would be without adapters."""
 
-    layers: dict[str, nn.Module]  # by name; without the modules inside a layer that is adapted already
-    parameters: list[str]  # full names, of all parameters
+    layers: dict[str, nn.Module]  # by name, without the modules inside a layer that is adapted already
+    parameters: list[str]  # the full names of all parameters
 
     @classmethod
     def of(cls, model: nn.Module) -> BaseModel:
         layers, parameters = {}, []
-        inside: str | None = None  # the adapted layer whose submodules are being passed
+        inside: str | None = None  # the adapted layer whose submodules are being skipped
         for name, module in model.named_modules():
             if inside is not None and name.startswith(inside):
                 continue

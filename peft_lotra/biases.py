@@ -16,7 +16,7 @@ _NORM = re.compile(r"Norm(\d[dD])?$")  # LayerNorm, BatchNorm2d, LlamaRMSNorm
 
 
 class Bias(NamedTuple):
-    """A parameter that `LoTRAConfig.bias` means, and its names: in the adapter's file, the model, the plain model."""
+    """A parameter that `LoTRAConfig.bias` selects, and its names in the adapter's file, the model, the plain model."""
 
     saved: str
     name: str
@@ -25,11 +25,11 @@ class Bias(NamedTuple):
 
 
 def trained_biases(model: nn.Module, adapter: str, bias: str, modules: Collection[str] = ()) -> list[Bias]:
-    """The biases that `bias`, of the config of `adapter`, means in `model`, except those inside `modules_to_save`.
+    """The biases in `model` that the config field `bias` of `adapter` selects, except those inside `modules_to_save`.
 
     A bias is a parameter called "bias", as for LoRA. In adapted layers, the vectors of normalisations count as biases,
     too: parameters of one axis in modules such as LayerNorm and BatchNorm2d. In the file, an adapted layer has the
-    name that it would have without other adapters. `modules` names layers that will be adapted.
+    name that it would have if the model had no other adapters. `modules` names layers that will be adapted.
     """
     if bias == "none":
         return []
@@ -45,7 +45,7 @@ def _biases(
     names: tuple[str, ...] = ("", "", ""),
     within: bool = False,
 ) -> Iterator[Bias]:
-    """The biases in a module; `takes` says whether they count, `within` whether it lies in an adapted layer."""
+    """The biases in a module. `takes`: whether they count. `within`: whether the module lies in an adapted layer."""
     if isinstance(module, AuxiliaryTrainingWrapper):
         return
     while isinstance(module, BaseTunerLayer):

@@ -1,4 +1,4 @@
-"""What a call of an adapted model says to its adapters: `adapter_names` and `lotra_task`, for PEFT to take out."""
+"""The arguments of a call that are for the adapters, `adapter_names` and `lotra_task`. PEFT removes them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .registration import TASK
 def entered(
     model: nn.Module, configs: Mapping[str, LoTRAConfig], active: Sequence[str], arguments: Mapping[str, Any]
 ) -> Iterator[None]:
-    """While this is entered, the adapted layers of a model know the arguments of the call.
+    """While this is entered, the adapted layers of a model have the arguments of the call.
 
     Args:
-        model: the base model, with the adapters in it.
+        model: the base model with the adapters in it.
         configs: the configs of all adapters.
         active: the active adapters.
         arguments: the arguments of the call, by name.
@@ -32,7 +32,7 @@ def entered(
         TypeError, ValueError: naming the argument.
     """
     names, task = arguments.get("adapter_names"), arguments.get(TASK)
-    # Generation repeats every sample, except for the encoder of an encoder-decoder.
+    # Generation repeats every sample, but not for the encoder of an encoder-decoder model.
     repeats = max(arguments.get("num_beams") or 1, arguments.get("num_return_sequences") or 1)
     batch = None if names is None else _mixed_batch(model, names, repeats)
     with mixed_batch.entered(batch):
@@ -44,7 +44,7 @@ def entered(
         if not kinds:
             raise ValueError(
                 f"`{TASK}` {task!r}: none of the adapters {list(used)} is for a family of tasks "
-                "(`LoTRAConfig(family=...)`); leave it out, or call `set_adapter` with one that is"
+                "(`LoTRAConfig(family=...)`); leave it out, or call `set_adapter` with a family's adapter"
             )
         weights = families.weights_of(kinds, task)
         repeated = {name: c if c.dim() == 1 else c.repeat_interleave(repeats, dim=0) for name, c in weights.items()}
@@ -70,7 +70,7 @@ def _mixed_batch(model: nn.Module, names: Sequence[str], repeats: int) -> MixedB
 
 
 def _encoder(model: Any, repeats: int) -> set[nn.Module]:
-    """The modules that see samples as they are where others see repeated ones."""
+    """The modules of the encoder, which sees each sample once while other modules see repeated samples."""
     encoder = model.get_encoder() if repeats > 1 and hasattr(model, "get_encoder") else None
     # transformers' models without an encoder return themselves.
     return set() if encoder is None or encoder is model else set(encoder.modules())

@@ -1,4 +1,4 @@
-"""Checks of adapters that are saved or loaded, made before anything of a model is changed."""
+"""Checks of adapters that are saved or loaded, made before a model is changed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import nn
 
 CONTAINERS = ("lotra_core", "lotra_U1", "lotra_U2", "lotra_U3", "lotra_U4", "lotra_U5")
-PREFIX = "base_model.model."  # of every name in a file that PEFT writes
+PREFIX = "base_model.model."  # every name in a file that PEFT writes begins with it
 
 
 class Slot(NamedTuple):
-    """The place that a tensor of a file is meant for."""
+    """The shape and dtype of the place for a tensor of a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float64
 
 
 class SavedAdapter(NamedTuple):
-    """What an adapter file holds."""
+    """The contents of an adapter file."""
 
     origin: str  # the file, as errors name it
     weights: Mapping[str, torch.Tensor]
@@ -34,7 +34,7 @@ class SavedAdapter(NamedTuple):
 
 @contextmanager
 def naming(file: str | None) -> Iterator[None]:
-    """Errors raised inside become a ValueError or TypeError that names the file, if there is one."""
+    """If a file is given, errors raised inside become a ValueError or TypeError that names it."""
     try:
         yield
     except Exception as error:  # PEFT, json, the file system and Python itself raise other types
@@ -44,22 +44,22 @@ def naming(file: str | None) -> Iterator[None]:
 
 
 def is_adapter_key(key: str) -> bool:
-    """Whether a state dict's key is that of a core or factor, not of a trained copy of a module."""
+    """Whether a state dict's key names a core or factor, and not another trained tensor."""
     return any(f".{name}" in f".{key}" for name in CONTAINERS)
 
 
 def check_weights(expected: Mapping[str, Slot], weights: Mapping[str, torch.Tensor], origin: str) -> None:
-    """Raise ValueError unless `weights` has exactly the `expected` names and shapes, and values that fit there.
+    """Raise ValueError unless `weights` has exactly the `expected` names and shapes, and valid values.
 
-    Factors are real floating-point numbers, finite after the cast to the dtype that they are used in. Trained copies
-    of modules hold no NaN, and nothing finite in them becomes infinite by the cast.
+    Factors must be real floating-point numbers that are finite after the cast to the dtype in which they are used.
+    Trained copies of modules must not hold NaN, and the cast must not make finite values infinite.
     """
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unexpected:
         raise ValueError(
             f"{origin} does not belong to this adapter: it lacks {missing or 'nothing'}, and has "
             f"{unexpected or 'nothing'} in addition. Was it made for another base model, or other `target_modules`? "
-            "Of the base model's own tensors, only those that `modules_to_save` and `bias` mean are loaded"
+            "Tensors of the base model are loaded only if `modules_to_save` or `bias` selects them"
         )
     for key, slot in expected.items():
         check_tensor(key, weights[key], slot, origin)
@@ -81,13 +81,13 @@ def check_tensor(key: str, given: torch.Tensor, slot: Slot, origin: str) -> None
         raise ValueError(f"{origin} has NaN or infinity in {key}: the adapter is broken; use an earlier save")
     if given.dtype != slot.dtype and not torch.equal(given.isinf(), given.to(slot.dtype).isinf()):
         raise ValueError(
-            f"{origin} has values up to {given.abs().max().item():.3g} in {key}, too large for the {slot.dtype} that "
-            "they are used in: load the base model in a wider dtype, such as torch.float32"
+            f"{origin} has values up to {given.abs().max().item():.3g} in {key}, too large for the {slot.dtype} in "
+            "which they are used: load the base model in a wider dtype, such as torch.float32"
         )
 
 
 def digest(weights: Mapping[str, torch.Tensor], meaning: Mapping[str, Any]) -> str:
-    """sha256 over `meaning`, plain data, and every tensor's name, dtype, shape and bytes, in the order of names."""
+    """The sha256 of `meaning`, which is plain data, and of every tensor's name, dtype, shape and bytes."""
     total = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
     for key, tensor in sorted((key.replace(PREFIX, ""), tensor) for key, tensor in weights.items()):
         total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -96,7 +96,7 @@ def digest(weights: Mapping[str, torch.Tensor], meaning: Mapping[str, Any]) -> s
 
 
 def refuse_checkpoints(model: nn.Module) -> None:
-    """Make pykan's `saveckpt`, and `log_history` with `auto_save`, raise: `loadckpt` knows no adapters."""
+    """Make pykan's `saveckpt`, and `log_history` with `auto_save`, raise: `loadckpt` does not know adapters."""
     for module in model.modules():
         if hasattr(type(module), "saveckpt"):
             module.__dict__ |= {"saveckpt": _refused_checkpoint, "log_history": partial(_refused_history, module)}
@@ -125,7 +125,7 @@ def read_adapter(directory: str) -> SavedAdapter | None:
     """The adapter file in a local directory, or None if the directory has no such file.
 
     Raises:
-        ValueError: if the file cannot be read, or holds anything else than tensors by name.
+        ValueError: if the file cannot be read, or holds anything but dense tensors by name.
     """
     files = [os.path.join(directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
     file = next(filter(os.path.isfile, files), None)

@@ -1,4 +1,4 @@
-"""What PEFT collects of an adapter to save it, and what it would write besides."""
+"""Checks the tensors that PEFT collects to save an adapter, and what it would write in addition."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .slots import slots_of
 
 
 class Collected(dict):
-    """An adapter's tensors by their names in the model, to which PEFT adds others, the base model's embeddings too."""
+    """An adapter's tensors by their names in the model. PEFT adds others, for instance the base model's embeddings."""
 
     def __init__(self, own: Mapping[str, torch.Tensor], model: nn.Module, adapter_name: str, bias: str) -> None:
         super().__init__(own)
         self._model, self._adapter, self._bias = model, adapter_name, bias
 
     def update(self, more: Mapping[str, torch.Tensor]) -> None:  # type: ignore[override]
-        """Take what belongs to the adapter; the frozen original beside a trained copy or token rows is passed over.
+        """Take the tensors that belong to the adapter. Frozen originals of trained copies or token rows are skipped.
 
         Raises:
             ValueError: for other tensors of the base model, which no adapter loads.
@@ -33,27 +33,28 @@ class Collected(dict):
         if base:
             raise ValueError(
                 f"the adapter {self._adapter!r} cannot be saved with the base model's {base}, which no "
-                "adapter loads: pass `save_embedding_layers=False`, and save the base model too if they were changed, "
-                "or adapt it anew with them in `modules_to_save`, or with single rows in `trainable_token_indices`"
+                "adapter loads: pass `save_embedding_layers=False`, and save the base model too if they were changed; "
+                "or adapt the model again with these modules in `modules_to_save`, or with single rows in "
+                "`trainable_token_indices`"
             )
         super().update({key: tensor for key, tensor in more.items() if key in names})
 
 
 def check_whole(tensors: Iterable[torch.Tensor], adapter_name: str) -> None:
-    """Raise ValueError if PEFT's `save_pretrained` is about to write tensors of which this process has a part."""
+    """Raise ValueError if PEFT's `save_pretrained` is about to write tensors of which this process has only a part."""
     if any_sharded(tensors) and _is_saving():
         raise ValueError(
-            f"the adapter {adapter_name!r} cannot be saved: each process has a part of its factors only (FSDP2). "
+            f"the adapter {adapter_name!r} cannot be saved: each process has only a part of its factors (FSDP2). "
             "Gather them in all processes, by `state = accelerator.get_state_dict(model)` or `get_model_state_dict("
             "model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))` of "
-            "torch.distributed.checkpoint.state_dict, and in the first one call "
-            "`save_pretrained(..., state_dict=state)`"
+            "torch.distributed.checkpoint.state_dict. Then call `save_pretrained(..., state_dict=state)` in the first "
+            "process"
         )
 
 
 def _is_saving() -> bool:
-    # accelerate collects parts by the same function, and writes them in its own way. PEFT tells a tuner of neither,
-    # and calls nothing of it between collecting and writing.
+    # accelerate collects parts by the same function, and writes them in its own way. PEFT does not tell a tuner which
+    # of the two is running, and calls no method of the tuner between collecting and writing.
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not PeftModel.save_pretrained.__code__:
         frame = frame.f_back

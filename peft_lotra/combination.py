@@ -1,4 +1,4 @@
-"""Weighted combinations of adapters: what `LoTRAModel.add_weighted_adapter` computes."""
+"""Weighted combinations of adapters, for `LoTRAModel.add_weighted_adapter`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def combine_adapters(
     rule = _checked_rule(combination_type, density, majority_sign_method)
     if rule == "cat" and svd_rank is not None:
         raise ValueError(
-            f"`svd_rank` {svd_rank!r} with `combination_type` 'cat', where the ranks add up: use 'svd' to choose them"
+            f"`svd_rank` {svd_rank!r} with `combination_type` 'cat', where the ranks add up: use 'svd' to choose ranks"
         )
     layers = {
         parameter: layer
@@ -87,12 +87,12 @@ def _check_adapters(
         raise ValueError(f"`adapters` {of_families} are for families of tasks: combine those of `adapter_at`")
     slim = {name: configs[name].slim for name in adapters}
     if len(set(slim.values())) > 1:
-        raise ValueError(f"`adapters` with `slim` = {slim}: combine those that agree in it")
+        raise ValueError(f"`adapters` with `slim` = {slim}: combine adapters that have the same `slim`")
     biased = [name for name in adapters if configs[name].bias != "none"]
     if biased:
         raise ValueError(
-            f"`adapters` {biased} have trained biases (`bias`), which one adapter of a model may have: merge it into "
-            "the model by `merge_and_unload` first, and combine others on top of that"
+            f"`adapters` {biased} have trained biases (`bias`), and only one adapter of a model may have them: merge "
+            "that adapter into the model by `merge_and_unload` first, and combine others on top of it"
         )
     shared = [owners for _, owners in copied_modules(model, adapters) if len(owners) > 1]
     if shared:
@@ -108,14 +108,14 @@ def _check_adapters(
 
 
 def copied_modules(model: nn.Module, adapters: Sequence[str]) -> list[tuple[AuxiliaryTrainingWrapper, list[str]]]:
-    """Modules of which adapters hold a trained copy, or trained rows, and those of `adapters` that do."""
+    """Every module that can have trained copies or rows, with those of `adapters` that have a copy or rows of it."""
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     return [(w, [name for name in dict.fromkeys(adapters) if name in w._get_available_adapters()]) for w in wrappers]
 
 
 @torch.no_grad()
 def copy_trained(wrapper: AuxiliaryTrainingWrapper, adapter: str, to: str) -> None:
-    """Give the adapter `to` the values that `adapter` has trained."""
+    """Copy the values that `adapter` has trained to the adapter `to`."""
     if isinstance(wrapper, ModulesToSaveWrapper):
         wrapper.modules_to_save[to].load_state_dict(wrapper.modules_to_save[adapter].state_dict())
     else:
@@ -178,7 +178,7 @@ def _terms(
 def _pruned_sum(
     rule: str, terms: Sequence[tuple[float, TuckerFactors]], density: float | None, majority_sign_method: str
 ) -> TuckerFactors:
-    """What the rule makes of the dense updates, as a core with whole modes."""
+    """The rule's result for the dense updates, as a core with whole modes."""
     updates = [reconstruct(factors) for _, factors in terms]
     weights = torch.tensor([weight for weight, _ in terms], dtype=updates[0].dtype)
     method = {"majority_sign_method": majority_sign_method} if rule.endswith("ties") else {}
@@ -192,7 +192,7 @@ def _config(
     layers: Mapping[str, LoTRALayer],
     factors: Mapping[str, TuckerFactors],
 ) -> LoTRAConfig:
-    """The first adapter's config, but with every tensor, its layout and its ranks by name."""
+    """The first adapter's config, but with the layout and ranks of every tensor by name."""
     described = {key: value for name in adapters for key, value in configs[name].coefficients.items()}
     saved = {entry for name in adapters for entry in configs[name].modules_to_save or ()}
     tokens = [configs[name].trainable_token_indices for name in adapters]

@@ -1,4 +1,4 @@
-"""LoTRAConfig: plain data, checked as far as this goes without a model."""
+"""LoTRAConfig: plain data, checked as far as possible without a model."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Target:
     spec: CoefficientSpec
     ranks: Ranks = (1, 1, 1)
     alpha: float = 1.0
-    copy_of: tuple[str, str] | None = None  # the layer's class, and the registered one that it is taken for
+    copy_of: tuple[str, str] | None = None  # the layer's class, and the registered class that it is taken to copy
 
     @property
     def parameter(self) -> str:
@@ -54,67 +54,66 @@ class Target:
 class LoTRAConfig(PeftConfig):
     """A_ft = A_pt + alpha · G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 for every KAN coefficient tensor that the fields select.
 
-    On injection the model's own copy of the config becomes self-contained: `target_modules`, `coefficients` and
-    `rank_pattern` then name every adapted layer, so that a saved adapter loads without the registrations of the
-    machine that made it. The object passed in is not changed and can be used again.
+    The model makes its own copy of the config. In this copy, `target_modules`, `coefficients` and `rank_pattern` name
+    every adapted layer, so that a saved adapter loads without the registrations of the machine that made it. The
+    object that you pass is not changed, and you can use it again.
 
     Args:
         r: Tucker ranks (input, output, basis), or one number for all three. They are upper bounds: each layer clips
             them to the sizes of its modes. A mode of rank None, or of its full size, is whole: it has no factor. With
             `(None, r2, None)` the adapter is a LoRA of the flattened coefficients. A fourth number is the rank of the
-            groups and kernel positions, in layers that have them. Without it, they are whole.
+            groups and kernel positions, in layers that have them. Without it, this mode is whole.
         compression_ratio: a budget c in (0, 1] in place of `r`, for all adapted layers together: trained adapter
-            parameters ≤ c · (number of coefficients). The largest `r` that fits is taken, and then the lowest ranks
-            are raised in turn while they fit. The default is 0.1 if neither `r` nor `compression_ratio` is given and
-            `rank_pattern` leaves layers open. On a KAN that is too small for 0.1, the default is the smallest adapter,
-            with a warning.
+            parameters ≤ c · (number of coefficients). The ranks are the largest `r` that fits; then the lowest ranks
+            are raised in turn while they fit. It is 0.1 if neither `r` nor `compression_ratio` is given and
+            `rank_pattern` does not name every layer. On a KAN that is too small for 0.1, the smallest adapter is taken
+            if there is no `rank_pattern`, with a warning.
         alpha: a factor on the update. Unlike LoRA's `lora_alpha`, it is not divided by the rank. If it is 0, there is
             no update, and a warning says so.
-        target_modules: KAN layers to adapt: names or name endings, or a regular expression on the full name. None
+        target_modules: the KAN layers to adapt: names or name endings, or a regular expression on the full name. None
             means every KAN layer that is known, by `register_kan_layer` or by `coefficients`. "all-linear" means
-            these and every other matrix and convolution kernel, in KAN layers or not, except the output layer of a
-            model of transformers; see `peft_lotra.linear_targets`.
-        exclude_modules: layers to leave out, in the same form.
-        layers_to_transform: the indices of the layers to adapt. An index is the first number in a module's name, and
-            the model must have a layer of each.
+            these layers and every other matrix and convolution kernel, in KAN layers or not, except the output layer
+            of a transformers model; see `peft_lotra.linear_targets`.
+        exclude_modules: the layers to leave out, in the same form.
+        layers_to_transform: the indices of the layers to adapt. An index is the first number in a module's name. The
+            model must have a layer for each index.
         layers_pattern: the name in front of the index, if the first number is not the index.
-        rank_pattern: ranks for single layers, keyed by module name or a regular expression on its ending, or by the
-            parameter's full name, as `suggest_ranks` gives them. They are taken exactly; a rank above its mode is an
-            error. For a module with several coefficient tensors the value may map parameter paths to ranks. A full
+        rank_pattern: ranks of single layers. A key is a module's name, a regular expression on its ending, or a
+            parameter's full name, as `suggest_ranks` returns it. The ranks are not clipped: a rank above its mode is
+            an error. For a module with several coefficient tensors, the value may map parameter paths to ranks. A full
             name takes precedence over an expression, and an expression over those after it.
-        alpha_pattern: `alpha` for single layers, with keys of the same form.
-        modules_to_save: modules other than adapters that are trained and saved with them, by the endings of their
-            names.
-        trainable_token_indices: rows of embeddings that are trained and saved with the adapters: indices into the
+        alpha_pattern: `alpha` of single layers, with keys of the same form.
+        modules_to_save: other modules that are trained and saved with the adapter, by the endings of their names.
+        trainable_token_indices: the rows of embeddings that are trained and saved with the adapter: indices into the
             input embedding, or a mapping from names of embedding modules to indices.
         coefficients: coefficient tensors that are not registered. It maps a parameter's full name, or a regular
-            expression on its ending, to a layout such as `"i o d"` or `"o (i d)"`, or to a mapping with `layout`,
-            `sizes` (of flattened axes), `slice` (the part of a packed parameter), `scale` and `scale_layout` (a factor
-            before the contraction), and `layer` (the module whose forward uses the parameter, if the key does not
-            tell).
-        bias: which biases are trained and saved with the adapter. "none"; "lotra_only": those of adapted layers, with
-            the vectors of normalisations in them; "all": these and all others of the model. They are the model's own
-            tensors, as with LoRA: only one adapter of a model may have them, and they keep their trained values when
-            the adapter is disabled, unloaded or deleted.
-        allow_unread: whether a forward pass of an adapted layer may leave its coefficients unused, as a layer with
-            branches does. Otherwise such a pass is an error, since the adapter would have no effect.
-        freeze_factors: train the core G alone. The factors stay as they start: orthonormal at random, or as
-            `initialize_lotra_weights(method="gradient_hosvd")` sets them. They are saved with the core, because the
-            factors that a seed gives differ in their last bits between processors.
+            expression on its ending, to a layout such as `"i o d"` or `"o (i d)"`. The value may also be a mapping
+            with `layout`, `sizes` (of flattened axes), `slice` (the part of a packed parameter), `scale` and
+            `scale_layout` (a factor before the contraction), and `layer` (the module whose forward uses the parameter,
+            if it is not the one that the key suggests).
+        bias: which biases are trained and saved with the adapter. "none": no biases. "lotra_only": those of adapted
+            layers, with the vectors of normalisations in them. "all": these and all other biases of the model. As with
+            LoRA, they are the model's own tensors: only one adapter of a model may have them, and they keep their
+            trained values when the adapter is disabled, unloaded or deleted.
+        allow_unread: whether a forward pass of an adapted layer may leave its coefficients unused, as in a layer with
+            branches. Otherwise such a pass is an error, because the adapter would have no effect.
+        freeze_factors: whether to train only the core G. The factors stay as they start: random and orthonormal, or as
+            `initialize_lotra_weights(method="gradient_hosvd")` sets them. They are saved with the core, because
+            factors drawn from the same seed differ in their last bits between processors.
         family: ranges of continuous parameters by name, as in `{"lam": (1.0, 1.6)}`, or a list of names of tasks. The
             adapter is then for the whole family of tasks, Δ(task) = alpha · G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task), and its
-            core has one more axis, of size P. `at_task` says at which task a pass is, and `adapter_at` makes an
+            core has one more axis, of size P. `at_task` sets the task of a forward pass, and `adapter_at` makes an
             ordinary adapter for one task. Ours.
-        family_degree: the total degree of the polynomials in the parameters that c consists of: P = C(k + degree,
-            degree) for k parameters. For named tasks, P is their number.
-        family_rank: P of named tasks, where c(task) is the task's row of a trained factor U5, shape (tasks, P), in
+        family_degree: the total degree of the polynomials in the parameters that make up c: P = C(k + degree, degree)
+            for k parameters. For named tasks, P is their number.
+        family_rank: P for named tasks. c(task) is then the task's row of a trained factor U5, shape (tasks, P), in
             each layer. With None, c(task) is one-hot.
-        init_weights: True: G = 0 and the factors are normal with variance 1/size, so that the adapted model starts
-            equal to the base. False: G is random too, for tests.
-        slim: A_pt = 0, and takes no memory: the coefficient tensors are the update alone, and those of the model are
-            lost. `slim_kan` sets this. G is then random, scaled to the layer's own initialisation.
-        digest: sha256 of the saved tensors and of what the config says about them. `save_pretrained` sets it, and an
-            adapter file that does not fit it is not loaded. To edit tensors or config by hand on purpose, remove the
+        init_weights: True: G = 0 and the factors are normal with variance 1/size, so the adapted model starts equal to
+            the base. False: G is random, too, for tests.
+        slim: whether A_pt = 0 and takes no memory. The coefficient tensors then consist of the update alone, and those
+            of the model are lost. `slim_kan` sets this. G is then random, scaled to the layer's own initialisation.
+        digest: the sha256 of the saved tensors and of the fields that give them their meaning. `save_pretrained` sets
+            it. An adapter file that does not fit it is not loaded. If you edit tensors or config by hand, remove this
             field from `adapter_config.json`; the adapter then loads with a warning.
 
     Raises:
@@ -153,9 +152,9 @@ class LoTRAConfig(PeftConfig):
             raise ValueError(f"`task_type`: {error}") from None
         self.peft_type = LOTRA
         self._written: Mapping[str, torch.Tensor] = {}  # the tensors that are being saved, by name
-        self._copies: frozenset[str] = frozenset()  # those of copied modules and token rows among them
-        self._saved: SavedAdapter | None = None  # the adapter file that the config was read with
-        self._file: str | None = None  # the file of the config itself in that case
+        self._copies: frozenset[str] = frozenset()  # the names of saved tensors other than core and factors
+        self._saved: SavedAdapter | None = None  # the adapter file beside the config's file, if it was read from one
+        self._file: str | None = None  # the config's own file in that case
         check_names(self)
         if self.r is not None and self.compression_ratio is not None:
             raise ValueError(
@@ -191,23 +190,23 @@ class LoTRAConfig(PeftConfig):
 
     @property
     def is_all_linear(self) -> bool:
-        """Whether `target_modules` means every matrix and convolution kernel, in upper or lower case."""
+        """Whether `target_modules` is "all-linear", in upper or lower case."""
         return isinstance(self.target_modules, str) and self.target_modules.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, with sets as sorted lists: a saved config does not depend on the hash seed."""
+        """The fields, with sets as sorted lists, so that a saved config does not depend on the hash seed."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
         """The config of a saved adapter, checked with the adapter file beside it before a model is touched.
 
-        A config beside an adapter file is self-contained: its names are compared as they are, and nothing in it is a
-        regular expression. An adapter without `digest` is loaded with a warning.
+        A config beside an adapter file is self-contained: its names are compared literally, not as regular
+        expressions. An adapter without `digest` is loaded with a warning.
 
         Raises:
-            ValueError, TypeError: naming the file, and the field if one is wrong: if the adapter file is missing,
-                cannot be read, holds NaN or infinity, or does not fit the config.
+            ValueError, TypeError: naming the file and a wrong field, if the adapter file is missing, cannot be read,
+                holds NaN or infinity, or does not fit the config.
         """
         directory = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
         with naming(os.path.join(directory, CONFIG_NAME)):
@@ -215,8 +214,8 @@ class LoTRAConfig(PeftConfig):
             return config._checked(directory) if isinstance(config, LoTRAConfig) else config
 
     def _checked(self, directory: str) -> LoTRAConfig:
-        """This config as it came from a directory, with the adapter file there."""
-        # These fields were applied when the adapter was made.
+        """This config with the adapter file of its directory, after all checks."""
+        # These fields had their effect when the adapter was made.
         modules = {target.module for _, target in self.saved_targets()}
         alphas = {module: self.alpha_pattern.get(module, self.alpha) for module in modules if self.alpha_pattern}
         config = replace(
@@ -243,27 +242,27 @@ class LoTRAConfig(PeftConfig):
         check_weights(config.saved_slots() | copies, saved.weights, saved.origin)
         if self.digest is None:
             warnings.warn(
-                f"{CONFIG_NAME} in {directory} has no `digest`, so that a change or damage of the adapter would not "
-                "be noticed: save it again to add one",
+                f"{CONFIG_NAME} in {directory} has no `digest`, so a change or damage of the adapter would not be "
+                "noticed: save the adapter again to add one",
                 stacklevel=4,
             )
         elif self.digest != digest(saved.weights, self._meaning()):
             raise ValueError(
-                f"{saved.origin} and this config do not fit the `digest` here: one of them was changed or damaged; "
-                f"use an earlier save. If it was changed on purpose, remove `digest` from {CONFIG_NAME}"
+                f"{saved.origin} and this config do not fit the `digest` here: one of them was changed or damaged. "
+                f"Use an earlier save. If you changed it on purpose, remove `digest` from {CONFIG_NAME}"
             )
         config._saved, config._file = saved, os.path.join(directory, CONFIG_NAME)
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, with the `digest` of the tensors that PEFT has last collected to save."""
+        """Write `adapter_config.json`, with the `digest` of the tensors that PEFT collected last."""
         written, self._written = self._written, {}
         plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta for t in written.values())
         self.digest = digest(written, self._meaning()) if written and plain else None
         super().save_pretrained(save_directory, **kwargs)
 
     def check_written(self, adapter_name: str) -> None:
-        """Raise ValueError unless the tensors that are being saved are those that the config names."""
+        """Raise ValueError if the tensors that are being saved are not those that the config names."""
         expected = {key: tuple(slot.shape) for key, slot in self.saved_slots().items()}
         written = {key: tuple(t.shape) for key, t in self._written.items() if is_adapter_key(key)}
         wrong = {key for key in expected.keys() | written.keys() if expected.get(key) != written.get(key)}
@@ -272,12 +271,13 @@ class LoTRAConfig(PeftConfig):
             layers = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in wrong})
             raise ValueError(
                 f"the adapter {adapter_name!r} cannot be saved: the tensors of {layers} are not those that its config "
-                "names. Were these layers replaced or rebuilt after they were adapted, so that their update is lost, "
-                "or is `state_dict` not the whole model's? Adapt the model as it is now by a new `get_peft_model`"
+                "names. Either these layers were replaced or rebuilt after they were adapted, so that their update is "
+                "lost; or they have an earlier adapter of the same name; or `state_dict` is not that of the whole "
+                "model. Adapt the model as it is now by a new `get_peft_model`"
             )
 
     def _meaning(self) -> dict[str, Any]:
-        """What the config says of the tensors of its adapter."""
+        """The fields that give the adapter's tensors their meaning."""
         fields = ("alpha", "alpha_pattern", "coefficients", "rank_pattern", "slim", "modules_to_save")
         said = self.to_dict()
         others = {} if self.bias == "none" else {"bias": self.bias}
@@ -286,7 +286,7 @@ class LoTRAConfig(PeftConfig):
         return {name: said[name] for name in (*fields, "trainable_token_indices")} | others
 
     def self_contained(self, targets: list[Target]) -> LoTRAConfig:
-        """A copy that names every target with its layout, ranks and scaling, so that it needs no registry to load."""
+        """A copy that names every target with its layout, ranks and `alpha`, so that it loads without a registry."""
         modules = {module: list(group) for module, group in _by_module(targets)}
         coefficients = {}
         for target in targets:
@@ -313,26 +313,26 @@ class LoTRAConfig(PeftConfig):
 
     @property
     def kind(self) -> Family | None:
-        """The family of tasks; None of an adapter for one task."""
+        """The family of tasks; None if the adapter is for one task."""
         return None if self.family is None else Family.of(self.family, self.family_degree)
 
     @property
     def terms(self) -> int:
-        """P of a family of tasks; 0 of an adapter for one task."""
+        """P of a family of tasks; 0 if the adapter is for one task."""
         return 0 if self.kind is None else self.family_rank or self.kind.size
 
     @property
     def tasks(self) -> int:
-        """The rows of a family's U5; 0 without one."""
+        """The number of rows of U5; 0 if there is no U5."""
         return 0 if self.family is None or self.family_rank is None else len(self.family)
 
     @property
     def is_self_contained(self) -> bool:
-        """Whether this names every target, as `self_contained` does; its names are no regular expressions then."""
+        """Whether the config names every target, as `self_contained` does. Its names are then read literally."""
         return self._obstacle() is None
 
     def _obstacle(self) -> str | None:
-        """The field that keeps the config from being self-contained, and why; None if it is."""
+        """Why the config is not self-contained, naming the field; None if it is self-contained."""
         modules: dict[str, set[str]] = {}
         for _, target in self.saved_targets():
             modules.setdefault(target.module, set()).add(target.spec.parameter)
@@ -358,7 +358,7 @@ class LoTRAConfig(PeftConfig):
         return f"{used} are given besides" if used else None
 
     def saved_targets(self) -> list[tuple[str, Target]]:
-        """The targets of a self-contained config, each with the name of its LoTRALayer; none of any other config."""
+        """The targets of a self-contained config, each with the name of its LoTRALayer; [] for any other config."""
         targets = []
         for parameter, description in self.coefficients.items():
             if not isinstance(description, Mapping) or not description.get("sizes"):
@@ -377,7 +377,7 @@ class LoTRAConfig(PeftConfig):
         return named
 
     def saved_slots(self) -> dict[str, Slot]:
-        """Name and shape of every core and factor in the file saved with a self-contained config."""
+        """The name and shape of every core and factor in the file beside a self-contained config."""
         return {
             f"{PREFIX}{name}.{container}": Slot(shape)
             for name, target in self.saved_targets()

@@ -1,4 +1,4 @@
-"""Layers of classes that nobody registered, which have the name and the parameters of a registered class."""
+"""Layers whose class is not registered but has the name and the parameters of a registered class."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .config import LoTRAConfig, Target
 
 
 def copies(layers: Mapping[str, nn.Module], known: Collection[str]) -> Iterator[Target]:
-    """The tensors of copies of registered classes, but for copies in and around modules that have known ones."""
+    """The tensors of copies of registered classes, except copies inside or around a module of `known`."""
     for module, layer in layers.items():
         copied = copy_of(layer)
         if copied is None or any(_overlap(module, other) for other in known):
@@ -27,8 +27,8 @@ def _overlap(one: str, two: str) -> bool:
 
 
 def warn_of_copies(config: LoTRAConfig, targets: list[Target]) -> None:
-    """Warn of each class that is taken for a copy: a layout is assumed that nobody has declared."""
-    if config.is_self_contained:  # the file's own words
+    """Warn of each class that is taken for a copy, because its layouts are assumed and not declared."""
+    if config.is_self_contained:  # the layouts are from the file
         return
     for pair in dict.fromkeys(target.copy_of for target in targets):
         if pair is None:
@@ -37,16 +37,16 @@ def warn_of_copies(config: LoTRAConfig, targets: list[Target]) -> None:
         layouts = {t.spec.parameter: t.spec.layout.pattern for t in targets if t.copy_of == pair}
         count = len({t.module for t in targets if t.copy_of == pair})
         warnings.warn(
-            f"{own}, of {count} layer(s), is not registered; it has the name and the parameters of {original}, and is "
-            f"taken for a copy with the same layouts, {layouts}. `peft_lotra.verify_coefficients(model, *sample)` "
-            f"checks them on the base model; `peft_lotra.register_kan_layer({own!r}, {original!r})` says that they "
-            "are right",
+            f"{own}, the class of {count} layer(s), is not registered. It has the name and the parameters of "
+            f"{original}, and is taken for a copy with the same layouts, {layouts}. "
+            "`peft_lotra.verify_coefficients(model, *sample)` checks them on the base model; "
+            f"`peft_lotra.register_kan_layer({own!r}, {original!r})` says that they are right",
             stacklevel=2,
         )
 
 
 def misfits(layers: Mapping[str, nn.Module]) -> str:
-    """What keeps layers from being copies of the registered classes whose names they have."""
+    """Why layers are no copies of the registered classes whose names they have, as text for an error."""
     found = {}
     for layer in layers.values():
         copied = copy_of(layer)

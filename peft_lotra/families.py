@@ -1,6 +1,7 @@
-"""Families of tasks: the numbers c(task) that a core is contracted with, and the task that a running call is at.
+"""Families of tasks: the vector c(task) with which a core is contracted, and the task of the running call.
 
-The task is on a stack of the thread, so calls in other threads, and calls inside of this call, do not see it.
+The task is on a stack of the thread, so calls in other threads, and calls of other models inside this call, do not see
+it.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from typing import Any
 import torch
 from torch import nn
 
-# The arguments of `at_task` and `adapter_at`, which take a family's parameters by name.
+# The other arguments of `at_task` and `adapter_at`, which also take a family's parameters by name.
 _ARGUMENTS = {"model", "adapter_name", "family", "train", "task"}
 
 
 @dataclass(frozen=True)
 class Family:
-    """c(task) of shape (P,), for tasks that have names or continuous parameters.
+    """c(task), shape (P,), for tasks that have names or continuous parameters.
 
-    For parameters μ_1 … μ_k in ranges [a_j, b_j], c has the products T_{e_1}(x_1) ⋯ T_{e_k}(x_k) of Chebyshev
-    polynomials, x_j = 2 (μ_j − a_j) / (b_j − a_j) − 1, of total degree Σ e_j ≤ `degree`. For named tasks, c is
+    For parameters μ_1 … μ_k in ranges [a_j, b_j], c consists of the products T_{e_1}(x_1) ⋯ T_{e_k}(x_k) of Chebyshev
+    polynomials of total degree Σ e_j ≤ `degree`, where x_j = 2 (μ_j − a_j) / (b_j − a_j) − 1. For named tasks, c is
     one-hot. Ours.
 
     Attributes:
-        ranges: (a, b) by the name of a parameter; empty if tasks have names.
+        ranges: (a, b) by name of the parameter; empty if tasks have names.
         tasks: the names of the tasks; empty if they have parameters.
         degree: the largest total degree of the polynomials.
     """
@@ -44,7 +45,7 @@ class Family:
 
     @classmethod
     def of(cls, family: Any, degree: int, field: str = "family") -> Family:
-        """The family that the fields of a config mean. In errors, the first field has the name `field`.
+        """The family that the fields `family` and `family_degree` of a config mean. Errors call the first one `field`.
 
         Raises:
             TypeError, ValueError: naming the field and the value.
@@ -57,7 +58,7 @@ class Family:
             for name, (a, b) in family.items():
                 if not a < b:
                     raise ValueError(f"`{field}` gives {name!r} the range {(a, b)}, whose ends are not in order")
-            # Sorted, as in saved configs, because the order of the names decides on the order of the products.
+            # Sorted, as in saved configs, because the order of the names determines the order of the products.
             return cls({name: (float(a), float(b)) for name, (a, b) in sorted(family.items())}, degree=degree)
         if isinstance(family, list | tuple) and family and all(isinstance(name, str) for name in family):
             if len(set(family)) < len(family):
@@ -80,7 +81,7 @@ class Family:
         return len(self.tasks) or math.comb(len(self.ranges) + self.degree, self.degree)
 
     def named(self, task: Any) -> dict[str, Any]:
-        """A task by the names of its arguments, from these, a name (or a list of names), or the one parameter's value.
+        """A task as a mapping, from a mapping, a name (or a list of names), or the value of the only parameter.
 
         Raises:
             TypeError: if the family has several parameters.
@@ -94,14 +95,14 @@ class Family:
     def weights(self, task: Mapping[str, Any]) -> torch.Tensor:
         """c of one task, shape (P,), or of a task for each sample, shape (batch, P); float64 unless tensors are given.
 
-        For a batch of one sample, it is the c of its task.
+        For a batch of one sample, the shape is (P,).
 
         Args:
-            task: a number, or a tensor of the shape (), (batch,) or (batch, 1), for each parameter; or under "task" a
-                name, or a list of names.
+            task: for each parameter, a number or a tensor of the shape (), (batch,) or (batch, 1); or under "task", a
+                name or a list of names.
 
         Raises:
-            TypeError, ValueError: naming what does not fit.
+            TypeError, ValueError: naming the argument that does not fit.
         """
         wanted = ["task"] if self.tasks else list(self.ranges)
         if sorted(task) != sorted(wanted):
@@ -111,7 +112,7 @@ class Family:
 
     def _products(self, task: Mapping[str, Any]) -> torch.Tensor:
         x = torch.broadcast_tensors(*[self._scaled(name, task[name]) for name in self.ranges])
-        powers = [_chebyshev(value, self.degree) for value in x]  # T_0 … of each parameter
+        powers = [_chebyshev(value, self.degree) for value in x]  # T_0, T_1, … of each parameter
         products = [reduce(mul, [T[k] for T, k in zip(powers, e, strict=True)]) for e in self.exponents]
         return torch.stack(products, dim=-1)
 
@@ -141,8 +142,8 @@ class Family:
         if not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)):
             if (x.detach().abs() > 1 + 1e-6).any():
                 warnings.warn(
-                    f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates; after "
-                    "`change_range` it can be fitted there",
+                    f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates. To fit it "
+                    "there, call `change_range` first",
                     stacklevel=6,
                 )
         return x
@@ -150,9 +151,9 @@ class Family:
     def in_terms_of(self, other: Family) -> torch.Tensor:
         """M, shape (P, P of `other`), with c(task) = M · c'(task) for the c' of another family of the same parameters.
 
-        x = q · x' + r between the ranges, so that T_k(x) = Σ_{l ≤ k} M_j[k, l] T_l(x') for each parameter j, from
-        values at the zeros of T_{degree + 1}. A product of total degree d has products up to d, which are all there if
-        `other` has the degree of this family or more. Ours.
+        Since x is a linear function of x', T_k(x) = Σ_{l ≤ k} M_j[k, l] T_l(x') for each parameter j. M_j follows from
+        values at the zeros of T_{degree + 1}. A product of total degree d is a sum of products of total degree up to
+        d. `other` has all of them if its degree is at least that of this family. Ours.
         """
         by_parameter, to = [], other.exponents
         zeros = torch.cos(math.pi * (torch.arange(other.degree + 1, dtype=torch.float64) + 0.5) / (other.degree + 1))
@@ -170,17 +171,17 @@ class Family:
 
 
 def weights_of(kinds: Mapping[str, Family], task: Any) -> dict[str, torch.Tensor]:
-    """c of a task, in a form that `Family.named` takes, by the names of those families that it fits.
+    """c of a task for each family that the task fits, by the family's name. `Family.named` says which forms it takes.
 
     Raises:
-        TypeError, ValueError: if it fits none.
+        TypeError, ValueError: if the task fits no family.
     """
     weights: dict[str, torch.Tensor] = {}
     errors: list[TypeError | ValueError] = []
     for name, kind in kinds.items():
         try:
             weights[name] = kind.weights(kind.named(task))
-        except (TypeError, ValueError) as error:  # of another family
+        except (TypeError, ValueError) as error:  # the task may be of another family
             errors.append(error)
     if not weights:
         raise type(errors[0])("; ".join(map(str, errors)))
@@ -188,7 +189,7 @@ def weights_of(kinds: Mapping[str, Family], task: Any) -> dict[str, torch.Tensor
 
 
 def _is_range(name: Any, bounds: Any) -> bool:
-    """Whether this is a name for a keyword argument, and two finite numbers."""
+    """Whether `name` can be a keyword argument and `bounds` are two finite numbers."""
     if not isinstance(name, str) or not name.isidentifier():
         return False
     if not isinstance(bounds, list | tuple) or len(bounds) != 2:
@@ -205,7 +206,7 @@ def _chebyshev(x: torch.Tensor, degree: int) -> list[torch.Tensor]:
 
 
 class _Calls(threading.local):
-    def __init__(self) -> None:  # no attribute of the class: torch.compile guards on what is in __dict__
+    def __init__(self) -> None:  # an instance attribute, because torch.compile guards on __dict__
         self.stack: tuple[tuple[Mapping[str, torch.Tensor], Collection[nn.Module]], ...] = ()
 
 
@@ -214,7 +215,7 @@ _calls = _Calls()
 
 @contextmanager
 def entered(weights: Mapping[str, torch.Tensor], layers: Collection[nn.Module]) -> Iterator[None]:
-    """While this is entered, the thread's calls of layers are at these tasks, c by adapter, beside those before."""
+    """While this is entered, this thread's calls of `layers` have these tasks, as c by adapter. Outer tasks stay."""
     before = _calls.stack
     _calls.stack = (*before, (weights, layers))
     try:
@@ -224,7 +225,7 @@ def entered(weights: Mapping[str, torch.Tensor], layers: Collection[nn.Module]) 
 
 
 def current(adapter: str, layer: nn.Module) -> torch.Tensor | None:
-    """c of the running call for an adapter of a layer, shape (P,) or (batch, P)."""
+    """c of the running call for an adapter of a layer, shape (P,) or (batch, P); None if the call has no such task."""
     for weights, layers in reversed(_calls.stack):
         if adapter in weights and layer in layers:
             return weights[adapter]
@@ -232,7 +233,7 @@ def current(adapter: str, layer: nn.Module) -> torch.Tensor | None:
 
 
 def per_sample(adapters: Iterable[str], layer: nn.Module) -> dict[str, torch.Tensor]:
-    """c of the adapters of a layer for which the running call has a task for each sample."""
+    """c, shape (batch, P), of those adapters of a layer for which the running call has a task for each sample."""
     found = {}
     for name in adapters:
         c = current(name, layer)

@@ -11,7 +11,7 @@ from .families import Family
 
 BIASES = ("none", "all", "lotra_only")
 
-# Fields that are lists: of what, whether one entry may stand alone, and how errors say it.
+# The fields that are lists: name, type of an entry, whether a single entry may replace the list, words for errors.
 _NAMES = (
     ("target_modules", str, True, "names of modules, or a regular expression"),
     ("exclude_modules", str, True, "names of modules, or a regular expression"),
@@ -31,8 +31,8 @@ def check_names(config: Any) -> None:
     rows = tokens.values() if isinstance(tokens, Mapping) else [[] if tokens is None else tokens]
     if not all(_is_list_of(int, indices) for indices in rows):
         raise TypeError(
-            "`trainable_token_indices` should be a list of indices, or one for each name of an embedding, but the "
-            f"value passed is {tokens!r}"
+            "`trainable_token_indices` should be a list of indices, or a mapping from names of embeddings to such "
+            f"lists, but the value passed is {tokens!r}"
         )
     if not isinstance(config.digest, str | None):
         raise TypeError(f"`digest` should be a str but the value passed is {config.digest!r}: leave it out")
@@ -44,14 +44,14 @@ def _is_list_of(kind: type, value: Any) -> bool:
 
 
 def checked_mapping(name: str, value: Any) -> Mapping[str, Any]:
-    """The value of a field; TypeError unless it maps names."""
+    """The value of a field. Raise TypeError unless it is a mapping with str keys."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"`{name}` should be a mapping from names but the value passed is {value!r}")
     return value
 
 
 def named_entries(name: str, value: Any) -> dict[str, Any]:
-    """The entries of a pattern, those by parameter too, as errors call them."""
+    """The values of a pattern, also those inside mappings by parameter, by the names that errors use."""
     found = {}
     for key, entry in checked_mapping(name, value).items():
         for path, inner in entry.items() if isinstance(entry, Mapping) else [(None, entry)]:
@@ -60,7 +60,7 @@ def named_entries(name: str, value: Any) -> dict[str, Any]:
 
 
 def check_numbers(config: Any) -> None:
-    """Raise ValueError unless `compression_ratio` and every `alpha` are numbers as they should be."""
+    """Raise ValueError unless `compression_ratio` is in (0, 1] and every `alpha` is a finite number."""
     ratio = config.compression_ratio
     if ratio is not None and not (isinstance(ratio, Real) and 0 < float(ratio) <= 1):
         raise ValueError(f"`compression_ratio` should be a number in (0, 1] but the value passed is {ratio!r}")
@@ -70,7 +70,7 @@ def check_numbers(config: Any) -> None:
 
 
 def check_choices(config: Any) -> None:
-    """Raise ValueError unless fields of few values have one of them."""
+    """Raise ValueError unless `bias` and the flags have one of their few values."""
     if config.bias not in BIASES:
         raise ValueError(f"`bias` should be one of {BIASES} but the value passed is {config.bias!r}")
     for name in ("allow_unread", "freeze_factors", "init_weights", "slim", "inference_mode"):
@@ -79,11 +79,11 @@ def check_choices(config: Any) -> None:
 
 
 def check_family(config: Any) -> None:
-    """Write `family` as plain data, and raise unless it and what is said of it fit."""
+    """Write `family` as plain data. Raise unless `family`, `family_degree`, `family_rank` and `slim` fit together."""
     rank = config.family_rank
     if config.family is None:
         if rank is not None:
-            raise ValueError(f"`family_rank` {rank!r} without `family`: list names of tasks there, or leave it out")
+            raise ValueError(f"`family_rank` {rank!r} without `family`: list tasks in `family`, or leave this out")
         return
     family = Family.of(config.family, config.family_degree)
     config.family = {name: list(bounds) for name, bounds in family.ranges.items()} or list(family.tasks)
@@ -92,10 +92,10 @@ def check_family(config: Any) -> None:
     if rank is not None and not family.tasks:
         raise ValueError(
             f"`family_rank` {rank!r} with `family` {config.family!r}: only named tasks have a trained factor; leave "
-            "it out, and choose the number of polynomials by `family_degree`"
+            "`family_rank` out, and choose the number of polynomials by `family_degree`"
         )
     if rank is not None and (type(rank) is not int or not 0 < rank <= len(family.tasks)):
         raise ValueError(
-            f"`family_rank` should be a positive integer up to the number of tasks, {len(family.tasks)}, or None for "
-            f"a core of each task's own, but the value passed is {rank!r}"
+            f"`family_rank` should be a positive integer up to the number of tasks, {len(family.tasks)}, or None to "
+            f"give each task its own core, but the value passed is {rank!r}"
         )

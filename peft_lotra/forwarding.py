@@ -1,4 +1,4 @@
-"""Names of a wrapped layer on its wrapper: read with the adapted coefficients, and written where they are."""
+"""Lets a wrapper read the attributes of the layer that it wraps, with adapted coefficients, and write them there."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import nn
 from .standin import Adapted, adapted_coefficients, is_sharded, replaced
 from .standin.reading import read_only
 
-# Methods of KAN layers that rewrite coefficients, by the beginning of their names.
+# The beginnings of the names of methods of KAN layers that rewrite coefficients.
 _REWRITING = ("update_grid", "initialize_grid", "reset_parameters", "swap")
 
 
 class Forwarding(nn.Module):
-    """What a LoTRALayer looks up on the layer that it wraps."""
+    """Access of a LoTRALayer to the attributes and methods of the layer that it wraps."""
 
     spec: Any
     base_layer: Any
@@ -27,7 +27,7 @@ class Forwarding(nn.Module):
 
     @property
     def _base_is_zero(self) -> bool:
-        """Whether A is zero, held without memory."""
+        """Whether A is zero, and takes no memory."""
         return False
 
     @property
@@ -36,12 +36,12 @@ class Forwarding(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """As any name of the base layer: adapted, if it is that of the coefficients. PEFT's class gives the base's."""
+        """The base layer's `weight`, adapted if it holds the coefficients. (PEFT's class would return the base's.)"""
         value: torch.Tensor = self.__getattr__("weight")
         return value
 
     def _adapted_for_methods(self) -> AbstractContextManager[object]:
-        """While this is entered, the base layer finds A_ft where its coefficients are, also outside of forward."""
+        """While this is entered, the base layer finds A_ft in place of its coefficients, also outside of forward."""
         layer, updates = self.get_base_layer(), self._active_updates()
         if updates and is_sharded(layer, self.spec, updates):
             return replaced(layer, self.spec, adapted_coefficients(layer, self.spec, updates).contiguous())
@@ -49,13 +49,13 @@ class Forwarding(nn.Module):
         return Adapted(layer, self.spec, updates, quiet=True, is_zero=self._base_is_zero)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What the base layer had when it was wrapped is set there: the wrapper's would be lost with it."""
+        """Set attributes of the base layer on the base layer. On the wrapper, they would be lost with it."""
         if name not in self.__dict__.get("_names_of_base", ()) or hasattr(type(self), name):
             super().__setattr__(name, value)
         elif name in self._paths:
             raise AttributeError(
                 f"`{name}` of a {type(self.get_base_layer()).__qualname__} is under a LoTRA adapter, whose update "
-                "belongs to the present values: call `merge_and_unload()` or `unload()` on the model first"
+                "belongs to the present coefficients: call `merge_and_unload()` or `unload()` on the model first"
             )
         else:
             setattr(self.base_layer, name, value)
@@ -64,15 +64,15 @@ class Forwarding(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Private names stay on the wrapper: accelerate and torch keep state of modules under such names.
+            # Private names stay on the wrapper. accelerate and torch use such names for the state of a module.
             if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
         value = getattr(self.base_layer, name)
         if any(path.startswith(f"{name}.") for path in self._paths) and self._active_updates():
             raise RuntimeError(
                 f"`{name}` of a {type(self.get_base_layer()).__qualname__} holds its adapted coefficients "
-                f"`{self.spec.parameter}`, and past the adapter it has those of the base: call the layer itself, "
-                f"adapt `{name}` instead of it, or read `base_layer.{name}` if the base is meant"
+                f"`{self.spec.parameter}`, and would show those of the base, without the update: call the layer "
+                f"itself, adapt `{name}` instead of it, or read `base_layer.{name}` if the base is meant"
             )
         if name == self.spec.parameter and (updates := self._active_updates()):
             return read_only(adapted_coefficients(self.get_base_layer(), self.spec, updates))
@@ -86,8 +86,8 @@ class Forwarding(nn.Module):
             if name.startswith(_REWRITING):
                 raise RuntimeError(
                     f"`{name}` would rewrite coefficients under a LoTRA adapter, whose update belongs to the old "
-                    "ones: call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt anew, "
-                    "or leave it out, as pykan's `fit(dataset, update_grid=False)` does"
+                    "coefficients: call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt "
+                    "again, or leave it out, as pykan's `fit(dataset, update_grid=False)` does"
                 )
             with self._adapted_for_methods():
                 return value(*args, **kwargs)

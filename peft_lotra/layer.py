@@ -34,9 +34,9 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
     (r1, r2, r3, r4). A mode whose rank is None is whole: it has no U. With `family_rank` k, `lotra_U5` holds the
     factor of the tasks, U5: (tasks, k). A module with several coefficient tensors is wrapped once for each.
 
-    Unknown public attributes are looked up on the base layer, so that code around the layer goes on working. Like
-    `forward`, the layer's methods see the adapted coefficients. So does code that reads the parameter by its name,
-    such as a regulariser. Methods that rewrite coefficients raise an error while the adapter is attached.
+    Unknown public attributes are looked up on the base layer, so that code around the layer keeps working. `forward`
+    and the layer's methods see the adapted coefficients, and so does code that reads the parameter by its name, such
+    as a regulariser. Methods that rewrite coefficients raise an error while the adapter is attached.
     """
 
     adapter_layer_names = CONTAINERS
@@ -51,21 +51,21 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.r: dict[str, Ranks] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}  # alpha, unless it was rescaled
-        # P of a family of tasks; else 0. U5 belongs to one layer, like any factor: tasks that are alike in one layer
-        # need not be alike in another, and a layer can be merged, swapped and sharded by itself.
+        # P of a family of tasks; else 0. Like any factor, U5 belongs to one layer: tasks that are similar in one layer
+        # may differ in another, and a layer can be merged, swapped and sharded on its own.
         self.terms: dict[str, int] = {}
-        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}  # as PEFT asks for them
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}  # PEFT reads this attribute
         self.in_features, self.out_features = spec.layout.canonical_shape[:2]
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
-        self._before_merge: dict[str, torch.Tensor] = {}  # by path: parameter and scale
-        self._drawn: dict[str, tuple[torch.Tensor, ...]] = {}  # until `check_one_draw`, by adapter
-        # Attributes that frameworks add to modules later belong to the module that they are added to.
+        self._before_merge: dict[str, torch.Tensor] = {}  # the values of parameter and scale, by path
+        self._drawn: dict[str, tuple[torch.Tensor, ...]] = {}  # checksums by adapter, until `check_one_draw`
+        # Attributes that frameworks add later stay on the module to which they are added.
         names = {name for name in dir(self.get_base_layer()) if not name.startswith("_")}
         self._names_of_base = frozenset(names.difference(vars(self), self._modules, dir(nn.Module)))
         self._allows_unread = False  # whether the base layer need not use its coefficients in every pass
-        # Whether the base layer was found to take its coefficients as a plain tensor only. Nor can a stand-in follow
-        # axes that end where none of the layout's does.
+        # Whether the base layer accepts its coefficients as a plain tensor only. A layout with a star needs a plain
+        # tensor, too, because a stand-in cannot follow it.
         self._needs_tensor = bool(spec.layout.flattened)
 
     def update_layer(
@@ -79,10 +79,10 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         terms: int = 0,
         tasks: int = 0,
     ) -> None:
-        """Add an adapter of the given ranks; `terms` and `tasks` as for `factor_shapes`.
+        """Add an adapter of the given ranks; `terms` and `tasks` are those of `factor_shapes`.
 
         Raises:
-            ValueError: if a rank is not in 1 … size of its mode. Nothing is added then.
+            ValueError: if a rank is not between 1 and the size of its mode. Nothing is added then.
         """
         modes = mode_sizes(self.spec.layout.canonical_shape)
         if any(rank is not None and not 0 < rank <= size for rank, size in zip(ranks, modes, strict=False)):
@@ -99,10 +99,10 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         for name, shape in zip(CONTAINERS, shapes, strict=True):
             if shape is None:
                 continue
-            # If the base has no memory yet, or is offloaded, the adapter gets memory all the same.
+            # The adapter gets memory even if the base has none yet, or is offloaded.
             device = None if coefficients.is_meta else coefficients.device
             container = getattr(self, name)
-            if hasattr(container, "_hf_hook"):  # accelerate has offloaded the adapters here, without this one
+            if hasattr(container, "_hf_hook"):  # accelerate has offloaded the earlier adapters
                 remove_hook_from_module(container)
             container[adapter_name] = nn.Parameter(torch.empty(shape, dtype=coefficients.dtype, device=device))
         self.reset_lotra_parameters(adapter_name, init_weights)
@@ -113,9 +113,9 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
     def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """G = 0 (normal if `init_weights` is False), U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3 ~ N(0, 1/n_d), U4 ~ N(0, 1/K).
 
-        With G = 0 the update is zero and every factor has a gradient after one step. Source: eq. 8, with a random U2.
-        U5 and frozen factors have orthonormal columns (ours): a few rows that are drawn at random may be nearly
-        parallel, and their tasks would be hard to tell apart.
+        With G = 0 the update is zero, and every factor has a gradient after one step. Source: eq. 8, with a random U2.
+        U5 and frozen factors have orthonormal columns (ours). A few normal rows may be nearly parallel, and their
+        tasks would then be hard to tell apart.
         """
         core, *factors = self.factors(adapter_name)
         if init_weights:
@@ -132,24 +132,24 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     def factors(self, adapter_name: str) -> TuckerFactors:
         """G and the factors of the adapter; None for whole modes."""
-        held: Any = self._modules  # attributes would be looked up on the base layer too
+        held: Any = self._modules  # attribute access would look on the base layer, too
         return TuckerFactors(*[held[name]._parameters.get(adapter_name) for name in CONTAINERS])
 
     @torch.no_grad()
     def set_factors(self, adapter_name: str, factors: TuckerFactors) -> None:
-        """Write the values of G and of the factors, whose shapes are those of the adapter's ranks."""
+        """Write values of G and of the factors. Their shapes must be those of the adapter's ranks."""
         for own, values in zip(self.factors(adapter_name), factors, strict=True):
             if own is not None and values is not None:
                 own.copy_(values.reshape(own.shape))
 
     def dtype_in_use(self, adapter_name: str) -> torch.dtype:
-        """The factors' own dtype or that of the coefficients, whichever has the smaller range."""
+        """The dtype of the factors or of the coefficients, whichever has the smaller range."""
         dtypes = self.lotra_core[adapter_name].dtype, self._stored(self.spec.parameter).dtype
         return min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
 
     def _update(self, adapter_name: str) -> Update:
         factors = self.factors(adapter_name)
-        if factors.U4 is not None:  # contractions take it as a part of the core
+        if factors.U4 is not None:  # for contractions, U4 is a part of the core
             core, U4 = full_tensor(factors.core), full_tensor(factors.U4)
             factors = with_positions(factors._replace(core=core, U4=U4), self.spec.layout.canonical_shape[3:])
         if not self.terms[adapter_name]:
@@ -158,7 +158,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         if c is None:
             raise RuntimeError(
                 f"the adapter {adapter_name!r} is for a family of tasks, and this pass is at none of them: call the "
-                "model in `with at_task(model, ...)`, or make an adapter for one task by `adapter_at`"
+                "model inside `with at_task(model, ...)`, or make an adapter for one task by `adapter_at`"
             )
         U5 = None if factors.U5 is None else full_tensor(factors.U5)
         factors = factors._replace(core=full_tensor(factors.core), U5=U5)
@@ -191,7 +191,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return self._update(adapter_name).dense(self.spec, full_shape(self._stored(self.spec.parameter)))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """parameter ← parameter · scale + Σ updates, scale ← 1, for the given adapters, or else for the active ones.
+        """parameter ← parameter · scale + Σ updates, scale ← 1, for the given adapters, or the active ones if None.
 
         The values from before are kept until `unmerge`, which restores them to the bit.
 
@@ -239,7 +239,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base layer, all nested adapters merged into it if `merge`."""
+        """The base layer; if `merge`, with all nested adapters merged into it."""
         layer: nn.Module = self
         while isinstance(layer, LoTRALayer):
             if merge:
@@ -248,10 +248,10 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's own forward, with A_ft in place of A; in a mixed batch, with every sample's own A_ft.
+        """The base layer's own forward with A_ft in place of A. In a mixed batch, every sample has its own A_ft.
 
         Raises:
-            ValueError: in a mixed batch, if the first tensor does not have one row for each name, or if adapters are
+            ValueError: in a mixed batch, if the first tensor does not have a row for each name, or an adapter is
                 merged.
         """
         if self.disable_adapters and self.merged:
@@ -290,7 +290,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             self._check_unread()
         return y
 
-    # If torch.compile breaks the graph at this layer, it must not compile parts of the layer's pass.
+    # After a graph break at this layer, torch.compile must not compile parts of its pass.
     @torch.compiler.disable
     def _run_eagerly(self, args: Any, kwargs: Any) -> Any:
         inner: Any = self._modules["base_layer"]
@@ -316,18 +316,18 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
                 return inner(*args, **kwargs)
 
     def _check_unread(self) -> None:
-        """Raise RuntimeError after a pass that computed nothing from the coefficients, unless that is expected."""
+        """Raise RuntimeError, after a pass that computed nothing from the coefficients, unless this is allowed."""
         if not self._allows_unread:
             raise RuntimeError(
                 f"a forward pass of {type(self.get_base_layer()).__qualname__} did not use `{self.spec.parameter}`, "
-                "and its adapter had no effect: the layer uses another tensor, does not read this one as an "
+                "so its adapter had no effect: the layer uses another tensor, does not read this one as an "
                 "attribute, keeps a copy of it, or uses it after the pass. `verify_coefficients(model, *sample)` says "
-                "whether it is the right one; `LoTRAConfig(allow_unread=True)` is for layers that do not use it in "
+                "whether it is the right tensor; `LoTRAConfig(allow_unread=True)` is for layers that do not use it in "
                 "every pass"
             )
 
     def _active_updates(self, besides: str | None = None) -> tuple[Update, ...]:
-        """The updates that count on top of what the base layer holds, without that of the adapter `besides`."""
+        """The updates to add to what the base layer holds, without that of the adapter `besides`."""
         if self.disable_adapters:
             return ()
         shares = mixed_batch.current(self)
@@ -342,15 +342,15 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return tuple(updates)
 
     def _writing(self) -> AbstractContextManager[None]:
-        """While this is entered, parameter and scale are in place, and what is written to them is kept."""
+        """While this is entered, parameter and scale are in place, and values written to them are kept."""
         return writable_tensors(self, [owner_of(self.get_base_layer(), path)[0] for path in self._paths])
 
     def _stored(self, path: str) -> torch.Tensor:
         return tensor_at(self.get_base_layer(), path)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # The base class looks for a `weight`, rounds fp32 factors to the base's 16 bits and makes them trainable.
-        # Values on the CPU stay there if the base is not loaded yet.
+        # The base class would look for a `weight`, round fp32 factors to the base's 16 bits and make them trainable.
+        # If the base is not loaded yet, factors on the CPU stay there.
         device = device or self._stored(self.spec.parameter).device
         for factor in self.factors(adapter_name).tensors():
             if not factor.is_meta and device != torch.device("meta"):
@@ -360,13 +360,13 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return f"lotra.{super().__repr__()}"
 
 
-# Older versions of dynamo do not trace the stand-in, so these layers run between compiled graphs there.
+# Older versions of dynamo cannot trace the stand-in. With them, these layers run between compiled graphs.
 if torch.__version__ < (2, 13):  # type: ignore[operator]
     LoTRALayer.forward = torch.compiler.disable(LoTRALayer.forward)  # type: ignore[method-assign]
 
 
 def wrapped(kind: type[LoTRALayer], module: nn.Module, spec: CoefficientSpec) -> tuple[LoTRALayer, nn.Module]:
-    """A new layer for one tensor of a module, at its place among the layers around it, and the outermost of them."""
+    """A new layer for one tensor, at its place among the LoTRALayers around the module, and the outermost of these."""
     if isinstance(module, LoTRALayer) and module.spec.nesting > spec.nesting:
         layer, module.base_layer = wrapped(kind, module.base_layer, spec)
         return layer, module
@@ -380,8 +380,8 @@ def adapted_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, L
     A module with several tensors has nested LoTRALayers: the outer one comes first.
 
     Args:
-        model: any module; a PeftModel's names are those of its base model.
-        adapter: only layers that have this adapter.
+        model: any module. For a PeftModel, the names are those in its base model.
+        adapter: if given, only layers that have this adapter.
     """
     found = {}
     for name, module in model.named_modules():
@@ -392,5 +392,5 @@ def adapted_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, L
 
 
 def first_tensor(returned: Any) -> torch.Tensor:
-    """A layer's or model's output, which may come first among several things that it returns."""
+    """The first tensor of what a layer or a model returns."""
     return next(leaf for leaf in tree_leaves(returned) if isinstance(leaf, torch.Tensor))

@@ -14,10 +14,10 @@ from .standin.update import Update, multiplied, planned_steps
 
 
 class LinearLayer(LoTRALayer):
-    """y + (x · B) · U2ᵀ with B = s · G ×₁ U1 ×₃ U3, shape (n, r2), added to the output y of an nn.Linear. Ours.
+    """y + (x · B) · U2ᵀ with B = s · G ×₁ U1 ×₃ U3, shape (n, r2), where y is the output of an nn.Linear. Ours.
 
-    The stand-in computes the same in more calls, which cost time in layers of up to some 1,000 features. It is used
-    where another way round may be better: ranks near the modes, 16 bits, weights per sample, a graph that is compiled.
+    The stand-in computes the same with more calls, which take time in layers of up to about 1,000 features. It is used
+    where another order may be better: ranks near the modes, 16 bits, weights per sample, or a graph that is compiled.
     """
 
     def _run_once(self, args: Any, kwargs: Any) -> Any:
@@ -48,6 +48,6 @@ class LinearLayer(LoTRALayer):
 
 
 def is_linear(module: nn.Module, spec: CoefficientSpec) -> bool:
-    """Whether `spec` describes the weight of an nn.Linear itself, as a matrix."""
+    """Whether `spec` describes the weight of `module`, an nn.Linear, as a matrix (n_d = 1)."""
     own = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     return own and spec.parameter == "weight" and spec.axes == (("o",), ("i", "d")) and spec.layout.sizes["d"] == 1

@@ -1,4 +1,4 @@
-"""What "all-linear" adds to the KAN layers: matrices and convolution kernels, as coefficient tensors of n_d = 1."""
+"""Targets that "all-linear" adds to KAN layers: matrices and convolution kernels, as coefficients with n_d = 1."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ _LAYOUTS = {
 def layout_of(module: nn.Module) -> tuple[str, dict[str, int]] | None:
     """The layout and sizes of a linear layer's or a convolution's `weight`, with one basis function; else None.
 
-    None also for the output projection in nn.MultiheadAttention, which reads the weight and never calls the module.
+    For the output projection in nn.MultiheadAttention it is None, too: the attention reads this weight, and never
+    calls the module.
     """
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return None
@@ -49,13 +50,14 @@ def linear_targets(model: nn.Module, base: BaseModel, known: list[Target], confi
     """Every matrix and convolution kernel of `model` that "all-linear" means, without the `known` tensors.
 
     These are the weights of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d and transformers' Conv1D, and the `matrices`
-    that KAN layers are registered with. If there is a KAN layer around a weight, the weight belongs to that layer.
+    with which KAN layers are registered. If a KAN layer contains a weight, the target is that layer.
 
-    The output layer of a model of transformers is left out, by PEFT's rule for LoRA. So are modules that another PEFT
-    method or `modules_to_save` has wrapped, and layers and weights that the model has twice, such as tied ones.
+    The output layer of a transformers model is left out, by PEFT's rule for LoRA. Modules that another PEFT method or
+    `modules_to_save` has wrapped are left out, too, and so are layers and weights that the model has twice (tied
+    weights).
 
     Raises:
-        ValueError, TypeError: naming the layer, if its weight cannot be adapted, as where it is quantized.
+        ValueError, TypeError: naming the layer, if its weight cannot be adapted, for example because it is quantized.
     """
     taken = {target.parameter for target in known}
     kan_layers = {target.module for target in known}
@@ -86,7 +88,7 @@ def _matrices(layer: nn.Module, is_kan_layer: bool) -> Iterator[CoefficientSpec]
 def _linear_layers(
     module: nn.Module, goes_on: bool, path: str = ""
 ) -> Iterator[tuple[str, tuple[str, dict[str, int]]]]:
-    """The layouts of a module and, if it `goes_on`, of those in it, by where they are, without what others adapt."""
+    """(path, layout) of a module and, if `goes_on`, of the modules in it, except those that another method wraps."""
     found = layout_of(module)
     if found is not None:
         yield path, found
@@ -96,7 +98,7 @@ def _linear_layers(
 
 
 def _closed(model: nn.Module, config: LoTRAConfig) -> set[str]:
-    """Names of modules that are left out with everything in them."""
+    """The names of modules that are left out with everything inside them."""
     head = _output_layer(model, config)
     return {
         name
@@ -108,7 +110,7 @@ def _closed(model: nn.Module, config: LoTRAConfig) -> set[str]:
 
 
 def _output_layer(model: nn.Module, config: LoTRAConfig) -> nn.Module | None:
-    """What PEFT leaves out for LoRA: the layer after the last hidden state, in a model of transformers itself."""
+    """The layer that PEFT leaves out for LoRA: the layer after the last hidden state, if `model` is transformers'."""
     if not isinstance(model, PreTrainedModel):
         return None
     head = model.get_output_embeddings()

@@ -1,6 +1,6 @@
-"""Batches in which every sample has an adapter of its own: which names belong to the running call, and a layer's pass.
+"""Mixed batches, in which every sample has its own adapter: the names of the running call, and a layer's pass.
 
-The names are on a stack of the thread, so calls in other threads, and calls inside of this call, do not see them.
+The names are on a stack of the thread, so calls in other threads, and other calls inside this call, do not see them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import families
 from .placement.sharded import largest
 from .standin import SampleAxisUnknown
 
-BASE = "__base__"  # the name of no adapter
+BASE = "__base__"  # this name stands for no adapter
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class MixedBatch:
 
     Attributes:
         names: a name for each sample.
-        in_encoder: the names that the modules of `encoder` see, because beam search repeats samples only behind it.
+        in_encoder: the names that the modules of `encoder` see. Beam search repeats samples only after the encoder.
     """
 
     names: tuple[str, ...]
@@ -41,14 +41,14 @@ class MixedBatch:
 
 @dataclass(frozen=True)
 class Shares:
-    """Which samples see which adapter, in a pass of the layers around one KAN layer."""
+    """Which samples see which adapter, in a pass of the LoTRALayers around one KAN layer."""
 
     layers: Collection[nn.Module]
     weights: Mapping[str, torch.Tensor | None]  # by adapter, shape (batch, 1); None: all samples
 
 
 class _Calls(threading.local):
-    def __init__(self) -> None:  # no attribute of the class: torch.compile guards on what is in __dict__
+    def __init__(self) -> None:  # an instance attribute, because torch.compile guards on __dict__
         self.stack: tuple[MixedBatch | Shares | None, ...] = ()
 
 
@@ -57,7 +57,7 @@ _calls = _Calls()
 
 @contextmanager
 def entered(entry: MixedBatch | Shares | None) -> Iterator[None]:
-    """While this is entered, the thread's calls are of this mixed batch, or of no mixed batch if it is None."""
+    """While this is entered, the thread's calls belong to this mixed batch, or to none if `entry` is None."""
     before = _calls.stack
     _calls.stack = (*before, entry)
     try:
@@ -67,7 +67,7 @@ def entered(entry: MixedBatch | Shares | None) -> Iterator[None]:
 
 
 def current(module: nn.Module) -> MixedBatch | Shares | None:
-    """What the running call says to a module."""
+    """The entry of the running call for a module."""
     for entry in reversed(_calls.stack):
         if not isinstance(entry, Shares) or module in entry.layers:
             return entry
@@ -78,13 +78,13 @@ def pass_names_on(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, 
     """A forward pre-hook for PEFT's own modules, which take the names as an argument."""
     batch = current(module)
     if not isinstance(batch, MixedBatch) or not batch.names or module.disable_adapters:
-        return None  # they fail on a batch without samples, and on another batch's names while adapters are off
+        return None  # PEFT's modules fail on a batch without samples, and on names while adapters are disabled
     names = [name if name in module._adapters else BASE for name in batch.names_for(module)]
     return args, kwargs | {"adapter_names": names}
 
 
 def use_copies(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """A forward hook for the same modules, which ignore the names if the active adapter has no copy of them."""
+    """A forward hook for the same modules. Without it, they ignore the names if the active adapter has no copy."""
     if "adapter_names" not in kwargs or module._adapters.issuperset(module.active_adapters):
         return output
     return module._mixed_batch_forward(*args, **kwargs)
@@ -94,7 +94,7 @@ _lock = threading.Lock()
 
 
 def tell(module: nn.Module) -> None:
-    """Let one of PEFT's own modules know the names of the running call, from now on."""
+    """From now on, pass the names of each running call to one of PEFT's own modules."""
     with _lock:
         if pass_names_on not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(pass_names_on, with_kwargs=True)
@@ -108,7 +108,7 @@ def check_names(names: Sequence[str], args: Any, kwargs: Any, layer: nn.Module) 
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
             f"{len(names)} and {length} respectively, in a {type(layer).__qualname__}. "
-            "The batch has to be the first axis of what the layer takes"
+            "The batch has to be the first axis of the layer's first tensor"
         )
 
 
@@ -123,20 +123,20 @@ def run_mixed(
 ) -> Any:
     """A forward pass in which every sample sees the update of its own adapter.
 
-    If the base layer's contractions keep the samples apart, it is one pass on all samples. Otherwise it is one pass on
-    the samples of each adapter.
+    If the base layer's contractions keep the samples apart, there is one pass for all samples. Otherwise there is one
+    pass for each adapter, with its samples.
 
     Args:
         layers: the LoTRALayers around the KAN layer.
-        adapters: the adapters that they have.
+        adapters: the adapters of these layers.
         names: a name for each sample.
         run: the pass, a function of args and kwargs.
-        in_one_pass: whether to try one pass on all samples.
+        in_one_pass: whether to try one pass for all samples.
     """
     rows: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         rows.setdefault(name if name in adapters else BASE, []).append(row)
-    rows = rows or {BASE: []}  # a batch of no samples
+    rows = rows or {BASE: []}  # the batch has no samples
     if len(rows) > 1 and in_one_pass:
         device = next(leaf.device for leaf in tree_leaves((args, kwargs)) if _is_batched(leaf))
         places = [list(rows).index(name if name in rows else BASE) for name in names]
@@ -154,7 +154,7 @@ def run_mixed(
         if by_sample:
             raise ValueError(
                 f"`adapter_names` has the family {name!r} with a task for each sample, in a layer whose samples "
-                "cannot be told apart: call the model once for each task, or make adapters of them by `adapter_at`"
+                "cannot be told apart: call the model once for each task, or make an adapter of each by `adapter_at`"
             )
         with entered(Shares(layers, {name: None})):
             results.append(run(*_batch_rows((args, kwargs), own, len(names))))
@@ -168,17 +168,18 @@ def run_at_each(
     kwargs: Any,
     layer: Any,
 ) -> Any:
-    """A pass in which every sample is at a task of its own, as one pass on the samples of each distinct task.
+    """A pass in which every sample has its own task, as one pass for each distinct task, with its samples.
 
-    Where FSDP2 has sharded what runs in there, all processes run it equally often.
+    If FSDP2 has sharded a module inside the layer, all processes make the same number of passes.
 
     Args:
         weights: c by family adapter, shape (batch, P).
-        run: the pass, of args and kwargs.
+        run: the pass, a function of args and kwargs.
         layer: the LoTRALayer.
 
     Raises:
-        ValueError: if the batch is not the first axis of what the layer takes, or gradients by the task are wanted.
+        ValueError: if the batch is not the first axis of the layer's first tensor, if a task requires gradients, or
+            if a process has fewer samples than another has tasks.
     """
     joint = torch.cat(list(weights.values()), dim=1)
     kind = type(layer.get_base_layer()).__qualname__
@@ -186,8 +187,8 @@ def run_at_each(
     if length != len(joint) or joint.requires_grad:
         what = "gradients by the tasks cannot be computed" if length == len(joint) else f"{length} rows are passed"
         raise ValueError(
-            f"a task for each of {len(joint)} samples: a {kind} uses its coefficients so that samples cannot be told "
-            f"apart there, and {what}; call the model once for each task"
+            f"a task for each of {len(joint)} samples: where a {kind} uses its coefficients, samples cannot be told "
+            f"apart, and {what}; call the model once for each task"
         )
     distinct, owner = torch.unique(joint.detach(), dim=0, return_inverse=True)
     rows = [(owner == k).nonzero()[:, 0].tolist() for k in range(len(distinct))]
@@ -195,7 +196,8 @@ def run_at_each(
     if passes > -shortest:
         raise ValueError(
             f"a task for each sample: with {passes} tasks in one process and a batch of {-shortest} in another, a "
-            f"sharded {kind} cannot run equally often in both: give `fully_shard` the LoTRALayer, or use equal batches"
+            f"sharded {kind} cannot make equally many passes in both: give `fully_shard` the LoTRALayer, or use equal "
+            "batches"
         )
     while len(rows) < passes:
         longest = max(rows, key=len)
@@ -212,7 +214,7 @@ def _is_batched(leaf: Any) -> bool:
 
 
 def _batch_rows(tree: Any, rows: Sequence[int], length: int) -> Any:
-    """x[rows] for every tensor x of `length` rows in nested arguments; other values stay."""
+    """Nested arguments with x[rows] for every tensor x of `length` rows. Other values stay."""
     if len(rows) == length:
         return tree
 
@@ -225,12 +227,12 @@ def _batch_rows(tree: Any, rows: Sequence[int], length: int) -> Any:
 
 
 def _joined_batch(results: Sequence[Any], rows: Sequence[Sequence[int]]) -> Any:
-    """One result from several: y with y[rows[j]] = results[j], for every tensor of nested results.
+    """One result from several: y with y[rows[j]] = results[j], for every tensor in nested results.
 
-    A layer may have flattened leading axes into its rows; each sample then has as many rows as every other.
+    A layer may flatten leading axes into its rows. All samples then have the same number of rows.
 
     Raises:
-        ValueError: if results cannot be put together row by row.
+        ValueError: if the results cannot be joined row by row.
     """
     if len(results) == 1:
         return results[0]

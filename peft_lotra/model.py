@@ -34,21 +34,21 @@ from .tensors.tucker import Ranks
 
 
 class _Configs(dict):
-    """LoTRAConfigs by adapter name. PEFT's functions look up here the names that they are given."""
+    """LoTRAConfigs by adapter name. PEFT's functions look up names here, so an unknown name gets a clear error."""
 
     def __missing__(self, name: Any) -> Any:
         raise ValueError(f"`adapter_name` {name!r} does not exist: the model has the adapters {list(self)}")
 
 
 class LoTRAModel(BaseTuner):
-    """A model whose KAN layers compute with A + s · G ×₁ U1 ×₂ U2 ×₃ U3; made by `peft.get_peft_model`.
+    """A model whose KAN layers compute with A + s · G ×₁ U1 ×₂ U2 ×₃ U3; `peft.get_peft_model` makes it.
 
-    It does what PEFT's other tuners do: it adds, switches, disables, deletes, merges and unloads adapters. Errors of
-    configuration are raised before the first layer is touched.
+    Like PEFT's other tuners, it adds, switches, disables, deletes, merges and unloads adapters. Errors in a config are
+    raised before the first layer is touched.
 
     Two arguments of a call, `model(...)` or `model.generate(...)`, are for the adapters, and the base model does not
-    see them. `adapter_names` names an adapter for each sample; "__base__" stands for no adapter. `lotra_task` says at
-    which task the active (or named) families are; see `at_task`.
+    see them. `adapter_names` names an adapter for each sample; "__base__" stands for no adapter. `lotra_task` sets the
+    task of the active (or named) families; see `at_task`.
     """
 
     prefix = "lotra_"
@@ -62,11 +62,12 @@ class LoTRAModel(BaseTuner):
         if isinstance(adapter_name, str) and adapter_name in held:
             warnings.warn(
                 f"`adapter_name` {adapter_name!r}: the model has an adapter of this name already "
-                f"({type(held[adapter_name]).__name__}), and the new one replaces it. To keep both, give the new one "
-                "another name; to start anew, take the adapters off first (`unload()`, `merge_and_unload()`)",
+                f"({type(held[adapter_name]).__name__}). In tensors that both adapt, the new one replaces it; in "
+                "others, the old one stays active. To keep both, give the new one another name. To start again, "
+                "remove the adapters first (`unload()`, `merge_and_unload()`)",
                 stacklevel=2,
             )
-        with warnings.catch_warnings():  # PEFT warns of every second adapter, also if it is wanted
+        with warnings.catch_warnings():  # PEFT warns of every second adapter, even if it is wanted
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
@@ -75,11 +76,11 @@ class LoTRAModel(BaseTuner):
             self.peft_config = _Configs(self.peft_config)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> LoTRAConfig:
-        # A copy becomes self-contained. The user's object stays as it is, so that it can be used for other models too.
+        # A copy becomes self-contained. The user's object stays as it is, and can be used for other models.
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
         _check_name(adapter_name)
         task = peft_config.task_type
-        if task in HEADS:  # PEFT names them too late for a copy
+        if task in HEADS:  # PEFT would add them to the user's object, after the copy is made
             peft_config = replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or ()), *HEADS[task]])
         targets = resolve_targets(self.model, peft_config)
         warn_of_no_effect(peft_config, targets)
@@ -88,7 +89,7 @@ class LoTRAModel(BaseTuner):
         for target in targets:
             self._targets.setdefault(target.module, []).append(target)
         self._self_contained = peft_config.self_contained(targets)
-        # PEFT warns about patterns that match nothing, so it sees the user's own patterns while it injects.
+        # PEFT warns of patterns that match nothing, so it gets the user's own patterns while it injects.
         parameters = {target.parameter for target in targets}
         own = {} if peft_config.is_self_contained else vars(peft_config)
         self.peft_config[adapter_name] = replace(
@@ -104,7 +105,7 @@ class LoTRAModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to `model`, with the arguments of PEFT's base class.
 
-        After an exception, also one that the adapter's file causes, the model is as it was before.
+        After an exception, the model is as it was before, also if the adapter's file was the cause.
         """
         config = self.peft_config[adapter_name]
         try:
@@ -115,9 +116,7 @@ class LoTRAModel(BaseTuner):
                 if config._saved is not None:
                     check_weights(slots, config._saved.weights, config._saved.origin)
                 if config.bias != "none" and not trained_biases(model, adapter_name, config.bias):
-                    warnings.warn(
-                        f"`bias`={config.bias!r} has no effect: there is no bias that it means", stacklevel=2
-                    )
+                    warnings.warn(f"`bias`={config.bias!r} has no effect: the model has no such bias", stacklevel=2)
                 self._self_contained._copies = frozenset(key for key in slots if not is_adapter_key(key))
                 self.peft_config[adapter_name] = self._self_contained
                 refuse_checkpoints(model)
@@ -142,7 +141,7 @@ class LoTRAModel(BaseTuner):
     ) -> None:
         if current_key not in self._targets:
             raise ValueError(
-                f"the state dict has an adapter for {current_key}, which the config does not select; "
+                f"the state dict has an adapter for {current_key}, which the config does not select: "
                 "pass the config that was saved with it"
             )
         for tensor in self._targets[current_key]:
@@ -167,36 +166,36 @@ class LoTRAModel(BaseTuner):
         self._replace_module(parent, target_name, target, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # `update_layer` has put the adapters on the coefficients' device already, and KAN layers have no `weight` for
-        # the base class to copy.
+        # The base class would look for a `weight`, to move the adapters to its device. KAN layers have none, and
+        # `update_layer` has put the adapters on the device of the coefficients.
         setattr(parent, child_name, new_module)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters. Unless `inference_mode` is true, they are trained, and their biases with them.
+        """Set the active adapters. Unless `inference_mode` is true, they and their biases become trainable.
 
         Raises:
-            ValueError: if there is no adapter of a name. Nothing is changed then.
+            ValueError: if an adapter does not exist. Nothing is changed then.
         """
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
-            self.peft_config[name]  # raises if there is none
+            self.peft_config[name]  # raises if it does not exist
         super().set_adapter(adapter_name, inference_mode)
         self._set_biases(not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. Its biases keep their values, and are frozen."""
+        """Delete an adapter. Its biases keep their values and are frozen."""
         biases = trained_biases(self.model, adapter_name, self.peft_config[adapter_name].bias)
         super().delete_adapter(adapter_name)
         for bias in biases:
             bias.parameter.requires_grad_(False)
 
     def _set_biases(self, trained: bool) -> None:
-        """Train the biases of active adapters, if `trained`, and no others."""
+        """Make the biases of active adapters trainable if `trained`, and freeze those of the other adapters."""
         for name, config in self.peft_config.items():
             for bias in trained_biases(self.model, name, config.bias):
                 bias.parameter.requires_grad_(trained and name in self.active_adapters)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        # The base class knows other biases, and trains them also where an adapter is loaded for inference.
+        # The base class selects other biases, and trains them even if an adapter is loaded for inference.
         configs = self.peft_config
         try:
             self.peft_config = dict.fromkeys(configs)
@@ -206,7 +205,7 @@ class LoTRAModel(BaseTuner):
         self._set_biases(not any(configs[name].inference_mode for name in self.active_adapters))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # The base class makes new, trainable parameters where it casts; frozen adapters stay frozen here.
+        # Where the base class casts, it makes new, trainable parameters. Frozen adapters have to stay frozen.
         layers = adapted_tensors(self.model, adapter_name).values()
         trainable = [layer.lotra_core[adapter_name].requires_grad for layer in layers]
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -231,11 +230,11 @@ class LoTRAModel(BaseTuner):
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool, merge: bool = True) -> None:
-        """Raise before any layer is merged, so that a wrong name or a broken adapter leaves no half-merged model."""
+        """Raise before any layer is merged, so that a wrong name or a broken adapter leaves no model half merged."""
         if adapter_names is not None and not isinstance(adapter_names, list | tuple | set):
-            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")  # as PEFT says it
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")  # PEFT's words
         for name in adapter_names or ():
-            self.peft_config[name]  # raises if there is none
+            self.peft_config[name]  # raises if it does not exist
         for layer in adapted_tensors(self.model).values() if merge else ():
             for name in layer.active_adapters if adapter_names is None else adapter_names:
                 if name in layer.lotra_core and layer.terms[name] and name not in layer.merged_adapters:
@@ -263,23 +262,24 @@ class LoTRAModel(BaseTuner):
         >>> model.add_weighted_adapter(["a", "b"], [1.0, -1.0], "a without b", svd_rank=4)
 
         Args:
-            adapters: the names of the adapters. One that does not adapt a tensor counts as zero there.
-            weights: a number for each adapter; a negative one subtracts. Each Δ_j includes its adapter's scaling.
+            adapters: the names of the adapters. If an adapter does not adapt a tensor, its Δ_j is zero there.
+            weights: a number for each adapter, which may be negative. Each Δ_j includes its adapter's scaling.
             adapter_name: the new adapter's name. The new adapter is not active, and its `alpha` is 1.
-            combination_type: "cat": exactly Δ; the ranks add up, to the size of the mode at most. "svd", or "linear":
+            combination_type: "cat": exactly Δ. The ranks add up, to at most the size of the mode. "svd" or "linear":
                 the Tucker approximation of Δ with the ranks `svd_rank`, by HOSVD and HOOI. "ties", "dare_linear",
-                "dare_ties", "magnitude_prune": the same of what these rules of `peft.utils.merge_utils` make of the
-                dense Δ_j. All types combine updates, and none combines factors as some of LoRA's do; LoRA's names
-                that end in "_svd" therefore mean the same.
-            svd_rank: ranks as in `LoTRAConfig.r`, or as in its `rank_pattern` by full parameter names. By default, and
-                for tensors that are not named, they are the largest that the adapters have there.
-            density: the fraction of entries in (0, 1] that pruning leaves; only for the last four types.
+                "dare_ties" and "magnitude_prune": the Tucker approximation of the result of these rules of
+                `peft.utils.merge_utils` for the dense Δ_j. All types combine updates. Some of LoRA's types combine
+                factors; LoRA's names that end in "_svd" combine updates, and mean the same here.
+            svd_rank: ranks as in `LoTRAConfig.r`, or a mapping from full parameter names to ranks. By default, and for
+                tensors that are not named, they are the largest ranks that the adapters have there.
+            density: the fraction of entries in (0, 1] that pruning leaves, for the last four types only.
             majority_sign_method: "total" or "frequency", for "ties" and "dare_ties".
 
-        The new adapter gets trained copies of modules (`modules_to_save`) and token rows from the one that has them.
+        If one of the adapters has trained copies of modules (`modules_to_save`) or token rows, the new adapter gets
+        copies of them.
 
         Returns:
-            ‖Δ − Δ_r‖ / ‖Δ‖ by full parameter name, where Δ is what the rule gives before its ranks are cut.
+            ‖Δ − Δ_r‖ / ‖Δ‖ by full parameter name, where Δ is the result of the rule before its ranks are cut.
 
         Raises:
             ValueError: naming the argument. The model is then as it was before.
@@ -314,9 +314,9 @@ class LoTRAModel(BaseTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """The zeros of a Slim KAN, by their names in the PeftModel: DistributedDataParallel would write to them.
+        """The zeros of a Slim KAN, by their names in the PeftModel. DistributedDataParallel must not write to them.
 
-        It asks the module that it is given. If the PeftModel is a part of that module, `outer`, tell it beforehand:
+        It reads this attribute from the module that it wraps. If the PeftModel is a part of that module, `outer`, set:
         `outer._ddp_params_and_buffers_to_ignore = [n for n, p in outer.named_parameters() if not p.is_contiguous()]`.
         """
         layers = [layer for layer in adapted_tensors(self).values() if isinstance(layer, SlimLayer)]
@@ -336,11 +336,11 @@ class LoTRAModel(BaseTuner):
         slots = slots_of(model, adapter_name, config.bias)
         tensors = {key: state_dict.get(name) for key, (name, _) in slots.items()}
         config._written = {PREFIX + key.removeprefix(PREFIX): t for key, t in tensors.items() if t is not None}
-        # Only the first process has a gathered state dict; the others have nothing and write nothing.
+        # Only the first process has a gathered state dict. The others have none, and write nothing.
         if state_dict or not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             config.check_written(adapter_name)
         check_whole(config._written.values(), adapter_name)
-        # PEFT adds trained copies and token rows itself, and takes the adapter's name off the others.
+        # PEFT adds trained copies and token rows itself, and removes the adapter's name from the other keys.
         biases = {entry.saved for entry in trained_biases(model, adapter_name, config.bias)}
         named = {f"{key}.{adapter_name}" if is_adapter_key(key) else key: t for key, t in tensors.items()}
         own = {key: t for key, t in named.items() if t is not None and (is_adapter_key(key) or key in biases)}
@@ -348,7 +348,7 @@ class LoTRAModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # Other tensors have no adapter's name in their key, but a module's name may be like one.
+        # Keys of other tensors contain no adapter's name, but may contain a module of the same name.
         return super()._remove_adapter_name_from_key(key, adapter_name) if is_adapter_key(key) else key
 
     @classmethod
@@ -370,13 +370,13 @@ def _check_name(adapter_name: str) -> None:
         raise TypeError(f"`adapter_name` should be a str but the value passed is {adapter_name!r}")
     if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
         raise ValueError(
-            f"`adapter_name` {adapter_name!r} is a name that torch's containers of parameters do not take (empty, "
+            f"`adapter_name` {adapter_name!r} is a name that torch's containers of parameters do not accept (empty, "
             "with a dot, or one of their attributes): choose another"
         )
     if len(adapter_name) > 100 or not adapter_name.isprintable() or set(adapter_name) & set("/\\:"):
         raise ValueError(
-            f"`adapter_name` {adapter_name[:100]!r} cannot be the name of a directory to save to: choose one of up to "
-            "100 printable characters, without / \\ :"
+            f"`adapter_name` {adapter_name[:100]!r} cannot be the name of a directory to save to: choose a name of up "
+            "to 100 printable characters, without / \\ :"
         )
     if adapter_name == mixed_batch.BASE:
         raise ValueError(f"`adapter_name` {adapter_name!r} stands for no adapter in a mixed batch: choose another")
@@ -386,12 +386,13 @@ def lotra_model(model: nn.Module, adapter_name: str | None = None) -> LoTRAModel
     """The LoTRAModel of a PeftModel, compiled or not.
 
     Raises:
-        TypeError, ValueError: if `model` is no such PeftModel, or has no adapter of the given name.
+        TypeError: if `model` is not a PeftModel with LoTRA adapters.
+        ValueError: if it has no adapter of the given name.
     """
     model = getattr(model, "_orig_mod", model)
     tuner = getattr(model, "base_model", None)
     if not isinstance(model, PeftModel) or not isinstance(tuner, LoTRAModel):
         raise TypeError(f"`model` should be a PeftModel with LoTRA adapters but a {type(model).__name__} is passed")
     if adapter_name is not None:
-        tuner.peft_config[adapter_name]  # raises if there is none
+        tuner.peft_config[adapter_name]  # raises if it does not exist
     return tuner

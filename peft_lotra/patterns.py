@@ -1,4 +1,4 @@
-"""What the names and regular expressions of a config mean, by PEFT's rules."""
+"""Interprets the names and regular expressions of a config by PEFT's rules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def name_endings(module: str) -> set[str]:
 
 
 def entries_for(module: str, patterns: Collection[str] | str) -> list[str]:
-    """The entries that mean `module`: a string is a regular expression on the full name, a collection has names or
+    """The entries that mean `module`. A string is a regular expression on the full name; a collection holds names and
     endings of names."""
     if isinstance(patterns, str):
         return [patterns] if re.fullmatch(patterns, module) else []
@@ -28,31 +28,31 @@ def entries_for(module: str, patterns: Collection[str] | str) -> list[str]:
 
 
 def means(key: str, name: str) -> re.Match[str] | None:
-    """Whether a key means this name, as PEFT's `get_pattern_key` has it; what precedes the key is the first group."""
+    """The match if a key means this name, by the rule of PEFT's `get_pattern_key`; group 1 is the part before it."""
     return re.match(f"{ENDING[0]}{key}{ENDING[1]}", name)
 
 
 def pattern_value(pattern: Mapping[str, Any], module: str, parameter: str, default: Any = None) -> Any:
-    """A tensor's entry, by its module's full name or else the first key that means it; it may map parameters to
-    values."""
+    """The value for a tensor: that of its module's full name, or of the first key that means the module. If the value
+    maps parameters to values, that of the parameter."""
     value = pattern.get(module if module in pattern else get_pattern_key(list(pattern), module), default)
     return value.get(parameter, default) if isinstance(value, Mapping) else value
 
 
 def check_expressions(field: str, entries: Iterable[str], around: tuple[str, str] = ("", "")) -> None:
-    """Raise ValueError, naming field and entry, unless all are regular expressions, with what is put around them."""
+    """Raise ValueError, naming field and entry, unless every entry is a regular expression inside of `around`."""
     for entry in entries:
         try:
             re.compile(f"{around[0]}{entry}{around[1]}")
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"`{field}`: {entry!r} is not a regular expression ({error}); to mean this name, give "
+                f"`{field}`: {entry!r} is not a regular expression ({error}); if it is meant as a name, give "
                 f"{re.escape(entry)!r}"
             ) from None
 
 
 def index_of(module: str, layers_pattern: Collection[str] | str | None) -> int | None:
-    """The number in a module's name that `layers_to_transform` means."""
+    """The number in a module's name that `layers_to_transform` refers to; None if there is none."""
     patterns = layers_pattern or [""]
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         before, after = INDEXED if pattern else (INDEXED[0], "")

@@ -1,4 +1,4 @@
-"""Run a model, if it is one, and leave no trace in it."""
+"""Context managers that run a model and leave no trace in it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def preserved(model: nn.Module, training: bool | None = None, dtype: torch.dtype
     Args:
         model: any module.
         training: the mode of all modules inside. None leaves the modes as they are.
-        dtype: the dtype of the copies of buffers, of tensors that are plain attributes, and of new tensors.
+        dtype: the dtype inside of floating-point buffers, of tensors that are plain attributes, and of new tensors.
     """
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # these cannot be restored
     saved = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]

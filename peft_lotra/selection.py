@@ -1,4 +1,4 @@
-"""Which of the known coefficient tensors a config selects, by the names of their modules."""
+"""Selects the known coefficient tensors that a config means, by the names of their modules."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _HOW_TO_DECLARE = (
 
 
 def select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRAConfig) -> list[Target]:
-    """The targets that the fields of a config leave.
+    """The targets that remain after the selection by the fields of a config.
 
     Raises:
-        NoMatchingPeftModuleError: if there are none, or a field means none.
+        NoMatchingPeftModuleError: if no target remains, or an entry of a field means none.
     """
     if not known:
         classes = dict.fromkeys(qualified_name(type(layer)) for layer in layers.values())
@@ -53,10 +53,10 @@ def select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRACo
     missing = sorted(set(wanted or ()).difference(indices.values()))
     if missing:
         raise NoMatchingPeftModuleError(
-            f"`layers_to_transform` names {missing}, which are indices of no KAN layer that the other fields leave; "
+            f"`layers_to_transform` names {missing}, but no KAN layer that the other fields leave has such an index; "
             f"there are {sorted({index for index in indices.values() if index is not None})}, of {list(indices)}"
         )
-    # `exclude_modules` may also name a part of a KAN layer: the module that holds one of its tensors.
+    # `exclude_modules` may also name a module inside a KAN layer that holds one of its tensors.
     left = [t for t in known if t.module in chosen and not is_excluded(config, t.parameter.rpartition(".")[0])]
     if not left:
         raise NoMatchingPeftModuleError(
@@ -68,7 +68,7 @@ def select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRACo
 def _check_target_modules(
     target_modules: Collection[str] | str, kan_layers: list[str], layers: Mapping[str, nn.Module]
 ) -> None:
-    """Raise if an entry means no KAN layer. Modules without coefficients that it means besides are passed over."""
+    """Raise if an entry means no KAN layer. An entry may also mean modules without coefficients; they are skipped."""
     entries = {target_modules} if isinstance(target_modules, str) else set(target_modules)
     used = {entry for module in kan_layers for entry in entries_for(module, target_modules)}
     for entry in sorted(entries - used):

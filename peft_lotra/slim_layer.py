@@ -1,4 +1,4 @@
-"""SlimLayer: a coefficient tensor that is Tucker factors alone."""
+"""SlimLayer: a coefficient tensor that consists of Tucker factors alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .standin import adapted_coefficients
 class SlimLayer(LoTRALayer):
     """A = s · G ×₁ U1 ×₂ U2 ×₃ U3: a LoTRALayer whose base coefficients are zero and take no memory.
 
-    The dense parameter becomes a single zero expanded to its shape, until the factors are merged into it.
+    The dense parameter is a single zero, expanded to its shape, until the factors are merged into it.
     """
 
     def __init__(self, base_layer: nn.Module, spec: CoefficientSpec) -> None:
@@ -30,8 +30,8 @@ class SlimLayer(LoTRALayer):
     def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
         """U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3[d] ~ N(0, v_d/Σv), G ~ N(0, n·m·Σv / (r1·r2·r3·s²)), if no mode is whole.
 
-        Then E A[i, o, d]² = v_d, the mean square over i and o that the layer was initialised with. There is a v_d for
-        each basis function, because layers with polynomials or wavelets start smaller in the higher ones.
+        Then E A[i, o, d]² = v_d, the mean square over i and o of the layer's own initialisation. Each basis function
+        has its v_d, because layers with polynomials or wavelets start smaller in the higher ones.
         """
         super().reset_lotra_parameters(adapter_name, init_weights=False)
         core, U1, U2, U3, U4, _ = self.factors(adapter_name)
@@ -58,7 +58,7 @@ class SlimLayer(LoTRALayer):
             self._before_merge[self.spec.parameter] = before.new_zeros(()).expand(before.shape)
 
     def unmerge(self) -> None:
-        """parameter ← 0, without memory again; scale as it was."""
+        """parameter ← 0, without memory; scale ← its value before the first `merge`."""
         super().unmerge()
         self._empty()
 
@@ -82,13 +82,13 @@ class SlimLayer(LoTRALayer):
             parameter.data = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
 
     def _empty(self) -> None:
-        """One zero in place of the coefficients, unless they are merged."""
+        """Put one expanded zero in place of the coefficients, unless updates are merged into them."""
         if not self.merged:
             parameter = self._stored(self.spec.parameter)
             parameter.requires_grad_(False)
             parameter.data = parameter.data.new_zeros(()).expand(parameter.shape)
 
-    # Copies and casts give an expanded tensor memory for all entries, and loading needs such memory to write into.
+    # Copies and casts give an expanded tensor memory for all entries. Loading needs this memory to write into.
 
     def _apply(self, *args: Any, **kwargs: Any) -> SlimLayer:
         super()._apply(*args, **kwargs)

@@ -11,14 +11,14 @@ from .layer import LoTRALayer
 
 
 def slots_of(model: nn.Module, adapter_name: str, bias: str) -> dict[str, tuple[str, Slot]]:
-    """The tensors of an adapter, with trained copies, token rows and biases: saved name -> own name, slot.
+    """The tensors of an adapter, with trained copies, token rows and biases: name in file -> (name in model, slot).
 
-    In the file, a LoTRALayer has the name that it would have without other adapters. If the model is not wrapped in a
-    PeftModel, the names have no prefix.
+    In the file, a LoTRALayer has the name that it would have if the model had no other adapters. If the model is not
+    wrapped in a PeftModel, the names have no prefix.
     """
     biases = trained_biases(model, adapter_name, bias)
     found = {entry.saved: (entry.name, Slot(tuple(entry.parameter.shape), entry.parameter.dtype)) for entry in biases}
-    saved: dict[nn.Module, str] = {}  # the names of what LoTRALayers wrap
+    saved: dict[nn.Module, str] = {}  # names in the file of the modules that LoTRALayers wrap
     for module_name, module in model.named_modules():
         module_name = module_name.replace("_fsdp_wrapped_module.", "")  # as in the state dict
         if isinstance(module, LoTRALayer):

@@ -1,4 +1,4 @@
-"""What a config means for a model: which coefficient tensors are adapted, with which ranks and scaling."""
+"""Resolves a config for a model: which coefficient tensors are adapted, with which ranks and `alpha`."""
 
 from __future__ import annotations
 
@@ -26,26 +26,27 @@ from .slim_layer import SlimLayer
 from .tensors.ranks import DEFAULT_COMPRESSION_RATIO, by_mode, choose_ranks
 from .tensors.tucker import core_count, parameter_count
 
-# Modules that hold parameters for the module around them and have no forward of their own.
+# Modules that have no forward and hold parameters for the module around them.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
-# By task type, what PEFT adds to `modules_to_save`, whether the model has it or not; for SEQ_CLS as for TOKEN_CLS.
+# The names that PEFT adds to `modules_to_save` for a task type, whether the model has them or not. It adds those of
+# TOKEN_CLS for SEQ_CLS, too.
 HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 _NAMES_OF_HEADS = sum(HEADS.values(), ())
 
 
 def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
-    """The coefficient tensors of `model` that `config` selects, with ranks and scaling; nothing is changed.
+    """The coefficient tensors of `model` that `config` selects, with ranks and `alpha`; nothing is changed.
 
     They are in the order of the modules, and within one module in the order of nesting.
 
     Args:
         model: a base model, which may have adapters already.
-        config: the config whose fields select.
+        config: the config.
 
     Raises:
-        NoMatchingPeftModuleError, ValueError: naming what was looked for, or the layer and field that do not fit the
-            model or the adapters in it.
+        NoMatchingPeftModuleError: naming what was looked for and not found.
+        ValueError: naming the layer and the field that do not fit the model or its adapters.
     """
     base = BaseModel.of(model)
     _check_task(model, config)
@@ -68,9 +69,9 @@ def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
 
 
 def _known_targets(base: BaseModel, config: LoTRAConfig) -> list[Target]:
-    """Every coefficient tensor that is registered or given in `config.coefficients`; the latter wins.
+    """Every coefficient tensor that is registered or given in `config.coefficients`. The config takes precedence.
 
-    A self-contained config means what it says on every machine, whatever is registered there.
+    For a self-contained config, only `coefficients` count, so it means the same on every machine.
     """
     layers = base.layers
     targets: dict[str, Target] = {}  # by full parameter name
@@ -114,7 +115,7 @@ def _known_targets(base: BaseModel, config: LoTRAConfig) -> list[Target]:
 
 
 def _in_order(base: BaseModel, targets: list[Target]) -> list[Target]:
-    """In the order of the modules, and for one module in that of nesting."""
+    """The targets in the order of the modules, and within one module in the order of nesting."""
     order = {module: position for position, module in enumerate(base.layers)}
     return sorted(targets, key=lambda target: (order[target.module], target.spec.nesting))
 
@@ -134,8 +135,9 @@ def _given_parameters(parameters: list[str], config: LoTRAConfig) -> list[tuple[
         taken = {parameter: other for parameter, other in given if means(key, parameter)}
         if taken:
             raise ValueError(
-                f"`coefficients` key {key!r} means only parameters that other keys take, {taken}: a full name goes "
-                "before a pattern, and of two the first; put the narrower one first, or leave this one out"
+                f"`coefficients` key {key!r} means only parameters that other keys take, {taken}: a full name takes "
+                "precedence over a pattern, and a pattern over those after it; put the narrower pattern first, or "
+                "leave this key out"
             )
     if unmatched:
         raise ValueError(
@@ -148,7 +150,7 @@ def _given_parameters(parameters: list[str], config: LoTRAConfig) -> list[tuple[
 def _linear_layer_of(
     parameter: str, description: Any, layers: Mapping[str, nn.Module], registered: Collection[str]
 ) -> str | None:
-    """The linear layer or convolution whose own matrix is described, unless it lies in a registered KAN layer."""
+    """The linear layer or convolution whose own `weight` is described, unless it lies in a registered KAN layer."""
     module = parameter.rpartition(".")[0]
     sizes = description.get("sizes") if isinstance(description, Mapping) else None
     if (sizes or {}).get("d") != 1 or module not in layers or layout_of(layers[module]) is None:
@@ -158,7 +160,7 @@ def _linear_layer_of(
 
 
 def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
-    """The module that a `coefficients` key means: what precedes the key, else the owner of the parameter."""
+    """The module that a `coefficients` key means: the part of the name before the key, or the parameter's owner."""
     if parameter != key:
         found = means(key, parameter)
         if found is not None and found[1] is not None:
@@ -170,7 +172,7 @@ def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
 
 
 def _check_stored(layers: Mapping[str, nn.Module], targets: list[Target]) -> None:
-    """Refuse a tensor that its module computes, as for weight_norm, pruning or LoRA: nothing could stand in for it."""
+    """Refuse a tensor that its module computes (weight_norm, pruning, LoRA), because no stand-in could replace it."""
     for target in targets:
         layer, spec = layers[target.module], target.spec
         for path in filter(None, (spec.parameter, spec.scale)):
@@ -186,7 +188,7 @@ def _check_stored(layers: Mapping[str, nn.Module], targets: list[Target]) -> Non
 
 
 def _check_not_shared(model: nn.Module, layers: Mapping[str, nn.Module], targets: list[Target]) -> None:
-    """Refuse a layer or tensor that the model holds twice: an adapter would miss, or double, its second use."""
+    """Refuse a layer or tensor that the model holds twice, because an adapter would miss or double its second use."""
     names: dict[int, list[str]] = {}
     for name, thing in [
         *model.named_modules(remove_duplicate=False),
@@ -208,7 +210,7 @@ def _check_task(model: nn.Module, config: LoTRAConfig) -> None:
     if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(model, "prepare_inputs_for_generation"):
         raise ValueError(
             f"`task_type` {task!r} is for models that generate, by `prepare_inputs_for_generation`, which a "
-            f"{type(model).__name__} does not have: leave it out"
+            f"{type(model).__name__} does not have: leave `task_type` out"
         )
 
 
@@ -218,9 +220,9 @@ def _check_modules_to_save(config: LoTRAConfig, layers: Mapping[str, nn.Module])
         if container is not None:
             raise ValueError(
                 f"`modules_to_save` entry {entry!r}: PEFT compares endings, and the adapter's own {container} has "
-                "this one too; give a longer part of the module's name, or give the module a longer name"
+                "this one too; give a longer part of the module's name, or rename the module"
             )
-        # With a task type, PEFT adds all names that a head may have. One of them is enough.
+        # With a task type, PEFT adds all names that a head may have. The model needs only one of them.
         added = config.task_type is not None and entry in _NAMES_OF_HEADS
         added = added and any(name.endswith(_NAMES_OF_HEADS) for name in layers)
         if not added and not any(name.endswith(entry) for name in layers):
@@ -231,14 +233,14 @@ def _check_modules_to_save(config: LoTRAConfig, layers: Mapping[str, nn.Module])
 
 
 def _check_not_inside(layers: Mapping[str, nn.Module], config: LoTRAConfig, targets: list[Target]) -> None:
-    # PEFT refuses them too, with the adapters in the model already.
+    # PEFT also refuses them, but only after it has put adapters into the model.
     for target in targets:
         for child, _ in layers[target.module].named_children():
             entry = next((e for e in config.modules_to_save or () if f"{target.module}.{child}".endswith(e)), None)
             if entry is not None:
                 raise ValueError(
                     f"`modules_to_save` entry {entry!r} means {target.module}.{child}, inside an adapted layer, "
-                    "where PEFT saves no module: leave it frozen, or name the layer, which then is trained in full"
+                    "where PEFT saves no module: leave it frozen, or name the layer, which is then trained in full"
                 )
 
 
@@ -246,15 +248,15 @@ def _check_slim(config: LoTRAConfig, targets: list[Target]) -> None:
     for target in targets:
         if config.slim and target.spec.slice is not None:
             raise ValueError(
-                f"`slim`=True: {target.parameter} holds more than coefficients (slice {target.spec.slice!r}), so "
-                "that it cannot be left out of memory; leave the layer out by `exclude_modules`"
+                f"`slim`=True: {target.parameter} holds more than coefficients (slice {target.spec.slice!r}), so it "
+                "cannot be left out of memory; leave the layer out by `exclude_modules`"
             )
         if config.slim and target.alpha == 0:
             raise ValueError(f"`slim`=True with `alpha` 0 for {target.parameter}: its coefficients would stay zero")
 
 
 def _check_tokens(model: nn.Module, layers: Mapping[str, nn.Module], config: LoTRAConfig) -> None:
-    # PEFT refuses them too, with the adapters in the model already.
+    # PEFT also refuses them, but only after it has put adapters into the model.
     tokens = config.trainable_token_indices
     if tokens is not None and not isinstance(tokens, Mapping):
         tokens = {_get_input_embeddings_name(model, "embed_tokens") or "": tokens}
@@ -264,7 +266,7 @@ def _check_tokens(model: nn.Module, layers: Mapping[str, nn.Module], config: LoT
         if any(not 0 <= index < rows for index in indices) or not rows:
             raise ValueError(
                 f"`trainable_token_indices` gives the rows {indices} of {name!r}, which has {rows} rows in this "
-                "model: give rows that there are, by the name of an embedding"
+                "model: give rows that exist, by the name of an embedding"
             )
 
 
@@ -277,19 +279,19 @@ def _check_existing_adapters(model: nn.Module, config: LoTRAConfig, targets: lis
         if layer.spec != target.spec:
             raise ValueError(
                 f"{target.parameter} is adapted already with {layer.spec.describe()}; a further adapter must "
-                f"describe it alike, got {target.spec.describe()}"
+                f"describe it in the same way, got {target.spec.describe()}"
             )
         if isinstance(layer, SlimLayer) != config.slim:
             raise ValueError(
-                f"`slim`={config.slim}, but {target.parameter} has one with `slim`={not config.slim}: both "
-                "would share its coefficients, which are zero in a Slim KAN; merge and unload those first"
+                f"`slim`={config.slim}, but {target.parameter} has an adapter with `slim`={not config.slim}: both "
+                "would share its coefficients, which are zero in a Slim KAN; merge and unload the old adapters first"
             )
 
 
 def warn_of_no_effect(config: LoTRAConfig, targets: list[Target]) -> None:
-    """Warn of what a config says in vain: `alpha` 0, and keys of patterns of which earlier ones take all.
+    """Warn of fields without effect: `alpha` 0, and keys of patterns for which earlier keys take everything.
 
-    And of an adapter that saves little, because the KAN is small.
+    Also warn of an adapter that saves little, because the KAN is small.
     """
     if config.r is None and config.compression_ratio is None and not config.rank_pattern:
         shapes = {target.parameter: target.spec.layout.canonical_shape for target in targets}
@@ -299,7 +301,7 @@ def warn_of_no_effect(config: LoTRAConfig, targets: list[Target]) -> None:
         if trained > DEFAULT_COMPRESSION_RATIO * total:
             warnings.warn(
                 f"a tenth of the {total} coefficients is less than any adapter of these {len(targets)} tensors: the "
-                f"smallest has {trained} numbers and is taken. For a KAN so small it is better to train all "
+                f"smallest has {trained} numbers and is taken. For such a small KAN it is better to train all "
                 "coefficients, by `fit_gauss_newton` on the KAN itself",
                 stacklevel=2,
             )
@@ -315,8 +317,8 @@ def warn_of_no_effect(config: LoTRAConfig, targets: list[Target]) -> None:
             meant = [module for module in unnamed if means(key, module)]
             if meant and all(any(means(earlier, module) for earlier in keys[:place]) for module in meant):
                 warnings.warn(
-                    f"`{name}` key {key!r} has no effect: of two keys the first counts, and those before it take all "
-                    f"that it means, {meant}; put the narrower one first",
+                    f"`{name}` key {key!r} has no effect: the first key that fits counts, and earlier keys take all "
+                    f"that this one means, {meant}; put the narrower key first",
                     stacklevel=2,
                 )
         paths = {path for value in pattern.values() if isinstance(value, Mapping) for path in value}
@@ -340,7 +342,7 @@ def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
         tasks=config.tasks,
         slim=config.slim,
     )
-    if config.is_self_contained:  # a factor of full size, from an earlier file, stays a factor
+    if config.is_self_contained:  # a factor of full size in the file stays a factor
         ranks = {parameter: by_mode(r) for parameter, r in given.items()}
     return [
         replace(target, ranks=ranks[target.parameter], alpha=alphas.get(target.parameter, config.alpha))
@@ -349,7 +351,7 @@ def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
 
 
 def _given_by_pattern(targets: list[Target], config: LoTRAConfig, field: str) -> dict[str, Any]:
-    """What a pattern of the config says of each parameter; nothing of one that it does not mean."""
+    """The value that a pattern of the config gives for each parameter. Parameters without a value are left out."""
     pattern: Mapping[str, Any] = getattr(config, field)
     parameters = {target.parameter for target in targets}
     others = {key: value for key, value in pattern.items() if key not in parameters}

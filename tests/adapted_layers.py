@@ -1,4 +1,4 @@
-"""Layers of the table as models of one layer, adapted, with the dense oracle beside them."""
+"""Layers of the table as adapted models of one layer, with their dense oracle."""
 
 import copy
 
@@ -46,7 +46,7 @@ def adapt(layer, coefficients, shape, dtype=torch.float32, adapters=1, r=(8, 8, 
 
 
 def dense(base, model):
-    """x -> the output of the dense oracle, made anew: each result may be differentiated once."""
+    """x -> the output of a new dense oracle, because each result may be differentiated only once."""
     return lambda x: dense_model(base, model)(x)
 
 

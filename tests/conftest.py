@@ -29,7 +29,7 @@ def _forget_warnings():
 
 @pytest.fixture
 def order(request):
-    """Contractions go this way round; the one that is counted as the cheapest for "counted"."""
+    """Force the order of every contraction. "counted" keeps the order that counts as the cheapest."""
     with nullcontext() if request.param == "counted" else forced_order(request.param):
         yield request.param
 

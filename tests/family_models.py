@@ -1,4 +1,4 @@
-"""A KAN with an adapter for a family of tasks, and the dense oracle of it at one task."""
+"""A KAN with an adapter for a family of tasks, and its dense oracle at one task."""
 
 import copy
 
@@ -23,7 +23,7 @@ def polynomials(value, a=1.0, b=1.6, degree=4):
 
 
 def fill(model):
-    """Cores that are not zero, of a size like the coefficients."""
+    """Fill the cores with nonzero values of the size of the coefficients."""
     torch.manual_seed(3)
     for layer in adapted_tensors(model).values():
         for core in layer.lotra_core.values():

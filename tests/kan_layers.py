@@ -15,7 +15,7 @@ from torch import nn
 
 
 def pose_as(module: str):
-    """Give a class the `__module__` of the library's, and let that module hold it, so that pickle finds it."""
+    """Give a class the `__module__` of a library's class, and put it into that module, so that pickle finds it."""
 
     def rename(cls: type) -> type:
         cls.__module__, cls.__qualname__ = module, cls.__name__
@@ -98,7 +98,7 @@ class KANLinear(nn.Module):
 
     @torch.no_grad()
     def update_grid(self, x):
-        """New knots from the range of x; the coefficients are fitted anew by least squares and written to `.data`."""
+        """New knots from the range of x. The coefficients are fitted again by least squares and written to `.data`."""
         curves = torch.einsum("bid,oid->ibo", self.b_splines(x), self.scaled_spline_weight)
         low, high = x.min(0).values - 0.01, x.max(0).values + 0.01
         steps = torch.arange(self.grid.shape[1], dtype=x.dtype) - self.spline_order
@@ -412,7 +412,7 @@ class AliasedKANLayer(nn.Module):
 
 
 class ReassigningKANLayer(nn.Module):
-    """The forward pass assigns `self.Y` anew (to the device of x) before it uses it."""
+    """The forward pass assigns `self.Y` again (to move it to the device of x) before it uses it."""
 
     def __init__(self, n, m, degree=3):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Programs in several processes on the CPU, started by the launchers that users have.
+"""Starts programs in several processes on the CPU, by the launchers that users have.
 
     done = launch(script, "--steps", 5, launcher="accelerate")   # waits; fails with the log unless it ends with 0
     with running(script, options=("--max-restarts", "3")) as job:
@@ -6,8 +6,8 @@
         assert job.wait(60) == 0
     results = fork(function, argument)                           # many times cheaper: no new interpreters, no imports
 
-A launcher whose arguments do not fit starts one process, or several that know nothing of each other, and says nothing:
-every program should compare `Accelerator().num_processes` with what it was started for.
+If its arguments do not fit, a launcher silently starts one process, or several that do not know each other. Every
+program should therefore compare `Accelerator().num_processes` with the number that it was started for.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LOCK = Path(tempfile.gettempdir()) / f"peft_lotra_{os.getuid()}.lock"
 
 @dataclass
 class Launched:
-    """How a job ended; `stdout` is what all of its processes wrote, to standard error too."""
+    """The end of a job. `stdout` has what all of its processes wrote, also to standard error."""
 
     returncode: int
     stdout: str
@@ -59,7 +59,7 @@ class Job:
         return self.log.read_text(errors="replace")
 
     def processes(self) -> list[psutil.Process]:
-        """All that are alive, found by their environment: launchers start workers in sessions of their own."""
+        """All living processes of the job, found by their environment, because workers have other sessions."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -106,16 +106,16 @@ class Job:
 
 
 def command(launcher: str, num_processes: int, options: Sequence[str] = ()) -> list[str]:
-    """What stands before the script on the command line.
+    """The part of the command line before the script.
 
     Args:
         launcher: "torchrun", "accelerate", or "python" for one process without a launcher.
-        options: further arguments of the launcher. With accelerate's `--config_file` nothing that such a file decides
-            is given.
+        options: further arguments of the launcher. With accelerate's `--config_file`, the arguments that such a file
+            decides are left out.
     """
     start = [sys.executable, "-m"]
     if launcher == "torchrun":
-        # --standalone: a free port of its own. It asks for the machine's name unless told the address.
+        # --standalone takes a free port. Without an address, it asks for the machine's name.
         start += [
             "torch.distributed.run",
             "--standalone",
@@ -143,7 +143,7 @@ def running(
     options: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
 ) -> Iterator[Job]:
-    """A job that nothing is left of afterwards; one at a time, whatever the number of pytest's processes.
+    """A job, of which no process or file is left afterwards. One job runs at a time, in all of pytest's processes.
 
     Args:
         program: a script's path, or Python code. It may import from tests/ and examples/.
@@ -183,7 +183,7 @@ def launch(
     timeout: float = 120,
     check: bool = True,
 ) -> Launched:
-    """Runs a job to its end, see `running`.
+    """Run a job to its end; see `running`.
 
     Args:
         timeout: in seconds, without the wait for other jobs.
@@ -198,7 +198,7 @@ def launch(
 
 
 def environment() -> dict[str, str]:
-    """This process's, without what a launcher or an `Accelerator` has put there; the project can be imported."""
+    """This process's environment without variables of a launcher or an `Accelerator`, and with the project's paths."""
     launchers = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
     named = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     env = {key: value for key, value in os.environ.items() if not key.startswith(launchers) and key not in named}
@@ -209,7 +209,7 @@ def environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
         "GLOO_SOCKET_IFNAME": "lo",
-        # A group that is started again meets the first one's addresses in the store that it shares with the launcher.
+        # A restarted group would meet the addresses of the first group in the store that it shares with the launcher.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
 
@@ -217,7 +217,7 @@ def environment() -> dict[str, str]:
 def fork(
     function: Callable[..., object], *args: object, num_processes: int = 2, timeout: float = 60, **kwargs: object
 ) -> list:
-    """`function(*args, **kwargs)` in forks of this process that form a group; what each has returned, by rank."""
+    """Run `function(*args, **kwargs)` in forks of this process that form a group, and return their results by rank."""
 
     def expire(*_: object) -> None:
         raise AssertionError(f"{function.__name__} not done after {timeout} s")

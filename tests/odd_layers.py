@@ -1,4 +1,4 @@
-"""Small KAN layers with uses of their coefficients that are met in public libraries, but not in most: code of ours."""
+"""Small KAN layers, written for the tests, that use their coefficients in ways that only few public libraries do."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def test_saving(kan):
 
 def test_saving_parts_is_refused():
     model = sharded(adapted(ChebyKAN), "adapted layer")
-    message = "each process has a part of its factors only.*`state = accelerator.get_state_dict.*full_state_dict=True"
+    message = "each process has only a part of its factors .*`state = accelerator.get_state_dict.*full_state_dict=True"
     for safe in (True, False):
         with pytest.raises(ValueError, match=message):
             model.save_pretrained(FOLDER / "parts", safe_serialization=safe)
@@ -555,7 +555,7 @@ def test_unequal_batches_of_tasks():
     """Five samples at five tasks in one process, three in the other."""
     x = torch.rand(5 if dist.get_rank() == 0 else 3, 4, 7, 6)
     model = sharded(family("convolution"), "base layer")
-    message = "5 tasks in one process and a batch of 3 in another, a sharded .* cannot run equally often"
+    message = "5 tasks in one process and a batch of 3 in another, a sharded .* cannot make equally many passes"
     with at_task(model, lam=torch.linspace(1, 1.6, len(x))), pytest.raises(ValueError, match=message):
         model(x)
     model, single = sharded(family("convolution"), "adapted layer"), family("convolution")

@@ -182,7 +182,7 @@ BIAS = "base_model.model.kan.base_layer.base_linear.bias"
         (
             lambda w, c: w.update({"base_model.model.head.bias": torch.ones(2)}),
             False,
-            "that `modules_to_save` and `bias`",
+            "only if `modules_to_save` or `bias` selects them",
         ),
         (lambda w, c: c.update(bias="none"), False, f"'{BIAS}'"),
         (lambda w, c: w[BIAS].fill_(float("nan")), False, f"NaN or infinity in {BIAS}"),
@@ -216,7 +216,7 @@ def test_adapters_without_bias_keep_their_digest():
         (lambda: LoTRAConfig(bias=None), "but the value passed is None"),
         (
             lambda: adapt(bias="all").base_model.add_weighted_adapter(["default"], [1.0], "sum", "cat"),
-            "`adapters` ['default'] have trained biases (`bias`), which one adapter of a model may have: merge it",
+            "`adapters` ['default'] have trained biases (`bias`), and only one adapter of a model may have them",
         ),
         (
             lambda: convert_to_lora(adapt(bias="all")),

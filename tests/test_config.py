@@ -52,7 +52,7 @@ def test_survives_json(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"r": 0}, ValueError, "`r` should be a positive integer value, or three of them (input, output, basis)"),
+        ({"r": 0}, ValueError, "`r` should be a positive integer value, or a list of three (input, output, basis)"),
         ({"r": -1}, ValueError, "but the value passed is -1"),
         ({"r": 2.0}, ValueError, "but the value passed is 2.0"),
         ({"r": True}, ValueError, "but the value passed is True"),
@@ -103,7 +103,7 @@ def test_survives_json(tmp_path):
             {"target_modules": "layers.("},
             ValueError,
             "`target_modules`: 'layers.(' is not a regular expression (missing ), unterminated subpattern at position "
-            "7); to mean this name, give 'layers\\\\.\\\\('",
+            "7); if it is meant as a name, give 'layers\\\\.\\\\('",
         ),
         (
             {"exclude_modules": "*"},

@@ -388,7 +388,7 @@ BAD = [
     ("cross_entropy", {"data": (X, Y + 1)}, ValueError, "labels from 0 to 3, or -100, but they go from 1 to 4"),
     ("cross_entropy", {"data": (X, Y - 101)}, ValueError, "labels from 0 to 3, or -100"),
     ("cross_entropy", {"data": (X, -ONES)}, ValueError, "probabilities of at least 0 but they go from -1.0"),
-    ("cross_entropy", {"data": (X, 0 * Y - 100)}, ValueError, "every label in `data` is to be ignored"),
+    ("cross_entropy", {"data": (X, 0 * Y - 100)}, ValueError, "every label in `data` is ignored"),
     (
         "cross_entropy",
         {"residual_fn": lambda net, b: (net(b[0])[:, 0], b[1])},

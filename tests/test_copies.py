@@ -50,7 +50,7 @@ def model():
 
 def test_a_copy_is_adapted_with_a_note(tmp_path):
     base, x = model(), X.double()
-    note = f"{MINE}, of 2 layer(s), is not registered; it has the name and the parameters of {ORIGINAL}, and is taken"
+    note = f"{MINE}, the class of 2 layer(s), is not registered. It has the name and the parameters of {ORIGINAL}, and"
     with pytest.warns(UserWarning, match=re.escape(note)) as notes:
         adapted = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, init_weights=False))
     (text,) = [str(note.message) for note in notes]

@@ -265,7 +265,7 @@ def test_a_family_of_convolutions_on_another_range_is_fitted_further():
         ((0, 1), {}, ValueError, "`ranges` should map some of ['lam'] to new ranges, but the value passed is (0, 1)"),
         ({"lam": 3}, {}, TypeError, "`ranges` should map names of parameters to ranges"),
         ({"lam": (2, 1)}, {}, ValueError, "`ranges` gives 'lam' the range (2, 1), whose ends are not in order"),
-        ({}, {"family_degree": 3}, ValueError, "`family_degree` 3 is below the 4 of the family, which it cannot hold"),
+        ({}, {"family_degree": 3}, ValueError, "`family_degree` 3 is below the family's degree 4, so it cannot hold"),
         ({}, {"family_degree": 4.5}, ValueError, "`family_degree` should be a positive integer"),
         ({}, {"family": "other"}, ValueError, "`adapter_name` 'other' does not exist"),
     ],

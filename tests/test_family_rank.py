@@ -350,7 +350,7 @@ def test_convolutions_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"family_rank": 2}, "`family_rank` 2 without `family`: list names of tasks there"),
+        ({"family_rank": 2}, "`family_rank` 2 without `family`: list tasks in `family`"),
         (
             {"family_rank": 2, "family": {"lam": (1, 2)}},
             "`family_rank` 2 with `family` {'lam': [1.0, 2.0]}: only named",
@@ -358,8 +358,8 @@ def test_convolutions_saved_and_loaded(tmp_path):
         *[
             (
                 {"family_rank": rank, "family": TASKS},
-                f"`family_rank` should be a positive integer up to the number of tasks, 3, or None for a core of each "
-                f"task's own, but the value passed is {rank!r}",
+                f"`family_rank` should be a positive integer up to the number of tasks, 3, or None to give each task "
+                f"its own core, but the value passed is {rank!r}",
             )
             for rank in (0, 4, True, 1.0, "2")
         ],

@@ -214,7 +214,7 @@ def test_slim_kans(tmp_path):
     with pytest.raises(ValueError, match=r"does not adapt \['layers.1.cheby_coeffs'\], which in a Slim KAN have no"):
         hotswap_adapter(slot, tmp_path / "part")
     saved(kan, tmp_path / "dense", LoTRAConfig(r=1))
-    with pytest.raises(ValueError, match="`slim`=False, but layers.0.cheby_coeffs has one with `slim`=True"):
+    with pytest.raises(ValueError, match="`slim`=False, but layers.0.cheby_coeffs has an adapter with `slim`=True"):
         hotswap_adapter(slot, tmp_path / "dense")
     assert_unchanged(slot, before)
 

@@ -195,7 +195,7 @@ def failing_models():
     randomize(trained)
     merged.merge_adapter()
     return {
-        "no adapter": (fresh(), {"adapter_name": "other"}, r"`adapter_name`='other'.*\['default'\]"),
+        "no adapter": (fresh(), {"adapter_name": "other"}, r"`adapter_name` 'other'.*\['default'\]"),
         "method": (fresh(), {"method": "svd"}, "`method` should be one of .*gradient_hosvd.*, got 'svd'"),
         "trained": (trained, {}, "core that is not zero at .*: it has been trained"),
         "merged": (merged, {}, "has merged adapters: call `unmerge_adapter"),

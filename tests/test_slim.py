@@ -244,7 +244,7 @@ def test_errors_of_coefficients():
     broken.layers[0].cheby_coeffs.data[0] = torch.nan
     packed = {"weight": {"layout": "o (i d)", "sizes": {"d": 6}, "slice": ":, :18"}}
     for model, kwargs, message in (
-        (zero, {}, "layers.0.cheby_coeffs is zero, and there is no variance to start from"),
+        (zero, {}, "layers.0.cheby_coeffs is zero, so there is no variance to start from"),
         (broken, {}, "layers.0.cheby_coeffs has NaN or infinity"),
         (nn.Sequential(PackedKANLayer(3, 2)), {"coefficients": packed}, "`slim`=True: 0.weight holds more than"),
     ):
@@ -259,7 +259,8 @@ def test_errors_of_coefficients():
 def test_slim_and_other_adapters_do_not_mix(slim):
     model, x = get_peft_model(ChebyKAN([3, 4, 2]), LoTRAConfig(r=1, slim=slim)), torch.randn(5, 3)
     y = model(x)
-    with pytest.raises(ValueError, match=f"`slim`={not slim}, but layers.0.cheby_coeffs has one with `slim`={slim}"):
+    message = f"`slim`={not slim}, but layers.0.cheby_coeffs has an adapter with `slim`={slim}"
+    with pytest.raises(ValueError, match=message):
         model.add_adapter("other", LoTRAConfig(r=1, slim=not slim))
     assert list(model.peft_config) == ["default"]
     assert_equal(model(x), y, 0)

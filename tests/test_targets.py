@@ -222,7 +222,7 @@ def test_a_pattern_of_which_an_earlier_one_takes_all_is_warned_about(field):
     narrow_first = {r"1\.mlp": 2, "layers.2.mlp": 2, "mlp": 1, "head": 2}
     get_peft_model(Model(), LoTRAConfig(r=2, **{field: narrow_first}))
     wide_first = {"mlp": 1, r"1\.mlp": 2, "layers.2.mlp": 2}
-    message = rf"`{field}` key '1\\\\.mlp' has no effect: of two keys the first counts.*\['layers.1.mlp'\]; put the"
+    message = rf"`{field}` key '1\\\\.mlp' has no effect: the first key that fits counts.*\['layers.1.mlp'\]; put the"
     with pytest.warns(UserWarning, match=message) as warned:
         get_peft_model(Model(), LoTRAConfig(r=2, **{field: wide_first}))
     assert len(warned) == 1
@@ -278,10 +278,10 @@ def test_heads_that_peft_names_for_a_task_may_lack():
         ({"layers_to_transform": 7}, "no KAN layer is left by {'layers_to_transform': 7}"),
         (
             {"layers_to_transform": [0, 99, 7]},
-            "`layers_to_transform` names [7, 99], which are indices of no KAN layer that the other fields leave; "
+            "`layers_to_transform` names [7, 99], but no KAN layer that the other fields leave has such an index; "
             "there are [0, 1, 2], of ['head', 'layers.0.mlp', ",
         ),
-        ({"layers_to_transform": [0, 1], "exclude_modules": ["layers.1.mlp"]}, "names [1], which are indices of no"),
+        ({"layers_to_transform": [0, 1], "exclude_modules": ["layers.1.mlp"]}, "names [1], but no KAN layer that"),
         (
             {"layers_to_transform": 0, "layers_pattern": "blocks"},
             "no KAN layer is left by {'layers_to_transform': 0, ",
@@ -290,7 +290,7 @@ def test_heads_that_peft_names_for_a_task_may_lack():
         (
             {"coefficients": {"cheby_coeffs": "i o d", r"layers\.1\.mlp\.cheby_coeffs": "o i d"}},
             r"key 'layers\\.1\\.mlp\\.cheby_coeffs' means only parameters that other keys take, "
-            "{'layers.1.mlp.cheby_coeffs': 'cheby_coeffs'}: a full name goes before a pattern, and of two the first",
+            "{'layers.1.mlp.cheby_coeffs': 'cheby_coeffs'}: a full name takes precedence over a pattern, and a",
         ),
         (
             {"coefficients": {"tail.w.*": TAIL["tail.weight"]} | TAIL},
@@ -319,7 +319,7 @@ def test_heads_that_peft_names_for_a_task_may_lack():
         (
             {"coefficients": {"[.weight": "i o d"}},
             r"`coefficients`: '[.weight' is not a regular expression (unterminated character set at position 8); "
-            r"to mean this name, give '\\[\\.weight'",
+            r"if it is meant as a name, give '\\[\\.weight'",
         ),
         ({"r": 100}, "`r`=100 is above the modes (input, output, basis) of every layer; the largest are (4, 4, 8)"),
         ({"r": (5, 1, 1)}, "`r`=(5, 1, 1) is above the modes"),

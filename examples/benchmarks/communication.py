@@ -1,16 +1,16 @@
-"""What data-parallel training of a KAN layer sends: LoTRA beside full fine-tuning, counted between real processes.
+"""How much data-parallel training of a KAN layer sends, counted between processes, for LoTRA and full fine-tuning.
 
     python examples/benchmarks/communication.py
     python examples/benchmarks/communication.py --layer efficient --widths 512 --gbit 400 --step-seconds 0.002
 
-It starts itself by torchrun with several processes, on the CPU with gloo. DistributedDataParallel sends the
-gradients of what is trainable, and before every forward pass the buffers, such as grids, unless it is told not to
-(`broadcast_buffers=False`). Every tensor that is given to a collective in a step is counted. Then the time of a step
-on N GPUs is calculated, by a ring all-reduce that overlaps with nothing:
+The command starts itself by torchrun in several processes, on the CPU with gloo. DistributedDataParallel sends the
+gradients of trainable parameters. Before every forward pass it also sends buffers such as grids, unless
+`broadcast_buffers=False`. Every tensor that is given to a collective in a step is counted. The time of a step on N
+GPUs is then calculated, for a ring all-reduce that overlaps with nothing:
 
     t(N) = t(1) + 2 (N − 1)/N · bytes / bandwidth + 2 (N − 1) · latency
 
-Prints a table for each, and writes all numbers as JSON.
+The command prints a table for each, and writes all numbers as JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch.distributed.run import main as torchrun
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-PART = "processes.json"  # from the processes to the one that has started them
+PART = "processes.json"  # from the processes to the one that started them
 
 
 class SentBytes(TorchDispatchMode):
@@ -58,7 +58,7 @@ class SentBytes(TorchDispatchMode):
 
 
 def measure(args: argparse.Namespace, width: int, method: str) -> dict[str, Any]:
-    """One process's part: bytes of a step, and seconds."""
+    """The bytes and the seconds of a step, in one process."""
     accelerator, kind = Accelerator(cpu=True), KINDS[args.layer]
     torch.manual_seed(args.seed)
     layer = kind.build(width, width, args.basis)
@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace, width: int, method: str) -> dict[str, Any]
         accelerator.backward(model(x).square().mean())
         optimizer.step()
 
-    for _ in range(3):  # in the second step, DDP sorts its buckets anew and tells the others
+    for _ in range(3):  # in the second step, DDP sorts its buckets again and tells the others
         step()
     with SentBytes() as sent:
         step()
@@ -91,7 +91,7 @@ def measure(args: argparse.Namespace, width: int, method: str) -> dict[str, Any]
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-    # The group must not be left while a model of it is alive.
+    # A process must not leave the group while a model of the group is alive.
     model = optimizer = trainable = None
     accelerator.free_memory()
     gc.collect()
@@ -103,7 +103,7 @@ def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """What each of several processes runs; the first one writes."""
+    """The work of each of several processes. The first one writes the result."""
     rows = measure_all(args)
     accelerator = Accelerator(cpu=True)
     if accelerator.is_main_process:

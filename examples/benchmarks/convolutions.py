@@ -1,12 +1,12 @@
-"""What a training step of an adapted KAN convolution costs, with the kernel's positions whole and with a rank.
+"""The cost of a training step of an adapted KAN convolution, with the kernel's positions whole or with a rank.
 
     python examples/benchmarks/convolutions.py
     python examples/benchmarks/convolutions.py --channels 64 --kernels 3 --rounds 3
 
-The layer is y = conv(T(tanh x)), T_0 … T_7 for each channel. Adapters of a tenth of its coefficients: equal ranks with
-the positions whole; a third of the positions as a fourth rank; the basis whole; LoRA's shape; and PEFT's LoRA on the
-same convolution. FLOPs and bytes saved for the backward pass are counted; times are medians of ratios to a step that
-trains every coefficient. Writes convolutions.json.
+The layer is y = conv(T(tanh x)) with T_0 … T_7 for each channel. The adapters have a tenth of its coefficients: equal
+ranks with the positions whole; a third of the positions as a fourth rank; the basis whole; LoRA's shape; and PEFT's
+LoRA on the same convolution. FLOPs and bytes saved for the backward pass are counted. Times are medians of ratios to a
+step that trains every coefficient. The command writes convolutions.json.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TITLES = {"equal": "positions whole", "positions": "a third of them", "basis": "
 
 
 def models(channels: int, kernel: int, device: torch.device) -> dict[str, nn.Module]:
-    """The layer with each adapter, by its name."""
+    """The layer with each adapter, by the adapter's name."""
 
     def layer() -> nn.Module:
         torch.manual_seed(0)

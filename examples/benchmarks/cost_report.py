@@ -1,4 +1,4 @@
-"""Tables and the picture of what steps cost."""
+"""Tables and a picture of the costs of steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TICKS = (0.125, 0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 4, 8, 16, 32)  # of the picture
 
 @dataclass
 class Row:
-    """One method on one layer. What was not measured, or is not possible, stays None or empty."""
+    """One method on one layer. Values that were not measured, or are not possible, stay None or empty."""
 
     part: str
     layer: str
@@ -46,7 +46,7 @@ class Row:
 
 
 def ratio(row: Row, reference: Row, cost: str) -> float | None:
-    """`row`'s cost over `reference`'s; of times, the median over the rounds."""
+    """`row`'s cost over `reference`'s. For times it is the median over the rounds."""
     cost_of_row, cost_of_reference = getattr(row, cost), getattr(reference, cost)
     if not cost_of_row or not cost_of_reference:
         return None
@@ -104,7 +104,7 @@ def format_growth(records: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Costs over full fine-tuning's, over the width: time, FLOPs and peak memory of a step, one column per layer."""
+    """Costs relative to full fine-tuning over the width: a step's time, FLOPs and peak memory, a column per layer."""
     layers = list(dict.fromkeys(row.layer for row in rows))
     costs = {"seconds": "time", "flops": "FLOPs", "peak_bytes": "peak memory"}
     figure = Figure(figsize=(1.5 + 3.2 * len(layers), 9), layout="constrained")
@@ -123,7 +123,7 @@ def draw(rows: Sequence[Row]) -> Figure:
                 if method == LOTRA:
                     style |= {"linewidth": 4, "zorder": 1.5}  # thick and below the others, where lines coincide
                 axes.plot(*(zip(*points, strict=True) if points else ([], [])), label=method, **style)
-            # Logarithmic: half as much and twice as much are equally far from the line.
+            # Logarithmic, so that half as much and twice as much are equally far from the line.
             axes.set_xscale("log", base=2)
             axes.set_yscale("log", base=2)
             axes.set_xticks(sorted(full), labels=map(str, sorted(full)))

@@ -1,11 +1,11 @@
-"""What a family of tasks costs over a plain adapter: a step with a task for every sample, and a change of task.
+"""The cost of a family of tasks relative to a plain adapter: a step with a task per sample, and a change of task.
 
     python examples/benchmarks/family_cost.py
     python examples/benchmarks/family_cost.py --widths 64 --rounds 5
 
-A step is forward and backward of one Chebyshev KAN layer; P is the number of polynomials in the parameter. A change of
+A step is forward and backward of one Chebyshev KAN layer. P is the number of polynomials in the parameter. A change of
 task puts one task's adapter in the place of another's (`hotswap_adapter_from_state_dict`). Times are medians, and
-ratios are of interleaved runs. Writes family_cost.json.
+ratios are from interleaved runs. The command writes family_cost.json.
 """
 
 from __future__ import annotations

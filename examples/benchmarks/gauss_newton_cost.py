@@ -1,4 +1,4 @@
-"""What an iteration of `fit_gauss_newton` takes: seconds and memory by size, form of the solver and processes.
+"""Seconds and memory of an iteration of `fit_gauss_newton`, by size, form of the solver and number of processes.
 
     python examples/benchmarks/gauss_newton_cost.py
     python examples/benchmarks/gauss_newton_cost.py --parts size --widths 24 --residuals 100000 --max-memory 2e9
@@ -6,15 +6,15 @@
 A Chebyshev KAN of widths (2, W, W, 1) and degree 7 has P = 8W(W + 3) numbers: 1,040 at W = 10, 5,184 at 24, 20,384 at
 49. It is fitted to values of a function, or to the Poisson equation. Parts:
 
-- gram: JᵀJ and its factorisation by the lower triangle, over the whole matrix; JᵀJ in fp32 too.
-- passes: seconds of the processor, from few samples, for J, for JᵀJ and for a product with it by a pass of the data,
-  which is what conjugate gradients are made of.
-- size: an iteration's seconds (the median), those of the processor, which a busy machine does not change, and how far
-  the memory of the process rises above what it is before the fit; for each bound `max_memory`. Where the bound leaves
-  no room for P² numbers, the equation is solved by conjugate gradients.
-- processes: the same with all points in one process, and with a part in each of several, one thread each.
+- gram: the time of JᵀJ and its factorisation by the lower triangle, relative to the whole matrix; also JᵀJ in fp32.
+- passes: CPU seconds for J, for JᵀJ, and for a product with JᵀJ by a pass over the data, which conjugate gradients
+  need; measured with few samples.
+- size: for each bound `max_memory`, the median seconds of an iteration, its CPU seconds (which a busy machine does not
+  change), and how far the memory of the process rises during the fit. If there is no room for P² numbers, conjugate
+  gradients solve the equation.
+- processes: the same with all points in one process, and with a part in each of several processes of one thread.
 
-Every case of the last two runs in processes of its own. Writes gauss_newton_cost.json.
+Every case of the last two parts runs in its own processes. The command writes gauss_newton_cost.json.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from peft_lotra.training.problem import Problem
 
 PARTS = ("gram", "passes", "size", "processes")
 FORMS = {form.__name__: form for form in (NormalEquations, ResidualSpace, ConjugateGradients)}
-PART = "processes.json"  # from the processes to the one that has started them
+PART = "processes.json"  # from the processes to the one that started them
 PDE = PDES["elliptic"](1.3)
 PROBLEMS = {
     "values": lambda net, points: net(points) - PDE.exact(points),
@@ -64,7 +64,7 @@ PROBLEMS = {
 
 
 def timed(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run, interleaved."""
+    """The seconds of each of several interleaved runs."""
     device = torch.device("cpu")
     for run in runs.values():
         run()
@@ -73,7 +73,7 @@ def timed(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[
 
 
 def gram(sizes: list[int], rounds: int) -> list[dict[str, Any]]:
-    """Over the whole matrix, in fp64: the time of JᵀJ for 2,000 rows of J, and that of its factorisation."""
+    """The times of JᵀJ for 2,000 rows of J and of its factorisation, relative to the whole matrix in fp64."""
     rows = []
     for size in sizes:
         J = torch.randn(2000, size, dtype=torch.float64)
@@ -109,7 +109,7 @@ def gram(sizes: list[int], rounds: int) -> list[dict[str, Any]]:
 
 
 def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds of the processor for 10⁵ residuals."""
+    """The CPU seconds for 10⁵ residuals."""
     rows, points = [], drawn(args.samples)
 
     def measured(run: Callable[[], object], count: int) -> float:
@@ -143,7 +143,7 @@ def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def fitted(case: dict[str, Any], points: torch.Tensor, across: bool | None = None) -> dict[str, Any]:
-    """A fit of so many iterations: seconds of each, and the forms that were taken."""
+    """A fit of the given number of iterations: the seconds of each, and the forms of the solver that were taken."""
     torch.manual_seed(0)
     model, marks, forms = ChebyshevKAN((2, case["width"], case["width"], 1), 7), [], []
 
@@ -222,7 +222,7 @@ def size(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def of_processes(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The largest number of points, in one process and in several."""
+    """Costs for the largest number of points, in one process and in several."""
     rows = []
     for count in (1, args.processes):
         # --standalone takes a free port.
@@ -243,7 +243,7 @@ def of_processes(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """What each of several processes runs; the first one writes."""
+    """The work of each of several processes. The first one writes the result."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank, count = distributed.get_rank(), distributed.get_world_size()

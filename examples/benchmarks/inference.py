@@ -1,11 +1,12 @@
-"""What `infer_coefficients` costs on a Transformer-KAN whose blocks are alike: passes, seconds of CPU, memory.
+"""The cost of `infer_coefficients` on a Transformer-KAN with equal blocks: passes, CPU seconds, memory.
 
     python examples/benchmarks/inference.py
     python examples/benchmarks/inference.py --widths 384 --blocks 12 --rounds 3
 
-Each block is x + KAN(KAN(norm(x))), two layers of the hidden size, of a class that nobody registered, with eight basis
-functions. The sample has 32 tokens. Memory is the most that tensors take at one time during inference, the model's
-parameters left out, over one pass of the model with gradients plus one layer's parameters. Writes inference.json.
+Each block is x + KAN(KAN(norm(x))): two layers of the hidden size with eight basis functions, of a class that is not
+registered. The sample has 32 tokens. Memory is the most bytes that tensors take at one time during the search, without
+the model's parameters, relative to one pass of the model with gradients plus one layer's parameters. The command
+writes inference.json.
 """
 
 from __future__ import annotations

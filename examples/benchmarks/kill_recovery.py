@@ -1,12 +1,12 @@
-"""Kill examples/accelerate_pde.py at random moments, and see whether it recovers: SIGKILL to processes of torchrun.
+"""Kill processes of examples/accelerate_pde.py under torchrun by SIGKILL at random moments, and see if it recovers.
 
     python examples/benchmarks/kill_recovery.py --runs 20
 
-Victims take turns: the first or the second worker, whose death torchrun answers with a restart; the launcher and all
-workers at once, at any time or while the adapter is written, after which the same command is given again. A run has
-recovered if it ends with the adapter that an uninterrupted run ends with, bit for bit. After every kill, what there is
-of adapters is loaded, and at the end of every run a copy that is cut off somewhere: all but the whole one should be
-refused.
+Victims take turns. Some are the first or the second worker, after whose death torchrun restarts the workers. Others
+are the launcher and all workers at once, at any time or while the adapter is written; the same command is then given
+again. A run has recovered if it ends with the same adapter as an uninterrupted run, bit for bit. After every kill, the
+adapter files that exist are loaded. At the end of every run, a truncated copy is loaded. All but the complete adapter
+should be refused.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from reporting import write_atomically  # noqa: E402
 
 VICTIMS = ("worker 0", "worker 1", "all", "all, while saving")
 ADAPTER, CHECKPOINTS, WEIGHTS = "parabolic_lotra", "parabolic_checkpoints", "adapter_model.safetensors"
-TIMEOUT = 600  # seconds, for anything to happen
+TIMEOUT = 600  # seconds within which something must happen
 
 
 @dataclass
 class Outcome:
-    """`checkpoint` is the step of the last one at the kill; `offered` are incomplete or cut-off adapters."""
+    """`checkpoint` is the step of the last checkpoint at the kill. `offered` counts adapters that are not complete."""
 
     victim: str
     seconds: float
@@ -67,7 +67,7 @@ def start(folder: Path, args: argparse.Namespace) -> subprocess.Popen:
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> bool:
-    """Whether it has come true before the process ended."""
+    """Whether the condition became true before the process ended."""
     end = time.monotonic() + TIMEOUT
     while process.poll() is None:
         if condition():
@@ -83,7 +83,7 @@ def steps_saved(folder: Path) -> list[int]:
 
 
 def kill(process: subprocess.Popen, victim: str) -> bool:
-    """SIGKILL to the victim; whether it was still there."""
+    """Send SIGKILL to the victim, and return whether it was still running."""
     try:
         workers = psutil.Process(process.pid).children(recursive=True)
         if victim.startswith("worker"):
@@ -115,7 +115,7 @@ def offer(folder: Path, base: Path, expected: bytes) -> tuple[int, int]:
 
 
 def one_run(folder: Path, base: Path, expected: bytes, victim: str, pause: float, args: argparse.Namespace) -> Outcome:
-    """Until a kill has met its victim: at most `pause` seconds after a checkpoint, both drawn."""
+    """Repeat until a kill has hit its victim, up to `pause` seconds after a checkpoint. Both are drawn at random."""
     while True:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

@@ -1,7 +1,7 @@
 """The layers whose training step is measured: three small KAN layers in plain PyTorch, pykan's own, and nn.Linear.
 
-The first two compute what the public libraries efficient-kan and fast-kan compute, operation by operation, because it
-is the operations around the coefficients that an adapter has to get along with.
+The first two compute the same as the public libraries efficient-kan and fast-kan, operation by operation, because the
+operations around the coefficients decide on the cost of an adapter.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _pykan_layer(in_features: int, out_features: int, basis: int) -> nn.Module:
 
 
 class OneLayer(nn.Module):
-    """A model of one KAN layer, since PEFT adapts layers inside a model; of several outputs it returns the first."""
+    """A model of one KAN layer, because PEFT adapts layers inside a model. It returns the first of several outputs."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -94,11 +94,11 @@ class Kind:
     """A kind of KAN layer, and where it keeps its coefficients."""
 
     title: str
-    build: Callable[[int, int, int], nn.Module]  # of n, m and n_d
+    build: Callable[[int, int, int], nn.Module]  # (n, m, n_d) -> layer
     parameter: str  # path of the coefficients
     axes: str  # their order, for einsum; flattened or not
-    coefficients: Callable[[nn.Module], Mapping[str, Any]]  # what LoTRAConfig is told about them
-    basis: int | None = None  # n_d, where there is no choice
+    coefficients: Callable[[nn.Module], Mapping[str, Any]]  # for LoTRAConfig
+    basis: int | None = None  # n_d, if it is fixed
     lora_target: str | None = None  # the nn.Linear that LoRA can wrap
 
 

@@ -1,4 +1,4 @@
-"""What a call costs: FLOPs, bytes saved for the backward pass, peak memory, wall time; and how a cost grows."""
+"""Measures the cost of a call: FLOPs, bytes saved for the backward pass, peak memory, wall time; and its growth."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """Floating point operations of matrix products and convolutions; elementwise operations are not counted."""
+    """Floating-point operations of matrix products and convolutions. Elementwise operations are not counted."""
     with FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()
 
 
 def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps from `forward` until the backward pass: whole storages, each once, no parameters."""
+    """The bytes that autograd keeps from `forward` for the backward pass: whole storages, once each, no parameters."""
     parameter_storages = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     saved: dict[int, Tensor] = {}
 
@@ -44,10 +44,10 @@ def saved_bytes(forward: Callable[[], object], parameters: Iterable[Tensor]) -> 
 def peak_bytes(run: Callable[[], object], held: Iterable[Tensor], device: torch.device) -> int:
     """The most bytes of tensors that are alive at one time during `run`, those of `held` included.
 
-    An accelerator's allocator is asked. The CPU's keeps no record, and the resident memory of the process shows the
-    heap's habits more than the step's needs; there, every tensor that an operation returns is followed until it is
-    freed. That leaves out scratch memory inside kernels; torch.profiler's record of allocations gave the same peaks
-    for every method here, but prints to stderr at each use.
+    An accelerator's allocator reports this. The CPU's allocator keeps no record, and the resident memory of the
+    process shows the habits of the heap more than the needs of the step. On the CPU, every tensor that an operation
+    returns is therefore followed until it is freed. This leaves out scratch memory inside kernels. torch.profiler's
+    record of allocations gave the same peaks for every method here, but it prints to stderr at each use.
     """
     tracker = _LiveBytes()
     for tensor in held:
@@ -101,9 +101,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def clock(device: torch.device, *stages: Callable[[], object]) -> list[float]:
-    """Seconds from the start to the end of each stage, run one after the other.
+    """The seconds of each stage, run one after the other.
 
-    CUDA stamps events on its stream, so that the program may run ahead of it as it does in training.
+    On CUDA, events on the stream are timed, so the program may run ahead of the stream, as in training.
     """
     synchronize(device)
     if device.type == "cuda":
@@ -123,9 +123,9 @@ def clock(device: torch.device, *stages: Callable[[], object]) -> list[float]:
 
 
 def steady(device: torch.device, *stages: Callable[[], object], seconds: float = 0.03) -> list[float]:
-    """`clock`, the mean of passes through the stages in a row: three, or as many as take so many seconds.
+    """The mean of `clock` over several passes in a row: three, or as many as take the given seconds.
 
-    A pass before them is left out: it meets caches that another method has filled, which nobody does who trains.
+    A first pass is left out, because another method has filled the caches. In training that does not happen.
     """
     repeats = max(3, math.ceil(seconds / clock(device, *stages)[-1]))
     ends = clock(device, *(stages * repeats))
@@ -136,12 +136,12 @@ def steady(device: torch.device, *stages: Callable[[], object], seconds: float =
 def interleaved(
     runs: Mapping[str, Callable[[], list[float]]], rounds: int = 5, seconds: float = 0, warm_up: int = 1
 ) -> dict[str, list[list[float]]]:
-    """Each of `runs` once per round, in a fresh random order: what disturbs the machine disturbs all of them alike.
+    """Each of `runs` once per round, in a new random order, so that a disturbance of the machine hits all alike.
 
     Args:
-        rounds: at least so many.
-        seconds: rounds go on until so much time has passed.
-        warm_up: rounds before, which are left out.
+        rounds: the least number of rounds.
+        seconds: rounds go on until this time has passed.
+        warm_up: the number of rounds before, which are left out.
     """
     order, results = list(runs), {name: [] for name in runs}
     shuffle = random.Random(0).shuffle
@@ -162,7 +162,7 @@ def median_ratio(seconds: Sequence[float], reference: Sequence[float]) -> float:
 
 
 def fitted_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float | None:
-    """p of the least squares fit cost ≈ c · sizeᵖ, in logarithms; None if a cost is not positive."""
+    """p of the least-squares fit cost ≈ c · sizeᵖ in logarithms; None if a cost is not positive."""
     if min(costs) <= 0:
         return None
     return statistics.linear_regression([math.log(s) for s in sizes], [math.log(c) for c in costs]).slope

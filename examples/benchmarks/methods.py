@@ -1,4 +1,4 @@
-"""The ways to train one KAN layer, and to run an adapted one, that are compared."""
+"""The compared ways to train one KAN layer, and to run an adapted one."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ LORA_RANK = 8
 
 @dataclass
 class Trained:
-    """A model and Adam for what is trainable of it. x is differentiated in any case: a layer below may need it."""
+    """A model, and Adam for its trainable parameters. x always gets a gradient, because a layer below may need it."""
 
     model: nn.Module
 
     def __post_init__(self) -> None:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.trainable = sum(p.numel() for p in trainable)
-        on_cuda = any(p.is_cuda for p in trainable)  # else its counter of steps would keep it out of CUDA graphs
+        on_cuda = any(p.is_cuda for p in trainable)  # otherwise its step counter would keep it out of CUDA graphs
         self.optimizer = torch.optim.Adam(trainable, lr=1e-5, capturable=on_cuda) if trainable else None
 
     def tensors(self) -> list[Tensor]:
-        """Everything that lives from step to step: parameters, buffers, optimizer state."""
+        """All tensors that live from step to step: parameters, buffers, optimizer state."""
         state = self.optimizer.state.values() if self.optimizer else ()
         moments = [value for entry in state for value in entry.values() if isinstance(value, Tensor)]
         return [*self.model.parameters(), *self.model.buffers(), *moments]
@@ -56,7 +56,7 @@ def captured(stages: list[Callable[[], object]]) -> list[Callable[[], object]]:
     """The stages of a training step as CUDA graphs, to be replayed in turn."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # capturing wants what is made at first use to be there
+    with torch.cuda.stream(stream):  # tensors that are made at first use must exist before capturing
         for stage in 3 * stages:
             stage()
     torch.cuda.current_stream().wait_stream(stream)
@@ -79,7 +79,7 @@ def owner_of_coefficients(layer: nn.Module, kind: Kind) -> tuple[nn.Module, str]
 def with_lotra(
     layer: nn.Module, kind: Kind, adapters: int = 1, init_weights: bool = False, **ranks: object
 ) -> PeftModel:
-    """`layer` with LoTRA adapters, all of them active. They are random: nothing may be gained from zeros."""
+    """`layer` with LoTRA adapters, all active. Their cores are random, so that zeros save no time."""
     config = LoTRAConfig(coefficients=dict(kind.coefficients(layer)), init_weights=init_weights, alpha=0.1, **ranks)
     model = get_peft_model(OneLayer(layer), config, adapter_name="0")
     for number in range(1, adapters):
@@ -89,7 +89,7 @@ def with_lotra(
 
 
 class _DenseUpdate(nn.Module):
-    """A ↦ A + G ×₁ U1 ×₂ U2 ×₃ U3, the sum formed at every step: the adapter that one writes first."""
+    """A ↦ A + G ×₁ U1 ×₂ U2 ×₃ U3, formed at every step: the simplest adapter."""
 
     def __init__(self, axes: str, coefficients: Tensor, sizes: tuple[int, int, int], r: tuple[int, int, int]) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class _DenseUpdate(nn.Module):
 def training_methods(
     layer: nn.Module, kind: Kind, sizes: tuple[int, int, int], r: tuple[int, int, int]
 ) -> dict[str, Trained | str]:
-    """By name, in the order of the table; a message instead where PEFT refuses the layer. `layer` becomes frozen."""
+    """The methods by name, in the order of the table; a message where PEFT refuses the layer. `layer` gets frozen."""
     methods: dict[str, Trained | str] = {FULL: Trained(OneLayer(copy.deepcopy(layer)))}
     layer.requires_grad_(False)
     methods = {FLOOR: Trained(OneLayer(layer)), **methods}
@@ -127,7 +127,7 @@ def training_methods(
 
 
 def inference_methods(layer: nn.Module, kind: Kind, r: tuple[int, int, int]) -> dict[str, nn.Module]:
-    """The base layer, and the adapted one in its three states."""
+    """The base layer, and the adapted layer in its three states."""
     models = {name: with_lotra(_sharing(layer), kind, r=r) for name in ("disabled", "unmerged")}
     models["disabled"].base_model.disable_adapter_layers()
     models["merged"] = with_lotra(copy.deepcopy(layer), kind, r=r)  # merging writes to the base
@@ -136,7 +136,7 @@ def inference_methods(layer: nn.Module, kind: Kind, r: tuple[int, int, int]) -> 
 
 
 def slim_and_dense(layer: nn.Module, kind: Kind, compression_ratio: float) -> dict[str, Trained]:
-    """A KAN layer trained from scratch, and one with LoTRA's factors alone for coefficients: A = 0, not stored."""
+    """A KAN layer trained from scratch, and one whose coefficients are LoTRA's factors alone (A = 0, not stored)."""
     slim = OneLayer(copy.deepcopy(layer))
     if hasattr(slim.layer, "spline_scaler"):
         slim.layer.spline_scaler = None  # there is nothing left to scale
@@ -154,7 +154,7 @@ def lotra_and_floor(layer: nn.Module, kind: Kind, r: tuple[int, int, int], adapt
 
 
 def _sharing(layer: nn.Module) -> nn.Module:
-    """A copy of `layer` that holds the same parameters, which nobody is going to change."""
+    """A copy of `layer` that holds the same parameters, which no method changes."""
     return copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
 
 

@@ -1,11 +1,12 @@
-"""What adapters cost where they are served: loading one, and a batch in which every sample has its own.
+"""The cost of serving adapters: loading an adapter, and a batch in which every sample has its own adapter.
 
     python examples/benchmarks/serving.py
     python examples/benchmarks/serving.py --parts loading --layers 200 --rounds 3
 
-Loading: `PeftModel.from_pretrained` of an adapter for a model of many KAN layers, over the time of PEFT's LoRA for as
-many linear layers. Mixed batch: `model(x, adapter_names=[...])` over the time of one adapter for all, and the
-largest difference from running the samples one by one, over the largest output. Medians of ratios; times as JSON.
+Loading: the time of `PeftModel.from_pretrained` for an adapter of a model of many KAN layers, relative to PEFT's LoRA
+for as many linear layers. Mixed batch: the time of `model(x, adapter_names=[...])` relative to one adapter for all
+samples, and the largest difference from running the samples one by one, relative to the largest output. The command
+prints medians of ratios, and writes times as JSON.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ SIZE = 16  # inputs and outputs of the layers of the deep models
 
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of PeftModel.from_pretrained onto a fresh model of `args.layers` layers."""
+    """The seconds of PeftModel.from_pretrained onto a fresh model of `args.layers` layers."""
     kinds: dict[str, tuple[type, PeftConfig]] = {
         "LoRA": (lambda: nn.Linear(SIZE, SIZE), LoraConfig(r=4, target_modules=r"\d+")),
         "LoTRA": (lambda: ChebyshevKANLayer(SIZE, SIZE, 3), LoTRAConfig(r=4, coefficients={"coefficients": "i o d"})),
@@ -59,7 +60,7 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
 
 @torch.no_grad()
 def mixed_batch(args: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """Seconds of a forward pass in which `args.adapters` adapters share the batch."""
+    """The seconds of a forward pass in which `args.adapters` adapters share the batch."""
     torch.manual_seed(0)
     layer = KINDS[kind].build(args.width, args.width, 8)
     config = LoTRAConfig(

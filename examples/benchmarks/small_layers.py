@@ -1,16 +1,16 @@
-"""What LoTRA costs on small KANs, where calls cost more than arithmetic: calls, instructions, steps of a PINN.
+"""The cost of LoTRA on small KANs, where calls cost more than arithmetic: calls, instructions, steps of a PINN.
 
     python examples/benchmarks/small_layers.py
     python examples/benchmarks/small_layers.py --parts steps --widths 64
 
-calls         Python functions of peft_lotra in one forward pass of a layer, by the interpreter's own profiling hook.
-instructions  that a forward pass executes beyond the frozen base layer's, by valgrind's callgrind: ten minutes; left
-              out where valgrind is not installed.
-steps         Adam on a PDE with second derivatives, over full fine-tuning; "last layer": only that one's coefficients
-              are trained, without any adapter, which is less than any adapter of all three layers can cost.
-constants     the times that `peft_lotra/standin/cost.py` counts with, measured on this device.
+calls         calls of Python functions of peft_lotra in a layer's forward pass, by the interpreter's profiling hook.
+instructions  instructions of a forward pass beyond those of the frozen base layer, by valgrind's callgrind. This takes
+              ten minutes, and is left out if valgrind is not installed.
+steps         time of Adam on a PDE with second derivatives, relative to full fine-tuning. "last layer": only the
+              coefficients of that layer are trained, without an adapter. No adapter of all three layers can cost less.
+constants     the times that `peft_lotra/standin/cost.py` assumes, measured on this device.
 
-Everything is printed, and written as JSON.
+All numbers are printed, and written as JSON.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def layers(kind: str) -> dict[str, nn.Module]:
 
 
 def calls(args: argparse.Namespace) -> dict[str, int]:
-    """Of the second pass: the first one makes the plan."""
+    """The calls in the second pass. (The first pass makes the plan.)"""
     package, counts = str(Path(peft_lotra.__file__).parent), {}
     for kind in LAYERS:
         model, x = layers(kind)[LOTRA], torch.rand(BATCH, SMALL)
@@ -78,7 +78,7 @@ def calls(args: argparse.Namespace) -> dict[str, int]:
 
 
 def instructions(args: argparse.Namespace) -> dict[str, int]:
-    """With gradients to the adapter, as in training; valgrind runs the process anew."""
+    """The instructions of a pass with gradients to the adapter, as in training. valgrind runs a process of its own."""
     counts: dict[str, int] = {}
     if shutil.which("valgrind") is None:
         print("Instructions are not counted: valgrind is not installed")
@@ -99,7 +99,7 @@ def instructions(args: argparse.Namespace) -> dict[str, int]:
 
 
 def steps(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A Chebyshev KAN of three layers on an elliptic problem: loss, gradients and Adam."""
+    """The time of a step of a Chebyshev KAN with three layers on an elliptic problem: loss, gradients and Adam."""
     rows, device = [], torch.device(args.device)
     problem = Elliptic(1.3)
     points = Points(*(p.to(device) for p in problem.sample(torch.Generator().manual_seed(0))))
@@ -140,7 +140,7 @@ def _training(model: nn.Module, problem: Elliptic, points: Points, device: torch
 
 
 def constants(args: argparse.Namespace) -> dict[str, float]:
-    """Multiply-adds per second of a large product, and how many pass in a call of torch and while a number moves."""
+    """Multiply-adds per second of a large product, and how many take as long as a call of torch or moving a number."""
     device, n = torch.device(args.device), 512
     a, b = (torch.randn(8 * n, 8 * n, device=device) for _ in range(2))
     gemm = n * 8 * n * n / _median(args, lambda: a[:n] @ b[:, :n])

@@ -1,4 +1,4 @@
-"""What a training step of one KAN layer costs: LoTRA beside a frozen layer, full fine-tuning and LoRA.
+"""The cost of a training step of one KAN layer: LoTRA, a frozen layer, full fine-tuning and LoRA.
 
     python examples/benchmarks/step_cost.py
     python examples/benchmarks/step_cost.py --layers fastkan --widths 512 1024 --parts step
@@ -6,9 +6,9 @@
     python examples/benchmarks/step_cost.py --device cuda --parts step --widths 512 1024 2048 4096 \\
         --batches 1024 8192 65536 --dtypes fp32 tf32 bf16 --modes eager compile graphs
 
-Everything is measured in one run, the methods in turn, and given as ratios. A step is a forward and backward pass with
-the gradient to the layer's input; the frozen layer's (the "floor") is the least that any adapter can cost. Prints
-tables, and writes all numbers as JSON (after each case) and a picture.
+All methods are measured in turn in one run, and compared by ratios. A step is a forward and backward pass with the
+gradient to the layer's input. The step of the frozen layer (the "floor") is the least that an adapter can cost. The
+command prints tables, and writes all numbers as JSON (after each case) and a picture.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ from tqdm import tqdm
 from peft_lotra import initialize_lotra_weights
 
 PARTS = ("step", "inference", "slim", "initialization", "growth")
-DTYPES = ("fp32", "tf32", "bf16")  # of matrix products; bf16 by autocast, parameters stay in fp32
+DTYPES = ("fp32", "tf32", "bf16")  # for matrix products; bf16 by autocast, with parameters in fp32
 MODES = ("eager", "compile", "graphs")
 SLIM_RATIO = 0.1  # factors of a Slim layer per coefficient of the dense one
 GROWTH = (1, 2, 4, 8)  # the factors by which the part "growth" enlarges one size at a time
-GROWTH_BATCH = 64  # at most, to begin with
+GROWTH_BATCH = 64  # the largest batch to start from
 
 
 class Case:
-    """One layer of one size with its input, on a device; the costs of the methods on it."""
+    """One layer of one size with its input, on a device, and the costs of the methods on it."""
 
     def __init__(
         self, args: argparse.Namespace, kind: str, width: int, batch: int, dtype: str = "fp32", mode: str = "eager",
@@ -79,7 +79,7 @@ class Case:
         self.gradient = torch.randn(batch, width, device=self.device)
 
     def layer(self) -> nn.Module:
-        # By nn.Module's own `to`: pykan's remembers its argument, and knows no other than a device.
+        # nn.Module's own `to`, because pykan's `to` accepts only a device, and remembers it.
         return nn.Module.to(self.kind.build(*self.sizes), self.device)
 
     def step(self) -> list[Row]:
@@ -95,13 +95,13 @@ class Case:
         return rows
 
     def lotra_beyond_floor(self, adapters: int) -> tuple[int, float]:
-        """FLOPs and median seconds that a step takes longer than the frozen layer's."""
+        """The FLOPs and median seconds of a step minus those of the frozen layer's step."""
         floor, lotra = self._trained("growth", lotra_and_floor(self.layer(), self.kind, self.r, adapters))
         seconds = [a - b for a, b in zip(lotra.seconds, floor.seconds, strict=True)]
         return lotra.flops - floor.flops, statistics.median(seconds)
 
     def initialization(self) -> list[Row]:
-        """Gradient-aligned initialisation from one forward and backward pass, beside a step of full fine-tuning."""
+        """Gradient-aligned initialisation by one forward and backward pass, relative to a step of full fine-tuning."""
         layer = self.layer()
         full = Trained(OneLayer(copy.deepcopy(layer)))
         model = with_lotra(layer.requires_grad_(False), self.kind, r=self.r, init_weights=True)
@@ -134,7 +134,7 @@ class Case:
         ]
 
     def _trained(self, part: str, methods: dict[str, Trained | str]) -> list[Row]:
-        """A row for each method; with the reason instead of costs where there is only that."""
+        """A row for each method: its costs, or the reason why it is not possible."""
         methods = dict(methods)
         runs = {}
         for name, method in methods.items():
@@ -155,7 +155,7 @@ class Case:
         ]
 
     def _stages(self, method: Trained) -> list[Callable[[], object]]:
-        """A training step in two: forward and backward, Adam."""
+        """The two stages of a training step: forward with backward, and Adam."""
         if self.mode == "compile":
             method.model.compile()
         stages = [partial(method.forward_backward, self.x, self.gradient, self.bf16), method.update]
@@ -189,7 +189,7 @@ def batches_of(args: argparse.Namespace, kind: str) -> list[int]:
 
 
 def growth(args: argparse.Namespace, kind: str) -> list[dict[str, Any]]:
-    """What LoTRA costs beyond the frozen layer, over one size at a time, and p of the fit cost ≈ c · sizeᵖ."""
+    """The cost of LoTRA beyond the frozen layer, over one size at a time, and p of the fit cost ≈ c · sizeᵖ."""
     start = {"width": args.widths[0], "basis": args.basis, "batch": min(GROWTH_BATCH, batches_of(args, kind)[0])}
     start |= {"rank": max(1, args.r[0] // 2), "adapters": 1}
     if KINDS[kind].basis is not None:
@@ -281,7 +281,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batches", type=positive_int, nargs="+", default=[256], help="batch sizes; the picture has the first")
     add("--dtypes", nargs="+", choices=DTYPES, default=["fp32"], help="of a step's products; bf16 is autocast")
     add("--modes", nargs="+", choices=MODES, default=["eager"], help="of a step; graphs are CUDA's")
-    # pykan forms batch × n × m values a dozen times over.
+    # pykan forms a dozen tensors of batch × n × m values.
     add("--pykan-batch", type=positive_int, default=16, help="batch size for pykan, whose memory grows as batch·n·m")
     add("--r", type=positive_int, nargs=3, default=(8, 8, 4), help="LoTRA's ranks: input output basis")
     add("--seconds", type=float, default=0.8, help="of a table's timed rounds, which are five at least")

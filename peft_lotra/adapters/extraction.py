@@ -1,4 +1,4 @@
-"""A full fine-tune turned into an adapter."""
+"""Turns a full fine-tune into an adapter."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def extract_adapter(
     >>> model, errors = extract_adapter(base, finetuned, LoTRAConfig(rank_pattern=ranks), inputs=x)
     >>> model.save_pretrained("adapter")
 
-    The nearest update of low rank is not the one whose function is nearest. Energy 0.99 leaves out a tenth of the
-    update's size. If fine-tuning has divided the error by far more than ten, as with PDEs, that tenth is most of the
-    gain. With `inputs`, the adapter is therefore fitted to the outputs of `finetuned`, starting from there:
-    min Σ_x ‖model(x) − finetuned(x)‖², by `fit_gauss_newton`.
+    The nearest update of low rank does not give the nearest function. At the energy 0.99, a tenth of the update's norm
+    is left out. If fine-tuning has divided the error by far more than ten, as with PDEs, this tenth is most of the
+    gain. With `inputs`, the adapter is therefore fitted to the outputs of `finetuned`, starting from the nearest
+    update: min Σ_x ‖model(x) − finetuned(x)‖², by `fit_gauss_newton`.
 
     Args:
         base: the model before fine-tuning. It is wrapped and frozen, as `get_peft_model` does.
@@ -49,10 +49,11 @@ def extract_adapter(
         config: which layers are adapted, with which ranks. `modules_to_save` and biases are copied from `finetuned`.
         inputs: points x that the models take, shape (N, ...), or a function from the number of the iteration to such
             points. With None there is no fit. Each output should depend on its own x alone. If a model returns several
-            things, as those of transformers do, the first is its output. If fixed points have fewer than 2 outputs for
-            each number of the adapter, the fit learns them by heart, and a UserWarning says so.
-        iterations: how many iterations the fit has at most.
-        strict: whether a difference between the models that the adapter cannot hold is an error or a warning.
+            values, as transformers' models do, the first tensor is its output. If fixed points give fewer than 2
+            outputs for each number of the adapter, the fit learns them by heart, and a UserWarning says so.
+        iterations: the most iterations of the fit.
+        strict: whether it is an error if the models differ in something that the adapter cannot hold. Otherwise it is
+            a warning.
         progressbar: whether the fit shows its progress.
 
     Returns:
@@ -64,15 +65,15 @@ def extract_adapter(
     """
     if config.family is not None:
         raise ValueError(
-            f"`config` has `family` {config.family!r}, and the update is of one task: extract an adapter for each, "
-            "and make a family of them by `family_from`"
+            f"`config` has `family` {config.family!r}, and the update is of one task: extract an adapter for each "
+            "task, and make a family of them by `family_from`"
         )
     updates = dict(updates_between(base, finetuned, config))
     for target, update in updates.items():
         if not torch.isfinite(update).all():
-            raise ValueError(f"the update of {target.parameter} has NaN or infinity: has fine-tuning diverged?")
+            raise ValueError(f"the update of {target.parameter} has NaN or infinity: did fine-tuning diverge?")
         if target.alpha == 0 and update.any():
-            raise ValueError(f"`alpha` is 0 for {target.parameter}: no adapter of this scaling holds an update")
+            raise ValueError(f"`alpha` is 0 for {target.parameter}: an adapter of this scaling holds no update")
     biases = trained_biases(base, "", config.bias, {target.module for target in updates})
     _check_the_rest(base, finetuned, list(updates), {bias.plain for bias in biases}, config, strict)
     factors = {target: decompose(update, target.ranks) for target, update in updates.items()}
@@ -91,7 +92,7 @@ def extract_adapter(
 
 
 def _fit(model: PeftModel, finetuned: nn.Module, inputs: Any, iterations: int, progressbar: bool) -> None:
-    """Let the adapter alone, not `modules_to_save`, come nearer to the outputs of `finetuned`."""
+    """Fit the adapter, but not `modules_to_save` or biases, to the outputs of `finetuned`."""
 
     def residual(net: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         difference = first_tensor(net(x)) - first_tensor(finetuned(x))
@@ -114,7 +115,7 @@ def _relative_error(model: PeftModel, target: Target, update: torch.Tensor) -> f
 
 
 def fill(model: PeftModel, factors: dict[Target, TuckerFactors]) -> None:
-    """Let the active adapter's update of every target be G ×₁ U1 ×₂ U2 ×₃ U3; G is divided by the scaling."""
+    """Set the active adapter's update of every target to G ×₁ U1 ×₂ U2 ×₃ U3. Its core is G / scaling."""
     layers, adapter = adapted_tensors(model), model.active_adapter
     for target, (core, *others) in factors.items():
         layer = layers[target.parameter]
@@ -125,7 +126,7 @@ def fill(model: PeftModel, factors: dict[Target, TuckerFactors]) -> None:
 def _check_the_rest(
     base: nn.Module, finetuned: nn.Module, targets: list[Target], biases: set[str], config: LoTRAConfig, strict: bool
 ) -> None:
-    """Raise, or warn, if the models differ in what neither updates nor `biases` nor `modules_to_save` hold."""
+    """Raise, or warn, if the models differ in a tensor that is not in the updates, `biases` or `modules_to_save`."""
     before, after = base.state_dict(), finetuned.state_dict()
     held = {f"{target.module}.{target.spec.scale}" for target in targets} | biases
     specs = {target.parameter: target.spec for target in targets}
@@ -147,7 +148,7 @@ def _check_the_rest(
 
 
 def _differ(before: torch.Tensor, after: torch.Tensor, spec: CoefficientSpec | None) -> bool:
-    """Whether two tensors differ, outside the coefficients if they hold some."""
+    """Whether two tensors differ outside of the coefficients that they hold."""
     if spec is not None and spec.slice is None:
         return False
     if before.shape != after.shape:

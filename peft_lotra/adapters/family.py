@@ -1,4 +1,4 @@
-"""Use of an adapter for a family of tasks: say at which task a pass is, and make adapters for single tasks."""
+"""Uses an adapter for a family of tasks: sets the task of a forward pass, and makes adapters for single tasks."""
 
 from __future__ import annotations
 
@@ -32,28 +32,27 @@ def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
     >>> with at_task(model, lam=1.3):                           # or a tensor of one λ for each sample
     ...     y = model(x)
 
-    If there is one task, the core is contracted with c first, and the pass is that of an ordinary adapter. If there is
-    a task for each sample, the terms of all P polynomials are computed side by side, weighted by c and summed, in one
-    pass of the base. Where a layer's samples cannot be told apart, there is a pass for each distinct task. Gradients
-    flow to the task. It may be a value of `torch.func.vmap`, so that the residual of each point has its own task.
+    With one task, the core is contracted with c first, and the pass is that of an ordinary adapter. With a task for
+    each sample, all P terms are computed side by side, weighted by c and summed, in one pass of the base. If a layer's
+    samples cannot be told apart, the layer makes a pass for each distinct task. Gradients flow to the task. The task
+    may be a value of `torch.func.vmap`, so that the residual of each point has its own task.
 
     `model(x, lotra_task={"lam": 1.3})` does the same for one call. `lotra_task` may also be a name, a list of names,
     or the value of a family's only parameter. It is an error if no active adapter is a family. With transformers'
     Trainer, put the tasks into a column `lotra_task` of the data set and set `remove_unused_columns=False`. Names and
     mappings also need `data_collator=torch.utils.data.default_collate`, because transformers' own collator drops names
-    and fails on mappings. `model.generate` repeats tasks as its arguments `num_beams` and `num_return_sequences`
-    repeat samples. Call a pipeline inside of this context.
+    and fails on mappings. `model.generate` repeats tasks in the same way as samples, by `num_beams` and
+    `num_return_sequences`. Call a pipeline inside this context.
 
-    The task belongs to the calls of this thread. A backward pass that computes a forward pass again (activation
-    checkpointing) has to run inside of this context too, and in this thread, as it does on a CPU. On an accelerator,
-    autograd has threads of its own, so checkpoints must not be around adapted layers there. A merge inside of this
-    context merges the update at this task.
+    The task belongs to the calls of this thread. If a backward pass repeats a forward pass (activation checkpointing),
+    it must also run inside this context and in this thread, as on a CPU. On an accelerator, autograd has threads of
+    its own, so do not checkpoint adapted layers there. A merge inside this context merges the update at this task.
 
     Args:
         model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it.
         task: a number, or a tensor of the shape (), (batch,) or (batch, 1), for each parameter of the family; or
-            `task=` a name, or a list with a name for each sample. A value outside of the family's range extrapolates,
-            with a warning (except under `vmap` and in compiled code).
+            `task=` a name, or a list with a name for each sample. For a value outside the family's range the adapter
+            extrapolates, with a warning (except under `vmap` and in compiled code).
 
     Raises:
         TypeError, ValueError: if the task does not fit any family adapter of the model.
@@ -76,19 +75,19 @@ def adapter_at(
     >>> adapter_at(model, "new", lam=1.35)
     >>> fit_gauss_newton(model, residual, data, iterations=5)      # trains this core alone
 
-    The new adapter becomes active, and the family's becomes inactive. It is saved, merged, swapped and served like any
-    other. It has its own copies of what the family trains besides (`modules_to_save`, token rows).
+    The new adapter becomes active, and the family becomes inactive. The new adapter is saved, merged, swapped and
+    served like any other. It has its own copies of the family's `modules_to_save` and token rows.
 
     Args:
         model: a PeftModel with a family adapter.
         adapter_name: the new adapter's name.
         family: the name of the family adapter.
-        train: "core": the factors stay those of the family; "all": they are trained too.
-        task: one task, in the form that `at_task` takes. Without a task, the core is the mean over the family: the
+        train: "core": only the core is trained, and the factors stay those of the family. "all": both are trained.
+        task: one task, in the form that `at_task` takes. Without a task, the core is a mean over the family: the
             constant term for continuous parameters, the mean of the cores for named tasks.
 
     Raises:
-        TypeError, ValueError: naming what does not fit. Nothing is changed then.
+        TypeError, ValueError: naming the argument that does not fit. Nothing is changed then.
 
     Source: ours.
     """
@@ -101,8 +100,8 @@ def adapter_at(
     tuner.check_new(adapter_name)
     if config.bias != "none":
         raise ValueError(
-            f"`family` {family!r} has `bias` {config.bias!r}, and one adapter of a model may have biases: an adapter "
-            "for one task would be saved without them"
+            f"`family` {family!r} has `bias` {config.bias!r}, and only one adapter of a model may have biases: an "
+            "adapter for one task would be saved without them"
         )
     own = replace(config, family=None, family_rank=None, freeze_factors=train == "core", init_weights=True)
     model.add_adapter(adapter_name, own)  # type: ignore[operator]
@@ -118,16 +117,16 @@ def adapter_at(
 def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, family: str = "default") -> None:
     """Write the cores of an adapter from `adapter_at`, and the digest of the family's factors: a kilobyte or two.
 
-    If the model is sharded, all processes have to call this, each with a path of its own.
+    If the model is sharded, all processes must call this, each with its own path.
 
     Args:
         path: the file to write.
         model: a PeftModel with both adapters.
-        adapter_name: the adapter of one task, whose factors are still the family's.
+        adapter_name: an adapter for one task whose factors are still those of the family.
         family: the name of the family adapter.
 
     Raises:
-        ValueError: if the adapter's factors are not the family's.
+        ValueError: if the adapter's factors are not those of the family.
     """
     tuner, *_ = _family(model, family)
     cores = {}
@@ -137,8 +136,8 @@ def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
         same = [U is V if U is None or V is None else torch.equal(U, V) for U, V in pairs]
         if not all(same) or layer.scaling[adapter_name] != layer.scaling[family]:
             raise ValueError(
-                f"`adapter_name` {adapter_name!r} has other factors than {family!r} at {parameter}: its core alone "
-                "says nothing; use `save_pretrained`"
+                f"`adapter_name` {adapter_name!r} has other factors than {family!r} at {parameter}, so its core alone "
+                "is not enough: use `save_pretrained`"
             )
         cores[parameter] = core.cpu().contiguous()
     if not cores:
@@ -149,7 +148,7 @@ def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
 
 
 def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, family: str = "default") -> None:
-    """Add the adapter that `save_task` has written, with the factors of the same family, and make it active.
+    """Add the adapter that `save_task` has written, with the factors of its family, and make it active.
 
     Raises:
         ValueError: if the file is for another family, is damaged, or does not fit. Nothing is changed then.
@@ -163,7 +162,7 @@ def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
         raise ValueError(f"{origin} cannot be read ({error})") from error
     if meant != _digest(tuner, family):
         raise ValueError(
-            f"{origin} is for other factors than those of {family!r}: load the family that it was made of"
+            f"{origin} is for other factors than those of {family!r}: load the family that it was made from"
         )
     layers = adapted_tensors(tuner.model, family)
     slots = {
@@ -191,7 +190,7 @@ def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig, Famil
 
 @torch.no_grad()
 def _whole_factors(layer: LoTRALayer, adapter: str) -> TuckerFactors:
-    """The adapter's factors; where they are sharded, with the parts of all processes."""
+    """The adapter's factors. If they are sharded, the parts of all processes are gathered."""
     return layer.factors(adapter).map(lambda factor: full_tensor(factor).detach())
 
 
@@ -199,7 +198,7 @@ def _digest(tuner: LoTRAModel, family: str) -> str:
     factors = {
         f"{PREFIX}{parameter}.{k}": U.float()
         for parameter, layer in adapted_tensors(tuner.model, family).items()
-        for k, U in enumerate(_whole_factors(layer, family)[1:5])  # no task's core depends on U5
+        for k, U in enumerate(_whole_factors(layer, family)[1:5])  # a task's core has U5 in it
         if U is not None
     }
     return digest(

@@ -1,4 +1,4 @@
-"""Families that are made of adapters for single tasks, and families that get further tasks or other ranges."""
+"""Makes families from adapters for single tasks, and gives families further tasks or other ranges."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from ..tensors.tucker import TuckerFactors, completed, decompose, mode_product, 
 def family_from(
     model: nn.Module, adapters: Mapping[str, Any], adapter_name: str, config: LoTRAConfig
 ) -> dict[str, float]:
-    """Add a family whose updates at some tasks are near those of adapters that were trained for these tasks.
+    """Add a family whose updates at some tasks approximate those of adapters that were trained for these tasks.
 
-    min Σ_j ‖Δ_j − G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task_j)‖² in two steps: common factors by HOSVD and HOOI of the updates
-    side by side, and then the core by least squares over the tasks. Where the tasks do not determine the core, it is
-    the one of least norm. With `family_rank`, the core of all tasks is then split by SVD into G and the factor of the
-    tasks. The result is a start for a fit to the whole family, by `at_task`.
+    min Σ_j ‖Δ_j − G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task_j)‖² in two steps: common factors by HOSVD and HOOI of the stacked
+    updates, then the core by least squares over the tasks. If the tasks do not determine the core, it is the core of
+    least norm. With `family_rank`, an SVD then splits this core into G and the factor of the tasks. The result is a
+    start for a fit to the whole family, by `at_task`.
 
     >>> config = LoTRAConfig(r=6, family={"lam": (1.0, 1.6)})
     >>> errors = family_from(model, {"low": 1.0, "middle": 1.3, "high": 1.6}, "family", config)
 
     Args:
         model: a PeftModel with the adapters.
-        adapters: maps the name of each adapter to its task: a number, a mapping of the family's parameters to numbers,
-            or the name of a task.
+        adapters: a mapping from the name of each adapter to its task: a number, a mapping from the family's parameters
+            to numbers, or the name of a task.
         adapter_name: the name of the new family, which becomes active.
         config: the config of the new family. It needs `family`.
 
@@ -43,7 +43,7 @@ def family_from(
         sqrt(Σ_j ‖Δ_j − Δ(task_j)‖² / Σ_j ‖Δ_j‖²) by full parameter name.
 
     Raises:
-        TypeError, ValueError: naming what does not fit. The model is then as it was before.
+        TypeError, ValueError: naming the argument that does not fit. The model is then as it was before.
 
     Source: ours.
     """
@@ -74,7 +74,7 @@ def family_from(
 
 
 def _split(core: torch.Tensor, mode: int, rank: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """G ×ₘ Uᵀ and U, the leading left singular vectors of G unfolded along a mode; G itself without a rank."""
+    """G ×ₘ Uᵀ and U, the leading left singular vectors of G unfolded along mode m; G and None without a rank."""
     if rank is None:
         return core, None
     U = torch.linalg.svd(core.movedim(mode, 0).flatten(1), full_matrices=False)[0]
@@ -83,7 +83,7 @@ def _split(core: torch.Tensor, mode: int, rank: int | None) -> tuple[torch.Tenso
 
 
 def _update(layer: LoTRALayer, adapter: str) -> torch.Tensor:
-    """s · Δ, shape (n, m, n_d, positions, if there are several), in fp64; zero if the layer has no such adapter."""
+    """s · Δ in fp64, shape (n, m, n_d), or (n, m, n_d, K) with positions; zero if the layer has no such adapter."""
     shape = layer.spec.layout.canonical_shape
     if adapter not in layer.lotra_core:
         zero = torch.zeros(shape, dtype=torch.float64)
@@ -98,14 +98,15 @@ def _update(layer: LoTRALayer, adapter: str) -> torch.Tensor:
 def add_task(model: nn.Module, task: str, *, family: str = "default", core_from: str | None = None) -> None:
     """Add a task to a family of named tasks: the core gets one more slice, G[..., P], and everything else stays.
 
-    With `family_rank`, the factor U5 of the tasks gets one more row instead. Make a new optimizer afterwards if it
-    holds the tensor that has grown.
+    With `family_rank`, the factor U5 of the tasks gets one more row instead. If an optimizer holds the tensor that has
+    grown, make a new optimizer afterwards.
 
     Args:
         model: a PeftModel with the family.
         task: the new task's name.
         family: the name of the family adapter.
-        core_from: the task whose core (or row of U5) the new task starts from. By default it is the mean of all.
+        core_from: the task whose core (or row of U5) the new task starts from. With None, the new task starts from the
+            mean of all tasks.
 
     Raises:
         ValueError: if the family's tasks have no names, a name does not fit, or the model is sharded. Nothing is
@@ -141,9 +142,9 @@ def change_range(
 ) -> None:
     """The same family on other ranges of its parameters, and of a higher degree: G ← G ×₅ Mᵀ, where c = M · c'.
 
-    A polynomial of total degree d in the parameters is a polynomial of that degree on any range. So the update stays
-    what it was at every parameter, and a fit to the new range starts from there. Widen a range little by little:
-    polynomials extrapolate badly, and far outside of the old range the old solution is not a better start than none.
+    A polynomial of total degree d in the parameters is a polynomial of that degree on any range. So the update at
+    every parameter stays as it was, and a fit to the new range starts from there. Widen a range in small steps:
+    polynomials extrapolate badly, and far outside of the old range the old update is no better start than none.
 
     >>> change_range(model, {"lam": (0.8, 2.0)}, family_degree=6)
 
@@ -151,9 +152,9 @@ def change_range(
 
     Args:
         model: a PeftModel with the family.
-        ranges: the new range by name of a parameter. Parameters that are left out keep their range.
+        ranges: a mapping from names of parameters to new ranges. The other parameters keep their ranges.
         family: the name of the family adapter.
-        family_degree: the new degree of the polynomials, at least the present one, which is the default.
+        family_degree: the new degree of the polynomials, at least the present one. With None it stays.
 
     Raises:
         TypeError, ValueError: if the family is not one of continuous parameters, a range or the degree does not fit,
@@ -166,7 +167,7 @@ def change_range(
     if not isinstance(config.family, dict):
         raise ValueError(
             f"`family` {family!r} is not a family of continuous parameters (`LoTRAConfig(family={{'lam': (1, 2)}})`): "
-            "only such a one has ranges"
+            "only such a family has ranges"
         )
     if not isinstance(ranges, Mapping) or (unknown := sorted(map(str, ranges.keys() - config.family.keys()))):
         what = f"{unknown} in it are none" if isinstance(ranges, Mapping) else f"the value passed is {ranges!r}"
@@ -176,8 +177,9 @@ def change_range(
     new = Family.of({**config.family, **ranges}, degree, "ranges")
     if new.degree < old.degree:
         raise ValueError(
-            f"`family_degree` {family_degree} is below the {old.degree} of the family, which it cannot hold: give at "
-            "least that, or make a new family of adapters at chosen parameters, by `family_from`"
+            f"`family_degree` {family_degree} is below the family's degree {old.degree}, so it cannot hold the "
+            "family: give at least that degree, or make a new family from adapters at chosen parameters, by "
+            "`family_from`"
         )
     M = old.in_terms_of(new)
     for layer in _whole_layers(tuner, family, "change the range"):
@@ -190,7 +192,7 @@ def change_range(
 
 
 def _whole_layers(tuner: LoTRAModel, family: str, what: str) -> list[LoTRALayer]:
-    """The layers of a family; ValueError, saying `what` to do earlier, if parts of them are elsewhere."""
+    """The layers of a family. If they are sharded or offloaded, raise ValueError, saying `what` to do before that."""
     check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
     layers = adapted_tensors(tuner.model, family)
     if offloaded := [name for name, layer in layers.items() if layer.lotra_core[family].is_meta]:

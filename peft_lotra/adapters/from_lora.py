@@ -1,4 +1,4 @@
-"""LoRA checkpoints as LoTRA adapters."""
+"""Loads LoRA checkpoints as LoTRA adapters."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from ..tensors.tucker import TuckerFactors
 def adapter_from_lora(
     base: nn.Module, path: str | os.PathLike, *, coefficients: Descriptions | None = None
 ) -> PeftModel:
-    """G = lora_A with one axis for each mode, U2 = scaling · lora_B, inputs and basis whole: the same update, exactly.
+    """G = lora_A with one axis for each mode, U2 = scaling · lora_B, modes i and d whole: the same update, exactly.
 
-    LoRA on coefficients that are the weight of an nn.Linear, in a layout such as "o (i d)", is a LoTRA adapter of the
-    ranks (None, r, None). So it can be combined, swapped and served together with others, and its training can go on.
-    `save_as_lora` is the way back.
+    If the coefficients are the weight of an nn.Linear, in a layout such as "o (i d)", a LoRA on them is a LoTRA
+    adapter of the ranks (None, r, None). It can then be combined, swapped and served together with others, and trained
+    further. `save_as_lora` converts in the other direction.
 
     Args:
         base: the KAN that the LoRA is for. It is wrapped as by `get_peft_model`.
-        path: the directory of the LoRA adapter, on modules whose weights are coefficients of `base`.
+        path: the directory of the LoRA adapter. It must adapt modules whose weights are coefficients of `base`.
         coefficients: layouts of layers that are not registered, as in `LoTRAConfig(coefficients=...)`.
 
     Raises:
         ValueError: if the adapter is not a LoRA, has other parts than pairs of matrices (DoRA, biases, embeddings), or
-            is on other modules. `base` is then as it was before.
+            adapts other modules. `base` is then as it was before.
 
     Source: ours.
     """
@@ -51,7 +51,7 @@ def adapter_from_lora(
         if side not in ("A.weight", "B.weight"):
             raise ValueError(
                 f"{path} has {key}, which is not one of LoRA's pairs of matrices: merge that adapter into the base "
-                "instead (`merge_and_unload`), or convert it without"
+                "(`merge_and_unload`), or remove this tensor"
             )
         pairs.setdefault(linear, {})[side[0]] = value
     known = {t.parameter: t for t in plain_targets("base", base, LoTRAConfig(r=1, coefficients=coefficients or {}))}
@@ -66,7 +66,7 @@ def adapter_from_lora(
     ranks = {
         parameter: (None, None if U2 is None else U2.shape[1], None) for parameter, (_, _, U2, *_) in factors.items()
     }
-    # A self-contained config adapts no other tensor, whatever its name or layer.
+    # A self-contained config adapts these tensors and no others.
     chosen = [replace(known[parameter], ranks=ranks[parameter]) for parameter in factors]
     model = get_peft_model(base, LoTRAConfig(r=1).self_contained(chosen))
     for parameter, layer in adapted_tensors(model).items():

@@ -1,4 +1,4 @@
-"""The weights of an adapter replaced in place by those of a saved one."""
+"""Replaces the weights of an adapter in place by those of a saved adapter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """G, U1, U2, U3 ← those of a saved adapter, in the same memory, so that nothing is compiled again.
+    """G, U1, U2, U3 ← those of a saved adapter, in the same memory, so a compiled model is not compiled again.
 
     >>> slot = PeftModel.from_pretrained(kan, "task-a")  # or get_peft_model, with the largest ranks that will come
     >>> compiled = torch.compile(slot)
@@ -39,15 +39,16 @@ def hotswap_adapter(
     >>> y_b = compiled(x)
 
     The adapter that is overwritten is called the slot. The new adapter must be for the same base and layouts. It must
-    adapt no other layers, and its ranks (`family_rank` too) may be up to those of the slot. Where its ranks are
-    smaller, the rest of the slot becomes zero. If it does not adapt a layer of the slot, the update of that layer
-    becomes zero. Zeros get no gradients, so training goes on at the new adapter's ranks. (The state of an optimizer is
-    not reset.) If the slot has a whole mode, the new factor goes into the core, and training goes on in the whole
-    mode. Trained copies of modules (`modules_to_save`), trained token rows and biases are replaced too.
+    not adapt layers that the slot does not adapt, and its ranks (and `family_rank`) must not be above those of the
+    slot. If a rank is smaller, the rest of the slot becomes zero. If the new adapter does not adapt a layer of the
+    slot, the update of that layer becomes zero. Zeros get no gradients, so training goes on with the new adapter's
+    ranks. (The state of an optimizer is not reset.) If the slot has a whole mode, the new factor is multiplied into
+    the core, and training goes on in the whole mode. Trained copies of modules (`modules_to_save`), trained token rows
+    and biases are replaced, too.
 
-    The slot keeps its config, ranks, `alpha`, dtype, device and flags. If the new `alpha` differs, it goes into the
-    core, G ← G · alpha_new / alpha_slot, because a compiled model holds the number itself. The update is the saved
-    one, also after `save_pretrained`, and a factor that `set_scale` has set applies to it as before.
+    The slot keeps its config, ranks, `alpha`, dtype, device and flags. A new `alpha` is multiplied into the core,
+    G ← G · alpha_new / alpha_slot, because a compiled model holds `alpha` as a constant. The update is that of the
+    saved adapter, also after `save_pretrained`. A factor that `set_scale` has set applies to it as before.
 
     Args:
         model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it.
@@ -58,7 +59,7 @@ def hotswap_adapter(
 
     Raises:
         TypeError, ValueError: naming what does not fit: the kind of adapter or model, the base, layers, layouts,
-            ranks, other trained tensors, a damaged file, a merged or offloaded slot. Nothing is changed then.
+            ranks, other trained tensors, a damaged file, or a merged or offloaded slot. Nothing is changed then.
     """
     unknown = sorted(kwargs.keys() - signature(hf_hub_download).parameters)
     if unknown:
@@ -83,9 +84,9 @@ def hotswap_adapter_from_state_dict(
 
     Args:
         model: as for `hotswap_adapter`.
-        state_dict: what `peft.get_peft_model_state_dict` gives for the new adapter, or what its file holds.
+        state_dict: the result of `peft.get_peft_model_state_dict` for the new adapter, or the contents of its file.
         adapter_name: as for `hotswap_adapter`.
-        config: the config of the new adapter, as in `peft_config` of a model that has it.
+        config: the config of the new adapter, as in the `peft_config` of a model that has this adapter.
     """
     tuner = lotra_model(model, adapter_name)
     targets = resolve_targets(tuner.model, config)
@@ -136,7 +137,7 @@ def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig, targe
         layer = layers[target.parameter]
         ranks, alpha = layer.r[adapter_name], layer.alpha[adapter_name]
         sizes = mode_sizes(target.spec.layout.canonical_shape)
-        by_mode = zip((*target.ranks, None), (*ranks, None), sizes, strict=False)  # with None the mode is whole
+        by_mode = zip((*target.ranks, None), (*ranks, None), sizes, strict=False)  # None: the mode is whole
         if any(own is not None and (size if r is None else r) > own for r, own, size in by_mode):
             raise ValueError(
                 f"the new adapter has ranks {target.ranks} for {target.parameter}, above the {ranks} of "
@@ -145,14 +146,14 @@ def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig, targe
         if alpha == 0 != target.alpha:
             raise ValueError(
                 f"{adapter_name!r} has `alpha` 0 for {target.parameter}, so that it holds no update of `alpha` "
-                f"{target.alpha}: use `load_adapter`"
+                f"{target.alpha}; use `load_adapter`"
             )
     adapted = {target.parameter for target in targets}
     empty = [name for name, layer in layers.items() if isinstance(layer, SlimLayer) and name not in adapted]
     if empty:
         raise ValueError(
-            f"the new adapter does not adapt {empty}, which in a Slim KAN have no coefficients without one: load it "
-            "onto a dense model"
+            f"the new adapter does not adapt {empty}, which in a Slim KAN have no coefficients without an adapter: "
+            "load it onto a dense model"
         )
 
 
@@ -190,7 +191,7 @@ def _factors(
 
 
 def _as_slot(new: TuckerFactors, slot: TuckerFactors, shape: tuple[int, ...], is_family: bool) -> TuckerFactors:
-    """The same tensor, without factors where the slot has whole modes, and with identities where only the slot has."""
+    """The same tensor with the factors of the slot: multiplied into the core, or an identity, where they differ."""
     core, *sides = new
     terms = core.shape[core.dim() - is_family :]  # P
     sizes = (*mode_sizes(shape), *terms)
@@ -210,7 +211,7 @@ def _as_slot(new: TuckerFactors, slot: TuckerFactors, shape: tuple[int, ...], is
 def _others(
     slot: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor], adapter_name: str
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every tensor of a trained copy of a module, or of token rows, and its new values."""
+    """Every tensor of a trained copy of a module, of token rows and of biases, and its new values."""
     own, new = ({k: v for k, v in tensors.items() if not is_adapter_key(k)} for tensors in (slot, state_dict))
     for key in sorted(own.keys() | new.keys()):
         shapes = [tuple(tensors[key].shape) if key in tensors else None for tensors in (new, own)]
@@ -218,7 +219,7 @@ def _others(
             raise ValueError(
                 f"the new adapter has {key} of shape {shapes[0]}, {adapter_name!r} has {shapes[1]}: trained copies "
                 "(`modules_to_save`, `trainable_token_indices`) and biases can be swapped for those of the same "
-                "modules only; use `load_adapter`"
+                "modules only; use `load_adapter` instead"
             )
         check_tensor(key, new[key], Slot(own[key].shape, own[key].dtype), "the new adapter")
         yield own[key], new[key].to(own[key])

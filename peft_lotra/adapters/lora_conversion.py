@@ -1,4 +1,4 @@
-"""Adapters as plain LoRA checkpoints, which load without this package."""
+"""Converts adapters to plain LoRA checkpoints, which load without this package."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def convert_to_lora(
 ) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
     """lora_B · lora_A = Δ for coefficients that are the weight of an nn.Linear, in a layout such as "o (i d)".
 
-    The update is the matrix Δ = s · U2 · G_(o) · (U1 ⊗ U3)ᵀ, shape (m, n·n_d), of rank r2 at most:
-    lora_B = U2, shape (m, r2), lora_A = s · G_(o) · (U1 ⊗ U3)ᵀ, shape (r2, n·n_d), and LoRA's own scaling is 1.
-    LoRA has (m + n·n_d) · r2 numbers where LoTRA has r1·r2·r3 + n·r1 + m·r2 + n_d·r3.
+    The update is the matrix Δ = s · U2 · G_(o) · (U1 ⊗ U3)ᵀ, shape (m, n·n_d), of rank r2 at most. With
+    lora_B = U2, shape (m, r2), and lora_A = s · G_(o) · (U1 ⊗ U3)ᵀ, shape (r2, n·n_d), LoRA's own scaling is 1.
+    LoRA has (m + n·n_d) · r2 numbers, and LoTRA has r1·r2·r3 + n·r1 + m·r2 + n_d·r3.
 
-    The checkpoint names the nn.Linear inside the KAN layer (`layers.0.spline_linear`), which PEFT's LoRA then wraps.
-    A layer that calls the nn.Linear sees LoRA's update. A layer that reads the weight in another way does not see it.
+    The checkpoint names the nn.Linear inside the KAN layer (`layers.0.spline_linear`), and PEFT's LoRA wraps it. A
+    layer that calls the nn.Linear sees LoRA's update. A layer that reads the weight without a call does not.
 
     Args:
         model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it. It is not changed.
         rank: None: exact, with rank r2 in each layer. An int: the best approximation of at most this rank, by SVD. A
             float in (0, 1]: the best approximation of the least rank in each layer that keeps this fraction of ‖Δ‖².
-        adapter_name: the adapter to convert. Its `modules_to_save` and `trainable_token_indices` go with it.
+        adapter_name: the adapter to convert, with its `modules_to_save` and `trainable_token_indices`.
 
     Returns:
         The config, and the state dict as PEFT saves it.
 
     Raises:
-        TypeError, ValueError: if an argument does not fit, or if LoRA cannot adapt a layer, which is named.
+        TypeError, ValueError: if an argument does not fit, or, naming the layer, if LoRA cannot adapt a layer.
     """
     tuner = lotra_model(model, adapter_name)
     whole = isinstance(rank, int) and not isinstance(rank, bool)
@@ -55,7 +55,7 @@ def convert_to_lora(
     bias = tuner.peft_config[adapter_name].bias
     if bias != "none":
         raise ValueError(
-            f"{adapter_name!r} has `bias`={bias!r}: LoRA saves biases under other names, and no vectors of "
+            f"{adapter_name!r} has `bias`={bias!r}: LoRA saves biases under other names, and does not save vectors of "
             "normalisations; use `merge_and_unload()` and save the dense model, or LoTRA's own checkpoint"
         )
     layers = adapted_tensors(tuner.model, adapter_name)
@@ -81,7 +81,7 @@ def convert_to_lora(
 def save_as_lora(
     path: str | os.PathLike, model: nn.Module, rank: int | float | None = None, adapter_name: str = "default"
 ) -> None:
-    """Save what `convert_to_lora` gives, for `PeftModel.from_pretrained` without this package."""
+    """Save the result of `convert_to_lora`. `PeftModel.from_pretrained` loads it without this package."""
     config, state_dict = convert_to_lora(model, rank, adapter_name)
     os.makedirs(path, exist_ok=True)
     save_file(state_dict, os.path.join(path, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
@@ -135,7 +135,7 @@ def _least_rank(values: torch.Tensor, fraction: float) -> int:
 def _config(tuner: LoTRAModel, adapter_name: str, ranks: dict[str, int]) -> LoraConfig:
     own = tuner.peft_config[adapter_name]
     largest = max(ranks.values())
-    # Anchored and escaped, because PEFT takes the keys as regular expressions on endings of names.
+    # PEFT reads the keys as regular expressions on endings of names, so they are anchored and escaped.
     pattern = {f"^{re.escape(name)}": k for name, k in ranks.items() if k != largest}
     fields: dict[str, Any] = {"r": largest, "lora_alpha": largest, "rank_pattern": pattern, "alpha_pattern": pattern}
     names = [name.replace(".base_layer", "") for name, _ in tuner.model.named_modules()]

@@ -1,4 +1,4 @@
-"""Slim KANs: coefficient tensors that are Tucker factors alone, trained from scratch or compressed."""
+"""Slim KANs: coefficient tensors that consist of Tucker factors alone, trained from scratch or compressed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from .extraction import fill
 def slim_kan(model: nn.Module, *, init: str = "random", **config: Any) -> PeftModel:
     """A[i, o, d] = G ×₁ U1 ×₂ U2 ×₃ U3 for every KAN layer: the coefficients of a KAN as Tucker factors alone.
 
-    It is `get_peft_model(model, LoTRAConfig(slim=True, ...))`, with an initialisation. `save_pretrained` writes only
-    factors, `PeftModel.from_pretrained(kan, ...)` makes a KAN slim again, and `merge_and_unload` gives the dense KAN.
-    As with any adapter, all other parameters (residual weights, biases) stay frozen as they are in `model`, and they
-    are not saved. Load onto a model with the same ones, or name modules outside the KAN layers in `modules_to_save`.
+    This is `get_peft_model(model, LoTRAConfig(slim=True, ...))` with a choice of the initialisation. `save_pretrained`
+    writes only factors, `PeftModel.from_pretrained(kan, ...)` makes a KAN slim again, and `merge_and_unload` returns
+    the dense KAN. As with any adapter, all other parameters (residual weights, biases) stay frozen as they are in
+    `model`, and they are not saved. Load onto a model with the same other parameters, or name modules outside the KAN
+    layers in `modules_to_save`.
 
     >>> slim = slim_kan(kan, compression_ratio=0.1)                # train from scratch
     >>> slim = slim_kan(trained, init="hosvd", r=(8, 8, 4))        # compress, then fine-tune
 
     Args:
         model: a KAN. Its coefficients are lost.
-        init: "random": normal factors, such that A has the mean square, by basis function, that it has in `model`.
-            `model` should therefore be freshly initialised; see `SlimLayer.reset_lotra_parameters`. "hosvd": the best
-            approximation of A in `model`, by truncated HOSVD improved by HOOI.
+        init: "random": normal factors, such that the mean square of A for each basis function is that in `model`.
+            `model` should therefore be freshly initialised; see `SlimLayer.reset_lotra_parameters`. "hosvd": a
+            best approximation of A in `model`, by truncated HOSVD improved by HOOI.
         config: fields of LoTRAConfig: `r`, `compression_ratio`, `rank_pattern`, `coefficients`, ...
 
     Raises:
@@ -49,7 +50,7 @@ def slim_kan(model: nn.Module, *, init: str = "random", **config: Any) -> PeftMo
             factors[target] = decompose(coefficients, target.ranks)
         elif not coefficients.any():
             raise ValueError(
-                f"{target.parameter} is zero, and there is no variance to start from: initialise the layer first"
+                f"{target.parameter} is zero, so there is no variance to start from: initialise the layer first"
             )
     peft_model = get_peft_model(model, slim)
     fill(peft_model, factors)

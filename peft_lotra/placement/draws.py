@@ -1,7 +1,7 @@
-"""Whether the parts that FSDP2 has taken of random factors are parts of one draw.
+"""Checks that the parts into which FSDP2 has cut random factors are parts of one draw.
 
-Every process draws factors itself and keeps its own part of them. DDP and ZeRO-3 send those of the first one to the
-others, and so does FSDP2 with accelerate's `cpu_ram_efficient_loading`.
+Every process draws all factors itself. Under FSDP2 it then keeps its own part of them. DDP and ZeRO-3 send the factors
+of the first process to the others, and so does FSDP2 with accelerate's `cpu_ram_efficient_loading`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from .sharded import DTensor, FSDPModule, any_sharded, fsdp_modules
 
-_NOTHING = (0, -(2**33))  # of a process that does not hold what it drew: no checksum is below or above
+_NOTHING = (0, -(2**33))  # from a process that no longer holds its draw: below every (c, -c)
 
 
 def row_sums(tensors: Iterable[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """A checksum of each row of each tensor, to know rows by later; empty where this is the only process."""
+    """A checksum of each row of each tensor, by which rows are recognised later; empty if this is the only process."""
     if dist.is_available() and dist.is_initialized():
         several = dist.get_world_size() > 1
     else:
@@ -38,15 +38,15 @@ def _row_sums(tensor: torch.Tensor) -> torch.Tensor:
 @temporarily_clear_interpreter_stack()  # levels of torch.func hide which tensors are parts
 @torch.no_grad()
 def check_one_draw(layer: nn.Module, containers: Sequence[str], adapters: Sequence[str]) -> None:
-    """Raise RuntimeError, in all processes, if FSDP2 has made one factor of what processes have drawn differently.
+    """Raise RuntimeError, in all processes, if FSDP2 has made a factor of parts that come from different draws.
 
-    To be called in a forward pass, which all processes are in; all layers around are checked, once. Of each factor,
-    those processes are compared whose rows are as they drew them, not loaded, broadcast or trained since.
+    Call this in a forward pass that all processes make. It checks every layer of the sharded model, once. For each
+    factor, it compares the processes whose rows are still as drawn, and not loaded, broadcast or trained since.
 
     Args:
-        layer: with checksums of what was drawn in `_drawn`, by adapter.
-        containers: names of the dicts of its factors.
-        adapters: those that are active.
+        layer: a layer that holds the checksums of its draws in `_drawn`, by adapter.
+        containers: the names of the layer's dicts of factors.
+        adapters: the active adapters.
     """
     if not (FSDPModule.__subclasses__() and any_sharded(getattr(layer, containers[0]).state_dict().values())):
         return
@@ -73,16 +73,17 @@ def check_one_draw(layer: nn.Module, containers: Sequence[str], adapters: Sequen
         largest, smallest = extremes[:, 0], -extremes[:, 1]
         if (largest > smallest).any():
             raise RuntimeError(
-                "the factors of the adapters were drawn differently in the processes, and each one has kept a part of "
-                "its own: call `accelerate.utils.set_seed` with the same seed in all of them before `get_peft_model`, "
-                "or, before the model is sharded, `initialize_lotra_weights`, or load a saved adapter"
+                "the factors of the adapters were drawn differently in the processes, and each process has kept a "
+                "part of its own draw: call `accelerate.utils.set_seed` with the same seed in all processes before "
+                "`get_peft_model`, or call `initialize_lotra_weights` before the model is sharded, or load a saved "
+                "adapter"
             )
     for kept, adapter in checked:
         del kept[adapter]
 
 
 def _checksum(part: torch.Tensor, rows: torch.Tensor) -> tuple[int, int]:
-    """(c, -c) of the checksums of what was drawn, if `part` is rows of it."""
+    """(c, -c) for a checksum c of the draw, if `part` consists of rows of it; else `_NOTHING`."""
     if rows.is_meta or part.numel() == 0 or not torch.isin(_row_sums(part), rows.to(part.device)).all():
         return _NOTHING
     checksum = zlib.crc32(rows.cpu().numpy().tobytes()) + 1

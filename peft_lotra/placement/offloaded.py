@@ -1,4 +1,4 @@
-"""Layers whose tensors are elsewhere between their forward passes: on the CPU, on disk, in other processes."""
+"""Layers whose tensors lie elsewhere between forward passes: on the CPU, on disk, or in other processes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .sharded import FSDPModule, gathered_for_writing
 def tensors_in_place(layer: nn.Module) -> AbstractContextManager[None]:
     """While this is entered, the tensors of `layer` and its submodules are in place, and its hooks leave them there.
 
-    The hooks of accelerate and FSDP2 would fetch them when a module's forward begins, with a stand-in already where a
-    parameter was, and never those of an adapter, whose containers have no forward.
+    Left alone, the hooks of accelerate and FSDP2 would fetch them when a module's forward begins. By then a stand-in
+    is in the place of a parameter. They would never fetch an adapter's tensors, whose containers have no forward.
 
     Raises:
         RuntimeError: if accelerate has offloaded a trainable parameter, and the layer is trained.
     """
     hooked, modules = False, [layer]
-    for module in modules:  # not by `modules()`, which would cost a tenth of a small layer's pass
+    for module in modules:  # `modules()` would take a tenth of a small layer's pass
         for child in module._modules.values():
             if child is not None:
                 modules.append(child)
@@ -53,11 +53,11 @@ def _fetched(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def writable_tensors(layer: nn.Module, owners: Sequence[nn.Module] = ()) -> Iterator[None]:
-    """While this is entered, the tensors of `layer` are in place, and what is written to those of `owners` is kept.
+    """While this is entered, the tensors of `layer` are in place, and values written to those of `owners` are kept.
 
-    What was on disk is in host memory afterwards.
+    Tensors of `owners` that were on disk are in host memory afterwards.
     """
-    # PEFT fetches them too, but loses what is written to submodules of the base layer.
+    # PEFT has a function for this, too, but it loses values that are written to submodules of the base layer.
     hooks = _offloading_hooks(layer.modules())
     away = [(module, hook) for module, hook in hooks if any(tensor.is_meta for _, tensor in _tensors(module, hook))]
     try:
@@ -91,6 +91,6 @@ def _check_trainable(hooks: list[tuple[nn.Module, Any]]) -> None:
         if trainable:
             raise RuntimeError(
                 f"accelerate has offloaded the trainable {trainable} of a {type(module).__name__}: gradients would go "
-                "to the copies of one forward pass, and no optimizer sees them. Offload the base before it gets "
-                "adapters, or call `eval()`"
+                "to copies that exist during one forward pass, and no optimizer sees them. Offload the base before it "
+                "gets adapters, or call `eval()`"
             )

@@ -24,12 +24,12 @@ else:
 
 
 def full_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape with the parts of all processes. A ZeRO-3 parameter that is not gathered is empty itself."""
+    """The shape with the parts of all processes. A ZeRO-3 parameter that is not gathered has an empty `shape`."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def any_sharded(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether this process has a part only of some of these tensors, at this moment."""
+    """Whether this process has, at this moment, only a part of some of these tensors."""
     return any(isinstance(tensor, DTensor) or _is_released(tensor) for tensor in tensors)
 
 
@@ -38,7 +38,7 @@ def _is_released(tensor: Any) -> bool:
 
 
 def has_shards(module: nn.Module) -> bool:
-    """Whether some of the module's parameters are sharded, gathered at this moment or not."""
+    """Whether some of the module's parameters are sharded, even if they are gathered at this moment."""
     parameters = list(module.parameters())
     return bool(fsdp_modules(module)) or any(hasattr(p, "ds_shape") for p in parameters) or any_sharded(parameters)
 
@@ -50,9 +50,9 @@ def check_not_sharded(module: nn.Module, what: str, instead: str) -> None:
 
 
 def full_tensor(tensor: Any) -> torch.Tensor:
-    """The tensor with the values of all processes, which therefore must all call this.
+    """The tensor with the values of all processes. All processes must call this.
 
-    The gradient is the mean over the processes of what arrives, as that of any parameter that is trained sharded.
+    The gradient is the mean over the processes, as for any sharded parameter.
 
     Raises:
         RuntimeError: for a ZeRO-3 parameter outside of `deepspeed.zero.GatheredParameters`.
@@ -66,15 +66,15 @@ def full_tensor(tensor: Any) -> torch.Tensor:
     if _is_released(tensor):
         raise RuntimeError(
             f"coefficients or factors of shape {tuple(tensor.ds_shape)} are read outside of forward, where ZeRO-3 "
-            "keeps a part of them in each process: read them in the model's forward, or, without gradients, in "
-            "`deepspeed.zero.GatheredParameters(layer.parameters())`"
+            "keeps a part of them in each process: read them in the model's forward, or, if no gradients are needed, "
+            "in `deepspeed.zero.GatheredParameters(layer.parameters())`"
         )
     return tensor
 
 
 @torch.no_grad()
 def write(tensor: torch.Tensor, values: torch.Tensor, rows: slice = slice(None)) -> None:
-    """tensor[rows] ← values; if it is sharded, all rows, this process's part of them."""
+    """tensor[rows] ← values. If the tensor is sharded, `rows` are all rows, and this process's part is written."""
     if isinstance(tensor, DTensor) and not isinstance(values, DTensor):
         values = distribute_tensor(values.to(tensor), tensor.device_mesh, tensor.placements)
     (tensor.data if rows == slice(None) else tensor.data[rows]).copy_(values)
@@ -82,9 +82,9 @@ def write(tensor: torch.Tensor, values: torch.Tensor, rows: slice = slice(None))
 
 @contextmanager
 def gathered_for_writing(layer: nn.Module) -> Iterator[None]:
-    """While this is entered, what is written to the layer's parameters is kept; all processes write the same.
+    """While this is entered, values written to the layer's parameters are kept. All processes must write the same.
 
-    FSDP2 leaves the gathered copies of its root in place after a forward pass, and drops them later.
+    After a forward pass, FSDP2 leaves the gathered copies of its root in place. Values written to them would be lost.
     """
     for module in fsdp_modules(layer):
         module.reshard()
@@ -99,17 +99,18 @@ def gathered_for_writing(layer: nn.Module) -> Iterator[None]:
 
 
 def largest(numbers: Sequence[int], module: nn.Module) -> Sequence[int]:
-    """The largest of each number over the processes that FSDP2 lets fetch parts when something in `module` is run.
+    """The largest of each number over the processes that hold parts of something in `module` that FSDP2 shards.
 
-    They must all call this. Where nothing in there is a group of its own, the numbers themselves.
+    All of these processes must call this. If FSDP2 shards nothing in `module` as a group of its own, the result is
+    `numbers`.
     """
     groups = [inner for inner in module.modules() if isinstance(inner, FSDPModule)]
-    groups = [inner for inner in groups if not isinstance(inner, nn.ParameterDict)]  # which is not run
+    groups = [inner for inner in groups if not isinstance(inner, nn.ParameterDict)]  # has no forward
     if not groups:
         return numbers
-    # Levels of torch.func hide which tensors are parts.
+    # torch.func's levels hide which tensors are parts.
     with temporarily_clear_interpreter_stack(), torch.no_grad():
-        # Parameters are whole during a pass, and a state dict puts the parts back.
+        # During a pass, parameters are whole. `state_dict` puts the parts back.
         tensors = [tensor for group in groups for tensor in group.state_dict().values()]  # type: ignore[attr-defined]
         for mesh in dict.fromkeys([tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)]):
             found = torch.tensor(numbers, device=mesh.device_type)
@@ -120,8 +121,8 @@ def largest(numbers: Sequence[int], module: nn.Module) -> Sequence[int]:
 
 
 def fsdp_modules(module: nn.Module) -> list[Any]:
-    """The modules given to `fully_shard` that hold `module` or are held by it, in one order in all processes."""
-    # A module does not know the modules around it, and its tensors do not tell. `fully_shard` gives it another class.
+    """The modules given to `fully_shard` that contain `module` or lie in it, in the same order in all processes."""
+    # A module does not know the modules around it. `fully_shard` changes a module's class, by which it is found.
     classes = set(FSDPModule.__subclasses__())
     if not classes:
         return []

@@ -1,7 +1,7 @@
-"""What takes the place of a coefficient parameter while the layer's own forward runs.
+"""Stand-ins that take the place of a coefficient parameter while the layer's own forward runs.
 
 The adapter does not know how a layer evaluates its basis. It puts a stand-in where the layer looks for its parameter,
-and the layer runs its own code with it. The rest of the package only says which updates are active.
+and the layer runs its own code with the stand-in. The rest of the package only says which updates are active.
 """
 
 from .placing import Adapted, adapted_coefficients, adapted_rows, is_sharded, replaced, traced

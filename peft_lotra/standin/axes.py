@@ -1,7 +1,7 @@
 """The named axes of a coefficient tensor, followed through every view that a layer takes of it.
 
-A layer writes `weight.view(o, -1)` or `coeffs[0:1].transpose(1, 2)`. Each axis of the result is known as a row of
-atoms: pieces of the modes i, o, d, g, t, h, w that lie flattened on it. Plain, hashable Python, no tensors.
+A layer writes `weight.view(o, -1)` or `coeffs[0:1].transpose(1, 2)`. Each axis of the result is a sequence of atoms:
+pieces of the modes i, o, d, g, t, h, w that are flattened on it. All values are hashable, and none is a tensor.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def planned(function: Function) -> Function:
-    """A pure function of hashable arguments, computed once for each.
+    """Cache a pure function of hashable arguments.
 
-    torch.compile and torch.export trace it anew instead: sizes that they keep open are `None` in the arguments.
+    torch.compile and torch.export trace the function without the cache. Sizes that they keep open are None in its
+    arguments.
     """
     cached = lru_cache(maxsize=4096)(function)
 
@@ -37,7 +38,7 @@ def planned(function: Function) -> Function:
 
 
 class Atom(NamedTuple):
-    """`size` entries of a mode, `stride` rows of its factor apart."""
+    """`size` entries of a mode. Neighbours are `stride` rows of the mode's factor apart."""
 
     mode: str
     size: int
@@ -45,7 +46,7 @@ class Atom(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """Atoms flattened on one axis, with entries beside them that belong to no coefficient (a packed parameter)."""
+    """Atoms flattened on one axis, with `before` and `after` entries around them that are no coefficients."""
 
     atoms: tuple[Atom, ...]
     before: int = 0
@@ -65,7 +66,7 @@ class Axis(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a mode lies: on `axis`, `size` entries with `before` · · · `after` others flattened around them."""
+    """Where a mode lies: `axis` is (before, size, after) flattened, and the mode is the part `size`."""
 
     axis: int
     before: int
@@ -73,17 +74,17 @@ class Place(NamedTuple):
     after: int
 
 
-Rows = range | tuple[int, ...] | None  # of a factor, in order; None: all
+Rows = range | tuple[int, ...] | None  # rows of a factor, in order; None: all rows
 
 
 class Arrangement(NamedTuple):
-    """How a tensor with one axis per mode, in the order of `MODES`, is laid out like a view; None: nothing to do."""
+    """The steps that lay out a tensor with one axis per mode, in the order of `MODES`, like a view; None: no step."""
 
-    split: tuple[int, ...] | None  # reshape: every mode into its atoms
-    order: tuple[int, ...] | None  # permute: the atoms as they lie
-    spread: tuple[tuple[int, ...], tuple[int, ...]] | None  # reshape and expand: axes that a view added
-    shape: tuple[int, ...] | None  # reshape: the axes
-    padding: tuple[int, ...] | None  # pad: entries beside the coefficients
+    split: tuple[int, ...] | None  # reshape every mode into its atoms
+    order: tuple[int, ...] | None  # permute the atoms into the view's order
+    spread: tuple[tuple[int, ...], tuple[int, ...]] | None  # reshape and expand for axes that a view added
+    shape: tuple[int, ...] | None  # reshape the atoms into axes
+    padding: tuple[int, ...] | None  # pad by the entries beside the coefficients
     flat: int | None  # flatten from this axis on
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -101,13 +102,13 @@ class Arrangement(NamedTuple):
 
 
 class Axes(NamedTuple):
-    """All axes of a view, and for each mode the row of its factor at which the view begins."""
+    """The axes of a view, and for each mode the row of its factor at which the view begins."""
 
     axes: tuple[Axis, ...]
     starts: tuple[tuple[str, int], ...]
 
     def place(self, mode: str, ranks: Mapping[str, int] | None = None) -> Place | None:
-        """Where `mode` lies if it lies on one axis in one piece, else None; `ranks` as in `arrangement`."""
+        """Where `mode` lies if it is one piece on one axis, else None; `ranks` as for `arrangement`."""
         found = [k for k, axis in enumerate(self.axes) if any(atom.mode == mode for atom in axis.atoms)]
         if len(found) != 1:
             return None
@@ -124,11 +125,11 @@ class Axes(NamedTuple):
         return Place(found[0], math.prod(sizes[:first]), math.prod(sizes[first:last]), math.prod(sizes[last:]))
 
     def modes(self) -> tuple[str, ...]:
-        """Those of the whole tensor, in the order of `MODES`; i, o and d come first."""
+        """The modes of the whole tensor, in the order of `MODES`; i, o and d come first."""
         return tuple([mode for mode, _ in self.starts])
 
     def size(self, mode: str) -> int:
-        """How many rows of a mode's factor this view shows."""
+        """How many rows of the mode's factor this view shows."""
         return math.prod([atom.size for axis in self.axes for atom in axis.atoms if atom.mode == mode])
 
     def rows(self, mode: str, count: int) -> Rows:
@@ -144,16 +145,16 @@ class Axes(NamedTuple):
     def arrangement(
         self, ranks: Mapping[str, int], given: tuple[int, ...] = (), flat: int | None = None
     ) -> Arrangement:
-        """How a tensor with one axis per mode, (i, o, d, ...), is laid out like this view.
+        """The steps that lay out a tensor with one axis per mode, (i, o, d, ...), like this view.
 
         Args:
-            ranks: modes that are replaced by a rank, and the rank; each takes the place of the mode's first atom.
-            given: the shape that it has in memory, if another one.
-            flat: the axis from which on the result is flattened.
+            ranks: the ranks of modes that the tensor has ranks in place of. A rank takes the place of the first atom.
+            given: the tensor's shape, if its axes are flattened otherwise.
+            flat: flatten the result from this axis on.
         """
-        parts: dict[str, list[int]] = {mode: [] for mode in self.modes()}  # sizes of a mode's atoms
-        order: list[tuple[str, int]] = []  # labels of atoms as they come
-        atoms: list[tuple[str, int]] = []  # modes and sizes, added ones too
+        parts: dict[str, list[int]] = {mode: [] for mode in self.modes()}  # the sizes of each mode's atoms
+        order: list[tuple[str, int]] = []  # labels of the atoms, in the view's order
+        atoms: list[tuple[str, int]] = []  # (mode, size) of the atoms, and of axes that a view added
         shape: list[int] = []
         for axis in self.axes:
             size = 1
@@ -169,7 +170,7 @@ class Axes(NamedTuple):
                 size *= length
             shape.append(size)
         labels = [(mode, k) for mode in self.modes() for k in range(len(parts[mode]))]
-        # On an axis whose mode became a rank, the entries beside the coefficients are those of the factor's rows.
+        # On an axis whose mode became a rank, the rows of the factor are padded instead.
         padding = [
             (axis.before, axis.after) if not any(atom.mode in ranks for atom in axis.atoms) else (0, 0)
             for axis in self.axes
@@ -186,7 +187,7 @@ class Axes(NamedTuple):
                 tuple([1 if mode == NEW else length for mode, length in atoms]),
                 tuple([length for _, length in atoms]),
             )
-        if spread is None and permutation == sorted(permutation):  # one reshape is enough
+        if spread is None and permutation == sorted(permutation):  # one reshape does it all
             split = shape
         return Arrangement(
             None if tuple(split) == given else tuple(split),
@@ -201,12 +202,12 @@ class Axes(NamedTuple):
         return self._replace(axes=tuple(self.axes[k] for k in order))
 
     def reshaped(self, shape: Sequence[int]) -> Axes | None:
-        """The axes after a reshape to `shape`; None if it cuts an atom unevenly."""
-        pieces: list[Atom | Axis] = []  # a padded axis is one piece
+        """The axes after a reshape to `shape`; None if an atom would be cut unevenly."""
+        pieces: list[Atom | Axis] = []  # a padded axis stays one piece
         for axis in self.axes:
             if axis.is_padded:
                 pieces.append(axis)
-            else:  # one entry is one row of its mode, wherever it lies; but an output axis is looked for by name
+            else:  # atoms of one entry may be dropped, except that the output axis is looked up by its name
                 pieces.extend(atom for atom in axis.atoms if atom.size > 1 or atom.mode == "o")
         pieces.reverse()
         axes = []
@@ -243,7 +244,7 @@ class Axes(NamedTuple):
     def indexed(self, index: tuple[Any, ...]) -> Axes | None:
         """The axes after basic indexing with integers, slices, None and Ellipsis.
 
-        None if atoms cannot describe the result; `BESIDE` if it has no coefficients, only what is packed beside them.
+        None if atoms cannot describe the result. `BESIDE` if it has no coefficients, only entries packed beside them.
         """
         given = sum(part is not None and part is not Ellipsis for part in index)
         if Ellipsis not in index:
@@ -277,7 +278,7 @@ def parameter_axes(spec: CoefficientSpec, shape: tuple[int, ...]) -> Axes:
     for group in spec.axes:
         atoms = []
         for name in group:
-            # A mode's parts are joined in the order of their numbers: the later ones vary faster.
+            # The parts of a mode are joined in the order of their numbers. Later parts vary faster.
             later = [size for part, size in sizes if part[0] == name[0] and _number(part) > _number(name)]
             atoms.append(Atom(name[0], spec.layout.sizes[name], math.prod(later)))
         axes.append(Axis(tuple(atoms)))
@@ -294,7 +295,7 @@ def _number(part: str) -> int:
 
 
 def spread_scale(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
-    """The declared scale in a shape that broadcasts with the parameter's: its product with A is the effective one."""
+    """The declared scale in a shape that broadcasts to the parameter's. Its product with A is the effective A."""
     return _scale_arrangement(spec)(scale)
 
 
@@ -304,7 +305,7 @@ def _scale_arrangement(spec: CoefficientSpec) -> Arrangement:
     given = [name for group in own for name in group]
     names = [name for group in axes for name in group]
     order = [given.index(name) for name in names if name in given]
-    # An axis of several names needs the scale repeated unless it has all of them, or none.
+    # Along an axis of several names, the scale is repeated unless it has all of these names, or none.
     whole = all(len({name in given for name in group}) == 1 for group in axes)
     thin = tuple([size[name] if name in given else 1 for name in names])
     full = tuple([math.prod([size[name] for name in group if name in given or not whole]) for group in axes])
@@ -323,7 +324,7 @@ BESIDE = Axes((), ())
 
 
 def _narrowed(axis: Axis, rows: range, starts: dict[str, int]) -> Axis | None:
-    """The axis restricted to `rows`, its first row noted in `starts`; `_BESIDE` if `rows` has no coefficients."""
+    """The axis restricted to `rows`; `_BESIDE` if these have no coefficients. `starts` gets the new first row."""
     if rows == range(axis.size):
         return axis
     step = rows.step if len(rows) > 1 else 1

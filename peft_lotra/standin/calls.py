@@ -1,8 +1,8 @@
-"""What a layer finds in its parameters' places: it belongs to the running forward pass, in its thread.
+"""What a layer finds in the places of its parameters, which depends on the thread's running forward pass.
 
-Python looks into the instance dictionary of a module before it asks nn.Module for a parameter of the name. All threads
-see what is put there, so a stand-in has no values: what it stands for is on a stack of each thread, and leaves the
-stack when the pass ends. If a plain tensor is put there, it is for one thread alone, and the others wait.
+Python looks into the instance dictionary of a module before it asks nn.Module for a parameter of that name. All
+threads see this dictionary. A stand-in there therefore has no values: its meaning is on a stack of each thread, until
+the pass ends. A plain tensor there is for one thread, and the other threads wait.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ class _Stacks(threading.local):
 _stacks = _Stacks()
 _lock = threading.RLock()
 _changed = threading.Condition(_lock)
-_waiting = [0]  # threads
+_waiting = [0]  # the number of threads that wait
 _passes: dict[Place, int] = {}  # how many passes run, in all threads
-_handles: set[Place] = set()  # where the module's attribute is a handle
-_held: dict[Place, int] = {}  # the thread that has a tensor there
-_suspended: dict[Place, int] = {}  # how many of the passes wait for, or are around, a tensor there
+_handles: set[Place] = set()  # the places whose attribute is a handle
+_held: dict[Place, int] = {}  # the thread that has put a tensor there
+_suspended: dict[Place, int] = {}  # how many of the passes wait until they may put a tensor there, or have put one
 
 
 def running(owner: nn.Module, name: str) -> Any:
-    """What this thread's forward pass has at a place; None where it has the parameter itself.
+    """What this thread's forward pass has put at a place, as `enter` was given it.
 
     Raises:
-        RuntimeError: if the thread runs none.
+        RuntimeError: if the thread runs no pass of the layer.
     """
     stack = _stacks.at.get((id(owner), name))
     if not stack:
         raise RuntimeError(
             f"`{name}` of a {type(owner).__qualname__} is read in a thread that runs no forward pass of its adapted "
-            "layer, while another thread does: call the model, and not the layer inside the adapter"
+            "layer, while another thread runs one: call the model, not the layer inside the adapter"
         )
     return stack[-1]
 
 
 def enter(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> None:
-    """Let this thread have something at places until `leave`: (owner, name, what it means there, handle or None)."""
+    """Put meanings at places for this thread, until `leave`. A place is (owner, name, meaning, handle or None)."""
     for owner, name, meant, handle in places:
         place = id(owner), name
         with _lock:
@@ -89,7 +89,7 @@ def _is_free(place: Place, thread: int) -> bool:
 
 
 def _suspend(place: Place, passes: int) -> None:
-    """Count passes of this thread that read nothing meanwhile: nobody waits for their end, which may wait as well."""
+    """Count suspended passes of this thread. Others do not wait for their end, or two could wait for each other."""
     if passes:
         _suspended[place] = _suspended.get(place, 0) + passes
         if not _suspended[place]:
@@ -98,7 +98,7 @@ def _suspend(place: Place, passes: int) -> None:
 
 
 def _wait(free: Callable[[], bool]) -> None:
-    """Give the lock away until `free()`."""
+    """Release the lock until `free()` is true."""
     _waiting[0] += 1
     try:
         _changed.wait_for(free)

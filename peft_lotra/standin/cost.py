@@ -1,11 +1,11 @@
-"""Which way round an update's part of a contraction is computed: counted from the sizes alone.
+"""Chooses the order in which an update's part of a contraction is computed, from the sizes alone.
 
-The count is of a training step, so that training and inference go the same way and give the same bits. It has the
-products, the numbers that move from and to memory, and the calls themselves: on small layers these cost most.
+The cost is that of a training step, so that training and inference use the same order and give the same bits. It
+counts multiply-adds, numbers moved from and to memory, and calls of torch, which cost most in small layers.
 
-Whether a loss takes derivatives by the input is not known beforehand. It makes what depends on the input some four
-times as expensive (`_DERIVATIVES`), and leaves A + Δ, which is formed once, as it was. The order is taken that is
-never far from the best: the one whose largest ratio to the cheapest, over both kinds of losses, is least.
+It is not known beforehand whether a loss takes derivatives by the input. They make every product that depends on the
+input about four times as expensive (`_DERIVATIVES`). The cost of A + Δ, which is formed once, stays the same. The
+chosen order is never far from the best: its largest ratio to the cheapest, over both kinds of losses, is least.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ ORDERS = ("", "d", "i", "di", "id")  # modes whose factors are contracted with x
 
 Triple = tuple[int, int, int]
 
-# Multiply-adds in the time that it takes to move one number from or to memory: from 2 in a cache to 34 outside, on the
-# CPUs where `examples/benchmarks/small_layers.py --parts constants` ran.
+# Multiply-adds in the time of moving one number from or to memory: from 2 in a cache to 34 outside of it, on the CPUs
+# where `examples/benchmarks/small_layers.py --parts constants` ran.
 _TRAFFIC = 16
-# Multiply-adds in the time of one call of torch, a third of what it takes forward and backward, by kind of device. The
-# same command printed 160,000 for one thread and 290,000 for two, of 50 G multiply-adds in a second each. The value is
-# above both: faster processors multiply faster, and call no faster. "meta" counts for the CPU. Elsewhere this is an
-# estimate, of 5 µs at 20 T multiply-adds in a second.
+# Multiply-adds in the time of one call of torch, by kind of device. A call is counted as a third of forward and
+# backward together. The same command printed 160,000 for one thread and 290,000 for two, at 50 G multiply-adds per
+# second and thread. The value is above both, because faster processors multiply faster but do not call faster. "meta"
+# counts as the CPU. The value for other devices is an estimate: 5 µs at 20 T multiply-adds per second.
 _CALL = {"cpu": 350_000, "meta": 350_000}
 _CALL_ELSEWHERE = 100_000_000
 _DERIVATIVES = 4
-_POSITIONS = 256  # taken where the batch is open, while a graph is compiled
+_POSITIONS = 256  # assumed if the batch size is open, while a graph is compiled
 
 
 def cheapest_order(
@@ -37,23 +37,23 @@ def cheapest_order(
     """One of `ORDERS`, or `DENSE`.
 
     Args:
-        positions: entries of the output for each entry of its output axis; None if that is open.
+        positions: entries of the output for each entry of its output axis; None if their number is open.
         depth: entries of the other operand x for each position.
         terms: products summed in one entry of the output.
         modes: (n, m, n_d) of the weight.
         kernel: entries of the weight for each (i, o, d).
-        on_x: those of the modes i and d that x has too and that are summed.
-        ranks: (r1, r2, r3) of each update; r2 counts P times where an update has P terms.
+        on_x: the modes among i and d that are summed with x, as a string.
+        ranks: (r1, r2, r3) of each update. If an update has P terms, r2 counts P times.
         whole: the modes of each update that have no factor.
         device: the kind of device, such as "cpu".
-        per_sample: whether each sample has gradients of its own, in one batched call. Those of A + Δ would be as many
-            tensors of A's size.
+        per_sample: whether each sample has gradients of its own, in one batched call. A + Δ would then have a gradient
+            of A's size for each sample, so it is not formed.
     """
     positions = _POSITIONS if positions is None else positions
     n, m, n_d = modes
     call = 0 if per_sample else _CALL.get(device, _CALL_ELSEWHERE)
     x = positions * depth
-    costs = {}  # what depends on x, and what does not
+    costs = {}  # (cost that depends on x, cost that does not)
     for order in ORDERS:
         if not set(order) <= set(on_x):
             continue
@@ -73,10 +73,10 @@ def cheapest_order(
         for r, without in zip(ranks, whole, strict=True):
             calls = 7 - 2 * len(set(order + without) - {"o"})
             of_factors += kernel * products(modes, r, "o" + order + without) + calls * call
-        costs[order] = 3 * of_x, 3 * of_factors  # the two gradients cost as much again, each
+        costs[order] = 3 * of_x, 3 * of_factors  # each of the two gradients costs as much again
     if per_sample:
         return min(costs, key=lambda order: sum(costs[order]))
-    # The dense form adds the gradient of A to what the frozen layer computes, besides forming A + Δ and its gradient.
+    # The dense form adds to the frozen layer the gradient of A, the sum A + Δ, and the gradients of the factors.
     entries = n * m * n_d * kernel
     build = 0
     for r, without in zip(ranks, whole, strict=True):
@@ -89,7 +89,7 @@ def cheapest_order(
 
 
 def products(modes: Triple, ranks: Triple, kept: Iterable[str]) -> int:
-    """Multiply-adds of G times the factors of all modes but those in `kept`, the smaller intermediate first."""
+    """Multiply-adds of G times the factors of all modes but `kept`: of i and d in the cheaper order, then of o."""
     (n, m, n_d), (r1, r2, r3), kept = modes, ranks, set(kept)
     if "i" in kept:
         cost = 0 if "d" in kept else r1 * r2 * r3 * n_d

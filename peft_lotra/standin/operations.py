@@ -1,7 +1,7 @@
-"""How torch's contractions use a weight: one small function per operation, in the operation's own signature.
+"""How torch's contractions use a weight: one small function per operation, with the operation's own signature.
 
-Each says which axis of the output an axis of the weight becomes, and which axis of the other operand it is summed
-with. None means that this use of the operation has no factorised form here.
+Each function says which axis of the output an axis of the weight becomes, or with which axis of the other operand it
+is summed. It returns None if this use of the operation has no factorised form here.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Pairs = tuple[tuple[int, int], ...]
 
 
 class Form(NamedTuple):
-    """What a plan needs to know of an operation y = f(x, weight), linear in both."""
+    """The properties that a plan needs of an operation y = f(x, weight), which is linear in both."""
 
     carried: Pairs  # axis of the weight -> the axis of y that it becomes
     summed: Pairs  # axis of the weight -> the axis of x that it is summed with, of the same size
     terms: int  # products that are summed in one entry of y
-    depth: int  # entries of x for each position, that is for each entry of y along its output axis
+    depth: int  # entries of x for each position; a position is an entry of y without its output axis
     is_linear: bool = False  # y has the axes of x that are not summed, in order, and one output axis among them
 
 
@@ -70,7 +70,7 @@ def linear(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Contrac
 
 
 def matmul(*args: Any, **kwargs: Any) -> Contraction | None:
-    """Also mm, bmm and mv, whose operands have other names. Whichever operand is the weight, x is the other."""
+    """Also for mm, bmm and mv, whose operands have other names. Either operand may be the weight; x is the other."""
     named = [kwargs[name] for name in ("input", "self", "other", "mat2", "vec", "tensor2") if name in kwargs]
     if len(args) + len(named) != 2 or len(named) != len(kwargs):
         return None
@@ -159,7 +159,7 @@ def _einsum_form(equation: str, where: int, ndim: int, shape: tuple[int, ...]) -
 
 
 def _axis(letter: str, subscripts: str) -> int:
-    """Where a letter stands, from the end if an ellipsis comes before it."""
+    """The place of a letter, counted from the end if it comes after an ellipsis."""
     before, _, after = subscripts.partition("...")
     return after.index(letter) - len(after) if letter in after else before.index(letter)
 
@@ -172,7 +172,7 @@ def conv(
     function = (F.conv1d, F.conv2d, F.conv3d)[kernel - 1]
     channels = -kernel - 1
     if groups > 1:
-        # In the layout "(g o) ..." every group has the same outputs, hence one U2; else the thin form has no groups.
+        # In the layout "(g o) ..." all groups share one U2. In any other, the thin form could not keep the groups.
         place = weight.axes.place("o")
         if place is None or (place.axis, place.before) != (0, groups):
             return None
@@ -193,7 +193,7 @@ def embedding(
     input: Any, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, norm_type: float = 2.0,
     scale_grad_by_freq: bool = False, sparse: bool = False,
 ) -> Contraction | None:  # fmt: skip
-    # With `padding_idx` or `scale_grad_by_freq` the gradient is not that of the value; `max_norm` is not linear.
+    # `padding_idx` and `scale_grad_by_freq` change the gradient but not the value, and `max_norm` is not linear.
     if (padding_idx is not None and padding_idx >= 0) or max_norm is not None or scale_grad_by_freq:
         return None
     return Contraction(_LOOKUP, F.embedding, input)

@@ -34,7 +34,7 @@ def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Itera
 def adapted_rows(
     layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...]
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A + Σ updates, some rows of the parameter's first axis at a time, so that there is no second copy of it."""
+    """A + Σ updates, as blocks of rows of the parameter's first axis. No second copy of the parameter is formed."""
     if is_sharded(layer, spec, updates) or spec.layout.flattened:
         yield slice(None), adapted_coefficients(layer, spec, updates)
         return
@@ -56,12 +56,12 @@ def adapted_rows(
 class Adapted(Call):
     """While this is entered, `layer` finds A + Σ updates where its coefficient parameter is, and ones as its scale.
 
-    Without updates it finds its own tensors, whatever it finds in other threads.
+    Without updates, the layer finds its own tensors in this thread, whatever it finds in other threads.
 
     Args:
-        layer, spec: the layer and where its coefficients are.
+        layer, spec: the layer, and where its coefficients are.
         updates: the updates to add.
-        quiet: whether the dense sum may be formed without a warning, and without gradients.
+        quiet: whether the dense sum may be formed without a warning, also where gradients are off.
         is_zero: whether A is zero.
     """
 
@@ -84,12 +84,12 @@ class Adapted(Call):
         return self
 
     def __exit__(self, *_: Any) -> None:
-        places, self._places = self._places, []  # they refer to this, and what they hold is to be freed at once
+        places, self._places = self._places, []  # breaks a reference cycle, so that tensors are freed at once
         leave(places)
 
 
 def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> bool:
-    """Whether a forward pass of the layer computes something from its coefficients; one with a star is believed."""
+    """Whether a forward pass of the layer computes something from its coefficients; True for a layout with a star."""
     if spec.layout.flattened:
         return True
     parameter = _located(layer, spec.parameter)[2]
@@ -102,7 +102,7 @@ def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> 
 
 @contextmanager
 def traced(layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], is_zero: bool) -> Iterator[Call]:
-    """`Adapted` where torch.compile traces the pass, alone in its thread."""
+    """`Adapted` for a pass that torch.compile traces. No other thread runs the layer meanwhile."""
     call, placed = Call(layer), []
     try:
         for owner, name, _, meant in _meanings(layer, spec, updates, is_zero) if updates else ():
@@ -117,7 +117,7 @@ def traced(layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...],
 def _meanings(
     layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], is_zero: bool
 ) -> Iterable[tuple[nn.Module, str, torch.Tensor, Any]]:
-    """Where the layer looks for coefficients and scale, what is there, and what it is to find."""
+    """(owner, name, tensor, meaning) for coefficients and scale: their place, the tensor there, and what to find."""
     owner, name, parameter = _located(layer, spec.parameter)
     coefficients: torch.Tensor = parameter
     others: tuple[Any, ...] = ()
@@ -132,9 +132,9 @@ def _meanings(
 
 @contextmanager
 def replaced(layer: nn.Module, spec: CoefficientSpec, coefficients: torch.Tensor) -> Iterator[None]:
-    """While this is entered, `layer` finds the tensor where its parameter is, and ones as its scale.
+    """While this is entered, `layer` finds the tensor `coefficients` in place of its parameter, and ones as its scale.
 
-    It does so in all threads, so that no other one runs the layer meanwhile.
+    All threads see the tensor, so no other thread runs the layer meanwhile.
     """
     owner, name, _ = _located(layer, spec.parameter)
     with held(owner, name, coefficients):
@@ -147,17 +147,17 @@ def replaced(layer: nn.Module, spec: CoefficientSpec, coefficients: torch.Tensor
 
 
 def is_sharded(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> bool:
-    """Whether this is no forward pass, in which sharded parameters are whole, but a method that was called alone."""
+    """Whether coefficients or factors are in parts now: a method was called outside of forward, which gathers them."""
     tensors = [_located(layer, path)[2] for path in (spec.parameter, spec.scale) if path is not None]
     return any_sharded([*tensors, *[tensor for update in updates for tensor in update.factors.tensors()]])
 
 
 def _located(layer: nn.Module, path: str) -> tuple[nn.Module, str, torch.Tensor]:
-    """The module that holds a tensor, the tensor's name there, and the tensor itself, whatever stands in front of it.
+    """The module that holds a tensor, the tensor's name there, and the tensor itself, even if a stand-in hides it.
 
     Raises:
-        RuntimeError: if a wrapper, as of FSDP1 and activation checkpointing, passes it on from the module it wraps.
-            It would hide a stand-in from the layer, or run the layer again when the stand-in is gone.
+        RuntimeError: if a wrapper (FSDP1, activation checkpointing) lies between, and only forwards the attribute. It
+            would hide a stand-in from the layer, or run the layer again when the stand-in is gone.
     """
     owner = layer
     *modules, name = path.split(".")
@@ -165,7 +165,7 @@ def _located(layer: nn.Module, path: str) -> tuple[nn.Module, str, torch.Tensor]
         if module not in owner._modules and not hasattr(type(owner), module):
             raise _hidden(owner, path)
         owner = getattr(owner, module)
-    # Not by `get`, which does not tell ZeRO-3 that the parameter is needed.
+    # By indexing, because `get` does not tell ZeRO-3 that the parameter is needed.
     if name in owner._parameters and owner._parameters[name] is not None:
         return owner, name, owner._parameters[name]  # type: ignore[return-value]
     if name not in owner._buffers and name not in vars(owner) and not hasattr(type(owner), name):

@@ -1,9 +1,9 @@
 """y = contract(x, A) + expand(contract(x, B), U2): one contraction with a coefficient tensor and its Tucker updates.
 
-B = s · G ×₁ U1 ×₃ U3 is A's size with r2 in place of the m outputs. Where it is cheaper, x is contracted with U1 or U3
-first, and the operation itself runs with a smaller B; or, with ranks near the modes or on small layers, the dense
-A + Δ is formed. Everything about axes, sizes and order is planned once, from hashable values; applying a plan is a
-short list of calls of torch.
+The thin tensor B = s · G ×₁ U1 ×₃ U3 has A's size with r2 in place of the m outputs. If it is cheaper, x is contracted
+with U1 or U3 first, and the operation runs with a smaller B. If ranks are near the modes, or layers small, the dense
+A + Δ is formed. Axes, sizes and order are planned once, from hashable values. To apply a plan takes a few calls of
+torch.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from .cost import DENSE, cheapest_order
 from .operations import Contraction, Form, Weight
 from .update import SampleAxisUnknown, Step, Update, flat_mode_product, multiplied, planned_steps
 
-Shapes = tuple[Any, ...]  # tuples, of G, U1, U2, U3; None where the mode is whole
+Shapes = tuple[Any, ...]  # the shapes of G, U1, U2, U3; None where the mode is whole
 
 
 class Group(NamedTuple):
     """Updates whose thin tensors lie side by side in one operation."""
 
     members: tuple[int, ...]
-    steps: tuple[tuple[Step, ...], ...]  # from the core of each to its B
-    joined: tuple[tuple[int, ...], ...]  # the shapes of several B that are joined along o
-    on_x: tuple[tuple[int, int, int, int], ...]  # (factor, axis of x, before, after), in turn
-    arrangement: Arrangement  # of B, like the weight
+    steps: tuple[tuple[Step, ...], ...]  # the products from each member's core to its B
+    joined: tuple[tuple[int, ...], ...]  # the shape of each member's B, to be joined along o
+    on_x: tuple[tuple[int, int, int, int], ...]  # (factor, axis of x, before, after): products with x, in turn
+    arrangement: Arrangement  # lays out B like the weight
 
 
 class DensePlan(NamedTuple):
-    """How A + an update is formed, lying in memory like A."""
+    """How the sum of A and an update is formed, with A's order in memory."""
 
     rows: tuple[Rows, ...] | None
     steps: tuple[Step, ...]
     arrangement: Arrangement
-    last: int  # the factor that is multiplied then, as one matrix product from the left; 0: none
+    last: int  # the factor that one matrix product from the left multiplies last; 0: none
     shape: tuple[int, ...]
 
 
@@ -48,20 +48,20 @@ class Plan(NamedTuple):
     """How the updates' part of one operation is computed."""
 
     order: str
-    dense: tuple[DensePlan, ...]  # for the dense order
+    dense: tuple[DensePlan, ...]  # for each update, if the order is dense
     rows: tuple[Rows, ...] | None
     groups: tuple[Group, ...]
-    depth: int  # of x as a matrix, where the operation is one matrix product; else 0
+    depth: int  # columns of x as a matrix, if the operation is one matrix product; else 0
     outputs: tuple[int, int, int]  # (axis of y, before, after)
-    padding: tuple[int, int] | None  # outputs that belong to no coefficient
-    sample_shape: tuple[int, ...]  # in which weights per sample broadcast to y without its outputs
+    padding: tuple[int, int] | None  # numbers of outputs before and after that belong to no coefficient
+    sample_shape: tuple[int, ...]  # in this shape, weights per sample broadcast to y without its output axis
 
 
 def plan_for(c: Contraction, weight: Weight) -> Plan | None:
     """The plan of an operation with A + Σ updates; None if it has no factorised form.
 
     Raises:
-        SampleAxisUnknown: if updates are weighted by sample, and which rows are whose cannot be told.
+        SampleAxisUnknown: if updates have weights per sample, and it is unknown which rows belong to which sample.
     """
     samples: int = 0
     lead: tuple[int, ...] = ()
@@ -70,7 +70,7 @@ def plan_for(c: Contraction, weight: Weight) -> Plan | None:
         shapes.append(_shapes(update))
         if update.weights is not None:
             samples, lead = len(update.weights), tuple(c.x.shape[: c.x.dim() - len(c.form.summed)])
-    # Where a graph is compiled the batch may be open, and a plan that looked at it would bind the graph to it.
+    # While a graph is compiled, the batch size may be open. A plan that depended on it would bind the graph to it.
     positions = None if torch.compiler.is_compiling() else c.x.numel() // c.form.depth
     transformed = positions is not None and _functorch.peek_interpreter_stack() is not None
     per_sample = transformed and _gradients_per_sample(weight)
@@ -78,7 +78,7 @@ def plan_for(c: Contraction, weight: Weight) -> Plan | None:
 
 
 def _gradients_per_sample(weight: Weight) -> bool:
-    """Whether torch.func differentiates by a factor within `torch.func.vmap`: for each sample alone."""
+    """Whether torch.func differentiates by a factor inside `torch.func.vmap`, so that each sample has a gradient."""
     tensors = [tensor for update in weight.updates for tensor in update.factors if tensor is not None]
     level = max([_functorch.maybe_get_level(t) for t in tensors if _functorch.is_gradtrackingtensor(t)], default=0)
     transforms = _functorch.get_interpreter_stack()
@@ -90,17 +90,17 @@ def _plan(
     form: Form, axes: Axes, shapes: tuple[Shapes, ...], ndim: int, positions: int | None, device: str,
     per_sample: bool, samples: int, lead: tuple[int, ...],
 ) -> Plan | None:  # fmt: skip
-    """None if there is no factorised form.
+    """The plan; None if there is no factorised form.
 
     Args:
-        form, axes: of the operation and of the weight.
-        shapes: of the updates' factors.
-        ndim: of x.
-        positions: of x; None if open.
+        form, axes: the form of the operation, and the axes of the weight.
+        shapes: the shapes of the updates' factors.
+        ndim: the number of axes of x.
+        positions: the number of positions of x; None if it is open.
         device: the kind of device.
         per_sample: whether each sample has gradients of its own.
-        samples: their number, where updates are weighted by sample; else 0.
-        lead: then the sizes of x's axes that are not summed.
+        samples: the number of samples, if updates have weights per sample; else 0.
+        lead: the sizes of x's axes that are not summed, if `samples` is not 0.
     """
     carried, summed = dict(form.carried), dict(form.summed)
     output = axes.place("o")
@@ -142,7 +142,7 @@ def _plan(
         kept = "".join([mode for mode in order if mode not in whole[group[0]]])
         for mode in kept:
             place = axes.place(mode, replaced)
-            if place is not None:  # it is, or the order would have been another
+            if place is not None:  # always, for the order to be this one
                 steps.append((1 if mode == "i" else 3, summed[place.axis], place.before, place.after))
             replaced[mode] = r1 if mode == "i" else r3
         replaced["o"] = sum([ranks[k][1] for k in group])
@@ -162,7 +162,7 @@ def _plan(
 
 def _shapes(update: Update) -> Shapes:
     core, U1, U2, U3, *_ = update.factors
-    # By hand, for speed.
+    # Written out, for speed.
     return (
         core.shape,
         None if U1 is None else U1.shape,
@@ -176,12 +176,12 @@ def _whole(shapes: Shapes) -> str:
 
 
 def _ranks(shapes: Shapes, modes: tuple[int, int, int]) -> tuple[int, ...]:
-    """The sizes of G that a view shows: of a whole mode, the view's."""
+    """(r1, r2, r3) of an update. For a whole mode, this is the size of the mode in the view."""
     return tuple([n if U is None else U[1] for n, U in zip(modes, shapes[1:], strict=True)])
 
 
 def _rows(axes: Axes, shapes: Shapes) -> tuple[Rows, ...] | None:
-    """The rows of U1, U2, U3, or of the core's whole modes and further axes, that a view shows; None if all."""
+    """The rows that a view shows, of U1, U2, U3 or the core's whole modes, and of its further axes; None if all."""
     core, *sides = shapes
     full = *[n if U is None else U[0] for n, U in zip(core, sides, strict=False)], *core[3:]
     rows = tuple([axes.rows(mode, count) for mode, count in zip(axes.modes(), full, strict=False)])
@@ -189,9 +189,10 @@ def _rows(axes: Axes, shapes: Shapes) -> tuple[Rows, ...] | None:
 
 
 def _sample_shape(samples: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of one number for each sample that broadcasts to `sizes`; none if it is not clear.
+    """The shape in which one number for each sample broadcasts to `sizes`; () if the axis of samples is not clear.
 
-    Samples lie along the only axis of their number. Where another one's size is a multiple of it, they may be there.
+    Samples lie along the only axis whose size is their number. If the size of another axis is a multiple of this
+    number, they may lie there, so the axis is not clear.
     """
     axes = [k for k, size in enumerate(sizes) if size % samples == 0]
     if len(axes) != 1 or sizes[axes[0]] != samples:
@@ -203,15 +204,15 @@ def apply(plan: Plan, c: Contraction, weight: Weight, y: torch.Tensor | None) ->
     """The operation with A + Σ updates in factorised form.
 
     Args:
-        plan: not of the dense order.
+        plan: a plan whose order is not dense.
         c, weight: the operation.
-        y: the operation with A, offset included; None if A is zero.
+        y: the result of the operation with A, with the offset; None if A is zero.
     """
     total = c.offset if y is None else y
     for group in plan.groups:
         term = _thin_term(plan, group, c, weight)
         total = term if total is None else total + term.to(total.dtype)
-    assert total is not None  # there is a group
+    assert total is not None  # there is at least one group
     return total
 
 
@@ -246,7 +247,7 @@ def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torc
     if not plan.depth:
         y = c.apply(x, thin)
         return y if U2 is None else flat_mode_product(y, U2.to(y.dtype), axis, before, after)
-    # As one matrix product whose thin side is the rows of B, which is the fast way round for gradients too.
+    # One matrix product whose thin side is the rows of B. This is also fast for gradients.
     lead = x.shape[: x.dim() - len(c.form.summed)]
     y = F.linear(x.reshape(-1, thin.shape[1]), thin)
     if plan.sample_shape:
@@ -258,7 +259,7 @@ def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torc
 
 
 def _weighted(y: torch.Tensor, updates: Sequence[Update], shape: tuple[int, ...]) -> torch.Tensor:
-    """Σ_p w_p · y_p of every update, side by side. shape: (..., Σ P · r2) -> (..., Σ r2)"""
+    """Σ_p w_p · y_p for every update, side by side. shapes: (..., Σ P · r2) -> (..., Σ r2)"""
     parts = []
     sizes = [u.factors.core.shape[1] * (1 if u.weights is None else u.weights.shape[1]) for u in updates]
     for update, part in zip(updates, y.split(sizes, dim=-1), strict=True):
@@ -267,7 +268,7 @@ def _weighted(y: torch.Tensor, updates: Sequence[Update], shape: tuple[int, ...]
             weights = weights.reshape(*shape, -1, 1)
             part = part.unflatten(-1, (weights.shape[-2], -1))
             if weights.dtype == torch.bool:
-                # Zero, also where the value of an adapter that a sample does not see is not finite.
+                # A sample gets exact zeros from an adapter that it does not see, even if that adapter is not finite.
                 part = torch.where(weights, part, 0).sum(-2)
             else:
                 part = (part * weights.to(y.dtype)).sum(-2)
@@ -280,7 +281,7 @@ def dense_sum(weight: Weight, plans: tuple[DensePlan, ...] = ()) -> torch.Tensor
 
     Args:
         weight: A and the updates.
-        plans: of the updates, where they are known.
+        plans: the plans of the updates, if they are known.
 
     Raises:
         SampleAxisUnknown: if an update differs from sample to sample.

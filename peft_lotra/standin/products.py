@@ -1,7 +1,7 @@
 """Products with the coefficients: by a number, and elementwise with a basis, which a layer then sums.
 
-(x * weight).sum(dims) is a contraction written out. The layer's own product with A has batch × A entries; the update's
-part is an einsum of x with the thin tensor and has none.
+(x * weight).sum(dims) is a contraction. The layer's own product with A forms batch × (size of A) entries. The update's
+part is an einsum of x with the thin tensor, and forms no such tensor.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Product(NamedTuple):
 
     @property
     def has_batch(self) -> bool:
-        """Whether the layer itself forms batch × A: then the dense form is nothing to warn of.
+        """Whether the layer itself forms batch × (size of A) entries. The dense form then needs no warning.
 
-        Without, this is a scale or mask that nobody declared; its product with Δ has no low rank.
+        Otherwise x is a scale or mask that is not declared. Its product with Δ has no low rank.
         """
         return self.tensor.numel() != self.weight.tensor.numel()
 
@@ -56,7 +56,7 @@ def by_number(function: Callable[..., Any], weight: Weight, number: Any) -> Weig
 
 
 def summed(product: Product, dim: Any = None, keepdim: bool = False, **others: Any) -> Contraction | None:
-    """(x · weight).sum(dim, keepdim) as a contraction; None for other arguments."""
+    """(x · weight).sum(dim, keepdim) as a contraction; None if there are other arguments, or no `dim`."""
     if dim is None or others:
         return None
     x, ndim = product.x, product.tensor.dim()
@@ -80,14 +80,14 @@ def summed(product: Product, dim: Any = None, keepdim: bool = False, **others: A
 def _sum_form(
     of: tuple[int, ...], shape: tuple[int, ...], ndim: int, dims: tuple[int, ...], keepdim: bool
 ) -> tuple[Form, str, tuple[int, ...], tuple[int, ...]]:
-    """The form, the einsum, and the axes of the product that x and the thin tensor have.
+    """The form, the einsum's equation, and the axes of the product that x and the thin tensor have.
 
     Args:
         of: the shape of x.
-        shape: of the weight.
-        ndim: of the product.
+        shape: the shape of the weight.
+        ndim: the number of axes of the product.
         dims: the axes that are summed.
-        keepdim: whether they stay, of size 1.
+        keepdim: whether the summed axes stay, with size 1.
     """
     letters = ascii_letters[:ndim]
     lacking = ndim - len(shape)  # axes that only x has

@@ -1,4 +1,4 @@
-"""Adapted coefficients as they are when somebody reads them from outside of a forward pass."""
+"""Adapted coefficients that are read outside of a forward pass."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .tensor import writes
 
 
 class EffectiveCoefficients(torch.Tensor):
-    """A + Σ updates, or ones for a scale that is in it: values of the moment, which nobody would see change.
+    """A + Σ updates, or ones for a scale that A contains, computed when they are read; the model does not see changes.
 
-    Operations give plain tensors. Those that write to it, also by `.data` or `.detach()`, raise RuntimeError.
+    Operations return plain tensors. Operations that write to it, also by `.data` or `.detach()`, raise RuntimeError.
     """
 
     @classmethod
@@ -35,5 +35,5 @@ class EffectiveCoefficients(torch.Tensor):
 
 
 def read_only(values: torch.Tensor) -> torch.Tensor:
-    """The values as a tensor that refuses to be written to; while a graph is compiled, as they are."""
+    """The values as a tensor that refuses to be written to. While a graph is compiled, the plain values."""
     return values if torch.compiler.is_compiling() else values.as_subclass(EffectiveCoefficients)

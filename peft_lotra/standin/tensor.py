@@ -1,9 +1,9 @@
-"""The tensor that a layer finds in its coefficient parameter's place, and that answers torch's functions itself.
+"""The tensor that a layer finds in the place of its coefficient parameter. It answers torch's functions itself.
 
-It is a subclass of torch.Tensor with A's shape, dtype and device. Views act on the real A and on the names of its
-axes; contractions are computed in factorised form; everything else gets the exact dense A + Δ. What asks for values
-past torch's functions (TorchScript, `torch.autograd.Function`, `torch.vmap` over the parameter) is refused, and the
-layer is run again with A + Δ as a plain tensor.
+It is a subclass of torch.Tensor with A's shape, dtype and device. A view acts on the real A and on the names of its
+axes. A contraction is computed in factorised form. Every other operation gets the exact dense A + Δ. Code that asks
+for values past torch's functions (TorchScript, `torch.autograd.Function`, `torch.vmap` over the parameter) is refused,
+and the layer is run again with A + Δ as a plain tensor.
 """
 
 from __future__ import annotations
@@ -28,21 +28,22 @@ from .views import VIEWS
 
 
 class PerformanceWarning(UserWarning):
-    """The adapted coefficients are formed densely. That costs more than the layer itself, and the result is exact."""
+    """The adapted coefficients are formed densely. The result is exact, but this costs more than the layer itself."""
 
 
 class TensorNeeded(RuntimeError):
-    """Code that takes plain tensors only was given a stand-in."""
+    """A stand-in was given to code that takes plain tensors only."""
 
 
 class Call:
     """One forward pass of an adapted layer.
 
     Attributes:
-        owner: the layer's class, for warnings; None to give none.
+        owner: the name of the layer's class, for warnings. With None there are no warnings.
         recorded: whether autograd records the pass.
-        needs_tensor: whether code of the layer was found to take plain tensors only.
-        acted: whether something was computed from the coefficients: not from their shape, or a view of them, alone.
+        needs_tensor: whether the layer has code that takes plain tensors only.
+        acted: whether the pass has computed something from the values of the coefficients. Reading their shape or
+            taking a view does not count.
     """
 
     def __init__(self, layer: nn.Module, quiet: bool = False) -> None:
@@ -56,7 +57,7 @@ class Call:
 
 
 class Ones(NamedTuple):
-    """Ones, in the place of a scale that A holds already: a product with them is the other factor."""
+    """Ones, in the place of a scale that A already contains. A product with them is the other factor."""
 
     tensor: torch.Tensor  # the scale, or a view of it
 
@@ -66,13 +67,13 @@ _STANDING = (Weight, Product, Ones)
 
 
 class StandIn(torch.Tensor):
-    """A + Σ updates, or a view of it, in the place of a coefficient parameter or of its scale.
+    """A + Σ updates, or a view of it, in the place of a coefficient parameter; or ones in the place of its scale.
 
-    It has no memory, so code that gets past torch's functions finds no values. In a graph that is being compiled it is
-    a tensor on the meta device, which no operation takes together with others.
+    It has no memory, so code that bypasses torch's functions finds no values. While a graph is compiled, it is a
+    tensor on the meta device, which operations do not accept together with tensors of another device.
     """
 
-    meant: tuple[Meant, Call] | None  # None: what the thread's running pass has at `place`
+    meant: tuple[Meant, Call] | None  # None: look up what the thread's running pass has at `place`
     place: tuple[nn.Module, str]
 
     @classmethod
@@ -91,7 +92,7 @@ class StandIn(torch.Tensor):
 
 
 class EagerStandIn(StandIn):
-    """The stand-in outside of graphs that are compiled."""
+    """The stand-in while no graph is compiled."""
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -116,13 +117,13 @@ def stand_in(meant: Weight | Product | Ones, call: Call) -> StandIn:
 
 
 def handle_of(owner: nn.Module, name: str, like: torch.Tensor) -> StandIn:
-    """The tensor that stands for what the running pass of each thread has at a place."""
+    """The tensor that stands, in each thread, for what the thread's running pass has at a place."""
     handle = _without_memory(EagerStandIn, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device)
     handle.meant, handle.place = None, (owner, name)
     return handle
 
 
-# torch's own way to a tensor without memory; it has no public name yet.
+# torch's function for a tensor without memory. It has no public name.
 _without_memory: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
 
 
@@ -131,7 +132,7 @@ def _meaning(standin: StandIn) -> tuple[Meant, Call]:
 
 
 def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a torch function returns that is called with stand-ins somewhere in its arguments."""
+    """The result of a torch function that is called with stand-ins among its arguments."""
     found = []
     for arg in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(arg, StandIn):
@@ -148,19 +149,19 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         return _called(function, args, kwargs, _stored)  # `x.view_as(weight)` reads only its shape
     if handler is None and writes(function, kwargs):
         raise TypeError(
-            f"`{_name(function)}` would write to adapted coefficients, which are a parameter and its update without "
-            "memory of their own: use the operation that returns a new tensor"
+            f"`{_name(function)}` would write to adapted coefficients, which are the sum of a parameter and its "
+            "update and have no memory of their own: use the operation that returns a new tensor"
         )
     if call.recorded and not torch.is_grad_enabled() and _requires_grad(meant):
         if _runs_in(CheckpointFunction.forward):
             raise RuntimeError(
-                f"a {call.owner} calls `checkpoint(use_reentrant=True)` in its own forward, which would give its "
-                "adapter no gradients: checkpoint the adapted layer, or a larger part of the model, instead"
+                f"a {call.owner} calls `checkpoint(use_reentrant=True)` in its own forward, so its adapter would get "
+                "no gradients: checkpoint the adapted layer, or a larger part of the model, instead"
             )
-        # The backward of a Function would not know of the factors.
+        # The backward of a torch.autograd.Function would not know the factors.
         if _runs_in(torch.autograd.Function.apply.__func__):  # type: ignore[attr-defined]
             raise call.refuse(f"`{_name(function)}` without gradients")
-    call.needs_tensor = False  # if the layer goes on after a refusal, it has found another way
+    call.needs_tensor = False  # after a refusal, the layer has found another way
     result = NotImplemented
     if handler is not None and (len(found) == 1 or handler is _shown):
         result = handler(function, first, meant, args, kwargs)
@@ -168,7 +169,7 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         result = _by_ones(first, found[1])
     if not isinstance(result, _NOT_YET) and (len(found) > 1 or not isinstance(meant, Ones)):
         call.acted = True
-        for other in found[1:]:  # of another tensor of the layer
+        for other in found[1:]:  # they may stand for another tensor of the layer
             _meaning(other)[1].acted = True
     if result is NotImplemented:
         if isinstance(meant, Weight) or (isinstance(meant, Product) and not meant.has_batch):
@@ -182,19 +183,19 @@ def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
 
 
 def _runs_in(function: Any) -> bool:
-    """Whether a call of a Python function is under way in this thread."""
+    """Whether a Python function is running in this thread."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code is not function.__code__:
         frame = frame.f_back
     return frame is not None
 
 
-# Handlers, each for a kind of functions: they return tensors, what further stand-ins stand for, or NotImplemented.
+# Handlers, one for each kind of function. They return tensors, the meaning of new stand-ins, or NotImplemented.
 
 
 def _told(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Shape, dtype and device, which are those of A."""
-    raise AssertionError("answered before")
+    """Shape, dtype and device, which are those of A. `answer` does this without a call."""
+    raise AssertionError("`answer` has answered already")
 
 
 def _shown(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -204,7 +205,7 @@ def _shown(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...],
     if isinstance(meant, Product):
         return NotImplemented
     others = []
-    for arg in args[1:]:  # of other stand-ins, as in `weight.expand_as(weight)`, only the shape is read
+    for arg in args[1:]:  # only the shape of other stand-ins is read, as in `weight.expand_as(weight)`
         others.append(_stored(_meaning(arg)[0]) if isinstance(arg, StandIn) else arg)
     return VIEWS[function](function, meant, *others, **kwargs)
 
@@ -260,7 +261,7 @@ def _factorised(
 
 
 def _by_ones(one: StandIn, other: StandIn) -> Any:
-    """The product of adapted coefficients with a scale that they hold already: themselves."""
+    """The product of adapted coefficients with a scale that they already contain: the coefficients themselves."""
     for weight, ones in ((one, other), (other, one)):
         (a, _), (b, _) = _meaning(weight), _meaning(ones)
         if isinstance(a, Weight) and isinstance(b, Ones):
@@ -277,7 +278,7 @@ def _is_broadcast(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 def _with(
     standin: StandIn, value: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """The function of the arguments with `value` in place of the stand-in."""
+    """The result of the function with `value` in place of the stand-in."""
     if args and not kwargs:
         if args[-1] is standin:
             return function(*args[:-1], value)
@@ -290,7 +291,7 @@ def _with(
 def _called(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], put: Callable[[Meant], torch.Tensor]
 ) -> Any:
-    """The function of plain tensors: every stand-in is replaced by `put` of what it means."""
+    """The result of the function with every stand-in replaced by `put` of its meaning, a plain tensor."""
     args, kwargs = tree_map_only(StandIn, lambda standin: put(_meaning(standin)[0]), (args, kwargs))
     return function(*args, **kwargs)
 
@@ -330,21 +331,21 @@ _warned: set[tuple[str, str]] = set()
 
 
 def warn(operation: str, owner: str | None, use: str | None = None) -> None:
-    """Say once for each class of layers and operation, or other use, that A + Δ is formed."""
+    """Warn that A + Δ is formed, once for each class of layers and each operation or other `use`."""
     if owner is None or (operation, owner) in _warned or torch.compiler.is_compiling():
         return
     _warned.add((operation, owner))
     warnings.warn(
         f"{owner} {use or f'calls `{operation}` on its coefficients'}, for which there is no factorised form: "
         "A + Δ is formed. "
-        "The result is exact, but a training step costs as much as full fine-tuning, or more",
+        "The result is exact, but a training step costs as much as full fine-tuning or more",
         PerformanceWarning,
         stacklevel=4,
     )
 
 
 def _functions(names: str) -> list[Any]:
-    """Of torch and of torch.Tensor, attributes as their getters."""
+    """The functions of these names in torch and in torch.Tensor; for attributes, their getters."""
     found = [getattr(space, name) for name in names.split() for space in (torch, torch.Tensor) if hasattr(space, name)]
     return [function if callable(function) else function.__get__ for function in found]
 

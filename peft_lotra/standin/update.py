@@ -18,7 +18,7 @@ _16_BIT = (torch.float16, torch.bfloat16)
 
 
 class SampleAxisUnknown(Exception):
-    """An update with weights per sample, in an operation whose samples cannot be told apart."""
+    """An update has weights per sample, and the operation's samples cannot be told apart."""
 
     def __init__(self) -> None:
         super().__init__("one update is needed, but every sample has a task or an adapter of its own: give one task")
@@ -27,8 +27,8 @@ class SampleAxisUnknown(Exception):
 class Update(NamedTuple):
     """s · G ×₁ U1 ×₂ U2 ×₃ U3: one adapter's change of a coefficient tensor.
 
-    With `weights` w, shape (batch, P), sample b sees Σ_p w[b, p] · s · G[..., p] ×₁ U1 ×₂ U2 ×₃ U3: the core has one
-    more axis, of size P, unless P = 1.
+    With `weights` w, shape (batch, P), sample b sees Σ_p w[b, p] · s · G[..., p] ×₁ U1 ×₂ U2 ×₃ U3. The core then has
+    one more axis, of size P, unless P = 1.
     """
 
     factors: TuckerFactors
@@ -36,7 +36,7 @@ class Update(NamedTuple):
     weights: torch.Tensor | None = None
 
     def for_samples(self, shares: torch.Tensor | None) -> Update:
-        """The update where samples have shares of it, shape (batch, 1); None: all samples have it."""
+        """The update for those samples whose `shares`, shape (batch, 1), are true; None: for all samples."""
         if shares is None:
             return self
         if self.weights is None:
@@ -49,7 +49,7 @@ class Update(NamedTuple):
             raise SampleAxisUnknown
 
     def dense(self, spec: CoefficientSpec, shape: torch.Size) -> torch.Tensor:
-        """The update of a parameter of this shape, in its layout; 16-bit factors are multiplied out in fp32.
+        """The update of a parameter of this shape, in its layout. 16-bit factors are multiplied in fp32.
 
         Raises:
             SampleAxisUnknown: if it differs from sample to sample.
@@ -61,7 +61,7 @@ class Update(NamedTuple):
         return spec.stored_update(reconstruct(factors) * self.scaling, shape).to(dtype)
 
     def shown(self, rows: tuple[Rows, ...] | None) -> Update:
-        """The update of what a view shows, in at least fp32: `rows` of U1, U2, U3 and of the core's further axes."""
+        """The update of what a view shows, in at least fp32: `rows` are of U1, U2, U3 and of the core's last axes."""
         update = _in_fp32(self) if self.factors.core.dtype in _16_BIT else self
         if rows is None:
             return update
@@ -76,7 +76,7 @@ class Update(NamedTuple):
 
 
 def _in_fp32(update: Update) -> Update:
-    """With factors in at least fp32: 16-bit factors are multiplied out in fp32."""
+    """The update with its factors in fp32."""
     return update._replace(factors=update.factors.map(torch.Tensor.float))
 
 
@@ -91,25 +91,24 @@ def _selected(tensor: torch.Tensor, rows: Rows, dim: int) -> torch.Tensor:
 class Step(NamedTuple):
     """One product of a factor with a tensor, as a product of matrices.
 
-    Not by `matmul` of more axes, which goes one way or another, and rounds differently, depending on what requires a
-    gradient.
+    `matmul` of more axes is avoided: it rounds differently depending on which of its operands requires a gradient.
     """
 
     factor: int
-    shape: tuple[int, ...] | None  # reshape the tensor first
-    batch: int  # so many products M @ tensor[k]; 0: M @ tensor; -1: tensor @ M.T
+    shape: tuple[int, ...] | None  # reshape the tensor to this first
+    batch: int  # the number of products M @ tensor[k]; 0: M @ tensor; -1: tensor @ M.T
 
 
 def planned_steps(
     core: tuple[int, ...], sizes: tuple[int, ...], kept: Collection[str], whole: str
 ) -> tuple[tuple[Step, ...], tuple[int, ...]]:
-    """G times the factors of all modes but `kept`, whose axes stay ranks; and the shape that the result has in memory.
+    """The steps that multiply G with the factors of all modes but `kept`, and the shape of the last step's result.
 
     Args:
         core: the shape of G.
         sizes: (n, m, n_d).
-        kept: of "i", "o", "d".
-        whole: modes without a factor.
+        kept: those of "i", "o", "d" whose axes stay ranks.
+        whole: the modes without a factor.
     """
     (r1, _, r3), (n, _, n_d) = core[:3], sizes
     d_first = r1 * n_d * (r3 + n) < n * r3 * (r1 + n_d)  # the smaller intermediate first
@@ -135,7 +134,7 @@ def planned_steps(
 
 
 def multiplied(steps: tuple[Step, ...], tensor: torch.Tensor, factors: tuple[Any, ...]) -> torch.Tensor:
-    """The products that `planned_steps` has planned, of G or a multiple of it."""
+    """The result of the steps of `planned_steps`, from G or a multiple of it."""
     for factor, shape, batch in steps:
         if shape is not None:
             tensor = tensor.reshape(shape)
@@ -148,7 +147,7 @@ def multiplied(steps: tuple[Step, ...], tensor: torch.Tensor, factors: tuple[Any
 
 
 def flat_mode_product(x: torch.Tensor, matrix: torch.Tensor, axis: int, before: int, after: int) -> torch.Tensor:
-    """x ×_axis M, M: (out, in), where `axis` has (before · in · after) entries, flattened; x is large."""
+    """x ×_axis M, M: (out, in), where `axis` is (before, in, after) flattened. It is meant for a large x."""
     axis %= x.dim()
     shape = list(x.shape)
     if before > 1 or after > 1:

@@ -1,7 +1,7 @@
-"""Operations that show the coefficients differently and compute nothing: they act on A and on the names of its axes.
+"""Views and copies of the coefficients, which compute nothing: they act on A and on the names of its axes.
 
-Each function takes torch's own, the weight and the remaining arguments, and returns weights, tensors, or
-NotImplemented where the names cannot follow.
+Each function takes torch's function, the weight and the remaining arguments. It returns weights, tensors, or
+NotImplemented if the names cannot follow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _view(weight: Weight, tensor: torch.Tensor, axes: Axes | None) -> Any:
 def _reshape(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: Any) -> Any:
     for arg in (*args, *kwargs.values()):
         if isinstance(arg, torch.dtype):
-            return NotImplemented  # `view` of the bits
+            return NotImplemented  # `view(dtype)` reinterprets the bits
     tensor = function(weight.tensor, *args, **kwargs)
     return _view(weight, tensor, _reshaped(weight.axes, tuple(tensor.shape)))
 
@@ -45,7 +45,7 @@ def _permute(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs:
 def _permuted(
     axes: Axes, function: Callable[..., Any], args: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...]
 ) -> Axes:
-    # torch itself tells the order: the axes of the probe have the sizes 1, 2, 3, ...
+    # torch itself gives the order: the axes of the probe have the sizes 1, 2, 3, ...
     probe = torch.empty(tuple(range(1, len(axes.axes) + 1)), device="meta")
     return axes.permuted([size - 1 for size in function(probe, *args, **dict(kwargs)).shape])
 
@@ -59,7 +59,7 @@ def _same(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: An
     """Copies, and conversions of dtype and device."""
     tensor = function(weight.tensor, *args, **kwargs)
     if not isinstance(tensor, torch.Tensor):
-        return tensor  # `type()` asks
+        return tensor  # `type()` returns a name
     if not tensor.is_floating_point():
         return NotImplemented
     return weight._replace(tensor=tensor)
@@ -71,7 +71,7 @@ def _detach(function: Callable[..., Any], weight: Weight) -> Weight:
 
 
 def _index(weight: Weight, tensor: torch.Tensor, *index: Any) -> Any:
-    # Slices are no keys before Python 3.12.
+    # Before Python 3.12, slices cannot be hashed.
     parts = tuple([(part.start, part.stop, part.step) if isinstance(part, slice) else part for part in index])
     return _view(weight, tensor, _indexed(weight.axes, parts))
 
@@ -98,9 +98,9 @@ def _narrow(function: Callable[..., Any], weight: Weight, dim: int, start: int, 
 
 
 def _parts(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: Any) -> Any:
-    """split, chunk, ...: slices, one after another, along one axis."""
+    """split, chunk, tensor_split: consecutive slices along one axis."""
     tensors = function(weight.tensor, *args, **kwargs)
-    # The axis is the argument `dim` or else the second one of a call; torch's default is the first axis.
+    # The axis is the argument `dim`, or else the second argument. torch's default is the first axis.
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     starts = [0]
     for tensor in tensors:

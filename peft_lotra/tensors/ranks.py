@@ -1,4 +1,4 @@
-"""Tucker ranks for coefficient tensors: exact, clipped, within a budget, or as the spectra of updates suggest."""
+"""Tucker ranks for coefficient tensors: given exactly, clipped, within a budget, or from the spectra of updates."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ DEFAULT_COMPRESSION_RATIO = 0.1  # "ten times fewer parameters", as in the sourc
 
 
 def check_ranks(r: Any, name: str) -> int | Ranks:
-    """`r` as an int, or as a tuple of ranks and None for modes; ValueError naming `name` otherwise."""
+    """`r` as an int, or as a tuple with a rank or None for each mode. Otherwise raise ValueError, naming `name`."""
     ranks = (r,) * 3 if type(r) is int else tuple(r) if isinstance(r, list | tuple) else ()
     if len(ranks) not in (3, 4) or any(r is not None and (type(r) is not int or r <= 0) for r in ranks):
         raise ValueError(
-            f"`{name}` should be a positive integer value, or three of them (input, output, basis) with None for a "
-            f"whole mode, and a fourth for groups and kernel positions, but the value passed is {r!r}"
+            f"`{name}` should be a positive integer value, or a list of three (input, output, basis) with None for a "
+            f"whole mode, or of four with groups and kernel positions, but the value passed is {r!r}"
         )
     return r if type(r) is int else ranks
 
 
 def by_mode(r: int | Sequence[int | None]) -> Ranks:
-    """(r1, r2, r3) or (r1, r2, r3, r4) from one number for the first three modes, or from ranks by mode."""
+    """(r1, r2, r3) or (r1, r2, r3, r4), from one rank for the first three modes or from a rank for each mode."""
     ranks = (r, r, r) if isinstance(r, int) else tuple(r)
     return ranks[:3] if len(ranks) == 4 and ranks[3] is None else ranks
 
@@ -43,7 +43,7 @@ def mode_sizes(shape: Sequence[int]) -> tuple[int, int, int, int]:
 
 
 def clipped(ranks: Ranks, shape: Sequence[int]) -> Ranks:
-    """The ranks with None for every mode that they fill."""
+    """The ranks, with None in place of every rank that is at least the size of its mode."""
     sizes = mode_sizes(shape)
     return by_mode([None if r is None or r >= size else r for r, size in zip(ranks, sizes, strict=False)])
 
@@ -58,21 +58,22 @@ def choose_ranks(
     tasks: int = 0,
     slim: bool = False,
 ) -> dict[str, Ranks]:
-    """The ranks of every tensor, by name: `fixed` exactly, the others by `r`, or else by `compression_ratio`.
+    """The ranks of every tensor by name: exactly as in `fixed`, or else from `r`, or else from `compression_ratio`.
 
     Args:
         shapes: canonical shapes (n, m, n_d, ...) by parameter name.
-        fixed: ranks for some of them.
-        r: upper bound, clipped to the modes of each tensor.
-        compression_ratio: budget for all tensors together, those with fixed ranks included; by default a tenth, or
-            the least adapter if that is more.
-        freeze_factors: whether the cores alone count.
+        fixed: ranks of some of the tensors.
+        r: an upper bound, clipped to the modes of each tensor.
+        compression_ratio: the budget for all tensors together, with those in `fixed`, as a fraction of the
+            coefficients. With None it is a tenth, or the smallest adapter if that is more and `fixed` is empty.
+        freeze_factors: whether only the cores count.
         terms: P of a family of tasks; else 0.
-        tasks: their number, if they have a trained factor; else 0.
-        slim: whether the factors stand in for the coefficients; a budget then goes by `slim_ranks`.
+        tasks: the number of tasks, if they have a trained factor; else 0.
+        slim: whether the factors replace the coefficients. A budget is then spent by `slim_ranks`.
 
     Raises:
-        ValueError: if fixed ranks are above their modes, `r` above those of every tensor, or the budget too small.
+        ValueError: if a fixed rank is above its mode, `r` is above the modes of every tensor, or the budget is too
+            small.
     """
     chosen = {name: _exact(name, shapes[name], by_mode(ranks)) for name, ranks in fixed.items()}
     free = {name: shape for name, shape in shapes.items() if name not in chosen}
@@ -99,7 +100,7 @@ def _clipped(shapes: Mapping[str, tuple[int, ...]], r: int | Ranks) -> dict[str,
     ranks = by_mode(r)
     largest = [max(sizes) for sizes in zip(*map(mode_sizes, shapes.values()), strict=True)]
     above = [rank is not None and rank > size for rank, size in zip(ranks, largest, strict=False)]
-    # One number for all modes is expected to be clipped in some of them. A triple is what the user wants in each.
+    # A single number may be clipped in some modes. A triple is meant for each of its modes.
     if above and (all(above) if isinstance(r, int) else any(above)):
         raise ValueError(
             f"`r`={r!r} is above the modes (input, output, basis) of every layer; the largest are "
@@ -135,7 +136,7 @@ def _budgeted(
 
 
 def equal_ranks(shape: Sequence[int], r: int, count: Callable[[Sequence[int], Ranks], int] = parameter_count) -> Ranks:
-    """Rank r in the modes i, o and d, as far as they go; for r = 1 a mode is whole where `count` is less then."""
+    """Rank r in the modes i, o and d, clipped to them. For r = 1, a mode is whole if that makes `count` less."""
     if r > 1:
         return clipped((r, r, r), shape)
     choices = product(*[(1, None) if size > 1 else (None,) for size in shape[:3]])
@@ -143,10 +144,11 @@ def equal_ranks(shape: Sequence[int], r: int, count: Callable[[Sequence[int], Ra
 
 
 def slim_ranks(shape: Sequence[int], r: int, count: Callable[[Sequence[int], Ranks], int] = parameter_count) -> Ranks:
-    """Rank r in the modes i and o, as far as they go, and half of the basis; for r = 1 as `equal_ranks`.
+    """Rank r in the modes i and o, clipped to them, and half of the basis; for r = 1 as `equal_ranks`.
 
-    A layer of factors alone costs what its ranks cost: at width 512 and a tenth, 0.24 × the FLOPs of the dense layer,
-    where equal ranks take 0.33 ×; on digits it is better too (experiment `slim_images` of examples/method_comparison).
+    The ranks decide how long a layer of factors alone takes. At width 512 and a tenth of the numbers, these ranks take
+    0.24 × the FLOPs of the dense layer, and equal ranks 0.33 ×. They are also better on digits (experiment
+    `slim_images` of examples/method_comparison).
     """
     if r == 1:
         return equal_ranks(shape, 1, count)
@@ -159,19 +161,18 @@ def ranks_for_budget(
     ranks_at: Callable[[Sequence[int], int], Ranks] = equal_ranks,
     count: Callable[[Sequence[int], Ranks], int] = parameter_count,
 ) -> list[Ranks]:
-    """The largest r, one for all modes and tensors, that fits; then the lowest r is raised in turn while that fits.
+    """The largest r, the same for all modes and tensors, that fits; then the lowest r is raised in turn while it fits.
 
-    Equal ranks, and not ranks in proportion to the modes: those leave short modes (the basis, few inputs) with rank 1,
-    where one more costs little. Which rule is best depends on the optimizer and the task: with the basis whole, Adam
-    ended at 4.2 and 1.4 × the error of equal ranks on two PDEs, SOAP at 1.0 and 1.1 ×, and Levenberg–Marquardt at 0.38
-    to 1.8 × on six tasks, below 1 on four (medians of three seeds; experiments `ranks_adam` and `ranks_lm` of
-    examples/method_comparison).
+    Ranks in proportion to the modes would leave short modes (the basis, few inputs) with rank 1, where one more costs
+    little. Which rule is best depends on the optimizer and the task. With the whole basis, Adam ended at 4.2 and 1.4 ×
+    the error of equal ranks on two PDEs, SOAP at 1.0 and 1.1 ×, and Levenberg–Marquardt at 0.38 to 1.8 × on six tasks,
+    below 1 on four (medians of three seeds; experiments `ranks_adam` and `ranks_lm` of examples/method_comparison).
 
     Args:
         shapes: the canonical shapes (n, m, n_d, ...) of the coefficient tensors.
-        budget: most numbers that the adapters of all of them may hold together.
-        ranks_at: the ranks for r, by a tensor's shape, if others are wanted.
-        count: the numbers that an adapter of given ranks has, by a tensor's shape.
+        budget: how many numbers the adapters of all tensors may hold together.
+        ranks_at: a function of a tensor's shape and r that returns its ranks.
+        count: a function of a tensor's shape and ranks that returns how many numbers its adapter has.
 
     Raises:
         ValueError: if rank 1 everywhere already exceeds the budget.
@@ -213,10 +214,10 @@ def suggest_ranks(
 ) -> dict[str, Ranks]:
     """min over ranks of Σ ‖Δ − Δ_r‖² within a budget; or the fewest parameters that keep a share of every ‖Δ‖².
 
-    ‖Δ − Δ_r‖ is the error of the truncated HOSVD, which is known exactly for all ranks. Within a budget, all tensors
-    have one exchange rate λ between error and parameters, and the ranks minimise error² + λ · parameters. What is left
-    of the budget is spent where it helps most. The error is never above that of `compression_ratio`'s ranks at the
-    same budget. A tensor that is zero gets the ranks with the fewest parameters.
+    ‖Δ − Δ_r‖ is the error of the truncated HOSVD, which is known exactly for all ranks. Within a budget, the ranks
+    minimise error² + λ · parameters, with one λ for all tensors. The rest of the budget is spent where it helps most.
+    The error is never above that of the ranks that `compression_ratio` gives for the same budget. A tensor that is
+    zero gets the ranks with the fewest parameters.
 
     Args:
         updates: maps a full parameter name to an update A_ft − A_pt in the order (n, m, n_d, ...), or to its Spectrum,
@@ -228,7 +229,7 @@ def suggest_ranks(
         Ranks by full parameter name, for `LoTRAConfig(rank_pattern=...)`; None for a whole mode.
 
     Raises:
-        ValueError, TypeError: naming the argument, if it does not have the form above, or the budget is too small.
+        ValueError, TypeError: naming the argument, if it is not as described or the budget is too small.
     """
     if not isinstance(updates, Mapping) or not updates:
         raise TypeError(f"`updates` should map parameter names to updates, at least one, got {updates!r}")
@@ -256,7 +257,7 @@ def suggest_ranks(
 
 
 class _Front(NamedTuple):
-    """The ranks of one tensor that no others beat in both cost and error, by growing cost.
+    """The ranks of one tensor that no other ranks beat in both cost and error, in the order of cost.
 
     A rank of the size of its mode stands for the whole mode, which costs nothing but the larger core.
     """
@@ -295,12 +296,12 @@ class _Front(NamedTuple):
         return int((self.error <= (1 - energy + 1e-14) * self.energy).nonzero()[0, 0])
 
     def affordable(self, budget: int) -> int:
-        """The most accurate choice that costs no more."""
+        """The most accurate choice that costs at most `budget`."""
         return int(torch.searchsorted(self.cost, budget, right=True)) - 1
 
 
 def _within(fronts: Sequence[_Front], shapes: Sequence[tuple[int, ...]], budget: int) -> list[int]:
-    """For every tensor the index of a choice, with Σ cost ≤ budget and Σ error small."""
+    """The index of a choice for every tensor, with Σ cost ≤ budget and a small Σ error."""
 
     def at(rate: float) -> list[int]:
         return [int((front.error + rate * front.cost).argmin()) for front in fronts]
@@ -322,7 +323,7 @@ def _within(fronts: Sequence[_Front], shapes: Sequence[tuple[int, ...]], budget:
             chosen = [*chosen[:best], better[best], *chosen[best + 1 :]]
 
     total = sum(front.energy for front in fronts)
-    low, high = 1e-20 * total, total  # at the rate `high` the fewest parameters are best everywhere, which fits
+    low, high = 1e-20 * total, total  # at the rate `high`, the fewest parameters are best everywhere, and they fit
     for _ in range(60):
         rate = math.sqrt(low * high)
         low, high = (low, rate) if cost(at(rate)) <= budget else (rate, high)

@@ -1,4 +1,4 @@
-"""What a tensor keeps and loses when it is cut to Tucker ranks, from its HOSVD. Pure functions, without PEFT."""
+"""How much of a tensor Tucker ranks keep and lose, from its HOSVD. Pure functions, without PEFT."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Spectrum:
 
     Attributes:
         shape: the shape of A.
-        singular_values: those of the three unfoldings, in descending order and float64.
+        singular_values: the singular values of the three unfoldings, descending, in float64.
         core_energy: S², summed over A's trailing axes. shape: (≤ n, ≤ m, ≤ n_d)
     """
 
@@ -33,7 +33,8 @@ class Spectrum:
         """The spectrum of A, shape (n, m, n_d, ...), computed in float64 on the CPU.
 
         Raises:
-            TypeError, ValueError: naming `name`, if A is not a tensor, has fewer than three axes, or is not finite.
+            TypeError, ValueError: naming A by `name`, if A is not a real tensor, has fewer than three axes, or is not
+                finite.
         """
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise TypeError(f"{name} should be a real floating-point tensor, got {getattr(tensor, 'dtype', tensor)!r}")
@@ -41,7 +42,7 @@ class Spectrum:
             raise ValueError(f"{name} should have the axes (input, output, basis, ...), got {tuple(tensor.shape)}")
         tensor = tensor.detach().to("cpu", torch.float64)
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} has NaN or infinity: has the training that it comes from diverged?")
+            raise ValueError(f"{name} has NaN or infinity: did the training diverge?")
         factors, values = hosvd(tensor)
         core_energy = factors.core.square().reshape(*factors.core.shape[:3], -1).sum(3)
         return cls(tuple(tensor.shape), values, core_energy)
@@ -52,7 +53,7 @@ class Spectrum:
         return self.core_energy.sum().item()
 
     def energy_kept(self, ranks: Sequence[int]) -> tuple[float, float, float]:
-        """Σ_{k ≤ r} σ_k² / Σ_k σ_k² for each mode; 1 where there is nothing to keep."""
+        """Σ_{k ≤ r} σ_k² / Σ_k σ_k² for each mode; 1 if A is zero."""
         squares = [values.square() for values in self.singular_values]
         return tuple(  # type: ignore[return-value]
             (square[:r].sum() / square.sum()).item() if square.any() else 1.0
@@ -60,7 +61,7 @@ class Spectrum:
         )
 
     def tail_bound(self, ranks: Sequence[int]) -> float:
-        """sqrt(Σ_modes Σ_{k > r} σ_k²), which bounds `truncation_error` (Theorem 1 of the source rests on it)."""
+        """sqrt(Σ_modes Σ_{k > r} σ_k²), an upper bound of `truncation_error`; Theorem 1 of the source rests on it."""
         values = zip(self.singular_values, ranks, strict=True)
         return math.sqrt(sum(values[r:].square().sum().item() for values, r in values))
 

@@ -1,8 +1,8 @@
 """Tucker algebra on coefficient tensors A of shape (n, m, n_d, ...): modes input i, output o, basis d, positions k.
 
-The fourth mode is everything else that A has: groups and kernel positions, together K entries. A mode without a factor
+The fourth mode is all further axes of A, groups and kernel positions, with K entries together. A mode without a factor
 is whole: its U is the identity, which is neither stored nor multiplied. In a family of tasks, G has one more axis, the
-last, and the fifth mode is that of the tasks. Pure functions, without PEFT.
+last, and the tasks are the fifth mode. These are pure functions, without PEFT.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Ranks = tuple[int | None, ...]
 
 
 class TuckerFactors(NamedTuple):
-    """A tensor in Tucker form, G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 ×₅ U5; None in place of an identity.
+    """A tensor in Tucker form, G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 ×₅ U5. A factor is None where it is the identity.
 
     With U4, the tensor's positions are one axis, the fourth. Without U4, they may be any number of axes. U5 belongs to
     the last axis.
@@ -46,7 +46,7 @@ class TuckerFactors(NamedTuple):
         return self._replace(core=self.core @ self.terms(c), U5=None)
 
     def terms(self, c: torch.Tensor) -> torch.Tensor:
-        """c · U5, or c without one, in the dtype of G: what the terms G[..., p] are weighted with."""
+        """The weights of the terms G[..., p], in the dtype of G: c · U5, or c if there is no U5."""
         c = c.to(self.core)
         return c if self.U5 is None else c @ self.U5
 
@@ -59,13 +59,13 @@ def mode_product(tensor: torch.Tensor, U: torch.Tensor | None, mode: int) -> tor
 def reconstruct(factors: TuckerFactors) -> torch.Tensor:
     """G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 ×₅ U5: the dense tensor, shape (n, m, n_d, ...)."""
     core, U1, U2, U3, U4, U5 = factors
-    # The basis mode is the smallest and the input mode often the next: growing in this order keeps intermediates thin.
+    # The basis mode is the smallest, and often the input mode is next. This order keeps the intermediates small.
     tensor = mode_product(mode_product(mode_product(mode_product(core, U5, -1), U4, 3), U3, 2), U1, 0)
     return mode_product(tensor, U2, 1)
 
 
 def with_positions(factors: TuckerFactors, positions: Sequence[int]) -> TuckerFactors:
-    """The same tensor with G ×₄ U4 as the core, whose axes of positions then have the sizes `positions`."""
+    """The same tensor with G ×₄ U4 as its core, in which the axes of the positions have the sizes `positions`."""
     core, U4 = factors.core, factors.U4
     if U4 is None:
         return factors
@@ -80,9 +80,9 @@ def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> Tucke
 
     Args:
         tensor: A, shape (n, m, n_d, ...). If the positions have a rank, they are flattened.
-        ranks: each is at most the size of its mode, or None for a whole mode. If a rank exceeds the product of the
-            others (and of the whole modes), the surplus cannot help: G is zero there, and the columns of U only
-            complete it orthonormally.
+        ranks: each is at most the size of its mode, or None for a whole mode. A rank above the product of the others
+            (and of the whole modes) gains nothing: G is zero in the surplus, and the columns of U there only complete
+            it orthonormally.
         n_iter_max: how many sweeps of HOOI follow the HOSVD.
     """
     modes = [mode for mode, r in enumerate(ranks) if r is not None]
@@ -100,7 +100,7 @@ def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> Tucke
             tensor.new_zeros(shape), [torch.eye(n, r).to(tensor) for n, r in zip(sizes, given, strict=True)], modes
         )
     useful, volume = list(given), tensor.numel() // math.prod(sizes)
-    for k in range(len(useful)):  # one pass settles it: at most one rank can exceed the product of the others
+    for k in range(len(useful)):  # one pass is enough: at most one rank can exceed the product of the others
         useful[k] = min(useful[k], math.prod(useful[:k] + useful[k + 1 :]) * volume)
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         (core, factors), _ = partial_tucker(
@@ -112,8 +112,8 @@ def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> Tucke
 def compress(factors: TuckerFactors, ranks: Ranks) -> tuple[TuckerFactors, float]:
     """`decompose` of G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 without its dense tensor, and the relative error ‖A − A_r‖ / ‖A‖.
 
-    With U_k = Q_k R_k, it decomposes the smaller tensor G ×₁ R1 ×₂ R2 ×₃ R3 ×₄ R4, which has the same norms. Ranks are
-    as in `decompose`.
+    With U_k = Q_k R_k, this decomposes the smaller tensor G ×₁ R1 ×₂ R2 ×₃ R3 ×₄ R4, which has the same norm. Ranks
+    are as in `decompose`.
     """
     core, *sides, _ = factors
     bases: list[torch.Tensor | None] = [None] * 4
@@ -131,7 +131,7 @@ def compress(factors: TuckerFactors, ranks: Ranks) -> tuple[TuckerFactors, float
 def orthonormal(factors: TuckerFactors) -> TuckerFactors:
     """The same tensor with orthonormal columns in every factor: U_k = Q_k R_k gives Q_k, and R_k goes into the core.
 
-    R_k has no negative diagonal: factors that are nearly orthonormal hardly move.
+    No diagonal entry of R_k is negative, so factors that are nearly orthonormal hardly change.
     """
     core, *sides = factors
     for mode, U in enumerate(sides):
@@ -146,8 +146,8 @@ def orthonormal(factors: TuckerFactors) -> TuckerFactors:
 def weighted_sum(terms: Sequence[tuple[float, TuckerFactors]]) -> TuckerFactors:
     """Σ_j w_j · G_j ×₁ U1_j ×₂ U2_j ×₃ U3_j ×₄ U4_j, exactly: a block-diagonal core and factors side by side.
 
-    Ranks add up. Where their sum reaches the size of the mode, or a term has the mode whole, the factors are
-    multiplied into the cores instead, and the mode is whole.
+    Ranks add up. If their sum reaches the size of a mode, or the mode is whole in a term, the factors are multiplied
+    into the cores, and the mode is whole.
     """
     joint: list[torch.Tensor | None] = [None] * 4
     for mode in range(4):
@@ -172,7 +172,7 @@ def weighted_sum(terms: Sequence[tuple[float, TuckerFactors]]) -> TuckerFactors:
 
 
 def _placed(core: torch.Tensor, factors: Sequence[torch.Tensor], modes: Sequence[int]) -> TuckerFactors:
-    """The factors of some modes; the other modes are whole."""
+    """G and the factors of the modes `modes`; the other modes are whole."""
     sides: list[torch.Tensor | None] = [None] * 4
     for mode, U in zip(modes, factors, strict=True):
         sides[mode] = U
@@ -200,7 +200,7 @@ def completed(U: torch.Tensor, r: int) -> torch.Tensor:
 def hosvd(tensor: torch.Tensor) -> tuple[TuckerFactors, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """A = S ×₁ U1 ×₂ U2 ×₃ U3 with U_k the left singular vectors of A unfolded along mode k, and the singular values.
 
-    Cut to S[:r1, :r2, :r3], U_k[:, :r_k] it is the truncated HOSVD.
+    S[:r1, :r2, :r3] and U_k[:, :r_k] are the truncated HOSVD.
 
     Args:
         tensor: A, shape (n, m, n_d, ...).
@@ -231,11 +231,11 @@ def factor_shapes(
 
 
 def core_count(shape: Sequence[int], ranks: Ranks, terms: int = 0, tasks: int = 0) -> int:
-    """How many numbers G alone has."""
+    """How many numbers G has, without the factors."""
     return math.prod(factor_shapes(shape, ranks, terms, tasks)[0] or ())
 
 
 def parameter_count(shape: Sequence[int], ranks: Ranks, terms: int = 0, tasks: int = 0) -> int:
-    """How many numbers G and its factors have: r1·r2·r3·r4 + n·r1 + m·r2 + n_d·r3 + K·r4 without whole
-    modes, for a tensor of shape (n, m, n_d, ...)."""
+    """How many numbers G and its factors have, for a tensor of shape (n, m, n_d, ...): r1·r2·r3·r4 + n·r1 + m·r2 +
+    n_d·r3 + K·r4 if no mode is whole."""
     return sum(math.prod(part) for part in factor_shapes(shape, ranks, terms, tasks) if part is not None)

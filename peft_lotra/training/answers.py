@@ -1,4 +1,4 @@
-"""What a function of the net gives for a batch of one kind of residuals, checked."""
+"""Checks what `residual_fn` returns for a batch of one kind of residuals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Loss = str | OutputLoss
 
 
 class Kind(NamedTuple):
-    """A kind of residuals; `batch` has `size` rows, and `loss` is None for least squares."""
+    """A kind of residuals. `batch` has `size` rows, and `loss` is None for least squares."""
 
     name: str
     function: Function
@@ -24,26 +24,26 @@ class Kind(NamedTuple):
     size: int
 
     def chunks(self, rows: int) -> Iterator[tuple[Any, int]]:
-        """Parts of the batch, and their numbers of rows."""
+        """Parts of the batch of up to `rows` rows, each with its number of rows."""
         leaves, spec = tree_flatten(self.batch)
         for chunk in zip(*(leaf.split(rows) for leaf in leaves), strict=True):
             yield spec.unflatten(chunk), len(chunk[0])
 
 
 class Answer(NamedTuple):
-    """What a function gives for a batch under a loss: outputs in fp64, targets, and the weights of the samples."""
+    """What `residual_fn` returns if there is a loss: outputs in fp64, targets, and the weights of the samples."""
 
     outputs: torch.Tensor
     targets: Any
     weights: torch.Tensor
 
     def over_samples(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The weights, so that they multiply a tensor with one entry or more for each sample."""
+        """The weights in a shape that broadcasts to a tensor with a row for each sample."""
         return self.weights.view(-1, *[1] * (tensor.ndim - 1))
 
 
 def first_of(kind: Kind, answer: Any) -> torch.Tensor:
-    """Residuals, or outputs."""
+    """The residuals, or the outputs if there is a loss."""
     return answer if kind.loss is None else answer[0]
 
 

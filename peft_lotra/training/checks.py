@@ -8,7 +8,7 @@ from typing import Any
 
 
 def check_numbers(**arguments: tuple[Any, float]) -> None:
-    """Raise ValueError if an argument is not a number from its bound on; the value and the bound, by name."""
+    """Raise ValueError unless each argument, given by name as (value, bound), is a number that respects its bound."""
     for name, (value, bound) in arguments.items():
         whole = name in ("iterations", "patience", "max_memory")
         above = not whole and not name.endswith(("tolerance", "decay"))

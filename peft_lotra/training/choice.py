@@ -1,4 +1,4 @@
-"""Which form of the damped system is taken: the cheapest one within the memory that there is."""
+"""Chooses a form of the damped system that fits into `max_memory`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .damped_system import COLUMN_NUMBERS, DampedSystem, NormalEquations, Prior,
 from .lower_triangle import LowerTriangle
 from .problem import Evaluation, Problem
 
-# Vectors of P and of R numbers in fp64 that are held at one time.
+# How many fp64 vectors of P numbers, and of R numbers, are held at one time.
 _OF_PARAMETERS, _OF_RESIDUALS = 16, 6
 
 
@@ -23,18 +23,18 @@ def damped_system(
     prior: Prior | None = None,
     norm: float | None = None,
 ) -> DampedSystem:
-    """`ResidualSpace` if R < P, `NormalEquations` otherwise, and `ConjugateGradients` if neither has room.
+    """`ResidualSpace` if R < P, `NormalEquations` otherwise, and `ConjugateGradients` if neither fits into the memory.
 
-    Normal equations take P² operations for each residual, conjugate gradients 15 to 60 passes of the data. Of 10⁵
-    residuals, J and JᵀJ take 50 s of one core for values of a KAN with P = 5,184 and 64 s for its Laplacian, a pass
-    2.6 and 19 s; at P = 20,384 it is 590 and 630 s, and 4.2 and 39 s. So passes are the cheaper way from P ≈ 5,000 on
-    for values, and 20,000 for the Laplacian. (`examples/benchmarks/gauss_newton_cost.py --parts passes`, on a busy
-    machine.)
+    Normal equations take P² operations for each residual. Conjugate gradients take 15 to 60 passes over the data.
+    For 10⁵ residuals on one core, J and JᵀJ take 50 s if the residuals are values of a KAN with P = 5,184, and 64 s
+    if they are its Laplacian; a pass takes 2.6 and 19 s. With P = 20,384, J and JᵀJ take 590 and 630 s, a pass 4.2
+    and 39 s. So conjugate gradients are cheaper from P ≈ 5,000 on for values, and from 20,000 on for the Laplacian.
+    (`examples/benchmarks/gauss_newton_cost.py --parts passes`, on a busy machine.)
 
-    In residual space the data are one process's, and no loss has a gradient that is not Jᵀr.
+    `ResidualSpace` is for one process, and for losses whose gradient is 2Jᵀr.
 
     Raises:
-        ValueError: if `max_memory` is less than any form needs.
+        ValueError: if `max_memory` is less than every form needs.
     """
     rows = problem.rows(theta, batch, evaluation.counts)
     further = problem.gradient(theta, batch, evaluation.counts)
@@ -76,18 +76,18 @@ def damped_system(
 
 
 def normal_equations_bytes(size: int) -> int:
-    """The matrix and its factor."""
+    """The bytes of the P × P matrix and its factor, P = `size`."""
     return 2 * 8 * LowerTriangle.numbers(size)
 
 
 def _residual_space_bytes(theta: torch.Tensor, rows: int) -> int:
-    """J, the matrix and its factor, and a few columns in fp64, twice."""
+    """The bytes of J, of the matrix and its factor, and of two blocks of columns in fp64."""
     columns = 2 * 8 * min(rows * len(theta), max(rows, COLUMN_NUMBERS))
     return rows * len(theta) * theta.element_size() + 2 * 8 * LowerTriangle.numbers(rows) + columns
 
 
 def _rows_that_fit(theta: torch.Tensor, most: int, room: int) -> int:
-    """How many rows, at most so many, take no more than `room` bytes."""
+    """The largest number of rows, up to `most`, that take at most `room` bytes."""
     least = 0
     while least < most:
         middle = (least + most + 1) // 2

@@ -1,4 +1,4 @@
-"""The damped system without P² numbers: conjugate gradients, with some rows of J for a preconditioner."""
+"""Solves the damped system without P² numbers, by conjugate gradients. Some rows of J make a preconditioner."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from .damped_system import DampedSystem, Prior, Rows, norm_of
 from .processes import Processes
 
-# Part of the step, in the norm of the matrix, that may be missing by an estimate: the predicted gain lacks its square.
+# Estimated error at which the iteration ends, as a fraction of the step in the norm of the matrix. The predicted gain
+# lacks the square of it.
 _TOLERANCE = 1e-3
 _MOST_PRODUCTS, _LAST = 200, 4
 
@@ -17,12 +18,12 @@ _MOST_PRODUCTS, _LAST = 200, 4
 class ConjugateGradients(DampedSystem):
     """δ by products v ↦ JᵀJv, preconditioned with (SᵀS + E)⁻¹ = E⁻¹ − E⁻¹Sᵀ(SE⁻¹Sᵀ + I)⁻¹SE⁻¹, where E = λD + cI.
 
-    S are m rows of J, drawn at random: as many of each kind as of another where it has them. They are multiplied by
-    √(rows of the kind / those drawn). Whatever δ the iteration has reached is a step downhill.
+    S has m rows of J, drawn at random: equally many of each kind, as far as the kind has rows. They are multiplied by
+    √(rows of the kind / rows drawn of it). Wherever the iteration ends, its δ is a step downhill.
 
     Args:
-        blocks, residuals, size, prior, further, norm, processes: as `NormalEquations` has them.
-        product: v ↦ JᵀJv with the rows of this process. shapes: (P,)
+        blocks, residuals, size, prior, further, norm, processes: as for `NormalEquations`.
+        product: the function v ↦ JᵀJv, with the rows of this process. shapes: (P,)
         drawn: m.
         kinds: how many rows of J belong to each kind of residuals, in their order.
 
@@ -63,7 +64,7 @@ class ConjugateGradients(DampedSystem):
             self.processes.sum(part)
         norm = norm_of(residuals, self.processes) if norm is None else norm
         self._measure(gradient, squares, norm, prior, further)
-        # The first process conditions for all of them.
+        # Only the first process computes the preconditioner.
         once = self.processes.is_first and not self.decay and self.scale > 0
         self.gram = self.sample.gram(self.diagonal) if once else None
 
@@ -72,29 +73,29 @@ class ConjugateGradients(DampedSystem):
         precondition = self._preconditioner(shift, damping)
         step, rest = torch.zeros_like(self.gradient), -self.gradient
         direction = torch.zeros_like(rest)
-        gains: list[float] = []  # of δᵀAδ
-        before = 1.0  # the square of the preconditioned norm of what is left
+        gains: list[float] = []  # by which δᵀAδ grows
+        before = 1.0  # the squared preconditioned norm of `rest`, one product ago
         for number in range(self.most_products):
             conditioned = self.processes.of_first(precondition(rest))
             now = (rest @ conditioned).item()
             direction = conditioned + (now / before if number else 0.0) * direction
             image = self.processes.sum(self.product(direction)) + shift * direction
             curvature = (direction @ image).item()
-            if not (now > 0 and curvature > 0):  # all is done, or no more than rounding is left
+            if not (now > 0 and curvature > 0):  # solved, or only rounding is left
                 break
             length = now / curvature
             step.add_(direction, alpha=length)
             rest.sub_(image, alpha=length)
             gains.append(length * now)
             before = now
-            # The sum of all gains is that of the solution; what the last few have given estimates what is missing.
+            # All gains add up to δᵀAδ of the solution. The last few gains estimate what is missing.
             if number > _LAST and sum(gains[-_LAST:]) <= self.tolerance**2 * sum(gains):
                 break
         self.missing = rest
         return self.processes.of_first(step)
 
     def predicted_gain(self, step: torch.Tensor, damping: float, rate: float = 1.0) -> float:
-        """The same for the δ of the last call of `step`, which solves the equation with −rest on its right side."""
+        """The same for the δ that `step` returned last, whose equation has an error, `missing`, on the right side."""
         return super().predicted_gain(step, damping, rate) + rate**2 * (self.missing @ step).item()
 
     def _preconditioner(self, shift: torch.Tensor, damping: float) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -114,7 +115,7 @@ class ConjugateGradients(DampedSystem):
 
 
 def _drawn(kinds: Sequence[int], number: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which rows, in ascending order, and √(rows of the kind / those drawn of it); the same in every iteration."""
+    """The rows to draw, ascending, and √(rows of the kind / rows drawn of it). All iterations draw the same rows."""
     generator = torch.Generator().manual_seed(0)
     chosen, scales, left = {}, {}, min(number, sum(kinds))
     for done, index in enumerate(sorted(range(len(kinds)), key=lambda index: kinds[index])):

@@ -14,9 +14,9 @@ import torch
 from .lower_triangle import LowerTriangle
 from .processes import Processes
 
-# Numbers that are held in fp64 besides J: 16 MiB.
+# How many numbers of J are converted to fp64 at one time: 16 MiB.
 COLUMN_NUMBERS = 2**21
-# D = diag(JᵀJ) + this · its mean · I
+# D = diag(JᵀJ) + _FLOOR · (mean of diag(JᵀJ)) · I
 _FLOOR = 1e-3
 
 
@@ -30,10 +30,12 @@ class Prior(NamedTuple):
 class DampedSystem(ABC):
     """(JᵀJ + cI + λD) δ = −(Jᵀr + c(θ − θ₀) + h) with D = diag(JᵀJ + cI) + 10⁻³ · (mean of diag(JᵀJ)) · I.
 
+    h is the part of half the gradient that Jᵀr and the prior do not give.
+
     Attributes:
         scale: the mean of diag(JᵀJ).
         gradient: the negative of the right side, half the gradient of the loss.
-        cosine: the greatest that a column of J makes with r.
+        cosine: the largest |cosine| between a column of J and r.
     """
 
     def _measure(
@@ -44,9 +46,9 @@ class DampedSystem(ABC):
         prior: Prior | None,
         further: torch.Tensor | None = None,
     ) -> None:
-        """From Jᵀr, diag(JᵀJ), √loss and the terms that are not in them."""
+        """Set the attributes, from Jᵀr, diag(JᵀJ), √loss, the prior and h."""
         self.scale, self.decay = squares.mean().item(), 0.0
-        # A factor has derivative zero while its core is zero: the second term gives it a damping all the same.
+        # While a core is zero, its factors have zero derivatives. The second term damps them all the same.
         self.diagonal = squares + _FLOOR * self.scale
         if further is not None:
             gradient = gradient + further
@@ -54,30 +56,30 @@ class DampedSystem(ABC):
             self.decay, self.pull = prior.decay, prior.decay * prior.away.double()
             gradient, squares, self.diagonal = gradient + self.pull, squares + self.decay, self.diagonal + self.decay
         self.gradient = gradient
-        self.cosine = (gradient.abs() / (squares.sqrt() * norm)).nan_to_num(0.0).max().item()  # zero where a norm is
+        self.cosine = (gradient.abs() / (squares.sqrt() * norm)).nan_to_num(0.0).max().item()  # 0 for a zero column
 
     @abstractmethod
     def step(self, damping: float) -> torch.Tensor:
-        """δ, or zero, which is no step, where the matrix is not positive definite in floating point. shape: (P,)"""
+        """δ; zero if the matrix is not positive definite in floating point. shape: (P,)"""
 
     def predicted_gain(self, step: torch.Tensor, damping: float, rate: float = 1.0) -> float:
-        """‖r‖² − ‖r + αJδ‖² = −(2α − α²)·rᵀJδ + α²λ·δᵀDδ for the δ that solves the equation; of the prior and h the
-        same. α is the rate."""
+        """‖r‖² − ‖r + αJδ‖² = −(2α − α²)·rᵀJδ + α²λ·δᵀDδ, for the rate α and the δ that solves the equation. The gains
+        of the prior and of h are included."""
         linear, quadratic = -self.gradient @ step, damping * (self.diagonal @ step.square())
         return ((2 * rate - rate**2) * linear + rate**2 * quadratic).item()
 
 
 class NormalEquations(DampedSystem):
-    """JᵀJ itself, P² numbers for it and its factor, and a block of J at a time.
+    """The equation as it stands. It holds P² numbers for JᵀJ and its factor, and one block of J at a time.
 
     Args:
-        blocks: of rows of J, in the order of the residuals.
+        blocks: blocks of rows of J, in the order of the residuals.
         residuals: r, shape (R,).
         size: P.
-        prior: c and θ − θ₀; none if there is no such term.
-        further: h, what else there is of half the gradient, shape (P,).
-        norm: √loss, if that is not ‖r‖.
-        processes: each has rows of J, and residuals, of its own; `further` and `norm` are of all of them.
+        prior: c and θ − θ₀; None without a prior.
+        further: h, shape (P,); None if it is zero.
+        norm: √loss; None if it is ‖r‖.
+        processes: the processes. Each has its own rows of J and residuals; `further` and `norm` are of all processes.
     """
 
     def __init__(
@@ -113,13 +115,13 @@ class NormalEquations(DampedSystem):
 
 
 class Rows:
-    """Some rows of J, shape (R, P), in the dtype in which they come; products with them are in fp64."""
+    """Rows of J, shape (R, P), in the dtype of the model. Products with them are in fp64."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
         self.matrix = matrix
 
     def columns(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Some columns at a time: all of them in fp64 may be twice as large as J itself."""
+        """Blocks of columns in fp64. All columns in fp64 may be twice as large as J itself."""
         width = max(1, COLUMN_NUMBERS // len(self.matrix))
         for start in range(0, self.matrix.shape[1], width):
             yield slice(start, start + width), self.matrix[:, start : start + width].double()
@@ -144,9 +146,9 @@ class Rows:
 
 
 class ResidualSpace(DampedSystem):
-    """δ = −D⁻¹Jᵀ(JD⁻¹Jᵀ + λI)⁻¹r, the same δ where h is zero, which needs J, and R² numbers for JD⁻¹Jᵀ and its factor.
+    """δ = −D⁻¹Jᵀ(JD⁻¹Jᵀ + λI)⁻¹r, the same δ if h = 0. It holds J, and R² numbers for JD⁻¹Jᵀ and its factor.
 
-    With a prior, δ = −E⁻¹(v + Jᵀ(JE⁻¹Jᵀ + I)⁻¹(r − JE⁻¹v)) with E = λD + cI and v = c(θ − θ₀).
+    With a prior, δ = −E⁻¹(v + Jᵀ(JE⁻¹Jᵀ + I)⁻¹(r − JE⁻¹v)), where E = λD + cI and v = c(θ − θ₀).
     """
 
     def __init__(
@@ -187,6 +189,6 @@ class ResidualSpace(DampedSystem):
 
 
 def norm_of(residuals: torch.Tensor, processes: Processes | None = None) -> float:
-    """‖r‖, of the residuals of all processes."""
+    """‖r‖ over the residuals of all processes."""
     square = residuals.square().sum().item()
     return float((square if processes is None else processes.totals([square])[0]) ** 0.5)

@@ -1,4 +1,4 @@
-"""Second-order fitting: Gauss–Newton with Levenberg–Marquardt damping, on an adapter's few numbers above all."""
+"""Second-order fitting by Gauss–Newton with Levenberg–Marquardt damping, made for the few numbers of an adapter."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .validation import Validation
 
 @dataclass(frozen=True)
 class GaussNewtonResult:
-    """What a fit did, in plain values: it survives JSON, and `resume_from=` goes on from it.
+    """The result of a fit, in plain values that JSON can hold. `resume_from=` continues from it.
 
     Attributes:
-        losses: the loss at the start, and after every iteration on the points of that iteration; none if the fit was
-            interrupted before the first was known.
+        losses: the loss at the start, and after every iteration on the points of that iteration. It is empty if the
+            fit was interrupted before the first loss was known.
         damping: λ for the next iteration.
-        iterations: the number of iterations done, resumed ones included.
+        iterations: the number of iterations done, with those of the fit that was resumed.
         reason: why the fit ended: "iterations", "gradient", "loss", "damping" (no step reduces the loss any more),
-            "seconds", "callback", "validation" or "interrupted"; "running" in a callback.
-        validation_losses: what is validated, at the start and after every iteration.
-        parameters: values of θ that going on needs and the model does not hold: "start" with `weight_decay`, "last"
-            and "best" with validation.
+            "seconds", "callback", "validation" or "interrupted". In a callback it is "running".
+        validation_losses: the validation loss or metric at the start and after every iteration.
+        parameters: values of θ that a resumed fit needs and the model does not hold: "start" with `weight_decay`,
+            "last" and "best" with validation.
     """
 
     losses: tuple[float, ...]
@@ -71,12 +71,12 @@ def fit_gauss_newton(
 
     This is Gauss–Newton with Levenberg–Marquardt damping. θ are the P parameters of the model that require gradients:
     those of the trainable adapter, or of a plain KAN. r holds the R residuals, J = ∂r/∂θ, and D = diag(JᵀJ) + 10⁻³ ·
-    (its mean) · I. If R < P the same δ is computed as −D⁻¹Jᵀ(JD⁻¹Jᵀ + λI)⁻¹r. Sums of squares and the solution are in
-    fp64 whatever the dtype of the model. λ falls after a step that gains at least a quarter of what was predicted, and
-    grows until the loss falls. In directions in which the Tucker form is redundant J is zero, and λ keeps θ where it
-    is.
+    (its mean) · I. If R < P, the same δ is computed as −D⁻¹Jᵀ(JD⁻¹Jᵀ + λI)⁻¹r. Sums of squares and the solution are in
+    fp64, whatever the dtype of the model. λ grows until a step reduces the loss. It falls after a step that gains at
+    least a quarter of what was predicted. The Tucker form is redundant: J is zero along some directions, and λ keeps θ
+    where it is along them.
 
-    Under another `loss`, a mean of ℓ(o_n, y_n) with outputs o_n, the step is the generalised Gauss–Newton step
+    With another `loss`, a mean of ℓ(o_n, y_n) with outputs o_n, the step is the generalised Gauss–Newton step
 
         (Σ J_nᵀ H_n J_n + λD) δ = −Σ J_nᵀ g_n,   J_n = ∂o_n/∂θ,   H_n = ∂²ℓ/∂o_n²,   g_n = ∂ℓ/∂o_n.
 
@@ -94,19 +94,22 @@ def fit_gauss_newton(
     ```
 
     Args:
-        model: everything that does not require gradients stays as it is, `.grad` too. Dropout must be off.
-        residual_fn: `residual_fn(net, batch)` gives the residuals of a batch, shape (N,) or (N, k), each sample's from
-            this sample alone. `net` is called like the model; derivatives of it are taken with `torch.func`, not with
-            `torch.autograd.grad`. Several kinds of residuals, of the equation and of the boundary say: a mapping from
-            names to such functions. A weight w, of a kind or of a sample, is multiplied by √w.
-            With a `loss` other than "least_squares" it gives (outputs, targets), or (outputs, targets, weights) with
-            a weight of at least 0 for each sample, shape (N,): the loss is Σ_n w_n ℓ_n / M, for M samples.
-        data: what `residual_fn` takes as batch: a tensor, or tensors in tuples and dicts, all of N rows. A mapping
-            from the same names if `residual_fn` is one. Or a function from the number of the iteration to such data:
-            fresh points in every iteration keep a fit from learning its points by heart. A step fits the points of its
-            iteration by heart all the same if they give fewer residuals than twice the trained numbers. That is cheap
-            and enough at first. Give the last fifth of the iterations four times as many points.
-        loss: of all kinds, or a mapping from the same names:
+        model: the model to fit. Tensors that do not require gradients stay as they are, and so does `.grad`. Dropout
+            must be off.
+        residual_fn: `residual_fn(net, batch)` returns the residuals of a batch, shape (N,) or (N, k). The residuals of
+            a sample must depend on this sample alone. Call `net` like the model, and take its derivatives with
+            `torch.func`, not with `torch.autograd.grad`. For several kinds of residuals, such as those of an equation
+            and of its boundary, give a mapping from names to such functions. To weight a kind or a sample by w,
+            multiply its residuals by √w. With a `loss` other than "least_squares", the function returns
+            (outputs, targets), or (outputs, targets, weights) with a weight of at least 0 for each sample, shape (N,).
+            The loss is then Σ_n w_n ℓ_n / M, for M samples.
+        data: the batch that `residual_fn` takes: a tensor, or tensors in tuples and dicts, all with N rows. If
+            `residual_fn` is a mapping, `data` is a mapping from the same names. It may also be a function from the
+            number of the iteration to such data: fresh points in every iteration keep a fit from learning its points
+            by heart. A step still fits the points of its iteration by heart if they give fewer than 2 residuals for
+            each trained number. That is cheap, and good enough at first. Use four times as many points in the last
+            fifth of the iterations.
+        loss: the loss of all kinds, or a mapping from the same names:
 
             | loss | ℓ(o, y) | outputs | targets |
             |---|---|---|---|
@@ -115,46 +118,47 @@ def fit_gauss_newton(
             | "poisson" | Σ exp(o) − y·o | (N, ...) | like o |
             | "bernoulli" | Σ log(1 + exp(o)) − y·o | (N, ...) | like o |
 
-            Sums are over the outputs of a sample, means over samples; the mean of cross_entropy is over all labels
-            but those of −100, as torch's is. Or an object of the form of `OutputLoss`, solved in normal equations.
+            Sums are over the outputs of a sample, means over samples. The mean of cross_entropy is over the labels
+            other than −100, as in torch. The loss may also be an object with the methods of `OutputLoss`.
         weight_decay: c of the prior, in units of the loss.
-        iterations: at most so many, resumed ones included.
+        iterations: the most iterations, with those of the fit that is resumed.
         damping: λ of the first iteration.
-        damping_increase: factor on λ after a step that did not reduce the loss.
-        damping_decrease: divisor of λ after a good step.
-        gradient_tolerance: stop when no column of J makes a cosine above this with r; in general, when no parameter
-            alone promises to gain more than the square of this, relative to the loss.
-        loss_tolerance: stop when an iteration reduces the loss by less than this part of it.
-        max_seconds: stop after the iteration in which these are over.
-        validation: data of the same form, not a function. The loss on them, without the prior, is measured at the
-            start and after every iteration, and the model ends with the parameters of its least value.
-        validation_metric: a function of the model to be measured in place of that loss; less is better.
-        patience: stop after so many iterations without a new least value; None keeps the best and goes on.
-        max_memory: bytes of tensors that the fit may hold besides the model and the data, 4 GiB by default. A block of
-            rows of J takes at most a quarter of it. Where neither 8P² bytes have room nor, with R < P, J and 8R², the
-            equation is solved by conjugate gradients: to about 10⁻³ of the step in the norm of its matrix, in many
-            more passes of the data.
-        across_processes: for torch.distributed and accelerate, where it must be given. True makes one fit of all
-            processes: `data` is the part of each (parts may differ in size), means are over all samples, and all end
-            with the same parameters; one process may be all. With False this process fits by itself.
-        callback: called with the result so far after every iteration, when the model holds the new parameters; a true
-            answer ends the fit.
-        resume_from: the result of an earlier call that this one continues, on the model as that call left it and with
-            the same arguments: bit for bit as if it had not ended. It holds θ₀ and the parameters of the last
-            iteration where they are needed.
+        damping_increase: the factor on λ after a step that did not reduce the loss.
+        damping_decrease: the divisor of λ after a good step.
+        gradient_tolerance: stop when no column of J makes a cosine above this with r. For any loss: stop when no
+            parameter alone promises to reduce the loss by more than this squared, as a fraction of the loss.
+        loss_tolerance: stop when an iteration reduces the loss by at most this fraction.
+        max_seconds: stop at the end of the iteration in which this time is over.
+        validation: data of the same form, but not a function. The loss on these data, without the prior, is measured
+            at the start and after every iteration. The model ends with the parameters of its least value.
+        validation_metric: a function of the model, measured in place of that loss; lower is better.
+        patience: stop after this many iterations without a new least value. With None, the fit goes on, and still ends
+            with the best parameters.
+        max_memory: the bytes of tensors that the fit may hold besides the model and the data, 4 GiB by default. A
+            block of rows of J takes at most a quarter of it. If there is no room for 8P² bytes nor (with R < P) for J
+            and 8R² bytes, conjugate gradients solve the equation. They need many more passes over the data, and leave
+            an error of about 10⁻³ of the step, in the norm of the matrix.
+        across_processes: this must be given if torch.distributed (or accelerate) runs several processes. True: all
+            processes make one fit. `data` is then this process's part, which may differ in size from others, means are
+            over all samples, and all processes end with the same parameters. False: this process makes its own fit.
+        callback: a function that is called after every iteration with the result so far. The model then holds the new
+            parameters. If it returns a true value, the fit ends.
+        resume_from: the result of an earlier call, which this call continues, bit for bit as if that call had not
+            ended. The model must be as that call left it, and the other arguments must be the same. The result holds
+            θ₀ and the parameters of the last iteration if they are needed.
 
     Returns:
-        Losses, damping, number of iterations, and why it ended. Ctrl-C ends it too (`reason="interrupted"`). The
-        model holds the parameters of the last step that reduced the loss, or of the best validation, also after an
-        exception.
+        Losses, damping, the number of iterations, and why the fit ended. Ctrl-C ends it, too
+        (`reason="interrupted"`). The model holds the parameters of the last step that reduced the loss, or those of
+        the best validation, also after an exception.
 
     Raises:
-        ValueError, TypeError: naming the argument, the value and the way out; the first iteration checks before it
+        ValueError, TypeError: naming the argument, the value and the way out. The first iteration checks before it
             changes anything.
 
     Warns:
-        UserWarning: if fixed data have less than 2 residuals (or labels) for each trained number, and neither
-            validation nor `weight_decay` is there.
+        UserWarning: if fixed data give less than 2 residuals (or labels) for each trained number, and neither
+            validation nor `weight_decay` is given.
 
     Source: ours; generalised Gauss–Newton is Schraudolph's (2002), the damping is Levenberg's and Marquardt's.
     """
@@ -203,7 +207,7 @@ def fit_gauss_newton(
             after = GaussNewtonResult(
                 losses, done.damping, iteration + 1, "running", measured, _kept(now, result.parameters)
             )
-            # In one statement: an interrupt finds all old or all new.
+            # One statement, so that an interrupt finds all values old or all new.
             theta, best, evaluation, result = done.theta, now["best"], done.evaluation, after
             problem.write(theta)
             progress.update()
@@ -229,7 +233,7 @@ def fit_gauss_newton(
     except KeyboardInterrupt:
         reason = "interrupted"
     finally:
-        problem.write(best if checking.given else theta)  # whatever came while the tensors were being written
+        problem.write(best if checking.given else theta)  # an exception may have come during a write
         progress.close()
         processes.release_interrupts()
     return replace(result, reason=reason)
@@ -238,7 +242,7 @@ def fit_gauss_newton(
 def _started(
     resume_from: Any, damping: float, theta: torch.Tensor, weight_decay: bool, validates: bool
 ) -> GaussNewtonResult:
-    """The result to go on from."""
+    """The result from which the fit starts."""
     names = (["start"] if weight_decay else []) + (["last", "best"] if validates else [])
     if resume_from is None:
         return GaussNewtonResult((), damping, 0, "running", (), _kept(dict.fromkeys(names, theta), names))
@@ -247,8 +251,8 @@ def _started(
     held = {name: len(values) for name, values in resume_from.parameters.items()}
     if held != dict.fromkeys(names, len(theta)):
         raise ValueError(
-            "`resume_from` should come from a call with the same `model`, `weight_decay` and `validation`: it holds "
-            f"{dict.fromkeys(names, len(theta))} parameters then, but this one holds {held}"
+            "`resume_from` should come from a call with the same `model`, `weight_decay` and `validation`: these need "
+            f"the numbers of parameters {dict.fromkeys(names, len(theta))}, but this result holds {held}"
         )
     return resume_from
 
@@ -258,7 +262,7 @@ def _kept(values: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str,
 
 
 def _restored(result: GaussNewtonResult, name: str, theta: torch.Tensor) -> torch.Tensor:
-    """θ of this name, or of the model if the result has none."""
+    """The θ that the result holds under this name, or else the θ of the model."""
     return theta.new_tensor(result.parameters[name]) if name in result.parameters else theta
 
 
@@ -266,7 +270,7 @@ def _warn_of_few(fitted: int, numbers: int) -> None:
     if fitted < 2 * numbers:
         warnings.warn(
             f"`data` give {fitted} residuals or labels for {numbers} trained numbers: with less than 2 for each, "
-            "points are fitted by heart. Take more, or fresh ones in every iteration (a function of its number), "
+            "points are fitted by heart. Use more points, fresh points in every iteration (a function of its number), "
             "fewer trained numbers, `validation` or `weight_decay`",
             stacklevel=3,
         )
@@ -278,4 +282,4 @@ def _check_callable(argument: str, function: Any, of: str) -> None:
     except TypeError:
         raise TypeError(f"`{argument}` should be a function of {of} but the value passed is {function!r}") from None
     except ValueError:
-        pass  # it does not tell what it takes, as some builtins
+        pass  # some builtins have no signature

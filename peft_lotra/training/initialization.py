@@ -31,29 +31,29 @@ def initialize_lotra_weights(
 
     >>> initialize_lotra_weights(model, lambda: mse_loss(model(x), y).backward())
 
-    The gradient is that of the model as it is, other active adapters included, by the coefficients of every layer that
-    has the adapter. Only its factors are written; everything else in the model is afterwards what it was before
-    (parameters, buffers, `.grad`, modes, random state), also if `train_step` raises. Gradients leave the accelerator
-    layer by layer as they are made: beside the step itself, host memory for one copy of the coefficients is needed.
+    ∂L/∂A is the gradient in the model as it is, with its other active adapters, for every layer that has the adapter.
+    Only the factors of this adapter are written. Everything else in the model (parameters, buffers, `.grad`, modes,
+    random state) is afterwards as it was before, also if `train_step` raises. Each layer's gradient leaves the
+    accelerator as soon as it is complete. The host needs memory for one copy of the coefficients.
 
-    Call it before the model is wrapped for distributed training. Then each process runs `train_step` on its own data,
-    the gradients are averaged, and all factors end the same in all processes, to the bit: those that the gradient does
-    not set are the first process's, whatever the random seeds were.
+    Call this before the model is wrapped for distributed training. Each process then runs `train_step` on its own
+    data, and the gradients are averaged. Afterwards all factors are the same in all processes, to the bit. Factors
+    that the gradient does not set are those of the first process, whatever the random seeds were.
 
     Args:
         model: an adapted model, from `get_peft_model`.
-        train_step: a function without arguments that computes losses on the new task and calls `backward()` on each;
-            gradients add up. It makes no optimizer step.
+        train_step: a function without arguments that computes losses on the new task and calls `backward()` on each.
+            Gradients add up. The function must not make an optimizer step.
         adapter_name: an adapter that has not been trained (G = 0).
-        method: "gradient" sets U2; "gradient_hosvd" sets every factor, each from the unfolding along its mode. Whole
-            modes have none, and the tasks' factor (`family_rank`) stays as drawn.
-        progressbar: whether to show the decompositions' progress.
+        method: "gradient" sets U2. "gradient_hosvd" sets every factor, each from the unfolding along its mode; the
+            factor of the tasks (`family_rank`) stays as drawn.
+        progressbar: whether to show the progress of the decompositions.
 
-    Directions that the gradient does not have (its unfolding has fewer than r2) are random, orthonormal to the others.
+    If an unfolding has fewer singular vectors than the rank, the other columns are random and orthonormal to them.
 
     Raises:
         TypeError: if `model` is not a torch.nn.Module, or `train_step` is not a function without arguments.
-        ValueError: if there is no such adapter or method; if `train_step` returns a loss in place of calling
+        ValueError: if there is no such adapter or method; if `train_step` returns a loss instead of calling
             `backward()`; if there is no gradient, or it is zero or not finite; or if the adapter has been trained or
             merged already. No factor is changed then.
 
@@ -88,7 +88,7 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoTRALayer]:
     layers = adapted_tensors(model, adapter_name)
     if not layers:
         adapters = sorted({key for layer in adapted_tensors(model).values() for key in layer.lotra_core})
-        raise ValueError(f"`adapter_name`={adapter_name!r}: the model has the LoTRA adapters {adapters}")
+        raise ValueError(f"`adapter_name` {adapter_name!r} is not one of the model's LoTRA adapters, {adapters}")
     for name, layer in layers.items():
         instead = "initialise the adapter before the model is sharded; all processes then have the same factors"
         check_not_sharded(layer, f"the layer {name}", instead)
@@ -105,7 +105,7 @@ def _layers(model: nn.Module, adapter_name: str) -> dict[str, LoTRALayer]:
 def _gradients(
     model: nn.Module, layers: dict[str, LoTRALayer], adapter_name: str, train_step: Callable[[], object]
 ) -> dict[str, torch.Tensor | None]:
-    """∂L/∂A by layer, shape (n, m, n_d, ...), from one call of `train_step`; None where none arrived."""
+    """∂L/∂A by layer, shape (n, m, n_d, ...), from one call of `train_step`; None for a layer without a gradient."""
     gradients: dict[str, torch.Tensor | None] = dict.fromkeys(layers)
 
     def collect(name: str, layer: LoTRALayer) -> Callable[[torch.Tensor], None]:
@@ -127,7 +127,7 @@ def _gradients(
             coefficients.register_post_accumulate_grad_hook(collect(name, layer))
             stack.enter_context(replaced(base, layer.spec, coefficients))
             stack.callback(setattr, layer, "_disable_adapters", layer.disable_adapters)
-            layer._disable_adapters = True  # what is active is in `coefficients` already
+            layer._disable_adapters = True  # `coefficients` have the active updates already
         with torch.enable_grad():
             returned: Any = train_step()
     if (
@@ -136,7 +136,7 @@ def _gradients(
         and not any(g is not None for g in gradients.values())
     ):
         raise ValueError(
-            "`train_step` returned a loss, and no gradient arrived: it should call `backward()` on the loss itself, "
+            "`train_step` returned a loss, and no gradient arrived: it should call `backward()` on the loss, "
             "as in `lambda: loss_of(model, batch).backward()`"
         )
     return gradients
@@ -148,7 +148,7 @@ def _check_train_step(train_step: Any) -> None:
         raise TypeError(f"`train_step` should be {way_out} but the value passed is {train_step!r}")
     try:
         parameters = signature(train_step)
-    except ValueError:  # it does not tell, as some builtins
+    except ValueError:  # some builtins have no signature
         return
     try:
         parameters.bind()
@@ -161,7 +161,7 @@ def _check_train_step(train_step: Any) -> None:
 def _averaged(gradient: torch.Tensor | None, layer: LoTRALayer) -> torch.Tensor:
     """The mean over all processes, on the layer's device."""
     reference = layer.lotra_core[next(iter(layer.lotra_core))]
-    if gradient is None:  # takes part in the average all the same: other processes wait for it
+    if gradient is None:  # other processes wait for this one in `all_reduce`
         gradient = torch.zeros(layer.spec.layout.canonical_shape)
     gradient = gradient.to(reference.device)
     if _is_distributed():
@@ -171,7 +171,7 @@ def _averaged(gradient: torch.Tensor | None, layer: LoTRALayer) -> torch.Tensor:
 
 
 def _shared(tensor: torch.Tensor) -> torch.Tensor:
-    """The first process's, in all processes."""
+    """The first process's tensor, in all processes."""
     tensor = tensor.contiguous()
     if _is_distributed():
         dist.broadcast(tensor, src=0)
@@ -195,8 +195,8 @@ def _check_gradient(gradient: torch.Tensor, name: str) -> None:
 def _leading_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     """The left singular vectors of the largest `rank` singular values, completed to orthonormal columns.
 
-    By subspace iteration, whose cost is some products of the matrix with `rank` + 8 vectors: a full decomposition
-    would cost more than many training steps.
+    Subspace iteration takes a few products of the matrix with `rank` + 8 vectors. A full decomposition would cost
+    more than many training steps.
     """
     width = min(rank + 8, *matrix.shape)
     vectors, values, _ = torch.svd_lowrank(matrix, q=width, niter=8)

@@ -11,12 +11,12 @@ from .choice import damped_system
 from .damped_system import Prior
 from .problem import Evaluation, Problem
 
-# Bounds of the damping: with more the step is nothing, with less the fp64 factorisation fails.
+# Bounds of λ. Above them the step is negligible, below them the fp64 factorisation fails.
 _LEAST_DAMPING, _MOST_DAMPING = 1e-14, 1e10
 
 
 class DampingRule(NamedTuple):
-    """How λ changes, when no step is tried any more, the c of the prior, and the α of θ + αδ."""
+    """How λ changes, the gradient at which θ stays, the c of the prior, and the α of θ + αδ."""
 
     increase: float = 5.0
     decrease: float = 4.0
@@ -26,14 +26,14 @@ class DampingRule(NamedTuple):
 
 
 class Iteration(NamedTuple):
-    """What an iteration found.
+    """The result of one iteration.
 
     Attributes:
-        theta: θ + αδ, or θ if there is a reason.
+        theta: θ + αδ, or the old θ if there is a `reason`.
         damping: λ for the next iteration.
-        before, loss: the loss at θ and at `theta`, prior included, on the batch of the iteration.
-        evaluation: of `theta`.
-        reason: why θ stays: "gradient" or "damping"; None if it does not.
+        before, loss: the loss at the old θ and at `theta`, with the prior, on the batch of the iteration.
+        evaluation: the Evaluation of `theta`.
+        reason: why θ stays: "gradient" or "damping". None if θ has changed.
     """
 
     theta: torch.Tensor
@@ -59,12 +59,12 @@ def iterate(
     start: torch.Tensor,
     first: bool,
 ) -> Iteration:
-    """θ ← θ + αδ with the first λ whose δ reduces the loss on the batch. Writes nothing.
+    """θ + αδ with the first λ whose δ reduces the loss on the batch. The model is not changed.
 
     Args:
-        evaluation: of θ on the batch.
+        evaluation: the Evaluation of θ on the batch.
         start: θ₀ of the prior.
-        first: whether to check what later iterations have in common with the first.
+        first: whether to make the checks that one iteration makes for all.
 
     Raises:
         ValueError: naming `residual_fn` or `loss`.
@@ -75,16 +75,16 @@ def iterate(
     norm = None if problem.is_least_squares and not decay else abs(before) ** 0.5
     system = damped_system(problem, theta, batch, evaluation, prior, norm)
     if not math.isfinite(system.scale):
-        raise ValueError("`residual_fn` has derivatives that are not finite, with the parameters that `model` has now")
+        raise ValueError("`residual_fn` has derivatives that are not finite at the present parameters of `model`")
     if first and not system.scale and not decay and system.gradient.any():
         raise ValueError(
-            "`loss` has no curvature at any sample, so that there is no second-order step: give it one, or "
-            "`weight_decay`"
+            "`loss` has no curvature at any sample, so there is no second-order step: use a loss with curvature, or "
+            "give `weight_decay`"
         )
     if first and not system.scale and not system.gradient.any():
         raise ValueError(
-            "`residual_fn` does not depend on the trainable parameters of `model`: every derivative is zero; "
-            "does it call `net`, and is the trainable adapter active, enabled and not merged?"
+            "`residual_fn` does not depend on the trainable parameters of `model`: every derivative is zero. "
+            "Does it call `net`? Is the trainable adapter active, enabled and not merged?"
         )
     if system.cosine <= rule.gradient_tolerance:
         return Iteration(theta, damping, before, before, evaluation, "gradient")

@@ -17,7 +17,7 @@ from ..tensors.tucker import orthonormal as orthonormal_factors
 
 Multipliers = Mapping[str, float]
 
-# η/lr of each component in a layer with n inputs, m outputs and n_d basis functions; 1 if not named.
+# η/lr of each component in a layer with n inputs, m outputs, n_d basis functions and K positions; 1 if not named.
 _RULES: dict[str, Callable[[int, int, int, int], dict[str, float]]] = {
     "LR-1": lambda n, m, n_d, K: {"U1": 1 / n, "U3": 1 / n_d, "U4": 1 / K},
     "LR-2": lambda n, m, n_d, K: {"U1": 1 / n},
@@ -40,21 +40,22 @@ def create_lotra_optimizer(
 ) -> torch.optim.Optimizer:
     """`optimizer_cls` over all trainable parameters, with the learning rates of `lotra_parameter_groups`.
 
-    With `orthonormal`, each step ends with U_k ← Q_k, G ← G ×_k R_k for every factor U_k = Q_k R_k. The update is the
-    same, but entrywise steps like Adam's then meet factors of constant size. Ours.
+    With `orthonormal`, each step ends with U_k ← Q_k, G ← G ×_k R_k for every factor U_k = Q_k R_k. This leaves the
+    update as it is. Entrywise steps such as Adam's then act on factors of constant size. Ours.
 
     Args:
         model: an adapted model.
-        optimizer_cls: any of torch's optimizers, or one of that form. Of those tried, SOAP of the package
-            pytorch_optimizer (Adam in the eigenbases of each factor's gradients) ended lowest, at 0.28 to 0.5 × Adam's
-            error on three PDEs (examples/method_comparison). 1e-2 is a rate to begin with for both.
-        lr, lr_rule, weight_decay: see `lotra_parameter_groups`.
-        orthonormal: whether to keep the columns of the factors orthonormal; for Adam, not for SOAP, whose averages are
-            of the factors as they were.
-        kwargs: for the optimizer.
+        optimizer_cls: any of torch's optimizers, or one with the same interface. SOAP from the package
+            pytorch_optimizer (Adam in the eigenbases of each factor's gradients) was the best of those tried: it
+            reached 0.28 to 0.5 × Adam's error on three PDEs (examples/method_comparison). Start with a rate of 1e-2
+            for both.
+        lr, lr_rule, weight_decay: as for `lotra_parameter_groups`.
+        orthonormal: whether to keep the columns of the factors orthonormal. Use it with Adam, but not with SOAP, whose
+            averages belong to the factors before they are changed.
+        kwargs: further arguments of the optimizer.
 
     Raises:
-        ValueError: see `lotra_parameter_groups`; also with `orthonormal` for a sharded model, here or in a step.
+        ValueError: as `lotra_parameter_groups`. With `orthonormal`, also if the model is sharded, now or in a step.
     """
     groups = lotra_parameter_groups(model, lr=lr, lr_rule=lr_rule, weight_decay=weight_decay)
     optimizer = optimizer_cls(groups, **kwargs)
@@ -88,8 +89,8 @@ def lotra_parameter_groups(
 
     Args:
         model: an adapted model.
-        lr: rate of the core, and of what is trained beside adapters (`modules_to_save`, biases).
-        lr_rule: multipliers of a layer with n inputs, m outputs, n_d basis functions and K kernel positions:
+        lr: the rate of the core, and of tensors that are trained beside adapters (`modules_to_save`, biases).
+        lr_rule: the multipliers in a layer with n inputs, m outputs, n_d basis functions and K kernel positions:
 
             | rule | core | U1 | U2 | U3 | U4 |
             |---|---|---|---|---|---|
@@ -99,18 +100,18 @@ def lotra_parameter_groups(
             | "LR-4" | 1 | 1 | 1 | 1 | 1 |
             | "adam" | 1 | 1/n | 1/√m | 1/n_d | 1/K |
 
-            and 1 for U5 of `family_rank`, of which a sample sees one row; or a mapping of "core", "U1", "U2", "U3",
-            "U4", "U5" to multipliers for every layer, 1 where none is given. One rate for all (LR-4) was best in
-            layers of up to 256 inputs; in wider ones it has to be lowered with the width, which the rates of LR-2 need
-            not (examples/learning_rates.py).
-        weight_decay: for all groups; None leaves the optimizer's own default.
+            The multiplier of U5 (`family_rank`) is 1. The rule may also be a mapping from some of "core", "U1", "U2",
+            "U3", "U4", "U5" to multipliers for every layer; the others are then 1. LR-4, one rate for all, was best in
+            layers of up to 256 inputs. In wider layers its rate has to fall with the width, and that of LR-2 does not
+            (examples/learning_rates.py).
+        weight_decay: the weight decay of all groups. None leaves the optimizer's default.
 
     Raises:
-        TypeError: if `model` is none.
-        ValueError: if nothing of an adapter is trainable, or an argument is not as described.
+        TypeError: if `model` is not a torch.nn.Module.
+        ValueError: if no adapter is trainable, or an argument is not as described.
 
-    Source: LR-1 is Theorem 2, for gradient descent; LR-4 the source's baseline; the others are ours ("adam": the same
-    argument where every entry moves by about ±η).
+    Source: LR-1 is Theorem 2, for gradient descent. LR-4 is the source's baseline. The others are ours; "adam" is the
+    same argument for steps that move every entry by about ±η.
     """
     check_model(model=model)
     if not isinstance(lr, Real | torch.Tensor) or not 0 < lr:

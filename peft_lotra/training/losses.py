@@ -1,4 +1,4 @@
-"""Losses that are convex in a model's outputs: values, gradients and factors of Hessians, by sample and in fp64."""
+"""Losses that are convex in a model's outputs: values, gradients and factors of Hessians of each sample, in fp64."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.nn.functional as F
 
-# The label of a token that does not count, as torch's cross_entropy has it.
+# The label of a token that does not count, as in torch's cross_entropy.
 IGNORED = -100
-# Second derivatives below it are set to it: it is nothing in H, and keeps r = L⁻¹g finite where H vanishes.
+# Second derivatives below this are raised to it. H changes negligibly, and r = L⁻¹g stays finite where H vanishes.
 _LEAST_CURVATURE = 1e-30
 
 
@@ -19,7 +19,7 @@ _LEAST_CURVATURE = 1e-30
 class OutputLoss(Protocol):
     """ℓ(o, y) of each sample, convex in its outputs o: H = ∂²ℓ/∂o² = L Lᵀ.
 
-    `outputs` come in fp64 as `residual_fn` gives them, shape (N,) or (N, ..., k), and `targets` as it gives them.
+    `outputs` are those of `residual_fn` in fp64, shape (N,) or (N, ..., k). `targets` are as `residual_fn` gives them.
 
     ```python
     class SquaredError:
@@ -33,8 +33,8 @@ class OutputLoss(Protocol):
             return 2**0.5 * torch.eye(outputs.shape[1]).double().expand(len(outputs), -1, -1)
     ```
 
-    H is block-diagonal over the axes in the dots: one block of k × k for each token, say. The gradient does not have
-    to be in the range of L: where ℓ is linear, L = 0.
+    H is block-diagonal over the axes in the dots: it has one block of k × k for each token, for example. The gradient
+    need not be in the range of L. Where ℓ is linear, L = 0.
     """
 
     def value(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor: ...
@@ -45,10 +45,10 @@ class OutputLoss(Protocol):
 
 
 class ConvexLoss(ABC):
-    """What the fit needs of a loss: ℓ, L, and r with ∂ℓ/∂o = L r, which makes it a problem of least squares."""
+    """The parts of a loss that the fit needs: ℓ, L, and r with ∂ℓ/∂o = L r, which make it a least-squares problem."""
 
     def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
-        """What is wrong with the outputs or the targets, if something is."""
+        """What is wrong with the outputs or the targets; None if they fit."""
         if not isinstance(targets, torch.Tensor) or targets.shape != outputs.shape:
             return f"targets of the outputs' shape, {tuple(outputs.shape)}, but they are {described(targets)}"
         return None
@@ -75,7 +75,7 @@ class ConvexLoss(ABC):
 
 
 class _OfEachOutput(ConvexLoss):
-    """ℓ = Σ_i ℓ_i(o_i, y_i), whose H is diagonal: as many blocks of 1 × 1."""
+    """ℓ = Σ_i ℓ_i(o_i, y_i). Its H is diagonal, so it has blocks of 1 × 1."""
 
     @abstractmethod
     def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ class _OfEachOutput(ConvexLoss):
 
 
 class Poisson(_OfEachOutput):
-    """exp(o) − y·o: counts y of rate exp(o)."""
+    """ℓ = exp(o) − y·o, for counts y of rate exp(o)."""
 
     def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
         wrong = super().check(outputs, targets)
@@ -115,7 +115,7 @@ class Poisson(_OfEachOutput):
 
 
 class Bernoulli(_OfEachOutput):
-    """log(1 + exp(o)) − y·o: y of probability 1/(1 + exp(−o))."""
+    """ℓ = log(1 + exp(o)) − y·o, for y of 0 or 1 with the probability 1/(1 + exp(−o)) of 1, or between."""
 
     def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
         wrong = super().check(outputs, targets)
@@ -131,7 +131,7 @@ class Bernoulli(_OfEachOutput):
 
 
 class CrossEntropy(ConvexLoss):
-    """−Σ_c y_c log p_c, p = softmax(o), for the C classes on the last axis; the sum of these over other axes.
+    """ℓ = −Σ_c y_c log p_c with p = softmax(o), over the C classes on the last axis, summed over the other axes.
 
     H = s(diag(p) − ppᵀ) = L Lᵀ with s = Σ_c y_c and L = √s(diag(√p) − p√pᵀ), and r = (sp − y)/√(sp).
     """
@@ -178,17 +178,17 @@ class CrossEntropy(ConvexLoss):
         return (total * p - y) / scale
 
     def counted(self, outputs: torch.Tensor, targets: torch.Tensor) -> int:
-        """Labels that are not ignored, as torch's mean counts."""
+        """How many labels are not ignored, as in torch's mean."""
         soft = targets.is_floating_point()
         return targets[..., 0].numel() if soft else int((targets != IGNORED).sum())
 
     def fitted(self, outputs: torch.Tensor, targets: torch.Tensor, residual: torch.Tensor) -> int:
-        """The labels, one for each that counts: P numbers separate about 2P (Cover, 1965, for two classes)."""
+        """How many labels count. P numbers separate about 2P labels (Cover, 1965, for two classes)."""
         return self.counted(outputs, targets)
 
 
 class Given(ConvexLoss):
-    """A loss of the caller's, whose gradient is a further term of the system: r = 0."""
+    """An OutputLoss that the caller gives. Here r = 0, and the gradient is a further term of the system."""
 
     def __init__(self, loss: OutputLoss) -> None:
         self.loss = loss
@@ -200,7 +200,7 @@ class Given(ConvexLoss):
         return self._answer("value", outputs, targets, (len(outputs),))
 
     def gradient(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
-        """∂ℓ/∂o. shape: that of the outputs"""
+        """∂ℓ/∂o, in the shape of the outputs."""
         return self._answer("gradient", outputs, targets, tuple(outputs.shape))
 
     def factor(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
@@ -235,7 +235,7 @@ def checked_losses(loss: Any, names: list[str]) -> dict[str, ConvexLoss | None]:
     """The loss of every kind of residuals; None for least squares.
 
     Raises:
-        ValueError, TypeError: if it is none.
+        ValueError, TypeError: if `loss` is not a loss, or has other keys than `names`.
     """
     if isinstance(loss, Mapping) and set(loss) != set(names):
         wanted = "be one loss, as `residual_fn` is one function" if names == [""] else f"have the keys {sorted(names)}"
@@ -257,7 +257,7 @@ def _checked(loss: Any) -> ConvexLoss | None:
 
 
 def described(value: Any) -> str:
-    """What a value is, for an error."""
+    """A description of a value, for an error."""
     if isinstance(value, torch.Tensor):
         return f"of shape {tuple(value.shape)} and {value.dtype}"
     return f"a {type(value).__qualname__}"

@@ -1,4 +1,4 @@
-"""A symmetric matrix by its lower triangle: half of the memory, and a little more than half of the time."""
+"""A symmetric matrix held as its lower triangle, in half of the memory and little more than half of the time."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
-# Rows of a block: with fewer, matrix products are slow; with more, more of the upper triangle is computed.
+# Rows of a block. With fewer, matrix products are slow. With more, more of the upper triangle is computed.
 _ROWS = 256
 
 
 class LowerTriangle:
-    """M, shape (n, n), in `blocks` of rows: the columns up to the diagonal, and what else is in its square.
+    """M, shape (n, n), in `blocks` of rows. A block holds the columns up to the end of its square on the diagonal.
 
     Args:
         size: n. M is zero at first.
@@ -24,7 +24,7 @@ class LowerTriangle:
 
     @staticmethod
     def numbers(size: int) -> int:
-        """How many numbers are held."""
+        """How many numbers the blocks of an n × n matrix hold, n = `size`."""
         return sum((min(start + _ROWS, size) - start) * min(start + _ROWS, size) for start in range(0, size, _ROWS))
 
     def _ranges(self) -> Iterator[range]:
@@ -45,7 +45,7 @@ class LowerTriangle:
             part.diagonal(rows.start).add_(shift[rows.start : rows.stop] if isinstance(shift, torch.Tensor) else shift)
 
     def factor(self, shift: torch.Tensor) -> LowerTriangle | None:
-        """L with LLᵀ = M + diag(shift); None where this is not positive definite in floating point."""
+        """L with LLᵀ = M + diag(shift); None if that sum is not positive definite in floating point."""
         found = LowerTriangle(0, shift)
         found.size = self.size
         for rows, part in zip(self._ranges(), self.blocks, strict=True):
@@ -67,7 +67,7 @@ class LowerTriangle:
         return found
 
     def solved(self, right: torch.Tensor) -> torch.Tensor:
-        """(LLᵀ)⁻¹ b, where this is L. shape: (n,)"""
+        """(LLᵀ)⁻¹ b, where L is this matrix. shape: (n,)"""
         x = right.unsqueeze(1).clone()
         for rows, part in zip(self._ranges(), self.blocks, strict=True):
             above, here = x[: rows.start], x[rows.start : rows.stop]

@@ -1,4 +1,4 @@
-"""How much memory a computation takes for each sample, and so how many samples it may take at a time."""
+"""Measures how much memory a computation takes for each sample, to find how many samples it may take at a time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What a chunk of samples may take, within a quarter of `max_memory`: more of it saves no time.
+# The bytes that a chunk of samples may take, if a quarter of `max_memory` is not less. More of them save no time.
 _CHUNK_BYTES = 2**28
 # Numbers of samples at which memory is measured.
 _FEW, _MORE = 16, 64
 
 
 class LiveBytes(TorchDispatchMode):
-    """While this is entered: `peak` is the most bytes of tensors from operations that are alive at one time."""
+    """While this is entered, `peak` is the most bytes that tensors made by operations have occupied at one time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,10 +51,10 @@ def _has_storage(leaf: Any) -> bool:
 
 
 class Chunks:
-    """How many samples of each computation are taken at a time, found out once for each.
+    """How many samples each computation takes at a time, measured once for each computation.
 
     Args:
-        max_memory: what the whole fit may take, in bytes.
+        max_memory: the bytes that the whole fit may take.
     """
 
     def __init__(self, max_memory: int) -> None:
@@ -63,16 +63,16 @@ class Chunks:
 
     @property
     def bytes(self) -> int:
-        """What the largest chunk may take, which is more than `budget` where a single sample does."""
+        """The bytes that the largest chunk may take: more than `budget` if a single sample takes more."""
         return max(self.budget, self.of_one)
 
     @property
     def of_one(self) -> int:
-        """What a chunk of one sample takes."""
+        """The bytes that a chunk of one sample takes."""
         return max((taken for _, taken in self._found.values()), default=0)
 
     def rows(self, key: str, size: int, run: Callable[[int], object]) -> int:
-        """At least 1; `run(n)` does the computation for n of the `size` samples that there are."""
+        """How many of the `size` samples to take at a time, at least 1. `run(n)` does the computation for n."""
         if key not in self._found:
             few, more = (self._measured(run, min(n, size)) for n in (_FEW, _MORE))
             each = max(1, (more - few) // (_MORE - _FEW)) if size >= _MORE else max(1, more // size)

@@ -1,4 +1,4 @@
-"""Gauss–Newton as an optimizer: one iteration of `fit_gauss_newton` at a time, for loops of one's own."""
+"""Gauss–Newton as an optimizer for your own loop: each step is one iteration of `fit_gauss_newton`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .problem import Problem
 
 
 class GaussNewton(torch.optim.Optimizer):
-    """θ ← θ + αδ with (JᵀJ + λD) δ = −Jᵀr on a batch: an iteration of `fit_gauss_newton`, whose arguments these are.
+    """θ ← θ + αδ with (JᵀJ + λD) δ = −Jᵀr on a batch: one iteration of `fit_gauss_newton`, with the same arguments.
 
     ```python
     optimizer = GaussNewton(model, lambda net, batch: (net(batch["x"]), batch["y"]), loss="cross_entropy")
@@ -23,22 +23,22 @@ class GaussNewton(torch.optim.Optimizer):
         loss = optimizer.step(batch)
     ```
 
-    There is no closure and no `backward()`: J has a row for every sample, so that the optimizer calls the model
-    itself, on each sample of the batch. θ are the parameters that require gradients when the optimizer is made.
-    Batches should give at least twice as many residuals as there are trained numbers: with fewer, δ fits each batch
-    by heart, and a rate that falls (a scheduler of torch) has to average what they learn.
+    There is no closure and no `backward()`. J has a row for every sample, so the optimizer calls the model itself, on
+    each sample of the batch. θ are the parameters that require gradients when the optimizer is made. A batch should
+    give at least twice as many residuals as there are trained numbers. With fewer, δ fits each batch by heart, and the
+    rate has to fall, by one of torch's schedulers, to average over batches.
 
-    `param_groups[0]` has "lr", which is α, and "damping", which is λ of the next step. Both and θ₀ of the prior are in
-    `state_dict()`: with it and the model's a fit goes on bit for bit. accelerate and the Trainer of transformers take
-    it as they take any optimizer of torch; `examples/gauss_newton_trainer.py` has the Trainer.
+    `param_groups[0]` has "lr", which is α, and "damping", which is λ of the next step. Both are in `state_dict()`, and
+    so is θ₀ of the prior. With it and the model's state dict, a fit goes on bit for bit. accelerate and transformers'
+    Trainer take this optimizer like any other; `examples/gauss_newton_trainer.py` shows the Trainer.
 
     Args:
         model, residual_fn, loss, weight_decay, damping, damping_increase, damping_decrease, max_memory,
-        across_processes: as for `fit_gauss_newton`. A batch is what it calls data.
-        lr: α, at most 1, which is the Gauss–Newton step.
+        across_processes: as for `fit_gauss_newton`, which calls a batch `data`.
+        lr: α in (0, 1]; 1 is the full Gauss–Newton step.
 
     Raises:
-        ValueError, TypeError: as `fit_gauss_newton`.
+        ValueError, TypeError: as for `fit_gauss_newton`.
 
     Source: ours; see `fit_gauss_newton`.
     """
@@ -72,25 +72,25 @@ class GaussNewton(torch.optim.Optimizer):
                 self.state[parameter]["start"] = parameter.detach().clone()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Takes the one group of the constructor; a further one raises ValueError."""
+        """Take the one group of the constructor. A second group raises ValueError."""
         if self.param_groups:
             raise ValueError(
                 "GaussNewton has one group of parameters, all of `model` that require gradients: set "
-                "`requires_grad` of what is to be fitted, and make the optimizer anew"
+                "`requires_grad` of the parameters to fit, and make a new optimizer"
             )
         super().add_param_group(param_group)
 
     def step(self, batch: Any) -> float:  # type: ignore[override]  # torch's takes a closure
-        """One iteration.
+        """Make one iteration on a batch.
 
         Args:
-            batch: what `residual_fn` takes, a row for every sample.
+            batch: the batch that `residual_fn` takes, with a row for every sample.
 
         Returns:
-            The loss before the step, prior included. If no λ gives a step that reduces it, the parameters stay.
+            The loss before the step, with the prior. If no λ gives a step that reduces it, the parameters stay.
 
         Raises:
-            ValueError, TypeError: before anything is changed, naming `residual_fn`, `loss` or `data`, the batch.
+            ValueError, TypeError: naming `residual_fn`, `loss` or `data` (the batch). Nothing is changed then.
         """
         problem, group = self._problem, self.param_groups[0]
         theta = problem.parameters()

@@ -1,4 +1,4 @@
-"""What a second-order fit minimises: the loss, and residuals and derivatives of its quadratic model."""
+"""The loss that a second-order fit minimises, and the residuals and derivatives of its quadratic model."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .processes import Processes
 
 
 class Evaluation(NamedTuple):
-    """The loss at θ, and what the linear system needs of it besides derivatives by θ.
+    """The loss at θ, and the numbers that the linear system needs besides derivatives by θ.
 
     Attributes:
-        loss: the sum over all kinds, of all processes.
-        residuals: r, shape (R,), of this process.
-        kinds: how many of them belong to each kind, in their order.
-        counts: by kind, how many samples its mean is taken over, of all processes.
-        fitted: how many numbers are to be fitted: residuals, labels, or outputs that have a target, of all processes.
+        loss: the sum over all kinds, in all processes.
+        residuals: r of this process, shape (R,).
+        kinds: how many of these residuals belong to each kind, in their order.
+        counts: over how many samples each kind's mean is taken, in all processes.
+        fitted: how many numbers are to be fitted, in all processes: residuals, labels, or outputs that have a target.
     """
 
     loss: float
@@ -40,12 +40,12 @@ class Evaluation(NamedTuple):
 
 
 class _OfKind(NamedTuple):
-    """What a kind gives before it is known over how many samples the means are taken.
+    """The values of one kind in this process, before they are divided by the number of all samples.
 
     Attributes:
         total: Σ w ℓ.
-        roots: r times the root of that number, shape (R,).
-        counted: the number in this process.
+        roots: r · √(number of all samples), shape (R,).
+        counted: the number of samples in this process.
         fitted: see `Evaluation`.
     """
 
@@ -58,13 +58,14 @@ class _OfKind(NamedTuple):
 class Problem:
     """Loss, r and R with RᵀR = H/2 and Rᵀr = g/2, for the generalised Gauss–Newton matrix H and the gradient g.
 
-    Of least squares r are the residuals and R is their Jacobian, both divided by √N. Under another loss there are rows
-    √(w/2M) LᵀJ for each sample, with its weight w, the Jacobian J of its outputs, L Lᵀ = ∂²ℓ/∂o², and M samples.
+    For least squares, r are the residuals and R is their Jacobian, both divided by √N. For another loss with M
+    samples, R has the rows √(w/2M) LᵀJ of each sample, with the sample's weight w, the Jacobian J of its outputs, and
+    L Lᵀ = ∂²ℓ/∂o².
 
     Args:
-        model, function, loss: those of `fit_gauss_newton`; `function` is its `residual_fn`.
-        max_memory: bytes that the fit may hold besides the model.
-        across_processes: that of `fit_gauss_newton`; with several processes, r and R are those of this one.
+        model, function, loss: as for `fit_gauss_newton`, where `function` is called `residual_fn`.
+        max_memory: the bytes that the fit may hold besides the model.
+        across_processes: as for `fit_gauss_newton`. With several processes, r and R are those of this process.
 
     Raises:
         ValueError, TypeError: if nothing can be fitted.
@@ -82,10 +83,10 @@ class Problem:
         if not self.trained:
             raise ValueError(
                 "`model` has no trainable parameters: call `set_adapter` on a PEFT model, load with "
-                "`is_trainable=True`, or set `requires_grad` of what is to be fitted"
+                "`is_trainable=True`, or set `requires_grad` of the parameters to fit"
             )
         _check_differentiable(model)
-        # pykan reads some of its parameters in plain lists, where `functional_call` does not put others.
+        # pykan reads some of its parameters from plain lists, in which `functional_call` replaces nothing.
         names = {p: name for name, p in self.trained.items()}
         self.listed = [
             (entries, index, names[entry])
@@ -136,7 +137,7 @@ class Problem:
         if self.several and not (isinstance(batch, Mapping) and set(batch) == set(self.functions)):
             raise ValueError(
                 f"`{argument}` should be a mapping with the keys of `residual_fn`, {sorted(self.functions)}, but it "
-                f"is {sorted(batch) if isinstance(batch, Mapping) else type(batch)}"
+                f"{f'has the keys {sorted(batch)}' if isinstance(batch, Mapping) else f'is a {type(batch).__name__}'}"
             )
         for name, function in self.functions.items():
             part = batch[name] if self.several else batch
@@ -160,7 +161,7 @@ class Problem:
         counts = {name: int(total) for name, total in zip(answers, totals, strict=True)}
         if not all(totals):
             name = next(name for name, count in counts.items() if not count)
-            raise ValueError(f"every label in `{argument}{at(name)}` is to be ignored: none is left to be fitted")
+            raise ValueError(f"every label in `{argument}{at(name)}` is ignored: give labels to fit")
         rows, kinds, total = [], [], 0.0
         for name, answer in answers.items():
             rows.append(answer.roots / math.sqrt(counts[name]))
@@ -187,7 +188,7 @@ class Problem:
         return found
 
     def _rows_at_a_time(self, kind: Kind, what: str, run: Callable[[Any], object]) -> int:
-        """How many samples of a kind; `run` does with a part of the batch what is to be done with all parts."""
+        """How many samples of a kind to take at a time. `run` does the computation for a part of the batch."""
 
         def measured(rows: int) -> None:
             run(tree_map(lambda leaf: leaf[:rows], kind.batch))
@@ -195,13 +196,13 @@ class Problem:
         return self.chunks.rows(f"{what} {kind.name}", kind.size, measured)
 
     def checked(self, theta: torch.Tensor, batch: Any, first: bool, argument: str = "data") -> Evaluation:
-        """`evaluate`, which must be finite; at `first`, also what single samples give, which must be the same."""
+        """`evaluate`, checked: the result is finite. If `first`, samples alone also give the same as in a batch."""
         try:
             found = self.evaluate(theta, batch, argument)
         except RuntimeError as error:
             if "does not require grad" not in str(error):
                 raise
-            raise ValueError("`residual_fn` should take derivatives of `net` by `torch.func`") from error
+            raise ValueError("`residual_fn` should take derivatives of `net` with `torch.func`") from error
         self.processes.agreed(self._check, found, theta, batch, first, argument)
         return found
 
@@ -215,8 +216,8 @@ class Problem:
         if not math.isfinite(found.loss):
             raise ValueError(f"the loss should be finite but it is {found.loss}, {now}")
         if first:
-            # Elsewhere, and not where a fresh adapter's core is zero: the residuals of a fitted model may be rounding
-            # errors, which differ.
+            # Not at θ itself: the residuals of a fitted model may be rounding errors, which differ, and the core of a
+            # fresh adapter is zero.
             net = self._net(self._named(1.1 * theta + 0.1 * theta.abs().mean()))
             for kind in self._kinds(batch, argument):
                 kind = kind._replace(batch=tree_map(lambda leaf: leaf[:4], kind.batch))
@@ -227,8 +228,8 @@ class Problem:
                     what = "residuals" if kind.loss is None else "outputs"
                     raise ValueError(
                         f"`residual_fn{at(kind.name)}` should compute the {what} of a sample from this sample alone, "
-                        f"but those of the first ones are {alone.flatten().tolist()}, and "
-                        f"{together.flatten().tolist()} together: a batch mean? dropout?"
+                        f"but the first samples give {alone.flatten().tolist()} one by one, and "
+                        f"{together.flatten().tolist()} together: is there a batch mean, or dropout?"
                     )
 
     def rows(self, theta: torch.Tensor, batch: Any, counts: dict[str, int]) -> Iterator[torch.Tensor]:
@@ -252,7 +253,7 @@ class Problem:
 
         with torch.no_grad():
             count = of_sample(parameters, tree_map(lambda leaf: leaf[0], kind.batch)).numel()
-        # One residual is the common case, and a gradient is cheaper than a Jacobian of one row.
+        # For one residual, a gradient is cheaper than a Jacobian of one row.
         rows_of = grad(lambda *args: of_sample(*args).sum()) if count == 1 else jacrev(of_sample)
 
         def of_chunk(chunk: Any) -> torch.Tensor:
@@ -265,7 +266,7 @@ class Problem:
     def _times_factors(
         self, kind: Kind, loss: ConvexLoss, parameters: dict[str, torch.Tensor], count: int
     ) -> Iterator[torch.Tensor]:
-        """A reverse pass for each column of L, none for J itself."""
+        """√(w/2M) LᵀJ, by a reverse pass for each column of L; J itself is not formed."""
 
         def of_sample(sample: Any, factor: torch.Tensor) -> dict[str, torch.Tensor]:
             outputs, pull_back = vjp(lambda p: self._of_sample(kind, p, sample), parameters)[:2]
@@ -283,12 +284,12 @@ class Problem:
         return self._by_chunks(kind, of_chunk)
 
     def _by_chunks(self, kind: Kind, of_chunk: Callable[[Any], torch.Tensor]) -> Iterator[torch.Tensor]:
-        """What solves the system takes a block in fp64: that is measured too."""
+        """`of_chunk` of every chunk. The solver copies each block to fp64, and this copy is measured, too."""
         rows = self._rows_at_a_time(kind, "rows", lambda part: of_chunk(part).to(torch.float64, copy=True))
         return (of_chunk(part) for part, _ in kind.chunks(rows))
 
     def product(self, theta: torch.Tensor, batch: Any, counts: dict[str, int], vector: torch.Tensor) -> torch.Tensor:
-        """RᵀR v without R, a forward and a reverse pass; in fp64, with the rows of this process. shapes: (P,)"""
+        """RᵀR v by a forward and a reverse pass, without R, in fp64, with the rows of this process. shapes: (P,)"""
         parameters, tangents = self._named(theta), self._named(vector.to(theta))
         total = torch.zeros_like(vector, dtype=torch.float64)
         for kind in self._kinds(batch):
@@ -322,7 +323,7 @@ class Problem:
         return answer.over_samples(factor).div(2 * count).sqrt() * factor
 
     def gradient(self, theta: torch.Tensor, batch: Any, counts: dict[str, int]) -> torch.Tensor | None:
-        """What Rᵀr lacks of g/2 in all processes: that of losses whose r is zero, in fp64. shape: (P,)"""
+        """The part of g/2 that Rᵀr lacks, because r is zero for some losses; of all processes, in fp64. shape: (P,)"""
         parameters, total = self._named(theta), None
         for kind in self._kinds(batch):
             if not isinstance(kind.loss, Given):
@@ -370,16 +371,16 @@ def _answered(kind: Kind, net: Callable[..., Any], part: Any) -> _OfKind:
 
 
 def _check_differentiable(model: nn.Module) -> None:
-    """Raise ValueError if a pass of the model writes to it, which torch.func does not differentiate."""
+    """Raise ValueError if a forward pass writes to the model's parameters, which torch.func does not differentiate."""
     for name, module in model.named_modules():
         active = isinstance(module, ParamWrapper) and set(module.active_adapters) & set(module.lora_A)
         if active and not module.disable_adapters and not module.merged:
             raise ValueError(
                 f"`model` has LoRA on the parameter {module.parameter_name!r} of the layer {name} "
-                "(`target_parameters`), which PEFT writes into the layer in every pass, and `torch.func` cannot "
-                "differentiate that: name the layer in `target_modules` if it is an nn.Linear, take "
-                "`LoTRAConfig(r=(None, r, None))`, which is LoRA of coefficients, or merge the adapter if it stays "
-                "as it is"
+                "(`target_parameters`). PEFT writes it into the layer in every pass, which `torch.func` cannot "
+                "differentiate: name the layer in `target_modules` if it is an nn.Linear, use "
+                "`LoTRAConfig(r=(None, r, None))`, which is LoRA of coefficients, or merge the adapter if it is not "
+                "to be trained"
             )
 
 

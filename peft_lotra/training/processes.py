@@ -1,4 +1,4 @@
-"""Several processes, each of which holds a part of the data, as one."""
+"""Lets several processes, each with a part of the data, make one fit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ _T = TypeVar("_T")
 
 
 class Processes:
-    """Sums over processes and decisions that are the same in all of them; with one process, all of it is nothing.
+    """Sums over processes, and decisions that are the same in all processes. With one process, nothing is sent.
 
     Args:
         across: the argument `across_processes` of `fit_gauss_newton`.
 
     Raises:
-        ValueError: if there are several processes and it is not said what they are to do.
+        ValueError: if there are several processes, and `across` is None.
+        TypeError: if `across` is not a bool.
     """
 
     def __init__(self, across: bool | None) -> None:
@@ -40,32 +41,32 @@ class Processes:
         self._handler: Any = None
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Σ of all processes, in place."""
+        """Σ over all processes, in place."""
         if self.several:
             distributed.all_reduce(tensor)
         return tensor
 
     def totals(self, numbers: Iterable[float]) -> list[float]:
-        """Σ of all processes for each number; whole numbers up to 2⁵³ are exact."""
+        """Σ over all processes, for each number. Whole numbers up to 2⁵³ are exact."""
         values = list(numbers)
         return self.sum(self._tensor(values)).tolist() if self.several else values
 
     def any(self, *conditions: bool) -> list[bool]:
-        """Of each, whether it holds in some process."""
+        """Whether each condition holds in some process."""
         return [total > 0 for total in self.totals(map(float, conditions))]
 
     def mean(self, number: float) -> float:
-        """Over the processes."""
+        """The mean over the processes."""
         return self.totals([number])[0] / self.count
 
     def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The first process's, in place: other machines may round differently."""
+        """The first process's tensor, written into `tensor`. Other machines may round differently."""
         if self.several:
             distributed.broadcast(tensor, src=0)
         return tensor
 
     def agreed(self, function: Callable[..., _T], *args: Any) -> _T:
-        """`function(*args)`, or an error in every process if it fails in one: none waits for another forever."""
+        """`function(*args)`. If it fails in one process, all raise, so that none waits for another forever."""
         if not self.several:
             return function(*args)
         try:
@@ -90,12 +91,12 @@ class Processes:
         first = self.of_first(mine.clone())
         if any(self.any(not torch.equal(mine, first))):
             raise ValueError(
-                "`model` should have the same parameters in all processes, but they differ: set one seed before it is "
-                "made, or load one state dict into all"
+                "`model` should have the same parameters in all processes, but they differ: set the same seed before "
+                "the model is made, or load the same state dict in all processes"
             )
 
     def called(self, callback: Callable[[Any], Any] | None, value: Any) -> bool:
-        """Whether the callback answers true in this process; with several, an interrupt in it is kept."""
+        """Whether the callback returns a true value here. With several processes, Ctrl-C in it sets `interrupted`."""
         if callback is None or not self.several:
             return callback is not None and bool(callback(value))
 
@@ -109,7 +110,7 @@ class Processes:
         return self.agreed(call)
 
     def keep_interrupts(self) -> None:
-        """Ctrl-C sets `interrupted`, until all processes can end together; a second one is not kept."""
+        """Let Ctrl-C set `interrupted`, so that all processes can end together. A second Ctrl-C raises at once."""
         if not self.several or threading.current_thread() is not threading.main_thread():
             return
 

@@ -14,7 +14,7 @@ from .problem import Problem
 
 
 class Validation:
-    """The loss on other data, or a metric of the model; less is better. Without both, nothing is measured.
+    """The loss on other data, or a metric of the model; lower is better. Without both, nothing is measured.
 
     Raises:
         ValueError, TypeError: if the arguments do not fit together.
@@ -22,14 +22,14 @@ class Validation:
 
     def __init__(self, data: Any, metric: Callable[[nn.Module], Any] | None, patience: int | None) -> None:
         if data is not None and metric is not None:
-            raise ValueError("`validation` and `validation_metric` are both given: one of them decides what is best")
+            raise ValueError("`validation` and `validation_metric` are both given: give only one of them")
         self.data, self.metric, self.patience = data, metric, patience
         self.given = data is not None or metric is not None
         if patience is not None and not self.given:
-            raise ValueError(f"`patience` is {patience!r}, but there is no `validation` to wait for: give some")
+            raise ValueError(f"`patience` is {patience!r}, but there is no `validation` to wait for: give it, too")
 
     def measured(self, problem: Problem, theta: torch.Tensor) -> tuple[float, ...]:
-        """What is measured at θ, as one number or none; a metric finds θ in the model."""
+        """The loss or metric at θ as a tuple of one number; () without validation. A metric finds θ in the model."""
         if self.metric is None:
             return (problem.evaluate(theta, self.data, "validation").loss,) if self.given else ()
         problem.write(theta)
@@ -41,7 +41,7 @@ class Validation:
         if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
             value = value.item()
         if not isinstance(value, Real):
-            raise TypeError(f"`validation_metric` should give one number, less being better, but it gave {value!r}")
+            raise TypeError(f"`validation_metric` should return one number (lower is better), but it gave {value!r}")
         return float(value)
 
     def at_start(self, problem: Problem, theta: torch.Tensor) -> tuple[float, ...]:
@@ -54,5 +54,5 @@ class Validation:
         return values
 
     def is_over(self, losses: Sequence[float]) -> bool:
-        """Whether the least value is `patience` iterations ago."""
+        """Whether the least value is at least `patience` iterations old."""
         return self.patience is not None and len(losses) - 1 - losses.index(min(losses)) >= self.patience
