@@ -15,6 +15,7 @@ for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
     sys.path.insert(0, str(folder))
 import drawings  # noqa: E402
 import lines  # noqa: E402
+import overview  # noqa: E402
 import perform  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -428,3 +429,25 @@ def test_pictures_of_made_results(tmp_path):
 def test_drawn_methods_are_methods(tmp_path):
     with pytest.raises(ValueError, match=r"`drawn` should be some of \['full', 'LoTRA'\] but has \['LoRA'\]"):
         experiments(tmp_path / "experiments", drawn=["LoRA"])
+
+
+def test_overview_of_the_readme(tmp_path, monkeypatch):
+    readme, picture = tmp_path / "README.md", tmp_path / "overview.png"
+    readme.write_text("# Title\n<!-- begin overview -->\nold\n<!-- end overview -->\n")
+    monkeypatch.setattr(sys, "argv", ["overview.py", "--readme", str(readme), "--picture", str(picture)])
+    assert overview.main() == 0
+    assert picture.stat().st_size > 10_000
+    found = overview.points(SUITE / "results")
+    assert {method for method, _ in found} == {
+        "LoTRA",
+        "LoRA",
+        "full fine-tuning",
+        "family, as it is",
+        "family, its core",
+    }
+    assert all(len(runs) == 3 for own in found.values() for runs in own.values())
+    text, own = readme.read_text(), (SUITE.parents[1] / "README.md").read_text()
+    assert "old" not in text
+    table = text[text.index("<!-- begin") : text.index("<!-- end")]
+    assert table.count("\n") == 2 + 3 + 1
+    assert table in own  # README.md has what results/ have
