@@ -217,7 +217,7 @@ def draw(runs: list[dict], args: argparse.Namespace) -> Figure:
     initialisation, a column per rule."""
     rows = list(itertools.product(args.optimizers, INITIALISATIONS))
     figure = Figure(figsize=(1 + 3.2 * len(args.rules), 1.2 + 2.7 * len(rows)), layout="constrained")
-    figure.suptitle(f"Loss after {args.steps} steps over the learning rate, by rule and width (large: the least loss)")
+    figure.suptitle(f"Loss after {args.steps} steps over the learning rate, by rule and width (large dots: the least)")
     panels = figure.subplots(len(rows), len(args.rules), sharex="row", sharey="row", squeeze=False)
     colours = colormaps["viridis"]([0.9 * k / max(1, len(args.widths) - 1) for k in range(len(args.widths))])
     for (optimizer, initialisation), row in zip(rows, panels, strict=True):
