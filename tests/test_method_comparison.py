@@ -13,12 +13,15 @@ import torch
 SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
 for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
     sys.path.insert(0, str(folder))
+import drawings  # noqa: E402
 import lines  # noqa: E402
+import overview  # noqa: E402
 import perform  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 from compared_methods import ranks_within  # noqa: E402
 from experiments import Run, experiment_names, load_experiments, missing_packages  # noqa: E402
+from rows import case_of  # noqa: E402
 
 # torch's own, as in pyproject.toml
 WARNINGS = ("-W", "error", "-W", "ignore:`torch.jit.script:DeprecationWarning")
@@ -31,7 +34,7 @@ EXPERIMENT = {
     "seeds": [0, 1],
     "tuning": {"seeds": [100], "steps": 2, "rates": [1e-3, 1e-2]},
     "methods": {"full": {"method": "full"}, "LoTRA": {"method": "lotra", "r": 2, "optimizer": "lm"}},
-    "pictures": ["courses", "ratios", "spectra"],
+    "pictures": ["courses", "finals", "ratios", "spectra"],
 }
 
 
@@ -391,3 +394,66 @@ def test_aims_compare_medians(tmp_path):
     assert seconds.endswith("| parabolic | 0.50 × (LM) | ≤ 1 × | yes |")
     assert steps.endswith("| parabolic | 1.50 × (Adam) | ≤ 1.2 × | **no** |")
     assert baseline.endswith("| pde_parabolic, LoRA | 1.50 × (Adam) | ≤ 1 × | **no** |")
+
+
+def test_pictures_of_made_results(tmp_path):
+    methods = {"full": {"method": "full"}}
+    methods |= {f"LoTRA 1/{k}": {"method": "lotra", "ratio": 1 / k, "lr": 1e-2} for k in (4, 10)}
+    methods |= {"slow": {"method": "lora_parameters", "ratio": 0.5, "lr": 1e-2}}
+    options = {"methods": methods, "cases": {"parabolic": {}, "other": {"parameter": 2.0}}}
+    (experiment,) = experiments(tmp_path / "experiments", "heat", **options)
+    finals = {
+        "full": [(10.0, 0.4, 0.2), (12.0, 0.4, 0.1)],
+        "LoTRA 1/4": [(10.0, 0.6, 0.4), (10.0, 0.6, 0.5)],
+        "LoTRA 1/10": [(20.0, 0.1, 0.01), (20.0, 0.2, None)],
+        "slow": [(90.0, 0.6, 0.5), (90.0, 0.6, 0.1)],
+    }
+    made_results(experiment, tmp_path / "results", finals)
+    found = lines.Results("heat", tmp_path / "results")
+    cases = [case_of(experiment, name, found) for name in experiment.cases]
+    courses = drawings.courses(cases)
+    assert [ax.get_title() for ax in courses.axes] == ["Heat equation", "other"]
+    full, *_, slow, zero = courses.axes[0].lines
+    assert [line.get_label() for line in (full, slow, zero)] == ["full", "slow", "zero-shot"]
+    assert full.get_xdata()[-1] == 11.0
+    assert full.get_ydata()[-1] == pytest.approx(0.15)
+    assert courses.axes[0].get_xscale() == "symlog"  # one method is much slower
+    ratios = drawings.ratios(cases).axes[0]
+    lotra, other, reference = ratios.lines
+    assert [line.get_label() for line in ratios.lines] == ["LoTRA", "slow", "full"]
+    assert len(lotra.get_xdata()) == 2
+    assert reference.get_ydata()[0] == pytest.approx(0.15)
+    experiment.drawn[:] = ["slow", "full"]
+    (ax, _) = drawings.finals(cases).axes
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["slow", "full"]
+    (ax, _) = drawings.courses(cases).axes
+    assert [line.get_label() for line in ax.lines] == ["slow", "full", "zero-shot"]
+    for draw in drawings.PICTURES.values():
+        draw(cases).savefig(tmp_path / "picture.png")
+
+
+def test_drawn_methods_are_methods(tmp_path):
+    with pytest.raises(ValueError, match=r"`drawn` should be some of \['full', 'LoTRA'\] but has \['LoRA'\]"):
+        experiments(tmp_path / "experiments", drawn=["LoRA"])
+
+
+def test_overview_of_the_readme(tmp_path, monkeypatch):
+    readme, picture = tmp_path / "README.md", tmp_path / "overview.png"
+    readme.write_text("# Title\n<!-- begin overview -->\nold\n<!-- end overview -->\n")
+    monkeypatch.setattr(sys, "argv", ["overview.py", "--readme", str(readme), "--picture", str(picture)])
+    assert overview.main() == 0
+    assert picture.stat().st_size > 10_000
+    found = overview.points(SUITE / "results")
+    assert {method for method, _ in found} == {
+        "LoTRA",
+        "LoRA",
+        "full fine-tuning",
+        "family, as it is",
+        "family, its core",
+    }
+    assert all(len(runs) == 3 for own in found.values() for runs in own.values())
+    text, own = readme.read_text(), (SUITE.parents[1] / "README.md").read_text()
+    assert "old" not in text
+    table = text[text.index("<!-- begin") : text.index("<!-- end")]
+    assert table.count("\n") == 2 + 3 + 1
+    assert table in own  # README.md has what results/ have

@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 NOT_OF_A_RUN = ("lr", "lr_of", "steps", "cases")  # settings of a method that only say which runs there are
 SMOKE_STEPS = 3
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)  # the grid of learning rates
-PICTURES = ("courses", "ratios", "spectra")
+PICTURES = ("courses", "finals", "ratios", "spectra")
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Experiment:
     cases: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     tuning: dict[str, Any] = field(default_factory=dict)  # rates, seeds, steps[, case]
     pictures: list[str] = field(default_factory=lambda: ["courses"])
+    drawn: list[str] = field(default_factory=list)  # methods that the pictures have; all if there are none
     large: dict[str, Any] = field(default_factory=dict)  # what is different with --large
 
     def task_of(self, case: str) -> Task:
@@ -217,6 +218,7 @@ def _shortened(experiment: Experiment) -> Experiment:
     return replace(
         experiment,
         methods=methods,
+        drawn=[label for label in experiment.drawn if label in methods],
         steps=SMOKE_STEPS,
         lm_steps=1,
         seeds=experiment.seeds[:1],
@@ -229,6 +231,8 @@ def _shortened(experiment: Experiment) -> Experiment:
 def _check(experiment: Experiment) -> None:
     if unknown := [picture for picture in experiment.pictures if picture not in PICTURES]:
         raise ValueError(f"`pictures` should be some of {list(PICTURES)} but has {unknown}")
+    if unknown := [label for label in experiment.drawn if label not in experiment.methods]:
+        raise ValueError(f"`drawn` should be some of {list(experiment.methods)} but has {unknown}")
     for case in experiment.cases:
         task = experiment.task_of(case)
         for label, method in experiment.methods.items():

@@ -19,24 +19,20 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
 
 sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from aims import aims
 from command_line import new_parser
+from drawings import PICTURES
 from experiments import Experiment, experiment_names, load_experiments
 from lines import Results, is_older
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from rates import rates
 from reporting import write_atomically
 from rows import NONE, Case, Row, case_of, table
 
 HERE = Path(__file__).parent
 WIDE = 3  # cases; more of them have a table in common
-PANELS = 3  # of a row of a picture; more of them have two rows
 
 
 def number(value: float | None) -> str:
@@ -116,80 +112,6 @@ def tables(cases: list[Case]) -> str:
     )
 
 
-def draw(cases: list[Case], panel: Callable[[Axes, Case], None]) -> Figure:
-    rows = 1 if len(cases) <= PANELS else 2
-    columns = -(-len(cases) // rows)
-    figure = Figure(figsize=(4.6 * columns + 2.6, 3.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for ax, case in zip(axes, cases, strict=False):
-        panel(ax, case)
-        ax.set_title(case.name or case.experiment.title)
-        ax.grid(alpha=0.3)
-    for ax in axes[len(cases) :]:
-        ax.axis("off")
-    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside center right", fontsize=8)
-    return figure
-
-
-def colour(case: Case, label: str) -> str:
-    return f"C{list(case.experiment.methods).index(label) % 10}"
-
-
-def courses(ax: Axes, case: Case) -> None:
-    """The metric over seconds, a line for each seed."""
-    for label, row in case.rows.items():
-        for seed, result in enumerate(row.results):
-            points = [(s, m) for _, s, m in result["marks"] if m is not None]
-            style = "--" if list(case.experiment.methods).index(label) >= 10 else "-"
-            ax.plot(*zip(*points, strict=True), style, color=colour(case, label), lw=1, label=None if seed else label)
-    if case.zero_shot is not None:
-        ax.axhline(case.zero_shot, color="0.5", ls=":", label="zero-shot, first seed")
-    if not case.task.higher_is_better:
-        ax.set_yscale("log")
-    ax.set(xlabel="seconds", ylabel=case.task.metric)
-
-
-def ratios(ax: Axes, case: Case) -> None:
-    """The metric over the number of trained parameters, a line for each method, optimizer and kind of factors: median
-    and range."""
-    series: dict[str, list[Row]] = {}
-    for label, row in case.rows.items():
-        method = case.experiment.methods[label]
-        if row is not case.reference:
-            name = ", ".join(method[key] for key in ("method", "optimizer", "init") if key in method)
-            name += ", orthonormal" * method.get("orthonormal", False)
-            series.setdefault(name, []).append(row)
-    for number_, (name, rows) in enumerate(series.items()):
-        rows = sorted(rows, key=lambda row: row.trainable)
-        values = [[v for v in row.finals if v is not None] or [float("nan")] for row in rows]
-        middle = [median(v) for v in values]
-        bars = [[m - min(v) for m, v in zip(middle, values, strict=True)],
-                [max(v) - m for m, v in zip(middle, values, strict=True)]]  # fmt: skip
-        x = [row.trainable for row in rows]
-        ax.errorbar(x, middle, bars, fmt="o-", ms=4, color=f"C{number_}", label=name)
-    ax.axhline(case.middle(case.reference.finals), color="0.3", ls="--", label=case.reference.label)
-    ax.set_xscale("log")
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    if not case.task.higher_is_better:
-        ax.set_yscale("log")
-    ax.set(xlabel="trained parameters", ylabel=case.task.metric)
-
-
-def spectra(ax: Axes, case: Case) -> None:
-    """Singular values of the reference's updates, unfolded along the modes, over the greatest of each; first seed."""
-    layers = case.reference.results[0].get("spectra", [])
-    for layer, values in enumerate(layers):
-        for mode, style, singular in zip(("input", "output", "basis"), ("-", "--", ":"), values, strict=False):
-            share = [(k + 1) / len(singular) for k in range(len(singular))]
-            relative = [s / singular[0] for s in singular]
-            ax.semilogy(share, relative, style, color=f"C{layer}", label=f"layer {layer + 1}, {mode}")
-    ax.set(xlabel="share of the mode's size", ylabel="σ / σ₁", ylim=(1e-4, 1.5))
-
-
-PANELS_OF = {"courses": courses, "ratios": ratios, "spectra": spectra}
-
-
 def updated(text: str, name: str, title: str, content: str) -> str:
     """The text with `content` between the markers of `name`, which are added at the end if they are not there.
 
@@ -247,7 +169,7 @@ def report(
         content = tables(cases) + older_code([experiment], results, options)
         for picture in experiment.pictures:
             path = images / f"{experiment.name}_{picture}.png"
-            figure = draw(cases, PANELS_OF[picture])
+            figure = PICTURES[picture](cases)
             write_atomically(path, lambda p, f=figure: f.savefig(p, dpi=90, format="png"))
             content += f"\n\n![{experiment.title}: {picture}](images/{path.name})"
             written.append(path)
