@@ -56,18 +56,18 @@ def test_smoke_from_the_command_line(tmp_path, monkeypatch):
     first = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert first.returncode == 0, first.stderr
     done = files(tmp_path / "runs")
-    assert len(done) == 4 * 2 + 9  # rates, runs
+    assert len(done) == 8 * 2 + 11  # rates, runs
     table = tmp_path / "smoke" / "pde_elliptic.jsonl"
     written = table.read_text()
-    assert len(written.splitlines()) == 4 + 9
+    assert len(written.splitlines()) == 8 + 11
     monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
     assert run.main() == 0
     assert files(tmp_path / "runs") == done, "a run was repeated"
     assert table.read_text() == written
     monkeypatch.setattr(sys, "argv", ["report.py", "--smoke", "pde_elliptic", "--outputs", str(tmp_path)])
     assert report.main() == 0
-    text = (tmp_path / "smoke" / "README.md").read_text()
-    assert "Older code" not in text
+    text = (tmp_path / "smoke" / "pages" / "pde_elliptic.md").read_text()
+    assert "older code" not in text
     assert "above the budget" in text  # LoRA on bare parameters
     assert all(path.stat().st_size > 10_000 for path in (tmp_path / "smoke" / "images").iterdir())
 
@@ -150,9 +150,14 @@ def test_older_code_is_named_and_run_again(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "version", lambda task: "0.2.0+01234567")
     run.run_all(experiment, 1, results, tmp_path)
     assert files(tmp_path / "runs") == before
-    report.report(experiment, results, readme, " --large")
-    note = "Older code: 6 of 6 runs; `run.py heat --large --stale` does them again."
-    assert note in readme.read_text()
+    with pytest.raises(
+        ValueError, match=r"heat.jsonl has 6 runs by older code: .*run.py heat --large --stale; or --old"
+    ):
+        report.report(experiment, results, readme, " --large")
+    assert not readme.exists()
+    report.report(experiment, results, readme, " --large", with_older=True)
+    note = "By older code: 6 of 6 runs; `run.py heat --large --stale` does them again."
+    assert note in (tmp_path / "pages" / "heat.md").read_text()
     run.run_all(experiment, 1, results, tmp_path, stale=True)
     after = files(tmp_path / "runs")
     assert after.keys() == before.keys()
@@ -161,7 +166,7 @@ def test_older_code_is_named_and_run_again(tmp_path, monkeypatch):
     run.run_all(experiment, 1, results, tmp_path, stale=True)
     assert files(tmp_path / "runs") == after
     report.report(experiment, results, readme)
-    assert "Older code" not in readme.read_text()
+    assert "older code" not in (tmp_path / "pages" / "heat.md").read_text()
 
 
 def test_version_is_that_of_the_code(tmp_path):
@@ -320,44 +325,84 @@ def made_results(experiment, folder, finals):
 
 
 def test_report_of_made_results(tmp_path):
-    (experiment,) = experiments(tmp_path / "experiments", pictures=["courses"])
+    (experiment,) = experiments(tmp_path / "experiments", pictures=["courses"], about="A rod.", reading="It is warm.")
     finals = {"full": [(10.0, 0.4, 0.2), (10.0, 0.4, 0.4)], "LoTRA": [(20.0, 0.6, 0.1), (16.0, 0.6, 0.2)]}
     made_results(experiment, tmp_path / "results", finals)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- begin heat -->\nold\n<!-- end heat -->\nafter\n")
-    report.report([experiment], tmp_path / "results", readme)
+    readme, page = tmp_path / "README.md", tmp_path / "pages" / "heat.md"
+    readme.write_text("before\n<!-- begin overview -->\nold\n<!-- end overview -->\nafter\n")
+    written = report.report([experiment], tmp_path / "results", readme)
+    assert [path.relative_to(tmp_path).as_posix() for path in written] == [
+        "images/heat_courses.png",
+        "pages/heat.md",
+        "README.md",
+    ]
     text = readme.read_text()
-    assert text.startswith("before\n<!-- begin heat -->\n")
-    assert "\n<!-- end heat -->\nafter\n\n## Learning rates\n" in text
-    assert text.endswith("| heat | full | diverged | 1.00 × |\n<!-- end rates -->\n")
+    assert text.startswith("before\n<!-- begin overview -->\n")
+    assert "\n<!-- end overview -->\nafter\n\n## Learning rates\n" in text
+    assert text.endswith("<!-- end rates -->\n")
+    assert "| heat | full | – | – | diverged | – | 1.00 × | – | – | – |\n" in text
     assert "old" not in text
-    full, lotra = (line for line in text.splitlines() if line.startswith(("| full", "| LoTRA")))
+    row = next(line for line in text.splitlines() if line.startswith("| [Heat"))
+    full = "0.3 in 10.0 s (full)"
+    assert row == f"| [Heat equation](pages/heat.md) | {full} | {full} | 0.15 in 18.0 s (LoTRA) | – | – |"
+    content = page.read_text()
+    assert content.startswith("# Heat equation\n\nA rod.\n\n")
+    assert content.endswith(
+        "(../images/heat_courses.png)\n\n**Reading.** It is warm.\n\n[All experiments](../README.md)\n"
+    )
+    full, lotra = (line for line in content.splitlines() if line.startswith(("| full", "| LoTRA")))
     # The rate is the one that did not diverge; the last of the grid.
     assert full.split(" | ")[1:5] == ["50 (10.0%)", "0.01 (edge)", "0.3 (0.2–0.4)", "1.00 ×"]
     # After the last step half of full's error; at full's seconds the middle of its course, twice as much.
-    assert lotra.split(" | ")[3:8] == ["0.15 (0.1–0.2)", "0.50 ×", "18.0", "0.6 (0.6–0.6)", "2.00 × |"]
-    again = readme.read_text()
+    assert lotra.split(" | ")[3:9] == ["0.15 (0.1–0.2)", "0.50 ×", "18.0", "–", "0.6 (0.6–0.6)", "2.00 × |"]
     report.report([experiment], tmp_path / "results", readme)
-    assert readme.read_text() == again
+    assert readme.read_text() == text
+    assert page.read_text() == content
+
+
+def test_overview_says_where_a_base_does_not_help(tmp_path):
+    methods = {"full": {"method": "full"}, "scratch": {"method": "scratch", "lr": 1e-2}}
+    for last, mark in ((0.32, " †"), (0.4, "")):
+        (experiment,) = experiments(tmp_path / f"{last}", methods=methods, pictures=[])
+        finals = {"full": [(10.0, 0.4, 0.3)] * 2, "scratch": [(9.0, 0.6, last)] * 2}
+        made_results(experiment, tmp_path / f"results {last}", finals)
+        text = report.overview([experiment], {"heat": lines.Results("heat", tmp_path / f"results {last}")})
+        assert f"| [Heat equation](pages/heat.md){mark} | 0.3 in 10.0 s (full) |" in text
 
 
 def test_report_adds_markers_and_refuses_half_of_them(tmp_path):
     (experiment,) = experiments(tmp_path / "experiments", pictures=["courses"])
     made_results(experiment, tmp_path / "results", dict.fromkeys(("full", "LoTRA"), [(1.0, 0.4, 0.2)] * 2))
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- begin heat -->\n")
-    with pytest.raises(ValueError, match="should have one <!-- begin heat --> and one <!-- end heat -->"):
+    readme.write_text("<!-- begin rates -->\n")
+    with pytest.raises(ValueError, match="should have one <!-- begin rates --> and one <!-- end rates -->"):
         report.report([experiment], tmp_path / "results", readme)
-    assert readme.read_text() == "<!-- begin heat -->\n"
+    assert readme.read_text() == "<!-- begin rates -->\n"
+    assert not (tmp_path / "pages").exists()
     readme.write_text("# Title\n")
     report.report([experiment], tmp_path / "results", readme)
-    text = readme.read_text()
-    assert text.startswith("# Title\n\n## Heat equation\n\n<!-- begin heat -->\n")
-    assert "<!-- begin rates -->" in text
+    assert readme.read_text().startswith("# Title\n\n## Overview\n\n<!-- begin overview -->\n")
     readme.write_text("# Title\n")
     report.report([experiment], tmp_path / "results", readme, whole=False)
-    assert text.startswith(readme.read_text())
-    assert "rates" not in readme.read_text()
+    assert readme.read_text() == "# Title\n"
+
+
+def test_search_for_a_rate_goes_on_while_the_best_is_at_the_edge(tmp_path):
+    tuning = {"rates": [0.003, 0.01, 0.03], "seeds": [100], "steps": 1}
+    (experiment,) = experiments(tmp_path / "experiments", tuning=tuning)
+    found = lines.Results("heat", tmp_path)
+
+    def tried(errors):
+        for lr, error in errors.items():
+            found._by_key[experiment.run("", "full", 100, lr, 1).key] = {"marks": [[1, 1.0, error]]}
+        return list(experiment.tuning_runs("", "full", found))
+
+    assert tried({}) == [0.003, 0.01, 0.03]
+    assert tried({0.003: 0.5, 0.01: 0.4, 0.03: 0.3}) == [0.003, 0.01, 0.03, 0.1]
+    assert tried({0.1: 0.4}) == [0.003, 0.01, 0.03, 0.1]
+    assert tried({0.1: 0.2}) == [0.003, 0.01, 0.03, 0.1, 0.3]
+    assert tried({0.3: 0.1}) == [0.003, 0.01, 0.03, 0.1, 0.3]  # the grid ends
+    assert tried({0.003: 0.05}) == [0.001, 0.003, 0.01, 0.03]
 
 
 def test_a_result_that_lacks(tmp_path, monkeypatch):

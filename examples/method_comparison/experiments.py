@@ -61,6 +61,8 @@ class Experiment:
     pictures: list[str] = field(default_factory=lambda: ["courses"])
     drawn: list[str] = field(default_factory=list)  # methods that the pictures have; all if there are none
     large: dict[str, Any] = field(default_factory=dict)  # what is different with --large
+    about: str = ""  # the first paragraph of the page, in Markdown
+    reading: str = ""  # its last one: what the table shows
 
     def task_of(self, case: str) -> Task:
         return make_task(self.task, {**self.settings, **self.cases[case]})
