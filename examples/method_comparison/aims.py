@@ -75,6 +75,22 @@ def aims(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
                 for row in rows_by(case, ("lora", "lora_parameters", "loha", "lokr"), (optimizer,)):
                     aim = "LoTRA against PEFT's methods, by the same optimizer, same steps"
                     add(aim, f"{name}, {row.label}", case, ours, row, 1.0)
+    for case in cases("pde_widths"):
+        if case.task.width >= 64 and (everything := rows_by(case, ("full",), ("lm",))):
+            (ours,) = rows_by(case, ("lotra",), ("lm",))
+            value = case.middle(ours.finals) / case.middle(everything[0].at(ours.seconds))
+            aim = "LoTRA by LM against LM on everything, same seconds"
+            lines.append([aim, case.name, f"{value:.2f} × ({ours.label})", "≤ 1 ×", "yes" if value <= 1 else "**no**"])
+    for name in ("images_kan", "images_resnet"):
+        for case in cases(name):
+            ours, theirs = (
+                max(rows_by(case, ("lotra",), (optimizer,)), key=lambda row: case.middle(row.finals))
+                for optimizer in ("lm", "adam")
+            )
+            value = case.middle(ours.finals) - case.middle(theirs.finals)
+            where = f"{name}, {case.name}"
+            reached = "yes" if value >= 0 else "**no**"
+            lines.append(["LoTRA by LM level with Adam", where, f"{value:+.2f} points ({ours.label})", "≥ 0", reached])
     for case in cases("slim_functions"):
         if case.task.noise:
             ours = {SLIM: case.rows[SLIM].finals}
