@@ -362,7 +362,7 @@ def test_report_of_made_results(tmp_path):
 
 def test_overview_says_where_a_base_does_not_help(tmp_path):
     methods = {"full": {"method": "full"}, "scratch": {"method": "scratch", "lr": 1e-2}}
-    for last, mark in ((0.32, " †"), (0.4, "")):
+    for last, mark in ((0.32, " † Adam"), (0.4, "")):
         (experiment,) = experiments(tmp_path / f"{last}", methods=methods, pictures=[])
         finals = {"full": [(10.0, 0.4, 0.3)] * 2, "scratch": [(9.0, 0.6, last)] * 2}
         made_results(experiment, tmp_path / f"results {last}", finals)
@@ -496,7 +496,7 @@ def test_overview_of_the_readme(tmp_path, monkeypatch):
         "family, as it is",
         "family, its core",
     }
-    assert all(len(runs) == 3 for own in found.values() for runs in own.values())
+    assert all(len(runs) >= 3 for own in found.values() for runs in own.values())
     text, own = readme.read_text(), (SUITE.parents[1] / "README.md").read_text()
     assert "old" not in text
     table = text[text.index("<!-- begin") : text.index("<!-- end")]

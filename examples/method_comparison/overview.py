@@ -32,7 +32,7 @@ LOTRA, FULL, LORA, FAMILY, CORE = "LoTRA", "full fine-tuning", "LoRA", "family, 
 LABELS = {
     "full, Adam": (FULL, "Adam"),
     "full, LM": (FULL, "LM"),
-    "LoRA target_parameters 1/10": (LORA, "Adam"),
+    "LoRA target_parameters 1/10, Adam": (LORA, "Adam"),
     **{f"LoTRA 1/{k}, Adam": (LOTRA, "Adam") for k in (4, 8, 10, 16)},
     **{f"LoTRA 1/{k}, LM": (LOTRA, "LM") for k in (4, 10, 16)},
 }
