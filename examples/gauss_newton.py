@@ -43,7 +43,7 @@ from peft_lotra import LoTRAConfig, fit_gauss_newton
 
 # The optimizer and what it trains, in the order of the runs for one family and seed.
 METHODS = ("adam adapter", "lm adapter", "adam all", "lm all")
-# Nearly full ranks in narrow modes: 1,109 numbers for the 8,960 coefficients of width 32, an eighth.
+# Nearly full ranks where a layer is narrow: 1,109 numbers for the 8,960 coefficients of width 32, an eighth.
 RANKS = {"layers.0": (2, 8, 8), "layers.1": (4, 4, 4), "layers.2": (6, 1, 8)}
 
 
