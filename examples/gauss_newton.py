@@ -41,7 +41,7 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, fit_gauss_newton
 
-# The optimizer and what it trains, in the order of the runs for one family and seed.
+# By optimizer and what it trains. The order is that of the runs of one family and seed.
 METHODS = ("adam adapter", "lm adapter", "adam all", "lm all")
 # Nearly full ranks where a layer is narrow: 1,109 numbers for the 8,960 coefficients of width 32, an eighth.
 RANKS = {"layers.0": (2, 8, 8), "layers.1": (4, 4, 4), "layers.2": (6, 1, 8)}
