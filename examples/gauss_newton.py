@@ -34,16 +34,22 @@ from command_line import exit_code, make_output_dir, new_parser, positive_int
 from matplotlib.figure import Figure
 from pde_least_squares import Mark, batch, fit, residual_functions
 from pde_transfer import LEARNING_RATES, train, trained_base
-from pdes import PDES, Points
+from pdes import LINEAR, PDES, Points
 from peft import get_peft_model
+from pictures import band, by_step, plain_log
 from reporting import write_atomically
 from torch import nn
 
 from peft_lotra import LoTRAConfig, fit_gauss_newton
 
-# By optimizer and what it trains. The order is that of the runs of one family and seed.
+# The optimizer and what it trains, in the order of the runs for one family and seed.
 METHODS = ("adam adapter", "lm adapter", "adam all", "lm all")
-# Nearly full ranks where a layer is narrow: 1,109 numbers for the 8,960 coefficients of width 32, an eighth.
+# In the picture.
+NAMES = dict(zip(METHODS, ("adapter, Adam", "adapter, LM", "everything, Adam", "everything, LM"), strict=True))
+COLOURS = dict(zip(METHODS, ("C0", "C3", "0.4", "C1"), strict=True))
+CLOCKS = {"seconds": "seconds", "cpu_seconds": "CPU seconds"}
+COSTS = {"seconds": "CPU seconds", "megabytes": "peak memory in MB"}
+# Nearly full ranks where a layer is narrow: 976 numbers for the 8,960 coefficients of width 32, a ninth.
 RANKS = {"layers.0": (2, 8, 8), "layers.1": (4, 4, 4), "layers.2": (6, 1, 8)}
 
 
@@ -159,27 +165,34 @@ def print_summary(family: str, summary: dict[str, Any]) -> None:
 
 
 def draw(runs: dict[str, dict[str, list[dict[str, Any]]]], costs: list[dict[str, Any]], clock: str) -> Figure:
-    figure = Figure(figsize=(4.5 * (len(runs) + 2), 4.2), layout="constrained")
-    axes = figure.subplots(1, len(runs) + 2)
-    colours = dict(zip(METHODS, ("C0", "C3", "C7", "C1"), strict=True))
-    for ax, (family, of_family) in zip(axes, runs.items(), strict=False):
+    """Error over time for each family, medians over the seeds with their range; what an iteration costs."""
+    columns = -(-(len(runs) + 2) // 2)
+    figure = Figure(figsize=(4 * columns, 7), layout="constrained")
+    figure.suptitle("A KAN that solves one PDE, fitted to another: Gauss–Newton (LM) and Adam")
+    panels = list(figure.subplots(2, columns).flat)
+    for ax, (family, of_family) in zip(panels, runs.items(), strict=False):
         for method, of_method in of_family.items():
-            for seed, one in enumerate(of_method):
-                marks = [Mark(*mark) for mark in one["marks"]]
-                label = None if seed else f"{method} ({one['numbers']:,})"
-                times, errors = [getattr(mark, clock) for mark in marks], [mark.error for mark in marks]
-                ax.semilogy(times, errors, color=colours[method], alpha=0.8, label=label)
-        ax.set(title=family, xlabel="seconds", ylabel="relative L2 error")
-        ax.legend(fontsize=8)
-    for ax, quantity in zip(axes[-2:], ("seconds", "megabytes"), strict=True):
+            courses = [
+                [(m.step, getattr(m, clock), m.error) for m in map(Mark._make, one["marks"])] for one in of_method
+            ]
+            band(ax, *by_step(courses), f"{NAMES[method]} ({of_method[0]['numbers']:,} numbers)", COLOURS[method])
+        ax.set(title=PDES[family].title, xlabel=CLOCKS[clock], ylabel="relative L2 error", yscale="log")
+        plain_log(ax.yaxis)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    for ax, (quantity, name) in zip(panels[-2:], COSTS.items(), strict=True):
         for part in ("adapter", "all"):
             of_part = [row for row in costs if row["part"] == part]
             x, y = [row["width"] for row in of_part], [row[quantity] for row in of_part]
-            ax.loglog(x, y, "o-", color=colours[f"lm {part}"], label=f"lm {part}")
-        ax.set(title="one LM iteration", xlabel="width", ylabel=quantity)
-        ax.legend(fontsize=8)
-    for ax in axes:
+            ax.loglog(x, y, "o-", color=COLOURS[f"lm {part}"], ms=4)
+        ax.set(title=f"One iteration of LM: {name}", xlabel="width of the KAN")
+        plain_log(ax.yaxis)
+        widths = sorted({row["width"] for row in costs})
+        ax.set_xticks(widths, labels=map(str, widths))
+        ax.minorticks_off()
+    for ax in panels:
         ax.grid(alpha=0.3)
+    for ax in panels[len(runs) : -2]:
+        ax.axis("off")
     return figure
 
 
@@ -223,7 +236,7 @@ def width_table(args: argparse.Namespace) -> list[dict[str, Any]]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--families", nargs="+", choices=list(PDES), default=list(PDES), help="families of PDEs")
+    add("--families", nargs="+", choices=list(PDES), default=LINEAR, help="families of PDEs")
     add("--seeds", type=positive_int, default=3, help="number of seeds, of base, factors and points")
     add("--steps", type=positive_int, default=2000, help="steps of Adam")
     add("--lm-steps", type=positive_int, default=50, help="iterations of Levenberg–Marquardt")

@@ -21,7 +21,7 @@ import learning_rates
 import torch
 from command_line import exit_code, make_output_dir, new_parser, positive_int
 from pde_transfer import LEARNING_RATES, attach_lotra, trained_base
-from pdes import PDES
+from pdes import LINEAR, PDES
 from peft import PeftModel
 from reporting import write_atomically
 from torch import Tensor
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from peft_lotra import initialize_lotra_weights
 
 METHODS = ("random", "gradient", "gradient_hosvd")
-TASKS = (*PDES, "regression")
+TASKS = (*LINEAR, "regression")
 GRADIENT_BATCHES = 4  # those from which the gradient of an initialisation is taken
 Losses = Iterator[Callable[[PeftModel], Tensor]]
 

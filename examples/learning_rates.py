@@ -5,7 +5,7 @@
 
 A Chebyshev KAN [4, w, w, 1] is trained on one function and adapted to another, for every width, optimizer, rule of
 learning rates, initialisation, seed and base rate. Writes learning_rates.json (each finished run is in it at once, and
-an interrupted study goes on from there) and two pictures, and prints the best losses and the growth of the first steps
+an interrupted study goes on from there) and a picture, and prints the best losses and the growth of the first steps
 with the width.
 """
 
@@ -23,8 +23,10 @@ from pathlib import Path
 import torch
 from chebyshev_kan import ChebyshevKAN
 from command_line import exit_code, make_output_dir, new_parser, positive_int
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model
+from pictures import band, plain_log
 from reporting import write_atomically
 from torch import Tensor
 from tqdm import tqdm
@@ -34,6 +36,17 @@ from peft_lotra import LoTRAConfig, initialize_lotra_weights, lotra_parameter_gr
 RULES = ("LR-1", "LR-2", "LR-3", "LR-4", "adam")
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
 INITIALISATIONS = ("random", "gradient")
+# In the picture. The rates of the factors are for n inputs, m outputs and n_d basis functions.
+NAMES = {"sgd": "SGD", "adam": "Adam"}
+STARTS = {"random": "random factors", "gradient": "factors from gradients"}
+RATES_OF = {
+    "LR-1": "U1 at η/n, U3 at η/n_d",
+    "LR-2": "U1 at η/n",
+    "LR-3": "U3 at η/n_d",
+    "LR-4": "η for all",
+    "adam": "η/n, η/√m, η/n_d",
+}
+TOP = 2  # of the picture; above it a run has diverged
 # Half decades around the best rate of each optimizer; the rates of the core.
 RATES = {"sgd": (3e-2, 1e-1, 3e-1, 1e0, 3e0), "adam": (3e-3, 1e-2, 3e-2, 1e-1, 3e-1)}
 RATIOS = (1 / 16, 1 / 4, 1, 4, 16)  # η_U1 or η_U3 over its value in LR-1
@@ -200,29 +213,35 @@ def report(runs: list[dict], args: argparse.Namespace) -> None:
 
 
 def draw(runs: list[dict], args: argparse.Namespace) -> Figure:
-    """Loss over the rate for each width (colour) and rule (column); a row per optimizer and initialisation."""
+    """Loss over the rate, a line for each width, medians over the seeds with their range; a row per optimizer and
+    initialisation, a column per rule."""
     rows = list(itertools.product(args.optimizers, INITIALISATIONS))
-    figure = Figure(figsize=(3 * len(args.rules), 2.6 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), len(args.rules), sharey=True, squeeze=False)
-    for (optimizer, initialisation), row in zip(rows, axes, strict=True):
+    figure = Figure(figsize=(1 + 3.2 * len(args.rules), 1.2 + 2.7 * len(rows)), layout="constrained")
+    figure.suptitle(f"Loss after {args.steps} steps over the learning rate, by rule and width (large dots: the least)")
+    panels = figure.subplots(len(rows), len(args.rules), sharex="row", sharey="row", squeeze=False)
+    colours = colormaps["viridis"]([0.9 * k / max(1, len(args.widths) - 1) for k in range(len(args.widths))])
+    for (optimizer, initialisation), row in zip(rows, panels, strict=True):
         for rule, ax in zip(args.rules, row, strict=True):
-            for k, width in enumerate(args.widths):
+            for width, colour in zip(args.widths, colours, strict=True):
                 where = {"optimizer": optimizer, "initialisation": initialisation, "rule": rule, "width": width}
-                points = {rate: [] for rate in RATES[optimizer]}
+                points: dict[float, list[float]] = {rate: [] for rate in RATES[optimizer]}
                 for entry in runs:
                     if entry["case"].items() >= where.items() and len(entry["case"]) == 6:
                         points[entry["case"]["rate"]].append(entry["loss"])
-                medians = [statistics.median(losses) for losses in points.values()]
-                ax.loglog(points.keys(), medians, "o-", ms=3, color=f"C{k}", label=f"width {width}")
-            ax.set(title=f"{optimizer}, {initialisation}, {rule}", ylim=(1e-3, 3))
+                band(ax, list(points), list(points.values()), f"width {width:,}", colour, "o-")
+                loss, rate = min((statistics.median(losses), rate) for rate, losses in points.items())
+                ax.plot(rate, loss, "o", color=colour, ms=9)
+            ax.set(xscale="log", yscale="log")
             ax.set_xticks(RATES[optimizer], labels=[f"{rate:g}" for rate in RATES[optimizer]])
             ax.minorticks_off()
             ax.grid(alpha=0.3)
-    for ax in axes[-1]:
-        ax.set_xlabel("learning rate of the core")
-    for row in axes:
-        row[0].set_ylabel("loss")
-    axes[0][0].legend(fontsize=7)
+        row[0].set_ylabel(f"{NAMES[optimizer]}, {STARTS[initialisation]}\nmean squared error")
+        row[0].set_ylim(top=TOP)
+        plain_log(row[0].yaxis)
+    for rule, above, below in zip(args.rules, panels[0], panels[-1], strict=True):
+        above.set_title(f"{rule}: {RATES_OF[rule]}")
+        below.set_xlabel("learning rate η of the core")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(args.widths))
     return figure
 
 

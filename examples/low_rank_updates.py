@@ -178,14 +178,18 @@ def run(args: argparse.Namespace) -> None:
         print(format_record(record))
         ranks = suggest_ranks(spectra, energy=args.energies[0])
         for number, (name, spectrum) in enumerate(spectra.items(), start=1):
-            panels[f"{pde}, layer {number}"], marks[f"{pde}, layer {number}"] = spectrum, ranks[name]
+            panel = f"{PDES[pde].title}, layer {number}"
+            panels[panel], marks[panel] = spectrum, ranks[name]
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     written = args.output_dir / "low_rank_updates"
     text = json.dumps({"settings": settings, "records": records}, indent=2) + "\n"
     write_atomically(written.with_suffix(".json"), lambda partial: partial.write_text(text))
     figure = plot_spectrum(panels, ranks=marks)
-    figure.suptitle(f"Singular values of A_ft − A_pt, unfolded along each mode; circles: energy {args.energies[0]}")
-    write_atomically(written.with_suffix(".png"), lambda partial: figure.savefig(partial, dpi=120, format="png"))
+    figure.suptitle(
+        "Singular values of what full fine-tuning changes, A_ft − A_pt; "
+        f"circles: ranks that keep {args.energies[0]:g} of its energy"
+    )
+    write_atomically(written.with_suffix(".png"), lambda partial: figure.savefig(partial, dpi=90, format="png"))
     print(f"\nWritten: {written}.json, .png")
 
 

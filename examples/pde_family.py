@@ -29,6 +29,7 @@ from pde_least_squares import GROWTH, batch, fit, residual_functions
 from pde_transfer import LEARNING_RATES, train, trained_base
 from pdes import PDE, PDES
 from peft import PeftModel, get_peft_model
+from pictures import band, by_step, plain_log
 from reporting import write_atomically
 from torch import Tensor, nn
 
@@ -187,6 +188,10 @@ def report(
     print(f"Written: {name}.png, .json, and the adapter {name}/")
 
 
+def numbered(marks: list[tuple[float, float]]) -> list[tuple[int, float, float]]:
+    return [(k, seconds, error) for k, (seconds, error) in enumerate(marks)]
+
+
 def draw(family: type[PDE], bounds: tuple[float, float], rows: list[dict[str, Any]]) -> Figure:
     """The error over the parameter, and over seconds for the parameters that were compared."""
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -201,16 +206,18 @@ def draw(family: type[PDE], bounds: tuple[float, float], rows: list[dict[str, An
     for label, (marker, color, name) in styles.items():
         found = [row for row in rows if label in row]
         left.plot([r["parameter"] for r in found], [r[label][-1][1] for r in found], marker, color=color, label=name)
-        for row in found:
-            seconds, errors = zip(*row[label], strict=True)
-            right.plot(seconds, errors, "-", color=color)
-    for row in (row for row in rows if "LoTRA alone" in row):
-        seconds, errors = zip(*row["family"], strict=True)
-        right.plot(seconds, errors, "-", color="C1")
+        if found:
+            band(right, *by_step([numbered(row[label]) for row in found]), name, color)
+    compared = [numbered(row["family"]) for row in rows if "LoTRA alone" in row]
+    band(right, *by_step(compared), "its core", "C1", ".-")
     left.set(title=f"{family.title}: one adapter for all {family.symbol}", xlabel=family.symbol, yscale="log")
     left.set(ylabel="relative L2 error", xlim=bounds)
-    right.set(title=f"A new {family.symbol}", xlabel="CPU seconds for it", ylabel="relative L2 error", yscale="log")
+    count = f", medians of {len(compared)} with their range" if len(compared) > 1 else ""
+    right.set(
+        title=f"A new {family.symbol}{count}", xlabel="CPU seconds for it", ylabel="relative L2 error", yscale="log"
+    )
     for axes in (left, right):
+        plain_log(axes.yaxis)
         axes.grid(alpha=0.3)
     figure.legend(handles=left.get_lines()[: 2 + len(styles)], loc="outside lower center", ncols=4)
     return figure

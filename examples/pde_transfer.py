@@ -36,6 +36,7 @@ from tqdm import tqdm
 from peft_lotra import LoTRAConfig, create_lotra_optimizer
 
 WIDTHS = {"chebyshev": (2, 32, 32, 1), "pykan": (2, 16, 16, 1)}
+NAMES = {"chebyshev": "Chebyshev KAN", "pykan": "pykan"}
 # Learning rates at the start of the cosine decay, the best of a few tried for each.
 LEARNING_RATES = {
     "chebyshev": {"base": 3e-3, "full": 1e-3, "lotra": 2e-2},
@@ -177,7 +178,7 @@ def run(args: argparse.Namespace) -> None:
         Row("full fine-tuning", base_size, 1.0, full_course[-1][1], full_seconds, full_file.stat().st_size),
         Row("LoTRA", numbers, numbers / base_size, course[-1][1], seconds, adapter_bytes),
     ]
-    title = f"{target.title}, {target.symbol} = {source.parameter} → {target.parameter}; {args.kan} KAN"
+    title = f"{target.title}, {target.symbol} = {source.parameter} → {target.parameter}; {NAMES[args.kan]}"
     print(f"\n{title} {list(WIDTHS[args.kan])}, {base_size:,} parameters, {args.steps} steps\n")
     print(format_table(rows))
     print(f"\nMerged into a fresh base, the KAN differs from the adapted one by {difference:.1e} (relative).")

@@ -166,7 +166,33 @@ class Hyperbolic(PDE):
         return torch.cat([super().conditions(model, points), u_t / (self.parameter * pi)])
 
 
-PDES: dict[str, type[PDE]] = {"elliptic": Elliptic, "parabolic": Parabolic, "hyperbolic": Hyperbolic}
+class Burgers(PDE):
+    """u_t + u u_x = ν u_xx for x in [0, 1], t in [0, 1], u given at t = 0 and u = 0 at both ends;
+    u = 2πν s(t) sin(πx) / (1.5 + s(t) cos(πx)), s(t) = e^(−νπ²t), by the Cole–Hopf transformation. Not linear."""
+
+    title, symbol, axes = "Burgers' equation", "ν", ("x", "t")
+    lower, upper = (0.0, 0.0), (1.0, 1.0)
+    sides = ((1, 0.0), (0, 0.0), (0, 1.0))
+    base_parameter, target_parameter, condition_weight = 0.1, 0.2, 10.0
+
+    def exact(self, points: Tensor) -> Tensor:
+        x, t = points.split(1, dim=1)
+        decay = torch.exp(-self.parameter * pi**2 * t)
+        return 2 * pi * self.parameter * decay * torch.sin(pi * x) / (1.5 + decay * torch.cos(pi * x))
+
+    def residual(self, model: nn.Module, points: Tensor) -> Tensor:
+        u = model(points)
+        u_x, u_t = partial_derivatives(u, points)
+        return u_t + u * u_x - self.parameter * partial_derivatives(u_x, points)[0]
+
+
+PDES: dict[str, type[PDE]] = {
+    "elliptic": Elliptic,
+    "parabolic": Parabolic,
+    "hyperbolic": Hyperbolic,
+    "burgers": Burgers,
+}
+LINEAR = ("elliptic", "parabolic", "hyperbolic")
 
 
 @torch.no_grad()

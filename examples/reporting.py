@@ -68,11 +68,13 @@ def draw(
         # Transposed, because an image's rows run along the vertical axis, and our first axis is horizontal.
         image = axes.imshow(field.T.numpy(), origin="lower", extent=extent, aspect="auto", **style)
         axes.set(title=name, xlabel=pde.axes[0], ylabel=pde.axes[1])
+        axes.locator_params(nbins=5)
         figure.colorbar(image, ax=axes)
     course_axes.axhline(zero_shot, color="0.5", linestyle=":", label="base, zero-shot")
     for label, course in courses.items():
         course_axes.semilogy(*zip(*course, strict=True), label=label)
     course_axes.set(title="Convergence on the target", xlabel="training step", ylabel="relative L2 error")
+    course_axes.yaxis.set_major_formatter("{x:g}")
     course_axes.grid(alpha=0.3)
     course_axes.legend()
     return figure

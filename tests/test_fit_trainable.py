@@ -153,3 +153,27 @@ def test_the_ways_out_of_that():
     fits(frozen, ["head.lora_A"])
     # LoRA of the flattened coefficients, as `target_parameters` has it, by LoTRA
     fits(wrapped(config("ChebyKAN", r=(None, 2, None))), ["lotra_core", "lotra_U2"])
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2, **FP64)
+
+    def forward(self, x):
+        return self.linear(x if x.sum() > 0 else -x)
+
+
+@pytest.mark.parametrize(
+    ("loss", "residual_fn", "labels"),
+    [
+        ("least_squares", lambda net, batch: net(batch[0]) - batch[1], Y),
+        ("cross_entropy", lambda net, batch: (net(batch[0]), batch[1]), (Y[:, 0] > 0).long()),
+    ],
+)
+def test_forward_that_branches_on_values_is_refused(loss, residual_fn, labels):
+    model = Branching()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="does not branch on values of tensors.*set_attn_implementation"):
+        fit_gauss_newton(model, residual_fn, (X.abs(), labels), loss=loss, iterations=2, progressbar=False)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

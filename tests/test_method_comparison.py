@@ -13,12 +13,15 @@ import torch
 SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
 for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
     sys.path.insert(0, str(folder))
+import drawings  # noqa: E402
 import lines  # noqa: E402
+import overview  # noqa: E402
 import perform  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
 from compared_methods import ranks_within  # noqa: E402
 from experiments import Run, experiment_names, load_experiments, missing_packages  # noqa: E402
+from rows import case_of  # noqa: E402
 
 # torch's own, as in pyproject.toml
 WARNINGS = ("-W", "error", "-W", "ignore:`torch.jit.script:DeprecationWarning")
@@ -31,7 +34,7 @@ EXPERIMENT = {
     "seeds": [0, 1],
     "tuning": {"seeds": [100], "steps": 2, "rates": [1e-3, 1e-2]},
     "methods": {"full": {"method": "full"}, "LoTRA": {"method": "lotra", "r": 2, "optimizer": "lm"}},
-    "pictures": ["courses", "ratios", "spectra"],
+    "pictures": ["courses", "finals", "ratios", "spectra"],
 }
 
 
@@ -53,18 +56,18 @@ def test_smoke_from_the_command_line(tmp_path, monkeypatch):
     first = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert first.returncode == 0, first.stderr
     done = files(tmp_path / "runs")
-    assert len(done) == 4 * 2 + 9  # rates, runs
+    assert len(done) == 8 * 2 + 11  # rates, runs
     table = tmp_path / "smoke" / "pde_elliptic.jsonl"
     written = table.read_text()
-    assert len(written.splitlines()) == 4 + 9
+    assert len(written.splitlines()) == 8 + 11
     monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
     assert run.main() == 0
     assert files(tmp_path / "runs") == done, "a run was repeated"
     assert table.read_text() == written
     monkeypatch.setattr(sys, "argv", ["report.py", "--smoke", "pde_elliptic", "--outputs", str(tmp_path)])
     assert report.main() == 0
-    text = (tmp_path / "smoke" / "README.md").read_text()
-    assert "Older code" not in text
+    text = (tmp_path / "smoke" / "pages" / "pde_elliptic.md").read_text()
+    assert "older code" not in text
     assert "above the budget" in text  # LoRA on bare parameters
     assert all(path.stat().st_size > 10_000 for path in (tmp_path / "smoke" / "images").iterdir())
 
@@ -147,9 +150,14 @@ def test_older_code_is_named_and_run_again(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "version", lambda task: "0.2.0+01234567")
     run.run_all(experiment, 1, results, tmp_path)
     assert files(tmp_path / "runs") == before
-    report.report(experiment, results, readme, " --large")
-    note = "Older code: 6 of 6 runs; `run.py heat --large --stale` does them again."
-    assert note in readme.read_text()
+    with pytest.raises(
+        ValueError, match=r"heat.jsonl has 6 runs by older code: .*run.py heat --large --stale; or --old"
+    ):
+        report.report(experiment, results, readme, " --large")
+    assert not readme.exists()
+    report.report(experiment, results, readme, " --large", with_older=True)
+    note = "By older code: 6 of 6 runs; `run.py heat --large --stale` does them again."
+    assert note in (tmp_path / "pages" / "heat.md").read_text()
     run.run_all(experiment, 1, results, tmp_path, stale=True)
     after = files(tmp_path / "runs")
     assert after.keys() == before.keys()
@@ -158,21 +166,23 @@ def test_older_code_is_named_and_run_again(tmp_path, monkeypatch):
     run.run_all(experiment, 1, results, tmp_path, stale=True)
     assert files(tmp_path / "runs") == after
     report.report(experiment, results, readme)
-    assert "Older code" not in readme.read_text()
+    assert "older code" not in (tmp_path / "pages" / "heat.md").read_text()
 
 
 def test_version_is_that_of_the_code(tmp_path):
     assert lines.version("pde") != lines.version("images")
     texts = [
-        '"""A."""\nimport b  # c\n\n\ndef f():\n    """D."""\n    return 1\n',
+        '"""A."""\nimport b  # c\n\n\ndef f():\n    """D."""\n    raise ValueError("G")\n    return 1\n',
         "import b\ndef f():\n    return 2\n",
     ]
-    texts += [texts[0].replace("D.", "E.").replace("# c", "")]
+    texts += [texts[0].replace("D.", "E.").replace("# c", "").replace("G", "H")]
+    texts += [texts[0].replace("ValueError", "TypeError")]
     found = []
-    for name, text in zip("xyz", texts, strict=True):
+    for name, text in zip("wxyz", texts, strict=True):
         (tmp_path / name).write_text(text)
         found.append(lines._code(tmp_path / name))
-    assert found[0] == found[2] != found[1]
+    assert found[0] == found[2]
+    assert found[1] != found[0] != found[3]
     assert found[0][1] == ["b"]
 
 
@@ -184,7 +194,10 @@ print(*(getattr(module, "__file__", None) for module in list(sys.modules.values(
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     folders = (str(SUITE.parent), str(SUITE.parents[1] / "peft_lotra"))
     needed = {Path(name) for name in loaded.splitlines() if name.startswith(folders)}
-    needed -= {SUITE / f"{name}.py" for name in lines.NOT_OF_A_RESULT}
+    needed -= {folder / f"{name}.py" for folder in lines.FOLDERS for name in lines.NOT_OF_A_RESULT}
+    library = SUITE.parents[1] / "peft_lotra"
+    needed -= {path for path in library.rglob("*.py") if path.name == "__init__.py"}
+    needed -= {path for start in lines.NO_RESULT_OF for path in library.glob(f"{start}*")}
     assert {path.name for path in needed} >= {"perform.py", "training.py", "pdes.py", "transformer_kan.py", "model.py"}
     assert needed <= lines.sources("pde") | lines.sources("reviews")
 
@@ -298,8 +311,9 @@ def made_results(experiment, folder, finals):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"version": lines.version("pde"), **content, "run": asdict(one)}))
 
+    found = lines.Results(experiment.name, folder)
     for case in experiment.cases:
-        for lr, (one,) in experiment.tuning_runs(case, "full").items():
+        for lr, (one,) in experiment.tuning_runs(case, "full", found).items():
             keep(one, marks=[[2, 1.0, None if lr == 1e-3 else 0.5]])
         found = lines.Results(experiment.name, folder, folder / "runs")
         for label, by_seed in finals.items():
@@ -311,44 +325,84 @@ def made_results(experiment, folder, finals):
 
 
 def test_report_of_made_results(tmp_path):
-    (experiment,) = experiments(tmp_path / "experiments", pictures=["courses"])
+    (experiment,) = experiments(tmp_path / "experiments", pictures=["courses"], about="A rod.", reading="It is warm.")
     finals = {"full": [(10.0, 0.4, 0.2), (10.0, 0.4, 0.4)], "LoTRA": [(20.0, 0.6, 0.1), (16.0, 0.6, 0.2)]}
     made_results(experiment, tmp_path / "results", finals)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- begin heat -->\nold\n<!-- end heat -->\nafter\n")
-    report.report([experiment], tmp_path / "results", readme)
+    readme, page = tmp_path / "README.md", tmp_path / "pages" / "heat.md"
+    readme.write_text("before\n<!-- begin overview -->\nold\n<!-- end overview -->\nafter\n")
+    written = report.report([experiment], tmp_path / "results", readme)
+    assert [path.relative_to(tmp_path).as_posix() for path in written] == [
+        "images/heat_courses.png",
+        "pages/heat.md",
+        "README.md",
+    ]
     text = readme.read_text()
-    assert text.startswith("before\n<!-- begin heat -->\n")
-    assert "\n<!-- end heat -->\nafter\n\n## Learning rates\n" in text
-    assert text.endswith("| heat | full | diverged | 1.00 × |\n<!-- end rates -->\n")
+    assert text.startswith("before\n<!-- begin overview -->\n")
+    assert "\n<!-- end overview -->\nafter\n\n## Learning rates\n" in text
+    assert text.endswith("<!-- end rates -->\n")
+    assert "| heat | full | – | – | diverged | – | 1.00 × | – | – | – |\n" in text
     assert "old" not in text
-    full, lotra = (line for line in text.splitlines() if line.startswith(("| full", "| LoTRA")))
+    row = next(line for line in text.splitlines() if line.startswith("| [Heat"))
+    full = "0.3 in 10.0 s (full)"
+    assert row == f"| [Heat equation](pages/heat.md) | {full} | {full} | 0.15 in 18.0 s (LoTRA) | – | – |"
+    content = page.read_text()
+    assert content.startswith("# Heat equation\n\nA rod.\n\n")
+    assert content.endswith(
+        "(../images/heat_courses.png)\n\n**Reading.** It is warm.\n\n[All experiments](../README.md)\n"
+    )
+    full, lotra = (line for line in content.splitlines() if line.startswith(("| full", "| LoTRA")))
     # The rate is the one that did not diverge; the last of the grid.
     assert full.split(" | ")[1:5] == ["50 (10.0%)", "0.01 (edge)", "0.3 (0.2–0.4)", "1.00 ×"]
     # After the last step half of full's error; at full's seconds the middle of its course, twice as much.
-    assert lotra.split(" | ")[3:8] == ["0.15 (0.1–0.2)", "0.50 ×", "18.0", "0.6 (0.6–0.6)", "2.00 × |"]
-    again = readme.read_text()
+    assert lotra.split(" | ")[3:9] == ["0.15 (0.1–0.2)", "0.50 ×", "18.0", "–", "0.6 (0.6–0.6)", "2.00 × |"]
     report.report([experiment], tmp_path / "results", readme)
-    assert readme.read_text() == again
+    assert readme.read_text() == text
+    assert page.read_text() == content
+
+
+def test_overview_says_where_a_base_does_not_help(tmp_path):
+    methods = {"full": {"method": "full"}, "scratch": {"method": "scratch", "lr": 1e-2}}
+    for last, mark in ((0.32, " †"), (0.4, "")):
+        (experiment,) = experiments(tmp_path / f"{last}", methods=methods, pictures=[])
+        finals = {"full": [(10.0, 0.4, 0.3)] * 2, "scratch": [(9.0, 0.6, last)] * 2}
+        made_results(experiment, tmp_path / f"results {last}", finals)
+        text = report.overview([experiment], {"heat": lines.Results("heat", tmp_path / f"results {last}")})
+        assert f"| [Heat equation](pages/heat.md){mark} | 0.3 in 10.0 s (full) |" in text
 
 
 def test_report_adds_markers_and_refuses_half_of_them(tmp_path):
     (experiment,) = experiments(tmp_path / "experiments", pictures=["courses"])
     made_results(experiment, tmp_path / "results", dict.fromkeys(("full", "LoTRA"), [(1.0, 0.4, 0.2)] * 2))
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- begin heat -->\n")
-    with pytest.raises(ValueError, match="should have one <!-- begin heat --> and one <!-- end heat -->"):
+    readme.write_text("<!-- begin rates -->\n")
+    with pytest.raises(ValueError, match="should have one <!-- begin rates --> and one <!-- end rates -->"):
         report.report([experiment], tmp_path / "results", readme)
-    assert readme.read_text() == "<!-- begin heat -->\n"
+    assert readme.read_text() == "<!-- begin rates -->\n"
+    assert not (tmp_path / "pages").exists()
     readme.write_text("# Title\n")
     report.report([experiment], tmp_path / "results", readme)
-    text = readme.read_text()
-    assert text.startswith("# Title\n\n## Heat equation\n\n<!-- begin heat -->\n")
-    assert "<!-- begin rates -->" in text
+    assert readme.read_text().startswith("# Title\n\n## Overview\n\n<!-- begin overview -->\n")
     readme.write_text("# Title\n")
     report.report([experiment], tmp_path / "results", readme, whole=False)
-    assert text.startswith(readme.read_text())
-    assert "rates" not in readme.read_text()
+    assert readme.read_text() == "# Title\n"
+
+
+def test_search_for_a_rate_goes_on_while_the_best_is_at_the_edge(tmp_path):
+    tuning = {"rates": [0.003, 0.01, 0.03], "seeds": [100], "steps": 1}
+    (experiment,) = experiments(tmp_path / "experiments", tuning=tuning)
+    found = lines.Results("heat", tmp_path)
+
+    def tried(errors):
+        for lr, error in errors.items():
+            found._by_key[experiment.run("", "full", 100, lr, 1).key] = {"marks": [[1, 1.0, error]]}
+        return list(experiment.tuning_runs("", "full", found))
+
+    assert tried({}) == [0.003, 0.01, 0.03]
+    assert tried({0.003: 0.5, 0.01: 0.4, 0.03: 0.3}) == [0.003, 0.01, 0.03, 0.1]
+    assert tried({0.1: 0.4}) == [0.003, 0.01, 0.03, 0.1]
+    assert tried({0.1: 0.2}) == [0.003, 0.01, 0.03, 0.1, 0.3]
+    assert tried({0.3: 0.1}) == [0.003, 0.01, 0.03, 0.1, 0.3]  # the grid ends
+    assert tried({0.003: 0.05}) == [0.001, 0.003, 0.01, 0.03]
 
 
 def test_a_result_that_lacks(tmp_path, monkeypatch):
@@ -385,3 +439,66 @@ def test_aims_compare_medians(tmp_path):
     assert seconds.endswith("| parabolic | 0.50 × (LM) | ≤ 1 × | yes |")
     assert steps.endswith("| parabolic | 1.50 × (Adam) | ≤ 1.2 × | **no** |")
     assert baseline.endswith("| pde_parabolic, LoRA | 1.50 × (Adam) | ≤ 1 × | **no** |")
+
+
+def test_pictures_of_made_results(tmp_path):
+    methods = {"full": {"method": "full"}}
+    methods |= {f"LoTRA 1/{k}": {"method": "lotra", "ratio": 1 / k, "lr": 1e-2} for k in (4, 10)}
+    methods |= {"slow": {"method": "lora_parameters", "ratio": 0.5, "lr": 1e-2}}
+    options = {"methods": methods, "cases": {"parabolic": {}, "other": {"parameter": 2.0}}}
+    (experiment,) = experiments(tmp_path / "experiments", "heat", **options)
+    finals = {
+        "full": [(10.0, 0.4, 0.2), (12.0, 0.4, 0.1)],
+        "LoTRA 1/4": [(10.0, 0.6, 0.4), (10.0, 0.6, 0.5)],
+        "LoTRA 1/10": [(20.0, 0.1, 0.01), (20.0, 0.2, None)],
+        "slow": [(90.0, 0.6, 0.5), (90.0, 0.6, 0.1)],
+    }
+    made_results(experiment, tmp_path / "results", finals)
+    found = lines.Results("heat", tmp_path / "results")
+    cases = [case_of(experiment, name, found) for name in experiment.cases]
+    courses = drawings.courses(cases)
+    assert [ax.get_title() for ax in courses.axes] == ["Heat equation", "other"]
+    full, *_, slow, zero = courses.axes[0].lines
+    assert [line.get_label() for line in (full, slow, zero)] == ["full", "slow", "zero-shot"]
+    assert full.get_xdata()[-1] == 11.0
+    assert full.get_ydata()[-1] == pytest.approx(0.15)
+    assert courses.axes[0].get_xscale() == "symlog"  # one method is much slower
+    ratios = drawings.ratios(cases).axes[0]
+    lotra, other, reference = ratios.lines
+    assert [line.get_label() for line in ratios.lines] == ["LoTRA", "slow", "full"]
+    assert len(lotra.get_xdata()) == 2
+    assert reference.get_ydata()[0] == pytest.approx(0.15)
+    experiment.drawn[:] = ["slow", "full"]
+    (ax, _) = drawings.finals(cases).axes
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["slow", "full"]
+    (ax, _) = drawings.courses(cases).axes
+    assert [line.get_label() for line in ax.lines] == ["slow", "full", "zero-shot"]
+    for draw in drawings.PICTURES.values():
+        draw(cases).savefig(tmp_path / "picture.png")
+
+
+def test_drawn_methods_are_methods(tmp_path):
+    with pytest.raises(ValueError, match=r"`drawn` should be some of \['full', 'LoTRA'\] but has \['LoRA'\]"):
+        experiments(tmp_path / "experiments", drawn=["LoRA"])
+
+
+def test_overview_of_the_readme(tmp_path, monkeypatch):
+    readme, picture = tmp_path / "README.md", tmp_path / "overview.png"
+    readme.write_text("# Title\n<!-- begin overview -->\nold\n<!-- end overview -->\n")
+    monkeypatch.setattr(sys, "argv", ["overview.py", "--readme", str(readme), "--picture", str(picture)])
+    assert overview.main() == 0
+    assert picture.stat().st_size > 10_000
+    found = overview.points(SUITE / "results")
+    assert {method for method, _ in found} == {
+        "LoTRA",
+        "LoRA",
+        "full fine-tuning",
+        "family, as it is",
+        "family, its core",
+    }
+    assert all(len(runs) == 3 for own in found.values() for runs in own.values())
+    text, own = readme.read_text(), (SUITE.parents[1] / "README.md").read_text()
+    assert "old" not in text
+    table = text[text.index("<!-- begin") : text.index("<!-- end")]
+    assert table.count("\n") == 2 + 3 + 1
+    assert table in own  # README.md has what results/ have

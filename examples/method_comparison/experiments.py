@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 NOT_OF_A_RUN = ("lr", "lr_of", "steps", "cases")  # settings of a method that only say which runs there are
 SMOKE_STEPS = 3
-PICTURES = ("courses", "ratios", "spectra")
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3)  # the grid of learning rates
+PICTURES = ("courses", "finals", "ratios", "spectra")
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,10 @@ class Experiment:
     cases: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     tuning: dict[str, Any] = field(default_factory=dict)  # rates, seeds, steps[, case]
     pictures: list[str] = field(default_factory=lambda: ["courses"])
+    drawn: list[str] = field(default_factory=list)  # methods that the pictures have; all if there are none
     large: dict[str, Any] = field(default_factory=dict)  # what is different with --large
+    about: str = ""  # the first paragraph of the page, in Markdown
+    reading: str = ""  # its last one: what the table shows
 
     def task_of(self, case: str) -> Task:
         return make_task(self.task, {**self.settings, **self.cases[case]})
@@ -79,19 +84,34 @@ class Experiment:
         """The case and label that the search for the rate is done for."""
         return self.tuning.get("case", case), self.methods[label].get("lr_of", label)
 
-    def tuning_runs(self, case: str, label: str) -> dict[float, list[Run]]:
-        """One for each tuning seed, by learning rate; none where there is nothing to tune."""
+    def tuning_runs(self, case: str, label: str, found: Results) -> dict[float, list[Run]]:
+        """One for each tuning seed, by learning rate; none where there is nothing to tune.
+
+        The rates are those of `tuning`. If the best of three or more is the lowest or the highest, the next one in
+        `RATES` is tried as well.
+        """
         case, label = self.searched_in(case, label)
         method = self.methods[label]
         if method.get("optimizer") == "lm" or "lr" in method:
             return {}
-        seeds, steps = self.tuning["seeds"], self.tuning["steps"]
-        return {lr: [self.run(case, label, seed, lr, steps) for seed in seeds] for lr in self.tuning["rates"]}
 
-    def all_tuning_runs(self) -> Iterator[Run]:
+        def at(lr: float) -> list[Run]:
+            return [self.run(case, label, seed, lr, self.tuning["steps"]) for seed in self.tuning["seeds"]]
+
+        runs = {lr: at(lr) for lr in self.tuning["rates"]}
+        while len(runs) >= 3 and all(run in found for tried in runs.values() for run in tried):
+            best = best_rate(runs, found, self.task_of(case).higher_is_better)
+            beyond = [lr for lr in RATES if (best == max(runs) and lr > best) or (best == min(runs) and lr < best)]
+            if not beyond:
+                break
+            lr = min(beyond, key=lambda lr: abs(math.log(lr / best)))
+            runs[lr] = at(lr)
+        return dict(sorted(runs.items()))
+
+    def all_tuning_runs(self, found: Results) -> Iterator[Run]:
         for case in self.cases:
             for label in self.labels(case):
-                for runs in self.tuning_runs(case, label).values():
+                for runs in self.tuning_runs(case, label, found).values():
                     yield from runs
 
     def final_runs(self, case: str, label: str, found: Results) -> list[Run]:
@@ -101,7 +121,7 @@ class Experiment:
             KeyError: if the tuning has not been done.
         """
         lr = self.methods[label].get("lr")
-        if runs := self.tuning_runs(case, label):
+        if runs := self.tuning_runs(case, label, found):
             lr = best_rate(runs, found, self.task_of(case).higher_is_better)
         return [self.run(case, label, seed, lr) for seed in self.seeds]
 
@@ -200,6 +220,7 @@ def _shortened(experiment: Experiment) -> Experiment:
     return replace(
         experiment,
         methods=methods,
+        drawn=[label for label in experiment.drawn if label in methods],
         steps=SMOKE_STEPS,
         lm_steps=1,
         seeds=experiment.seeds[:1],
@@ -212,6 +233,8 @@ def _shortened(experiment: Experiment) -> Experiment:
 def _check(experiment: Experiment) -> None:
     if unknown := [picture for picture in experiment.pictures if picture not in PICTURES]:
         raise ValueError(f"`pictures` should be some of {list(PICTURES)} but has {unknown}")
+    if unknown := [label for label in experiment.drawn if label not in experiment.methods]:
+        raise ValueError(f"`drawn` should be some of {list(experiment.methods)} but has {unknown}")
     for case in experiment.cases:
         task = experiment.task_of(case)
         for label, method in experiment.methods.items():

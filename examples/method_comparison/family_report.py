@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from family_tasks import CASES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from pictures import plain_log
 from report import number, updated
 from reporting import write_atomically
 from rows import NONE, table
@@ -266,6 +267,7 @@ def draw(found: Found) -> Figure:
     right.set_xticks([0, 0.3, 1, 3, 10, 30], ["0", "0.3", "1", "3", "10", "30"])
     right.set_xlim(left=-0.02)
     for axes in (left, right):
+        plain_log(axes.yaxis)
         axes.grid(alpha=0.3)
     figure.legend(handles=left.get_lines(), loc="outside right center", fontsize=8)
     return figure
@@ -284,10 +286,12 @@ def overview(cases: dict[str, Found]) -> Figure:
             if errors:
                 ax.plot(errors, [k] * len(errors), ".", color=DRAWN[entry][0], alpha=0.4)
                 ax.plot(median(errors), k, "|", color=DRAWN[entry][0], ms=16, mew=2.5)
-        ax.set(title=found.name, xscale="log", yticks=range(len(shown)))
+        ax.set_title(found.case.title, fontsize=10)
+        ax.set(xscale="log", yticks=range(len(shown)))
         ax.set_yticklabels([entry.label for entry in reversed(shown)], fontsize=8)
         ax.tick_params(labelbottom=True)
         ax.grid(alpha=0.3)
+    plain_log(axes.flat[0].xaxis)
     for ax in axes.flat[len(cases) :]:
         ax.axis("off")
     figure.supxlabel("relative L2 error")

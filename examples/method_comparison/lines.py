@@ -17,7 +17,10 @@ import peft_lotra
 
 HERE = Path(__file__).parent
 FOLDERS = (HERE, HERE.parent, HERE.parent / "benchmarks")  # where modules of the examples lie
-NOT_OF_A_RESULT = {"experiments", "lines"}  # which runs there are, and where: their settings are in every line
+# Which runs there are, and where; their settings are in every line. How files and pictures are written.
+NOT_OF_A_RESULT = {"experiments", "lines", "reporting"}
+# Of the library: which layers are found, what only shows or tests, and what only imports.
+NO_RESULT_OF = ("analysis/plots.py", "analysis/summary.py", "coefficients/registry.py", "inference/", "testing/")
 Line = dict[str, Any]
 
 
@@ -72,7 +75,7 @@ def lines(experiment: Experiment, found: Results) -> list[Line]:
     cases, labels, by_place = list(experiment.cases), list(experiment.methods), {}
     for case in experiment.cases:
         for label in experiment.labels(case):
-            searched = experiment.tuning_runs(case, label)
+            searched = experiment.tuning_runs(case, label, found)
             tuned = {lr: runs for lr, runs in searched.items() if all(run in found for run in runs)}
             if tuned:
                 searched_in = experiment.searched_in(case, label)
@@ -121,8 +124,11 @@ def version(task: str) -> str:
 
 
 def sources(task: str) -> set[Path]:
-    """The files of the library, and what `perform.py` and the task import of these examples."""
-    found, waiting = set(Path(peft_lotra.__file__).parent.rglob("*.py")), ["perform", f"tasks/{task}"]
+    """Of the library, what a result can depend on; of these examples, what `perform.py` and the task import."""
+    library = Path(peft_lotra.__file__).parent
+    found = {path for path in library.rglob("*.py") if path.name != "__init__.py"}
+    found = {path for path in found if not path.relative_to(library).as_posix().startswith(NO_RESULT_OF)}
+    waiting = ["perform", f"tasks/{task}"]
     while waiting:
         name = waiting.pop()
         files = (path for folder in FOLDERS for path in (folder / f"{name}.py", folder / name / "__init__.py"))
@@ -135,7 +141,7 @@ def sources(task: str) -> set[Path]:
 
 @cache
 def _code(path: Path) -> tuple[str, list[str]]:
-    """What it does, without comments and docstrings, and the modules that it imports."""
+    """What it does, without comments, docstrings and texts of errors and warnings; the modules that it imports."""
     tree, imported = ast.parse(path.read_text()), []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -144,4 +150,7 @@ def _code(path: Path) -> tuple[str, list[str]]:
             imported += [node.module] if node.module and not node.level else []
         elif isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body[0] = ast.Pass()
+        said = node.exc if isinstance(node, ast.Raise) else node
+        if isinstance(said, ast.Call) and (said is not node or ast.unparse(node.func) == "warnings.warn"):
+            said.args = []
     return ast.unparse(tree), imported

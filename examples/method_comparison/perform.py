@@ -6,18 +6,31 @@ import json
 import platform
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from compared_methods import FROM_SCRATCH, above_budget, apply_method, count_coefficients, stored, trainable
+from compared_methods import (
+    FROM_SCRATCH,
+    above_budget,
+    apply_method,
+    count_coefficients,
+    optimizer_of,
+    stored,
+    trainable,
+)
 from experiments import Run, digest
 from lines import version
+from measuring import peak_bytes
+from objectives import Objective
 from reporting import write_atomically
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from training import Stopwatch, measured, train_by_lm, train_by_steps
 
-from peft_lotra import update_spectrum
+from peft_lotra import fit_gauss_newton, update_spectrum
 
+MEASURED_SEED = 0  # whose run also measures the memory of a step
 BASE_SEED = 7_000  # added for the points of a base, so that they are not those of the target
 
 
@@ -54,9 +67,29 @@ def perform(run: Run, cache: Path, bases: Path) -> None:
     if method["method"] == "full":
         found = update_spectrum(trained_base(run, bases, device), model, task.coefficients(model)).values()
         result["spectra"] = [[[float(f"{x:.4g}") for x in s] for s in spectrum.singular_values] for spectrum in found]
+    if run.seed == MEASURED_SEED:
+        result["step_bytes"] = bytes_of_a_step(model, objective, method)
     path = cache / f"{run.key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda partial: partial.write_text(json.dumps(result, ensure_ascii=False) + "\n"))
+
+
+def bytes_of_a_step(model: nn.Module, objective: Objective, method: dict[str, Any]) -> int:
+    """The most memory in tensors during a step, or an iteration of LM: weights, optimizer, activations, Jacobian."""
+    device, held = next(model.parameters()).device, [*model.parameters(), *model.buffers()]
+    if method.get("optimizer") == "lm":
+        options = objective.second_order() | {"iterations": 1, "progressbar": False}
+        return peak_bytes(lambda: fit_gauss_newton(model, **options), held, device)
+    optimizer = optimizer_of(model, method, method["lr"])
+
+    def step() -> None:
+        optimizer.zero_grad()
+        objective.loss(model, 0).backward()
+        optimizer.step()
+
+    step()  # then the optimizer has its state
+    state = [value for value in tree_leaves(dict(optimizer.state)) if isinstance(value, Tensor)]
+    return peak_bytes(step, [*held, *state], device)
 
 
 def rounded(metric: float | None) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from compared_methods import FIRST_ORDER
-from experiments import Experiment, mean_metric
+from experiments import RATES, Experiment, mean_metric
 from lines import Results
 from rows import NONE, table
 
@@ -15,7 +15,6 @@ METHODS = ("full", "lotra", "lora")
 def rates(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
     """The metric at each rate of the search, relative to the best rate's: a factor on errors, a difference of scores;
     means over the seeds of the search."""
-    tried = sorted({rate for experiment in experiments for rate in experiment.tuning.get("rates", ())})
     lines = []
     for experiment in experiments:
         case = experiment.tuning.get("case", next(iter(experiment.cases)))
@@ -25,14 +24,14 @@ def rates(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
             if "lr_of" in method or method.get("optimizer", "adam") not in FIRST_ORDER:
                 continue
             higher = experiment.task_of(case).higher_is_better
-            searched = experiment.tuning_runs(case, label)
+            searched = experiment.tuning_runs(case, label, results[experiment.name])
             found = {lr: mean_metric(runs, results[experiment.name], higher) for lr, runs in searched.items()}
             known = {lr: value for lr, value in found.items() if value is not None}
             if known:
                 best = (max if higher else min)(known.values())
-                cells = [_relative(known.get(lr), best, higher) if lr in found else NONE for lr in tried]
+                cells = [_relative(known.get(lr), best, higher) if lr in found else NONE for lr in RATES]
                 lines.append([experiment.name, label, *cells])
-    return table(["experiment", "method", *(f"{rate:g}" for rate in tried)], lines) if lines else ""
+    return table(["experiment", "method", *(f"{rate:g}" for rate in RATES)], lines) if lines else ""
 
 
 def _relative(value: float | None, best: float, higher_is_better: bool) -> str:

@@ -1,15 +1,15 @@
-"""Tables and pictures of the results, written into README.md between its markers, and into images/.
+"""Tables and pictures of the results: a page for each experiment, and an overview of all of them in README.md.
 
     python examples/method_comparison/report.py
-    python examples/method_comparison/report.py --smoke --readme outputs/method_comparison/smoke/README.md
+    python examples/method_comparison/report.py --smoke
+    python examples/method_comparison/report.py pde_elliptic --older
 
-Every experiment has a part of README.md between `<!-- begin NAME -->` and `<!-- end NAME -->`, with a row for each
-method. The first method of an experiment is the reference that the others are compared with. Only the lines of
-results/*.jsonl are read; the tables of aims and rates are written when no experiment is named.
+Every experiment has a page, pages/<experiment>.md, with a row for each method. The first method of an experiment is
+the reference that the others are compared with. Only the lines of results/*.jsonl are read. If no experiment is named,
+README.md gets the overview and the tables of aims and rates, between its markers.
 
-A result that lacks is an error. One by older code (every line names the version of what it depends on) is not: to do
-all runs again takes hours, and many changes of the code change no result. Below a table then stands how many runs are
-by older code; `run.py --stale` does them again.
+A missing result is an error, and so is one by older code: every line names the version of what it depends on.
+`run.py --stale` does these runs again. With --older they are reported, and the page says how many they are.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping
+from math import inf
 from pathlib import Path
-from statistics import median
 
 sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from aims import aims
 from command_line import new_parser
+from drawings import PICTURES
 from experiments import Experiment, experiment_names, load_experiments
 from lines import Results, is_older
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from rates import rates
 from reporting import write_atomically
 from rows import NONE, Case, Row, case_of, table
 
 HERE = Path(__file__).parent
 WIDE = 3  # cases; more of them have a table in common
-PANELS = 3  # of a row of a picture; more of them have two rows
+ADAPTERS = {"LoTRA": ("lotra",), "PEFT's methods": ("lora", "lora_parameters", "loha", "lokr")}
+TENTH = 0.1
+NO_HELP = {False: 1.1, True: -1.0}  # from scratch, to the reference: a factor on errors, points of accuracy
 
 
 def number(value: float | None) -> str:
@@ -65,13 +65,18 @@ def rate(row: Row) -> str:
     return NONE if row.lr is None else f"{row.lr:g}{' (edge)' if row.edge else ''}"
 
 
+def memory(row: Row) -> str:
+    """The most that tensors take during a step, in MB."""
+    return f"{row.results[0]['step_bytes'] / 1e6:.3g}" if "step_bytes" in row.results[0] else NONE
+
+
 def table_of_case(case: Case) -> str:
     """Same steps and same seconds, beside the reference."""
     clock = "CPU s" if "cpu" in case.reference.results[0]["environment"]["device"] else "s"
     rows = []
     if case.zero_shot is not None:
         zero = [result["zero_shot"] for result in case.reference.results]
-        rows.append(["zero-shot", "0", NONE, spread(case, zero), case.relative(zero), NONE, NONE, NONE])
+        rows.append(["zero-shot", "0", NONE, spread(case, zero), case.relative(zero), NONE, NONE, NONE, NONE])
     for label, row in case.rows.items():
         same = row.at(case.reference.seconds)
         rows.append(
@@ -82,12 +87,13 @@ def table_of_case(case: Case) -> str:
                 spread(case, row.finals),
                 case.relative(row.finals),
                 f"{row.seconds:.1f}",
+                memory(row),
                 spread(case, same),
                 case.relative(same),
             ]
         )
     first = next(iter(case.experiment.methods))
-    header = ["", "trainable", "rate", f"{case.task.metric}, last step", f"to {first}", clock]
+    header = ["", "trainable", "rate", f"{case.task.metric}, last step", f"to {first}", clock, "MB"]
     return table([*header, f"{case.task.metric} at the {clock} of {first}", f"to {first}"], rows)
 
 
@@ -116,80 +122,6 @@ def tables(cases: list[Case]) -> str:
     )
 
 
-def draw(cases: list[Case], panel: Callable[[Axes, Case], None]) -> Figure:
-    rows = 1 if len(cases) <= PANELS else 2
-    columns = -(-len(cases) // rows)
-    figure = Figure(figsize=(4.6 * columns + 2.6, 3.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for ax, case in zip(axes, cases, strict=False):
-        panel(ax, case)
-        ax.set_title(case.name or case.experiment.title)
-        ax.grid(alpha=0.3)
-    for ax in axes[len(cases) :]:
-        ax.axis("off")
-    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside center right", fontsize=8)
-    return figure
-
-
-def colour(case: Case, label: str) -> str:
-    return f"C{list(case.experiment.methods).index(label) % 10}"
-
-
-def courses(ax: Axes, case: Case) -> None:
-    """The metric over seconds, a line for each seed."""
-    for label, row in case.rows.items():
-        for seed, result in enumerate(row.results):
-            points = [(s, m) for _, s, m in result["marks"] if m is not None]
-            style = "--" if list(case.experiment.methods).index(label) >= 10 else "-"
-            ax.plot(*zip(*points, strict=True), style, color=colour(case, label), lw=1, label=None if seed else label)
-    if case.zero_shot is not None:
-        ax.axhline(case.zero_shot, color="0.5", ls=":", label="zero-shot, first seed")
-    if not case.task.higher_is_better:
-        ax.set_yscale("log")
-    ax.set(xlabel="seconds", ylabel=case.task.metric)
-
-
-def ratios(ax: Axes, case: Case) -> None:
-    """The metric over the number of trained parameters, a line for each method, optimizer and kind of factors: median
-    and range."""
-    series: dict[str, list[Row]] = {}
-    for label, row in case.rows.items():
-        method = case.experiment.methods[label]
-        if row is not case.reference:
-            name = ", ".join(method[key] for key in ("method", "optimizer", "init") if key in method)
-            name += ", orthonormal" * method.get("orthonormal", False)
-            series.setdefault(name, []).append(row)
-    for number_, (name, rows) in enumerate(series.items()):
-        rows = sorted(rows, key=lambda row: row.trainable)
-        values = [[v for v in row.finals if v is not None] or [float("nan")] for row in rows]
-        middle = [median(v) for v in values]
-        bars = [[m - min(v) for m, v in zip(middle, values, strict=True)],
-                [max(v) - m for m, v in zip(middle, values, strict=True)]]  # fmt: skip
-        x = [row.trainable for row in rows]
-        ax.errorbar(x, middle, bars, fmt="o-", ms=4, color=f"C{number_}", label=name)
-    ax.axhline(case.middle(case.reference.finals), color="0.3", ls="--", label=case.reference.label)
-    ax.set_xscale("log")
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    if not case.task.higher_is_better:
-        ax.set_yscale("log")
-    ax.set(xlabel="trained parameters", ylabel=case.task.metric)
-
-
-def spectra(ax: Axes, case: Case) -> None:
-    """Singular values of the reference's updates, unfolded along the modes, over the greatest of each; first seed."""
-    layers = case.reference.results[0].get("spectra", [])
-    for layer, values in enumerate(layers):
-        for mode, style, singular in zip(("input", "output", "basis"), ("-", "--", ":"), values, strict=False):
-            share = [(k + 1) / len(singular) for k in range(len(singular))]
-            relative = [s / singular[0] for s in singular]
-            ax.semilogy(share, relative, style, color=f"C{layer}", label=f"layer {layer + 1}, {mode}")
-    ax.set(xlabel="share of the mode's size", ylabel="σ / σ₁", ylim=(1e-4, 1.5))
-
-
-PANELS_OF = {"courses": courses, "ratios": ratios, "spectra": spectra}
-
-
 def updated(text: str, name: str, title: str, content: str) -> str:
     """The text with `content` between the markers of `name`, which are added at the end if they are not there.
 
@@ -207,57 +139,125 @@ def updated(text: str, name: str, title: str, content: str) -> str:
 
 def lacking(experiment: Experiment, found: Results) -> int:
     """How many runs are not there; of the search for rates, as long as some of these are not."""
-    searched = sum(run not in found for run in experiment.all_tuning_runs())
+    searched = sum(run not in found for run in experiment.all_tuning_runs(found))
     return searched or sum(run not in found for run in experiment.all_final_runs(found))
 
 
-def older_code(experiments: list[Experiment], results: Mapping[str, Results], options: str) -> str:
-    """A line on the runs by older code; empty if there are none."""
+def overview(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
+    """For every case: the reference and the best of full fine-tuning, of adapters within a tenth, and from scratch."""
+    rows = []
+    for experiment in experiments:
+        for name in experiment.cases:
+            case = case_of(experiment, name, results[experiment.name])
+
+            def best(*methods: str, share: float = inf, case: Case = case) -> Row | None:
+                found = [
+                    row
+                    for label, row in case.rows.items()
+                    if case.experiment.methods[label]["method"] in methods
+                    and row.trainable <= share * row.results[0]["coefficients"]
+                ]
+                choose = max if case.task.higher_is_better else min
+                return choose(found, key=lambda row: case.middle(row.finals)) if found else None
+
+            def cell(row: Row | None, case: Case = case) -> str:
+                if row is None:
+                    return NONE
+                return f"{number(case.middle(row.finals))} in {row.seconds:.1f} s ({row.label})"
+
+            scratch = best("scratch")
+            of_adapters = [best(*methods, share=TENTH) for methods in ADAPTERS.values()]
+            title = f"[{experiment.title}](pages/{experiment.name}.md)" + (f", {name}" if name else "")
+            if scratch and scratch is not case.reference and not helps(case, scratch):
+                title += " †"
+            rows.append([title, cell(case.reference), cell(best("full")), *map(cell, of_adapters), cell(scratch)])
+    header = ["task", "reference", "best full fine-tuning", *(f"{name}, ≤ 1/10" for name in ADAPTERS), "from scratch"]
+    return (
+        table(header, rows) + "\n\n† Training from scratch is as good as the reference: the base does not help here."
+    )
+
+
+def helps(case: Case, scratch: Row) -> bool:
+    """Whether training from scratch is clearly worse than the reference."""
+    ours, theirs, limit = case.middle(scratch.finals), case.middle(case.reference.finals), NO_HELP
+    return ours <= theirs + limit[True] if case.task.higher_is_better else ours >= limit[False] * theirs
+
+
+def by_older_code(experiments: list[Experiment], results: Mapping[str, Results]) -> tuple[int, int]:
+    """How many runs are by older code, and how many there are."""
     older = count = 0
     for experiment in experiments:
         found = results[experiment.name]
-        runs = [*experiment.all_tuning_runs(), *experiment.all_final_runs(found)]
+        runs = [*experiment.all_tuning_runs(found), *experiment.all_final_runs(found)]
         count += len(runs)
         older += sum(is_older(run, found[run]) for run in runs)
-    if not older:
-        return ""
-    name = f" {experiments[0].name}" if len(experiments) == 1 else ""
-    return f"\n\nOlder code: {older} of {count} runs; `run.py{name}{options} --stale` does them again."
+    return older, count
+
+
+def page(experiment: Experiment, found: Results, images: Path, options: str) -> tuple[str, list[Path]]:
+    """The experiment's page, and the pictures on it, which are written."""
+    cases, pictures = [case_of(experiment, name, found) for name in experiment.cases], []
+    content = [f"# {experiment.title}", experiment.about, tables(cases)]
+    for picture in experiment.pictures:
+        path = images / f"{experiment.name}_{picture}.png"
+        figure = PICTURES[picture](cases)
+        write_atomically(path, lambda p, f=figure: f.savefig(p, dpi=90, format="png"))
+        content.append(f"![{experiment.title}: {picture}](../images/{path.name})")
+        pictures.append(path)
+    content.append(experiment.reading and f"**Reading.** {experiment.reading}")
+    older, count = by_older_code([experiment], {experiment.name: found})
+    if older:
+        command = f"run.py {experiment.name}{options} --stale"
+        content.append(f"By older code: {older} of {count} runs; `{command}` does them again.")
+    content.append("[All experiments](../README.md)")
+    return "\n\n".join(filter(None, content)) + "\n", pictures
 
 
 def report(
-    experiments: list[Experiment], folder: Path, readme: Path, options: str = "", whole: bool = True
+    experiments: list[Experiment],
+    folder: Path,
+    readme: Path,
+    options: str = "",
+    whole: bool = True,
+    with_older: bool = False,
 ) -> list[Path]:
-    """Writes the tables and pictures, `whole`: those of aims and rates, too; returns the files written.
+    """Writes the pages and their pictures, `whole`: also overview, aims and rates in the README; returns the files.
+
+    Args:
+        options: those of run.py that it has run with.
+        with_older: also results by older code.
 
     Raises:
-        ValueError: if a result lacks, before anything is written; `options` are those of run.py that it has run with.
+        ValueError: if a result is missing or by older code, before anything is written.
     """
     results = {experiment.name: Results(experiment.name, folder) for experiment in experiments}
-    lacks = [(e.name, count) for e in experiments if (count := lacking(e, results[e.name]))]
-    if lacks:
-        files = ", ".join(f"{name}.jsonl lacks {count} runs" for name, count in lacks)
-        command = " ".join(["python examples/method_comparison/run.py", *(name for name, _ in lacks)])
-        raise ValueError(f"{folder}: {files}: {command}{options}; or name the experiments to report")
+    run = "python examples/method_comparison/run.py"
+    missing = {e.name: count for e in experiments if (count := lacking(e, results[e.name]))}
+    if missing:
+        files = ", ".join(f"{name}.jsonl lacks {count} runs" for name, count in missing.items())
+        raise ValueError(f"{folder}: {files}: {run} {' '.join(missing)}{options}; or name the experiments to report")
+    old = {e.name: by_older_code([e], results)[0] for e in experiments}
+    if any(old.values()) and not with_older:
+        files = ", ".join(f"{name}.jsonl has {count} runs" for name, count in old.items() if count)
+        names = " ".join(name for name, count in old.items() if count)
+        raise ValueError(f"{folder}: {files} by older code: {run} {names}{options} --stale; or --older reports them")
     text = readme.read_text() if readme.exists() else ""
-    written, images = [], readme.parent / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    for experiment in experiments:
-        cases = [case_of(experiment, name, results[experiment.name]) for name in experiment.cases]
-        content = tables(cases) + older_code([experiment], results, options)
-        for picture in experiment.pictures:
-            path = images / f"{experiment.name}_{picture}.png"
-            figure = draw(cases, PANELS_OF[picture])
-            write_atomically(path, lambda p, f=figure: f.savefig(p, dpi=90, format="png"))
-            content += f"\n\n![{experiment.title}: {picture}](images/{path.name})"
-            written.append(path)
-        text = updated(text, experiment.name, experiment.title, content)
-    common = {("aims", "Aims"): aims, ("rates", "Learning rates"): rates} if whole else {}
-    for (name, title), table_of in common.items():
+    tables_of = {("overview", "Overview"): overview, ("aims", "Aims"): aims, ("rates", "Learning rates"): rates}
+    for (name, title), table_of in tables_of.items() if whole else ():
         if content := table_of(experiments, results):
-            text = updated(text, name, title, content + older_code(experiments, results, options))
-    write_atomically(readme, lambda p: p.write_text(text.rstrip() + "\n"))
-    return [*written, readme]
+            text = updated(text, name, title, content)
+    written, images, pages = [], readme.parent / "images", readme.parent / "pages"
+    for path in (images, pages):
+        path.mkdir(parents=True, exist_ok=True)
+    for experiment in experiments:
+        content, pictures = page(experiment, results[experiment.name], images, options)
+        path = pages / f"{experiment.name}.md"
+        write_atomically(path, lambda p, content=content: p.write_text(content))
+        written += [*pictures, path]
+    if whole:
+        write_atomically(readme, lambda p: p.write_text(text.rstrip() + "\n"))
+        written.append(readme)
+    return written
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -267,9 +267,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", action="store_true", help="what run.py --smoke has done")
     size.add_argument("--large", action="store_true", help="what run.py --large has done")
+    add("--older", action="store_true", help="also results by older code")
     add("--results", type=Path, help="where the .jsonl files are; default: as in run.py")
     add("--outputs", type=Path, default=Path("outputs/method_comparison"), help="that of run.py")
-    add("--readme", type=Path, help="file with the markers, made if it is not there; pictures go beside it")
+    add("--readme", type=Path, help="file with the markers, made if it is not there; pages and pictures go beside it")
     args = parser.parse_args(argv)
     try:
         args.experiments = load_experiments(args.names, smoke=args.smoke, large=args.large)
@@ -286,7 +287,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     try:
-        for path in report(args.experiments, args.results, args.readme, args.options, not args.names):
+        for path in report(args.experiments, args.results, args.readme, args.options, not args.names, args.older):
             print(f"Written: {path}")
     except ValueError as error:
         sys.exit(str(error))

@@ -77,7 +77,7 @@ def case_of(experiment: Experiment, name: str, found: Results) -> Case:
     """
     rows = {}
     for label in experiment.labels(name):
-        runs, rates = experiment.final_runs(name, label, found), sorted(experiment.tuning_runs(name, label))
+        runs, rates = experiment.final_runs(name, label, found), sorted(experiment.tuning_runs(name, label, found))
         lr = runs[0].method.get("lr")
         rows[label] = Row(label, [found[run] for run in runs], lr, bool(rates) and lr in (rates[0], rates[-1]))
     return Case(experiment, name, rows)

@@ -86,7 +86,7 @@ def missing(experiments: list[Experiment], title: str, results: Path, cache: Pat
     by_key = {}
     for experiment in experiments:
         found = Results(experiment.name, results, cache)
-        every = experiment.all_final_runs(found) if title == "runs" else experiment.all_tuning_runs()
+        every = experiment.all_final_runs(found) if title == "runs" else experiment.all_tuning_runs(found)
         by_key |= {run.key: run for run in every if run not in found or stale and is_older(run, found[run])}
     return list(by_key.values())
 
@@ -97,11 +97,11 @@ def run_all(experiments: list[Experiment], jobs: int, results: Path, outputs: Pa
     try:
         with processes(jobs) as executor:
             for title in ("learning rates", "runs"):
-                runs = missing(experiments, title, results, cache, stale)
-                needed = {base_path(run, bases): run for run in runs if run.method["method"] not in FROM_SCRATCH}
-                untrained = [run for path, run in needed.items() if not path.exists()]
-                do_all(train_base, untrained, executor, cache, bases, f"bases for {title}")
-                do_all(perform, runs, executor, cache, bases, title)
+                while runs := missing(experiments, title, results, cache, stale):  # a search may go on
+                    needed = {base_path(run, bases): run for run in runs if run.method["method"] not in FROM_SCRATCH}
+                    untrained = [run for path, run in needed.items() if not path.exists()]
+                    do_all(train_base, untrained, executor, cache, bases, f"bases for {title}")
+                    do_all(perform, runs, executor, cache, bases, title)
     finally:
         for experiment in experiments:
             write_lines(experiment, results, cache)

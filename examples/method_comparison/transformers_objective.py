@@ -83,6 +83,18 @@ class OnTokens(Supervised):
             trainer.remove_callback(PrinterCallback)
             trainer.train()
 
+    def second_order(self) -> dict[str, Any]:
+        """All samples where they have classes, the batch of a step where they have tokens: these have many outputs."""
+        tokens = self.training.y.ndim > 1
+
+        def outputs(net: Callable[..., Any], batch: Data) -> tuple[Tensor, Tensor]:
+            x, y = batch
+            logits = net(**self.inputs(x)).logits
+            return (logits[:, :-1], y[:, 1:]) if tokens else (logits, y)
+
+        data = (lambda iteration: tuple(self.drawn(iteration))) if tokens else tuple(self.training)
+        return {"residual_fn": outputs, "data": data, "loss": "cross_entropy"}
+
     def details(self, model: nn.Module) -> dict[str, float]:
         return {}  # the training data may be every window of a long text
 

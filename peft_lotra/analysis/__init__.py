@@ -1,7 +1,7 @@
 """What fine-tuning changed in a KAN: coefficients, updates, their spectra, and functions on edges; with pictures."""
 
 from ..tensors.spectrum import Spectrum
-from .plots import plot_activations, plot_spectrum
+from .plots import plot_activations, plot_spectrum, plot_summary
 from .updates import activation_curves, coefficient_updates, effective_coefficients
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "effective_coefficients",
     "plot_activations",
     "plot_spectrum",
+    "plot_summary",
 ]

@@ -1,4 +1,4 @@
-"""Pictures of spectra and of the functions on edges. matplotlib is needed here only."""
+"""Pictures of spectra, of the functions on edges, and of what is adapted. matplotlib is needed here only."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from .updates import activation_curves
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MODES = {"input": "-", "output": "--", "basis": ":"}  # drawn so that equal curves show
+    from .summary import Summary, SummaryRow
+
+# By mode: format, width and colour, such that equal curves show.
+_MODES = {"input": (".-", 4.0, "C0"), "output": (".-", 1.5, "C1"), "basis": (".:", 2.0, "k")}
+_LEAST = 1e-4  # of the singular values drawn, over ‖Δ‖: a hundred-millionth of the energy
 
 
 def plot_spectrum(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | Ranks] | None = None) -> Figure:
     """σ_k / ‖Δ‖ over k for the three unfoldings of every update, with a panel for each update; the source's figure 1.
+
+    All panels have one scale. It ends at the least value above 1e-4, below which a value has no part in the update.
 
     Args:
         spectra: spectra by name, as from `update_spectrum`.
@@ -34,20 +40,30 @@ def plot_spectrum(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | Ran
     unknown = sorted(set(ranks or {}) - set(spectra))
     if unknown:
         raise ValueError(f"`ranks` names {unknown}, which `spectra` does not have; it has {sorted(spectra)}")
+    least = 1.0
     for axes, (name, spectrum) in zip(panels, spectra.items(), strict=True):
         norm = math.sqrt(spectrum.energy)
         marked = (ranks or {}).get(name, (0, 0, 0))
         marked = (marked,) * 3 if isinstance(marked, int) else marked[:3]
-        axes.set(title=f"{name} {spectrum.shape}", xlabel="k", ylabel="σ_k / ‖Δ‖", yscale="log" if norm else "linear")
-        for (mode, style), values, rank in zip(_MODES.items(), spectrum.singular_values, marked, strict=True):
+        axes.set(title=f"{name} {spectrum.shape}", xlabel="k", yscale="log" if norm else "linear")
+        modes = zip(_MODES.items(), spectrum.singular_values, marked, strict=True)
+        for (mode, (style, width, colour)), values, rank in modes:
             shares = (values / norm if norm else values).tolist()
-            # Below rounding there is no information, and a logarithmic axis would stretch over it.
-            shares = [share if share > 1e-12 or not norm else math.nan for share in shares]
-            (line,) = axes.plot(range(1, len(shares) + 1), shares, f".{style}", label=mode)
+            # A zero has no place on a logarithmic axis.
+            shares = [share if share > 0 or not norm else math.nan for share in shares]
+            axes.plot(range(1, len(shares) + 1), shares, style, lw=width, color=colour, label=mode)
+            least = min([least, *(share for share in shares if share > _LEAST)])
             if rank is not None and 0 < rank <= len(shares):
-                axes.plot(rank, shares[rank - 1], "o", color=line.get_color(), fillstyle="none", markersize=10)
+                axes.plot(rank, shares[rank - 1], "o", color=colour, fillstyle="none", markersize=11)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+    for axes in panels:
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel("σ_k / ‖Δ‖")
+        if axes.get_yscale() == "log":
+            axes.set_ylim(least / 1.5, 1.5)
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("")
     _legend(figure, panels[0], "kept" if ranks else None)
     return figure
 
@@ -86,7 +102,51 @@ def plot_activations(
     return figure
 
 
-def _panels(function: str, argument: str, things: Any) -> tuple[Figure, list[Any]]:
+def plot_summary(rows: Summary) -> Figure:
+    """Trained numbers beside the coefficients of every tensor, with its ranks; a panel for each adapter.
+
+    >>> plot_summary(summary(model)).savefig("summary.png")
+
+    The axis is logarithmic. Tensors that are not coefficients, such as biases, have their trained numbers alone.
+
+    Args:
+        rows: what is adapted, as from `peft_lotra.summary`.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if there is nothing to draw.
+    """
+    adapters = list(rows.totals)
+    own = {adapter: [row for row in rows if row.adapter == adapter] for adapter in adapters}
+    height = 1.2 + 0.42 * max(map(len, own.values()), default=0)
+    figure, panels = _panels("plot_summary", "rows", adapters, columns=1, size=(8, height))
+    known = [number for row in rows for number in (row.trained, math.prod(row.modes) if row.modes else 0) if number]
+    for axes, (adapter, (trained, _, size)) in zip(panels, rows.totals.items(), strict=True):
+        places, numbers = range(len(own[adapter])), [row.trained for row in own[adapter]]
+        sizes = [math.prod(row.modes) if row.modes else 0 for row in own[adapter]]
+        axes.barh([k - 0.2 for k in places], sizes, 0.38, color="0.75", label="coefficients")
+        bars = axes.barh([k + 0.2 for k in places], numbers, 0.38, color="C0", label="trained numbers")
+        axes.bar_label(bars, [f"{row.trained:,}{_ranks_text(row)}" for row in own[adapter]], padding=3, fontsize=9)
+        axes.set(title=f"{adapter}: {trained:,} trained numbers for {size:,} coefficients", xscale="log")
+        axes.set_xlim(min(known, default=3) / 3, max(known, default=1) * 4)  # room for bars and their texts
+        axes.set_yticks(places, labels=[row.tensor for row in own[adapter]])
+        axes.invert_yaxis()
+        axes.xaxis.set_major_formatter("{x:,g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_axisbelow(True)
+    _legend(figure, panels[0])
+    return figure
+
+
+def _ranks_text(row: SummaryRow) -> str:
+    """The ranks, behind the numbers."""
+    return f", ranks {' · '.join('all' if r is None else str(r) for r in row.ranks)}" if row.ranks else ""
+
+
+def _panels(
+    function: str, argument: str, things: Any, columns: int = 3, size: tuple[float, float] = (4.2, 3.2)
+) -> tuple[Figure, list[Any]]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -95,9 +155,9 @@ def _panels(function: str, argument: str, things: Any) -> tuple[Figure, list[Any
         ) from error
     if not things:
         raise ValueError(f"`{argument}` is empty: there is nothing to draw")
-    columns = min(3, len(things))
+    columns = min(columns, len(things))
     rows = -(-len(things) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for unused in panels[len(things) :]:
         unused.remove()

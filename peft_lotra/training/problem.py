@@ -257,7 +257,7 @@ class Problem:
         rows_of = grad(lambda *args: of_sample(*args).sum()) if count == 1 else jacrev(of_sample)
 
         def of_chunk(chunk: Any) -> torch.Tensor:
-            rows = vmap(rows_of, in_dims=(None, 0))(parameters, chunk)
+            rows = _of_each_sample(rows_of, (None, 0), parameters, chunk)
             columns = [rows[key].detach().reshape(rows[key].shape[0] * count, -1) for key in parameters]
             return torch.cat(columns, dim=1).div_(math.sqrt(samples))
 
@@ -278,7 +278,7 @@ class Problem:
         def of_chunk(chunk: Any) -> torch.Tensor:
             with torch.no_grad():
                 factors = self._factors(kind, loss, parameters, chunk, count)
-            rows = vmap(of_sample)(chunk, factors)
+            rows = _of_each_sample(of_sample, (0, 0), chunk, factors)
             return torch.cat([rows[key].detach().reshape(-1, p.numel()) for key, p in parameters.items()], dim=1)
 
         return self._by_chunks(kind, of_chunk)
@@ -382,3 +382,17 @@ def _check_differentiable(model: nn.Module) -> None:
                 "`LoTRAConfig(r=(None, r, None))`, which is LoRA of coefficients, or merge the adapter if it is not "
                 "to be trained"
             )
+
+
+def _of_each_sample(function: Callable[..., Any], in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    """`vmap`, with an error that says what a forward pass may not do under it."""
+    try:
+        return vmap(function, in_dims)(*arguments)
+    except RuntimeError as error:
+        if not str(error).startswith("vmap: It looks like you're"):
+            raise
+        raise ValueError(
+            "`torch.func.vmap`, which takes the Jacobian of each sample, needs a forward pass that does not branch on "
+            "values of tensors, but a layer of `model` does. The mask of sdpa attention does so in models of "
+            'transformers with padding: call `model.set_attn_implementation("eager")`'
+        ) from error

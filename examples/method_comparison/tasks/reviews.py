@@ -81,7 +81,8 @@ class Reviews(Task):
     def build(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return TransformerKANForSequenceClassification(
-            transformer_config(self, self.vocabulary, num_labels=2, pad_token_id=PAD)
+            # "eager": torch.func.vmap, for LM, cannot take the mask of sdpa attention with padding.
+            transformer_config(self, self.vocabulary, num_labels=2, pad_token_id=PAD, attn_implementation="eager")
         )
 
     def tokens(self, text: Text) -> list[int]:
