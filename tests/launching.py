@@ -180,7 +180,7 @@ def launch(
     launcher: str = "torchrun",
     options: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
-    timeout: float = 120,
+    timeout: float = 300,
     check: bool = True,
 ) -> Launched:
     """Run a job to its end; see `running`.

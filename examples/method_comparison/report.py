@@ -172,8 +172,8 @@ def overview(experiments: list[Experiment], results: Mapping[str, Results]) -> s
             rows.append([title, cell(case.reference), cell(best("full")), *map(cell, of_adapters), cell(scratch)])
     header = ["task", "reference", "best full fine-tuning", *(f"{name}, ≤ 1/10" for name in ADAPTERS), "from scratch"]
     return table(header, rows) + (
-        "\n\n† By this optimizer training from scratch is as good as full fine-tuning, at most 1.1 × its error or a point "
-        "below it: the base does not help."
+        "\n\n† By this optimizer training from scratch is as good as full fine-tuning, at most 1.1 × its error or a "
+        "point below it: the base does not help."
     )
 
 
