@@ -48,7 +48,7 @@ METHODS = ("adam adapter", "lm adapter", "adam all", "lm all")
 NAMES = dict(zip(METHODS, ("adapter, Adam", "adapter, LM", "everything, Adam", "everything, LM"), strict=True))
 COLOURS = dict(zip(METHODS, ("C0", "C3", "0.4", "C1"), strict=True))
 CLOCKS = {"seconds": "seconds", "cpu_seconds": "CPU seconds"}
-COSTS = {"seconds": "CPU seconds", "megabytes": "peak memory in MB"}
+COSTS = {"seconds": "CPU seconds", "megabytes": "peak MB"}
 # Nearly full ranks where a layer is narrow: 976 numbers for the 8,960 coefficients of width 32, a ninth.
 RANKS = {"layers.0": (2, 8, 8), "layers.1": (4, 4, 4), "layers.2": (6, 1, 8)}
 
@@ -166,16 +166,17 @@ def print_summary(family: str, summary: dict[str, Any]) -> None:
 
 def draw(runs: dict[str, dict[str, list[dict[str, Any]]]], costs: list[dict[str, Any]], clock: str) -> Figure:
     """Error over time for each family, medians over the seeds with their range; what an iteration costs."""
-    columns = -(-(len(runs) + 2) // 2)
-    figure = Figure(figsize=(4 * columns, 7), layout="constrained")
+    rows = 1 if len(runs) == 1 else 2
+    columns = -(-(len(runs) + 2) // rows)
+    figure = Figure(figsize=(3.8 * columns, 1 + 3.1 * rows), layout="constrained")
     figure.suptitle("A KAN that solves one PDE, fitted to another: Gauss–Newton (LM) and Adam")
-    panels = list(figure.subplots(2, columns).flat)
+    panels = list(figure.subplots(rows, columns).flat)
     for ax, (family, of_family) in zip(panels, runs.items(), strict=False):
         for method, of_method in of_family.items():
-            courses = [
-                [(m.step, getattr(m, clock), m.error) for m in map(Mark._make, one["marks"])] for one in of_method
-            ]
-            band(ax, *by_step(courses), f"{NAMES[method]} ({of_method[0]['numbers']:,} numbers)", COLOURS[method])
+            marks = [[Mark(*mark) for mark in one["marks"]] for one in of_method]
+            courses = [[(mark.step, getattr(mark, clock), mark.error) for mark in of_seed] for of_seed in marks]
+            label = f"{NAMES[method]} ({of_method[0]['numbers']:,} numbers at width 32)"
+            band(ax, *by_step(courses), label, COLOURS[method])
         ax.set(title=PDES[family].title, xlabel=CLOCKS[clock], ylabel="relative L2 error", yscale="log")
         plain_log(ax.yaxis)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
@@ -270,7 +271,7 @@ def study(args: argparse.Namespace) -> None:
     path = args.output_dir / "gauss_newton.json"
     write_atomically(path, lambda partial: partial.write_text(json.dumps(record, indent=1) + "\n"))
     figure = draw(runs, costs, args.clock)
-    write_atomically(path.with_suffix(".png"), lambda partial: figure.savefig(partial, dpi=120, format="png"))
+    write_atomically(path.with_suffix(".png"), lambda partial: figure.savefig(partial, dpi=90, format="png"))
     print(f"\nWritten: {path.with_suffix('.png')}, .json")
 
 
