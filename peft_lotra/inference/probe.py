@@ -325,6 +325,15 @@ class Probe:
             t.numel() == self.x.numel() and torch.equal(t.flatten(), self.x.flatten()) for t in sides
         )
 
+    def shaping(self, path: str, frontier: tuple[int, ...]) -> list[str]:
+        """Other parameters that give each entry of this one a function of its own, as in Wav-KAN."""
+        value, tensors = self.values[path], self.base.tensors
+        sides = [k for k in self._x_sides(path, frontier) if tensors[k].ndim > value.ndim]
+        edges = [k for k in sides if tensors[k].shape[-value.ndim :] == value.shape]
+        within = self.ancestors(edges)
+        others = {id(v): other for other, v in self.values.items() if v.shape == value.shape and other != path}
+        return [other for key, other in others.items() if any(id(tensors[k]) == key for k in within)]
+
     def in_basis(self, path: str, frontier: tuple[int, ...], u: Collection[int], other: str) -> bool:
         """Whether another parameter has a part in the functions of u that the parameter multiplies."""
         between = self.ancestors(self._x_sides(path, frontier), without=u)

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..coefficients import CoefficientSpec, Layout
 from .contraction import Contraction, Place
-from .layouts import NoLayout, NoOutputs
+from .layouts import UNMIXED, NoLayout, NoOutputs
 from .precision import PRECISIONS, Passes, Precision
 from .probe import VECTOR, Probe, Refused, Unusable, is_numeric
 from .recording import tensors_in
@@ -127,7 +127,8 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
                 results[path] = Finding(reason=str(refused))
             except NoLayout as failure:
                 linear = failure.linear and probe.sees_x(path, z)
-                results[path] = Finding(reason=str(failure), linear=linear, of_class=failure.linear)
+                reason = _reason(failure, probe, path, z)
+                results[path] = Finding(reason=reason, linear=linear, of_class=failure.linear)
                 if failure.mixing:
                     weights.append(path)
     for path, (spec, place) in found.items():
@@ -137,6 +138,18 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
             reason = f"its functions of x contain the weights {inside}: it is the layer of a network behind them"
             results[path] = Finding(reason=reason, of_class=True)
     return results
+
+
+def _reason(failure: NoLayout, probe: Probe, path: str, z: tuple[int, ...]) -> str:
+    """The cause behind a failure, where the layer shows it."""
+    if failure.linear and (shaping := probe.shaping(path, z)):
+        return (
+            f"every input and output has one function, shaped by {shaping}: there are no functions that the outputs "
+            "share (n_d = 1)"
+        )
+    if str(failure) == UNMIXED and not {*z} & {*probe.base.outputs}:
+        return f"{UNMIXED}: what follows is not linear, so that no sum over inputs is affine in it"
+    return str(failure)
 
 
 def _layout(
