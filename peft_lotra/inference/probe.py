@@ -243,11 +243,11 @@ class Probe:
         return self._meetings(path, frontier)[1]
 
     def first_contraction(self, path: str, frontier: tuple[int, ...]) -> tuple[int, ...]:
-        """The one tensor in which the parameter meets x, as z."""
+        """The tensors in which the parameter meets x, as z: one, or one for each group of a grouped layer."""
         products, _ = self._meetings(path, frontier)
         plus_minus = next(runs for paths, runs in reversed(self._changed.items()) if path in paths)
-        z = tuple(products)
-        if len(z) != 1 or self._last_affine(self.values[path], z[0], *plus_minus) != products:
+        z = tuple(sorted(products))
+        if not z or any(self._last_affine(self.values[path], k, *plus_minus) != {k} for k in z):
             raise Refused("its entries cannot be told apart by output")
         return z
 

@@ -72,7 +72,9 @@ def infer_layer(
     open_paths = [path for path, finding in findings.items() if not finding.reason]
     inputs = sum(map(is_numeric, tensors))
     if not inputs:
-        refusal = Finding(reason="its layer receives no floating-point tensor", of_class=True)
+        empty = any(t.is_floating_point() for t in tensors)
+        what = "only empty tensors on this sample" if empty else "no floating-point tensor"
+        refusal = Finding(reason=f"its layer receives {what}", of_class=True)
         return findings | dict.fromkeys(open_paths, refusal)
     if not open_paths:
         return findings
