@@ -369,10 +369,11 @@ class UnfoldConvKANLayer(nn.Module):
 class WaveletKANLayer(nn.Module):
     """y_o = Σ_i weights[o, i]·ψ((x_i - translation[o, i])/scale[o, i]): every edge has a function of its own."""
 
-    def __init__(self, in_features, out_features):
+    def __init__(self, in_features, out_features, initial=False):
         super().__init__()
-        self.scale = nn.Parameter(torch.rand(out_features, in_features) + 0.5)
-        self.translation = nn.Parameter(torch.randn(out_features, in_features))
+        shape = out_features, in_features  # initially, all functions are alike
+        self.scale = nn.Parameter(torch.ones(shape) if initial else torch.rand(shape) + 0.5)
+        self.translation = nn.Parameter(torch.zeros(shape) if initial else torch.randn(shape))
         self.wavelet_weights = nn.Parameter(torch.randn(out_features, in_features))
 
     def forward(self, x):

@@ -49,6 +49,73 @@ class GroupNormalizedConvLayer(nn.Module):
         return torch.cat(outputs, dim=1)
 
 
+class GramConvLayer(nn.Module):
+    """Per group: y = silu(norm(conv2d(silu(p(tanh x)), poly_weights[g]) + base_conv[g](silu(x)))): `g o (d i) h w`.
+
+    p are Gram polynomials, whose recursion has learned numbers, as in KAGN convolutions. With `inner`, convolutions of
+    size 1 narrow the channels of each group before the basis and widen them after the contraction: a bottleneck.
+    """
+
+    def __init__(self, n, m, kernel_size=3, degree=3, groups=1, inner=None, stride=1):
+        super().__init__()
+        self.groups, self.degree, self.inner = groups, degree, inner
+        self.sizes = {"stride": stride, "padding": kernel_size // 2}
+        n, m = n // groups, m // groups
+        low, high = (n, m) if inner is None else (inner, inner)
+        self.base_conv = nn.ModuleList(nn.Conv2d(n, m, kernel_size, bias=False, **self.sizes) for _ in range(groups))
+        self.layer_norm = nn.ModuleList(nn.InstanceNorm2d(m) for _ in range(groups))
+        self.poly_weights = nn.Parameter(torch.randn(groups, high, low * (degree + 1), kernel_size, kernel_size) / n)
+        self.beta_weights = nn.Parameter(torch.rand(degree + 1))
+        if inner is not None:
+            self.inner_proj = nn.ModuleList(nn.Conv2d(n, inner, 1, bias=False) for _ in range(groups))
+            self.out_proj = nn.ModuleList(nn.Conv2d(inner, m, 1, bias=False) for _ in range(groups))
+
+    def gram(self, x):
+        terms = [torch.ones_like(x), x]
+        for k in range(1, self.degree):
+            terms.append(x * terms[-1] - self.beta_weights[k] * terms[-2])
+        return torch.cat(terms, dim=1)
+
+    def forward(self, x):
+        outputs = []
+        for g, part in enumerate(x.chunk(self.groups, dim=1)):
+            base = self.base_conv[g](F.silu(part))
+            part = part if self.inner is None else self.inner_proj[g](part)
+            y = F.conv2d(F.silu(self.gram(torch.tanh(part))), self.poly_weights[g], **self.sizes)
+            y = y if self.inner is None else self.out_proj[g](y)
+            outputs.append(F.silu(self.layer_norm[g](y + base)))
+        return torch.cat(outputs, dim=1)
+
+
+class BernsteinConvLayer(nn.Module):
+    """y = conv2d(b(sigmoid x), poly_weights), b by de Casteljau's steps from ones, which stay ones, as in KABN."""
+
+    def __init__(self, n, m, kernel_size=3, degree=3):
+        super().__init__()
+        self.degree = degree
+        self.poly_weights = nn.Parameter(torch.randn(m, n * (degree + 1), kernel_size, kernel_size) / n)
+
+    def forward(self, x):
+        x = torch.sigmoid(x)
+        basis = torch.ones(*x.shape, self.degree + 1, dtype=x.dtype)
+        for j in range(1, self.degree + 1):
+            for k in range(self.degree + 1 - j):
+                basis[..., k] = basis[..., k] * (1 - x) + basis[..., k + 1] * x
+        return F.conv2d(basis.movedim(-1, 2).flatten(1, 2), self.poly_weights, padding=1)
+
+
+class SoftplusEdgeLayer(nn.Module):
+    """y_o = Σ_i softplus(weight[o, i]·x_i): a function of one number per edge, as in unikan and single-kan."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(m, n + 1))
+
+    def forward(self, x):
+        x = torch.cat([x, torch.ones_like(x[..., :1])], dim=-1)
+        return F.softplus(x.unsqueeze(-2) * self.weight).sum(-1)
+
+
 class TwoBasesKANLayer(nn.Module):
     """y = linear([gaussians(x), T(norm(x))]): two bases side by side, and each sees the inputs its own way."""
 

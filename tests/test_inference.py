@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import assert_different, assert_equal
 from kan.KANLayer import KANLayer as PyKANLayer
+from odd_layers import BernsteinConvLayer, SoftplusEdgeLayer
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -222,10 +223,24 @@ class Attention(nn.Module):
         return self.norm(x + self.attention(x, x, x)[0])
 
 
+WAVELET = "wavelet_weights: left out, every input and output has one function, shaped by ['scale', 'translation']: "
+
+
 @pytest.mark.parametrize(
     ("layer", "x", "reason"),
     [
-        (lambda: kans.WaveletKANLayer(4, 4), ROWS[:, :4], "one function per input (n_d = 1)"),
+        (lambda: kans.WaveletKANLayer(4, 4), ROWS[:, :4], WAVELET),
+        (lambda: kans.WaveletKANLayer(4, 4, initial=True), ROWS[:, :4], WAVELET),
+        (
+            lambda: SoftplusEdgeLayer(4, 4),
+            ROWS[:, :4],
+            "mixes nothing: what follows is not linear, so that no sum over",
+        ),
+        (
+            lambda: BernsteinConvLayer(4, 4),
+            IMAGES,
+            "does not change with the input: it is added, as a bias is, or its fu",
+        ),
         (lambda: kans.RationalActivationLayer(4, 4), ROWS[:, :4], "cannot be told apart by input feature"),
         (lambda: kans.AliasedKANLayer(4, 4), ROWS[:, :4], "reads it through an alias, so that an adapter would be ig"),
         (lambda: kans.ReassigningKANLayer(4, 4), ROWS[:, :4], "assigns it anew, so that an adapter would be lost"),

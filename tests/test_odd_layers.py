@@ -11,6 +11,7 @@ from odd_layers import (
     ComplexBasisKANLayer,
     ComplexInputKANLayer,
     CumulativeKANLayer,
+    GramConvLayer,
     GroupedFastConvLayer,
     GroupNormalizedConvLayer,
     ReLUKANLayer,
@@ -65,6 +66,11 @@ LAYERS = {
         lambda: GroupedPolyConvKANLayer(4, 8, groups=4, per_group=True),
         IMAGE,
         {f"poly_weights.{g}": ("o (i d) h w", {"o": 2, "i": 1, "d": 4} | KERNEL) for g in range(4)},
+    ),
+    "a bottleneck for each group": (
+        lambda: GramConvLayer(8, 6, groups=2, inner=3),
+        (3, 8, 6, 6),
+        {"poly_weights": ("g o (d i) h w", {"g": 2, "o": 3, "d": 4, "i": 3} | KERNEL)},
     ),
     "images of one channel": (
         lambda: ConvKANLayer(1, 5),

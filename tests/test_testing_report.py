@@ -61,7 +61,7 @@ def test_a_layer_that_fails(tmp_path):
         ("mine", "should be like my_module:make, got 'mine'"),
         ("mine:nothing", "'mine:nothing' cannot be imported"),
         ("mine:alone", "the factory should return (layer, sample) or (layer, sample, coefficients)"),
-        ("mine:refused", "one function per input (n_d = 1)"),
+        ("mine:refused", "every input and output has one function, shaped by"),
     ],
 )
 def test_what_cannot_be_tested_is_named(name, message, tmp_path):

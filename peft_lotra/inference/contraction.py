@@ -11,7 +11,7 @@ import torch
 
 from ..coefficients import CoefficientSpec, Layout
 from ..coefficients.spec import parse_slice
-from .layouts import NoLayout, NoOutputs, Pair, Responses, bears_out, find_flattened, find_layout, find_part
+from .layouts import UNCHANGED, NoLayout, NoOutputs, Pair, Responses, bears_out, find_flattened, find_layout, find_part
 from .precision import FINITE_DIFFERENCES, Precision
 from .probe import Inputs, Probe
 
@@ -160,7 +160,7 @@ class Contraction:
         tolerance = self._tolerance
         known = plain.abs() > tolerance.zero * plain.abs().max()
         if not known.any():
-            raise NoLayout("its response does not change with the input")
+            raise NoLayout(UNCHANGED)
         ratios = numbered[known] / plain[known]
         numbers = self._probe.numbers(count, ratios).sort().values
         place = torch.searchsorted(numbers, ratios).clamp(1, max(count - 1, 1))
@@ -209,7 +209,7 @@ class Contraction:
         towards = self._towards_u[everywhere]
         moving = [k for k, gradient in enumerate(towards) if gradient.requires_grad]
         if not moving:
-            raise NoLayout("its response does not change with the input")
+            raise NoLayout(UNCHANGED)
         return self._probe.gradients([towards[k] for k in moving], [t[k] for k in moving], self._paths)
 
     @property

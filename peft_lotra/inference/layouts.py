@@ -28,6 +28,10 @@ Factor = tuple[str, int]  # (mode, size)
 
 
 LINEAR = "it has one function per input (n_d = 1): a linear weight, no basis axis"
+UNCHANGED = (
+    "its response does not change with the input: it is added, as a bias is, or its functions are flat on this sample"
+)
+UNMIXED = "it has functions of one input for one output each, and mixes nothing"
 
 
 class NoLayout(Exception):
@@ -89,7 +93,7 @@ def find_layout(responses: Responses, tolerance: Tolerance, features: int) -> La
     signatures = {"o": [responses.output], "i": responses.inputs, **responses.kernel}
     ratios = {mode: _ratios(pairs, tolerance) for mode, pairs in signatures.items()}
     if any(rows.isnan().all() for rows in ratios.values()):
-        raise NoLayout("its response does not change with the input")
+        raise NoLayout(UNCHANGED)
     axes = [_factors(ratios, axis, tolerance) for axis in range(len(responses.shape))]
     modes = {mode for factors in axes for mode, _ in factors}
     if "d" not in modes:
@@ -100,7 +104,7 @@ def find_layout(responses: Responses, tolerance: Tolerance, features: int) -> La
     # One input, or one output, of all or of each group is as good as several; but not one of each, without a kernel.
     several = math.prod(size for factors in axes for mode, size in factors if mode in ("i", "o"))
     if several == 1 and not responses.kernel and (features > 1 or "g" in modes):
-        raise NoLayout("it has functions of one input for one output each, and mixes nothing")
+        raise NoLayout(UNMIXED)
     layout = _name_axes(axes, tuple(responses.shape))
     seen = layout.canonical_shape[0] * layout.sizes.get("g", 1)
     if features % seen:

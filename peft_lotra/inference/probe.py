@@ -243,11 +243,11 @@ class Probe:
         return self._meetings(path, frontier)[1]
 
     def first_contraction(self, path: str, frontier: tuple[int, ...]) -> tuple[int, ...]:
-        """The one tensor in which the parameter meets x, as z."""
+        """The tensors in which the parameter meets x, as z: one, or one for each group of a grouped layer."""
         products, _ = self._meetings(path, frontier)
         plus_minus = next(runs for paths, runs in reversed(self._changed.items()) if path in paths)
-        z = tuple(products)
-        if len(z) != 1 or self._last_affine(self.values[path], z[0], *plus_minus) != products:
+        z = tuple(sorted(products))
+        if not z or any(self._last_affine(self.values[path], k, *plus_minus) != {k} for k in z):
             raise Refused("its entries cannot be told apart by output")
         return z
 
@@ -324,6 +324,15 @@ class Probe:
         return bool(sides) and all(
             t.numel() == self.x.numel() and torch.equal(t.flatten(), self.x.flatten()) for t in sides
         )
+
+    def shaping(self, path: str, frontier: tuple[int, ...]) -> list[str]:
+        """Other parameters that give each entry of this one a function of its own, as in Wav-KAN."""
+        value, tensors = self.values[path], self.base.tensors
+        sides = [k for k in self._x_sides(path, frontier) if tensors[k].ndim > value.ndim]
+        edges = [k for k in sides if tensors[k].shape[-value.ndim :] == value.shape]
+        within = self.ancestors(edges)
+        others = {id(v): other for other, v in self.values.items() if v.shape == value.shape and other != path}
+        return [other for key, other in others.items() if any(id(tensors[k]) == key for k in within)]
 
     def in_basis(self, path: str, frontier: tuple[int, ...], u: Collection[int], other: str) -> bool:
         """Whether another parameter has a part in the functions of u that the parameter multiplies."""

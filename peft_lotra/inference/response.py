@@ -21,7 +21,7 @@ from torch import nn
 
 from ..coefficients import CoefficientSpec, Layout
 from .contraction import Contraction, Place
-from .layouts import NoLayout, NoOutputs
+from .layouts import UNMIXED, NoLayout, NoOutputs
 from .precision import PRECISIONS, Passes, Precision
 from .probe import VECTOR, Probe, Refused, Unusable, is_numeric
 from .recording import tensors_in
@@ -72,7 +72,9 @@ def infer_layer(
     open_paths = [path for path, finding in findings.items() if not finding.reason]
     inputs = sum(map(is_numeric, tensors))
     if not inputs:
-        refusal = Finding(reason="its layer receives no floating-point tensor", of_class=True)
+        empty = any(t.is_floating_point() for t in tensors)
+        what = "only empty tensors on this sample" if empty else "no floating-point tensor"
+        refusal = Finding(reason=f"its layer receives {what}", of_class=True)
         return findings | dict.fromkeys(open_paths, refusal)
     if not open_paths:
         return findings
@@ -99,7 +101,7 @@ def _unfit(parameter: nn.Parameter, widest: int) -> str:
     if not parameter.is_floating_point():
         return f"it has dtype {parameter.dtype}: no floating-point coefficients"
     if parameter.numel() < 4:
-        return "it has fewer than four entries"
+        return "it has fewer than four entries, too few for inputs, outputs and a basis"
     return VECTOR if parameter.dim() == 1 and parameter.numel() <= widest else ""
 
 
@@ -127,7 +129,8 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
                 results[path] = Finding(reason=str(refused))
             except NoLayout as failure:
                 linear = failure.linear and probe.sees_x(path, z)
-                results[path] = Finding(reason=str(failure), linear=linear, of_class=failure.linear)
+                reason = _reason(failure, probe, path, z)
+                results[path] = Finding(reason=reason, linear=linear, of_class=failure.linear)
                 if failure.mixing:
                     weights.append(path)
     for path, (spec, place) in found.items():
@@ -137,6 +140,18 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
             reason = f"its functions of x contain the weights {inside}: it is the layer of a network behind them"
             results[path] = Finding(reason=reason, of_class=True)
     return results
+
+
+def _reason(failure: NoLayout, probe: Probe, path: str, z: tuple[int, ...]) -> str:
+    """The cause behind a failure, where the layer shows it."""
+    if failure.linear and (shaping := probe.shaping(path, z)):
+        return (
+            f"every input and output has one function, shaped by {shaping}: there are no functions that the outputs "
+            "share (n_d = 1)"
+        )
+    if str(failure) == UNMIXED and not {*z} & {*probe.base.outputs}:
+        return f"{UNMIXED}: what follows is not linear, so that no sum over inputs is affine in it"
+    return str(failure)
 
 
 def _layout(
