@@ -66,7 +66,7 @@ class Entry:
     @property
     def title(self) -> str:
         cls = self.name.rpartition(".")[2]
-        return self.label or f"`{cls}`"
+        return self.label or (f"ours: `{cls}`" if "(git)" in self.library else f"`{cls}`")
 
     def build(self) -> nn.Module:
         module, _, cls = self.name.rpartition(".")
@@ -91,14 +91,13 @@ ENTRIES = [
     Entry("yms-kan", "yms_kan.KANLayer.KANLayer"),
     Entry("kan-gpt", "kan_gpt.kan.KANLayer.KANLayer"),
     Entry("kan-gpt", "kan_gpt.efficient_kan.model.KANLinear"),
-    Entry("efficient-kan (git)", "kan_layers.KANLinear"),
     Entry("visionkan", "VisionKAN.ekan.KANLinear"),
     Entry("visionkan", "VisionKAN.fasterkan.FasterKANLayer"),
     Entry("qkan", "qkan.kan.KANLinear"),
     Entry("qkan", "qkan.fourier_kan.FourierKANLinear"),
     Entry("qkan", "qkan.qkan.QKANLayer"),
-    Entry("ConvKAN3D", "ConvKAN3D.efficient_kan.KANLinear"),
-    Entry("ConvKAN3D", "ConvKAN3D.ConvKAN3D.effConvKAN3D", (2, 3, 2), (2, 2, 3, 4, 3)),
+    Entry("convkan3d", "ConvKAN3D.efficient_kan.KANLinear"),
+    Entry("convkan3d", "ConvKAN3D.ConvKAN3D.effConvKAN3D", (2, 3, 2), (2, 2, 3, 4, 3)),
     Entry("convkan", "convkan.convkan_layer.ConvKAN", (4, 6), IMAGE, {"padding": 1}),
     Entry("inkan", "inkan.layer.KANLayer", options={"compile_basis": False}),
     Entry("inkan", "inkan.layer.KANLayer", (2, 4), (9, 2), {"compile_basis": False, "dim": 2}, "`KANLayer`, `dim=2`"),
@@ -108,9 +107,9 @@ ENTRIES = [
     Entry("kan-mlp-hybrid", "kan_mlp_hybrid.layers.pph_layer.PPHLayer"),
     Entry("kan-mlp-hybrid", "kan_mlp_hybrid.layers.la_linear.LALinear"),
     Entry("kan-mlp-hybrid", "kan_mlp_hybrid.layers.moe_layer.MoEKANMLPLayer", sample=(64, 3)),
-    Entry("Deep-KAN", "deepkan.deepkan.SplineLinearLayer"),
-    Entry("Deep-KAN", "deepkan.deepkan.ChebyshevKANLayer", (3, 4, 3)),
-    Entry("Deep-KAN", "deepkan.deepkan.RBFKANLayer"),
+    Entry("deep-kan", "deepkan.deepkan.SplineLinearLayer"),
+    Entry("deep-kan", "deepkan.deepkan.ChebyshevKANLayer", (3, 4, 3)),
+    Entry("deep-kan", "deepkan.deepkan.RBFKANLayer"),
     Entry("mlp-kan", "mlp_kan.kan_layer.KANInterpoLayer"),
     Entry("mlp-kan", "mlp_kan.kan_layer.KANLayer"),
     *[
@@ -127,7 +126,12 @@ ENTRIES = [
     Entry("tabkan", "tabkan.chebyshev.model.ChebyKANLayer", (3, 4, 3)),
     Entry("tabkan", "tabkan.fourier.layer.NaiveFourierKANLayer", (3, 4, 5)),
     *[
-        Entry("kanditioned", "KANditioned.kan_layer.KANLayer", options=KANDITIONED | options, label=f"`KANLayer`, `{label}`")
+        Entry(
+            "kanditioned",
+            "KANditioned.kan_layer.KANLayer",
+            options=KANDITIONED | options,
+            label=f"`KANLayer`, `{label}`",
+        )
         for label, options in {
             "B-spline": {"impl": "embedding"},
             "embedding_bag": {"impl": "embedding_bag"},
@@ -143,6 +147,28 @@ ENTRIES = [
     Entry("rkan", "rkan.torch.PadeRKAN", (3, 3)),
     Entry("rkan", "rkan.torch.JacobiRKAN", (3,)),
     Entry("fkan", "fkan.torch.FractionalJacobiNeuralBlock", (3,)),
+    # of libraries that PyPI does not have: small layers of ours
+    Entry("efficient-kan (git)", "kan_layers.KANLinear"),
+    Entry("fast-kan (git)", "kan_layers.FastKANLayer"),
+    Entry("ChebyKAN (git)", "kan_layers.ChebyKANLayer", (3, 4, 3)),
+    Entry("JacobiKAN, GottliebKAN, OrthogPolyKANs (git)", "kan_layers.EinsumKANLayer", options={"order": "i o d"}),
+    Entry("BSRBF_KAN (git)", "kan_layers.MatrixKANLayer"),
+    Entry("FourierKAN (git)", "kan_layers.NaiveFourierKANLayer"),
+    Entry("ReLU-KAN (git)", "odd_layers.ReLUKANLayer", (4, 5), (9, 4)),
+    Entry("FC_KAN (git), two bases", "odd_layers.TwoBasesKANLayer"),
+    Entry("FC_KAN (git), one weight", "odd_layers.StackedKANLayer", sample=(2, 9, 3)),
+    Entry("torch-conv-kan (git), KAN", "kan_layers.ConvKANLayer", (4, 6), IMAGE),
+    Entry("torch-conv-kan (git), FastKAN in groups", "odd_layers.GroupedFastConvLayer", (4, 6), IMAGE),
+    Entry("torch-conv-kan (git), KACN", "kan_layers.GroupedPolyConvKANLayer", (4, 6), IMAGE, {"per_group": True}),
+    Entry("torch-conv-kan (git), KALN in groups", "odd_layers.GroupNormalizedConvLayer", (4, 6), IMAGE),
+    Entry("torch-conv-kan (git), KAGN", "odd_layers.GramConvLayer", (4, 6), IMAGE),
+    Entry("torch-conv-kan (git), KAGN, depthwise", "odd_layers.GramConvLayer", (4, 8), IMAGE, {"groups": 4}),
+    Entry(
+        "torch-conv-kan (git), KAGN bottleneck", "odd_layers.GramConvLayer", (4, 6), IMAGE, {"groups": 2, "inner": 2}
+    ),
+    Entry("torch-conv-kan (git), KABN", "odd_layers.BernsteinConvLayer", (4, 6), IMAGE),
+    Entry("Wav-KAN (git)", "kan_layers.WaveletKANLayer", options={"initial": True}),
+    Entry("rational-kat (git)", "kan_layers.RationalActivationLayer", (4, 4), (9, 4)),
 ]
 
 
@@ -192,7 +218,9 @@ def described(name: str, entry: dict[str, Any]) -> str:
 def reasons(text: str) -> str:
     """Why each parameter is left out; biases and other vectors only if there is nothing else."""
     found = re.findall(r"^ {4}(.*): left out, (.*)$", text, re.MULTILINE)
-    telling = [(paths, reason) for paths, reason in found if "vector" not in reason and "fewer than" not in reason]
+    telling = [
+        (paths, reason) for paths, reason in found if "vector" not in reason and "fewer than four" not in reason
+    ]
     if not found:
         return f"does not run: {text.rpartition('device: ')[2]}"
     return "refused: " + "; ".join(f"`{paths}`: {reason}" for paths, reason in telling or found)

@@ -231,8 +231,16 @@ WAVELET = "wavelet_weights: left out, every input and output has one function, s
     [
         (lambda: kans.WaveletKANLayer(4, 4), ROWS[:, :4], WAVELET),
         (lambda: kans.WaveletKANLayer(4, 4, initial=True), ROWS[:, :4], WAVELET),
-        (lambda: SoftplusEdgeLayer(4, 4), ROWS[:, :4], "mixes nothing: what follows is not linear, so that no sum over"),
-        (lambda: BernsteinConvLayer(4, 4), IMAGES, "does not change with the input: it is added, as a bias is, or its fu"),
+        (
+            lambda: SoftplusEdgeLayer(4, 4),
+            ROWS[:, :4],
+            "mixes nothing: what follows is not linear, so that no sum over",
+        ),
+        (
+            lambda: BernsteinConvLayer(4, 4),
+            IMAGES,
+            "does not change with the input: it is added, as a bias is, or its fu",
+        ),
         (lambda: kans.RationalActivationLayer(4, 4), ROWS[:, :4], "cannot be told apart by input feature"),
         (lambda: kans.AliasedKANLayer(4, 4), ROWS[:, :4], "reads it through an alias, so that an adapter would be ig"),
         (lambda: kans.ReassigningKANLayer(4, 4), ROWS[:, :4], "assigns it anew, so that an adapter would be lost"),

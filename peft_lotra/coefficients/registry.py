@@ -153,12 +153,45 @@ def _fast_kan(layer: Any) -> Descriptions:
     return {"spline_linear.weight": {"layout": "o (i d)", "sizes": {"d": layer.rbf.num_grids}}}
 
 
+def _faster_kan(layer: Any) -> Descriptions:
+    return {"spline_linear.weight": {"layout": "o (i d)", "sizes": {"d": len(layer.rbf.grid)}}}
+
+
 def _convkan(layer: Any) -> Descriptions:
     # A pixel's patch is flattened into the inputs of the inner layer.
     height, width = layer.kernel_size
     scale = {"scale": "kan_layer.spline_scaler", "scale_layout": "g o (i h w)"}
     scale = scale if hasattr(layer.kan_layer, "spline_scaler") else {}
     return {"kan_layer.spline_weight": {"layout": "g o (i h w) d", "sizes": {"h": height, "w": width}, **scale}}
+
+
+def _deep_kan(layer: Any) -> Descriptions:
+    scale = {"scale": "spline_scales", "scale_layout": "o i"} if hasattr(layer, "spline_scales") else {}
+    return {"spline_weights": {"layout": "o i d", **scale}}
+
+
+def _deep_kan_rbf(layer: Any) -> Descriptions:
+    return {"rbf_linear.spline_weight": {"layout": "(i d) o", "sizes": {"d": layer.rbf_linear.num_grids}}}
+
+
+def _qkan_fourier(layer: Any) -> Descriptions:
+    scale = {"scale": "fourier_scaler", "scale_layout": "o i"} if hasattr(layer, "fourier_scaler") else {}
+    return {"fourier_weight": {"layout": "o i d", **scale}}
+
+
+def _conv_kan_3d(layer: Any) -> Descriptions:
+    sizes = dict(zip("thw", layer.kernel_size, strict=True))
+    scale = {"scale": "linear.spline_scaler", "scale_layout": "o (i t h w)"}
+    scale = scale if hasattr(layer.linear, "spline_scaler") else {}
+    return {"linear.spline_weight": {"layout": "o (i t h w) d", "sizes": sizes, **scale}}
+
+
+def _old_pykan(layer: Any) -> Descriptions:
+    return {"coef": {"layout": "(o i) d", "sizes": {"i": layer.in_dim}}}
+
+
+def _kanditioned(layer: Any) -> Descriptions:
+    return dict.fromkeys(["kan_weight"] if hasattr(layer, "kan_weight") else ["r_weight", "l_weight"], "i d o")
 
 
 def _inkan(layer: Any) -> Descriptions:
@@ -181,9 +214,45 @@ register_kan_layer(  # pykan
     "kan.KANLayer.KANLayer", {"coef": "i o d"}, {"scale_base": _EDGE_SCALE, "scale_sp": _EDGE_SCALE}
 )
 register_kan_layer("efficient_kan.kan.KANLinear", _efficient_kan, _BASE_WEIGHT)
-for _copy in ("kan_gpt.efficient_kan.model.KANLinear", "VisionKAN.ekan.KANLinear", "qkan.kan.KANLinear"):
+for _copy in (
+    "kan_gpt.efficient_kan.model.KANLinear",
+    "VisionKAN.ekan.KANLinear",
+    "qkan.kan.KANLinear",
+    "ikan.KAN.KANLinear",
+    "timekan.layers.spline.Spline",
+):
     register_kan_layer(_copy, "efficient_kan.kan.KANLinear")
 register_kan_layer("fastkan.fastkan.FastKANLayer", _fast_kan)
 register_kan_layer("ChebyKANLayer.ChebyKANLayer", {"cheby_coeffs": "i o d"})
 register_kan_layer("convkan.convkan_layer.ConvKAN", _convkan, _convkan_base)
 register_kan_layer("inkan.layer.KANLayer", _inkan)
+# Of further packages on PyPI, as `infer_coefficients` finds them. Two public layers with the name NaiveFourierKANLayer
+# have different layouts and the same parameters: that name is registered for none, since copies go by name.
+_FURTHER: dict[str, Described] = {
+    "microkan.KANLayer.KANLayer": {"coef": "i o d"},
+    "seqkan.kan.KANLayer.KANLayer": {"coef": "i o d"},
+    "yms_kan.KANLayer.KANLayer": {"coef": "i o d"},
+    "kan_gpt.kan.KANLayer.KANLayer": _old_pykan,
+    "VisionKAN.fasterkan.FasterKANLayer": _faster_kan,
+    "cvkan.models.FastKAN.FastKANLayer": _fast_kan,
+    "cvkan.models.CVKAN.CVKANLayer": dict.fromkeys(["realweights", "complexweights"], "i o d1 d2"),
+    "qkan.fourier_kan.FourierKANLinear": _qkan_fourier,
+    "ConvKAN3D.ConvKAN3D.effConvKAN3D": _conv_kan_3d,
+    "flashkan.layer.KANLayer": {"spline_weight": "o i d"},
+    "kan.layers.KANLayer": {"coeff": "o i d"},  # kolmarn
+    "kan_mlp_hybrid.layers.kan_layer.SimpleKANLayer": {"spline_coefs": "o i d"},
+    "deepkan.deepkan.SplineLinearLayer": _deep_kan,
+    "deepkan.deepkan.ChebyshevKANLayer": {"cheby_coeffs": "i o d"},
+    "deepkan.deepkan.RBFKANLayer": _deep_kan_rbf,
+    "mlp_kan.kan_layer.KANInterpoLayer": {"Y": "i o d"},
+    "ikan.ChebyKAN.ChebyKANLinear": {"cheby_coeffs": "o i d"},
+    "ikan.FourierKAN.FourierKANLinear": {"fourier_coeffs": "d1 o i d2"},
+    "ikan.JacobiKAN.JacobiKANLinear": {"jacobi_coeffs": "o i d"},
+    "ikan.TaylorKAN.TaylorKANLinear": {"taylor_coeffs": "o i d"},
+    "timekan.layers.chebyshev.Chebyshev": {"cheby_coeffs": "i o d"},
+    "timekan.layers.fourier.Fourier": {"fouriercoeffs": "d1 o i d2"},
+    "tabkan.chebyshev.model.ChebyKANLayer": {"cheby_coeffs": "i o d"},
+    "KANditioned.kan_layer.KANLayer": _kanditioned,
+}
+for _name, _described in _FURTHER.items():
+    register_kan_layer(_name, _described)

@@ -101,7 +101,7 @@ def _unfit(parameter: nn.Parameter, widest: int) -> str:
     if not parameter.is_floating_point():
         return f"it has dtype {parameter.dtype}: no floating-point coefficients"
     if parameter.numel() < 4:
-        return "it has fewer than four entries"
+        return "it has fewer than four entries, too few for inputs, outputs and a basis"
     return VECTOR if parameter.dim() == 1 and parameter.numel() <= widest else ""
 
 

@@ -1,0 +1,106 @@
+"""The table of examples/kan_libraries.md, and the registered layers of libraries that PyPI has, as they are.
+
+A layer of a library that is not installed is skipped; `[test-libraries]` and tests/libraries.txt have them all.
+"""
+
+import re
+import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_lotra.coefficients import registered_kan_layers
+from peft_lotra.testing import KANLayerTests
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+from kan_libraries import ENTRIES, key, quiet, read, row, table  # noqa: E402
+
+PAGE = read((ROOT / "examples" / "kan_libraries.md").read_text())
+ELSEWHERE = {"pykan", "convkan", "inkan"}  # go through the harness in other tests
+REGISTERED = [
+    entry
+    for entry in ENTRIES
+    if entry.name in registered_kan_layers()
+    and entry.library not in ELSEWHERE
+    and "does not run" not in PAGE[entry.library, entry.title][3]
+]
+
+
+def name_of(entry):
+    return f"{entry.library} {entry.title}".replace("`", "")
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=name_of)
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_says_what_the_command_finds(entry):
+    (cells,), left = table([entry], PAGE)
+    if left:
+        pytest.skip(left[0])
+    if "(git)" not in entry.library and entry.version() != version_of(PAGE[key(cells)][0]):
+        pytest.skip(f"{cells[0]} is installed, and the page is of {PAGE[key(cells)][0]}")
+    assert cells[:4] == PAGE[key(cells)][:4]
+    assert "NOT" not in cells[3]
+
+
+def version_of(cell):
+    return cell.rpartition(" ")[2]
+
+
+def test_every_row_is_of_an_entry_and_of_a_pinned_version():
+    assert list(PAGE) == [(entry.library, entry.title) for entry in ENTRIES]
+    text = (ROOT / "tests" / "libraries.txt").read_text() + (ROOT / "pyproject.toml").read_text()
+    pins = {name.lower().replace("_", "-"): version for name, version in re.findall(r"([\w-]+)==([\w.]+)", text)}
+    for (library, _), cells in PAGE.items():
+        if "(git)" not in library:
+            assert pins[library.lower()] == version_of(cells[0])
+
+
+def test_every_registered_layer_of_a_library_is_tried():
+    ours = {"ChebyKANLayer", "fastkan", "efficient_kan"}  # have no package on PyPI
+    tried = {entry.name for entry in ENTRIES}
+    assert not [name for name in registered_kan_layers() if name.partition(".")[0] not in ours and name not in tried]
+
+
+@pytest.mark.parametrize("entry", REGISTERED, ids=name_of)
+@pytest.mark.filterwarnings("ignore")
+class TestRegistered(KANLayerTests):
+    @pytest.fixture(autouse=True)
+    def _entry(self, entry):
+        self.entry = entry
+        self.ranks = (1, 1, 2)
+        try:
+            with quiet():
+                entry.version()
+                layer = entry.build().double()
+                x = entry.make_sample()
+                layer(x.to(torch.complex128 if x.is_complex() else torch.float64))
+        except (ImportError, PackageNotFoundError) as error:
+            pytest.skip(f"{entry.library}: {error}")
+        except RuntimeError as error:  # then it has its row of the table
+            assert "expected scalar type" in str(error)
+            pytest.skip(f"the layer computes in float32 only: {error}")
+
+    def make_layer(self):
+        with quiet():
+            return self.entry.build()
+
+    def make_sample(self):
+        return self.entry.make_sample()
+
+
+def test_a_row_of_a_layer_that_is_wrong_says_so(monkeypatch):
+    """An adapter that has no effect, and a merge that changes the output."""
+    import kan_libraries
+
+    from peft_lotra.model import LoTRAModel
+
+    entry = next(entry for entry in ENTRIES if entry.library == "fast-kan (git)")
+    assert row(entry)[3] == "registered"
+    monkeypatch.setattr(LoTRAModel, "merge_and_unload", lambda model: lambda x: 2 * model(x))
+    assert row(entry)[3] == f"registered{kan_libraries.WRONG}merging changes the output"
+    fresh = kan_libraries.LoTRAConfig
+    monkeypatch.setattr(kan_libraries, "LoTRAConfig", lambda **kwargs: fresh(**kwargs | {"init_weights": True}))
+    assert row(entry)[3].endswith("the adapter has no effect")
