@@ -3,173 +3,51 @@
     pip install -e ".[test-libraries]" && pip install --no-deps -r tests/libraries.txt
     python examples/kan_libraries.py
 
-Each layer runs alone on a random sample. A registered layout is verified, any other layer is inferred, and what is found
-is adapted: the adapter has to change the layer's output, and merging it has to leave that as it is. The layers of
-libraries that PyPI does not have are small ones of ours with the same use of their coefficients, from the tests. The row
-of a layer that is not installed stays as it is. To add a layer, add an `Entry`.
+Each layer runs alone on a random sample. A registered layout is verified, any other layer is inferred, and what is
+found is adapted: the adapter has to change the layer's output, and merging it has to leave that as it is. The layers of
+libraries that PyPI does not have are small ones of ours with the same use of their coefficients, from the tests. The
+row of a layer that is not installed stays as it is. To add a layer, add an `Entry` in library_layers.py.
+
+    python examples/kan_libraries.py --models
+
+infers the layers of the larger models instead, with nothing registered, and writes the second table.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
 import io
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import matplotlib
 import torch
 from command_line import new_parser
 from peft import get_peft_model
+from library_layers import ENTRIES, MODELS, Entry
 from reporting import write_atomically
 from torch import nn
 
 from peft_lotra import LoTRAConfig, PerformanceWarning, infer_coefficients, verify_coefficients
-from peft_lotra.coefficients import known_coefficients
+from peft_lotra.coefficients import known_coefficients, registry
 from peft_lotra.layer import first_tensor
 from peft_lotra.testing import forget_warnings
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "tests"))
-START, END = "<!-- python examples/kan_libraries.py -->", "<!-- end -->"
+START, MODELS_START = "<!-- python examples/kan_libraries.py -->", "<!-- python examples/kan_libraries.py --models -->"
+END = "<!-- end -->"
+HEAD = ["library, version", "class", "coefficients", "how", "passes"]
+MODELS_HEAD = ["model", "parameters", "coefficient tensors", "CPU", "passes"]
 WRONG = "; NOT adapted right: "
-HEAD = ["| library, version | class | coefficients | how | passes |", "|---|---|---|---|---|"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One layer: where it is from, how it is built, and the shape of its sample.
-
-    Attributes:
-        library: the name on PyPI; else of the library whose layer the one of ours stands for, with "(git)".
-        name: the qualified name of the class; of ours, the module of the tests and the class.
-        args, options: what the class is called with.
-        sample: the shape of a sample in [-0.9, 0.9], or a function that makes one.
-        label: the class as the table has it.
-    """
-
-    library: str
-    name: str
-    args: tuple = (3, 4)
-    sample: tuple[int, ...] | Callable[[], torch.Tensor] = (9, 3)
-    options: dict[str, Any] = field(default_factory=dict)
-    label: str = ""
-
-    @property
-    def title(self) -> str:
-        cls = self.name.rpartition(".")[2]
-        return self.label or (f"ours: `{cls}`" if "(git)" in self.library else f"`{cls}`")
-
-    def build(self) -> nn.Module:
-        module, _, cls = self.name.rpartition(".")
-        return getattr(importlib.import_module(module), cls)(*self.args, **self.options)
-
-    def make_sample(self) -> torch.Tensor:
-        return self.sample() if callable(self.sample) else torch.rand(self.sample) * 1.8 - 0.9
-
-    def version(self) -> str:
-        return "" if "(git)" in self.library else version(self.library)
-
-
-def complex_sample() -> torch.Tensor:
-    return torch.randn(9, 3, dtype=torch.complex64)
-
-
-IMAGE, KANDITIONED = (2, 4, 6, 6), {"init": "random_normal", "num_control_points": 8}
-ENTRIES = [
-    Entry("pykan", "kan.KANLayer.KANLayer"),
-    Entry("microkan", "microkan.KANLayer.KANLayer"),
-    Entry("seqkan", "seqkan.kan.KANLayer.KANLayer"),
-    Entry("yms-kan", "yms_kan.KANLayer.KANLayer"),
-    Entry("kan-gpt", "kan_gpt.kan.KANLayer.KANLayer"),
-    Entry("kan-gpt", "kan_gpt.efficient_kan.model.KANLinear"),
-    Entry("visionkan", "VisionKAN.ekan.KANLinear"),
-    Entry("visionkan", "VisionKAN.fasterkan.FasterKANLayer"),
-    Entry("qkan", "qkan.kan.KANLinear"),
-    Entry("qkan", "qkan.fourier_kan.FourierKANLinear"),
-    Entry("qkan", "qkan.qkan.QKANLayer"),
-    Entry("convkan3d", "ConvKAN3D.efficient_kan.KANLinear"),
-    Entry("convkan3d", "ConvKAN3D.ConvKAN3D.effConvKAN3D", (2, 3, 2), (2, 2, 3, 4, 3)),
-    Entry("convkan", "convkan.convkan_layer.ConvKAN", (4, 6), IMAGE, {"padding": 1}),
-    Entry("inkan", "inkan.layer.KANLayer", options={"compile_basis": False}),
-    Entry("inkan", "inkan.layer.KANLayer", (2, 4), (9, 2), {"compile_basis": False, "dim": 2}, "`KANLayer`, `dim=2`"),
-    Entry("flashkan", "flashkan.layer.KANLayer"),
-    Entry("kolmarn", "kan.layers.KANLayer"),
-    Entry("kan-mlp-hybrid", "kan_mlp_hybrid.layers.kan_layer.SimpleKANLayer"),
-    Entry("kan-mlp-hybrid", "kan_mlp_hybrid.layers.pph_layer.PPHLayer"),
-    Entry("kan-mlp-hybrid", "kan_mlp_hybrid.layers.la_linear.LALinear"),
-    Entry("kan-mlp-hybrid", "kan_mlp_hybrid.layers.moe_layer.MoEKANMLPLayer", sample=(64, 3)),
-    Entry("deep-kan", "deepkan.deepkan.SplineLinearLayer"),
-    Entry("deep-kan", "deepkan.deepkan.ChebyshevKANLayer", (3, 4, 3)),
-    Entry("deep-kan", "deepkan.deepkan.RBFKANLayer"),
-    Entry("mlp-kan", "mlp_kan.kan_layer.KANInterpoLayer"),
-    Entry("mlp-kan", "mlp_kan.kan_layer.KANLayer"),
-    *[
-        Entry("ikan", f"ikan.{name}.{name}Linear")
-        for name in ("KAN", "ChebyKAN", "FourierKAN", "JacobiKAN", "TaylorKAN", "WaveletKAN")
-    ],
-    Entry("ikan", "ikan.GroupKAN.GroupKANLinear", (8, 4), (9, 8)),
-    Entry("timekan", "timekan.layers.spline.Spline"),
-    Entry("timekan", "timekan.layers.relu.ReLU"),
-    Entry("timekan", "timekan.layers.chebyshev.Chebyshev"),
-    Entry("timekan", "timekan.layers.fourier.Fourier", options={"gridsize": 5}),
-    Entry("cvkan", "cvkan.models.CVKAN.CVKANLayer", (3, 4, 4), complex_sample, {"use_norm": None}),
-    Entry("cvkan", "cvkan.models.FastKAN.FastKANLayer"),
-    Entry("tabkan", "tabkan.chebyshev.model.ChebyKANLayer", (3, 4, 3)),
-    Entry("tabkan", "tabkan.fourier.layer.NaiveFourierKANLayer", (3, 4, 5)),
-    *[
-        Entry(
-            "kanditioned",
-            "KANditioned.kan_layer.KANLayer",
-            options=KANDITIONED | options,
-            label=f"`KANLayer`, `{label}`",
-        )
-        for label, options in {
-            "B-spline": {"impl": "embedding"},
-            "embedding_bag": {"impl": "embedding_bag"},
-            "sparse_matmul_csr": {},
-            "parallel_scan": {"impl": "embedding", "variant": "parallel_scan"},
-        }.items()
-    ],
-    Entry("kanrbfpoly", "kanrbfpoly.model.RBFKANLayer", (3, 4, 5)),
-    Entry("torch-wavelet-kan", "torch_wavelet_kan.layer.WaveletKANLayer"),
-    Entry("unikan", "unikan.skan.SKANLinear_pure"),
-    Entry("unikan", "unikan.universal_KAN.UniversalKANNode"),
-    Entry("single-kan", "skan.skans.SKANLinear"),
-    Entry("rkan", "rkan.torch.PadeRKAN", (3, 3)),
-    Entry("rkan", "rkan.torch.JacobiRKAN", (3,)),
-    Entry("fkan", "fkan.torch.FractionalJacobiNeuralBlock", (3,)),
-    # of libraries that PyPI does not have: small layers of ours
-    Entry("efficient-kan (git)", "kan_layers.KANLinear"),
-    Entry("fast-kan (git)", "kan_layers.FastKANLayer"),
-    Entry("ChebyKAN (git)", "kan_layers.ChebyKANLayer", (3, 4, 3)),
-    Entry("JacobiKAN, GottliebKAN, OrthogPolyKANs (git)", "kan_layers.EinsumKANLayer", options={"order": "i o d"}),
-    Entry("BSRBF_KAN (git)", "kan_layers.MatrixKANLayer"),
-    Entry("FourierKAN (git)", "kan_layers.NaiveFourierKANLayer"),
-    Entry("ReLU-KAN (git)", "odd_layers.ReLUKANLayer", (4, 5), (9, 4)),
-    Entry("FC_KAN (git), two bases", "odd_layers.TwoBasesKANLayer"),
-    Entry("FC_KAN (git), one weight", "odd_layers.StackedKANLayer", sample=(2, 9, 3)),
-    Entry("torch-conv-kan (git), KAN", "kan_layers.ConvKANLayer", (4, 6), IMAGE),
-    Entry("torch-conv-kan (git), FastKAN in groups", "odd_layers.GroupedFastConvLayer", (4, 6), IMAGE),
-    Entry("torch-conv-kan (git), KACN", "kan_layers.GroupedPolyConvKANLayer", (4, 6), IMAGE, {"per_group": True}),
-    Entry("torch-conv-kan (git), KALN in groups", "odd_layers.GroupNormalizedConvLayer", (4, 6), IMAGE),
-    Entry("torch-conv-kan (git), KAGN", "odd_layers.GramConvLayer", (4, 6), IMAGE),
-    Entry("torch-conv-kan (git), KAGN, depthwise", "odd_layers.GramConvLayer", (4, 8), IMAGE, {"groups": 4}),
-    Entry(
-        "torch-conv-kan (git), KAGN bottleneck", "odd_layers.GramConvLayer", (4, 6), IMAGE, {"groups": 2, "inner": 2}
-    ),
-    Entry("torch-conv-kan (git), KABN", "odd_layers.BernsteinConvLayer", (4, 6), IMAGE),
-    Entry("Wav-KAN (git)", "kan_layers.WaveletKANLayer", options={"initial": True}),
-    Entry("rational-kat (git)", "kan_layers.RationalActivationLayer", (4, 4), (9, 4)),
-]
 
 
 def row(entry: Entry) -> list[str]:
@@ -227,8 +105,8 @@ def reasons(text: str) -> str:
 
 
 def key(cells: list[str]) -> tuple[str, str]:
-    """What a row is known by: library, without the version, and class."""
-    return re.sub(r" [0-9][^ ]*$", "", cells[0]), cells[1]
+    """What a row is known by: library, without the version, and class; or the model."""
+    return (cells[0], "") if cells[0] in MODELS else (re.sub(r" [0-9][^ ]*$", "", cells[0]), cells[1])
 
 
 @contextmanager
@@ -263,34 +141,62 @@ def table(entries: list[Entry], before: dict[tuple[str, str], list[str]]) -> tup
     return rows, left
 
 
-def read(text: str) -> dict[tuple[str, str], list[str]]:
-    """The rows of the page."""
-    lines = text.partition(START)[2].partition(END)[0].strip().splitlines()[len(HEAD) :]
+def read(text: str, start: str = START) -> dict[tuple[str, str], list[str]]:
+    """The rows of one of the page's tables."""
+    lines = text.partition(start)[2].partition(END)[0].strip().splitlines()[2:]
     rows = [re.split(r" \| ", line.strip("| ")) for line in lines]
     return {key(cells): cells for cells in rows}
 
 
+def write(page: Path, start: str, head: list[str], rows: list[list[str]]) -> None:
+    """Put the rows in the place of those between `start` and the next `END`."""
+    before, _, after = page.read_text().partition(start)
+    lines = [start, f"| {' | '.join(head)} |", "|---" * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    text = before + "\n".join(lines) + f"\n{END}" + after.partition(END)[2]
+    write_atomically(page, lambda path: path.write_text(text))
+
+
+def model_row(name: str) -> list[str]:
+    """What the inference of one of the larger models takes, on one core.
+
+    Raises:
+        ImportError: if its library is not installed.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    with quiet():
+        model, x = MODELS[name]()
+        begin = time.process_time()
+        with patch.dict(registry._REGISTRY, clear=True):
+            found = infer_coefficients(model.eval(), x)
+    spent = time.process_time() - begin
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    return [name, f"{parameters:.1f} M", str(len(found)), f"{spent:.0f} s", f"{found.forwards} / {found.backwards}"]
+
+
 def main() -> int:
     parser = new_parser(__doc__)
-    parser.add_argument("--page", type=Path, default=HERE / "kan_libraries.md", help="the page with the table")
-    parser.add_argument("--only", metavar="NAME", help="libraries whose names have this in them")
+    parser.add_argument("--page", type=Path, default=HERE / "kan_libraries.md", help="the page with the tables")
+    parser.add_argument("--only", metavar="NAME", default="", help="libraries, or models, with this in their names")
+    parser.add_argument("--models", action="store_true", help="infer the larger models")
     args = parser.parse_args()
-    text = args.page.read_text()
-    before = read(text)
-    entries = [entry for entry in ENTRIES if args.only is None or args.only in entry.library]
-    rows, left = table(entries, before)
-    fresh = {key(cells): cells for cells in rows}
-    order = [(entry.library, entry.title) for entry in ENTRIES]
-    everything = [fresh.get(name) or before[name] for name in order if name in fresh or name in before]
-    lines = [*HEAD, *(f"| {' | '.join(cells)} |" for cells in everything)]
+    text, rows, left = args.page.read_text(), [], []
+    if args.models:
+        start, head, order = MODELS_START, MODELS_HEAD, [(name, "") for name in MODELS]
+        for name in (name for name in MODELS if args.only in name):
+            try:
+                rows.append(model_row(name))
+            except ImportError as error:
+                left.append(f"{name}: {error}")
+    else:
+        start, head, order = START, HEAD, [(entry.library, entry.title) for entry in ENTRIES]
+        rows, left = table([entry for entry in ENTRIES if args.only in entry.library], read(text))
     for cells in rows:
         print(" | ".join(cells))
-    start, end = text.index(START) + len(START), text.index(END)
-    written = f"{text[:start]}\n" + "\n".join(lines) + f"\n{text[end:]}"
-    write_atomically(args.page, lambda path: path.write_text(written))
+    known = read(text, start) | {key(cells): cells for cells in rows}
+    write(args.page, start, head, [known[name] for name in order if name in known])
     print("\nNot tried, rows kept as they were:", *(left or ["none"]), sep="\n    ")
-    wrong = [cells for cells in rows if WRONG in cells[3]]
-    return 1 if wrong else 0
+    return 1 if any(WRONG in cell for cells in rows for cell in cells) else 0
 
 
 if __name__ == "__main__":
