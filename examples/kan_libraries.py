@@ -4,9 +4,9 @@
     python examples/kan_libraries.py
 
 Each layer runs alone on a random sample. A registered layout is verified, any other layer is inferred, and what is
-found is adapted: the adapter has to change the layer's output, and merging it has to leave that as it is. The layers of
-libraries that PyPI does not have are small ones of ours with the same use of their coefficients, from the tests. The
-row of a layer that is not installed stays as it is. To add a layer, add an `Entry` in library_layers.py.
+found is adapted: the adapter has to change the layer's output, and merging it has to leave that as it is. For libraries
+that PyPI does not have, the tests have small layers of ours with the same use of their coefficients. The row of a layer that
+is not installed stays as it is. To add a layer, add an `Entry` in library_layers.py.
 
     python examples/kan_libraries.py --models
 
@@ -22,7 +22,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -32,8 +32,8 @@ from unittest.mock import patch
 import matplotlib
 import torch
 from command_line import new_parser
-from peft import get_peft_model
 from library_layers import ENTRIES, MODELS, Entry
+from peft import get_peft_model
 from reporting import write_atomically
 from torch import nn
 

@@ -151,8 +151,8 @@ ENTRIES = [
 def kan_gpt() -> tuple[nn.Module, torch.Tensor]:
     gpt = importlib.import_module("kan_gpt.model").GPT
     config = gpt.get_default_config()
-    config.model_type, config.vocab_size, config.block_size = "gpt-mini", 50257, 128
-    return gpt(config), torch.randint(50257, (1, 32))
+    config.model_type, config.vocab_size, config.block_size = "gpt-mini", 5000, 128
+    return gpt(config), torch.randint(5000, (1, 32))
 
 
 def vision_kan() -> tuple[nn.Module, torch.Tensor]:
@@ -169,7 +169,7 @@ def vgg_kagn() -> tuple[nn.Module, torch.Tensor]:
 
 
 MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
-    "kan_gpt 1.2.0, `gpt-mini`: 6 blocks of width 192, 50257 tokens": kan_gpt,
+    "kan_gpt 1.2.0, `gpt-mini`: 6 blocks of width 192, 5000 tokens": kan_gpt,
     "visionkan 0.0.7, `deit_base_patch16_224_KAN`: 12 blocks of width 768": vision_kan,
     "ResKAGNet-18 as in torch-conv-kan (git), ours: widths 64 to 512": residual_kagn,
     "VGG11-KAGN as in torch-conv-kan (git), ours: widths 16 to 128": vgg_kagn,

@@ -80,7 +80,8 @@ class TestRegistered(KANLayerTests):
         except (ImportError, PackageNotFoundError) as error:
             pytest.skip(f"{entry.library}: {error}")
         except RuntimeError as error:  # then it has its row of the table
-            assert "expected scalar type" in str(error)
+            if "expected scalar type" not in str(error):
+                raise
             pytest.skip(f"the layer computes in float32 only: {error}")
 
     def make_layer(self):
