@@ -4,9 +4,9 @@
     python examples/kan_libraries.py
 
 Each layer runs alone on a random sample. A registered layout is verified, any other layer is inferred, and what is
-found is adapted: the adapter has to change the layer's output, and merging it has to leave that as it is. For libraries
-that PyPI does not have, the tests have small layers of ours with the same use of their coefficients. The row of a layer
-that is not installed stays as it is. To add a layer, add an `Entry` in library_layers.py.
+found is adapted: the adapter has to change the layer's output, and merging it has to leave that as it is. For
+libraries that PyPI does not have, the tests have small layers of ours with the same use of their coefficients. The row
+of a layer that is not installed stays as it is. To add a layer, add an `Entry` in library_layers.py.
 
     python examples/kan_libraries.py --models
 
