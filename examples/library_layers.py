@@ -106,10 +106,10 @@ ENTRIES = [
             label=f"`KANLayer`, `{label}`",
         )
         for label, options in {
-            "`KANLayer`, `B-spline`": {"impl": "embedding"},
-            "`KANLayer`, `embedding_bag`": {"impl": "embedding_bag"},
-            "`KANLayer`, `sparse_matmul_csr`": {},
-            "`KANLayer`, `parallel_scan`": {"impl": "embedding", "variant": "parallel_scan"},
+            "B-spline": {"impl": "embedding"},
+            "embedding_bag": {"impl": "embedding_bag"},
+            "sparse_matmul_csr": {},
+            "parallel_scan": {"impl": "embedding", "variant": "parallel_scan"},
         }.items()
     ],
     Entry("kanrbfpoly", "kanrbfpoly.model.RBFKANLayer", (3, 4, 5)),
