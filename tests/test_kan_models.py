@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
 from peft_lotra import LoTRAConfig, infer_coefficients
+from peft_lotra.inference.probe import Probe
 from peft_lotra.layer import adapted_tensors
 
 
@@ -123,6 +124,20 @@ def test_networks_of_kan_convolutions(make, count, tmp_path):
     assert layouts - {"g1 o (d i) g2 g3"} == {"g o (d i) h w"}  # of kernels of size 1
     model, _ = adapt_save_load_merge(make, images(), tmp_path, coefficients=coefficients)
     assert len(adapted_tensors(model)) == count
+
+
+def test_inference_visits_a_tensor_of_residual_blocks_once(monkeypatch):
+    """From one tensor, 2 to the number of blocks ways lead back to the images."""
+    counts, original = [], Probe._input_of
+
+    def counted(self, sides):
+        counts.append(1)
+        return original(self, sides)
+
+    monkeypatch.setattr(Probe, "_input_of", counted)
+    model = ResKAGNet((2, 2), 3, classes=5)
+    assert len(infer_coefficients(model, images())) == 13
+    assert len(counts) < 300
 
 
 def timm_model():

@@ -67,6 +67,7 @@ class Probe:
         self._position = [k for k, t in enumerate(tensors) if is_numeric(t)][which]
         self._changed: dict[tuple[str, ...], tuple[Run, Run]] = {}
         self._met: dict[tuple, tuple[set[int], set[int]]] = {}
+        self._inputs: dict[int, set[int]] = {}
         given = tensors[self._position]
         self.x, self.base = self._first_run([self._spread(given, grow=len(tensors) == 1), given])
         if repeats:
@@ -285,9 +286,11 @@ class Probe:
 
     def _inputs_of_side(self, side: int) -> set[int]:
         """The number of u of a function of x, or those of the functions that it is put together of."""
-        u = self._input_of({side})
-        parts = [k for k in self.base.sources[side] if self.moves(k)]
-        return {u} if u or not parts else {u for k in parts for u in self._inputs_of_side(k)}
+        if side not in self._inputs:  # many ways may lead to one tensor, in residual blocks 2 to the number of blocks
+            u = self._input_of({side})
+            parts = [k for k in self.base.sources[side] if self.moves(k)]
+            self._inputs[side] = {u} if u or not parts else {u for k in parts for u in self._inputs_of_side(k)}
+        return self._inputs[side]
 
     def _part_of_x(self, u: int) -> torch.Tensor:
         """Which entries of x a recorded tensor depends on."""
