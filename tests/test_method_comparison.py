@@ -403,6 +403,8 @@ def test_search_for_a_rate_goes_on_while_the_best_is_at_the_edge(tmp_path):
     assert tried({0.1: 0.2}) == [0.003, 0.01, 0.03, 0.1, 0.3]
     assert tried({0.3: 0.1}) == [0.003, 0.01, 0.03, 0.1, 0.3]  # the grid ends
     assert tried({0.003: 0.05}) == [0.001, 0.003, 0.01, 0.03]
+    experiment.tuning["fixed"] = True
+    assert tried({}) == [0.003, 0.01, 0.03]
 
 
 def test_a_result_that_lacks(tmp_path, monkeypatch):
