@@ -10,7 +10,7 @@ from lines import Results
 from rows import Case, Row, case_of, table
 
 NEAR_REFERENCE = {  # methods that shall come near to the first one of an experiment, in every case
-    **dict.fromkeys(("images_kan", "images_resnet", "text_code", "text_reviews"), ("lotra",)),
+    **dict.fromkeys(("images_kan", "images_resnet", "images_wide", "text_code", "text_reviews"), ("lotra",)),
     "slim_images": ("slim",),
 }
 TENTH, SLIM = 0.1, "Slim 1/10"
@@ -80,7 +80,7 @@ def aims(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
             (ours,) = rows_by(case, ("lotra",), ("lm",))
             value = case.middle(ours.finals) / case.middle(everything[0].at(ours.seconds))
             aim = "LoTRA by LM against LM on everything, same seconds"
-            lines.append([aim, case.name, f"{value:.2f} × ({ours.label})", "≤ 1 ×", "yes" if value <= 1 else "**no**"])
+            lines.append([aim, case.name, f"{value:.2g} × ({ours.label})", "≤ 1 ×", "yes" if value <= 1 else "**no**"])
     for name in ("images_kan", "images_resnet"):
         for case in cases(name):
             ours, theirs = (

@@ -144,8 +144,12 @@ def lacking(experiment: Experiment, found: Results) -> int:
 
 def overview(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
     """For every case: the reference and the best of full fine-tuning, of adapters within a tenth, and from scratch."""
-    rows = []
+    rows, others = [], []
     for experiment in experiments:
+        link = f"[{experiment.title}](pages/{experiment.name}.md)"
+        if next(iter(experiment.methods.values()))["method"] != "full":
+            others.append(link)
+            continue
         for name in experiment.cases:
             case = case_of(experiment, name, results[experiment.name])
 
@@ -166,15 +170,16 @@ def overview(experiments: list[Experiment], results: Mapping[str, Results]) -> s
 
             scratch = best("scratch")
             of_adapters = [best(*methods, share=TENTH) for methods in ADAPTERS.values()]
-            title = f"[{experiment.title}](pages/{experiment.name}.md)" + (f", {name}" if name else "")
+            title = link + (f", {name}" if name else "")
             if optimizers := useless_base(case):
                 title += f" † {', '.join(optimizers)}"
             rows.append([title, cell(case.reference), cell(best("full")), *map(cell, of_adapters), cell(scratch)])
     header = ["task", "reference", "best full fine-tuning", *(f"{name}, ≤ 1/10" for name in ADAPTERS), "from scratch"]
-    return table(header, rows) + (
-        "\n\n† By this optimizer training from scratch is as good as full fine-tuning, at most 1.1 × its error or a "
-        "point below it: the base does not help."
+    text = (
+        f"{table(header, rows)}\n\n† By this optimizer training from scratch is as good as full fine-tuning, at most 1.1 "
+        "× its error or a point below it: the base does not help."
     )
+    return text + (f"\n\nPages without full fine-tuning: {', '.join(others)}." if others else "")
 
 
 def useless_base(case: Case) -> list[str]:
