@@ -175,9 +175,9 @@ def overview(experiments: list[Experiment], results: Mapping[str, Results]) -> s
                 title += f" † {', '.join(optimizers)}"
             rows.append([title, cell(case.reference), cell(best("full")), *map(cell, of_adapters), cell(scratch)])
     header = ["task", "reference", "best full fine-tuning", *(f"{name}, ≤ 1/10" for name in ADAPTERS), "from scratch"]
-    text = (
-        f"{table(header, rows)}\n\n† By this optimizer training from scratch is as good as full fine-tuning, at most 1.1 "
-        "× its error or a point below it: the base does not help."
+    text = table(header, rows) + (
+        "\n\n† By this optimizer training from scratch is as good as full fine-tuning, at most 1.1 × its error or a "
+        "point below it: the base does not help."
     )
     return text + (f"\n\nPages without full fine-tuning: {', '.join(others)}." if others else "")
 
