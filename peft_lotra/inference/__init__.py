@@ -1,1 +1,1 @@
-"""Coefficient tensors found, and declared layouts verified, by running the layers of a model."""
+"""Runs the layers of a model to find its coefficient tensors, or to verify declared layouts."""

@@ -1,4 +1,4 @@
-"""Layers alike in class, settings and shapes: the first is tested, the others confirm what was found there."""
+"""Tests one of several layers that are alike in class, settings and shapes; the others only confirm its findings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .walk import Call
 
 @dataclass
 class LayerTests:
-    """Findings of the layers of one model; what one layer has shown, others like it have only to confirm."""
+    """The findings of the layers of one model. A layer that is like a tested one only confirms its findings."""
 
     _known: dict[type, list[tuple[Any, str, dict[str, Finding]]]] = field(default_factory=dict)
 
@@ -29,9 +29,9 @@ class LayerTests:
         passes: Passes,
         region: str | None = None,
     ) -> dict[str, Finding]:
-        """`infer_layer`, or, after a layer alike, its findings if one pass of this layer bears them out.
+        """The findings of a tested layer that is like `layer`, if `layer` confirms them; else those of `infer_layer`.
 
-        Where nothing was found, for a reason that may be owed to the sample or to values, the layer is tested itself.
+        Findings without a coefficient tensor are reused only if their reasons hold for the whole class.
         """
         paths = list(paths)
         known = self._known.setdefault(type(layer), [])
@@ -47,7 +47,7 @@ class LayerTests:
 
 
 def _likeness(layer: nn.Module, call: Call) -> Any:
-    """What is equal in layers that are alike: classes, attributes, shapes and dtypes, not values of tensors."""
+    """What is equal in layers that are alike: classes, attributes, shapes and dtypes, but not the tensors' values."""
     modules = []
     for name, module in layer.named_modules():
         held = {key: value for key, value in vars(module).items() if key not in ("forward", "_modules")}
@@ -58,5 +58,5 @@ def _likeness(layer: nn.Module, call: Call) -> Any:
 def _equal(one: Any, two: Any) -> bool:
     try:
         return bool(one == two)
-    except Exception:  # such as an attribute that is an array
+    except Exception:  # for example if an attribute is an array
         return False

@@ -1,4 +1,4 @@
-"""The derivatives that are read off one contraction of a layer, and the layout that they show; see `response`."""
+"""Computes the derivatives of one contraction of a layer, and finds the layout that they show; see `response`."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .layouts import UNCHANGED, NoLayout, NoOutputs, Pair, Responses, bears_out,
 from .precision import FINITE_DIFFERENCES, Precision
 from .probe import Inputs, Probe
 
-FLAT = -1  # in place of the axis of features: all axes but the first
+FLAT = -1  # in place of the feature axis: all axes except the first are flattened
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the run of a layer its response was read off: enough to ask a layer like it again.
+    """Where in the run of a layer its response was measured. A layer that is alike can be tested at the same place.
 
     Attributes:
-        precision, which: of the probe.
-        frontier, inputs: z and u among the recorded tensors.
-        output, feature: the axis of z that is that of the outputs, and the axis of u that is that of the features.
-        joined: whether the outputs of several z lie one after another, or are the same.
-        finite: whether slopes are differences, for want of second derivatives.
-        trace: all recorded tensors, as `Probe.trace` says.
+        precision, which: those of the probe.
+        frontier, inputs: the numbers of z and u among the recorded tensors.
+        output, feature: the output axis of z and the feature axis of u.
+        joined: whether several z hold consecutive outputs; otherwise they hold the same outputs.
+        finite: whether slopes are finite differences, because the layer has no second derivatives.
+        trace: `Probe.trace` of the run.
     """
 
     precision: Precision
@@ -43,7 +43,7 @@ class Place:
 
 
 class Contraction:
-    """The responses of the parameters that share z and u."""
+    """The responses of parameters that share z and u."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Contraction:
         paths: list[str],
         finite: bool | None = None,
     ):
-        """`finite`: whether slopes are differences; None finds out."""
+        """`finite` says whether slopes are finite differences. If it is None, the constructor finds out."""
         self._probe, self._frontier, self._inputs, self._paths = probe, frontier, inputs, paths
         self._towards_u: dict[bool, list[torch.Tensor]] = {}
         self._gradients: dict[tuple, dict[str, torch.Tensor]] = {}
@@ -66,20 +66,20 @@ class Contraction:
         with suppress(NoLayout):
             try:
                 self._slope(paths[0], None)
-            except RuntimeError:  # such as a function without a second derivative, or tensors changed in place
+            except RuntimeError:  # a function has no second derivative, or a tensor was changed in place
                 self._gradients.clear()
                 self._inputs, self._tolerance, self._finite = Inputs((0,)), FINITE_DIFFERENCES, True
 
     def find(self, path: str, region: str | None) -> tuple[Layout, str | None, Place]:
-        """The layout of the parameter, the slice of it that is the coefficient tensor (None: all), and the place.
+        """The layout of the coefficient tensor, its slice of the parameter (None for all of it), and the place.
 
-        With `region`, this slice is taken.
+        If `region` is given, only this slice is tested.
 
         Raises:
-            NoLayout: if it is no coefficient tensor.
+            NoLayout: if the parameter is not a coefficient tensor.
         """
-        z, shape = self._z[0], min((u.shape for u in self._u), key=len)  # those of others have ones at their end
-        joined = self._inputs.joined and len(self._u) > 1  # features lie one after another in several tensors
+        z, shape = self._z[0], min((u.shape for u in self._u), key=len)  # other shapes may only add ones at the end
+        joined = self._inputs.joined and len(self._u) > 1  # several tensors hold consecutive features
         single = not joined and (shape[1:].numel() if len(shape) > 1 else shape.numel()) == 1
         output, out_axis, out_joined = self._output(path)
         failure = None
@@ -110,12 +110,12 @@ class Contraction:
                 if flat is not None:
                     return flat, None, place
                 failure = failure or no_layout
-                if feature == FLAT:  # a row of the input must not be taken for functions of its columns
+                if feature == FLAT:  # otherwise a row of the input could pass for functions of its columns
                     break
         raise failure or NoLayout("its entries cannot be told apart by input feature")
 
     def bears_out(self, specs: list[CoefficientSpec], place: Place) -> bool:
-        """Whether the slope of some outputs, when some inputs move, is zero for the entries of the others."""
+        """Whether the slope of some outputs along some inputs fits the layouts, and is zero for all other entries."""
         weights, t = self._weights(), self._directions()
         outputs = inputs = 1
         if place.output is not None:
@@ -134,10 +134,7 @@ class Contraction:
         )
 
     def _output(self, path: str) -> tuple[Pair, int | None, bool]:
-        """The numbered and the plain response, the axis of z that is numbered, and whether it goes on in further z.
-
-        That is the axis of the outputs, if any.
-        """
+        """The numbered and the plain response, the output axis of z (None for a single output), and `joined`."""
         plain = self._response(path, None, True)
         shape = self._z[0].shape
         if all(size == 1 for size in shape[1:]) and (len(shape) > 1 or self._probe.x.ndim > 1):
@@ -151,9 +148,9 @@ class Contraction:
         raise NoOutputs("its entries cannot be told apart by output")
 
     def _fits(self, pair: Pair, count: int) -> bool:
-        """Whether nearly all ratios are numbers of the axis, so that it is one of features."""
+        """Whether nearly all ratios are numbers of the numbered axis, so that it tells entries apart."""
         numbered, plain = (side.flatten() for side in pair)
-        if plain.numel() > 2**17:  # a part of them will do
+        if plain.numel() > 2**17:  # a random part is enough
             self._probe.seed(4)
             some = self._probe.choice(plain.numel(), 2**16).to(plain.device)
             numbered, plain = numbered[some], plain[some]
@@ -168,14 +165,14 @@ class Contraction:
         return ((near - ratios).abs().amin(0) <= 3 * tolerance.ratio).double().mean().item() > 0.98
 
     def _numbers(self, tensors: list[torch.Tensor], axis: int, joined: bool) -> list[torch.Tensor]:
-        """Numbers along an axis of each tensor: all different if the tensors are `joined`, else the same in each."""
+        """Numbers for an axis of each tensor: all different if the tensors are `joined`, else the same in each."""
         sizes = [_size(t.shape, axis) for t in tensors]
         if joined:
             return list(self._probe.numbers(sum(sizes), tensors[0]).split(sizes))
         return [self._probe.numbers(sizes[0], tensors[0])] * len(tensors)
 
     def _response(self, path: str, axis: int | None, joined: bool) -> torch.Tensor:
-        """g at x, with numbers in w along an axis of z."""
+        """g at x, where w has numbers along an axis of z."""
         key = ("output", axis, joined)
         if key not in self._gradients:
             weights = self._weights()
@@ -186,7 +183,7 @@ class Contraction:
         return self._gradients[key][path]
 
     def _slope(self, path: str, axis: int | None, keep: list[int] | None = None, joined: bool = False) -> torch.Tensor:
-        """∂g/∂u · t with numbers in t along an axis of u; with `keep`, of one position of z."""
+        """∂g/∂u · t, where t has numbers along an axis of u. If `keep` is given, w is zero except at one position."""
         key = ("input", axis, keep is None, joined)
         if key not in self._gradients:
             weights, t = self._weights(), self._directions()
@@ -217,7 +214,7 @@ class Contraction:
         return [self._probe.base.tensors[k].detach() for k in self._inputs.numbers]
 
     def _directions(self) -> list[torch.Tensor]:
-        """t, one of u's shape for each u; where the features are the same, t is too."""
+        """t for each u. If all u hold the same features, all t are the same."""
         found: list[torch.Tensor] = []
         for u in self._u:
             if not found or self._inputs.joined:
@@ -231,7 +228,7 @@ class Contraction:
         self._probe.seed(3)
         weights = []
         for z in self._z:
-            # A product of weights along each axis, so that all outputs see the same φ; of z both parts count.
+            # A product of weights along each axis gives all outputs the same φ. 1 + 1j counts both parts of complex z.
             w = torch.full_like(z, 1 + 1j if z.is_complex() else 1)
             for k, size in enumerate(z.shape):
                 w = w * _along(self._probe.uniform([size], z), k, z.ndim)
@@ -240,7 +237,7 @@ class Contraction:
 
 
 def _times(tensors: list[torch.Tensor], numbers: list[torch.Tensor], axis: int) -> list[torch.Tensor]:
-    """Each tensor times its numbers along an axis."""
+    """Multiplies each tensor by its numbers along an axis."""
     return [
         t * (own.view(t.shape[1:]) if axis == FLAT else _along(own, axis, t.ndim))
         for t, own in zip(tensors, numbers, strict=True)
@@ -252,12 +249,12 @@ def _size(shape: torch.Size, axis: int) -> int:
 
 
 def _count(numbers: list[torch.Tensor], joined: bool) -> int:
-    """How many of the numbers are above their middle."""
+    """How many numbers lie above 2, the middle of their range."""
     return sum(int((own > 2).sum()) for own in (numbers if joined else numbers[:1]))
 
 
 def _middle(tensor: torch.Tensor, keep: set[int]) -> torch.Tensor:
-    """The tensor, but zero off the middle of each axis that is not kept."""
+    """The tensor, with zeros except in the middle of each axis that is not in `keep`."""
     for axis in set(range(tensor.ndim)) - keep:
         index = torch.arange(tensor.shape[axis], device=tensor.device) == tensor.shape[axis] // 2
         tensor = tensor * _along(index, axis, tensor.ndim)
@@ -265,17 +262,17 @@ def _middle(tensor: torch.Tensor, keep: set[int]) -> torch.Tensor:
 
 
 def _along(vector: torch.Tensor, axis: int, ndim: int) -> torch.Tensor:
-    """The vector along one of so many axes."""
+    """The vector, reshaped to lie along `axis` of a tensor with `ndim` axes."""
     return vector.view([-1] + [1] * (ndim - 1 - axis))
 
 
 def _axis_choices(
     shape: torch.Size, joined: bool = False, flat: bool = False
 ) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """(axis of the features, axes of positions) of a tensor, the likeliest first; the batch has the first axis.
+    """Possible (feature axis, position axes) of a tensor, the likeliest first. The first axis is the batch.
 
-    With `joined` there are several such tensors, and the second axis is one of features even if its size is 1.
-    `FLAT` stands for all axes but the first as one: the layer may flatten what it receives.
+    If `joined`, there are several tensors, and the second axis may hold features even if its size is 1. If `flat`,
+    the feature axis may be `FLAT`, because the layer may flatten its input.
     """
     axes = [axis for axis in range(1, len(shape)) if shape[axis] > 1 or (joined and axis == 1)]
     if flat and len(axes) > 1 and not joined:
@@ -286,7 +283,7 @@ def _axis_choices(
         yield axes[-1], ()
         if len(axes) == 2:
             yield axes[0], (axes[1],)
-        if shape[1] == 1 and not joined:  # an image of one channel
+        if shape[1] == 1 and not joined:  # an image with one channel
             yield 1, tuple(axes)
     else:
         yield axes[0], tuple(axes[1:])

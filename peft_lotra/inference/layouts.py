@@ -1,12 +1,12 @@
-"""From the responses of a parameter's entries to its layout: which factors of which stored axes are i, o, d, kernel.
+"""Finds the layout of a parameter, that is, which stored axes hold i, o, d and kernel positions, from its responses.
 
-If the parameter is a coefficient tensor, the response of entry (i, o, d) is a product,
+If the parameter is a coefficient tensor, the response of entry (i, o, d) is a product:
 
     g = w_o · s_io · Σ_x φ_d(x_i)
 
-so that the ratio of two responses, in one of which the outputs (or the inputs) are weighted by known numbers, is the
-number of the entry's output (or input). The mode lies where that ratio changes along a stored axis; where none does,
-lies d.
+One response is plain. In the other, known numbers weight the outputs (or the inputs). Their ratio is the number of
+the entry's output (or input). A mode lies along the stored axis along which its ratio changes. The axis along which
+no ratio changes holds d.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from ..coefficients import Layout
 from ..coefficients.spec import GROUP
 
-Pair = tuple[torch.Tensor, torch.Tensor]  # (numbered, plain) responses, each in the shape of the parameter
+Pair = tuple[torch.Tensor, torch.Tensor]  # (numbered, plain) responses, each with the parameter's shape
 Factor = tuple[str, int]  # (mode, size)
 
 
@@ -37,7 +37,9 @@ UNMIXED = "it has functions of one input for one output each, and mixes nothing"
 class NoLayout(Exception):
     """The responses fit no layout.
 
-    `linear`: they are those of one function per input; `mixing`: of a weight between different inputs and outputs.
+    Attributes:
+        linear: whether there is one function per input.
+        mixing: whether the parameter is a weight between different inputs and outputs.
     """
 
     def __init__(self, reason: str, linear: bool = False, mixing: bool = False):
@@ -46,12 +48,12 @@ class NoLayout(Exception):
 
 
 class NoOutputs(NoLayout):
-    """No axis of the tensors that the parameter contributes to is one of outputs."""
+    """The tensors z of the parameter have no output axis."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What counts as equal: ratios, and products, each relative to the largest; and what counts as no response."""
+    """Relative differences below which ratios and products are equal, and the relative size of a zero response."""
 
     ratio: float
     product: float
@@ -60,7 +62,7 @@ class Tolerance:
 
 @dataclass
 class Responses:
-    """The responses of one parameter; those of a pair differ in numbers along an axis of the outputs or inputs."""
+    """The responses of one parameter, in pairs with and without numbers along an axis of outputs or inputs."""
 
     output: Pair
     inputs: list[Pair]
@@ -71,7 +73,7 @@ class Responses:
         return self.output[0].shape
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Responses:
-        """The responses of a slice or a view of the parameter."""
+        """Applies `function`, which takes a slice or view of the parameter, to every response."""
 
         def apply(pairs: list[Pair]) -> list[Pair]:
             return [(function(numbered), function(plain)) for numbered, plain in pairs]
@@ -85,10 +87,10 @@ class Responses:
 
 
 def find_layout(responses: Responses, tolerance: Tolerance, features: int) -> Layout:
-    """The layout that explains the response of every entry, for a layer of so many input features.
+    """The layout that explains the response of every entry. `features` is the layer's number of input features.
 
     Raises:
-        NoLayout: if there is none.
+        NoLayout: if no layout does.
     """
     signatures = {"o": [responses.output], "i": responses.inputs, **responses.kernel}
     ratios = {mode: _ratios(pairs, tolerance) for mode, pairs in signatures.items()}
@@ -101,7 +103,7 @@ def find_layout(responses: Responses, tolerance: Tolerance, features: int) -> La
             raise NoLayout("its entries share inputs, but not along factors of its stored axes")
         mixing = bool(modes & {"i", "o"})
         raise NoLayout(LINEAR, True, mixing)
-    # One input, or one output, of all or of each group is as good as several; but not one of each, without a kernel.
+    # A single input or a single output (per group) is fine, but without a kernel not both.
     several = math.prod(size for factors in axes for mode, size in factors if mode in ("i", "o"))
     if several == 1 and not responses.kernel and (features > 1 or "g" in modes):
         raise NoLayout(UNMIXED)
@@ -114,7 +116,7 @@ def find_layout(responses: Responses, tolerance: Tolerance, features: int) -> La
 
 
 def _ratios(pairs: list[Pair], tolerance: Tolerance) -> torch.Tensor:
-    """numbered/plain, one row per pair; NaN where the plain response is nothing."""
+    """numbered / plain, one row per pair; NaN where the plain response is zero."""
     rows = []
     for numbered, plain in pairs:
         known = plain.abs() > tolerance.zero * plain.abs().max()
@@ -123,9 +125,9 @@ def _ratios(pairs: list[Pair], tolerance: Tolerance) -> torch.Tensor:
 
 
 def _span(ratios: torch.Tensor, axis: int, tolerance: Tolerance, most_lines: int = 64) -> tuple[int, int, int]:
-    """The stored axis as (before, span, after), where span is the smallest factor along which the ratios change.
+    """Splits a stored axis into (before, span, after), where `span` is the smallest factor that holds all changes.
 
-    Each line along the axis, taken as an array (before, span, after), is constant over `before` and `after`.
+    Each line of ratios along the axis, as an array (before, span, after), is constant over `before` and `after`.
     """
     size = ratios.shape[axis + 1]
     lines = ratios.movedim(axis + 1, -1).reshape(-1, size)
@@ -136,13 +138,13 @@ def _span(ratios: torch.Tensor, axis: int, tolerance: Tolerance, most_lines: int
     splits = [(size // (k * after), k, after) for k in divisors for after in divisors if size % (k * after) == 0]
     for split in splits:
         top, bottom = high.view(-1, *split).amax((1, 3)), low.view(-1, *split).amin((1, 3))
-        if (top - bottom <= tolerance.ratio * top.abs()).all():  # -inf where nothing is known
+        if (top - bottom <= tolerance.ratio * top.abs()).all():  # -inf where no ratio is known
             return split
     raise AssertionError("unreachable: a span of the whole axis fits")
 
 
 def _factors(ratios: Mapping[str, torch.Tensor], axis: int, tolerance: Tolerance) -> list[Factor]:
-    """The factors of one stored axis, the slowest first; none for an axis of size 1."""
+    """The factors of one stored axis, the slowest first. An axis of size 1 has none."""
     spans = {mode: _span(rows, axis, tolerance) for mode, rows in ratios.items()}
     edges = {mode: (after, after * span) for mode, (_, span, after) in spans.items() if span > 1}
     cuts = sorted({1, ratios["o"].shape[axis + 1]}.union(*edges.values()))
@@ -151,13 +153,13 @@ def _factors(ratios: Mapping[str, torch.Tensor], axis: int, tolerance: Tolerance
         modes = {mode for mode, (start, stop) in edges.items() if start <= low and high <= stop}
         if high % low or (len(modes) > 1 and modes != {"i", "o"}):
             raise NoLayout("its entries mix inputs, outputs and kernel positions in no (i, o, d) pattern")
-        # What changes inputs and outputs together is the group of a grouped layer.
+        # A factor that changes inputs and outputs together is the group of a grouped layer.
         factors.append(("g" if len(modes) == 2 else modes.pop() if modes else "d", high // low))
     return factors[::-1]
 
 
 def _repeats(ratios: torch.Tensor, axes: list[list[Factor]]) -> bool:
-    """Whether there are clearly fewer different inputs than the factors of the axes can count."""
+    """Whether the ratios show clearly fewer inputs than the factors of the axes count."""
     counted = math.prod(size for factors in axes for mode, size in factors if mode in ("i", "g"))
     values = ratios[0][~ratios[0].isnan()].sort().values
     steps = values.diff() > 0.1 * (values[-1] - values[0]) / max(counted, 2)
@@ -165,7 +167,7 @@ def _repeats(ratios: torch.Tensor, axes: list[list[Factor]]) -> bool:
 
 
 def _name_axes(axes: list[list[Factor]], shape: tuple[int, ...]) -> Layout:
-    """The factors of all axes as a layout; inputs or outputs of size 1 get an axis of size 1, or a place next to d."""
+    """The layout with these factors. A mode i or o of size 1 takes a stored axis of size 1, or a place next to d."""
     missing = [mode for mode in "oi" if all(mode != other for factors in axes for other, _ in factors)]
     for factors in axes:
         if not factors:
@@ -186,10 +188,10 @@ def _name_axes(axes: list[list[Factor]], shape: tuple[int, ...]) -> Layout:
 
 
 def _verify(layout: Layout, responses: Responses, tolerance: Tolerance) -> None:
-    """Raise NoLayout unless the response of every entry is the product that the layout says."""
+    """Raise NoLayout unless every response is the product that the layout implies."""
 
     def canonical(tensor: torch.Tensor) -> torch.Tensor:
-        """Shape (i, o, d, k): all unfactored axes in one."""
+        """Shape (i, o, d, k), where k joins all unfactored axes."""
         tensor = layout.to_canonical(tensor)
         return tensor.reshape(*tensor.shape[:3], -1)
 
@@ -208,22 +210,22 @@ def _verify(layout: Layout, responses: Responses, tolerance: Tolerance) -> None:
         if not _share_functions(canonical(plain), tolerance):
             raise NoLayout("its functions φ_d(x_i) differ from output to output")
     plain = canonical(responses.output[1]).abs()
-    functions = (plain > tolerance.zero * plain.max()).any(1).sum(1)  # of each input (and kernel position)
+    functions = (plain > tolerance.zero * plain.max()).any(1).sum(1)  # per input (and kernel position)
     if (functions > 1).float().mean() < 0.5:
         raise NoLayout("most inputs show fewer than two functions on this sample")
 
 
 def _share_functions(response: torch.Tensor, tolerance: Tolerance) -> bool:
-    """Whether g, shape (i, o, d, k), is s_io · φ_d: for each input (and kernel position) an o × d matrix of rank 1."""
+    """Whether g, shape (i, o, d, k), is s_io · φ_d: the o × d matrix of each input and kernel position has rank 1."""
     curves = response.permute(0, 3, 1, 2)  # (i, k, o, d)
     strongest = curves.square().sum(-1).argmax(-1)[..., None, None].expand(*curves.shape[:2], 1, curves.shape[3])
     return _proportional(curves, curves.gather(2, strongest).expand_as(curves), (3,), tolerance.product)
 
 
 def bears_out(layout: Layout, response: torch.Tensor, inputs: int, outputs: int, tolerance: Tolerance) -> bool:
-    """Whether a response is one of the layout, where only so many input features and outputs have been asked for.
+    """Whether a response to some input features (`inputs` of them) and some outputs (`outputs`) fits the layout.
 
-    The entries of the others have none, and each of these outputs has the same functions.
+    The other entries must have no response, and the outputs must share their functions.
     """
     stored = layout.to_canonical(response)
     groups = layout.sizes.get("g", 1)
@@ -232,12 +234,12 @@ def bears_out(layout: Layout, response: torch.Tensor, inputs: int, outputs: int,
     n, m = (int(alive.any(axis).any(1).any(-1).sum()) for axis in (1, 0))
     if not 0 < n <= inputs or not 0 < m <= outputs:
         return False
-    chosen = alive.flatten(1).any(1).nonzero()[:32, 0]  # as every input would cost as much as the layer itself
+    chosen = alive.flatten(1).any(1).nonzero()[:32, 0]  # all inputs would cost as much as the layer itself
     return _share_functions(canonical[chosen].flatten(3), tolerance)
 
 
 def _proportional(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], tolerance: float) -> bool:
-    """Whether a = r·b with r constant along `axes`, for every entry, relative to the largest along these axes."""
+    """Whether a = r·b with r constant along `axes`. Errors are relative to the largest |a| along these axes."""
     squares = (b * b).sum(axes, keepdim=True)
     r = (a * b).sum(axes, keepdim=True) / torch.where(squares > 0, squares, 1)
     largest = a.abs().amax(axes, keepdim=True)
@@ -245,15 +247,15 @@ def _proportional(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], toler
 
 
 def _distinct(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], tolerance: Tolerance) -> bool:
-    """Whether r in a = r·b is another one for each index of the remaining mode, at each place of the last axis."""
+    """Whether r in a = r·b differs between all indices of the remaining mode, for each index of the last axis."""
     squares = (b * b).sum(axes)  # (i or o, k)
     ratios = (a * b).sum(axes) / torch.where(squares > 0, squares, torch.nan)
     least = min(tolerance.ratio, 0.2 / len(ratios))
-    return not (ratios.sort(0).values.diff(dim=0) < least).any()  # what is not known, NaN, comes last
+    return not (ratios.sort(0).values.diff(dim=0) < least).any()  # unknown ratios are NaN and come last
 
 
 def find_flattened(responses: Responses, features: int, tolerance: Tolerance) -> Layout | None:
-    """The layout with a star, if the parameter has one once some of its stored axes are flattened: most, or all."""
+    """A layout with a star, if the parameter has one after all stored axes, or all but one, are flattened."""
     shape = tuple(responses.shape)
     for start, stop in ((1, len(shape)), (0, len(shape) - 1), (0, len(shape))):
         if stop - start < 2:
@@ -268,9 +270,9 @@ def find_flattened(responses: Responses, features: int, tolerance: Tolerance) ->
 
 
 def find_part(responses: Responses, features: int, tolerance: Tolerance) -> tuple[Layout, str] | None:
-    """The layout and the slice of the part of the parameter that is a coefficient tensor, where the whole is none.
+    """The layout and the slice of a coefficient tensor that is a part of the parameter, or None.
 
-    Beside it may be packed one weight per input feature, a bias, or both.
+    The rest of the parameter is one weight per input feature, a bias, or both.
     """
     for axis, size in enumerate(responses.shape):
         for rest, weights in ((features, features), (features + 1, features), (1, 0)):
@@ -290,7 +292,7 @@ def find_part(responses: Responses, features: int, tolerance: Tolerance) -> tupl
 
 
 def _distinct_inputs(part: Pair, whole: Pair, axis: int, tolerance: Tolerance) -> int | None:
-    """How many places along an axis multiply functions of x; None if two of them multiply the same input."""
+    """How many indices of an axis multiply functions of x, or None if two of them multiply the same input."""
     numbered, plain = (side.movedim(axis, 0).flatten(1) for side in part)
     strongest = plain.abs().argmax(1, keepdim=True)
     numbered, plain = numbered.gather(1, strongest)[:, 0], plain.gather(1, strongest)[:, 0]
@@ -300,7 +302,7 @@ def _distinct_inputs(part: Pair, whole: Pair, axis: int, tolerance: Tolerance) -
 
 
 def agree(one: Layout, two: Layout) -> bool:
-    """Whether two layouts of one shape give each entry the same i, o, d and kernel position, but for their order."""
+    """Whether two layouts of one shape give each entry the same i, o, d and kernel position, up to their order."""
     labels = []
     for layout in (one, two):
         index = torch.arange(math.prod(layout.canonical_shape)).view(layout.canonical_shape)

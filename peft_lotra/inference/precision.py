@@ -1,4 +1,4 @@
-"""The precisions in which layers are tested, and the count of passes."""
+"""The precisions in which layers are tested, and a counter of passes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .layouts import Tolerance
 
 @dataclass
 class Passes:
-    """How often layers were run forward and backward."""
+    """The numbers of forward and backward passes of layers."""
 
     forward: int = 0
     backward: int = 0
@@ -24,7 +24,7 @@ class Precision:
     tolerance: Tolerance
 
 
-# In float64 where the layer can; some make float32 tensors of their own.
+# float64 comes first. Some layers need float32, because they create float32 tensors.
 PRECISIONS = (
     Precision(torch.float64, 1e-7, Tolerance(ratio=1e-6, product=1e-7, zero=1e-9)),
     Precision(torch.float32, 1e-3, Tolerance(ratio=2e-3, product=1e-3, zero=1e-3)),

@@ -1,4 +1,4 @@
-"""One layer on one sample: runs with changed parameters or inputs, and what they show about single parameters."""
+"""Runs one layer on one sample with changed parameters or inputs, and analyses the recorded tensors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .recording import Run, map_tensors, tensors_in
 
 
 class Inputs(NamedTuple):
-    """u, the last tensors before the basis, by their numbers: one, or several of one shape.
+    """The numbers of u, the last tensors before the basis: one tensor, or several of one shape.
 
-    `joined`: whether the features of several lie one after another, as in the groups of a layer, or are the same.
+    `joined` says whether several u hold consecutive features, as in a grouped layer; otherwise they hold the same.
     """
 
     numbers: tuple[int, ...]
@@ -27,7 +27,7 @@ VECTOR = "it is a vector along one axis of the input or output"
 
 
 class Refused(Exception):
-    """A parameter cannot be tested further; `of_class`: nor can it in any layer of this class, settings and shapes."""
+    """A parameter cannot be tested further. If `of_class`, this holds for all layers that are alike."""
 
     def __init__(self, reason: str, of_class: bool = False):
         super().__init__(reason)
@@ -39,7 +39,7 @@ class Unusable(Exception):
 
 
 class Probe:
-    """A layer with its sample at one precision; one of its inputs, x, is varied."""
+    """A layer and its sample in one precision. The probe varies one of the inputs, x."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Probe:
         passes: Passes,
         repeats: bool = True,
     ):
-        """With `repeats`, the layer runs a second time, to see that it does the same."""
+        """If `repeats`, the layer runs twice, to check that it is deterministic."""
         self.layer, self.precision, self.which, self._passes = layer, precision, which, passes
         self._random = torch.Generator().manual_seed(0)
         dtype = precision.dtype
@@ -59,7 +59,7 @@ class Probe:
         for path, parameter in layer.named_parameters(remove_duplicate=False):
             if parameter.is_floating_point():
                 value = parameter.detach().to(dtype, copy=True)
-                if not value.any():  # a zero may hide what it multiplies
+                if not value.any():  # zeros would hide what they multiply
                     value = self._noise(value)
                 self.values[path] = value.requires_grad_(True)
         self._args = map_tensors((args, kwargs), lambda t: t.detach().to(_dtype_for(t, dtype)))
@@ -75,7 +75,7 @@ class Probe:
 
     @property
     def trace(self) -> tuple:
-        """The shapes of the recorded tensors and what each was made of: equal where a layer took equal steps."""
+        """The shapes and sources of all recorded tensors. Layers that take the same steps have the same trace."""
         return tuple(t.shape for t in self.base.tensors), tuple(map(tuple, self.base.sources))
 
     def _noise(self, like: torch.Tensor) -> torch.Tensor:
@@ -88,22 +88,22 @@ class Probe:
         return torch.randint(size, (count,), generator=self._random)
 
     def uniform(self, shape: Iterable[int], like: torch.Tensor) -> torch.Tensor:
-        """Uniform in [0.5, 1.5], and real even if `like` is complex."""
+        """Random numbers, uniform in [0.5, 1.5] and real even if `like` is complex."""
         return (torch.rand(tuple(shape), generator=self._random, dtype=torch.float64) + 0.5).to(
             like.device, _real(like)
         )
 
     def _spread(self, x: torch.Tensor, grow: bool) -> torch.Tensor:
-        """Values like those of x, but none twice, in enough rows for most of the basis functions to be met."""
+        """Values like those of x, without repetitions. If `grow`, they have enough rows to reach most functions."""
         rows = x.shape[0] if x.ndim else 0
         if grow and x.ndim > 1 and x.numel():
-            places = x[0].numel() // max(x.shape[1:])  # of a row, at least: whichever axis is that of the features
+            places = x[0].numel() // max(x.shape[1:])  # at least, for any feature axis
             enough = max(2, -(-32 // places))
             rows = min(rows, max(enough, 2**15 // x[0].numel())) if rows >= enough else enough
         shape = (rows, *x.shape[1:]) if x.ndim else x.shape
         from_pool = x.flatten()[torch.randint(x.numel(), shape, generator=self._random).to(x.device)]
         mixed = from_pool
-        if x.ndim > 1:  # some from the same place in the sample: features may have ranges of their own
+        if x.ndim > 1:  # take some values from the same place in the sample, since features may differ in range
             own = x.gather(0, torch.randint(x.shape[0], shape, generator=self._random).to(x.device))
             mixed = torch.where(self.uniform(shape, x) < 0.5 + min(1.0, 4 / x.shape[0]), from_pool, own)
         width = x.std() if x.numel() > 1 and x.std() > 0 else x.new_tensor(0.5)
@@ -130,7 +130,7 @@ class Probe:
     def run(self, x: torch.Tensor, changed: dict[str, torch.Tensor] | None = None) -> Run:
         count = iter(range(len(tensors_in(self._args))))
         leaf = x.detach().clone().requires_grad_(True)
-        start = leaf.clone()  # the layer may write into it
+        start = leaf.clone()  # the layer may change its input in place
         args, kwargs = map_tensors(self._args, lambda t: start if next(count) == self._position else t.clone())
         self._passes.forward += 1
         while True:
@@ -139,8 +139,8 @@ class Probe:
                 run = Run(self.layer, args, kwargs, start, values, self.precision.dtype)
                 run.x = leaf
                 return run
-            except Exception as error:  # whatever a layer may raise
-                # A module refuses `self.P = tensor` where P is a parameter.
+            except Exception as error:  # any error of the layer
+                # A module does not allow `self.P = tensor` if P is a parameter.
                 name = re.search(r"cannot assign .* as parameter '(\w+)'", str(error))
                 paths = [path for path in self.values if name and path.rpartition(".")[2] == name[1]]
                 if not paths:
@@ -155,12 +155,12 @@ class Probe:
                 raise Unusable("its layer is random: two runs on the same input differ, although in eval mode")
 
     def numbers(self, size: int, like: torch.Tensor) -> torch.Tensor:
-        """1 … 3 in even steps, in random order."""
+        """Evenly spaced numbers from 1 to 3, in random order."""
         order = torch.randperm(size, generator=torch.Generator().manual_seed(1)).to(like.device, _real(like))
         return 1 + 2 * order / max(size - 1, 1)
 
     def moved(self, t: torch.Tensor) -> list[Run]:
-        """The runs at x + εt and x - εt."""
+        """The runs at x + εt and x − εt."""
         spread = self.x.std() if self.x.numel() > 1 else 0
         step = 1e-5 * (spread if spread > 0 else 1) * t
         return self._alike([self.run(self.x + step), self.run(self.x - step)])
@@ -175,7 +175,7 @@ class Probe:
         return self.base.depends(number, self.base.x)
 
     def contractions(self, path: str) -> tuple[int, ...]:
-        """The numbers of the last tensors on the way to the first output that are affine in the parameter."""
+        """The last tensors on the way to the parameter's first output that are affine in it, by number."""
         if path in self.base.reassigned or path not in self.values:
             raise Refused("the forward pass assigns it anew, so that an adapter would be lost", of_class=True)
         value = self.values[path]
@@ -187,7 +187,7 @@ class Probe:
             if any(self.base.depends(k, parameter) for k in self.base.outputs):
                 raise Refused("the forward pass reads it through an alias, so that an adapter would be ignored")
             raise Refused("no output responds to it")
-        # What is affine in several parameters together is so in each; of these in those of one shape, to save runs.
+        # A tensor that is affine in several parameters together is affine in each. Parameters of one shape share runs.
         alike = tuple(other for other, v in self.values.items() if v.shape == value.shape)
         for paths in dict.fromkeys([alike, (path,)]):
             found = self._last_affine(value, output, *self._perturbed(paths))
@@ -196,7 +196,7 @@ class Probe:
         raise Refused("the layer is not affine in it, or not through functions of the input")
 
     def _last_affine(self, value: torch.Tensor, output: int, plus: Run, minus: Run) -> set[int]:
-        """The last tensors on the way to the output that have 2 z(P) = z(P + δ) + z(P - δ)."""
+        """The last tensors on the way to the output for which 2 z(P) = z(P + δ) + z(P − δ)."""
         found, stack, seen = set(), [output], set()
         while stack:
             k = stack.pop()
@@ -224,7 +224,7 @@ class Probe:
         return self._changed[paths]
 
     def _meetings(self, path: str, frontier: tuple[int, ...]) -> tuple[set[int], set[int]]:
-        """The first tensors that depend on the parameter and on x, and the functions of x in them; by number."""
+        """The first tensors that depend on both the parameter and x, and the functions of x in them, by number."""
         if (path, frontier) not in self._met:
             value, products, sides, stack, seen = self.values[path], set(), set(), list(frontier), set()
             while stack:
@@ -244,7 +244,7 @@ class Probe:
         return self._meetings(path, frontier)[1]
 
     def first_contraction(self, path: str, frontier: tuple[int, ...]) -> tuple[int, ...]:
-        """The tensors in which the parameter meets x, as z: one, or one for each group of a grouped layer."""
+        """The tensors in which the parameter meets x, to be used as z. A grouped layer has one for each group."""
         products, _ = self._meetings(path, frontier)
         plus_minus = next(runs for paths, runs in reversed(self._changed.items()) if path in paths)
         z = tuple(sorted(products))
@@ -253,7 +253,7 @@ class Probe:
         return z
 
     def groups(self, z: dict[str, tuple[int, ...]]) -> Iterable[tuple[list[str], tuple[int, ...]]]:
-        """Parameters that can be tested at once, and their tensors z."""
+        """Lists of parameters that can be tested together, each with the tensors z."""
         by_shape: dict[Any, list[str]] = {}
         for path, value in self.values.items():
             if path in z:
@@ -262,7 +262,7 @@ class Probe:
         for shape, paths in by_shape.items():
             apart = not any(
                 self.base.depends(k, self.values[p]) for p in paths for q in paths if z[p] != z[q] for k in z[q]
-            )  # such as the weights of the groups of a grouped layer
+            )  # true for the weights of the groups of a grouped layer
             union = tuple(sorted({k for path in paths for k in z[path]}))
             for path in paths:
                 tensors = union if apart else z[path]
@@ -271,22 +271,22 @@ class Probe:
         return [(paths, tensors) for (tensors, _), paths in by_tensors.items()]
 
     def inputs_of(self, paths: list[str], frontier: tuple[int, ...]) -> list[Inputs]:
-        """What u of these parameters may be, the likeliest first: one tensor, or one for each function of x."""
+        """Possible u of these parameters, the likeliest first: one tensor, or one for each function of x."""
         sides = {k for path in paths for k in self._x_sides(path, frontier)}
         found = [Inputs((self._input_of(sides),))]
         each = tuple(sorted({u for side in sides for u in self._inputs_of_side(side)}))
         shapes = sorted((self.base.tensors[u].shape for u in each), key=len)
         alike = all(shape == shapes[0] + (1,) * (len(shape) - len(shapes[0])) for shape in shapes)
         if len(each) > 1 and 0 not in each and alike and not any({*each} & (self.ancestors([u]) - {u}) for u in each):
-            # What comes from parts of x that do not overlap are other features; unless no layout says so.
+            # Tensors from disjoint parts of x probably hold different features. The other case is tried last.
             parts = [self._part_of_x(u) for u in each]
             joined = int(torch.stack(parts).sum(0).max()) == 1
             found += [Inputs(each, joined), Inputs(each, not joined)]
         return found
 
     def _inputs_of_side(self, side: int) -> set[int]:
-        """The number of u of a function of x, or those of the functions that it is put together of."""
-        if side not in self._inputs:  # many ways may lead to one tensor, in residual blocks 2 to the number of blocks
+        """The number of u of a function of x, or the numbers of u of the functions that it is composed of."""
+        if side not in self._inputs:  # cached: k residual blocks have 2ᵏ paths to one tensor
             u = self._input_of({side})
             parts = [k for k in self.base.sources[side] if self.moves(k)]
             self._inputs[side] = {u} if u or not parts else {u for k in parts for u in self._inputs_of_side(k)}
@@ -301,7 +301,7 @@ class Probe:
         return found != 0
 
     def _input_of(self, sides: set[int]) -> int:
-        """The number of u: of the last tensor, no larger than x, through which x reaches these functions of it."""
+        """The number of u, the last tensor no larger than x on all paths from x to these functions (0 is x itself)."""
         tensors = self.base.tensors
         most = min(self.x.numel(), sum(tensors[k].numel() for k in sides) // 2)
         before = self.ancestors(sides)
@@ -312,7 +312,7 @@ class Probe:
         return 0
 
     def ancestors(self, numbers: Iterable[int], without: Collection[int] = ()) -> set[int]:
-        """The numbers, and those of everything that these tensors are made of."""
+        """These numbers, and the numbers of all tensors from which these tensors are computed."""
         seen, stack = set(), list(numbers)
         while stack:
             k = stack.pop()
@@ -322,14 +322,14 @@ class Probe:
         return seen
 
     def sees_x(self, path: str, frontier: tuple[int, ...]) -> bool:
-        """Whether what the parameter multiplies is x itself."""
+        """Whether the parameter multiplies x itself."""
         sides = [self.base.tensors[k] for k in self._x_sides(path, frontier)]
         return bool(sides) and all(
             t.numel() == self.x.numel() and torch.equal(t.flatten(), self.x.flatten()) for t in sides
         )
 
     def shaping(self, path: str, frontier: tuple[int, ...]) -> list[str]:
-        """Other parameters that give each entry of this one a function of its own, as in Wav-KAN."""
+        """Other parameters that give each entry of this parameter its own function, as in Wav-KAN."""
         value, tensors = self.values[path], self.base.tensors
         sides = [k for k in self._x_sides(path, frontier) if tensors[k].ndim > value.ndim]
         edges = [k for k in sides if tensors[k].shape[-value.ndim :] == value.shape]
@@ -338,12 +338,12 @@ class Probe:
         return [other for key, other in others.items() if any(id(tensors[k]) == key for k in within)]
 
     def in_basis(self, path: str, frontier: tuple[int, ...], u: Collection[int], other: str) -> bool:
-        """Whether another parameter has a part in the functions of u that the parameter multiplies."""
+        """Whether the functions of u that the parameter multiplies depend on the parameter `other`."""
         between = self.ancestors(self._x_sides(path, frontier), without=u)
         return any(self.base.tensors[k] is self.values[other] for k in between)
 
     def gradients(self, tensors, weights, paths) -> dict[str, torch.Tensor]:
-        """∂/∂P Σ weights · tensors for each parameter P."""
+        """∂/∂P Σ weights · tensors for each parameter P in `paths`."""
         self._passes.backward += 1
         values = [self.values[path] for path in paths]
         found = torch.autograd.grad(tensors, values, weights, retain_graph=True, materialize_grads=True)
@@ -352,7 +352,7 @@ class Probe:
     def input_gradient(
         self, u: tuple[int, ...], frontier: tuple[int, ...], weights: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """∂/∂u Σ weights · z for each u, themselves differentiable."""
+        """∂/∂u Σ weights · z for each u. The results are differentiable."""
         self._passes.backward += 1
         z = [self.base.tensors[k] for k in frontier]
         inner = [self.base.x if k == 0 else self.base.tensors[k] for k in u]
@@ -360,12 +360,12 @@ class Probe:
 
 
 def is_numeric(tensor: torch.Tensor) -> bool:
-    """Whether it has real or complex numbers that a layer may be differentiated by."""
+    """Whether derivatives with respect to the tensor exist: it has entries, and they are real or complex floats."""
     return tensor.numel() > 0 and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _real(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype of its real numbers."""
+    """The tensor's dtype, or the dtype of its real part if it is complex."""
     return tensor.dtype.to_real() if tensor.is_complex() else tensor.dtype
 
 

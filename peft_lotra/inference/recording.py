@@ -1,4 +1,4 @@
-"""Run a layer with tensors in the place of its parameters, and record what depends on them."""
+"""Runs a layer with tensors in place of its parameters, and records the tensors that depend on them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..preserved import preserved
 
 
 def map_tensors(thing: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """`thing` with each tensor in it, through tuples, lists and mappings, replaced by `function` of it."""
+    """A copy of `thing`, in which `function` replaces each tensor, also inside tuples, lists and mappings."""
     if isinstance(thing, torch.Tensor):
         return function(thing)
     if isinstance(thing, Mapping):
@@ -34,7 +34,7 @@ def _differentiable(tensor: torch.Tensor) -> bool:
 
 
 class Recorder(TorchFunctionMode):
-    """Records every tensor that needs a gradient, in the order of making, and the tensors that it is made of."""
+    """Records every tensor that requires a gradient, in the order of creation, and the tensors it is computed from."""
 
     _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul")} | {"__setitem__"}
 
@@ -42,24 +42,24 @@ class Recorder(TorchFunctionMode):
         super().__init__()
         self.tensors: list[torch.Tensor] = []
         self.sources: list[list[int]] = []
-        self.overwritten: set[int] = set()  # of these, `tensors` has copies
-        self._index: dict[int, int] = {}  # by id of the tensor
-        self._nodes: dict[Any, int] = {}  # by the tensor's node in the graph of autograd
-        self._alive: list[torch.Tensor] = []  # so that no id is given away anew
+        self.overwritten: set[int] = set()  # `tensors` has copies of these
+        self._index: dict[int, int] = {}  # by the id of the tensor
+        self._nodes: dict[Any, int] = {}  # by the tensor's node in the autograd graph
+        self._alive: list[torch.Tensor] = []  # keeps tensors alive, so that Python does not reuse their ids
 
     def index(self, tensor: torch.Tensor, sources: list[int] | None = None) -> int:
-        """The number of `tensor`; with `sources` it counts as made anew."""
+        """The number of `tensor`. If `sources` is given, it gets a new number."""
         if sources is not None or id(tensor) not in self._index:
             self._index[id(tensor)] = len(self.tensors)
             self.tensors.append(tensor)
-            # Scripted functions and autograd.Function make tensors unseen.
+            # Scripted functions and autograd.Function create tensors that are not recorded.
             self.sources.append(self._nearest(tensor) if sources is None else sources)
             self._alive.append(tensor)
             self._nodes.setdefault(tensor.grad_fn, self._index[id(tensor)])
         return self._index[id(tensor)]
 
     def _nearest(self, tensor: torch.Tensor) -> list[int]:
-        """The numbers of the recorded tensors that autograd meets first on the way back from `tensor`."""
+        """The numbers of the recorded tensors that the backward pass from `tensor` meets first."""
         found, seen, stack = set(), set(), [tensor.grad_fn]
         while stack:
             node = stack.pop()
@@ -80,7 +80,7 @@ class Recorder(TorchFunctionMode):
         changed = []
         if name in self._IN_PLACE or (name.endswith("_") and not name.endswith("__")):
             changed = [t for t in args[:1] if isinstance(t, torch.Tensor)]
-        for target in changed:  # what was recorded of its memory keeps its value
+        for target in changed:  # copy the recorded tensors that share its memory, so that they keep their values
             memory = target.untyped_storage().data_ptr()
             for k, tensor in enumerate(self.tensors):
                 if tensor.untyped_storage().data_ptr() == memory and not tensor.is_leaf:
@@ -94,15 +94,16 @@ class Recorder(TorchFunctionMode):
 
 
 class Run:
-    """One run of a layer with `values` where an adapter would put its stand-ins: in the owners' instance dictionaries.
+    """One run of a layer with `values` in place of parameters, in the owners' `__dict__`, as an adapter replaces them.
 
     Attributes:
         returned: the real or complex tensors that the layer returned.
-        outputs: the numbers of those that need a gradient.
-        tensors, sources: what was recorded, and the numbers of what it was made of; `x` has the number 0.
-        overwritten: the numbers of those that the layer has written into later.
-        reassigned: the paths of parameters that the layer has assigned anew.
-        x: the leaf that the input was made from.
+        outputs: the numbers of the returned tensors that require a gradient.
+        tensors: the recorded tensors; `x` has the number 0.
+        sources: the numbers of the tensors from which each was computed.
+        overwritten: the numbers of the tensors that the layer changed in place later.
+        reassigned: the paths of the parameters that the layer assigned to.
+        x: the leaf from which the input was made.
     """
 
     x: torch.Tensor
@@ -122,7 +123,7 @@ class Run:
         recorder.index(x)
         with preserved(layer, training=False, dtype=dtype), torch.enable_grad():
             for p in filter(_differentiable, layer.parameters()):
-                p.requires_grad_(True)  # a use of the parameter itself shall show
+                p.requires_grad_(True)  # records whether the layer uses the parameter itself
             for path, (owner, name) in places.items():
                 owner.__dict__[name] = values[path]
             with recorder:
@@ -136,7 +137,7 @@ class Run:
         self._leaves: dict[int, set[int]] = {}
 
     def depends(self, number: int, leaf: torch.Tensor) -> bool:
-        """Whether the gradient of a recorded tensor reaches `leaf`."""
+        """Whether the backward pass from a recorded tensor reaches `leaf`."""
         if number not in self._leaves:
             tensor = self.tensors[number]
             found, seen, stack = {id(tensor)}, set(), [tensor.grad_fn]

@@ -1,13 +1,13 @@
-"""The response test: is a parameter of a layer a KAN coefficient tensor, and in which layout?
+"""The response test finds out whether a parameter P of a layer is a KAN coefficient tensor, and in which layout.
 
-The layer is run a few times, and derivatives of its output by the parameter are read off,
+It runs the layer a few times and computes derivatives with respect to P:
 
     g = ∂/∂P Σ w_o z_o,    z_o = Σ_i Σ_d P[i, o, d] · s_io · φ_d(u_i)
 
-with z the last tensors on the way to the output that are affine in P, so that a norm or an activation after them does
-not matter, and u the last tensor before the basis, so that a norm before it does not either. Numbers in w along an
-axis of z show which output an entry of P belongs to. The slope of g when u moves along t, with numbers in t along an
-axis of u, shows which input feature the entry multiplies: ∂/∂P Σ t · ∂/∂u Σ w_o z_o.
+z are the last tensors on the way to the output that are affine in P, so a norm or an activation after them does not
+matter. u is the last tensor before the basis, so a norm before it does not matter. Numbers in w along an axis of z
+show to which output an entry of P belongs. Numbers in t along an axis of u show which input feature the entry
+multiplies: t is the direction of the slope of g, ∂/∂P Σ t · ∂/∂u Σ w_o z_o.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from .scales import scale_of
 
 @dataclass(frozen=True)
 class Finding:
-    """What the response test says about one parameter of a layer.
+    """The result of the response test for one parameter of a layer.
 
     Attributes:
-        spec: where and how the coefficient tensor lies, if it is one.
-        reason: why it is none.
-        linear: whether it is a weight on what the layer receives, as it is; then it may still be the coefficient
-            tensor of a module around the layer, which feeds it with a basis.
-        of_class: whether the reason holds for every layer alike, whatever the sample and the values of parameters.
-        place: where in a run the response was read off, if it is a coefficient tensor.
-        like: the name of the layer alike in which it was found, if this one has only confirmed it.
+        spec: the description of the coefficient tensor, if the parameter is one.
+        reason: why the parameter is not a coefficient tensor.
+        linear: whether the parameter is a linear weight on the layer's input. It may still be the coefficient tensor
+            of a module around the layer, if that feeds the layer basis functions.
+        of_class: whether the reason holds for all layers that are alike, for any sample and parameter values.
+        place: where in the run the response was measured, if the parameter is a coefficient tensor.
+        like: the name of the tested layer, if this layer only confirmed its finding.
     """
 
     spec: CoefficientSpec | None = None
@@ -58,11 +58,10 @@ def infer_layer(
     passes: Passes,
     region: str | None = None,
 ) -> dict[str, Finding]:
-    """A finding for each parameter of `layer` in `paths`, or for the slice `region` of it.
+    """A finding for each parameter of `layer` in `paths`, or for its slice `region`.
 
-    The layer is run on `args` and `kwargs`; `passes` counts how often.
-
-    Nothing in `layer` changes. Nothing is raised for what the layer does: the findings have a reason instead.
+    The layer runs on `args` and `kwargs`, and stays as it was; `passes` counts the runs. If the layer raises an
+    error, the findings have it as their reason.
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in layer.modules()):
         return dict.fromkeys(paths, Finding(reason="a part of its layer is a TorchScript module", of_class=True))
@@ -89,13 +88,13 @@ def infer_layer(
             return findings
         except Unusable as unusable:
             reason = str(unusable)
-        except Exception as error:  # one odd layer shall not end the search in a large model
+        except Exception as error:  # one unusual layer must not end the search in a large model
             reason = f"it cannot be tested: {type(error).__name__}: {error}"
     return findings | {path: Finding(reason=reason) for path in open_paths}
 
 
 def _unfit(parameter: nn.Parameter, widest: int) -> str:
-    """Why the parameter needs no test, `widest` being the largest axis that the layer receives."""
+    """Why the parameter needs no test, or "". `widest` is the size of the largest axis that the layer receives."""
     if parameter.is_complex():
         return f"it is complex ({parameter.dtype}), and LoTRA adapts real coefficients only"
     if not parameter.is_floating_point():
@@ -143,7 +142,7 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
 
 
 def _reason(failure: NoLayout, probe: Probe, path: str, z: tuple[int, ...]) -> str:
-    """The cause behind a failure, where the layer shows it."""
+    """The reason for a failure, with its cause if the run shows one."""
     if failure.linear and (shaping := probe.shaping(path, z)):
         return (
             f"every input and output has one function, shaped by {shaping}: there are no functions that the outputs "
@@ -163,14 +162,15 @@ def _layout(
     region: str | None,
     contractions: dict[tuple, Contraction],
 ) -> tuple[Layout, str | None, Place]:
-    """Layout, slice and place of a parameter that is tested with others, and then alone.
+    """The layout, slice and place of a parameter, which is tested together with others, and then alone.
 
     Args:
-        members, z: those that can be tested at once, and their tensors z; `own` are those of this parameter.
-        contractions: of these members, which are kept from one of them to the next.
+        members, z: the parameters that can be tested together, and their tensors z.
+        own: the tensors z of this parameter.
+        contractions: a cache that these members share.
 
     Raises:
-        NoLayout, Refused: why it is no coefficient tensor, tested with the others.
+        NoLayout, Refused: why the parameter is not a coefficient tensor.
     """
     failure: NoLayout | None = None
     tests = [(members, z)] + ([([path], own)] if len(members) > 1 else [])
@@ -187,7 +187,7 @@ def _layout(
                     failure = failure or no_layout
                     if no_layout.linear or isinstance(no_layout, NoOutputs):
                         raise
-        except NoOutputs:  # something linear comes after the contraction, and mixes the outputs
+        except NoOutputs:  # a linear operation after the contraction may mix the outputs
             first = probe.first_contraction(path, frontier)
             tests = [([path], first)] if first != frontier else []
     assert failure is not None
@@ -197,11 +197,11 @@ def _layout(
 def confirm_layer(
     layer: nn.Module, args: tuple, kwargs: dict[str, Any], findings: Mapping[str, Finding], passes: Passes
 ) -> bool:
-    """Whether the layer bears out what was found in one of the same class, settings and shapes.
+    """Whether the layer confirms the findings of another layer with the same class, settings and shapes.
 
-    It takes the same steps as that one, and the slope ∂/∂P Σ t · ∂/∂u Σ w z, with w zero for half of the outputs and
-    t for half of the input features, is zero for all their entries, and else one of functions that the outputs share.
-    That takes one pass forward and two backward.
+    The layer must take the same steps. In the slope ∂/∂P Σ t · ∂/∂u Σ w z, w is zero for half of the outputs and t
+    for half of the input features. The slope must be zero for the entries of these outputs and features, and the
+    other outputs must share their functions. This takes one forward and two backward passes.
     """
     runs: dict[tuple[Precision, int], dict[Place, list[CoefficientSpec]]] = {}
     for finding in findings.values():
@@ -217,6 +217,6 @@ def confirm_layer(
                 )
                 if probe.trace != place.trace or not contraction.bears_out(specs, place):
                     return False
-    except Exception:  # whatever a layer may raise: then it is tested itself
+    except Exception:  # any error of the layer: it is then tested itself
         return False
     return True

@@ -1,4 +1,4 @@
-"""The scale of a coefficient tensor: another parameter that the layer multiplies onto it first."""
+"""Finds the scale of a coefficient tensor: a parameter by which the layer multiplies it before the contraction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .probe import Probe
 def scale_of(
     probe: Probe, path: str, frontier: tuple[int, ...], layout: Layout
 ) -> tuple[str, str] | tuple[None, None]:
-    """The parameter, and its layout, that is multiplied onto this one before it meets x."""
+    """The path and layout of the scale of the parameter at `path`, or (None, None) if it has no scale."""
     if layout.flattened:
         return None, None
     value = probe.values[path]
@@ -41,7 +41,7 @@ def scale_of(
 
 
 def _scale_patterns(layout: Layout, shape: torch.Size) -> list[str]:
-    """The layouts of some of a layout's axes that fit `shape`."""
+    """The layouts that consist of some axes of `layout` and fit `shape`."""
     groups = GROUP.findall(layout.pattern)
     parts = {group: group.strip("()").split() for group in groups} | {axis: [axis] for axis in layout.sizes}
     fits = []

@@ -1,4 +1,4 @@
-"""Coefficient tensors found by running a model's layers on a sample."""
+"""Finds coefficient tensors by running a model's layers on a sample."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .recording import tensors_in
 from .response import Finding
 from .walk import Call, walk
 
-_MOST_TESTS = 2  # a linear weight is tested in the layer around it and, once more, in the one around that
+_MOST_TESTS = 2  # a linear weight is tested in its layer, and once more in the layer around that one
 
 
 class InferredCoefficients(dict):
-    """Maps coefficient parameters to their descriptions, for `LoTRAConfig(coefficients=...)`; prints as a report.
+    """Maps coefficient parameters to their descriptions, for `LoTRAConfig(coefficients=...)`. Prints as a report.
 
     Attributes:
-        report: per layer its coefficient tensors and how they were found, or why it has none.
-        forwards, backwards: the passes of single layers that were spent.
+        report: the coefficient tensors of each layer and how they were found, or why a layer has none.
+        forwards, backwards: how many passes of single layers were run.
     """
 
     report = ""
@@ -37,24 +37,24 @@ class InferredCoefficients(dict):
 
 
 def infer_coefficients(model: nn.Module, *sample: Any, **kwargs: Any) -> InferredCoefficients:
-    """The coefficient tensors of a model's KAN layers, found by running it on a sample.
+    """Find the coefficient tensors of a model's KAN layers by running it on a sample.
 
         coefficients = infer_coefficients(model, x)
         print(coefficients)
         model = get_peft_model(model, LoTRAConfig(coefficients=coefficients))
 
-    The model runs once, and each layer a few times on what it received, in float64 where it can, on the device where
-    it is. Of layers alike in class, settings and shapes the first is tested, and the others confirm what was found
-    there in one pass. From the derivatives of y_o = Σ_i Σ_d A[i, o, d]·φ_d(x_i) by the stored entries follows to which
-    input, output and basis function each belongs. Layers of registered classes run once, and are taken as registered
-    if they
-    use what is registered. In every run modules are in eval mode, and random numbers the same. The model is left
-    exactly as it was. The sample should be like the data: basis functions that it does not reach are not seen.
+    The model runs once. Each layer then runs a few times on the input it received, on its device, in float64 if it
+    can. Of several layers with the same class, settings and shapes, only the first is tested, and the others confirm
+    its findings in one pass. The derivatives of y_o = Σ_i Σ_d A[i, o, d]·φ_d(x_i) with respect to the stored entries
+    show to which input, output and basis function each entry belongs. A layer of a registered class is taken as
+    registered if a run shows that it uses those parameters. Every run is in eval mode with the same random numbers.
+    The model stays exactly as it was. The sample should be like the data, because the test does not see basis
+    functions that the sample does not reach.
 
     Raises:
-        TypeError: if `model` is none.
-        ValueError: if the model does not run on the sample, or no coefficient tensor is found; the text then says why
-            for each parameter.
+        TypeError: if `model` is not a module.
+        ValueError: if the model has adapters or does not run on the sample, or if no coefficient tensor is found. In
+            the last case the text gives the reason for each parameter.
     """
     check_model(model=model)
     adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
@@ -77,7 +77,7 @@ def infer_coefficients(model: nn.Module, *sample: Any, **kwargs: Any) -> Inferre
 
 
 def described(spec: CoefficientSpec, name: bool = True) -> str:
-    """A line such as "spline_weight: 'o i d' (n, m, n_d) = (3, 5, 8), scale spline_scaler 'o i'"."""
+    """One line of text, like "spline_weight: 'o i d' (n, m, n_d) = (3, 5, 8), scale spline_scaler 'o i'"."""
     shape = spec.layout.canonical_shape
     text = f"{spec.layout.pattern!r} (n, m, n_d) = {shape[:3]}" + (f" × {shape[3:]}" if shape[3:] else "")
     text += f", slice {spec.slice!r}" if spec.slice else ""
@@ -103,12 +103,12 @@ def result(found: Mapping[str, tuple[str, CoefficientSpec]], report: str, passes
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether this is a layer of torch: none is a KAN layer, but its weight may be the coefficients of one around."""
+    """Whether this is a torch layer. It is no KAN layer, but a KAN layer around it may use its weight."""
     return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
 
 
 class _Search:
-    """The coefficient tensors found so far, and the parameters that may still be some."""
+    """The coefficient tensors found so far, and the parameters that are still undecided."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -117,9 +117,9 @@ class _Search:
         self.modules = {name: module for name, module in model.named_modules() if not is_plain(module)}
         self._tests = LayerTests()
         self._calls: set[str] = set()  # the modules that have run
-        self._call: Call = ((), {})  # of the layer that is tested
-        self._open = {name: 0 for name, _ in model.named_parameters()}  # how often tested
-        self._lines: dict[str, list[str]] = {}  # of found tensors, by layer
+        self._call: Call = ((), {})  # the arguments of the layer under test
+        self._open = {name: 0 for name, _ in model.named_parameters()}  # the number of tests of undecided parameters
+        self._lines: dict[str, list[str]] = {}  # the lines of the report, by layer
         self._left_out: dict[str, tuple[str, str]] = {}  # (layer, reason), by full parameter name
         self._registered: dict[str, list[CoefficientSpec]] = {}
         for name, layer in model.named_modules():
@@ -128,11 +128,11 @@ class _Search:
                 self._registered[name] = specs
 
     def is_registered(self, name: str) -> bool:
-        """Whether the module is a registered layer, or lies in one."""
+        """Whether the module is a layer of a registered class, or inside one."""
         return any(name == layer or name.startswith(join(layer, "")) for layer in self._registered)
 
     def visit(self, name: str, layer: nn.Module, call: Call) -> None:
-        """Take, or test, a layer that has just run."""
+        """Test a layer that has just run, unless its class is registered and it uses the registered parameters."""
         self._calls.add(name)
         for spec in self._registered.get(name, ()):
             if not self._is_used(layer, spec, *call):
@@ -166,7 +166,7 @@ class _Search:
         self._lines.setdefault(name, []).append(f"{described(spec)}; {how}")
 
     def _test(self, name: str, layer: nn.Module) -> None:
-        """Test the parameters in a layer that are still open."""
+        """Test the undecided parameters in a layer."""
         prefix = join(name, "")
         passes = Passes()
         paths = [full.removeprefix(prefix) for full in self._open if full.startswith(prefix)]
@@ -180,7 +180,7 @@ class _Search:
             full = prefix + path
             if finding.spec:
                 how = "inferred" if finding.like is None else f"like {finding.like}, confirmed"
-                self._add(name, finding.spec, f"{how}, {cost}")  # in the place of what was found in a module inside
+                self._add(name, finding.spec, f"{how}, {cost}")  # replaces a finding in an inner module
                 continue
             self._open[full] += 1
             like = "" if finding.like is None else f", as in {finding.like}, a layer alike"
@@ -191,9 +191,9 @@ class _Search:
         self.passes.backward += passes.backward
 
     def _as_convolution(self, name: str, layer: nn.Module, passes: Passes) -> dict[str, Finding]:
-        """Coefficient tensors found in a module that this layer feeds with patches of images, with their kernel axes.
+        """Find the kernel axes of coefficient tensors in an inner module that receives image patches from this layer.
 
-        The module in it knows only the flattened patches.
+        The inner module sees only flattened patches.
         """
         x = next((t for t in tensors_in(self._call) if t.is_floating_point()), torch.empty(0))
         inner: dict[str, list[CoefficientSpec]] = {}
@@ -214,7 +214,7 @@ class _Search:
         return findings
 
     def _parent(self, module: str) -> str:
-        """The module around, passing over those that are never called, such as lists of modules."""
+        """The innermost module around `module` that has run. Lists of modules, for example, never run."""
         while module:
             module = module.rpartition(".")[0]
             if module in self._calls:
@@ -222,7 +222,10 @@ class _Search:
         return module
 
     def _inner(self, name: str, layer: nn.Module, findings: dict[str, Finding], passes: Passes) -> dict[str, Finding]:
-        """What to change where a layer has coefficient tensors, and so have layers in it: only one can be wrapped."""
+        """Changed findings for a layer that has coefficient tensors both itself and in inner layers.
+
+        Only the layer or the inner layers can be adapted.
+        """
         prefix = join(name, "")
         inner = {
             full: module for full, (module, _) in self.found.items() if module != name and full.startswith(prefix)

@@ -1,4 +1,4 @@
-"""Declared layouts verified by running a model's layers on a sample."""
+"""Verifies declared layouts by running a model's layers on a sample."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ def verify_coefficients(
 ) -> InferredCoefficients:
     """Check the declared layouts of a model's coefficient tensors by running it on a sample.
 
-    Declared are those of registered classes and those in `coefficients`, in the form of
-    `LoTRAConfig(coefficients=...)`; in a model that LoTRA has adapted, those of its layers. See `infer_coefficients`.
+    The registered classes and `coefficients` declare layouts, in the form of `LoTRAConfig(coefficients=...)`. In a
+    model that LoTRA has adapted, the adapted layers' layouts are checked. See `infer_coefficients` for the test.
 
     Raises:
-        TypeError: if `model` is none, or `coefficients` no mapping.
-        ValueError: naming the first layer and parameter whose layout, slice or scale is not the one found.
+        TypeError: if `model` is not a module, or `coefficients` is not a mapping.
+        ValueError: if a layout, slice or scale is not the one found, naming the first such layer and parameter; if
+            the model does not run on the sample, or does not use a declared layer; if an adapted model is given
+            `coefficients`.
     """
     check_model(model=model)
     names = {module: name for name, module in model.named_modules()}
@@ -62,7 +64,7 @@ def verify_coefficients(
 
 @contextmanager
 def _without_adapters(model: nn.Module) -> Iterator[None]:
-    """While this is entered, no adapter is active; those that are merged stay so."""
+    """A context in which no adapter is active. Merged adapters stay merged."""
     layers = list(adapted_tensors(model).values())
     active = [layer._active_adapter for layer in layers]
     try:
@@ -75,7 +77,7 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 class _Check:
-    """What is found for each declared tensor, by (layer, parameter)."""
+    """Tests the declared tensors. `found` holds the findings by (layer, parameter)."""
 
     def __init__(self, model: nn.Module, declared: Sequence[tuple[str, nn.Module, CoefficientSpec]]) -> None:
         self.found: dict[tuple[str, str], Finding] = {}
@@ -87,15 +89,15 @@ class _Check:
         self.modules = {
             name: module
             for name, module in model.named_modules()
-            if name in around and not isinstance(module, BaseTunerLayer)  # which adds nothing to its base layer
+            if name in around and not isinstance(module, BaseTunerLayer)  # its base layer is visited instead
         }
 
     def visit(self, name: str, layer: nn.Module, call: Call) -> None:
         prefix = f"{name}." if name else ""
-        wanted: dict[str | None, dict[str, tuple[str, str]]] = {}  # by slice: the declared tensors by their paths
+        wanted: dict[str | None, dict[str, tuple[str, str]]] = {}  # the declared tensors, by slice and path
         for module, spec in self._declared:
             before = self.found.get((module, spec.parameter))
-            # A linear layer: the one around it may feed it with a basis.
+            # If this module is linear, a module around it may feed it basis functions.
             if module == name or (module.startswith(prefix) and before is not None and before.linear):
                 path = f"{module}.{spec.parameter}".removeprefix(prefix)
                 wanted.setdefault(spec.slice, {})[path] = module, spec.parameter
@@ -126,7 +128,7 @@ def _disagreement(layer: nn.Module, given: CoefficientSpec, found: CoefficientSp
 
 
 def _differing_axes(given: Layout, found: Layout) -> str:
-    """What the stored axes hold, where the two differ: both shapes (n, m, n_d) may be the same."""
+    """Which stored axes hold something else. The two layouts may have the same shape (n, m, n_d)."""
     if given.flattened != found.flattened:
         return ""
     pairs = enumerate(zip(given.stored_axes, found.stored_axes, strict=True))

@@ -1,4 +1,4 @@
-"""One pass of a model on a sample, in which each module is visited as soon as it has run."""
+"""Runs a model once on a sample, and visits each module as soon as it has run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..preserved import preserved
 from .recording import map_tensors, tensors_in
 
-Call = tuple[tuple, dict[str, Any]]  # what a module received
+Call = tuple[tuple, dict[str, Any]]  # the arguments that a module received
 
 
 def walk(
@@ -24,21 +24,21 @@ def walk(
     modules: Mapping[str, nn.Module],
     visit: Callable[[str, nn.Module, Call], None],
 ) -> None:
-    """Run the model once; when one of `modules` has run for the first time, `visit` it with what it received.
+    """Run the model once. After the first run of each of `modules`, call `visit` with the arguments it received.
 
-    So inner modules are visited before those around them, and only what the modules that are running at a time have
-    received is in memory. In the pass, and in visits, modules are in eval mode. Afterwards the model is as it was.
+    Inner modules are visited before the modules around them. Memory holds only the arguments of modules that are
+    running. The model is in eval mode during the pass and the visits. Afterwards it is as it was.
 
     Args:
-        modules: those to be visited, by name.
-        visit: gets the name, the module and copies of its arguments; it shall leave the module as it was.
+        modules: the modules to visit, by name.
+        visit: receives the name, the module and copies of its arguments. It must leave the module as it was.
 
     Raises:
         ValueError: if the model does not run on the sample.
     """
     seen: set[str] = set()
     visiting = False
-    failure: Exception | None = None  # of a visit: no fault of the sample
+    failure: Exception | None = None  # an error in a visit, which is no fault of the sample
     progress = tqdm(total=len(modules), desc="layers", unit="layer", delay=5, leave=False, dynamic_ncols=True)
 
     def recording(name: str, module: nn.Module, forward: Callable) -> Callable:
@@ -70,7 +70,7 @@ def walk(
     with progress, preserved(model, training=False), torch.no_grad():
         for name, module in modules.items():
             if not isinstance(module, torch.jit.ScriptModule):
-                module.__dict__["forward"] = recording(name, module, module.forward)  # some call it without `__call__`
+                module.__dict__["forward"] = recording(name, module, module.forward)  # some models call `forward`
         try:
             model(*sample, **kwargs)
         except Exception as error:
