@@ -1,4 +1,4 @@
-"""Where a KAN layer keeps its coefficient tensor A, and how A lies there."""
+"""Describes where a KAN layer stores its coefficient tensor A, and in which layout."""
 
 from .registry import Copy, copy_of, known_coefficients, known_matrices, register_kan_layer, registered_kan_layers
 from .spec import CoefficientSpec, Layout

@@ -1,4 +1,4 @@
-"""The KAN layers whose coefficient tensors are known, by qualified class name."""
+"""The registry of KAN layers whose coefficient tensors are known, by qualified class name."""
 
 from __future__ import annotations
 
@@ -24,22 +24,24 @@ def register_kan_layer(
 ) -> None:
     """Make a KAN layer class known, so that `LoTRAConfig()` finds its layers in any model.
 
-    A layer is declared by class because its layout cannot be read off its shapes: `(i d)` and `(d i)`, or inputs and
-    outputs of a square layer, look alike. Subclasses count as their base class unless they are registered themselves;
-    registering a class again replaces what was said before.
+    The layout is declared because the shapes do not determine it: `(i d)` and `(d i)` have the same shape, and so do
+    the inputs and outputs of a square layer. A subclass counts as its base class unless it is registered itself. If a
+    class is registered again, the new description replaces the old one.
 
     Args:
-        layer_class: the class, or its qualified name (`"package.module.Class"`) where importing it is unwanted.
+        layer_class: the class, or its qualified name (`"package.module.Class"`) if it should not be imported.
         coefficients: maps the path of each coefficient parameter to its layout, in the form that
-            `LoTRAConfig(coefficients=...)` takes: `{"coef": "i o d"}`. A function of the layer that returns such a
-            mapping serves where the answer depends on the instance, such as the size of a flattened axis. For a copy
-            of a registered class, that one's qualified name, which says the `matrices` too.
-        matrices: the layer's other weights, without a basis, in the same form with an axis d of size 1:
+            `LoTRAConfig(coefficients=...)` takes: `{"coef": "i o d"}`. If the description depends on the instance,
+            such as the size of a flattened axis, pass a function of the layer that returns the mapping. If the class
+            is a copy of a registered class, pass the qualified name of that class, which covers `matrices` too.
+        matrices: the layer's other weights, which have no basis, in the same form with an axis d of size 1:
             `{"base_weight": {"layout": "o (i d)", "sizes": {"d": 1}}}`. Only `target_modules="all-linear"` adapts
             them. Linear layers and convolutions inside the layer need not be named.
 
     Raises:
-        ValueError, TypeError: if an argument is none of these, or the mapping is malformed.
+        TypeError: if an argument or a description has a wrong type.
+        ValueError: if a description is malformed, or if `coefficients` names a class that is not registered or comes
+            with `matrices`.
     """
     if not isinstance(layer_class, str | type):
         raise TypeError(f"`layer_class` should be a class or its qualified name, but {layer_class!r} is passed")
@@ -66,12 +68,12 @@ def registered_kan_layers() -> list[str]:
 
 
 def known_coefficients(layer: nn.Module) -> list[CoefficientSpec]:
-    """The coefficient tensors of `layer` if its class, or the nearest base class, is registered; else none."""
+    """The coefficient tensors of `layer` if its class or a base class is registered, otherwise an empty list."""
     return _known(layer, 0)
 
 
 def known_matrices(layer: nn.Module) -> list[CoefficientSpec]:
-    """What `layer` has besides, of its `matrices`, or of those of the class that it is a copy of."""
+    """The `matrices` of `layer`, as registered for its class or for the class that it is a copy of."""
     if _registered(layer) is None:
         copied = copy_of(layer)
         return [] if copied is None else copied.matrices
@@ -80,12 +82,13 @@ def known_matrices(layer: nn.Module) -> list[CoefficientSpec]:
 
 @dataclass(frozen=True)
 class Copy:
-    """What a layer would have if it were one of a registered class that has its name.
+    """The description of a layer whose class has the same name as a registered class.
 
     Attributes:
-        original: the qualified name of that class.
-        coefficients, matrices: as that one is registered; no coefficients if the layer has not all of its parameters.
-        problem: why there are none.
+        original: the qualified name of the registered class.
+        coefficients, matrices: the layer's tensors as described there. Both are empty if the layer lacks one of them,
+            or if it fits several registered classes that differ.
+        problem: why they are empty, if the reason is known.
     """
 
     original: str
@@ -95,10 +98,10 @@ class Copy:
 
 
 def copy_of(layer: nn.Module) -> Copy | None:
-    """What a layer has as a copy: its class has the name, and it the parameters, of a registered class.
+    """The description of a layer as a copy of a registered class that has the same class name and parameters.
 
-    None if its class is registered itself, or no class of its name is. Whether a copy really uses its parameters as
-    the original does is not known.
+    The result is None if the layer's class is registered itself, or if no registered class has its name. It is not
+    known whether the copy uses its parameters as the original does.
     """
     name = type(layer).__name__
     originals = [other for other in _REGISTRY if other.rpartition(".")[2] == name]
@@ -109,7 +112,7 @@ def copy_of(layer: nn.Module) -> Copy | None:
     for original in originals:
         try:
             specs = [_resolved(layer, original, which) for which in (0, 1)]
-        except Exception as error:  # of a function that reads what only the original has
+        except Exception as error:  # a function may read attributes that only the original has
             problem = problem or str(error)
             continue
         if specs[0] and not any(specs == [other.coefficients, other.matrices] for other in found):
@@ -139,12 +142,12 @@ def _resolved(layer: nn.Module, registered: str, which: int) -> list[Coefficient
 
 
 def qualified_name(cls: type) -> str:
-    """Module and name of a class, such as "kan.KANLayer.KANLayer"."""
+    """The module and name of a class, such as "kan.KANLayer.KANLayer"."""
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def _efficient_kan(layer: Any) -> Descriptions:
-    # The scaler is optional there (`enable_standalone_scale_spline`).
+    # The scaler is optional (`enable_standalone_scale_spline`).
     scale = {"scale": "spline_scaler", "scale_layout": "o i"} if hasattr(layer, "spline_scaler") else {}
     return {"spline_weight": {"layout": "o i d", **scale}}
 
@@ -158,7 +161,7 @@ def _faster_kan(layer: Any) -> Descriptions:
 
 
 def _convkan(layer: Any) -> Descriptions:
-    # A pixel's patch is flattened into the inputs of the inner layer.
+    # The layer flattens each pixel's patch into the inputs of the inner layer.
     height, width = layer.kernel_size
     scale = {"scale": "kan_layer.spline_scaler", "scale_layout": "g o (i h w)"}
     scale = scale if hasattr(layer.kan_layer, "spline_scaler") else {}
@@ -195,7 +198,7 @@ def _kanditioned(layer: Any) -> Descriptions:
 
 
 def _inkan(layer: Any) -> Descriptions:
-    if layer.dim == 2:  # functions of two inputs at once: no input mode
+    if layer.dim == 2:  # its functions take two inputs at once, so there is no input mode
         return {}
     coefficients = f":, :{layer.in_features * layer.n_bases}"  # the residual weights follow
     return {"weight": {"layout": "o (i d)", "sizes": {"d": layer.n_bases}, "slice": coefficients}}
@@ -206,7 +209,7 @@ def _convkan_base(layer: Any) -> Descriptions:
     return {"kan_layer.base_weight": {"layout": "g o (i h w d)", "sizes": {"h": height, "w": width, "d": 1}}}
 
 
-# pykan multiplies these onto every edge's functions.
+# pykan multiplies the functions of every edge by these scales.
 _EDGE_SCALE = {"layout": "(i d) o", "sizes": {"d": 1}}
 _BASE_WEIGHT = {"base_weight": {"layout": "o (i d)", "sizes": {"d": 1}}}
 
@@ -226,8 +229,8 @@ register_kan_layer("fastkan.fastkan.FastKANLayer", _fast_kan)
 register_kan_layer("ChebyKANLayer.ChebyKANLayer", {"cheby_coeffs": "i o d"})
 register_kan_layer("convkan.convkan_layer.ConvKAN", _convkan, _convkan_base)
 register_kan_layer("inkan.layer.KANLayer", _inkan)
-# Of further packages on PyPI, as `infer_coefficients` finds them. Two public layers with the name NaiveFourierKANLayer
-# have different layouts and the same parameters: that name is registered for none, since copies go by name.
+# Further packages on PyPI, as found by `infer_coefficients`. NaiveFourierKANLayer is not registered: two public layers
+# with this name have the same parameters but different layouts, and copies are recognized by name.
 _FURTHER: dict[str, Described] = {
     "microkan.KANLayer.KANLayer": {"coef": "i o d"},
     "seqkan.kan.KANLayer.KANLayer": {"coef": "i o d"},

@@ -1,4 +1,4 @@
-"""The description of one coefficient tensor: which parameter holds it, in which layout, under which scale."""
+"""Describes one coefficient tensor: the parameter that holds it, its layout, and its scale."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from einops import rearrange, repeat
 
 from ..placement.sharded import full_shape
 
-_MODES = ("i", "o", "d")  # factored: input, output, basis
-_KERNEL = ("g", "t", "h", "w")  # not factored: group, and the kernel's time, height and width
+_MODES = ("i", "o", "d")  # the axes with factors: input, output, basis
+_KERNEL = ("g", "t", "h", "w")  # the other axes: group, and the kernel's time, height and width
 _AXIS = re.compile(r"[iodgthw][0-9]{0,9}")
-GROUP = re.compile(r"\([^()]*\)\*?|[^\s()*]+")  # what lies on one stored axis, or with a star on several
-_BOUND = re.compile(r"(-?[0-9]{1,18})?")  # of a slice
+GROUP = re.compile(r"\([^()]*\)\*?|[^\s()*]+")  # the axes on one stored axis, or with a star on several
+_BOUND = re.compile(r"(-?[0-9]{1,18})?")  # a bound of a slice
 _FIELDS = ("layout", "sizes", "slice", "scale", "scale_layout", "layer")
 
 
@@ -27,7 +27,7 @@ def _part_number(axis: str) -> int:
 
 
 def _parse(pattern: str) -> list[list[str]]:
-    """The axes of a layout, one list per stored axis: `"o (i d)"` -> `[["o"], ["i", "d"]]`. A star changes nothing."""
+    """The axes of a layout, one list per stored axis: `"o (i d)"` -> `[["o"], ["i", "d"]]`. A star is ignored."""
     if not isinstance(pattern, str):
         raise TypeError(f"a layout is a string such as 'i o d' or 'o (i d)', got {pattern!r}")
     groups = [part.strip("()*").split() for part in GROUP.findall(pattern)]
@@ -56,12 +56,12 @@ def check_layout(pattern: str, modes: tuple[str, ...] = _MODES) -> None:
 
 
 def _flat_axis(pattern: str) -> int | None:
-    """The number of the group with a star, if any."""
+    """The number of the group with a star, or None."""
     return next((k for k, group in enumerate(GROUP.findall(pattern)) if group.endswith("*")), None)
 
 
 def _flattened(pattern: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The stored axes that the group with a star lies on: those that the other groups leave."""
+    """The sizes of the stored axes that belong to the group with a star."""
     axis, groups = _flat_axis(pattern), GROUP.findall(pattern)
     if axis is None:
         return ()
@@ -77,7 +77,7 @@ def _solve_sizes(pattern: str, shape: tuple[int, ...], known: Mapping[str, int])
     """The size of every axis of `pattern` on a tensor of `shape`.
 
     Raises:
-        ValueError: if the pattern does not fit the shape, or leaves a size open.
+        ValueError: if the pattern does not fit the shape, or does not determine every size.
     """
     groups = _parse(pattern)
     if len(groups) != len(shape):
@@ -103,16 +103,17 @@ def _solve_sizes(pattern: str, shape: tuple[int, ...], known: Mapping[str, int])
 
 @dataclass(frozen=True)
 class Layout:
-    """How A[i, o, d, ...] lies in a stored tensor: an einops pattern and the size of each of its axes.
+    """How A[i, o, d, ...] is stored in a tensor: an einops pattern and the size of each of its axes.
 
-    Axes are named i (input), o (output), d (basis), g (group), t h w (kernel). A mode that lies on two axes is
-    numbered, as in `"d1 o i d2"`; its parts are joined in the order of their numbers.
+    The axes are i (input), o (output), d (basis), g (group), and t, h, w (kernel). If a mode lies on two axes, they
+    are numbered, as in `"d1 o i d2"`, and joined in the order of their numbers.
 
-    A star says that a group lies on several stored axes, which are flattened into one first, although its own axes
-    do not end where they do: `"o (i d)*"` of ReLU-KAN's kernel, whose stored axes have the sizes m, 1, n_d, n.
+    A star marks a group that spans several stored axes, which are first flattened into one. Their sizes may differ
+    from those of the group's axes. ReLU-KAN's kernel with the stored sizes m, 1, n_d, n, for example, has the layout
+    `"o (i d)*"`.
 
     Attributes:
-        flattened: the sizes of those stored axes.
+        flattened: the sizes of the stored axes of the group with a star.
     """
 
     pattern: str
@@ -121,7 +122,7 @@ class Layout:
 
     @classmethod
     def fit(cls, pattern: str, shape: tuple[int, ...], sizes: Mapping[str, int] | None = None) -> Layout:
-        """The layout `pattern` on a tensor of `shape`; `sizes` settles flattened axes.
+        """The layout `pattern` for a tensor of `shape`. `sizes` gives the sizes of axes in parentheses.
 
         Raises:
             ValueError: if the pattern is not a layout of a coefficient tensor or does not fit the shape.
@@ -134,7 +135,7 @@ class Layout:
 
     @cached_property
     def _stored(self) -> str:
-        """The pattern as einops reads it, of the stored tensor after flattening."""
+        """The pattern of the stored tensor after flattening, in einops notation."""
         return self.pattern.replace("*", "")
 
     @cached_property
@@ -144,12 +145,12 @@ class Layout:
 
     @property
     def stored_axes(self) -> list[str]:
-        """What each axis of the stored tensor holds, with sizes: `["o=4", "i=3 d=8"]` for `"o (i d)"`."""
+        """The content of each stored axis, with sizes: `["o=4", "i=3 d=8"]` for `"o (i d)"`."""
         return [" ".join(f"{axis}={self.sizes[axis]}" for axis in group) for group in _parse(self.pattern)]
 
     @cached_property
     def canonical_shape(self) -> tuple[int, ...]:
-        """(n, m, n_d, ...): the sizes of A's modes, then of its unfactored axes."""
+        """(n, m, n_d, ...): the sizes of A's modes, and then the sizes of its axes without factors."""
         return tuple(math.prod(self.sizes[axis] for axis in group) for group in _parse(self._canonical))
 
     def to_canonical(self, stored: torch.Tensor) -> torch.Tensor:
@@ -166,7 +167,7 @@ class Layout:
         return stored if axis is None else stored.unflatten(axis, self.flattened)
 
     def expand(self, scale: torch.Tensor, scale_pattern: str) -> torch.Tensor:
-        """A scale stored as `scale_pattern` (some of this layout's axes), repeated to the stored shape."""
+        """Repeat a scale with the layout `scale_pattern` (some of this layout's axes) to the stored shape."""
         own = {axis: size for axis, size in self.sizes.items() if re.search(rf"\b{axis}\b", scale_pattern)}
         _solve_sizes(scale_pattern, tuple(scale.shape), own)
         return repeat(scale, f"{scale_pattern} -> {self._stored}", **self.sizes)
@@ -174,17 +175,17 @@ class Layout:
 
 @dataclass(frozen=True)
 class CoefficientSpec:
-    """Where one coefficient tensor of a KAN layer is kept: A = parameter · scale, lying as `layout` says.
+    """Where a KAN layer stores one coefficient tensor, A = parameter · scale.
 
     Attributes:
-        parameter: path of the parameter from the layer, such as `"spline_linear.weight"`.
+        parameter: the path of the parameter from the layer, such as `"spline_linear.weight"`.
         layout: the parameter's layout.
-        scale: path of a tensor that the layer multiplies onto the parameter *before* the contraction (efficient-kan's
-            `spline_scaler`); the adapter is added to the product, and merging folds the scale into the parameter.
-            Scales and masks after the contraction are the layer's own affair and are not named here.
-        scale_layout: layout of the scale, a part of the parameter's axes.
-        slice: the part of the parameter that is the coefficient tensor, where something else is packed beside it, in
-            Python's notation such as `":, :48"`; `layout` then describes this part, and the rest is left alone.
+        scale: the path of a tensor by which the layer multiplies the parameter *before* the contraction
+            (efficient-kan's `spline_scaler`). The adapter is added to the product, and merging folds the scale into
+            the parameter. Scales and masks after the contraction are not named here.
+        scale_layout: the layout of the scale, with some of the parameter's axes.
+        slice: the part of the parameter that is the coefficient tensor, if the parameter holds something else too, in
+            Python's notation such as `":, :48"`. `layout` then describes this part, and the rest is not adapted.
     """
 
     parameter: str
@@ -194,7 +195,7 @@ class CoefficientSpec:
     slice: str | None = None
 
     def __post_init__(self) -> None:
-        # Parsed here and not while the layer runs: torch.compile cannot trace a regular expression.
+        # Patterns are parsed here, because torch.compile cannot trace a regular expression while the layer runs.
         self.axes, self.scale_axes  # noqa: B018
 
     @cached_property
@@ -204,17 +205,17 @@ class CoefficientSpec:
 
     @property
     def nesting(self) -> tuple[bool, str]:
-        """The place of this tensor's adapters among those of its module, from the inside: matrices lie innermost."""
+        """Sorts the adapters of one module from the innermost outwards. Matrices are innermost."""
         return self.layout.canonical_shape[2] > 1, self.parameter
 
     @cached_property
     def scale_axes(self) -> tuple[tuple[str, ...], ...]:
-        """The same of the scale."""
+        """The axes that lie on each stored axis of the scale; empty without a scale."""
         return tuple(map(tuple, _parse(self.scale_layout))) if self.scale_layout is not None else ()
 
     @classmethod
     def resolve(cls, layer: torch.nn.Module, parameter: str, description: str | Mapping[str, Any]) -> CoefficientSpec:
-        """The spec of `layer`'s `parameter` from a layout string or a mapping with the fields of a description.
+        """The spec of a parameter of `layer`, from a layout string or a mapping with the fields of a description.
 
         Raises:
             ValueError, TypeError: if the description is malformed, names something that the layer does not have, or
@@ -238,15 +239,15 @@ class CoefficientSpec:
         return cls(parameter, layout, scale, description.get("scale_layout"), region)
 
     def to_canonical(self, stored: torch.Tensor) -> torch.Tensor:
-        """A[i, o, d, ...] from a tensor that lies like the parameter."""
+        """A[i, o, d, ...] from a tensor that is stored like the parameter."""
         return self.layout.to_canonical(self.part(stored))
 
     def part(self, stored: torch.Tensor) -> torch.Tensor:
-        """What `layout` describes, of a tensor that lies like the parameter."""
+        """The part that `layout` describes, from a tensor that is stored like the parameter."""
         return stored if self.slice is None else stored[parse_slice(self.slice)]
 
     def stored_update(self, canonical: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """An update of A, shape (n, m, n_d, ...), as an update of the parameter, whose shape is given."""
+        """Convert an update of A, shape (n, m, n_d, ...), to an update of the parameter, which has the given shape."""
         update = self.layout.from_canonical(canonical)
         if self.slice is None:
             return update
@@ -256,7 +257,7 @@ class CoefficientSpec:
         return torch.nn.functional.pad(update, [n for pair in reversed(before_after) for n in pair])
 
     def describe(self) -> dict[str, Any]:
-        """The mapping that `resolve` reads: plain data for a saved config."""
+        """The mapping that `resolve` reads, as plain data for a saved config."""
         description: dict[str, Any] = {"layout": self.layout.pattern, "sizes": dict(self.layout.sizes)}
         if self.scale is not None:
             description |= {"scale": self.scale, "scale_layout": self.scale_layout}
@@ -266,7 +267,7 @@ class CoefficientSpec:
 
 
 def check_description(description: str | Mapping[str, Any]) -> dict[str, Any]:
-    """A coefficient description as a mapping, its fields and layouts checked as far as this goes without the layer."""
+    """Check a coefficient description as far as possible without the layer, and return it as a mapping."""
     if isinstance(description, str):
         description = {"layout": description}
     if not isinstance(description, Mapping) or "layout" not in description:
@@ -298,7 +299,7 @@ def check_description(description: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_descriptions(coefficients: Mapping[str, Any], name: str = "coefficients") -> None:
-    """Raise TypeError or ValueError, naming argument and key, unless every value is a description."""
+    """Raise TypeError or ValueError, naming the argument and key, unless every value is a valid description."""
     if not isinstance(coefficients, Mapping) or not all(isinstance(key, str) for key in coefficients):
         raise TypeError(f"`{name}` should be a mapping from names but the value passed is {coefficients!r}")
     for key, description in coefficients.items():
@@ -309,7 +310,7 @@ def check_descriptions(coefficients: Mapping[str, Any], name: str = "coefficient
 
 
 def parse_slice(text: str) -> tuple[slice, ...]:
-    """`":, :48"` -> `(slice(None), slice(None, 48))`; ValueError if it is written otherwise."""
+    """`":, :48"` -> `(slice(None), slice(None, 48))`. Raises ValueError for any other notation."""
     ranges = [[bound.strip() for bound in part.split(":")] for part in str(text).split(",")]
     if any(len(bounds) != 2 or not all(map(_BOUND.fullmatch, bounds)) for bounds in ranges):
         raise ValueError(f"`slice` is written like ':, :48', a range for each stored axis, got {text!r}")
@@ -317,7 +318,7 @@ def parse_slice(text: str) -> tuple[slice, ...]:
 
 
 def tensor_at(layer: torch.nn.Module, path: str) -> torch.Tensor:
-    """The parameter or buffer of `layer` at the dotted `path`; ValueError listing the parameters if there is none."""
+    """The tensor of `layer` at the dotted `path`. Raises ValueError, which lists the parameters, if there is none."""
     owner, name = owner_of(layer, path)
     tensor = getattr(owner, name, None)
     if not isinstance(tensor, torch.Tensor):
