@@ -1,4 +1,4 @@
-"""For tests of KAN layers: `KANLayerTests`, the dense oracle, and `python -m peft_lotra.testing module:factory`."""
+"""Tests for KAN layers: `KANLayerTests`, the dense oracle, and `python -m peft_lotra.testing module:factory`."""
 
 from .harness import KANLayerTests
 from .oracle import (

@@ -1,10 +1,11 @@
-"""Put a layer through `KANLayerTests` and print a report, for an issue or a bug report.
+"""Runs `KANLayerTests` on a layer and prints a report, for an issue or a bug report.
 
     python -m peft_lotra.testing my_module:factory
 
-`factory()` returns the layer and a sample input. A third thing may be its coefficients as in
-`LoTRAConfig(coefficients=...)`, by names such as "weight"; else those of its registered class, or inferred ones. The
-module is looked for in the current folder too. The exit status is 0 if nothing failed.
+`factory()` returns the layer and a sample input, and optionally the layer's coefficients as in
+`LoTRAConfig(coefficients=...)`, by names such as "weight". Without them, the coefficients of the registered class are
+used, or they are inferred. Python also looks for the module in the current folder. The exit status is 0 if no test
+failed.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from .harness import KANLayerTests
 
 
 def report(factory: Callable[[], Any]) -> bool:
-    """Print how a layer is adapted and which tests it passes; returns whether nothing failed.
+    """Print how a layer is adapted and which tests it passes. Returns whether no test failed.
 
     Raises:
-        TypeError: if the factory returns no layer and sample.
-        ValueError: if no coefficients are given and none are found, with the reasons.
+        TypeError: if the factory does not return a layer and a sample.
+        ValueError: if no coefficients are given and none are found. The text gives the reasons.
     """
     layer, x, coefficients = _made(factory)
     print(f"{type(layer).__module__}.{type(layer).__qualname__}, input {tuple(x.shape)} of {x.dtype}")
@@ -83,7 +84,7 @@ def _tests(factory: Callable[[], Any], given: dict[str, Any]) -> KANLayerTests:
 
 
 def _outcome(tests: KANLayerTests, name: str) -> tuple[str, str]:
-    """What became of a test, and why."""
+    """Runs a test. Returns the outcome, and a text with the warnings or the reason."""
     test = getattr(tests, name)
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as noted:

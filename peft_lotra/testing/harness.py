@@ -1,4 +1,4 @@
-"""Tests that any KAN layer can be put through, against a dense oracle that shares no code with the adapter.
+"""Tests for any KAN layer, against a dense oracle that shares no code with the adapter.
 
 class TestMyLayer(KANLayerTests):
     coefficients = {"weight": "o i d"}  # not needed for a registered class
@@ -30,12 +30,12 @@ from .oracle import assert_close, assert_differs, dense_model
 
 
 class KANLayerTests:
-    """Inherit from this in a class that pytest collects, and say how to make a layer and a sample input.
+    """Derive a class that pytest collects, and define how to make a layer and a sample input.
 
     Attributes:
         coefficients: as in `LoTRAConfig(coefficients=...)`, for a class that is not registered.
         ranks: `r` of the adapters.
-        dtypes: those that the layer itself runs in.
+        dtypes: the dtypes in which the layer itself runs.
     """
 
     coefficients: dict[str, Any] = {}
@@ -43,14 +43,14 @@ class KANLayerTests:
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32)
 
     def make_layer(self) -> nn.Module:
-        """A new layer; its weights may be random."""
+        """A new layer. Its weights may be random."""
         raise NotImplementedError
 
     def make_sample(self) -> torch.Tensor:
         """An input for the layer, in fp32 or complex64."""
         raise NotImplementedError
 
-    # What the tests are made of --------------------------------------------------------------------------------------
+    # Helpers ---------------------------------------------------------------------------------------------------------
 
     def _base(self, dtype: torch.dtype) -> tuple[nn.Sequential, torch.Tensor]:
         torch.manual_seed(0)
@@ -61,13 +61,13 @@ class KANLayerTests:
         return base, x.to(dtype.to_complex() if x.is_complex() else dtype)
 
     def _adapted(self, base: nn.Module, **kwargs: Any) -> PeftModel:
-        """An adapted copy of `base`, its update about as large as the coefficients."""
+        """An adapted copy of `base`, with an update about as large as the coefficients."""
         torch.manual_seed(1)
         given = {"r": self.ranks, "coefficients": self.coefficients, "init_weights": False}
         return get_peft_model(copy.deepcopy(base), LoTRAConfig(**given | kwargs))
 
     def _check_gradients(self, base: nn.Module, model: nn.Module, x: torch.Tensor) -> None:
-        """Values, and gradients by the input and every factor, against the oracle."""
+        """Check values, and gradients with respect to the input and every factor, against the oracle."""
         factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
         x = x.clone().requires_grad_()
         y, expected = _output(model, x), _output(dense_model(base, model), x)
@@ -87,7 +87,7 @@ class KANLayerTests:
         if y[:1].shape != part.shape or not torch.allclose(y[:1], part, rtol=1e-9, atol=1e-12):
             pytest.skip("the layer's output for a sample depends on the others")
 
-    # The tests -------------------------------------------------------------------------------------------------------
+    # Tests -----------------------------------------------------------------------------------------------------------
 
     def test_layout(self) -> None:
         base, x = self._base(torch.float32)
@@ -135,7 +135,7 @@ class KANLayerTests:
 
     def test_whole_modes(self) -> None:
         base, x = self._base(torch.float64)
-        layers = adapted_tensors(self._adapted(base)).values()  # whose ranks are cut to their modes
+        layers = adapted_tensors(self._adapted(base)).values()  # their ranks are at most their modes
         ranks = [
             None if None in of_mode else min(of_mode)
             for of_mode in zip(*(layer.r["default"][:3] for layer in layers), strict=True)
@@ -144,7 +144,7 @@ class KANLayerTests:
             self._check_gradients(base, self._adapted(base, r=(*ranks[:mode], None, *ranks[mode + 1 :])), x)
 
     def test_family(self) -> None:
-        """At one task for all samples, and at one for each."""
+        """Runs a family with one task for all samples, and with a task for each sample."""
         base, x = self._base(torch.float64)
         tasks = ["first", "second", "third"]
         model = self._adapted(base, family=tasks)
@@ -229,11 +229,11 @@ def _as_real(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _output(model: nn.Module, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """The first tensor that a model returns, in real numbers."""
+    """The first tensor that a model returns, as real numbers."""
     return _as_real(first_tensor(model(x, **kwargs)))
 
 
 def _by_sample(model: nn.Module, x: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-    """The same with one row for each row of x: some layers flatten leading axes in their output."""
+    """The first tensor that a model returns, with one row for each row of x. Some layers flatten leading axes."""
     y = _output(model, x, **kwargs).detach()
     return y.unflatten(0, (len(x), -1))

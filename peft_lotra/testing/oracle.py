@@ -1,4 +1,4 @@
-"""The dense oracle of adapted models, comparisons, and what tests change in how contractions go."""
+"""The dense oracle of adapted models, comparisons of tensors, and a way to force the order of contractions."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..standin import plan
 from ..standin import tensor as standin_tensor
 from ..standin.cost import DENSE
 
-# Relative to the largest entry of the expected tensor.
+# Tolerances relative to the largest entry of the expected tensor.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 @contextmanager
 def forced_order(order: str) -> Iterator[SimpleNamespace]:
-    """While this is entered, contractions go this way round where they can; `taken.times` counts the plans that do.
+    """A context in which contractions use this order if they can. Yields an object whose `times` counts such plans.
 
     Args:
         order: one of `peft_lotra.standin.cost.ORDERS`, or `DENSE`.
@@ -48,22 +48,23 @@ def forced_order(order: str) -> Iterator[SimpleNamespace]:
 
 
 def forget_warnings() -> None:
-    """Let every `PerformanceWarning` come once again."""
+    """Let every `PerformanceWarning` appear once more."""
     standin_tensor._warned.clear()
 
 
 def dense_model(
     base: nn.Module, model: nn.Module, weights: Mapping[str, float] | None = None, task: int | None = None
 ) -> nn.Module:
-    """A copy of `base` whose coefficients are A + Σ_j w_j · Δ_j: every stored entry looks its own (i, o, d, ...) up.
+    """A copy of `base` with the coefficients A + Σ_j w_j · Δ_j. Every stored entry looks up its own (i, o, d, ...).
 
-    The oracle for an adapted model: it shares no code with the adapter, and is differentiable by the factors.
+    This is the oracle for an adapted model. It shares no code with the adapter, and it can be differentiated with
+    respect to the factors.
 
     Args:
-        base: the plain model.
-        model: the adapted one.
-        weights: w by adapter; by default 1 for those that are active in a layer.
-        task: of families of named tasks, the number of the one that is meant.
+        base: the model without adapters.
+        model: the adapted model.
+        weights: w by adapter. The default is 1 for each adapter that is active in a layer.
+        task: the number of the task, if the adapters are families of named tasks.
     """
     oracle = copy.deepcopy(base)
     for path, layer in adapted_tensors(model).items():
@@ -77,13 +78,13 @@ def dense_model(
             if adapter not in layer.lotra_core:
                 continue
             held = [getattr(layer, container)._parameters.get(adapter) for container in layer.adapter_layer_names]
-            if task is not None:  # a family has no one update
+            if task is not None:  # each task of a family has its own update
                 held[0] = held[0][..., task]
             update = weight * layer.scaling[adapter] * _scattered(spec, *held[:5])
             if spec.scale is not None:
                 update = update / _repeated(spec, tensor_at(plain, spec.scale))
             whole = torch.zeros_like(coefficients, dtype=update.dtype)
-            # Entries lie in memory in the order of the layout's axes, also where these are not the stored ones.
+            # The memory order of the entries follows the layout's axes, even if these are not the stored axes.
             whole[_region(spec)] = update.reshape(whole[_region(spec)].shape)
             total = total + whole
         del holder._parameters[name]
@@ -98,7 +99,7 @@ def tensor_at(layer: nn.Module, path: str) -> torch.Tensor:
 
 
 def _scattered(spec: CoefficientSpec, core: torch.Tensor, *factors: torch.Tensor | None) -> torch.Tensor:
-    """G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 in the stored layout: every stored entry looks up its own (i, o, d, ...)."""
+    """G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 in the stored layout. Every stored entry looks up its own (i, o, d, ...)."""
     U1, U2, U3, U4 = (
         torch.eye(n).to(core) if U is None else U for U, n in zip(factors, (*core.shape, 1), strict=False)
     )
@@ -112,7 +113,7 @@ def _scattered(spec: CoefficientSpec, core: torch.Tensor, *factors: torch.Tensor
 
 
 def _digits(spec: CoefficientSpec) -> dict[str, torch.Tensor]:
-    """For each axis of the layout, its index at every stored entry; from the layout string by arithmetic."""
+    """For each axis of the layout, its index at every stored entry, computed from the layout string."""
     groups, sizes = _groups(spec.layout.pattern), spec.layout.sizes
     shape = [torch.Size([sizes[axis] for axis in group]).numel() for group in groups]
     digits = {}
@@ -128,7 +129,7 @@ def _groups(pattern: str) -> list[list[str]]:
 
 
 def _joined(spec: CoefficientSpec, digits: dict[str, torch.Tensor], axes: list[str]) -> torch.Tensor:
-    """The index along several axes as one, the last running fastest."""
+    """The index along several joined axes. The last axis runs fastest."""
     index = torch.zeros_like(digits[axes[0]])
     for axis in axes:
         index = index * spec.layout.sizes[axis] + digits[axis]
@@ -155,7 +156,7 @@ def _repeated(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
-    """max |actual − expected| ≤ tolerance · max |expected|, with equal dtype and shape; 0 demands equal bits."""
+    """Assert equal dtype and shape, and max |actual − expected| ≤ tolerance · max |expected|."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     tolerance = TOLERANCES[expected.dtype] if tolerance is None else tolerance
     error, size = (actual - expected).abs().max().item(), expected.abs().max().item()
@@ -163,5 +164,5 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 
 def assert_differs(actual: torch.Tensor, other: torch.Tensor) -> None:
-    """The two are not nearly equal, so that a later `assert_close` is not trivial."""
+    """Assert that two tensors are not nearly equal, so that a later `assert_close` is not trivial."""
     assert (actual - other).abs().max() > 1e-3 * other.abs().max()
