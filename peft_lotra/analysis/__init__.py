@@ -1,4 +1,4 @@
-"""What fine-tuning changed in a KAN: coefficients, updates, their spectra, and functions on edges; with pictures."""
+"""Shows what fine-tuning changed in a KAN: coefficients, updates, their spectra, functions on edges, and plots."""
 
 from ..tensors.spectrum import Spectrum
 from .plots import plot_activations, plot_spectrum, plot_summary

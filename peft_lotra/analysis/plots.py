@@ -1,4 +1,4 @@
-"""Pictures of spectra, of the functions on edges, and of what is adapted. matplotlib is needed here only."""
+"""Plots of spectra, of the functions on edges, and of what is adapted. Only this module needs matplotlib."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
     from .summary import Summary, SummaryRow
 
-# By mode: format, width and colour, such that equal curves show.
+# Format, width and colour by mode. They show all three curves even if these are equal.
 _MODES = {"input": (".-", 4.0, "C0"), "output": (".-", 1.5, "C1"), "basis": (".:", 2.0, "k")}
-_LEAST = 1e-4  # of the singular values drawn, over ‖Δ‖: a hundred-millionth of the energy
+_LEAST = 1e-4  # the smallest σ_k / ‖Δ‖ that sets the scale; it has 1e-8 of the energy
 
 
 def plot_spectrum(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | Ranks] | None = None) -> Figure:
-    """σ_k / ‖Δ‖ over k for the three unfoldings of every update, with a panel for each update; the source's figure 1.
+    """Plot σ_k / ‖Δ‖ over k for the three unfoldings of every update, in a panel for each update.
 
-    All panels have one scale. It ends at the least value above 1e-4, below which a value has no part in the update.
+    The plot follows figure 1 of the source. All panels have one scale, which ends just below the smallest value above
+    1e-4. Smaller values contribute almost nothing to the update.
 
     Args:
         spectra: spectra by name, as from `update_spectrum`.
@@ -71,16 +72,16 @@ def plot_spectrum(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | Ran
 def plot_activations(
     layers: Mapping[str, nn.Module], edges: Sequence[tuple[int, int]], reference: torch.Tensor, inputs: torch.Tensor
 ) -> Figure:
-    """φ_io(t) of chosen edges (i, o), a panel for each, for several states of one layer: before and after adaptation.
+    """Plot φ_io(t) of chosen edges (i, o), in a panel for each edge, for several states of one layer.
 
     >>> layers = {"base": base.layers[0], "adapted": model.get_submodule("base_model.model.layers.0")}
     >>> plot_activations(layers, [(0, 0), (1, 3)], reference=torch.zeros(2), inputs=torch.linspace(-1, 1, 200))
 
     Args:
-        layers: layers by label. They are run, so any layer will do; see `activation_curves` for what is drawn.
+        layers: the states of the layer by label, such as before and after adaptation. See `activation_curves`.
         edges: pairs (input, output).
-        reference: the point around which one input at a time varies, shape (n,).
-        inputs: the values that this input takes, shape (points,).
+        reference: the point from which one input at a time varies, shape (n,).
+        inputs: the values of this input, shape (points,).
 
     Raises:
         ImportError: without matplotlib.
@@ -103,11 +104,11 @@ def plot_activations(
 
 
 def plot_summary(rows: Summary) -> Figure:
-    """Trained numbers beside the coefficients of every tensor, with its ranks; a panel for each adapter.
+    """Plot the trained numbers, coefficients and ranks of every tensor, in a panel for each adapter.
 
     >>> plot_summary(summary(model)).savefig("summary.png")
 
-    The axis is logarithmic. Tensors that are not coefficients, such as biases, have their trained numbers alone.
+    The axis is logarithmic. Tensors that are not coefficients, such as biases, show only their trained numbers.
 
     Args:
         rows: what is adapted, as from `peft_lotra.summary`.
@@ -140,7 +141,7 @@ def plot_summary(rows: Summary) -> Figure:
 
 
 def _ranks_text(row: SummaryRow) -> str:
-    """The ranks, behind the numbers."""
+    """The ranks, as text to append to a bar's number."""
     return f", ranks {' · '.join('all' if r is None else str(r) for r in row.ranks)}" if row.ranks else ""
 
 

@@ -1,4 +1,4 @@
-"""A table of what is adapted, with which ranks, and how many numbers that takes."""
+"""A table of the adapted tensors, their ranks, and how many numbers the adapters have."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from ..tensors.tucker import Ranks
 
 
 class SummaryRow(NamedTuple):
-    """One tensor that an adapter adapts, or trains besides.
+    """One tensor that an adapter adapts, or trains directly.
+
+    `layout`, `modes` and `ranks` are empty if the tensor is not a coefficient tensor.
 
     Attributes:
         adapter: the adapter's name.
         tensor: the full name of the coefficient parameter, or of a bias, copied module or token row.
-        layout: the layout of the parameter, such as "o (i d)"; empty if it is not a coefficient tensor.
-        modes: the sizes (n, m, n_d, ...); empty likewise.
-        ranks: (r1, r2, r3, ...), None for a whole mode; empty likewise.
-        trained: how many numbers training the adapter changes; frozen factors do not count.
-        stored: how many numbers its file has.
+        layout: the layout of the parameter, such as "o (i d)".
+        modes: the sizes (n, m, n_d, ...).
+        ranks: (r1, r2, r3, ...), with None for a whole mode.
+        trained: how many numbers training changes. Frozen factors do not count.
+        stored: how many numbers the adapter's file has for the tensor.
     """
 
     adapter: str
@@ -38,11 +40,11 @@ class SummaryRow(NamedTuple):
 
 
 class Summary(tuple[SummaryRow, ...]):
-    """The rows of `summary`, which print as a table."""
+    """The rows of `summary`. They print as a table."""
 
     @property
     def totals(self) -> dict[str, tuple[int, int, int]]:
-        """By adapter: the trained numbers, the stored numbers, and the coefficients that are adapted."""
+        """How many numbers are trained and stored, and how many coefficients are adapted, by adapter."""
         own = {
             name: [row for row in self if row.adapter == name] for name in dict.fromkeys(row.adapter for row in self)
         }
@@ -69,7 +71,7 @@ class Summary(tuple[SummaryRow, ...]):
 
 
 def summary(model: nn.Module) -> Summary:
-    """What the LoTRA adapters of a model adapt: layouts, ranks, and how many numbers are trained and stored.
+    """List what the LoTRA adapters of a model adapt: layouts, ranks, and how many numbers are trained and stored.
 
     >>> model = get_peft_model(ChebyshevKAN([2, 16, 1], degree=4), LoTRAConfig(r=3, coefficients=layouts))
     >>> print(summary(model))
@@ -80,12 +82,12 @@ def summary(model: nn.Module) -> Summary:
     >>> summary(model)[0].ranks
     (None, 3, 3)
 
-    There is a row for every adapter and tensor, also for the biases, copied modules and token rows that the adapter's
-    file has. Trained numbers are counted by the config, whether or not the adapter is active or loaded for training;
-    `model.print_trainable_parameters()` counts what requires gradients at this moment.
+    There is a row for every adapter and tensor, including the biases, copied modules and token rows in the adapter's
+    file. The config determines which numbers count as trained, whether or not the adapter is active or loaded for
+    training. `model.print_trainable_parameters()` counts the parameters that require gradients at this moment.
 
     Args:
-        model: any module with LoTRA adapters: a PeftModel, or what is around or inside it.
+        model: any module with LoTRA adapters: a PeftModel, or a module around or inside it.
 
     Raises:
         TypeError: if `model` is not a torch.nn.Module.

@@ -1,4 +1,4 @@
-"""What fine-tuning changed in a KAN: coefficients, updates, their spectra, and the functions on single edges."""
+"""Measures what fine-tuning changed in a KAN: coefficients, updates, their spectra, and functions on edges."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..tensors.spectrum import Spectrum
 
 
 def effective_coefficients(model: nn.Module, coefficients: Descriptions | None = None) -> dict[str, torch.Tensor]:
-    """A = parameter · scale in the order (n, m, n_d, ...), by full parameter name, for every KAN layer of a model.
+    """A = parameter · scale of every KAN layer of a model, shape (n, m, n_d, ...), by full parameter name.
 
     Args:
         model: a model without adapters.
-        coefficients: layouts of layers that are not registered, as in `LoTRAConfig(coefficients=...)`.
+        coefficients: the layouts of layers that are not registered, as in `LoTRAConfig(coefficients=...)`.
 
     Raises:
         ValueError: if the model has no KAN layer, or has adapters.
@@ -33,10 +33,10 @@ def effective_coefficients(model: nn.Module, coefficients: Descriptions | None =
 def coefficient_updates(
     base: nn.Module, finetuned: nn.Module, coefficients: Descriptions | None = None
 ) -> dict[str, torch.Tensor]:
-    """Δ = A_ft − A_pt in the order (n, m, n_d, ...), by full parameter name; float64, on the CPU.
+    """Δ = A_ft − A_pt, shape (n, m, n_d, ...), by full parameter name, in float64 on the CPU.
 
-    Δ means something only if both models have the same basis functions, so the grid must not change between them.
-    Other differences between the models, such as biases, are ignored.
+    Δ is meaningful only if both models have the same basis functions, so their grids must be the same. Other
+    differences between the models, such as biases, are ignored.
 
     Raises:
         ValueError: if a model has no KAN layer or has adapters, or the two do not have the same layers.
@@ -48,12 +48,12 @@ def coefficient_updates(
 def update_spectrum(
     base: nn.Module, finetuned: nn.Module, coefficients: Descriptions | None = None
 ) -> dict[str, Spectrum]:
-    """The singular values of A_ft − A_pt unfolded along its modes, and what they say about ranks, by parameter name.
+    """The singular values of the unfoldings of A_ft − A_pt, by parameter name. They help to choose ranks.
 
     >>> spectrum = update_spectrum(base, finetuned)["layers.0.coef"]
     >>> spectrum.energy_kept((4, 4, 3)), spectrum.truncation_error((4, 4, 3)), spectrum.tail_bound((4, 4, 3))
 
-    Arguments and errors are those of `coefficient_updates`.
+    The arguments and errors are those of `coefficient_updates`.
     """
     updates = coefficient_updates(base, finetuned, coefficients)
     return {name: Spectrum.of(update, f"the update of {name}") for name, update in updates.items()}
@@ -62,7 +62,7 @@ def update_spectrum(
 def updates_between(
     base: nn.Module, finetuned: nn.Module, config: LoTRAConfig
 ) -> Iterator[tuple[Target, torch.Tensor]]:
-    """Every target of `config` in `base`, with A_ft − A_pt in the order (n, m, n_d, ...); float64, on the CPU."""
+    """Every target of `config` in `base`, with A_ft − A_pt, shape (n, m, n_d, ...), in float64 on the CPU."""
     targets = plain_targets("base", base, config)
     found = {(target.module, target.spec) for target in plain_targets("finetuned", finetuned, config)}
     if differing := found ^ {(target.module, target.spec) for target in targets}:
@@ -84,7 +84,7 @@ def plain_targets(name: str, model: nn.Module, config: LoTRAConfig) -> list[Targ
 
 
 def coefficients_of(model: nn.Module, target: Target) -> torch.Tensor:
-    """A copy of one target's A, shape (n, m, n_d, ...)."""
+    """A copy of the A of one target, shape (n, m, n_d, ...)."""
     stored = adapted_coefficients(model.get_submodule(target.module), target.spec, ()).detach()
     return target.spec.to_canonical(stored).clone()
 
@@ -95,18 +95,18 @@ def activation_curves(
 ) -> torch.Tensor:
     """φ_io(t) = y_o(x with x_i = t) − y_o(x) at the reference x, measured by running the layer.
 
-    For a KAN layer y_o = Σ_i φ_io(x_i) this is the edge's function up to a constant, whatever the other inputs are. No
-    output tells the constant. If the layer mixes its inputs first (fast-kan's LayerNorm), it is the course along x_i
-    near x.
+    For a KAN layer y_o = Σ_i φ_io(x_i), this is the edge's function up to a constant, for any values of the other
+    inputs. The outputs do not determine the constant. If the layer mixes its inputs first (fast-kan's LayerNorm), the
+    curve depends on the other inputs of x.
 
     Args:
-        layer: any module from (batch, n) to (batch, m). If it returns several outputs, the first counts.
+        layer: any module from (batch, n) to (batch, m). If it returns several outputs, the first is used.
         edges: pairs (input, output).
         reference: x, shape (n,). Its dtype and device are used.
         inputs: the values t, shape (points,).
 
     Returns:
-        shape (edges, points)
+        The curves, shape (edges, points).
 
     Raises:
         ValueError: if the layer's output is not (batch, m), or an edge is not in the layer.
