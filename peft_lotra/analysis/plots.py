@@ -78,7 +78,7 @@ def plot_activations(
     >>> plot_activations(layers, [(0, 0), (1, 3)], reference=torch.zeros(2), inputs=torch.linspace(-1, 1, 200))
 
     Args:
-        layers: the states of the layer by label, such as before and after adaptation. See `activation_curves`.
+        layers: the states by label, such as before and after adaptation. Any module will do; see `activation_curves`.
         edges: pairs (input, output).
         reference: the point from which one input at a time varies, shape (n,).
         inputs: the values of this input, shape (points,).

@@ -122,7 +122,7 @@ class Layout:
 
     @classmethod
     def fit(cls, pattern: str, shape: tuple[int, ...], sizes: Mapping[str, int] | None = None) -> Layout:
-        """The layout `pattern` for a tensor of `shape`. `sizes` gives the sizes of axes in parentheses.
+        """The layout `pattern` for a tensor of `shape`. `sizes` gives the sizes that the shape leaves open.
 
         Raises:
             ValueError: if the pattern is not a layout of a coefficient tensor or does not fit the shape.
@@ -205,7 +205,7 @@ class CoefficientSpec:
 
     @property
     def nesting(self) -> tuple[bool, str]:
-        """Sorts the adapters of one module from the innermost outwards. Matrices are innermost."""
+        """A key that sorts the adapters of one module from the innermost outwards. Matrices are innermost."""
         return self.layout.canonical_shape[2] > 1, self.parameter
 
     @cached_property

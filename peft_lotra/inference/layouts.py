@@ -1,12 +1,12 @@
-"""Finds the layout of a parameter, that is, which stored axes hold i, o, d and kernel positions, from its responses.
+"""Finds the layout of a parameter from its responses: which factors of the stored axes are i, o, d and kernel axes.
 
 If the parameter is a coefficient tensor, the response of entry (i, o, d) is a product:
 
     g = w_o · s_io · Σ_x φ_d(x_i)
 
 One response is plain. In the other, known numbers weight the outputs (or the inputs). Their ratio is the number of
-the entry's output (or input). A mode lies along the stored axis along which its ratio changes. The axis along which
-no ratio changes holds d.
+the entry's output (or input). A factor of a stored axis belongs to the mode whose ratio changes along it, and to d if
+no ratio changes.
 """
 
 from __future__ import annotations
@@ -223,9 +223,9 @@ def _share_functions(response: torch.Tensor, tolerance: Tolerance) -> bool:
 
 
 def bears_out(layout: Layout, response: torch.Tensor, inputs: int, outputs: int, tolerance: Tolerance) -> bool:
-    """Whether a response to some input features (`inputs` of them) and some outputs (`outputs`) fits the layout.
+    """Whether a response to only `inputs` of the input features and `outputs` of the outputs fits the layout.
 
-    The other entries must have no response, and the outputs must share their functions.
+    The entries of all others must have no response, and these outputs must share their functions.
     """
     stored = layout.to_canonical(response)
     groups = layout.sizes.get("g", 1)
@@ -302,7 +302,7 @@ def _distinct_inputs(part: Pair, whole: Pair, axis: int, tolerance: Tolerance) -
 
 
 def agree(one: Layout, two: Layout) -> bool:
-    """Whether two layouts of one shape give each entry the same i, o, d and kernel position, up to their order."""
+    """Whether two layouts of one shape give each entry the same i, o, d and kernel position, up to renumbering."""
     labels = []
     for layout in (one, two):
         index = torch.arange(math.prod(layout.canonical_shape)).view(layout.canonical_shape)

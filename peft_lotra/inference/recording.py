@@ -34,7 +34,7 @@ def _differentiable(tensor: torch.Tensor) -> bool:
 
 
 class Recorder(TorchFunctionMode):
-    """Records every tensor that requires a gradient, in the order of creation, and the tensors it is computed from."""
+    """Records each tensor that requires a gradient, in order of creation, and the recorded tensors that it used."""
 
     _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul")} | {"__setitem__"}
 

@@ -18,7 +18,7 @@ from .recording import tensors_in
 from .response import Finding
 from .walk import Call, walk
 
-_MOST_TESTS = 2  # a linear weight is tested in its layer, and once more in the layer around that one
+_MOST_TESTS = 2  # a linear weight is tested in the two innermost modules around it that are not plain torch layers
 
 
 class InferredCoefficients(dict):

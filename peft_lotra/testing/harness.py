@@ -30,7 +30,7 @@ from .oracle import assert_close, assert_differs, dense_model
 
 
 class KANLayerTests:
-    """Derive a class that pytest collects, and define how to make a layer and a sample input.
+    """Derive a class that pytest collects, and define `make_layer` and `make_sample`.
 
     Attributes:
         coefficients: as in `LoTRAConfig(coefficients=...)`, for a class that is not registered.
