@@ -3,6 +3,7 @@ import os
 # One thread for each of pytest's processes, and for the processes that tests start: more would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -20,6 +21,13 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, to
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _recompile():
+    """What another test has compiled counts toward torch's limit of recompilations."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(autouse=True)
