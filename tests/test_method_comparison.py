@@ -465,6 +465,11 @@ def test_pictures_of_made_results(tmp_path):
     assert full.get_xdata()[-1] == 11.0
     assert full.get_ydata()[-1] == pytest.approx(0.15)
     assert courses.axes[0].get_xscale() == "symlog"  # one method is much slower
+    experiment.methods["LoTRA 1/4"]["cases"] = ["parabolic"]
+    of_some = drawings.courses([case_of(experiment, name, found) for name in experiment.cases])
+    colours = [{line.get_label(): line.get_color() for line in ax.lines} for ax in of_some.axes]
+    assert colours[1].keys() < colours[0].keys()
+    assert colours[0] | colours[1] == colours[0]
     ratios = drawings.ratios(cases).axes[0]
     lotra, other, reference = ratios.lines
     assert [line.get_label() for line in ratios.lines] == ["LoTRA", "slow", "full"]

@@ -68,12 +68,13 @@ def courses(cases: Sequence[Case]) -> Figure:
     """The metric over seconds: medians over the seeds, with their range."""
     figure, axes = panels(len(cases))
     titles(figure, axes, cases)
+    shown = list(dict.fromkeys(label for case in cases for label, _ in drawn(case)[:LINES]))
     for ax, case in zip(axes, cases, strict=True):
         last = []
-        for k, (label, row) in enumerate(drawn(case)[:LINES]):
+        for label, row in drawn(case)[:LINES]:
             marks = [[(k, s, *numbers(case, [m])) for k, s, m in result["marks"]] for result in row.results]
             times, values = by_step(marks)
-            band(ax, times, values, label, f"C{k}")
+            band(ax, times, values, label, f"C{shown.index(label) % 10}")  # a method has one colour in all panels
             last.append(times[-1])
         if case.zero_shot is not None:
             zero = median(result["zero_shot"] for result in case.reference.results)
