@@ -192,7 +192,7 @@ PDES: dict[str, type[PDE]] = {
     "hyperbolic": Hyperbolic,
     "burgers": Burgers,
 }
-LINEAR = ("elliptic", "parabolic", "hyperbolic")
+LINEAR = ("elliptic", "parabolic", "hyperbolic")  # the source's families, which the longer examples try
 
 
 @torch.no_grad()

@@ -28,9 +28,14 @@ def rows_by(case: Case, methods: tuple[str, ...], optimizers: tuple[str, ...] = 
     ]
 
 
+def within_a_tenth(rows: list[Row]) -> list[Row]:
+    """Those that train at most a tenth as many numbers as there are coefficients."""
+    return [row for row in rows if row.trainable <= TENTH * row.results[0]["coefficients"]]
+
+
 def near_reference(where: str, case: Case, rows: list[Row]) -> list[str]:
     """How near the best of the rows comes to the reference: by a difference of accuracies, a factor on losses."""
-    best = (max if case.task.higher_is_better else min)(rows, key=lambda row: case.middle(row.finals))
+    best = case.best(rows)
     ours, theirs = case.middle(best.finals), case.middle(case.reference.finals)
     if case.task.higher_is_better:
         measured, limit, reached = f"{ours - theirs:+.2f} points", "≥ −1 point", ours >= theirs - 1
@@ -59,7 +64,7 @@ def aims(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
     for family in FAMILIES:
         for case in cases(f"pde_{family}")[:1]:
             full = case.reference
-            small = [r for r in rows_by(case, ("lotra",)) if r.trainable <= TENTH * r.results[0]["coefficients"]]
+            small = within_a_tenth(rows_by(case, ("lotra",)))
             add(SAME_SECONDS, family, case, {row.label: row.at(full.seconds) for row in small}, full, 1.0)
             for optimizer in FIRST_ORDER:
                 ours = {row.label: row.finals for row in rows_by(case, ("lotra",), (optimizer,)) if row in small}
@@ -83,10 +88,7 @@ def aims(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
             lines.append([aim, case.name, f"{value:.2g} × ({ours.label})", "≤ 1 ×", "yes" if value <= 1 else "**no**"])
     for name in ("images_kan", "images_resnet"):
         for case in cases(name):
-            ours, theirs = (
-                max(rows_by(case, ("lotra",), (optimizer,)), key=lambda row: case.middle(row.finals))
-                for optimizer in ("lm", "adam")
-            )
+            ours, theirs = (case.best(rows_by(case, ("lotra",), (optimizer,))) for optimizer in ("lm", "adam"))
             value = case.middle(ours.finals) - case.middle(theirs.finals)
             where = f"{name}, {case.name}"
             reached = "yes" if value >= 0 else "**no**"
@@ -97,6 +99,6 @@ def aims(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
             add("a Slim KAN against the dense one, noisy samples", case.name, case, ours, case.reference, 1.0)
     for name, methods in NEAR_REFERENCE.items():
         for case in cases(name):
-            small = [r for r in rows_by(case, methods) if r.trainable <= TENTH * r.results[0]["coefficients"]]
+            small = within_a_tenth(rows_by(case, methods))
             lines.append(near_reference(f"{name}, {case.name}".removesuffix(", "), case, small))
     return table(["aim", "where", "measured, ratio of medians", "limit", "reached"], lines) if lines else ""

@@ -18,12 +18,11 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping
-from math import inf
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from aims import aims, rows_by
+from aims import aims, rows_by, within_a_tenth
 from command_line import new_parser
 from drawings import PICTURES
 from experiments import Experiment, experiment_names, load_experiments
@@ -35,7 +34,6 @@ from rows import NONE, Case, Row, case_of, table
 HERE = Path(__file__).parent
 WIDE = 3  # cases; more of them have a table in common
 ADAPTERS = {"LoTRA": ("lotra",), "PEFT's methods": ("lora", "lora_parameters", "loha", "lokr")}
-TENTH = 0.1
 
 
 def number(value: float | None) -> str:
@@ -152,34 +150,23 @@ def overview(experiments: list[Experiment], results: Mapping[str, Results]) -> s
             continue
         for name in experiment.cases:
             case = case_of(experiment, name, results[experiment.name])
-
-            def best(*methods: str, share: float = inf, case: Case = case) -> Row | None:
-                found = [
-                    row
-                    for label, row in case.rows.items()
-                    if case.experiment.methods[label]["method"] in methods
-                    and row.trainable <= share * row.results[0]["coefficients"]
-                ]
-                choose = max if case.task.higher_is_better else min
-                return choose(found, key=lambda row: case.middle(row.finals)) if found else None
-
-            def cell(row: Row | None, case: Case = case) -> str:
-                if row is None:
-                    return NONE
-                return f"{number(case.middle(row.finals))} in {row.seconds:.1f} s ({row.label})"
-
-            scratch = best("scratch")
-            of_adapters = [best(*methods, share=TENTH) for methods in ADAPTERS.values()]
+            of_adapters = [within_a_tenth(rows_by(case, methods)) for methods in ADAPTERS.values()]
+            found = [[case.reference], rows_by(case, ("full",)), *of_adapters, rows_by(case, ("scratch",))]
             title = link + (f", {name}" if name else "")
             if optimizers := useless_base(case):
                 title += f" † {', '.join(optimizers)}"
-            rows.append([title, cell(case.reference), cell(best("full")), *map(cell, of_adapters), cell(scratch)])
+            rows.append([title, *(in_short(case, case.best(some)) for some in found)])
     header = ["task", "reference", "best full fine-tuning", *(f"{name}, ≤ 1/10" for name in ADAPTERS), "from scratch"]
     text = table(header, rows) + (
         "\n\n† By this optimizer training from scratch is as good as full fine-tuning, at most 1.1 × its error or a "
         "point below it: the base does not help."
     )
     return text + (f"\n\nPages without full fine-tuning: {', '.join(others)}." if others else "")
+
+
+def in_short(case: Case, row: Row | None) -> str:
+    """Its last metric, its seconds and its name."""
+    return f"{number(case.middle(row.finals))} in {row.seconds:.1f} s ({row.label})" if row else NONE
 
 
 def useless_base(case: Case) -> list[str]:
@@ -194,15 +181,10 @@ def useless_base(case: Case) -> list[str]:
     return found
 
 
-def by_older_code(experiments: list[Experiment], results: Mapping[str, Results]) -> tuple[int, int]:
+def by_older_code(experiment: Experiment, found: Results) -> tuple[int, int]:
     """How many runs are by older code, and how many there are."""
-    older = count = 0
-    for experiment in experiments:
-        found = results[experiment.name]
-        runs = [*experiment.all_tuning_runs(found), *experiment.all_final_runs(found)]
-        count += len(runs)
-        older += sum(is_older(run, found[run]) for run in runs)
-    return older, count
+    runs = [*experiment.all_tuning_runs(found), *experiment.all_final_runs(found)]
+    return sum(is_older(run, found[run]) for run in runs), len(runs)
 
 
 def page(experiment: Experiment, found: Results, images: Path, options: str) -> tuple[str, list[Path]]:
@@ -216,7 +198,7 @@ def page(experiment: Experiment, found: Results, images: Path, options: str) -> 
         content.append(f"![{experiment.title}: {picture}](../images/{path.name})")
         pictures.append(path)
     content.append(experiment.reading and f"**Reading.** {experiment.reading}")
-    older, count = by_older_code([experiment], {experiment.name: found})
+    older, count = by_older_code(experiment, found)
     if older:
         command = f"run.py {experiment.name}{options} --stale"
         content.append(f"By older code: {older} of {count} runs; `{command}` does them again.")
@@ -247,7 +229,7 @@ def report(
     if missing:
         files = ", ".join(f"{name}.jsonl lacks {count} runs" for name, count in missing.items())
         raise ValueError(f"{folder}: {files}: {run} {' '.join(missing)}{options}; or name the experiments to report")
-    old = {e.name: by_older_code([e], results)[0] for e in experiments}
+    old = {e.name: by_older_code(e, results[e.name])[0] for e in experiments}
     if any(old.values()) and not with_older:
         files = ", ".join(f"{name}.jsonl has {count} runs" for name, count in old.items() if count)
         names = " ".join(name for name, count in old.items() if count)

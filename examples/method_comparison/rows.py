@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -63,6 +64,11 @@ class Case:
         """The median; what diverged is worst."""
         worst = float("-inf" if self.task.higher_is_better else "inf")
         return median(worst if value is None else value for value in values)
+
+    def best(self, rows: Iterable[Row]) -> Row | None:
+        """The row whose last metric has the best median; None if there are no rows."""
+        choose = max if self.task.higher_is_better else min
+        return choose(rows, key=lambda row: self.middle(row.finals), default=None)
 
     def relative(self, values: list[float | None]) -> str:
         """To the reference's final metric, of medians: a factor on errors, a difference of scores."""
