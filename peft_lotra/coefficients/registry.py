@@ -146,10 +146,15 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def _scale(layer: Any, path: str, layout: str) -> dict[str, str]:
+    """The scale of a weight, or nothing: layers have it only if an option is on."""
+    owner, _, name = path.rpartition(".")
+    there = hasattr(layer.get_submodule(owner), name)
+    return {"scale": path, "scale_layout": layout} if there else {}
+
+
 def _efficient_kan(layer: Any) -> Descriptions:
-    # The scaler is optional (`enable_standalone_scale_spline`).
-    scale = {"scale": "spline_scaler", "scale_layout": "o i"} if hasattr(layer, "spline_scaler") else {}
-    return {"spline_weight": {"layout": "o i d", **scale}}
+    return {"spline_weight": {"layout": "o i d", **_scale(layer, "spline_scaler", "o i")}}
 
 
 def _fast_kan(layer: Any) -> Descriptions:
@@ -163,14 +168,12 @@ def _faster_kan(layer: Any) -> Descriptions:
 def _convkan(layer: Any) -> Descriptions:
     # The layer flattens each pixel's patch into the inputs of the inner layer.
     height, width = layer.kernel_size
-    scale = {"scale": "kan_layer.spline_scaler", "scale_layout": "g o (i h w)"}
-    scale = scale if hasattr(layer.kan_layer, "spline_scaler") else {}
+    scale = _scale(layer, "kan_layer.spline_scaler", "g o (i h w)")
     return {"kan_layer.spline_weight": {"layout": "g o (i h w) d", "sizes": {"h": height, "w": width}, **scale}}
 
 
 def _deep_kan(layer: Any) -> Descriptions:
-    scale = {"scale": "spline_scales", "scale_layout": "o i"} if hasattr(layer, "spline_scales") else {}
-    return {"spline_weights": {"layout": "o i d", **scale}}
+    return {"spline_weights": {"layout": "o i d", **_scale(layer, "spline_scales", "o i")}}
 
 
 def _deep_kan_rbf(layer: Any) -> Descriptions:
@@ -178,14 +181,12 @@ def _deep_kan_rbf(layer: Any) -> Descriptions:
 
 
 def _qkan_fourier(layer: Any) -> Descriptions:
-    scale = {"scale": "fourier_scaler", "scale_layout": "o i"} if hasattr(layer, "fourier_scaler") else {}
-    return {"fourier_weight": {"layout": "o i d", **scale}}
+    return {"fourier_weight": {"layout": "o i d", **_scale(layer, "fourier_scaler", "o i")}}
 
 
 def _conv_kan_3d(layer: Any) -> Descriptions:
     sizes = dict(zip("thw", layer.kernel_size, strict=True))
-    scale = {"scale": "linear.spline_scaler", "scale_layout": "o (i t h w)"}
-    scale = scale if hasattr(layer.linear, "spline_scaler") else {}
+    scale = _scale(layer, "linear.spline_scaler", "o (i t h w)")
     return {"linear.spline_weight": {"layout": "o (i t h w) d", "sizes": sizes, **scale}}
 
 
