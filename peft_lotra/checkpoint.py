@@ -34,9 +34,11 @@ class SavedAdapter(NamedTuple):
 
 @contextmanager
 def naming(file: str | None) -> Iterator[None]:
-    """If a file is given, errors raised inside become a ValueError or TypeError that names it."""
+    """If a file is given, errors inside become a ValueError or TypeError that names it, except for a full memory."""
     try:
         yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # PEFT, json, the file system and Python itself raise other types
         if file is None:
             raise

@@ -14,7 +14,8 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
-from . import call_arguments, mixed_batch
+from . import call_arguments
+from .adapter_names import check_name, check_replaced
 from .biases import trained_biases
 from .checkpoint import PREFIX, allow_checkpoints, check_weights, is_adapter_key, naming, refuse_checkpoints
 from .coefficients.spec import tensor_at
@@ -59,17 +60,17 @@ class LoTRAModel(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         held = getattr(model, "peft_config", {})
+        before = dict(held)
         if isinstance(adapter_name, str) and adapter_name in held:
-            warnings.warn(
-                f"`adapter_name` {adapter_name!r}: the model has an adapter of this name already "
-                f"({type(held[adapter_name]).__name__}). In tensors that both adapt, the new one replaces it; in "
-                "others, the old one stays active. To keep both, give the new one another name. To start again, "
-                "remove the adapters first (`unload()`, `merge_and_unload()`)",
-                stacklevel=2,
-            )
+            check_replaced(model, peft_config, adapter_name, held[adapter_name])
         with warnings.catch_warnings():  # PEFT warns of every second adapter, even if it is wanted
             warnings.filterwarnings("ignore", "Already found a `peft_config` attribute", UserWarning)
-            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+            try:
+                super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+            except BaseException:
+                held.clear()  # PEFT writes the new config into the model's mapping first
+                held.update(before)
+                raise
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if not isinstance(self.peft_config, _Configs):  # a model with an adapter injected has one already
@@ -78,7 +79,7 @@ class LoTRAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> LoTRAConfig:
         # A copy becomes self-contained. The user's object stays as it is, and can be used for other models.
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
-        _check_name(adapter_name)
+        check_name(adapter_name)
         task = peft_config.task_type
         if task in HEADS:  # PEFT would add them to the user's object, after the copy is made
             peft_config = replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or ()), *HEADS[task]])
@@ -362,24 +363,6 @@ class LoTRAModel(BaseTuner):
         remapped = {names.get(key, key): tensor for key, tensor in state_dict.items()}
         check_weights(dict(slots.values()), remapped, f"the state dict for the adapter {adapter_name!r}")
         return remapped
-
-
-def _check_name(adapter_name: str) -> None:
-    """Raise unless the name can be a module's, a directory's and a sample's in a mixed batch."""
-    if not isinstance(adapter_name, str):
-        raise TypeError(f"`adapter_name` should be a str but the value passed is {adapter_name!r}")
-    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
-        raise ValueError(
-            f"`adapter_name` {adapter_name!r} is a name that torch's containers of parameters do not accept (empty, "
-            "with a dot, or one of their attributes): choose another"
-        )
-    if len(adapter_name) > 100 or not adapter_name.isprintable() or set(adapter_name) & set("/\\:"):
-        raise ValueError(
-            f"`adapter_name` {adapter_name[:100]!r} cannot be the name of a directory to save to: choose a name of up "
-            "to 100 printable characters, without / \\ :"
-        )
-    if adapter_name == mixed_batch.BASE:
-        raise ValueError(f"`adapter_name` {adapter_name!r} stands for no adapter in a mixed batch: choose another")
 
 
 def lotra_model(model: nn.Module, adapter_name: str | None = None) -> LoTRAModel:

@@ -32,7 +32,7 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 # The names that PEFT adds to `modules_to_save` for a task type, whether the model has them or not. It adds those of
 # TOKEN_CLS for SEQ_CLS, too.
 HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-_NAMES_OF_HEADS = sum(HEADS.values(), ())
+NAMES_OF_HEADS = sum(HEADS.values(), ())
 
 
 def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
@@ -223,8 +223,8 @@ def _check_modules_to_save(config: LoTRAConfig, layers: Mapping[str, nn.Module])
                 "this one too; give a longer part of the module's name, or rename the module"
             )
         # With a task type, PEFT adds all names that a head may have. The model needs only one of them.
-        added = config.task_type is not None and entry in _NAMES_OF_HEADS
-        added = added and any(name.endswith(_NAMES_OF_HEADS) for name in layers)
+        added = config.task_type is not None and entry in NAMES_OF_HEADS
+        added = added and any(name.endswith(NAMES_OF_HEADS) for name in layers)
         if not added and not any(name.endswith(entry) for name in layers):
             raise ValueError(
                 f"`modules_to_save` entry {entry!r} matches no module; the model has "

@@ -72,6 +72,30 @@ def test_the_rate_is_a_factor_on_the_step_and_schedulers_lower_it():
     assert optimizer.param_groups[0]["lr"] == 0.25
 
 
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 1e-2}], ids=["plain", "prior"])
+def test_a_rate_of_zero_evaluates_once_and_changes_nothing(options):
+    calls = []
+
+    def counted(net, batch):
+        calls.append(batch)
+        return difference(net, batch)
+
+    model = adapted()
+    optimizer = GaussNewton(model, counted, **options)
+    optimizer.step((X, Y))  # makes the checks
+    start, damping = values(model), optimizer.param_groups[0]["damping"]
+    optimizer.param_groups[0]["lr"] = 0.0
+    calls.clear()
+    loss = optimizer.step((X, Y))
+    once = len(calls)
+    assert torch.equal(values(model), start)
+    assert optimizer.param_groups[0]["damping"] == damping
+    optimizer.param_groups[0]["lr"] = 1.0
+    calls.clear()
+    assert optimizer.step((X, Y)) == loss
+    assert once < len(calls)
+
+
 def test_a_gain_as_predicted_lowers_the_damping_at_any_rate():
     for rate in (1.0, 0.3):
         optimizer = GaussNewton(adapted(), difference, lr=rate, damping=10.0)  # steps are small: nearly linear

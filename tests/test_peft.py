@@ -14,6 +14,7 @@ from kan_layers import ChebyKAN, ChebyKANLayer, FastKAN
 from layer_table import LAYERS, MODELS, config, lotra_layers, make, randomize
 from peft import (
     AutoPeftModel,
+    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -25,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_lotra import LoTRAConfig
+from peft_lotra.layer import LoTRALayer
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -408,6 +410,17 @@ def test_a_config_of_a_newer_version_warns(saved):
     assert_equal(loaded(x), y, 0)
 
 
+def test_a_full_memory_is_not_blamed_on_the_file(saved, monkeypatch):
+    base, _, _, path = saved
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(LoTRALayer, "update_layer", full)
+    with pytest.raises(torch.OutOfMemoryError, match="^no room$"):
+        PeftModel.from_pretrained(base, path)
+
+
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 @pytest.mark.parametrize("around", [False, True])
 def test_only_a_second_adapter_of_the_same_name_is_warned_of(around):
@@ -416,8 +429,41 @@ def test_only_a_second_adapter_of_the_same_name_is_warned_of(around):
     model = get_peft_model(base, config("ChebyKAN"))
     given = model if around else base
     get_peft_model(given, config("ChebyKAN"), adapter_name="other")
-    with pytest.warns(UserWarning, match=r"`adapter_name` 'default'.*\(LoTRAConfig\).*replaces it.*another name"):
+    with pytest.warns(UserWarning, match=r"`adapter_name` 'default'.*replaces the one.*another name"):
         get_peft_model(given, config("ChebyKAN"))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.parametrize(
+    ("earlier", "later", "left"),
+    [
+        ({}, {"target_modules": ["layers.0"]}, r"in \['layers.1.cheby_coeffs'\]"),
+        ({"modules_to_save": ["head"]}, {}, r"in \['head'\]"),
+        (LoraConfig(target_modules=["head"], init_lora_weights=False), {}, "LoraConfig"),
+    ],
+)
+def test_an_adapter_of_the_same_name_that_would_stay_active_is_refused(earlier, later, left):
+    torch.manual_seed(0)
+    kan = nn.Sequential(ChebyKANLayer(3, 4, 3), ChebyKANLayer(4, 4, 3))
+    base = nn.Sequential(OrderedDict(layers=kan, head=nn.Linear(4, 2)))
+    config = earlier if isinstance(earlier, LoraConfig) else LoTRAConfig(r=2, init_weights=False, **earlier)
+    model = get_peft_model(base, config)
+    x = torch.randn(5, 3)
+    y, before = model(x), dict(model.peft_config)
+    with pytest.raises(ValueError, match=rf"`adapter_name` 'default': .* {left}.*another name.*`unload\(\)`"):
+        get_peft_model(base, LoTRAConfig(r=2, init_weights=False, **later))
+    assert_equal(model(x), y, 0)
+    assert model.peft_config == before
+    get_peft_model(base, LoTRAConfig(r=2, init_weights=False, **later), adapter_name="other")
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+def test_a_refused_adapter_leaves_the_configs_of_the_model():
+    base, _ = make("ChebyKAN")
+    before = dict(get_peft_model(base, config("ChebyKAN")).peft_config)
+    with pytest.raises(ValueError, match="target_modules"):
+        get_peft_model(base, LoTRAConfig(r=2, target_modules=["nowhere"]), adapter_name="other")
+    assert base.peft_config == before
 
 
 def test_an_adapter_after_another_has_been_taken_off():

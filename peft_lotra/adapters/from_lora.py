@@ -56,9 +56,11 @@ def adapter_from_lora(
         pairs.setdefault(linear, {})[side[0]] = value
     known = {t.parameter: t for t in plain_targets("base", base, LoTRAConfig(r=1, coefficients=coefficients or {}))}
     unknown = sorted(linear for linear in pairs if f"{linear}.weight" not in known)
-    if config.use_dora or unknown:
-        what = f"{unknown} are not coefficients of `base`, which has {list(known)}" if unknown else "it is a DoRA"
-        raise ValueError(f"{path} cannot be a LoTRA adapter: {what}; merge it into the base (`merge_and_unload`)")
+    if unknown:
+        raise ValueError(
+            f"{path} cannot be a LoTRA adapter: {unknown} are not coefficients of `base`, which has {list(known)}; "
+            "merge it into the base (`merge_and_unload`)"
+        )
     factors = {}
     for linear, pair in pairs.items():
         target = known[f"{linear}.weight"]

@@ -101,9 +101,9 @@ def lotra_parameter_groups(
             | "adam" | 1 | 1/n | 1/√m | 1/n_d | 1/K |
 
             The multiplier of U5 (`family_rank`) is 1. The rule may also be a mapping from some of "core", "U1", "U2",
-            "U3", "U4", "U5" to multipliers for every layer; the others are then 1. LR-4, one rate for all, was best in
-            layers of up to 256 inputs. In wider layers its rate has to fall with the width, and that of LR-2 does not
-            (examples/learning_rates.py).
+            "U3", "U4", "U5" to multipliers for every layer; the others are then 1. LR-4, one rate for all, was best or
+            near the best in layers of up to 256 inputs (examples/learning_rates.py). In wider layers its rate has to
+            fall with the width, and that of LR-2 does not.
         weight_decay: the weight decay of all groups. None leaves the optimizer's default.
 
     Raises:

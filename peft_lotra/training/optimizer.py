@@ -10,7 +10,7 @@ from torch import nn
 
 from .answers import Function, Loss
 from .checks import check_numbers
-from .iteration import DampingRule, iterate
+from .iteration import DampingRule, iterate, total_loss
 from .problem import Problem
 
 
@@ -35,7 +35,7 @@ class GaussNewton(torch.optim.Optimizer):
     Args:
         model, residual_fn, loss, weight_decay, damping, damping_increase, damping_decrease, max_memory,
         across_processes: as for `fit_gauss_newton`, which calls a batch `data`.
-        lr: α in (0, 1]; 1 is the full Gauss–Newton step.
+        lr: α in (0, 1]; 1 is the full Gauss–Newton step. A scheduler may set it to 0: then no parameter changes.
 
     Raises:
         ValueError, TypeError: as for `fit_gauss_newton`.
@@ -96,6 +96,8 @@ class GaussNewton(torch.optim.Optimizer):
         theta = problem.parameters()
         start = torch.cat([self.state[p].get("start", p.detach()).flatten() for p in problem.trained.values()])
         evaluation = problem.checked(theta, batch, first=not self._checked)
+        if group["lr"] == 0:  # as schedules begin or end: no λ would give a gain
+            return total_loss(evaluation, theta, start, self._rule.weight_decay)
         rule = self._rule._replace(rate=group["lr"])
         done = iterate(problem, theta, batch, evaluation, group["damping"], rule, start, first=not self._checked)
         self._checked = True

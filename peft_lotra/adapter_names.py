@@ -1,0 +1,56 @@
+"""Checks of the name of a new adapter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from peft.config import PeftConfig
+from torch import nn
+
+from .checkpoint import PREFIX
+from .config import LoTRAConfig
+from .layer import adapted_tensors
+from .mixed_batch import BASE
+from .targets import NAMES_OF_HEADS, resolve_targets
+
+
+def check_name(adapter_name: str) -> None:
+    """Raise unless the name can be a module's, a directory's and a sample's in a mixed batch."""
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"`adapter_name` should be a str but the value passed is {adapter_name!r}")
+    if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
+        raise ValueError(
+            f"`adapter_name` {adapter_name!r} is a name that torch's containers of parameters do not accept (empty, "
+            "with a dot, or one of their attributes): choose another"
+        )
+    if len(adapter_name) > 100 or not adapter_name.isprintable() or set(adapter_name) & set("/\\:"):
+        raise ValueError(
+            f"`adapter_name` {adapter_name[:100]!r} cannot be the name of a directory to save to: choose a name of up "
+            "to 100 printable characters, without / \\ :"
+        )
+    if adapter_name == BASE:
+        raise ValueError(f"`adapter_name` {adapter_name!r} stands for no adapter in a mixed batch: choose another")
+
+
+def check_replaced(model: nn.Module, peft_config: Any, adapter_name: str, earlier: PeftConfig) -> None:
+    """Warn if a new adapter replaces the one of its name, and raise ValueError if that one would stay somewhere."""
+    config = peft_config[adapter_name] if isinstance(peft_config, Mapping) else peft_config
+    way_out = "Give the new one another name, or remove the adapters first (`unload()`, `merge_and_unload()`)"
+    if not isinstance(earlier, LoTRAConfig):
+        raise ValueError(
+            f"`adapter_name` {adapter_name!r}: the model has an adapter of this name already, by "
+            f"{type(earlier).__name__}, which would stay active. {way_out}"
+        )
+    new = {target.parameter.removeprefix(PREFIX) for target in resolve_targets(model, config)}
+    left = [parameter for parameter in adapted_tensors(model, adapter_name) if parameter not in new]
+    left += sorted({*(earlier.modules_to_save or ())} - {*(config.modules_to_save or ()), *NAMES_OF_HEADS})
+    if left:
+        raise ValueError(
+            f"`adapter_name` {adapter_name!r}: the model has an adapter of this name already, which would stay active "
+            f"in {left}. {way_out}"
+        )
+    warnings.warn(
+        f"`adapter_name` {adapter_name!r}: the new adapter replaces the one of this name. {way_out}", stacklevel=3
+    )
