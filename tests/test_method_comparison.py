@@ -169,6 +169,34 @@ def test_older_code_is_named_and_run_again(tmp_path, monkeypatch):
     assert "older code" not in (tmp_path / "pages" / "heat.md").read_text()
 
 
+def test_one_run_of_each_method_confirms_results_by_older_code(tmp_path, monkeypatch):
+    experiment, results = experiments(tmp_path / "experiments", pictures=[]), tmp_path / "results"
+    run.run_all(experiment, 1, results, tmp_path)
+    now, path = lines.version("pde"), results / "heat.jsonl"
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+    for module in (lines, perform):
+        monkeypatch.setattr(module, "version", lambda task: "0.2.0+01234567")
+    said = run.confirm_all(experiment, 1, results, tmp_path)
+    assert said == ["heat, full: the same", "heat, LoTRA: the same"]
+    assert len({time for time in files(tmp_path / "runs").values()}) == 6
+    after = [json.loads(line) for line in path.read_text().splitlines()]
+    assert after == [line | {"version": "0.2.0+01234567", "measured_by": now} for line in before]
+    report.report(experiment, results, tmp_path / "README.md")
+    run.run_all(experiment, 1, results, tmp_path, stale=True)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == after
+
+    changed = [json.dumps(line | ({"marks": [[0, 0.0, 1.0]]} if line["label"] == "full" else {})) for line in before]
+    path.write_text("\n".join(changed) + "\n")
+    said = run.confirm_all(experiment, 1, results, tmp_path)
+    assert said == ["heat, full: NOT the same", "heat, LoTRA: the same"]
+    assert run.confirm_all(experiment, 1, results, tmp_path) == ["heat, full: NOT the same"]
+    with pytest.raises(ValueError, match="heat.jsonl has 4 runs by older code"):
+        report.report(experiment, results, tmp_path / "README.md")
+    path.write_text("\n".join(line for line in changed if "tuning" not in json.loads(line)) + "\n")
+    with pytest.raises(ValueError, match="heat.jsonl lacks runs: `run.py heat` does them"):
+        run.confirm_all(experiment, 1, results, tmp_path)
+
+
 def test_version_is_that_of_the_code(tmp_path):
     assert lines.version("pde") != lines.version("images")
     texts = [
@@ -334,13 +362,15 @@ def test_report_of_made_results(tmp_path):
     assert [path.relative_to(tmp_path).as_posix() for path in written] == [
         "images/heat_courses.png",
         "pages/heat.md",
+        "pages/learning_rates.md",
         "README.md",
     ]
     text = readme.read_text()
     assert text.startswith("before\n<!-- begin overview -->\n")
-    assert "\n<!-- end overview -->\nafter\n\n## Learning rates\n" in text
-    assert text.endswith("<!-- end rates -->\n")
-    assert "| heat | full | – | – | diverged | – | 1.00 × | – | – | – |\n" in text
+    assert text.endswith("\n<!-- end overview -->\nafter\n")
+    of_rates = (tmp_path / "pages" / "learning_rates.md").read_text()
+    assert of_rates.startswith("# Learning rates\n\nRelative to the best rate: ")
+    assert "| heat | full | – | – | diverged | – | 1.00 × | – | – | – |\n" in of_rates
     assert "old" not in text
     row = next(line for line in text.splitlines() if line.startswith("| [Heat"))
     full = "0.3 in 10.0 s (full)"
@@ -374,10 +404,10 @@ def test_report_adds_markers_and_refuses_half_of_them(tmp_path):
     (experiment,) = experiments(tmp_path / "experiments", pictures=["courses"])
     made_results(experiment, tmp_path / "results", dict.fromkeys(("full", "LoTRA"), [(1.0, 0.4, 0.2)] * 2))
     readme = tmp_path / "README.md"
-    readme.write_text("<!-- begin rates -->\n")
-    with pytest.raises(ValueError, match="should have one <!-- begin rates --> and one <!-- end rates -->"):
+    readme.write_text("<!-- begin overview -->\n")
+    with pytest.raises(ValueError, match="should have one <!-- begin overview --> and one <!-- end overview -->"):
         report.report([experiment], tmp_path / "results", readme)
-    assert readme.read_text() == "<!-- begin rates -->\n"
+    assert readme.read_text() == "<!-- begin overview -->\n"
     assert not (tmp_path / "pages").exists()
     readme.write_text("# Title\n")
     report.report([experiment], tmp_path / "results", readme)
@@ -403,8 +433,6 @@ def test_search_for_a_rate_goes_on_while_the_best_is_at_the_edge(tmp_path):
     assert tried({0.1: 0.2}) == [0.003, 0.01, 0.03, 0.1, 0.3]
     assert tried({0.3: 0.1}) == [0.003, 0.01, 0.03, 0.1, 0.3]  # the grid ends
     assert tried({0.003: 0.05}) == [0.001, 0.003, 0.01, 0.03]
-    experiment.tuning["fixed"] = True
-    assert tried({}) == [0.003, 0.01, 0.03]
 
 
 def test_a_result_that_lacks(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ class Experiment:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     settings: dict[str, Any] = field(default_factory=dict)
     cases: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
-    tuning: dict[str, Any] = field(default_factory=dict)  # rates, seeds, steps[, case, fixed]
+    tuning: dict[str, Any] = field(default_factory=dict)  # rates, seeds, steps[, case]
     pictures: list[str] = field(default_factory=lambda: ["courses"])
     drawn: list[str] = field(default_factory=list)  # methods that the pictures have; all if there are none
     large: dict[str, Any] = field(default_factory=dict)  # what is different with --large
@@ -88,7 +88,7 @@ class Experiment:
         """One for each tuning seed, by learning rate; none where there is nothing to tune.
 
         The rates are those of `tuning`. If the best of three or more is the lowest or the highest, the next one in
-        `RATES` is tried as well, unless `tuning` has `fixed`.
+        `RATES` is tried as well.
         """
         case, label = self.searched_in(case, label)
         method = self.methods[label]
@@ -99,11 +99,7 @@ class Experiment:
             return [self.run(case, label, seed, lr, self.tuning["steps"]) for seed in self.tuning["seeds"]]
 
         runs = {lr: at(lr) for lr in self.tuning["rates"]}
-        while (
-            not self.tuning.get("fixed")
-            and len(runs) >= 3
-            and all(run in found for tried in runs.values() for run in tried)
-        ):
+        while len(runs) >= 3 and all(run in found for tried in runs.values() for run in tried):
             best = best_rate(runs, found, self.task_of(case).higher_is_better)
             beyond = [lr for lr in RATES if (best == max(runs) and lr > best) or (best == min(runs) and lr < best)]
             if not beyond:

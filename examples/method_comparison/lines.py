@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ def _read(path: Path) -> Iterator[tuple[Run, Line]]:
             for lr, metrics in line["tuning"].items():
                 for seed, metric in zip(line["seeds"], metrics, strict=True):
                     run = Run(**{**settings, "method": {**settings["method"], "lr": float(lr)}, "seed": seed})
-                    yield run, {"version": line["version"], "marks": [[run.steps, None, metric]]}
+                    by = {key: line[key] for key in ("version", "measured_by") if key in line}
+                    yield run, by | {"marks": [[run.steps, None, metric]]}
         elif "run" in line:  # families.py has lines of its own
             yield Run(**line["run"]), {key: line[key] for key in line if key not in ("case", "label", "seed")}
 
@@ -92,11 +93,12 @@ def _of_a_search(case: str, label: str, tuned: dict[float, list[Run]], found: Re
     runs = next(iter(tuned.values()))
     settings = {key: getattr(runs[0], key) for key in ("task", "settings", "method", "steps")}
     settings["method"] = {key: value for key, value in settings["method"].items() if key != "lr"}
-    versions = {found[run]["version"]: None for runs in tuned.values() for run in runs}
+    results = [found[run] for runs in tuned.values() for run in runs]
+    by = {key: ", ".join(dict.fromkeys(r[key] for r in results if key in r)) for key in ("version", "measured_by")}
     return {
         "case": case,
         "label": label,
-        "version": ", ".join(versions),
+        **{key: versions for key, versions in by.items() if versions},
         "seeds": [run.seed for run in runs],
         "tuning": {lr: [found[run]["marks"][-1][-1] for run in runs] for lr, runs in tuned.items()},
         "run": settings,
@@ -105,10 +107,48 @@ def _of_a_search(case: str, label: str, tuned: dict[float, list[Run]], found: Re
 
 def write_lines(experiment: Experiment, results: Path, cache: Path) -> None:
     """Of what is there by now."""
-    found = Results(experiment.name, results, cache)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines(experiment, found))
-    results.mkdir(parents=True, exist_ok=True)
-    write_atomically(results / f"{experiment.name}.jsonl", lambda partial: partial.write_text(text))
+    _write(results / f"{experiment.name}.jsonl", lines(experiment, Results(experiment.name, results, cache)))
+
+
+def older_methods(experiment: Experiment, results: Path) -> dict[str, Run]:
+    """Of each method with a line by older code, the reported run of its first case and the first seed.
+
+    Raises:
+        ValueError: if a search for a rate has not been done.
+    """
+    found, now = Results(experiment.name, results), version(experiment.task)
+    older = {line["label"] for line in _lines_of(experiment, results) if line["version"] != now}
+    cases = {label: case for case in reversed(experiment.cases) for label in experiment.labels(case)}
+    try:
+        return {label: experiment.final_runs(cases[label], label, found)[0] for label in cases if label in older}
+    except KeyError:
+        raise ValueError(f"{experiment.name}.jsonl lacks runs: `run.py {experiment.name}` does them") from None
+
+
+def confirm_lines(experiment: Experiment, results: Path, chosen: Mapping[str, Run], again: Results) -> Iterator[str]:
+    """Give the lines of a method the version of now, if its chosen run went `again` as it had gone.
+
+    `measured_by` then has the version that they were measured by. Yields a line of text for each chosen run.
+    """
+    found, kept = Results(experiment.name, results), _lines_of(experiment, results)
+    for label, run in chosen.items():
+        before, after = ([[step, metric] for step, _, metric in of["marks"]] for of in (found[run], again[run]))
+        yield f"{experiment.name}, {label}: {'the same' if before == after else 'NOT the same'}"
+        for line in kept if before == after else ():
+            if line["label"] == label and line["version"] != (now := version(experiment.task)):
+                line |= {"measured_by": line.get("measured_by", line["version"]), "version": now}
+    _write(results / f"{experiment.name}.jsonl", kept)
+
+
+def _lines_of(experiment: Experiment, results: Path) -> list[Line]:
+    path = results / f"{experiment.name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _write(path: Path, kept: list[Line]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda partial: partial.write_text(text))
 
 
 def is_older(run: Run, result: Line) -> bool:

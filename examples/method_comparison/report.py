@@ -6,7 +6,7 @@
 
 Every experiment has a page, pages/<experiment>.md, with a row for each method. The first method of an experiment is
 the reference that the others are compared with. Only the lines of results/*.jsonl are read. If no experiment is named,
-README.md gets the overview and the tables of aims and rates, between its markers.
+README.md gets the overview and the aims, between its markers, and pages/learning_rates.md what every search has found.
 
 A missing result is an error, and so is one by older code: every line names the version of what it depends on.
 `run.py --stale` does these runs again. With --older they are reported, and the page says how many they are.
@@ -27,7 +27,7 @@ from command_line import new_parser
 from drawings import PICTURES
 from experiments import Experiment, experiment_names, load_experiments
 from lines import Results, is_older
-from rates import rates
+from rates import ABOUT, rates
 from reporting import write_atomically
 from rows import NONE, Case, Row, case_of, table
 
@@ -214,7 +214,9 @@ def report(
     whole: bool = True,
     with_older: bool = False,
 ) -> list[Path]:
-    """Writes the pages and their pictures, `whole`: also overview, aims and rates in the README; returns the files.
+    """Writes the pages and their pictures, and returns the files.
+
+    `whole`: also overview and aims in the README, and the page of learning rates.
 
     Args:
         options: those of run.py that it has run with.
@@ -235,8 +237,9 @@ def report(
         names = " ".join(name for name, count in old.items() if count)
         raise ValueError(f"{folder}: {files} by older code: {run} {names}{options} --stale; or --older reports them")
     text = readme.read_text() if readme.exists() else ""
-    tables_of = {("overview", "Overview"): overview, ("aims", "Aims"): aims, ("rates", "Learning rates"): rates}
-    for (name, title), table_of in tables_of.items() if whole else ():
+    for (name, title), table_of in (
+        {("overview", "Overview"): overview, ("aims", "Aims"): aims}.items() if whole else ()
+    ):
         if content := table_of(experiments, results):
             text = updated(text, name, title, content)
     written, images, pages = [], readme.parent / "images", readme.parent / "pages"
@@ -248,6 +251,10 @@ def report(
         write_atomically(path, lambda p, content=content: p.write_text(content))
         written += [*pictures, path]
     if whole:
+        path, content = pages / "learning_rates.md", rates(experiments, results)
+        content = f"# Learning rates\n\n{ABOUT}\n\n{content}\n\n[All experiments](../README.md)\n"
+        write_atomically(path, lambda p: p.write_text(content))
+        written.append(path)
         write_atomically(readme, lambda p: p.write_text(text.rstrip() + "\n"))
         written.append(readme)
     return written

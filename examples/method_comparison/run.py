@@ -3,12 +3,14 @@
     python examples/method_comparison/run.py
     python examples/method_comparison/run.py --smoke
     python examples/method_comparison/run.py pde_elliptic slim_functions --jobs 2
+    python examples/method_comparison/run.py --confirm
     python examples/method_comparison/run.py pde_elliptic --stale
 
 An experiment's results are results/<experiment>.jsonl. A run is done once for all experiments that it is part of, and
-again if a setting changes; with --stale, also if the code has changed that it depends on. Stop it when you like, the
-same command goes on: every run is kept below outputs/. Tables and pictures come from
-`python examples/method_comparison/report.py`.
+again if a setting changes; with --stale, also if the code has changed that it depends on. --confirm does one run of
+each method again whose results are by older code: if its course is the same to the last digit, they count as results
+of the code as it is. Stop it when you like, the same command goes on: every run is kept below outputs/. Tables and
+pictures come from `python examples/method_comparison/report.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from command_line import exit_code, new_parser, positive_int
 from compared_methods import FROM_SCRATCH
 from experiments import Experiment, Run, experiment_names, load_experiments, missing_packages
-from lines import Results, is_older, write_lines
+from lines import Results, confirm_lines, is_older, older_methods, write_lines
 from perform import base_path, perform, train_base
 from tqdm import tqdm
 
@@ -107,6 +109,26 @@ def run_all(experiments: list[Experiment], jobs: int, results: Path, outputs: Pa
             write_lines(experiment, results, cache)
 
 
+def confirm_all(experiments: list[Experiment], jobs: int, results: Path, outputs: Path) -> list[str]:
+    """One run again of each method with results by older code; those whose run gives the same then count as new.
+
+    Returns:
+        A line of text for each such method.
+    """
+    cache, bases = outputs / "runs", outputs / "bases"
+    chosen = {experiment.name: older_methods(experiment, results) for experiment in experiments}
+    runs = {run.key: run for of_methods in chosen.values() for run in of_methods.values()}
+    again = Results("", cache, cache)  # single runs only
+    waiting = [run for run in runs.values() if run not in again or is_older(run, again[run])]
+    needed = {base_path(run, bases): run for run in waiting if run.method["method"] not in FROM_SCRATCH}
+    untrained = [run for path, run in needed.items() if not path.exists()]
+    with processes(jobs) as executor:
+        do_all(train_base, untrained, executor, cache, bases, "bases")
+        do_all(perform, waiting, executor, cache, bases, "runs")
+    again = Results("", cache, cache)
+    return [text for e in experiments for text in confirm_lines(e, results, chosen[e.name], again)]
+
+
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
@@ -116,7 +138,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     size.add_argument(
         "--large", action="store_true", help="the larger sizes of the files, for an accelerator; into outputs/"
     )
-    add("--stale", action="store_true", help="again what is there by older code, too")
+    older = parser.add_mutually_exclusive_group()
+    older.add_argument("--stale", action="store_true", help="again what is there by older code, too")
+    older.add_argument(
+        "--confirm", action="store_true", help="of what is there by older code, one run of each method, to compare"
+    )
     add("--jobs", type=positive_int, default=1, help="runs at a time, each in one thread")
     add("--results", type=Path, help="where the .jsonl files are; default: results/ beside this file")
     add(
@@ -141,8 +167,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args = parse_arguments()
+
+    def work() -> None:
+        if args.confirm:
+            print(*confirm_all(args.experiments, args.jobs, args.results, args.outputs), sep="\n")
+        else:
+            run_all(args.experiments, args.jobs, args.results, args.outputs, args.stale)
+
     return exit_code(
-        lambda: run_all(args.experiments, args.jobs, args.results, args.outputs, args.stale),
+        work,
         "The runs that were done are stored; the same command goes on from there.",
     )
 
