@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -231,8 +232,23 @@ print(*(getattr(module, "__file__", None) for module in list(sys.modules.values(
 
 
 def test_every_experiment_is_as_it_should_be():
-    for size in ({}, {"smoke": True}, {"large": True}):
+    for size in ({}, {"smoke": True}, {"large": True}, {"smoke": True, "large": True}):
         assert [experiment.name for experiment in load_experiments(**size)] == experiment_names()
+
+
+def test_a_few_steps_of_the_large_sizes(tmp_path, monkeypatch):
+    large = {"settings": {"width": 6}, "methods": {"full": None}}
+    (tmp_path / "experiments").mkdir()
+    drawn = {"drawn": ["full", "LoTRA"], "large": large}
+    (tmp_path / "experiments" / "heat.json").write_text(json.dumps(EXPERIMENT | drawn))
+    monkeypatch.setattr(run, "load_experiments", partial(load_experiments, folder=tmp_path / "experiments"))
+    args = run.parse_arguments(["heat", "--smoke", "--large", "--outputs", str(tmp_path / "outputs")])
+    (experiment,) = args.experiments
+    assert (list(experiment.methods), experiment.drawn) == (["LoTRA"], ["LoTRA"])
+    run.run_all(args.experiments, 1, args.results, args.outputs)
+    (line,) = (json.loads(line) for line in (tmp_path / "outputs/smoke_large/heat.jsonl").read_text().splitlines())
+    assert line["run"]["settings"]["width"] == 6
+    assert line["run"]["steps"] == 1
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,9 @@ def _load(path: Path, smoke: bool, large: bool) -> Experiment:
     try:
         content = json.loads(path.read_text())
         if large:
+            drawn = content.get("drawn", [])
             content = _merged(content, content.get("large", {}))
+            content["drawn"] = [label for label in drawn if label in content["methods"]]
         allowed = [key for key in Experiment.__dataclass_fields__ if key != "name"]
         if unknown := sorted(set(content) - set(allowed)):
             raise ValueError(f"an experiment should have some of {allowed} but has {unknown}")
@@ -198,12 +200,12 @@ def _load(path: Path, smoke: bool, large: bool) -> Experiment:
 
 
 def _merged(content: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """`other` on top of `content`, mapping by mapping."""
+    """`other` on top of `content`, mapping by mapping. What is null in `other` is left out."""
     merged = dict(content)
     for key, value in other.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merged(merged[key], value) if both else value
-    return merged
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 def _shortened(experiment: Experiment) -> Experiment:

@@ -264,9 +264,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("names", nargs="*", help=f"experiments; all if none is given: {', '.join(experiment_names())}")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--smoke", action="store_true", help="what run.py --smoke has done")
-    size.add_argument("--large", action="store_true", help="what run.py --large has done")
+    for size in ("smoke", "large"):
+        add(f"--{size}", action="store_true", help=f"what run.py --{size} has done")
     add("--older", action="store_true", help="also results by older code")
     add("--results", type=Path, help="where the .jsonl files are; default: as in run.py")
     add("--outputs", type=Path, default=Path("outputs/method_comparison"), help="that of run.py")
@@ -276,10 +275,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.experiments = load_experiments(args.names, smoke=args.smoke, large=args.large)
     except ValueError as error:
         parser.error(str(error))
-    size = "smoke" if args.smoke else "large" if args.large else None
-    args.options = f" --{size}" if size else ""
-    args.results = args.results or (args.outputs / size if size else HERE / "results")
-    args.readme = args.readme or (args.outputs / size if size else HERE) / "README.md"
+    sizes = [name for name in ("smoke", "large") if getattr(args, name)]
+    args.options = "".join(f" --{size}" for size in sizes)
+    folder = args.outputs / "_".join(sizes)
+    args.results = args.results or (folder if sizes else HERE / "results")
+    args.readme = args.readme or (folder if sizes else HERE) / "README.md"
     args.readme.parent.mkdir(parents=True, exist_ok=True)
     return args
 

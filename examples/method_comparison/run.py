@@ -133,11 +133,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("names", nargs="*", help=f"experiments; all if none is given: {', '.join(experiment_names())}")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--smoke", action="store_true", help="a few steps of each, into outputs/")
-    size.add_argument(
-        "--large", action="store_true", help="the larger sizes of the files, for an accelerator; into outputs/"
-    )
+    add("--smoke", action="store_true", help="a few steps of each, into outputs/")
+    add("--large", action="store_true", help="the larger sizes of the files, for an accelerator; into outputs/")
     older = parser.add_mutually_exclusive_group()
     older.add_argument("--stale", action="store_true", help="again what is there by older code, too")
     older.add_argument(
@@ -159,8 +156,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for experiment in args.experiments:
         if commands := missing_packages(experiment):
             parser.error(f"{experiment.name} needs data: {'; '.join(commands)}; or name the experiments without it")
-    size = "smoke" if args.smoke else "large" if args.large else None
-    args.results = args.results or (args.outputs / size if size else HERE / "results")
+    sizes = [name for name in ("smoke", "large") if getattr(args, name)]
+    args.results = args.results or (args.outputs / "_".join(sizes) if sizes else HERE / "results")
     return args
 
 
