@@ -57,10 +57,12 @@ def test_smoke_from_the_command_line(tmp_path, monkeypatch):
     first = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert first.returncode == 0, first.stderr
     done = files(tmp_path / "runs")
-    assert len(done) == 8 * 2 + 11  # rates, runs
+    (experiment,) = load_experiments(["pde_elliptic"], smoke=True)
+    tuned = [method for method in experiment.methods.values() if method.get("optimizer") != "lm"]
+    assert len(done) == 2 * len(tuned) + len(experiment.methods)  # rates, runs
     table = tmp_path / "smoke" / "pde_elliptic.jsonl"
     written = table.read_text()
-    assert len(written.splitlines()) == 8 + 11
+    assert len(written.splitlines()) == len(tuned) + len(experiment.methods)
     monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
     assert run.main() == 0
     assert files(tmp_path / "runs") == done, "a run was repeated"

@@ -226,8 +226,8 @@ def test_runs_on_reviews(tmp_path):
 @pytest.mark.parametrize(
     ("name", "finals", "measured"),
     [
-        ("text_code", {"LoTRA 1/4": 1.7, "LoTRA 1/10": 1.98, "LoTRA 1/10, gradient": 1.94}, ["0.970 ×", "yes"]),
-        ("text_code", {"LoTRA 1/4": 1.7, "LoTRA 1/10": 2.06, "LoTRA 1/10, gradient": 2.1}, ["1.030 ×", "**no**"]),
+        ("text_code", {"LoTRA 1/4": 1.7, "LoTRA 1/10": 1.98, "LoTRA 1/10, all linear": 1.94}, ["0.970 ×", "yes"]),
+        ("text_code", {"LoTRA 1/4": 1.7, "LoTRA 1/10": 2.06, "LoTRA 1/10, all linear": 2.1}, ["1.030 ×", "**no**"]),
         ("text_reviews", {"LoTRA 1/4": 3.0, "LoTRA 1/10": 1.5, "LoTRA 1/16": 1.25}, ["-0.50 points", "yes"]),
         ("text_reviews", {"LoTRA 1/4": 3.0, "LoTRA 1/10": 0.5, "LoTRA 1/16": 0.25}, ["-1.50 points", "**no**"]),
     ],

@@ -9,7 +9,7 @@ ROOMS = ("preserved", "tensors", "placement", "coefficients", "standin", "checkp
 ROOMS += ("families", "fields", "config", "mixed_batch", "forwarding", "layer", "slim_layer", "linear_layer")
 ROOMS += ("call_arguments",)
 ROOMS += ("biases", "slots", "collected")
-ROOMS += ("base_model", "linear_targets", "copies", "selection", "targets", "combination", "model")
+ROOMS += ("base_model", "linear_targets", "copies", "selection", "targets", "adapter_names", "combination", "model")
 ROOMS += ("inference", "analysis", "training", "adapters", "testing")
 
 
