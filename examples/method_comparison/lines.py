@@ -111,16 +111,19 @@ def write_lines(experiment: Experiment, results: Path, cache: Path) -> None:
 
 
 def older_methods(experiment: Experiment, results: Path) -> dict[str, Run]:
-    """Of each method with a line by older code, the reported run of its first case and the first seed.
+    """Of each method with reported runs by older code, the first of these.
 
     Raises:
-        ValueError: if a search for a rate has not been done.
+        ValueError: if a run is missing.
     """
-    found, now = Results(experiment.name, results), version(experiment.task)
-    older = {line["label"] for line in _lines_of(experiment, results) if line["version"] != now}
-    cases = {label: case for case in reversed(experiment.cases) for label in experiment.labels(case)}
+    found, chosen = Results(experiment.name, results), {}
     try:
-        return {label: experiment.final_runs(cases[label], label, found)[0] for label in cases if label in older}
+        for case in experiment.cases:
+            for label in experiment.labels(case):
+                for run in experiment.final_runs(case, label, found):
+                    if is_older(run, found[run]):
+                        chosen.setdefault(label, run)
+        return chosen
     except KeyError:
         raise ValueError(f"{experiment.name}.jsonl lacks runs: `run.py {experiment.name}` does them") from None
 

@@ -125,7 +125,7 @@ def confirm_all(experiments: list[Experiment], jobs: int, results: Path, outputs
     with processes(jobs) as executor:
         do_all(train_base, untrained, executor, cache, bases, "bases")
         do_all(perform, waiting, executor, cache, bases, "runs")
-    again = Results("", cache, cache)
+    again = Results("", cache, cache)  # anew, since it remembers what it has read
     return [text for e in experiments for text in confirm_lines(e, results, chosen[e.name], again)]
 
 
