@@ -30,7 +30,7 @@ def adapted(name, dtype=torch.float64, adapters=1, r=(2, 3, 2)):
     return adapt(row.make(), row.declared, row.sample(dtype).shape, dtype, adapters, r)
 
 
-def adapt(layer, coefficients, shape, dtype=torch.float32, adapters=1, r=(8, 8, 4)):
+def adapt(layer, coefficients, shape, dtype=torch.float64, adapters=1, r=(8, 8, 4)):
     base = First(layer)
     for tensor in (*base.parameters(), *base.buffers()):
         tensor.data = tensor.data.to(dtype)

@@ -9,13 +9,22 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from peft_lotra.testing import forced_order, forget_warnings
+from peft_lotra.testing import assert_close as assert_equal  # noqa: F401
+from peft_lotra.testing import assert_differs as assert_different  # noqa: F401
+from peft_lotra.testing import forced_order, forget_warnings, margin
 
 # Whether adapted layers are traced by torch.compile; before, they run between graphs.
 FULLGRAPH = torch.__version__ >= (2, 13)
 
-# Relative tolerances of "equal", by dtype.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+
+# Values are compared in fp64. A test about another precision names it.
+torch.set_default_dtype(torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _fp64():
+    yield
+    torch.set_default_dtype(torch.float64)
 
 
 @pytest.fixture(autouse=True)
@@ -42,16 +51,19 @@ def order(request):
         yield request.param
 
 
-def assert_equal(actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None) -> None:
-    """‖actual − expected‖∞ ≤ tolerance · ‖expected‖∞, with the same dtype; 0 demands equal bits."""
-    assert actual.dtype == expected.dtype
-    assert actual.shape == expected.shape
-    if tolerance is None:
-        tolerance = TOLERANCE[actual.dtype]
-    error = (actual - expected).abs().max().item()
-    assert error <= tolerance * expected.abs().max().item(), f"error {error}"
+def assert_mean(draws: list[torch.Tensor], expected: torch.Tensor) -> None:
+    """The mean of random draws is within six standard errors of what is expected, and these are less than that."""
+    draws = torch.stack(draws)
+    error = 6 * draws.std(0) / len(draws) ** 0.5
+    assert ((draws.mean(0) - expected).abs() <= error).all()
+    assert (error < expected.abs()).logical_or(expected == 0).all()
 
 
-def assert_different(actual: torch.Tensor, other: torch.Tensor) -> None:
-    """The two differ by more than any tolerance of `assert_equal` in fp32, so that a later "equal" is not trivial."""
-    assert (actual - other).abs().max() > 1e-3 * other.abs().max()
+def within(tolerance: float) -> float:
+    """A tolerance, divided by `margin`, for comparisons written out."""
+    return tolerance / margin()
+
+
+def approx(expected: object, rel: float = 1e-9, abs: float = 0.0) -> object:
+    """`pytest.approx` with a tolerance that `margin` divides."""
+    return pytest.approx(expected, rel=within(rel), abs=within(abs))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_different, assert_equal
+from conftest import approx, assert_different, assert_equal
 from kan_layers import ChebyKAN, FastKAN, PackedKANLayer, chebyshev
 from layer_table import LAYERS, MODELS, config, full_factors, make, randomize
 from peft import get_peft_model
@@ -45,9 +45,9 @@ def test_spectrum(shape):
             projected = torch.tensordot(U[:, :r] @ U[:, :r].T, projected, dims=([1], [mode])).movedim(0, mode)
             kept.append(((values[:r] ** 2).sum() / (values**2).sum()).item())
             tails += values[r:].square().sum().item()
-        assert spectrum.energy_kept(ranks) == pytest.approx(kept)
-        assert spectrum.truncation_error(ranks) == pytest.approx((projected - tensor).norm().item(), abs=1e-12)
-        assert spectrum.tail_bound(ranks) == pytest.approx(math.sqrt(tails))
+        assert spectrum.energy_kept(ranks) == approx(kept)
+        assert spectrum.truncation_error(ranks) == approx((projected - tensor).norm().item(), abs=1e-12)
+        assert spectrum.tail_bound(ranks) == approx(math.sqrt(tails))
         # Theorem 1 rests on this; a single mode's tail is what no choice of factors can avoid.
         assert spectrum.truncation_error(ranks) <= spectrum.tail_bound(ranks) + 1e-12
     assert spectrum.truncation_error((1, 1, 1)) > 0.1
@@ -116,9 +116,9 @@ def test_activation_curves():
     curves = activation_curves(layer, [(0, 1), (2, 0)], torch.tensor([0.3, -0.5, 0.1]), t)
     for curve, (i, o), x in zip(curves, [(0, 1), (2, 0)], (0.3, 0.1), strict=True):
         phi = [chebyshev(torch.tanh(z), 3) @ layer.cheby_coeffs[i, o] for z in (t, torch.tensor([x]))]
-        assert_equal(curve, phi[0] - phi[1], 1e-4)
+        assert_equal(curve, phi[0] - phi[1])
     elsewhere = activation_curves(layer, [(0, 1)], torch.tensor([0.3, 0.9, 0.2]), t)
-    assert_equal(elsewhere, curves[:1], 1e-4)
+    assert_equal(elsewhere, curves[:1])
 
 
 def test_activation_curves_leave_the_layer_alone():
@@ -154,7 +154,7 @@ def test_plot_spectrum(tmp_path):
     assert [axes.get_title() for axes in figure.axes][0] == "layers.0.cheby_coeffs (3, 4, 4)"
     assert len(figure.axes) == 4
     line = figure.axes[1].lines[0].get_ydata()
-    assert sum(y**2 for y in line) == pytest.approx(1)
+    assert sum(y**2 for y in line) == approx(1)
     with pytest.raises(ValueError, match="`ranks` names"):
         plot_spectrum(spectra, ranks={"other": 1})
     with pytest.raises(ValueError, match="`spectra` is empty"):
@@ -194,7 +194,7 @@ def test_plot_summary(tmp_path):
 
 
 def test_plot_activations_before_and_after(tmp_path):
-    base, _ = make("efficient-kan", torch.float32)
+    base, _ = make("efficient-kan")
     model = get_peft_model(copy.deepcopy(base), config("efficient-kan"))
     randomize(model)
     layers = {"base": base.layers[0], "adapted": model.get_submodule("base_model.model.layers.0")}

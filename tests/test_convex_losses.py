@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_different, assert_equal
+from conftest import approx, assert_different, assert_equal
 from layer_table import config, make, randomize
 from peft import get_peft_model
 from torch import nn
@@ -200,7 +200,7 @@ def test_step_equals_the_dense_formula(case, rows):
     result = fit(model, (x, y), loss, iterations=1, damping=DAMPING, max_memory=400_000)
     assert_different(trained(model), before)
     assert_equal(trained(model), expected, 1e-8)
-    assert result.losses == pytest.approx((first, mean_loss(model(x).detach(), y).item()), rel=1e-12)
+    assert result.losses == approx((first, mean_loss(model(x).detach(), y).item()), rel=1e-12)
     assert result.losses[1] < result.losses[0]
 
 
@@ -227,7 +227,7 @@ def test_weights_equal_repeated_samples():
     assert_different(trained(models[0]), trained(models[2]))
     # The mean over 12 samples is that over 18 repetitions.
     assert_equal(trained(models[0]), trained(models[1]), 1e-7)
-    assert weighted.losses == pytest.approx(repeated.losses, rel=1e-9)
+    assert weighted.losses == approx(repeated.losses, rel=1e-9)
 
 
 def test_weights_of_a_given_loss():
@@ -245,7 +245,7 @@ def test_squared_errors_equal_least_squares():
         models[0], lambda net, b: net(b[0]) - b[1], (x, y), iterations=6, gradient_tolerance=0.3, progressbar=False
     )
     given = fit(models[1], (x, y), SquaredError(), iterations=6, gradient_tolerance=0.3)
-    assert given.losses == pytest.approx(least.losses, rel=1e-9)
+    assert given.losses == approx(least.losses, rel=1e-9)
     assert (given.damping, given.iterations, given.reason) == (least.damping, least.iterations, least.reason)
     assert_equal(trained(models[1]), trained(models[0]), 1e-7)
 
@@ -306,7 +306,7 @@ def test_linear_model_converges_to_the_minimum(loss, targets):
     lbfgs.step(closure)
     assert result.reason in ("gradient", "damping", "loss")
     assert result.iterations < 30
-    assert result.losses[-1] == pytest.approx(closure().item(), rel=1e-12)
+    assert result.losses[-1] == approx(closure().item(), rel=1e-12)
     # softmax does not see a number that is added to all outputs
     centred = [m.weight.detach() - (m.weight.mean(dim=0) if loss == "cross_entropy" else 0) for m in (model, other)]
     assert_equal(centred[0], centred[1], 1e-8)
@@ -348,10 +348,12 @@ def test_a_sample_that_is_confidently_wrong_does_not_end_the_fit():
 def test_fp32_model():
     models, x, y = (adapted(), adapted(torch.float32)), points(40), labels(40)
     models[1].load_state_dict(models[0].state_dict())
+    start = trained(models[0])
     for model, dtype in zip(models, (torch.float64, torch.float32), strict=True):
         fit(model, (x.to(dtype), y), "cross_entropy", iterations=2)
     assert trained(models[1]).dtype == torch.float32
-    assert_equal(trained(models[1]).double(), trained(models[0]), 1e-4)
+    moved, other = trained(models[0]) - start, trained(models[1]).double() - start
+    assert (moved - other).norm() < 0.05 * moved.norm()  # the rounding of J is amplified by the solution
 
 
 X, Y = points(8), labels(8)

@@ -42,7 +42,7 @@ def test_pykan_is_adapted_saved_loaded_and_merged(tmp_path):
     trainable, total = model.get_nb_trainable_parameters()
     assert trainable < total / 3
     with torch.no_grad():
-        assert_equal(model(x), kan(x), 1e-6)
+        assert_equal(model(x), kan(x), 0)
     fit(model, target, 200, 2e-2)
     y = model(x).detach()
     assert_different(y, kan(x))
@@ -59,7 +59,7 @@ def test_pykan_is_adapted_saved_loaded_and_merged(tmp_path):
         assert_equal(loaded(x), y, 0)
     merged = loaded.merge_and_unload(safe_merge=True)
     with torch.no_grad():
-        assert_equal(merged(x), y, 1e-5)
+        assert_equal(merged(x), y)
     assert type(merged) is KAN
     assert not lotra_layers(merged)
     assert {name for name, _ in merged.named_parameters()} == {name for name, _ in kan.named_parameters()}
@@ -70,7 +70,7 @@ def test_pykan_is_adapted_saved_loaded_and_merged(tmp_path):
     plain = KAN(width=[2, 5, 1], grid=5, k=3, auto_save=False, symbolic_enabled=False, save_act=False, seed=9)
     plain.load_state_dict(torch.load(tmp_path / "kan.pt"))
     with torch.no_grad():
-        assert_equal(plain(x), y, 1e-5)
+        assert_equal(plain(x), y)
     merged.save_act = True
     merged.get_act(x)
     merged.update_grid_from_samples(x)

@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 from adapted_layers import First
-from conftest import assert_different, assert_equal
+from conftest import approx, assert_different, assert_equal, within
 from family_models import LAM, X, at, fill, kan, polynomials
 from kan_layers import ChebyKAN
 from layer_table import LAYERS
@@ -126,7 +126,7 @@ def test_a_family_is_found_again_in_its_members(r):
     expected.set_adapter("default")
     config = LoTRAConfig(r=r, family=LAM, alpha=-2.0)
     errors = family_from(model, {f"a{k}": value for k, value in enumerate(values)}, "again", config)
-    assert max(errors.values()) < 1e-8
+    assert max(errors.values()) < within(1e-8)
     for value in (1.05, 1.37):
         with at_task(model, lam=value), at_task(expected, lam=value):
             assert_equal(model(X), expected(X), 1e-7)
@@ -144,7 +144,7 @@ def test_what_a_family_cannot_hold_is_said():
             with at_task(model, lam=lam):
                 found.append((layer.get_delta_weight("small") - wanted, wanted))
         miss, size = (torch.stack(parts).norm() for parts in zip(*found, strict=True))
-        assert 0.05 < (miss / size).item() == pytest.approx(errors[parameter])
+        assert 0.05 < (miss / size).item() == approx(errors[parameter])
 
 
 def test_a_family_of_convolutions_from_its_members():

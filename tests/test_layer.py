@@ -2,15 +2,14 @@
 
 import copy
 import pickle
-from statistics import median
 
 import pytest
 import torch
-from conftest import TOLERANCE, assert_different, assert_equal
+from conftest import assert_different, assert_equal, within
 from layer_table import LAYERS, MODELS, config, lotra_layers, make, randomize
 from peft import get_peft_model
 
-from peft_lotra.testing import dense_model
+from peft_lotra.testing import dense_model, rounding_of
 
 all_cases = pytest.mark.parametrize("name", MODELS)
 case_and_dtype = pytest.mark.parametrize(
@@ -99,17 +98,18 @@ def test_only_the_adapter_is_trained(name):
 @case_and_dtype
 def test_merge_and_unmerge(name, dtype):
     base, model, x = adapted(name, dtype)
-    y = model(x)
+    rounding, y = rounding_of(base, model, x), model(x)
+    rounding.check(y)
     if dtype in (torch.float32, torch.float64):
         assert_different(y, base(x))
     model.merge_adapter()
     assert all(layer.merged for layer in lotra_layers(model).values())
-    assert_equal(model(x), y)
+    rounding.check(model(x))
     with model.disable_adapter():  # unmerges, as in PEFT
         assert_equal(model(x), base(x), 0)
     model.merge_adapter()
     model.unmerge_adapter()
-    assert_equal(model(x), y)
+    assert_equal(model(x), y, 0)
     for key, value in base.state_dict().items():
         found = [v for k, v in model.get_base_model().state_dict().items() if k.replace(".base_layer", "") == key]
         assert len(found) == 1
@@ -119,12 +119,12 @@ def test_merge_and_unmerge(name, dtype):
 @case_and_dtype
 def test_merge_and_unload_gives_the_class_of_the_base(name, dtype):
     base, model, x = adapted(name, dtype)
-    y = model(x)
+    rounding = rounding_of(base, model, x)
     merged = model.merge_and_unload(safe_merge=True)
     assert type(merged) is type(base)
     assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
     assert merged.state_dict().keys() == base.state_dict().keys()
-    assert_equal(merged(x), y)
+    rounding.check(merged(x))
 
 
 @all_cases
@@ -168,20 +168,15 @@ def test_adapter_dtype_and_shapes(name):
 
 def test_adapters_of_16_bit_bases_are_kept_in_fp32_unless_told_otherwise():
     for autocast, expected in [(True, torch.float32), (False, torch.bfloat16)]:
-        errors = []
-        for seed in range(5):  # one of them cancels most of its terms, and so has the larger rounding errors
-            torch.manual_seed(seed)
-            base, x = make("ChebyKAN", torch.bfloat16)
-            model = get_peft_model(copy.deepcopy(base), config("ChebyKAN"), autocast_adapter_dtype=autocast)
-            randomize(model)
-            layer = next(iter(lotra_layers(model).values()))
-            assert {f.dtype for f in layer.factors("default").tensors()} == {expected}
-            y = model(x)
-            assert y.dtype == torch.bfloat16
-            assert_different(y, base(x))
-            exact = dense_model(base.double(), model.double())(x.double())
-            errors.append(((y - exact).abs().max() / exact.abs().max()).item())
-        assert median(errors) < 1.5e-2
+        base, x = make("ChebyKAN", torch.bfloat16)
+        model = get_peft_model(copy.deepcopy(base), config("ChebyKAN"), autocast_adapter_dtype=autocast)
+        randomize(model)
+        layer = next(iter(lotra_layers(model).values()))
+        assert {f.dtype for f in layer.factors("default").tensors()} == {expected}
+        y = model(x)
+        assert y.dtype == torch.bfloat16
+        assert_different(y, base(x))
+        rounding_of(base, model, x).check(y)
 
 
 @all_cases
@@ -205,9 +200,9 @@ def test_deepcopy_of_pykan():
 def test_autocast():
     base, model, x = adapted("fast-kan", torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = model(x)
+        y, rounding = model(x), rounding_of(base, model, x, dtype=torch.bfloat16)
     assert_different(y.float(), base(x))
-    assert_equal(y.float(), model(x), TOLERANCE[torch.bfloat16])
+    rounding.check(y)
 
 
 def test_a_zero_scale_survives_merging():
@@ -231,7 +226,7 @@ def test_the_update_has_the_rank_asked_for_on_effective_coefficients():
     for mode in range(3):
         singular = torch.linalg.svdvals(change.movedim(mode, 0).flatten(1))
         assert singular[0] > 1e-2
-        assert (singular[1:] < 1e-12).all()
+        assert (singular[1:] < within(1e-12)).all()
     assert (merged.layers[0].spline_scaler == 1).all()
 
 

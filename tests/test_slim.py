@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import FULLGRAPH, assert_different, assert_equal
+from conftest import FULLGRAPH, assert_different, assert_equal, assert_mean
 from kan_layers import KAN, ChebyKAN, ConvKANLayer, FastKAN, PackedKANLayer, TwoTensorKANLayer
 from layer_table import LAYERS, MODELS, lotra_layers, make
 from peft import PeftModel, get_peft_model
@@ -92,12 +92,12 @@ def test_variance_is_that_of_the_layers_own_initialisation(ranks, alpha):
     expected = coefficients.detach().square().mean((0, 1))
     model = slim_kan(own, r=ranks, alpha=alpha)
     (layer,) = lotra_layers(model).values()
-    squares = 0
+    squares = []
     for _ in range(1000):
         layer.reset_lotra_parameters("default")
-        squares = squares + layer.get_delta_weight("default").detach().square().mean((0, 1)) / 1000
-    assert squares[3] == expected[3] == 0
-    assert (squares[:3] / expected[:3] - 1).abs().max() < 0.1
+        squares.append(layer.get_delta_weight("default").detach().square().mean((0, 1)))
+    assert expected[3] == 0
+    assert_mean(squares, expected)
 
 
 @pytest.mark.parametrize(
@@ -110,12 +110,12 @@ def test_variance_is_that_of_the_layers_own_initialisation(ranks, alpha):
 def test_variance_with_scale_and_kernel_axes(base, layouts):
     own = effective_coefficients(base, layouts)
     model = slim_kan(copy.deepcopy(base), r=(3, 2, 2), coefficients=layouts)
-    for (parameter, coefficients), layer in zip(own.items(), lotra_layers(model).values(), strict=True):
-        energy = 0
+    for coefficients, layer in zip(own.values(), lotra_layers(model).values(), strict=True):
+        energies = []
         for _ in range(300):
             layer.reset_lotra_parameters("default")
-            energy += layer.get_delta_weight("default").square().sum().item() / 300
-        assert energy == pytest.approx(coefficients.square().sum().item(), rel=0.2), parameter
+            energies.append(layer.get_delta_weight("default").detach().square().sum())
+        assert_mean(energies, coefficients.square().sum())
 
 
 def test_compression_of_a_trained_kan():
@@ -126,10 +126,10 @@ def test_compression_of_a_trained_kan():
     assert_empty(model)
     after = effective_coefficients(model.merge_and_unload())
     for name, own in before.items():
-        assert_equal(after[name], reconstruct(decompose(own.double(), (3, 4, 2))).float())
+        assert_equal(after[name], reconstruct(decompose(own, (3, 4, 2))))
     assert_different(base(x), dense(x))
     full = slim_kan(copy.deepcopy(dense), init="hosvd", rank_pattern={n: a.shape[:3] for n, a in before.items()})
-    assert_equal(full(x), dense(x), 1e-4)
+    assert_equal(full(x), dense(x))
 
 
 def test_training_from_scratch():
@@ -148,18 +148,18 @@ def test_training_from_scratch():
 
 def test_copies_and_casts_stay_empty():
     model, x = slim_kan(FastKAN([3, 4, 2]), r=2), torch.randn(5, 3)
-    y = model(x)
+    y = model(x).detach()
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
     for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
         assert_empty(twin)
         assert_equal(twin(x), y, 0)
-    assert_different(model.double()(x.double()).float(), torch.zeros_like(y))
+    assert_different(model.float()(x.float()), torch.zeros_like(y).float())
     assert_empty(model)
     model.merge_adapter()
-    twin = copy.deepcopy(model).float()
-    assert_equal(twin(x), y, 1e-4)
+    twin = copy.deepcopy(model).double()
+    assert (twin(x) - y).abs().max() < 1e-3 * y.abs().max()  # it has been fp32 in between
 
 
 def test_compile():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FULLGRAPH, assert_different, assert_equal
+from conftest import FULLGRAPH, approx, assert_different, assert_equal
 from family_models import LAM, X, at, fill, kan, polynomials
 from kan_layers import ChebyKAN, ChebyKANLayer
 from peft import LoraConfig, get_peft_model
@@ -270,7 +270,7 @@ def test_trainer_with_a_column_of_tasks(family, task_of, collator, tmp_path):
     named = [row["lotra_task"] for row in data]
     with at_task(model, **({"lam": torch.tensor(values)} if isinstance(family, dict) else {"task": named})):
         expected = model(x, labels=labels).loss.item()
-    assert job.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    assert job.evaluate()["eval_loss"] == approx(expected, rel=1e-4)
 
 
 def test_trainer_that_drops_the_column_stops(tmp_path):

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from adapted_layers import adapt, dense, factors_of
-from conftest import assert_different, assert_equal
+from conftest import assert_different, assert_equal, within
 from kan_layers import ChebyKAN, FastKAN
 from layer_table import LAYERS, full_factors, lotra_layers, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -194,7 +194,7 @@ def test_combined(rules):
     errors = model.add_weighted_adapter(list(weights), list(weights.values()), "sum", rules[1])
     model.set_adapter("sum")
     assert lotra_layers(model)["layers.0"].r["sum"][0] is None
-    assert max(errors.values()) < 1e-12
+    assert max(errors.values()) < within(1e-12)
     assert_equal(model(X), dense_model(base, model, weights)(X))
     assert_different(model(X), base(X))
 

@@ -2,22 +2,26 @@
 
 from .harness import KANLayerTests
 from .oracle import (
-    TOLERANCES,
+    Rounding,
     assert_close,
     assert_differs,
     dense_model,
     forced_order,
     forget_warnings,
+    margin,
+    rounding_of,
     tensor_at,
 )
 
 __all__ = [
-    "TOLERANCES",
     "KANLayerTests",
+    "Rounding",
     "assert_close",
     "assert_differs",
     "dense_model",
     "forced_order",
     "forget_warnings",
+    "margin",
+    "rounding_of",
     "tensor_at",
 ]
