@@ -228,7 +228,7 @@ def test_slim_kans_and_16_bit():
     model, x = adapted(copy.deepcopy(base)), x.bfloat16()
     y = model(x, adapter_names=NAMES)
     for name in set(NAMES):
-        weights = {} if name == "__base__" else {name: 1.0}
+        weights = dict.fromkeys(model.peft_config, 0.0) | ({} if name == "__base__" else {name: 1.0})
         expected = rounding_of(base, model, x, weights=weights)
         rows = [k for k, own in enumerate(NAMES) if own == name]
         expected.exact = [exact[rows] for exact in expected.exact]

@@ -179,7 +179,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 class Rounding:
     """How far results in low precision may be from a dense formula in fp64.
 
-    allowed = 8 · |dense − exact| + 64 · max_k |nudged_k − exact| + 64 · eps · |exact|, in the maximum norm. `dense` is
+    allowed = 4 · |dense − exact| + 16 · max_k |nudged_k − exact| + 16 · eps · |exact|, in the maximum norm. `dense` is
     the dense formula in low precision. `nudged_k` is the exact formula at inputs and parameters that differ from the
     given ones by one rounding, up or down at random. It grows with the terms of sums that cancel, where the result is
     small and its rounding error is not. Ours.
@@ -213,7 +213,7 @@ class Rounding:
             results = _results(formula(*nudged))
             moved = [max(m, _distance(r, e)) for m, r, e in zip(moved, results, self.exact, strict=True)]
         self.allowed = [
-            8 * _distance(d, e) + 64 * m + 64 * eps * e.abs().max().item()
+            4 * _distance(d, e) + 16 * m + 16 * eps * e.abs().max().item()
             for d, e, m in zip(dense, self.exact, moved, strict=True)
         ]
 
