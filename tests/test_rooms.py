@@ -1,6 +1,8 @@
 """The package's rooms import one way: no circle, not even one that is hidden in a function."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "peft_lotra"
@@ -51,6 +53,17 @@ def test_modules_import_in_no_circle():
         for name in leaves:
             del graph[name]
     assert not graph
+
+
+def test_the_import_adds_einops_alone_to_what_peft_imports():
+    code = "import sys, peft; before = {*sys.modules}; import peft_lotra; print(*sorted({*sys.modules} - before))"
+    # The folder of the package is the first place where an interpreter with -c looks for it.
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    added = [name for name in done.stdout.split() if name.split(".")[0] not in sys.stdlib_module_names]
+    assert "peft_lotra.model" in added
+    others = [name for name in added if name.split(".")[0] not in {"peft_lotra", "einops"}]
+    assert not others, f"{len(others)} modules that should be imported where they are used: {others}"
 
 
 def test_no_file_is_too_long():

@@ -11,9 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import tensorly
 import torch
-from tensorly.decomposition import partial_tucker
 
 # (r1, r2, r3), or (r1, r2, r3, r4) with a factor of the positions; None where the mode is whole.
 Ranks = tuple[int | None, ...]
@@ -102,6 +100,10 @@ def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> Tucke
     useful, volume = list(given), tensor.numel() // math.prod(sizes)
     for k in range(len(useful)):  # one pass is enough: at most one rank can exceed the product of the others
         useful[k] = min(useful[k], math.prod(useful[:k] + useful[k + 1 :]) * volume)
+    # Imported here because TensorLy, with what it imports of SciPy, takes nearly as long as all of this package.
+    import tensorly
+    from tensorly.decomposition import partial_tucker
+
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         (core, factors), _ = partial_tucker(
             tensor, rank=useful, modes=modes, n_iter_max=n_iter_max, init="svd", tol=1e-8
