@@ -1,4 +1,4 @@
-"""The main job runs, in a short form, and leaves what it promises. Every script of examples/ can be called and started."""
+"""The main job in a short form, and what it leaves. Every script of examples/ can be called, and started."""
 
 import inspect
 import json
