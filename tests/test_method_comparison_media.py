@@ -3,25 +3,19 @@
 import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 
+import aims
 import pytest
+import rows
+import run
 import torch
+from experiments import load_experiments
+from kans import ConvKANLayer, ResNetKAN
+from objectives import Objective
+from tasks import characters, images, make_task, reviews
+from training import Stopwatch, train_by_steps
 
-SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
-for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
-    sys.path.insert(0, str(folder))
-import aims  # noqa: E402
-import rows  # noqa: E402
-import run  # noqa: E402
-from experiments import load_experiments  # noqa: E402
-from kans import ConvKANLayer, ResNetKAN  # noqa: E402
-from objectives import Objective  # noqa: E402
-from tasks import characters, images, make_task, reviews  # noqa: E402
-from training import Stopwatch, train_by_steps  # noqa: E402
-
-from peft_lotra.testing import KANLayerTests  # noqa: E402
+from peft_lotra.testing import KANLayerTests
 
 pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning")  # PEFT's question
 
