@@ -14,7 +14,8 @@ from peft_lotra.coefficients import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("examples/**/*.md")})
-RUN = ["README.md", "examples/pykan.md", "examples/transformers.md", "examples/quickstart.ipynb"]
+RUN = ["README.md", "examples/transformers.md", "examples/quickstart.ipynb"]
+SLOW = pytest.param("examples/pykan.md", marks=pytest.mark.slow)  # pykan draws and looks for formulas
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -26,7 +27,7 @@ def blocks(path):
     return [code for language, code in FENCE.findall(path.read_text()) if language == "python"]
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", [*RUN, SLOW])
 @pytest.mark.filterwarnings("default")  # as a reader's
 def test_the_code_runs(name, tmp_path, capsys):
     path = ROOT / name

@@ -73,7 +73,11 @@ def test_every_registered_layer_of_a_library_is_tried(monkeypatch):
     assert not [name for name in names if name.partition(".")[0] not in ours and name not in tried]
 
 
-@pytest.mark.parametrize("entry", REGISTERED, ids=name_of)
+@pytest.mark.parametrize(
+    "entry",
+    [pytest.param(entry, id=name_of(entry)) for entry in REGISTERED]
+    or [pytest.param(None, marks=pytest.mark.skip(reason="no library with a registered layer is installed"))],
+)
 @pytest.mark.filterwarnings("ignore")
 class TestRegistered(KANLayerTests):
     @pytest.fixture(autouse=True)
