@@ -126,7 +126,7 @@ def test_serving(tmp_path):
     results = json.loads((tmp_path / "serving.json").read_text())
     assert [len(seconds) for seconds in results["loading"]["seconds"].values()] == [2, 2]
     assert list(results["mixed"]) == ["efficient", "fastkan", "chebyshev"]
-    assert all(0 < result["difference"] < 1e-5 for result in results["mixed"].values())
+    assert all(result["difference"] < 1e-5 for result in results["mixed"].values())
 
 
 def small_layers(folder, *arguments):
