@@ -15,27 +15,27 @@ SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.py") if '__name__ == "__main
 SHORT = ("--base-steps", 3, "--steps", 3)
 
 
+def check_results(folder):
+    assert list(folder.rglob("adapter_model.safetensors"))
+    assert [path.stat().st_size > 10_000 for path in folder.rglob("*.png")] == [True]
+    (table,) = (path for path in folder.rglob("*.json") if path.name != "adapter_config.json")
+    rows = json.loads(table.read_text())
+    assert len(json.dumps(rows)) > 100
+
+
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ("--pde", "elliptic"),
-        ("--pde", "hyperbolic", "--r", 2, 4, 4),
-        ("--pde", "parabolic", "--r", 4, "--kan", "pykan"),
-    ],
+    [("--pde", "hyperbolic", "--r", 2, 4, 4), ("--pde", "parabolic", "--r", 4, "--kan", "pykan")],
 )
 def test_pde_transfer(arguments, tmp_path):
     call("pde_transfer", *arguments, *SHORT, "--output-dir", tmp_path)
-    assert list(tmp_path.rglob("adapter_model.safetensors"))
-    assert [path.stat().st_size > 10_000 for path in tmp_path.rglob("*.png")] == [True]
-    (table,) = (path for path in tmp_path.rglob("*.json") if path.name != "adapter_config.json")
-    rows = json.loads(table.read_text())
-    assert len(json.dumps(rows)) > 100
-    assert len(list(tmp_path.rglob("*.pt"))) == 1
+    check_results(tmp_path)
 
 
-def test_the_base_is_trained_once(tmp_path):
-    arguments = (*SHORT, "--output-dir", tmp_path)
-    assert "trained by an earlier run" not in call("pde_transfer", *arguments).out
+def test_pde_transfer_trains_the_base_once(tmp_path):
+    arguments = ("--pde", "elliptic", *SHORT, "--output-dir", tmp_path)
+    call("pde_transfer", *arguments)
+    check_results(tmp_path)
     (base,) = tmp_path.rglob("*.pt")
     written = base.stat().st_mtime_ns
     assert "trained by an earlier run" in call("pde_transfer", *arguments).out
@@ -69,7 +69,8 @@ def test_a_limit_of_file_sizes_ends_in_one_line(script, file_size, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "Traceback" not in error
     assert "Cannot write: " in error.splitlines()[-1]
-    call(script, *arguments)
+    if script == "pde_transfer":
+        call(script, *arguments)
 
 
 def test_a_full_disk_ends_in_one_line(capsys):

@@ -22,7 +22,7 @@ needs_digits = pytest.mark.skipif(
 )
 def test_smoke(cases, tmp_path, monkeypatch):
     arguments = ("--smoke", "--cases", *cases, "--outputs", tmp_path)
-    monkeypatch.setattr(Oscillator, "runs", 20)
+    monkeypatch.setattr(Oscillator, "runs", 6)
     monkeypatch.setattr(family_data_tasks, "TEST", 200)
     call("family_data", *arguments)
     results = tmp_path / "smoke" / "family_data.jsonl"
