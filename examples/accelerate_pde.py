@@ -276,8 +276,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    args = parse_arguments()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
     accelerator = start(args)
     lock = FileLock(args.output_dir / ".lock")
     try:

@@ -58,7 +58,9 @@ def make_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"argument --output-dir: {error}")
 
 
-def benchmark_arguments(docstring: str, name: str, rounds: int, **sizes: tuple[list[int], str]) -> argparse.Namespace:
+def benchmark_arguments(
+    argv: list[str] | None, docstring: str, name: str, rounds: int, **sizes: tuple[list[int], str]
+) -> argparse.Namespace:
     """The arguments of a benchmark: its sizes, each with default and help, and those that all benchmarks have."""
     parser = new_parser(docstring)
     for size, (default, text) in sizes.items():
@@ -66,7 +68,7 @@ def benchmark_arguments(docstring: str, name: str, rounds: int, **sizes: tuple[l
     parser.add_argument("--rounds", type=positive_int, default=rounds, help="of each step, interleaved")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs") / name)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_device(parser, args)
     make_output_dir(parser, args)
     return args

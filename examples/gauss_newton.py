@@ -274,9 +274,10 @@ def study(args: argparse.Namespace) -> None:
     print(f"\nWritten: {path.with_suffix('.png')}, .json")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     return exit_code(
-        lambda: study(parse_arguments()), "The runs that were done are stored; the same command goes on from there."
+        lambda: study(parse_arguments(argv)),
+        "The runs that were done are stored; the same command goes on from there.",
     )
 
 

@@ -125,19 +125,24 @@ def run(args: argparse.Namespace) -> None:
     print(f"Adapter: {accuracy(model, CLASSES):.1%} of the new digits")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--compression-ratio", type=ratio, default=0.1, help="trained numbers over coefficients")
     add("--epochs", type=positive_int, default=8, help="of two steps each")
     add("--seed", type=int, default=0, help="of base, adapter and batches")
     add("--output-dir", type=Path, default=Path("outputs/gauss_newton_trainer"), help="checkpoints")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     check_seed(parser, args)
     make_output_dir(parser, args)
     return args
 
 
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(
+        lambda: run(parse_arguments(argv)), "Checkpoints are kept; the same command goes on from the last one."
+    )
+
+
 if __name__ == "__main__":
-    args = parse_arguments()
-    sys.exit(exit_code(lambda: run(args), "Checkpoints are kept; the same command goes on from the last one."))
+    sys.exit(main())

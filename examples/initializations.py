@@ -120,8 +120,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    return exit_code(lambda: run(parse_arguments()), "The bases that were done will be used again.")
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: run(parse_arguments(argv)), "The bases that were done will be used again.")
 
 
 if __name__ == "__main__":

@@ -174,12 +174,12 @@ def model_row(name: str) -> list[str]:
     return [name, f"{parameters:.1f} M", str(len(found)), f"{spent:.0f} s", f"{found.forwards} / {found.backwards}"]
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--page", type=Path, default=HERE / "kan_libraries.md", help="the page with the tables")
     parser.add_argument("--only", metavar="NAME", default="", help="libraries, or models, with this in their names")
     parser.add_argument("--models", action="store_true", help="infer the larger models")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     text, rows, left = args.page.read_text(), [], []
     if args.models:
         start, head, order = MODELS_START, MODELS_HEAD, [(name, "") for name in MODELS]

@@ -270,8 +270,8 @@ def study(args: argparse.Namespace) -> None:
     print(f"\nWritten: {args.output_dir}/learning_rates.json, .png")
 
 
-def main() -> int:
-    return exit_code(lambda: study(parse_arguments()), "The runs that were done will be used again.")
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: study(parse_arguments(argv)), "The runs that were done will be used again.")
 
 
 if __name__ == "__main__":

@@ -219,8 +219,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    return exit_code(lambda: run(parse_arguments()), "Only complete files are left, and are used again.")
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: run(parse_arguments(argv)), "Only complete files are left, and are used again.")
 
 
 if __name__ == "__main__":

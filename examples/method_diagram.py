@@ -100,10 +100,10 @@ def draw() -> Figure:
     return figure
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "images" / "method.png", help="file")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     return exit_code(
         lambda: write_atomically(args.output, lambda path: draw().savefig(path, dpi=110, format="png")),
         "Nothing is kept.",

@@ -243,8 +243,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    args = parse_arguments()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
     return exit_code(lambda: run(args), f"The base, if trained, is kept in {args.output_dir}.")
 
 

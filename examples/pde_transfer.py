@@ -228,9 +228,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     return exit_code(
-        lambda: run(parse_arguments()), "Only complete files are left; the base, if it was done, is used again."
+        lambda: run(parse_arguments(argv)), "Only complete files are left; the base, if it was done, is used again."
     )
 
 

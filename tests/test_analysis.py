@@ -111,9 +111,9 @@ def test_suggested_ranks_go_into_a_config():
 
 
 def test_activation_curves():
-    layer = ChebyKAN([3, 2]).layers[0]
-    t = torch.linspace(-1, 1, 7)
-    curves = activation_curves(layer, [(0, 1), (2, 0)], torch.tensor([0.3, -0.5, 0.1]), t)
+    layer = ChebyKAN([3, 2]).layers[0].double()
+    t = torch.linspace(-1, 1, 7, dtype=torch.float64)
+    curves = activation_curves(layer, [(0, 1), (2, 0)], t.new_tensor([0.3, -0.5, 0.1]), t)
     for curve, (i, o), x in zip(curves, [(0, 1), (2, 0)], (0.3, 0.1), strict=True):
         phi = [chebyshev(torch.tanh(z), 3) @ layer.cheby_coeffs[i, o] for z in (t, torch.tensor([x]))]
         assert_equal(curve, phi[0] - phi[1])

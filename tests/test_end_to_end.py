@@ -7,12 +7,13 @@ from conftest import assert_different, assert_equal
 from kan import KAN
 from layer_table import lotra_layers
 from peft import PeftModel, get_peft_model
+from torch import nn
 
 from peft_lotra import LoTRAConfig
 
 
 def fit(model, target, steps, lr):
-    x = torch.rand(256, 2, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    x = torch.rand(256, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(5)) * 2 - 1
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -20,6 +21,11 @@ def fit(model, target, steps, lr):
         loss.backward()
         optimizer.step()
     return loss.item()
+
+
+def build(seed):
+    kan = KAN(width=[2, 5, 1], grid=5, k=3, auto_save=False, symbolic_enabled=False, save_act=False, seed=seed)
+    return nn.Module.double(kan)
 
 
 def source(x):
@@ -32,10 +38,10 @@ def target(x):
 
 def test_pykan_is_adapted_saved_loaded_and_merged(tmp_path):
     torch.manual_seed(3)
-    kan = KAN(width=[2, 5, 1], grid=5, k=3, auto_save=False, symbolic_enabled=False, save_act=False, seed=3)
+    kan = build(seed=3)
     frozen = {name for name, parameter in kan.named_parameters() if not parameter.requires_grad}
     fit(kan, source, 150, 2e-2)
-    x = torch.rand(64, 2) * 2 - 1
+    x = torch.rand(64, 2, dtype=torch.float64) * 2 - 1
     zero_shot = (kan(x) - target(x)).square().mean().item()
 
     model = get_peft_model(copy.deepcopy(kan), LoTRAConfig(r=3))
@@ -67,7 +73,7 @@ def test_pykan_is_adapted_saved_loaded_and_merged(tmp_path):
 
     # a plain KAN again: its coefficients can be saved and loaded by pykan alone, and its grids updated
     torch.save(merged.state_dict(), tmp_path / "kan.pt")
-    plain = KAN(width=[2, 5, 1], grid=5, k=3, auto_save=False, symbolic_enabled=False, save_act=False, seed=9)
+    plain = build(seed=9)
     plain.load_state_dict(torch.load(tmp_path / "kan.pt"))
     with torch.no_grad():
         assert_equal(plain(x), y)

@@ -1,47 +1,45 @@
-"""The main job runs, in a short form, and leaves what it promises."""
+"""The main job in a short form, and what it leaves. Every script of examples/ can be called, and started."""
 
+import inspect
 import json
 import resource
-import subprocess
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from command_line import exit_code
+from launching import launch
+from scripts import EXAMPLES, call
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "pde_transfer.py"
-sys.path.append(str(SCRIPT.parent))
-from command_line import exit_code  # noqa: E402
+SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.py") if '__name__ == "__main__"' in path.read_text())
+SHORT = ("--base-steps", 3, "--steps", 3)
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, timeout=240
-    )
+def check_results(folder):
+    assert list(folder.rglob("adapter_model.safetensors"))
+    assert [path.stat().st_size > 10_000 for path in folder.rglob("*.png")] == [True]
+    (table,) = (path for path in folder.rglob("*.json") if path.name != "adapter_config.json")
+    rows = json.loads(table.read_text())
+    assert len(json.dumps(rows)) > 100
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [
-        ("--pde", "elliptic"),
-        ("--pde", "parabolic", "--r", 4),
-        ("--pde", "hyperbolic", "--r", 2, 4, 4),
-        ("--kan", "pykan"),
-    ],
+    [("--pde", "hyperbolic", "--r", 2, 4, 4), ("--pde", "parabolic", "--r", 4, "--kan", "pykan")],
 )
 def test_pde_transfer(arguments, tmp_path):
-    short = ("--base-steps", 3, "--steps", 3, "--output-dir", tmp_path)
-    first = run(*arguments, *short)
-    assert first.returncode == 0, first.stderr
-    assert list(tmp_path.rglob("adapter_model.safetensors"))
-    assert [path.stat().st_size > 10_000 for path in tmp_path.rglob("*.png")] == [True]
-    (table,) = (path for path in tmp_path.rglob("*.json") if path.name != "adapter_config.json")
-    rows = json.loads(table.read_text())
-    assert len(json.dumps(rows)) > 100
-    bases = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")}
-    assert len(bases) == 1
-    second = run(*arguments, *short)
-    assert second.returncode == 0, second.stderr
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")} == bases, "the base was trained again"
+    call("pde_transfer", *arguments, *SHORT, "--output-dir", tmp_path)
+    check_results(tmp_path)
+
+
+def test_pde_transfer_trains_the_base_once(tmp_path):
+    arguments = ("--pde", "elliptic", *SHORT, "--output-dir", tmp_path)
+    call("pde_transfer", *arguments)
+    check_results(tmp_path)
+    (base,) = tmp_path.rglob("*.pt")
+    written = base.stat().st_mtime_ns
+    assert "trained by an earlier run" in call("pde_transfer", *arguments).out
+    assert base.stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize(
@@ -55,37 +53,24 @@ def test_pde_transfer(arguments, tmp_path):
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):
-    done = run(*arguments, "--output-dir", tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
+    assert message in call("pde_transfer", *arguments, "--output-dir", tmp_path, code=2).err
     assert not list(tmp_path.iterdir())
 
 
-def limited(script, file_size, *arguments):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-
-    command = [
-        sys.executable,
-        str(SCRIPT.with_name(script)),
-        "--base-steps",
-        "1",
-        "--steps",
-        "1",
-        *map(str, arguments),
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, preexec_fn=limit)
-
-
 @pytest.mark.parametrize("file_size", [3000, 40_000])  # of what torch writes first, and of a later file
-@pytest.mark.parametrize("script", ["pde_transfer.py", "accelerate_pde.py"])
+@pytest.mark.parametrize("script", ["pde_transfer", "accelerate_pde"])
 def test_a_limit_of_file_sizes_ends_in_one_line(script, file_size, tmp_path):
-    done = limited(script, file_size, "--output-dir", tmp_path, *["--cpu"] * (script == "accelerate_pde.py"))
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "Cannot write: " in done.stderr.splitlines()[-1]
-    after = run("--base-steps", 1, "--steps", 1, "--output-dir", tmp_path) if script == SCRIPT.name else None
-    assert after is None or after.returncode == 0, after.stderr
+    arguments = ("--base-steps", 1, "--steps", 1, "--output-dir", tmp_path, *["--cpu"] * (script == "accelerate_pde"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, before[1]))
+    try:
+        error = call(script, *arguments, code=1).err
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "Traceback" not in error
+    assert "Cannot write: " in error.splitlines()[-1]
+    if script == "pde_transfer":
+        call(script, *arguments)
 
 
 def test_a_full_disk_ends_in_one_line(capsys):
@@ -104,3 +89,21 @@ def test_a_full_disk_ends_in_one_line(capsys):
         exit_code(lambda: Path("/none/none").write_text("x"), "")
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: 1 / 0, "")
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_a_script_is_its_function_main(path):
+    """So that tests may call it in their own process."""
+    assert path.read_text().endswith('\n\nif __name__ == "__main__":\n    sys.exit(main())\n')
+    assert list(inspect.signature(import_module(path.stem).main).parameters) == ["argv"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem != "pde_family")) for path in SCRIPTS],
+    ids=lambda path: path.stem,
+)
+def test_a_script_starts_by_itself(path):
+    """The tests' own process has more folders to import from."""
+    env = {"PYTHONPATH": str(EXAMPLES.parent), "PYTHONWARNINGS": "error"}
+    assert "--help" in launch(path, "--help", launcher="python", num_processes=1, env=env).stdout

@@ -1,31 +1,31 @@
 """examples/method_comparison/families.py in a short form: its lines, how it goes on, its page; exact solutions."""
 
 import json
-import sys
-from pathlib import Path
 
+import families
 import pytest
 import torch
-
-SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
-for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
-    sys.path.insert(0, str(folder))
-import families  # noqa: E402
-from family_methods import METHODS, SEPARATE  # noqa: E402
-from family_tasks import CASES, residual_vector  # noqa: E402
-from pde_least_squares import batch  # noqa: E402
-from pdes import Points  # noqa: E402
-
-CHOSEN = ["elliptic", "advection", "two parameters"]
+from family_methods import METHODS, SEPARATE
+from family_tasks import CASES, residual_vector
+from pde_least_squares import batch
+from pdes import Points
+from scripts import call
 
 
-def test_smoke(tmp_path, monkeypatch, capsys):
-    arguments = ["families.py", "--smoke", "--cases", *CHOSEN, "--outputs", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert families.main() == 0
+@pytest.mark.parametrize(
+    ("cases", "methods"),
+    [
+        (["elliptic"], ["family", "full, Adam"]),
+        pytest.param(["elliptic", "advection", "two parameters"], list(METHODS), marks=pytest.mark.slow),
+    ],
+    ids=["short", "every method"],
+)
+def test_smoke(cases, methods, tmp_path):
+    arguments = ("--smoke", "--cases", *cases, "--methods", *methods, "--outputs", tmp_path)
+    call("families", *arguments)
     results = tmp_path / "smoke" / "families.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    expected = [(name, m, 0) for name in CHOSEN for m in METHODS if CASES[name].separate or m not in SEPARATE]
+    expected = [(name, m, 0) for name in cases for m in methods if CASES[name].separate or m not in SEPARATE]
     assert [families.key(line) for line in lines] == expected
     for line in lines:
         for task in line["tasks"]:
@@ -33,25 +33,23 @@ def test_smoke(tmp_path, monkeypatch, capsys):
             assert all(0 < error < 100 for error in errors)
             if line["method"] in ("family", "LoTRA alone, LM", "full, LM"):
                 assert errors[-1] < errors[0]
-    assert [len(line["tasks"]) for line in lines[:4]] == [4, 4, 4, 1]  # two of them outside of the range
+    tasks = {line["method"]: len(line["tasks"]) for line in lines if line["case"] == "elliptic"}
+    assert tasks["family"] == 4  # two of them outside of the range
+    assert tasks["full, Adam"] == 1
     page = (tmp_path / "smoke" / "families.md").read_text()
-    for name in CHOSEN:
+    for name in cases:
         assert f"<!-- end {name} -->" in page
-    assert len(list((tmp_path / "smoke" / "images").glob("*.png"))) == 1 + len(CHOSEN)
+    assert len(list((tmp_path / "smoke" / "images").glob("*.png"))) == 1 + len(cases)
 
     text = results.read_text().splitlines(keepends=True)
     results.write_text("".join(text[:-1]))
-    capsys.readouterr()
-    assert families.main() == 0
-    assert capsys.readouterr().out.count("Done in") == 1, "only what is missing should run"
+    assert call("families", *arguments).out.count("Done in") == 1, "only what is missing should run"
     assert [families.key(json.loads(line)) for line in results.read_text().splitlines()] == expected
 
 
-def test_needs_the_seconds_of_the_family(tmp_path, monkeypatch):
-    arguments = ["families.py", "--smoke", "--cases", "front", "--methods", "parameter as an input"]
-    monkeypatch.setattr(sys, "argv", [*arguments, "--outputs", str(tmp_path)])
-    with pytest.raises(SystemExit, match="takes the seconds of 'family'"):
-        families.main()
+def test_needs_the_seconds_of_the_family(tmp_path):
+    arguments = ("--smoke", "--cases", "front", "--methods", "parameter as an input", "--outputs", tmp_path)
+    assert "takes the seconds of 'family'" in call("families", *arguments, code=1).err
 
 
 @pytest.mark.parametrize("name", CASES)

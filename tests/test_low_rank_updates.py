@@ -1,26 +1,15 @@
 """The study of update spectra runs, in a short form, and leaves what it promises."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-SCRIPT = Path(__file__).parents[1] / "examples" / "low_rank_updates.py"
-
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-W", "error", str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, timeout=240
-    )
+from scripts import call
 
 
 def test_low_rank_updates(tmp_path):
     arguments = ("--pde", "elliptic", "--base-steps", 3, "--steps", 3, "--energies", 0.9, 1, "--fit-iterations", 1)
     arguments += ("--output-dir", tmp_path)
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
+    call("low_rank_updates", *arguments)
     assert (tmp_path / "low_rank_updates.png").stat().st_size > 10_000
     (record,) = json.loads((tmp_path / "low_rank_updates.json").read_text())["records"]
     assert [row["budget"] for row in record["budgets"]] == [560, 1120, 2240, 4480]
@@ -38,7 +27,7 @@ def test_low_rank_updates(tmp_path):
         path: path.stat().st_mtime_ns for pattern in ("*.pt", "*.safetensors") for path in tmp_path.glob(pattern)
     }
     assert len(weights) == 2
-    assert "of an earlier run" in run(*arguments).stdout
+    assert "of an earlier run" in call("low_rank_updates", *arguments).out
     assert {path: path.stat().st_mtime_ns for path in weights} == weights
 
 
@@ -51,7 +40,5 @@ def test_low_rank_updates(tmp_path):
     ],
 )
 def test_bad_arguments(arguments, message, tmp_path):
-    done = run(*arguments, "--output-dir", tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
+    assert message in call("low_rank_updates", *arguments, "--output-dir", tmp_path, code=2).err
     assert not list(tmp_path.iterdir())

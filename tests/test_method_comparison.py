@@ -2,30 +2,26 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
+import shutil
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import drawings
+import lines
+import overview
+import perform
 import pytest
+import report
+import run
 import torch
+from compared_methods import ranks_within
+from experiments import Run, experiment_names, load_experiments, missing_packages
+from launching import launch
+from rows import case_of
+from scripts import EXAMPLES, call
 
-SUITE = Path(__file__).parents[1] / "examples" / "method_comparison"
-for folder in (SUITE.parent / "benchmarks", SUITE.parent, SUITE):
-    sys.path.insert(0, str(folder))
-import drawings  # noqa: E402
-import lines  # noqa: E402
-import overview  # noqa: E402
-import perform  # noqa: E402
-import report  # noqa: E402
-import run  # noqa: E402
-from compared_methods import ranks_within  # noqa: E402
-from experiments import Run, experiment_names, load_experiments, missing_packages  # noqa: E402
-from rows import case_of  # noqa: E402
-
-# torch's own, as in pyproject.toml
-WARNINGS = ("-W", "error", "-W", "ignore:`torch.jit.script:DeprecationWarning")
+SUITE = EXAMPLES / "method_comparison"
 EXPERIMENT = {
     "title": "Heat equation",
     "task": "pde",
@@ -51,41 +47,63 @@ def files(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
 
 
-def test_smoke_from_the_command_line(tmp_path, monkeypatch):
-    arguments = ("--smoke", "pde_elliptic", "--jobs", 2, "--outputs", tmp_path)
-    command = [sys.executable, *WARNINGS, str(SUITE / "run.py"), *map(str, arguments)]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert first.returncode == 0, first.stderr
-    done = files(tmp_path / "runs")
-    (experiment,) = load_experiments(["pde_elliptic"], smoke=True)
-    tuned = [method for method in experiment.methods.values() if method.get("optimizer") != "lm"]
-    assert len(done) == 2 * len(tuned) + len(experiment.methods)  # rates, runs
-    table = tmp_path / "smoke" / "pde_elliptic.jsonl"
+@pytest.fixture(scope="module")
+def _done(tmp_path_factory):
+    """What the runs of `EXPERIMENT` leave."""
+    folder = tmp_path_factory.mktemp("done")
+    run.run_all(experiments(folder / "experiments"), 1, folder / "results", folder)
+    return folder
+
+
+@pytest.fixture
+def done(_done, tmp_path):
+    shutil.copytree(_done, tmp_path, dirs_exist_ok=True)
+
+
+def from_the_command_line(names, tmp_path):
+    """Runs, a second start that has nothing to do, and the report; the experiments are those of --smoke."""
+    arguments = ("--smoke", *names, "--outputs", tmp_path)
+    call("run", *arguments)
+    done, table = files(tmp_path / "runs"), tmp_path / "smoke" / f"{names[0]}.jsonl"
     written = table.read_text()
-    assert len(written.splitlines()) == len(tuned) + len(experiment.methods)
-    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, arguments)])
-    assert run.main() == 0
+    call("run", *arguments)
     assert files(tmp_path / "runs") == done, "a run was repeated"
     assert table.read_text() == written
-    monkeypatch.setattr(sys, "argv", ["report.py", "--smoke", "pde_elliptic", "--outputs", str(tmp_path)])
-    assert report.main() == 0
-    text = (tmp_path / "smoke" / "pages" / "pde_elliptic.md").read_text()
+    call("report", *arguments)
+    text = (tmp_path / "smoke" / "pages" / f"{names[0]}.md").read_text()
     assert "older code" not in text
+    assert all(path.stat().st_size > 4_000 for path in (tmp_path / "smoke" / "images").iterdir())
+    return len(done), len(written.splitlines()), text
+
+
+def test_from_the_command_line(tmp_path, monkeypatch):
+    experiments(tmp_path / "experiments")
+    for module in (run, report):
+        monkeypatch.setattr(module, "load_experiments", partial(load_experiments, folder=tmp_path / "experiments"))
+    assert from_the_command_line(["heat"], tmp_path)[:2] == (2 + 2, 1 + 2)  # rates, runs
+
+
+@pytest.mark.slow
+def test_smoke_in_several_processes(tmp_path):
+    arguments = ("--smoke", "pde_elliptic", "--jobs", 2, "--outputs", tmp_path)
+    launch(SUITE / "run.py", *arguments, launcher="python", num_processes=1)
+    (experiment,) = load_experiments(["pde_elliptic"], smoke=True)
+    tuned = [method for method in experiment.methods.values() if method.get("optimizer") != "lm"]
+    assert len(files(tmp_path / "runs")) == 2 * len(tuned) + len(experiment.methods)  # rates, runs
+    done, written, text = from_the_command_line(["pde_elliptic"], tmp_path)
+    assert (done, written) == (2 * len(tuned) + len(experiment.methods), len(tuned) + len(experiment.methods))
     assert "above the budget" in text  # LoRA on bare parameters
-    assert all(path.stat().st_size > 10_000 for path in (tmp_path / "smoke" / "images").iterdir())
 
 
-def test_only_what_changed_is_run_again(tmp_path):
+def test_only_what_changed_is_run_again(done, tmp_path):
     results = tmp_path / "results"
-    first = experiments(tmp_path / "experiments")
-    run.run_all(first, 1, results, tmp_path)
-    done = files(tmp_path / "runs")
-    assert len(done) == 2 + 4
+    before = files(tmp_path / "runs")
+    assert len(before) == 2 + 4
     changed = {**EXPERIMENT["methods"], "LoTRA": {"method": "lotra", "r": 3, "optimizer": "lm"}}
     run.run_all(experiments(tmp_path / "experiments", methods=changed), 1, results, tmp_path)
     after = files(tmp_path / "runs")
-    assert len(after) == len(done) + 2
-    assert done.items() <= after.items()
+    assert len(after) == len(before) + 2
+    assert before.items() <= after.items()
     assert len(list((tmp_path / "bases").iterdir())) == 3  # of two seeds and the one for the rates
 
 
@@ -112,7 +130,7 @@ def test_an_interrupted_run_leaves_no_file(tmp_path, monkeypatch):
 
 
 def test_lines(tmp_path):
-    labels = {"LoTRA": {"method": "lotra", "r": 2}, "LM": EXPERIMENT["methods"]["LoTRA"], "full": {"method": "full"}}
+    labels = {"LoTRA": {"method": "lotra", "r": 2}, "LM": EXPERIMENT["methods"]["LoTRA"]}
     cases = {"far": {"parameter": 2.0}, "near": {"parameter": 1.3}}
     (experiment,) = experiments(
         tmp_path / "e", methods=labels, cases=cases, tuning=EXPERIMENT["tuning"] | {"case": "near"}
@@ -121,7 +139,7 @@ def test_lines(tmp_path):
     found = [json.loads(line) for line in (tmp_path / "results" / "heat.jsonl").read_text().splitlines()]
     places = [(line["case"], line["label"], line.get("seed")) for line in found]
     of_seeds = [(case, label, seed) for case in cases for label in labels for seed in (None, 0, 1)]
-    searched = {("near", "LoTRA"), ("near", "full")}
+    searched = {("near", "LoTRA")}
     assert places == [place for place in of_seeds if place[2] is not None or place[:2] in searched]
     for line in found:
         assert line["version"] == lines.version("pde")
@@ -134,9 +152,7 @@ def test_lines(tmp_path):
             )
 
 
-def test_experiments_share_runs_and_need_no_cache(tmp_path):
-    first = experiments(tmp_path / "experiments")
-    run.run_all(first, 1, tmp_path / "results", tmp_path)
+def test_experiments_share_runs_and_need_no_cache(done, tmp_path):
     both = experiments(tmp_path / "experiments", "warmth")
     run.run_all(both, 1, tmp_path / "results", tmp_path / "other")
     assert not files(tmp_path / "other")
@@ -144,9 +160,8 @@ def test_experiments_share_runs_and_need_no_cache(tmp_path):
     assert heat == warmth
 
 
-def test_older_code_is_named_and_run_again(tmp_path, monkeypatch):
+def test_older_code_is_named_and_run_again(done, tmp_path, monkeypatch):
     experiment, results = experiments(tmp_path / "experiments", pictures=[]), tmp_path / "results"
-    run.run_all(experiment, 1, results, tmp_path)
     before = files(tmp_path / "runs")
     readme = tmp_path / "README.md"
     for module in (lines, perform):
@@ -172,9 +187,8 @@ def test_older_code_is_named_and_run_again(tmp_path, monkeypatch):
     assert "older code" not in (tmp_path / "pages" / "heat.md").read_text()
 
 
-def test_one_run_of_each_method_confirms_results_by_older_code(tmp_path, monkeypatch):
+def test_one_run_of_each_method_confirms_results_by_older_code(done, tmp_path, monkeypatch):
     experiment, results = experiments(tmp_path / "experiments", pictures=[]), tmp_path / "results"
-    run.run_all(experiment, 1, results, tmp_path)
     now, path = lines.version("pde"), results / "heat.jsonl"
     before = [json.loads(line) for line in path.read_text().splitlines()]
     for module in (lines, perform):
@@ -217,12 +231,13 @@ def test_version_is_that_of_the_code(tmp_path):
     assert found[0][1] == ["b"]
 
 
+@pytest.mark.slow  # in a process of its own, which has no other modules
 def test_version_knows_all_modules_of_a_result():
     code = f"""import sys
 sys.path[:0] = {[str(folder) for folder in lines.FOLDERS]}
 import perform, tasks.pde, tasks.reviews
 print(*(getattr(module, "__file__", None) for module in list(sys.modules.values())), sep="\\n")"""
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = launch(code, launcher="python", num_processes=1).stdout
     folders = (str(SUITE.parent), str(SUITE.parents[1] / "peft_lotra"))
     needed = {Path(name) for name in loaded.splitlines() if name.startswith(folders)}
     needed -= {folder / f"{name}.py" for folder in lines.FOLDERS for name in lines.NOT_OF_A_RESULT}
@@ -290,10 +305,9 @@ def test_bad_experiments(changes, message, tmp_path):
         experiments(tmp_path, **changes)
 
 
-def test_unknown_experiment(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run.parse_arguments(["pde_conic", "--outputs", str(tmp_path / "out")])
-    assert "no experiment 'pde_conic'; there are ['" in capsys.readouterr().err
+def test_unknown_experiment(tmp_path):
+    error = call("run", "pde_conic", "--outputs", tmp_path / "out", code=2).err
+    assert "no experiment 'pde_conic'; there are ['" in error
     assert not list(tmp_path.iterdir())
 
 
@@ -336,11 +350,9 @@ def test_tasks_on_data(name, tmp_path):
     assert first.loss(model, 3) == again.loss(model, 3) != first.loss(model, 4)
 
 
-def test_missing_data(tmp_path, monkeypatch, capsys):
+def test_missing_data(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit):
-        run.parse_arguments(["compounds"])
-    assert "compounds needs data: pip install --no-deps chemicals" in capsys.readouterr().err
+    assert "compounds needs data: pip install --no-deps chemicals" in call("run", "compounds", code=2).err
 
 
 def test_ranks_within():
@@ -535,11 +547,10 @@ def test_drawn_methods_are_methods(tmp_path):
         experiments(tmp_path / "experiments", drawn=["LoRA"])
 
 
-def test_overview_of_the_readme(tmp_path, monkeypatch):
+def test_overview_of_the_readme(tmp_path):
     readme, picture = tmp_path / "README.md", tmp_path / "overview.png"
     readme.write_text("# Title\n<!-- begin overview -->\nold\n<!-- end overview -->\n")
-    monkeypatch.setattr(sys, "argv", ["overview.py", "--readme", str(readme), "--picture", str(picture)])
-    assert overview.main() == 0
+    call("overview", "--readme", readme, "--picture", picture)
     assert picture.stat().st_size > 10_000
     found = overview.points(SUITE / "results")
     assert {method for method, _ in found} == {

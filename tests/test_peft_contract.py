@@ -301,6 +301,7 @@ def test_models_and_configs_are_copied_and_saved_whole(copied):
     assert copied(model.peft_config["default"]) == model.peft_config["default"]
 
 
+@pytest.mark.slow
 def test_a_spawned_process_takes_an_adapted_model(tmp_path):
     model = adapted(KAN([3, 5, 2]))
     with multiprocessing.get_context("spawn").Pool(1) as pool:

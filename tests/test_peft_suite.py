@@ -12,6 +12,7 @@ from pathlib import Path
 
 import peft
 import pytest
+from scripts import LIMIT
 
 CHECKOUT = os.environ.get("PEFT_CHECKOUT")
 FILES = ("tests/test_custom_models.py", "tests/test_config.py")
@@ -31,11 +32,12 @@ def run(method, directory):
     }
     plugins = ("-p", "peft_suite_plugin", "-p", "no:cacheprovider")
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "--tb=line", *plugins, *FILES]
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert path.exists(), done.stdout + done.stderr
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHECKOUT is None, reason="the environment variable PEFT_CHECKOUT is not set")
 def test_what_lora_passes_lotra_passes(tmp_path):
     version = EXPECTED["version"]

@@ -1,14 +1,11 @@
 """Axes with plain numbers, and medians with bands."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from pictures import band, by_step, plain, plain_log
+from scripts import call
 
 
 @pytest.mark.parametrize(
@@ -46,3 +43,8 @@ def test_band_of_courses():
     (line,), (area,) = axes.lines, axes.collections
     assert list(line.get_ydata()) == [2.0, math.inf]
     assert area.get_paths()[0].get_extents().ymax == 3.0
+
+
+def test_diagram_of_the_method(tmp_path):
+    call("method_diagram", "--output", tmp_path / "method.png")
+    assert (tmp_path / "method.png").stat().st_size > 10_000

@@ -1,7 +1,6 @@
 import copy
 import importlib
 import pickle
-import subprocess
 import sys
 
 import pytest
@@ -44,16 +43,17 @@ def test_extending_and_registering_twice_does_nothing():
     assert list(PeftType) == members
 
 
-def test_importing_afresh_in_the_same_process():
+def test_importing_afresh_in_the_same_process(monkeypatch):
     """What notebooks do: the modules are dropped and imported again."""
-    code = """
-import importlib, sys, peft_lotra
-for name in [n for n in sys.modules if n.startswith("peft_lotra")]:
-    del sys.modules[name]
-importlib.import_module("peft_lotra")
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft_lotra"]:
+        monkeypatch.delitem(sys.modules, name)
+    try:
+        fresh = importlib.import_module("peft_lotra")
+        assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LOTRA] is fresh.LoTRAConfig is not LoTRAConfig
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "peft_lotra"]:
+            del sys.modules[name]  # monkeypatch puts back those of before
+        registration.register(LoTRAConfig, LoTRAModel)
 
 
 def test_another_method_of_the_name_is_an_error(monkeypatch):

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import LIMIT, restored
+
+from peft_lotra.testing.__main__ import main
 
 MODULE = """
 import torch
@@ -28,31 +31,39 @@ def alone():
 """
 
 
-def run(folder, name):
-    (folder / "mine.py").write_text(f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n{MODULE}")
-    command = [sys.executable, "-W", "error", "-m", "peft_lotra.testing", name]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240)
+@pytest.fixture(autouse=True)
+def _mine(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n{MODULE}")
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    with restored():
+        monkeypatch.chdir(tmp_path)
+        yield
+
+
+def test_from_the_command_line(tmp_path):
+    command = [sys.executable, "-W", "error", "-m", "peft_lotra.testing", "mine:wrong"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"^\d+ passed, 0 skipped, 1 failed$", done.stdout, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["found", "registered"])
-def test_a_layer_that_passes(name, tmp_path):
-    done = run(tmp_path, f"mine:{name}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert ("0.weight: 'o (i d)'" in done.stdout or "weight: 'o (i d)' (n, m, n_d) = (3, 4, 4)" in done.stdout) == (
-        name == "found"
-    )
+def test_a_layer_that_passes(name, capsys):
+    code, out = main([f"mine:{name}"]), capsys.readouterr().out
+    assert code == 0, out
+    assert ("0.weight: 'o (i d)'" in out or "weight: 'o (i d)' (n, m, n_d) = (3, 4, 4)" in out) == (name == "found")
     for test in ("values", "second derivatives", "whole modes", "family", "mixed batch", "save and load"):
-        assert re.search(rf"^{test} +passed$", done.stdout, re.MULTILINE), done.stdout
-    assert re.search(r"^\d+ passed, 0 skipped, 0 failed$", done.stdout, re.MULTILINE)
+        assert re.search(rf"^{test} +passed$", out, re.MULTILINE), out
+    assert re.search(r"^\d+ passed, 0 skipped, 0 failed$", out, re.MULTILINE)
 
 
-def test_a_layer_that_fails(tmp_path):
-    done = run(tmp_path, "mine:wrong")
-    assert done.returncode == 1, done.stderr
+def test_a_layer_that_fails(capsys):
+    assert main(["mine:wrong"]) == 1
+    out = capsys.readouterr().out
     assert re.search(
-        r"^layout +failed: ValueError: KAN layer '0', parameter weight: declared is 'o \(d i\)'", done.stdout, re.M
+        r"^layout +failed: ValueError: KAN layer '0', parameter weight: declared is 'o \(d i\)'", out, re.M
     )
-    assert re.search(r"^\d+ passed, 0 skipped, 1 failed$", done.stdout, re.MULTILINE)
+    assert re.search(r"^\d+ passed, 0 skipped, 1 failed$", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +75,8 @@ def test_a_layer_that_fails(tmp_path):
         ("mine:refused", "every input and output has one function, shaped by"),
     ],
 )
-def test_what_cannot_be_tested_is_named(name, message, tmp_path):
-    done = run(tmp_path, name)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_what_cannot_be_tested_is_named(name, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([name])
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err

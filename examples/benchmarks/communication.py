@@ -121,12 +121,17 @@ def format_table(lines: list[tuple[str, ...]]) -> str:
     return "\n".join("   ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
-def launch(args: argparse.Namespace) -> None:
+def launch(args: argparse.Namespace, argv: list[str]) -> None:
     alone = measure_all(args)
     # --standalone takes a free port.
-    torchrun(["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={args.processes}", __file__, *sys.argv[1:]])
+    torchrun(["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={args.processes}", __file__, *argv])
     together = json.loads((args.output_dir / PART).read_text())
     (args.output_dir / PART).unlink()
+    report(args, alone, together)
+
+
+def report(args: argparse.Namespace, alone: list[dict[str, Any]], together: list[dict[str, Any]]) -> None:
+    """Print and write what one process and several have measured."""
     lines = [("width", "method", "parameters", "trainable", "all-reduced / B", "/ (4 · trainable)", "broadcast / B")]
     lines[0] += ("seconds, 1 process", f"{args.processes} processes", "efficiency")
     for one, row in zip(alone, together, strict=True):
@@ -166,7 +171,7 @@ def positive_number(text: str) -> float:
     return value
 
 
-def parse_args() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--layer", choices=[kind for kind in KINDS if kind != "pykan"], default="chebyshev")
@@ -182,20 +187,20 @@ def parse_args() -> argparse.Namespace:
     add("--step-seconds", type=positive_number, help="t(1); by default what one process took here")
     add("--seed", type=int, default=0)
     add("--output-dir", type=Path, default=Path("outputs/communication"), help="where all numbers are written")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.processes < 2:
         parser.error(f"argument --processes: nothing is sent by {args.processes} process")
     make_output_dir(parser, args)
     return args
 
 
-def main() -> int:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         work(args)
         return 0
-    return exit_code(lambda: launch(args), "nothing is left of it")
+    return exit_code(lambda: launch(args, sys.argv[1:] if argv is None else argv), "nothing is left of it")
 
 
 if __name__ == "__main__":

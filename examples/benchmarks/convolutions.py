@@ -97,9 +97,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"\nRatios to a step that trains every coefficient, {args.device}. Written: {path}")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     args = benchmark_arguments(
-        __doc__, "convolutions", 15, channels=([16, 64], "in and out"), kernels=([3, 5], "sides")
+        argv, __doc__, "convolutions", 15, channels=([16, 64], "in and out"), kernels=([3, 5], "sides")
     )
     return exit_code(lambda: run(args), "Nothing was written.")
 

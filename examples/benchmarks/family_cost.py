@@ -105,8 +105,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"Written: {path}")
 
 
-def main() -> int:
-    args = benchmark_arguments(__doc__, "family_cost", 25, widths=([64, 512], "n = m"))
+def main(argv: list[str] | None = None) -> int:
+    args = benchmark_arguments(argv, __doc__, "family_cost", 25, widths=([64, 512], "n = m"))
     return exit_code(lambda: run(args), "Nothing was written.")
 
 

@@ -221,13 +221,13 @@ def size(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def of_processes(args: argparse.Namespace) -> list[dict[str, Any]]:
+def of_processes(args: argparse.Namespace, argv: list[str]) -> list[dict[str, Any]]:
     """Costs for the largest number of points, in one process and in several."""
     rows = []
     for count in (1, args.processes):
         # --standalone takes a free port.
         start = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}"]
-        torchrun([*start, __file__, *sys.argv[1:]])
+        torchrun([*start, __file__, *argv])
         rows.append(json.loads((args.output_dir / PART).read_text()))
         (args.output_dir / PART).unlink()
         assert rows[-1]["processes"] == count, "torchrun has started something else"
@@ -258,7 +258,7 @@ def work(args: argparse.Namespace) -> None:
     distributed.destroy_process_group()
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, argv: list[str]) -> None:
     settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
     results: dict[str, Any] = {"settings": settings, "threads": torch.get_num_threads()}
     if "gram" in args.parts:
@@ -268,7 +268,7 @@ def run(args: argparse.Namespace) -> None:
     if "size" in args.parts:
         results["size"] = size(args)
     if "processes" in args.parts:
-        results["processes"] = of_processes(args)
+        results["processes"] = of_processes(args, argv)
     path = args.output_dir / "gauss_newton_cost.json"
     write_atomically(path, lambda partial: partial.write_text(json.dumps(results, indent=1) + "\n"))
     print(f"Written: {path}")
@@ -284,7 +284,7 @@ def number_of_bytes(text: str) -> int:
     return value
 
 
-def parse_args() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured")
@@ -299,7 +299,7 @@ def parse_args() -> argparse.Namespace:
     add("--threads", type=positive_int, help="of the CPU in gram and size; default: torch's")
     add("--smoke", action="store_true", help="small sizes, to see that all of it runs")
     add("--output-dir", type=Path, default=Path("outputs/gauss_newton_cost"), help="where everything is written")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.smoke:
         args.widths, args.residuals, args.max_memory, args.rounds = [10], [1500], [9_000_000, 2**32], 1
         args.problems, args.iterations, args.samples = ["values"], 2, 100
@@ -309,12 +309,12 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
     if "RANK" in os.environ:
         work(args)
         return 0
-    return exit_code(lambda: run(args), "Nothing was written.")
+    return exit_code(lambda: run(args, sys.argv[1:] if argv is None else argv), "Nothing was written.")
 
 
 if __name__ == "__main__":

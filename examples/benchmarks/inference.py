@@ -88,9 +88,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"Medians of {args.rounds} rounds, {args.device}. Written: {path}")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     args = benchmark_arguments(
-        __doc__, "inference", 3, widths=([384], "hidden sizes"), blocks=([12], "of two layers each")
+        argv, __doc__, "inference", 3, widths=([384], "hidden sizes"), blocks=([12], "of two layers each")
     )
     return exit_code(lambda: run(args), "Nothing was written.")
 

@@ -188,5 +188,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: run(parse_arguments(argv)), "No result is left.")
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code(lambda: run(parse_arguments()), "No result is left."))
+    sys.exit(main())

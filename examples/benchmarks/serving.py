@@ -118,8 +118,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    return exit_code(lambda: run(parse_arguments()), "Nothing was written.")
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: run(parse_arguments(argv)), "Nothing was written.")
 
 
 if __name__ == "__main__":

@@ -200,8 +200,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    return exit_code(lambda: run(parse_arguments()), "small_layers.json has the parts that were done.")
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: run(parse_arguments(argv)), "small_layers.json has the parts that were done.")
 
 
 if __name__ == "__main__":

@@ -311,8 +311,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    return exit_code(lambda: run(parse_arguments()), "step_cost.json has the cases that were done.")
+def main(argv: list[str] | None = None) -> int:
+    return exit_code(lambda: run(parse_arguments(argv)), "step_cost.json has the cases that were done.")
 
 
 if __name__ == "__main__":

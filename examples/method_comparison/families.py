@@ -164,8 +164,8 @@ def run_or_report(args: argparse.Namespace, run: Job, make_report: Job) -> int:
     )
 
 
-def main() -> int:
-    return run_or_report(parse_arguments(), run, make_report)
+def main(argv: list[str] | None = None) -> int:
+    return run_or_report(parse_arguments(argv), run, make_report)
 
 
 if __name__ == "__main__":

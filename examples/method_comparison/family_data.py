@@ -120,9 +120,9 @@ def make_report(args: argparse.Namespace) -> None:
         print(f"Written: {path}")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = new_arguments(__doc__, FAMILIES, "family_data")
-    args = parsed(parser, None, "family_data")
+    args = parsed(parser, argv, "family_data")
     if TUNING in args.seeds:
         parser.error(f"argument --seeds: {TUNING} is the seed of which rates and weight decays are chosen")
     return run_or_report(args, run, make_report)

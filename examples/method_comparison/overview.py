@@ -110,12 +110,12 @@ def table_of(found: Found) -> str:
     return table(["", "trained numbers", "relative L2 error", "CPU seconds"], rows)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the .jsonl files")
     parser.add_argument("--readme", type=Path, default=HERE.parents[1] / "README.md", help="with the table's markers")
     parser.add_argument("--picture", type=Path, default=HERE / "images" / "overview.png", help="to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     found = points(args.results)
     figure, text = draw(found), updated(args.readme.read_text(), "overview", "Overview", table_of(found))
     write_atomically(args.picture, lambda partial: figure.savefig(partial, dpi=110, format="png"))

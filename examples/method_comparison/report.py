@@ -284,8 +284,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
-    args = parse_arguments()
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
     try:
         for path in report(args.experiments, args.results, args.readme, args.options, not args.names, args.older):
             print(f"Written: {path}")

@@ -161,9 +161,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    args = parse_arguments()
+    args = parse_arguments(argv)
 
     def work() -> None:
         if args.confirm:

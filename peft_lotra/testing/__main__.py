@@ -99,12 +99,12 @@ def _outcome(tests: KANLayerTests, name: str) -> tuple[str, str]:
         return "failed", f": {type(error).__name__}: {error}\n    in {last.filename}:{last.lineno}, {last.line}"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m peft_lotra.testing", description="Put a KAN layer through KANLayerTests and print a report."
     )
     parser.add_argument("factory", metavar="module:factory", help="returns (layer, sample) or (…, coefficients)")
-    name = parser.parse_args().factory
+    name = parser.parse_args(argv).factory
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         parser.error(f"argument module:factory: should be like my_module:make, got {name!r}")
