@@ -27,6 +27,12 @@ def _fp64():
     torch.set_default_dtype(torch.float64)
 
 
+@pytest.fixture
+def fp32(_fp64):
+    """torch's own default dtype, for code that has data in it."""
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

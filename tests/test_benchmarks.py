@@ -6,6 +6,8 @@ import shutil
 import gauss_newton_cost
 import pytest
 import step_cost
+import torch
+from conftest import within
 from launching import launch
 from measuring import clock
 from scripts import EXAMPLES, InThisProcess, call
@@ -57,6 +59,7 @@ def test_step_cost(tmp_path):
         assert slim["dense"]["coefficient_bytes"] == 4 * 8 * width**2
 
 
+EPS = torch.finfo(torch.float32).eps
 STEP = ("--layers", "chebyshev", "--widths", 16, "--parts", "step")
 
 
@@ -126,7 +129,7 @@ def test_serving(tmp_path):
     results = json.loads((tmp_path / "serving.json").read_text())
     assert [len(seconds) for seconds in results["loading"]["seconds"].values()] == [2, 2]
     assert list(results["mixed"]) == ["efficient", "fastkan", "chebyshev"]
-    assert all(result["difference"] < 1e-5 for result in results["mixed"].values())
+    assert all(result["difference"] < within(64 * EPS) for result in results["mixed"].values())
 
 
 def small_layers(folder, *arguments):
@@ -189,7 +192,7 @@ def test_gauss_newton_cost_in_processes(tmp_path):
     check_gauss_newton_cost(results)
     one, two = results["processes"]
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert two["difference"] < 1e-4  # fp32
+    assert two["difference"] < within(1e-4)  # fp32, after several iterations
 
 
 def test_inference(tmp_path):

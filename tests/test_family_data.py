@@ -7,6 +7,7 @@ import family_data
 import family_data_tasks
 import pytest
 import torch
+from conftest import within
 from family_data_methods import METHODS
 from family_data_tasks import FAMILIES, Oscillator
 from scripts import call
@@ -79,11 +80,12 @@ def test_solutions_of_the_oscillator():
     """Of μ = 0: u = u₀ cos t."""
     t = torch.linspace(0.5, 9.5, 7).double().numpy()
     u = torch.tensor(Oscillator.solution(0.0, 1.5, t))
-    torch.testing.assert_close(u, 1.5 * torch.tensor(t).cos(), rtol=0, atol=1e-6)
+    assert (u - 1.5 * torch.tensor(t).cos()).abs().max() < within(1e-5)  # what its solver is asked for
 
 
+@pytest.mark.usefixtures("fp32")
 def test_images_turned_by_angles_of_their_own():
     x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     angles = [0.0, 90.0, -30.0]
     each = torch.cat([rotated(x[k : k + 1], angle) for k, angle in enumerate(angles)])
-    torch.testing.assert_close(rotated(x, torch.tensor(angles)), each)
+    assert (rotated(x, torch.tensor(angles)) - each).abs().max() < within(64 * torch.finfo(torch.float32).eps)

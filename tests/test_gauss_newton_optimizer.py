@@ -64,7 +64,7 @@ def test_the_rate_is_a_factor_on_the_step_and_schedulers_lower_it():
     optimizer = GaussNewton(half, difference, lr=0.5, damping=10.0)
     scheduler = LambdaLR(optimizer, lambda step: 0.5**step)
     optimizer.step((X, Y))
-    torch.testing.assert_close(values(half) - start, (values(whole) - start) / 2, rtol=1e-10, atol=1e-14)
+    assert_equal(values(half) - start, (values(whole) - start) / 2)
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 0.25
 
@@ -177,4 +177,4 @@ def test_trainer_takes_it_and_resumes_it(tmp_path):
     )
     assert stopped.keys() == straight.keys()
     for name in straight:
-        assert_equal(stopped[name], straight[name])
+        assert_equal(stopped[name], straight[name], 0)

@@ -170,6 +170,7 @@ def torchvision_model():
         pytest.param(torchvision_model, "fc", id="torchvision", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("fp32")
 def test_kan_head_on_a_backbone(make, head, tmp_path):
     """The head of a registered class is found; the backbone, of torch's layers, has nothing for inference."""
     model, base = adapt_save_load_merge(make, images(32 if head == "fc" else 16), tmp_path)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from conftest import approx, within
 from scripts import call
 
 
@@ -18,8 +19,8 @@ def test_low_rank_updates(tmp_path):
         assert row["suggested"]["update_error"] < row["uniform"]["update_error"]
     some, everything, *budgets = record["extraction"]
     assert some["nearest"]["times_full"] != 1
-    assert everything["nearest"]["times_full"] == pytest.approx(1, abs=1e-3)
-    assert max(everything["nearest"]["update_errors"].values()) < 1e-6
+    assert everything["nearest"]["times_full"] == approx(1, abs=1e-3)
+    assert max(everything["nearest"]["update_errors"].values()) < within(1e-6)
     assert [row["choice"] for row in budgets] == ["budget 1/10", "budget 1/20"]
     assert all(row["parameters"] <= 896 for row in budgets)
 

@@ -16,6 +16,7 @@ import report
 import run
 import torch
 from compared_methods import ranks_within
+from conftest import approx
 from experiments import Run, experiment_names, load_experiments, missing_packages
 from launching import launch
 from rows import case_of
@@ -327,8 +328,8 @@ def test_methods_keep_to_their_budget_and_change_only_what_they_train(method, tm
     run.run_all([experiment], 1, tmp_path / "results", tmp_path)
     result = json.loads((tmp_path / "results" / "heat.jsonl").read_text())
     assert result["coefficients"] == 2 * 8 * 8 + 8 * 8 * 8 + 8 * 8
-    assert result["marks"][0][2] == pytest.approx(result["zero_shot"], rel=1e-5)
-    assert result["marks"][-1][2] != pytest.approx(result["zero_shot"], rel=1e-5)
+    assert result["marks"][0][2] == approx(result["zero_shot"], rel=1e-5)
+    assert result["marks"][-1][2] != approx(result["zero_shot"], rel=1e-5)
     if ratio:
         assert 0.35 * result["coefficients"] < result["trainable"] <= 0.5 * result["coefficients"]
         assert not result["above_budget"]
@@ -521,7 +522,7 @@ def test_pictures_of_made_results(tmp_path):
     full, *_, slow, zero = courses.axes[0].lines
     assert [line.get_label() for line in (full, slow, zero)] == ["full", "slow", "zero-shot"]
     assert full.get_xdata()[-1] == 11.0
-    assert full.get_ydata()[-1] == pytest.approx(0.15)
+    assert full.get_ydata()[-1] == approx(0.15)
     assert courses.axes[0].get_xscale() == "symlog"  # one method is much slower
     experiment.methods["LoTRA 1/4"]["cases"] = ["parabolic"]
     of_some = drawings.courses([case_of(experiment, name, found) for name in experiment.cases])
@@ -532,7 +533,7 @@ def test_pictures_of_made_results(tmp_path):
     lotra, other, reference = ratios.lines
     assert [line.get_label() for line in ratios.lines] == ["LoTRA", "slow", "full"]
     assert len(lotra.get_xdata()) == 2
-    assert reference.get_ydata()[0] == pytest.approx(0.15)
+    assert reference.get_ydata()[0] == approx(0.15)
     experiment.drawn[:] = ["slow", "full"]
     (ax, _) = drawings.finals(cases).axes
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["slow", "full"]
