@@ -19,7 +19,6 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-LIMIT = 600  # seconds: ends what hangs; no test relies on the time that something takes
 
 
 class Called(NamedTuple):

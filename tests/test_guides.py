@@ -28,7 +28,7 @@ def blocks(path):
 
 
 @pytest.mark.parametrize("name", [*RUN, SLOW])
-@pytest.mark.filterwarnings("default")  # as a reader's
+@pytest.mark.filterwarnings("ignore")  # libraries warn, which a reader sees too
 def test_the_code_runs(name, tmp_path, capsys):
     path = ROOT / name
     code = blocks(path)

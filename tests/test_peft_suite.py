@@ -12,7 +12,7 @@ from pathlib import Path
 
 import peft
 import pytest
-from scripts import LIMIT
+from launching import LIMIT
 
 CHECKOUT = os.environ.get("PEFT_CHECKOUT")
 FILES = ("tests/test_custom_models.py", "tests/test_config.py")

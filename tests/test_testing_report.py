@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from scripts import LIMIT, restored
+from launching import LIMIT
+from scripts import restored
 
 from peft_lotra.testing.__main__ import main
 
