@@ -248,7 +248,6 @@ def gradients_of_halves(model, x, lam):
 
 
 @pytest.mark.processes
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("make", [lambda: kan()[1], convolutions], ids=["ChebyKAN", "convolutions"])
 @pytest.mark.parametrize("tasks", ["one task", "tasks"])
 def test_two_processes_train_as_one(make, tasks):
