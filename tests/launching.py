@@ -13,6 +13,7 @@ program should therefore compare `Accelerator().num_processes` with the number t
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -35,6 +36,7 @@ from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import patch_environment
 from filelock import FileLock
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
@@ -234,18 +236,48 @@ def limited(what: str) -> Iterator[None]:
 
 def fork(function: Callable[..., object], *args: object, num_processes: int = 2, **kwargs: object) -> list:
     """Run `function(*args, **kwargs)` in forks of this process that form a group, and return their results by rank."""
+    with limited(function.__name__), _folder() as folder, _forks():
+        debug_launcher(_forked, (partial(function, *args, **kwargs), num_processes, folder), num_processes)
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_processes)]
+
+
+def fork_by_torchrun(function: Callable[[], object], num_processes: int = 2, max_restarts: int = 0) -> list:
+    """The same by the agent of torchrun, itself in a fork. It starts all processes again when one has died."""
+
+    def agent() -> None:
+        results = elastic_launch(config, _fresh)(function)
+        torch.save([results[rank] for rank in range(num_processes)], folder / "results.pt")
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=max_restarts,
+        start_method="fork",
+    )
+    # A restarted group would meet the addresses of the first group in the store that it shares with the agent.
+    with _folder() as folder, _forks(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"):
+        process = multiprocessing.get_context("fork").Process(target=agent)
+        process.start()
+        process.join(LIMIT)
+        assert process.exitcode == 0, f"exit code {process.exitcode}"
+        return torch.load(folder / "results.pt", weights_only=False)
+
+
+@contextmanager
+def _forks(**environment: str) -> Iterator[None]:
+    """What forks need; kills those that are left."""
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     try:
-        with (
-            limited(function.__name__),
-            _folder() as folder,
-            patch_environment(GLOO_SOCKET_IFNAME="lo"),  # without an interface, gloo asks for the machine's name
-            warnings.catch_warnings(),
-        ):
+        # Without an interface, gloo asks for the machine's name.
+        with patch_environment(GLOO_SOCKET_IFNAME="lo", **environment), warnings.catch_warnings():
             # Python 3.12 and later warn of forks beside threads, which pytest-xdist has.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-            debug_launcher(_forked, (partial(function, *args, **kwargs), num_processes, folder), num_processes)
-            return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_processes)]
+            yield
     finally:
         for child in psutil.Process().children(recursive=True):
             if child.pid not in before:
@@ -253,16 +285,21 @@ def fork(function: Callable[..., object], *args: object, num_processes: int = 2,
 
 
 def _forked(function: Callable[[], object], num_processes: int, folder: Path) -> None:
+    rank = torch.distributed.get_rank()
+    os.environ["LOCAL_RANK"] = str(rank)  # else every process is its machine's main process
+    result = _fresh(function)
+    if PartialState._shared_state:
+        assert PartialState().num_processes == num_processes
+    torch.save(result, folder / f"{rank}.pt")
+
+
+def _fresh(function: Callable[[], object]) -> object:
+    """What it returns, without what the parent has."""
     gc.freeze()  # a collection would copy every page that the parent has objects in
     tqdm.set_lock(threading.RLock())  # else one lock is that of all, and one that is killed may keep it for good
     AcceleratorState._reset_state(reset_partial_state=True)  # left by an `Accelerator` of an earlier test
     GradientState._reset_state()
-    rank = torch.distributed.get_rank()
-    os.environ["LOCAL_RANK"] = str(rank)  # else every process is its machine's main process
-    result = function()
-    if PartialState._shared_state:
-        assert PartialState().num_processes == num_processes
-    torch.save(result, folder / f"{rank}.pt")
+    return function()
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import assert_different, assert_equal
 from kan_layers import BatchNormKANLayer, ChebyKAN, ChebyKANLayer
-from layer_table import MODELS, config, lotra_layers, make, randomize
 from launching import fork
+from layer_table import MODELS, config, lotra_layers, make, randomize
 from peft import get_peft_model
 from torch import nn
 

@@ -13,7 +13,7 @@ from peft_lotra import LoTRAConfig, create_lotra_optimizer
 
 sys.path.insert(0, str(ROOT / "examples"))
 
-from transformer_kan import TransformerKANConfig, TransformerKANForCausalLM  # noqa: E402
+from transformer_kan import TransformerKANConfig, TransformerKANForCausalLM
 
 STEPS = 6
 SIZES = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "kan_hidden_size": 12}
