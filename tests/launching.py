@@ -273,8 +273,7 @@ def _forks(**environment: str) -> Iterator[None]:
     """What forks need; kills those that are left."""
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     try:
-        # Without an interface, gloo asks for the machine's name.
-        with patch_environment(GLOO_SOCKET_IFNAME="lo", **environment), warnings.catch_warnings():
+        with patch_environment(**environment), warnings.catch_warnings():
             # Python 3.12 and later warn of forks beside threads, which pytest-xdist has.
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
             yield
