@@ -392,7 +392,7 @@ def test_a_model_and_its_report(tmp_path):
     ],
 )
 def test_what_is_inferred_can_be_adapted(layer, x):
-    base = nn.Sequential(layer()).eval()
+    base, x = nn.Sequential(layer()).eval().double(), x.double()
     model = get_peft_model(
         copy.deepcopy(base), LoTRAConfig(r=2, coefficients=infer_coefficients(base, x), init_weights=False)
     )
