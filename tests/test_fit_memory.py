@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import assert_different, assert_equal
+from conftest import approx, assert_different, assert_equal
 from test_convex_losses import CASES, DAMPING, adapted, fit, labels, oracle_step, pair, points, trained
 from torch import nn
 
@@ -55,7 +55,7 @@ def test_conjugate_gradients_equal_dense_least_squares(damping, decay, drawn):
     prior = Prior(decay, away) if decay else None
     system = ConjugateGradients(J.split(7), r, 40, lambda v: J.T @ (J @ v), drawn, [80, 10], prior)
     exact = NormalEquations(J.split(7), r, 40, prior)
-    assert (system.scale, system.cosine) == pytest.approx((exact.scale, exact.cosine))
+    assert (system.scale, system.cosine) == approx((exact.scale, exact.cosine))
     step = system.step(damping)
     matrix = rows.T @ rows
     missing = (expected - step) @ matrix @ (expected - step) / (expected @ matrix @ expected)
@@ -63,7 +63,7 @@ def test_conjugate_gradients_equal_dense_least_squares(damping, decay, drawn):
     # A step that is not exact has a gain that is known exactly.
     change = (r + J @ step).square().sum() + decay * (away + step).square().sum()
     gain = r.square().sum() + decay * away.square().sum() - change
-    assert system.predicted_gain(step, damping) == pytest.approx(gain.item(), rel=1e-8)
+    assert system.predicted_gain(step, damping) == approx(gain.item(), rel=1e-8)
     system.tolerance = 1e-12
     assert_equal(system.step(damping), expected, 1e-8)
 
@@ -149,6 +149,7 @@ def test_fewer_residuals_than_numbers(forms):
 def test_no_more_memory_is_held(max_memory, rows):
     """The tensors of a fit, with P = 1,000; the Jacobian of 1,600 rows would be 6.4 MB."""
     model = nn.Sequential(nn.Linear(3, 166), nn.Tanh(), nn.Linear(166, 2), nn.Tanh(), nn.Linear(2, 1, bias=False))
+    model.float()
     assert sum(p.numel() for p in model.parameters()) == 1000
     x = points(rows).float()
     with LiveBytes() as live:

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import assert_different, assert_equal
+from conftest import approx, assert_different, assert_equal
 from launching import fork
 from test_convex_losses import CASES, Huber, adapted, pair, points, reals, trained
 
@@ -60,8 +60,8 @@ def fit(rank, loss="least_squares", seed=None, **arguments):
 def assert_same_fit(together, alone, tolerance=1e-8):
     (theta, result), (expected, expected_result) = together, alone
     assert_equal(theta, expected, tolerance)
-    assert result.losses == pytest.approx(expected_result.losses, rel=tolerance)
-    assert result.validation_losses == pytest.approx(expected_result.validation_losses, rel=tolerance)
+    assert result.losses == approx(expected_result.losses, rel=tolerance)
+    assert result.validation_losses == approx(expected_result.validation_losses, rel=tolerance)
     assert (result.iterations, result.reason) == (expected_result.iterations, expected_result.reason)
 
 
@@ -132,7 +132,7 @@ def test_metrics_are_means_over_processes():
     first, second = fork(fit, 0, validation_metric=metric, iterations=3)
     assert first[1] == second[1]
     alone = fit(None, validation_metric=metric, iterations=3)
-    assert first[1].validation_losses == pytest.approx([loss + 0.5 for loss in alone[1].validation_losses])
+    assert first[1].validation_losses == approx([loss + 0.5 for loss in alone[1].validation_losses])
     assert_equal(first[0], alone[0], 1e-8)
 
 

@@ -27,6 +27,8 @@ from peft_lotra import LoTRAConfig, PerformanceWarning, infer_coefficients, veri
 from peft_lotra.coefficients import Layout
 from peft_lotra.testing import KANLayerTests, forget_warnings
 
+pytestmark = pytest.mark.usefixtures("fp32")  # the harness has its samples in fp32
+
 ROWS, IMAGE = (9, 4), (3, 4, 6, 6)
 KERNEL = {"h": 3, "w": 3}
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedD
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from accelerate.tracking import GeneralTracker
-from conftest import assert_different, assert_equal
+from conftest import approx, assert_different, assert_equal
 from filelock import FileLock
 from launching import ROOT, fork, fork_by_torchrun, launch, running
 from peft import PeftModel
@@ -50,8 +50,7 @@ def example(*arguments, double=False, patch=None):
     `double` is for runs that add up in different orders, such as one process and two: training amplifies rounding, by
     an amount that depends on the machine.
     """
-    if double:
-        torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.float64 if double else torch.float32)
     if patch:
         patch()
     sys.argv = [str(SCRIPT), *map(str, arguments)]
@@ -180,7 +179,7 @@ def test_processes_fit_one_family(tmp_path):
         runs[name] = trained(folder, "hyperbolic_family")
         errors = json.loads((folder / "hyperbolic_family.json").read_text())["errors"]
         assert [parameter for parameter, _ in errors] == [2.05, 2.35, 2.65, 2.95]
-        assert sum(error for _, error in errors) / 4 == pytest.approx(runs[name][1][-1][2], rel=0.1)  # another grid
+        assert sum(error for _, error in errors) / 4 == approx(runs[name][1][-1][2], rel=0.1)  # another grid
     tensors, course = runs["one"]
     assert course[-1][1] < course[0][1]
     assert all(value.any() and value.shape[-1] == 5 for key, value in tensors.items() if "core" in key)

@@ -85,15 +85,15 @@ class Recording(ChebyKAN):
 
 def test_the_base_model_does_not_see_it_and_other_methods_do_not_take_it():
     model = get_peft_model(Recording([3, 4]), LoTRAConfig(r=2, family=LAM))
-    model(X.float(), lotra_task=1.3, gain=2)
+    model(X, lotra_task=1.3, gain=2)
     assert model.get_base_model().seen == {"gain": 2}
     with model.disable_adapter():
-        model(X.float(), lotra_task=1.3)
+        model(X, lotra_task=1.3)
     assert model.get_base_model().seen == {}
     lora = get_peft_model(nn.Sequential(nn.Linear(3, 3)), LoraConfig(target_modules=["0"]))
     assert "lotra_task" not in lora.special_peft_forward_args
     with pytest.raises(TypeError, match="lotra_task"):
-        lora(X.float(), lotra_task=1.3)
+        lora(X, lotra_task=1.3)
     assert "lotra_task" in copy.deepcopy(model).special_peft_forward_args
 
 
@@ -136,11 +136,11 @@ class Checkpointed(ChebyKAN):
 
 def test_a_backward_pass_that_computes_again_is_at_a_task_only_around_it():
     model = get_peft_model(Checkpointed([3, 4]), LoTRAConfig(r=2, family=LAM))
-    loss = model(X.float(), lotra_task=1.3).sum()
+    loss = model(X, lotra_task=1.3).sum()
     with pytest.raises(RuntimeError, match="this pass is at none of them"):
         loss.backward()
     with at_task(model, lam=1.3):
-        model(X.float()).sum().backward()
+        model(X).sum().backward()
 
 
 def test_errors():

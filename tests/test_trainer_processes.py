@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from conftest import approx
 from launching import ROOT, fork
 from peft import get_peft_model, get_peft_model_state_dict
 from transformers import Trainer, TrainingArguments, set_seed
@@ -67,7 +68,7 @@ def test_trainer(tmp_path):
         assert saved["peft_type"] == "LOTRA"
     (losses, adapter), (losses_of_two, adapter_of_two) = results[1], results[2]
     assert losses[-1] < losses[0]
-    assert losses == pytest.approx(losses_of_two, abs=1e-4)  # logged with few digits
+    assert losses == approx(losses_of_two, abs=1e-4)  # logged with few digits
     for name, expected in adapter.items():
         assert expected.any()
         torch.testing.assert_close(adapter_of_two[name], expected, atol=1e-10, rtol=1e-8)

@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import assert_different, assert_equal
+from conftest import approx, assert_different, assert_equal
 from layer_table import lotra_layers
 from packaging.version import Version
 from peft import (
@@ -527,8 +527,8 @@ def test_next_tokens_by_second_order_steps():
         model, next_tokens, (TOKENS, labels), loss="cross_entropy", iterations=3, progressbar=False
     )
     after = model(input_ids=TOKENS, labels=labels).loss.item()
-    assert result.losses[0] == pytest.approx(before, rel=1e-5)
-    assert result.losses[-1] == pytest.approx(after, rel=1e-5)
+    assert result.losses[0] == approx(before, rel=1e-5)
+    assert result.losses[-1] == approx(after, rel=1e-5)
     assert after < before - 1e-3
 
 
@@ -677,7 +677,7 @@ def test_bf16(dtype, counter_path, tmp_path):
 )
 def test_trainer_knows_which_loss_divides_by_the_number_of_items(cls, task_type, divides_itself, tmp_path):
     # If not, loss and gradients are multiplied by the number of processes.
-    model = get_peft_model(make(cls), LoTRAConfig(r=2, task_type=task_type))
+    model = get_peft_model(make(cls).double(), LoTRAConfig(r=2, task_type=task_type))
     assert trainer(model, tmp_path).model_accepts_loss_kwargs is divides_itself
     tokens = TOKENS[:1]
     labels = tokens if divides_itself else torch.tensor([1])
