@@ -3,6 +3,9 @@ import os
 # One thread for each of pytest's processes, and for the processes that tests start: more would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# gloo would ask for the machine's name, to find an interface.
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
 import sys
 from contextlib import nullcontext
 

@@ -3,7 +3,7 @@
     done = launch(script, "--steps", 5, launcher="accelerate")   # waits; fails with the log unless it ends with 0
     with running(script, options=("--max-restarts", "3")) as job:
         job.worker(1).kill()
-        assert job.wait(60) == 0
+        assert job.wait() == 0
     results = fork(function, argument)                           # many times cheaper: no new interpreters, no imports
 
 If its arguments do not fit, a launcher silently starts one process, or several that do not know each other. Every
@@ -12,6 +12,8 @@ program should therefore compare `Accelerator().num_processes` with the number t
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,6 +23,7 @@ import textwrap
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,12 +33,15 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import debug_launcher
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import patch_environment
 from filelock import FileLock
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 _MARKER = "PEFT_LOTRA_TEST_JOB"
+LIMIT = 600  # seconds: ends what hangs; no test relies on the time that something takes
 _LOCK = Path(tempfile.gettempdir()) / f"peft_lotra_{os.getuid()}.lock"
 
 
@@ -79,16 +85,16 @@ class Job:
                 continue
         return None
 
-    def wait(self, timeout: float) -> int:
-        """The exit code. Fails with the log after `timeout` seconds."""
+    def wait(self) -> int:
+        """The exit code. Fails with the log after `LIMIT` seconds."""
         try:
-            return self.process.wait(timeout)
+            return self.process.wait(LIMIT)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"not done after {timeout} s:\n{self.output()}") from None
+            raise AssertionError(f"not done after {LIMIT} s:\n{self.output()}") from None
 
-    def wait_for(self, condition: Callable[[], object], timeout: float = 60) -> None:
-        """Until `condition()` holds; fails with the log if the job ends before, or after `timeout` seconds."""
-        end = time.monotonic() + timeout
+    def wait_for(self, condition: Callable[[], object]) -> None:
+        """Until `condition()` holds; fails with the log if the job ends before, or after `LIMIT` seconds."""
+        end = time.monotonic() + LIMIT
         while not condition():
             if self.process.poll() is not None or time.monotonic() > end:
                 raise AssertionError(f"ended with {self.process.poll()} before the condition held:\n{self.output()}")
@@ -180,18 +186,16 @@ def launch(
     launcher: str = "torchrun",
     options: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
-    timeout: float = 300,
     check: bool = True,
 ) -> Launched:
     """Run a job to its end; see `running`.
 
     Args:
-        timeout: in seconds, without the wait for other jobs.
         check: whether to fail, with the log, if the exit code is not 0.
     """
     arguments = {"num_processes": num_processes, "launcher": launcher, "options": options, "env": env}
     with running(program, *args, **arguments) as job:
-        code = job.wait(timeout)
+        code = job.wait()
         done = Launched(code, job.output())
     assert not check or code == 0, f"exit code {code}:\n{done.stdout}"
     return done
@@ -214,38 +218,87 @@ def environment() -> dict[str, str]:
     }
 
 
-def fork(
-    function: Callable[..., object], *args: object, num_processes: int = 2, timeout: float = 60, **kwargs: object
-) -> list:
-    """Run `function(*args, **kwargs)` in forks of this process that form a group, and return their results by rank."""
+@contextmanager
+def limited(what: str) -> Iterator[None]:
+    """Fails if it is not left within `LIMIT` seconds. In the main thread only."""
 
     def expire(*_: object) -> None:
-        raise AssertionError(f"{function.__name__} not done after {timeout} s")
+        raise AssertionError(f"{what} not done after {LIMIT} s")
 
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
     handler = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, timeout)
+    signal.alarm(LIMIT)
     try:
-        with _folder() as folder:
-            debug_launcher(_forked, (partial(function, *args, **kwargs), num_processes, folder), num_processes)
-            return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_processes)]
+        yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.alarm(0)
         signal.signal(signal.SIGALRM, handler)
+
+
+def fork(function: Callable[..., object], *args: object, num_processes: int = 2, **kwargs: object) -> list:
+    """Run `function(*args, **kwargs)` in forks of this process that form a group, and return their results by rank."""
+    with limited(function.__name__), _folder() as folder, _forks():
+        debug_launcher(_forked, (partial(function, *args, **kwargs), num_processes, folder), num_processes)
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(num_processes)]
+
+
+def fork_by_torchrun(function: Callable[[], object], num_processes: int = 2, max_restarts: int = 0) -> list:
+    """The same by the agent of torchrun, itself in a fork. It starts all processes again when one has died."""
+
+    def agent() -> None:
+        results = elastic_launch(config, _fresh)(function)
+        torch.save([results[rank] for rank in range(num_processes)], folder / "results.pt")
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=max_restarts,
+        start_method="fork",
+    )
+    # A restarted group would meet the addresses of the first group in the store that it shares with the agent.
+    with _folder() as folder, _forks(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"):
+        process = multiprocessing.get_context("fork").Process(target=agent)
+        process.start()
+        process.join(LIMIT)
+        assert process.exitcode == 0, f"exit code {process.exitcode}"
+        return torch.load(folder / "results.pt", weights_only=False)
+
+
+@contextmanager
+def _forks(**environment: str) -> Iterator[None]:
+    """What forks need; kills those that are left."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    try:
+        with patch_environment(**environment), warnings.catch_warnings():
+            # Python 3.12 and later warn of forks beside threads, which pytest-xdist has.
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            yield
+    finally:
         for child in psutil.Process().children(recursive=True):
             if child.pid not in before:
                 child.kill()
 
 
 def _forked(function: Callable[[], object], num_processes: int, folder: Path) -> None:
+    rank = torch.distributed.get_rank()
+    os.environ["LOCAL_RANK"] = str(rank)  # else every process is its machine's main process
+    result = _fresh(function)
+    if PartialState._shared_state:
+        assert PartialState().num_processes == num_processes
+    torch.save(result, folder / f"{rank}.pt")
+
+
+def _fresh(function: Callable[[], object]) -> object:
+    """What it returns, without what the parent has."""
+    gc.freeze()  # a collection would copy every page that the parent has objects in
     tqdm.set_lock(threading.RLock())  # else one lock is that of all, and one that is killed may keep it for good
     AcceleratorState._reset_state(reset_partial_state=True)  # left by an `Accelerator` of an earlier test
     GradientState._reset_state()
-    os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())  # else every process is its machine's main process
-    result = function()
-    state = AcceleratorState()
-    assert state.num_processes == num_processes, "the function should make an `Accelerator`"
-    torch.save(result, folder / f"{state.process_index}.pt")
+    return function()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""FSDP2 on two processes: `test_sharding.py` starts this program and reads the report of its checks.
+"""FSDP2 on two processes: `test_sharding.py` forks for `report`, and starts this program for the `REPEATED` checks.
 
 Every check compares with the same model in one process, on the batch of both. Argument: a folder to write to.
 """
@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -597,26 +598,38 @@ CHECKS = {
     "by accelerate, ChebyKANLayer": (test_by_accelerate, "ChebyKANLayer"),
 }
 
-if __name__ == "__main__":
-    FOLDER = Path(sys.argv[1])
+# Kinds of groups that meet the same code again: for the second tier.
+REPEATED = {f"different draws, {wrapped}" for wrapped in ("block", "adapted layer", "owner")}
+REPEATED |= {f"family, {wrapped}" for wrapped in ("root", "block", "adapted layer", "owner")}
+REPEATED |= {f"family, convolution, {wrapped}" for wrapped in ("block", "adapted layer", "owner", "containers")}
+REPEATED |= {"merging, KAN, block", "reading outside of forward"}
+
+
+def report(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """What is wrong, by the names of checks; "" for nothing. Changes global settings of the process."""
+    global FOLDER, MESH, X, Y
+    FOLDER, MESH = folder, init_device_mesh("cpu", (2,))
     # Two processes add up in another order than one, and training amplifies rounding.
     torch.set_default_dtype(torch.float64)
     X, Y = X.double(), Y.double()
-    dist.init_process_group("gloo")
-    assert dist.get_world_size() == 2
-    MESH = init_device_mesh("cpu", (2,))
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # ChebyKAN returns one
-    report = {}
-    for name, (check, *args) in CHECKS.items():
-        if len(sys.argv) > 2 and sys.argv[2] not in name:
-            continue
+    found = {}
+    for name in names:
+        check, *args = CHECKS[name]
         torch.manual_seed(0)
         try:
             check(*args)
-            report[name] = ""
+            found[name] = ""
         except Exception:
-            report[name] = traceback.format_exc()
-        (FOLDER / f"{dist.get_rank()}.json").write_text(json.dumps(report))
+            found[name] = traceback.format_exc()
+    return found
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == 2
+    found = report(Path(sys.argv[1]), sorted(REPEATED))
+    (FOLDER / f"{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     os._exit(0)  # leaving a group whose models are alive can hang

@@ -14,7 +14,7 @@ from adapted_layers import First
 from conftest import assert_different, assert_equal
 from family_models import LAM, X, at, fill, kan, polynomials
 from kan_layers import ChebyKAN
-from launching import fork
+from launching import LIMIT, fork
 from layer_table import LAYERS, full_factors, lotra_layers
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -166,7 +166,7 @@ def test_threads_and_nested_calls_have_tasks_of_their_own():
     def work(k):
         for _ in range(20):
             with at_task(model, lam=values[k]):
-                barrier.wait(30)
+                barrier.wait(LIMIT)
                 found.setdefault(k, []).append(model(X).detach())
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(len(values))]
@@ -248,7 +248,6 @@ def gradients_of_halves(model, x, lam):
 
 
 @pytest.mark.processes
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("make", [lambda: kan()[1], convolutions], ids=["ChebyKAN", "convolutions"])
 @pytest.mark.parametrize("tasks", ["one task", "tasks"])
 def test_two_processes_train_as_one(make, tasks):

@@ -15,7 +15,6 @@ from peft_lotra import fit_gauss_newton
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.filterwarnings("ignore:.*fitted by heart:UserWarning"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
 ]
 LOSSES = {
     "least_squares": (lambda net, batch: net(batch[0]) - batch[1], lambda n: reals(n, 4)),

@@ -1,13 +1,12 @@
 """Gradient-aligned initialisation, against gradients of the plain base and full singular value decompositions."""
 
 import copy
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from conftest import assert_different, assert_equal
 from kan_layers import BatchNormKANLayer, ChebyKAN, ChebyKANLayer
+from launching import fork
 from layer_table import MODELS, config, lotra_layers, make, randomize
 from peft import get_peft_model
 from torch import nn
@@ -233,25 +232,20 @@ def test_a_train_step_takes_nothing_and_may_return_what_it_likes():
     assert_different(lotra_layers(model)["layers.0"].lotra_U2["default"], before)
 
 
-def _worker(rank, port, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def initialized_by_rank():
+    rank = torch.distributed.get_rank()
     torch.manual_seed(0)
     base = ChebyKAN([3, 5, 2]).double()
     torch.manual_seed(rank)  # nothing but the broadcast makes the processes agree
     model = get_peft_model(base, LoTRAConfig(r=(2, 4, 2)))
     x = torch.linspace(-0.9, 0.9, 24, dtype=torch.float64).reshape(8, 3)
     initialize(model, x[4 * rank : 4 * rank + 4])
-    factors = [layer.factors("default").map(torch.Tensor.detach).tensors() for layer in lotra_layers(model).values()]
-    torch.save(factors, folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return [layer.factors("default").map(torch.Tensor.detach).tensors() for layer in lotra_layers(model).values()]
 
 
-def test_processes_average_and_agree(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_worker, (port, tmp_path), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+@pytest.mark.processes
+def test_processes_average_and_agree():
+    first, second = fork(initialized_by_rank)
     torch.manual_seed(0)
     model = get_peft_model(ChebyKAN([3, 5, 2]).double(), LoTRAConfig(r=(2, 4, 2)))
     initialize(model, torch.linspace(-0.9, 0.9, 24, dtype=torch.float64).reshape(8, 3))

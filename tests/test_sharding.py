@@ -10,9 +10,9 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from conftest import assert_different, assert_equal
 from kan_layers import KAN, ChebyKAN, FastKAN
-from launching import launch
+from launching import fork, launch
 from peft import PeftModel, get_peft_model_state_dict
-from sharded_by_fsdp import X, Y, adapted, lotra_layers, trained
+from sharded_by_fsdp import CHECKS, REPEATED, X, Y, adapted, lotra_layers, report, trained
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -21,19 +21,35 @@ from peft_lotra import LoTRAConfig, LoTRALayer
 # Sharded: the checks themselves are in the programs ------------------------------------------------------------------
 
 
-def check(program, folder, checks, **options):
-    """Runs a program in two processes; fails with what they say of the checks that failed."""
-    launch(Path(__file__).with_name(program), folder, **options)
-    reports = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+def assert_none_failed(reports, checks):
+    """By what two processes say of so many checks."""
     assert [len(report) for report in reports] == [checks, checks]
     failed = [f"process {rank}: {name}\n{how}" for rank in range(2) for name, how in reports[rank].items() if how]
     assert not failed, "\n".join(failed)
 
 
+def launched(program, folder, **options):
+    launch(Path(__file__).with_name(program), folder, **options)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+has_fsdp2 = pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="older versions may have no FSDP2 on the CPU; 2.6 has none"
+)
+
+
 @pytest.mark.processes
-@pytest.mark.skipif(torch.__version__ < (2, 13), reason="older versions may have no FSDP2 on the CPU; 2.6 has none")
+@has_fsdp2
 def test_fsdp(tmp_path):
-    check("sharded_by_fsdp.py", tmp_path, checks=59)
+    names = [name for name in CHECKS if name not in REPEATED]
+    assert_none_failed(fork(report, tmp_path, names), len(names))
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@has_fsdp2
+def test_fsdp_in_processes_of_torchrun(tmp_path):
+    assert_none_failed(launched("sharded_by_fsdp.py", tmp_path), len(REPEATED))
 
 
 def test_draws_are_remembered_where_there_are_several_processes_only(monkeypatch):
@@ -69,11 +85,11 @@ def test_the_adapter_of_a_model_that_fsdp1_wraps_is_all_there():
     assert all(torch.equal(state[key], value) for key, value in expected.items())
 
 
+@pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
 def test_zero_3(tmp_path):
-    # DeepSpeed compiles something when it first runs on a machine.
-    check("sharded_by_zero.py", tmp_path, checks=9, env={"DS_ACCELERATOR": "cpu"}, timeout=240)
+    assert_none_failed(launched("sharded_by_zero.py", tmp_path, env={"DS_ACCELERATOR": "cpu"}), 9)
 
 
 # Wrapped -------------------------------------------------------------------------------------------------------------
