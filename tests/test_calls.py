@@ -10,6 +10,7 @@ import torch
 from adapted_layers import adapt
 from conftest import assert_different, assert_equal
 from kan_layers import ChebyKANLayer
+from launching import LIMIT
 from layer_table import config, lotra_layers, make, randomize
 from peft import get_peft_model
 from torch import nn
@@ -85,7 +86,7 @@ class AtCall(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def points(work, most=24):
+def points(work, most=16):
     """Numbers of the calls of torch that `work()` makes: all of them, or that many from the first to the last."""
     with AtCall(0, None) as mode:
         work()
@@ -100,7 +101,7 @@ def amid(work, k):
 
     def visit():
         stopped.set()
-        assert go.wait(20)
+        assert go.wait(LIMIT)
 
     def run():
         with AtCall(k, visit):
@@ -108,11 +109,11 @@ def amid(work, k):
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(run)
-        assert stopped.wait(20)
+        assert stopped.wait(LIMIT)
 
         def end():
             go.set()
-            return future.result(20)
+            return future.result(LIMIT)
 
         try:
             yield end
@@ -120,29 +121,28 @@ def amid(work, k):
             go.set()
 
 
-def storm(*works, seconds=0.7):
-    """Each of the works again and again in a thread of its own, which take turns as often as Python can."""
+def storm(*works, times=10):
+    """Each of the works in a thread of its own until all have been done so many times; threads take turns as often as
+    Python can.
+    """
     before = sys.getswitchinterval()
-    start, stop = threading.Barrier(len(works)), threading.Event()
+    start, stop, done = threading.Barrier(len(works)), threading.Event(), [0] * len(works)
 
-    def repeat(work):
-        start.wait(20)
-        times = 0
+    def repeat(k):
+        start.wait(LIMIT)
         try:
-            while not stop.is_set():
-                work()
-                times += 1
-        finally:
+            while min(done) < times and not stop.is_set():
+                works[k]()
+                done[k] += 1
+        except BaseException:
             stop.set()
-        return times
+            raise
 
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(len(works)) as pool:
-            futures = [pool.submit(repeat, work) for work in works]
-            stop.wait(seconds)
-            stop.set()
-            assert all(future.result(20) for future in futures)
+            for future in [pool.submit(repeat, k) for k in range(len(works))]:
+                future.result(LIMIT)
     finally:
         sys.setswitchinterval(before)
 
@@ -261,12 +261,12 @@ def test_modules_are_told_once_how_to_get_the_names():
     head, start = model.base_model.model.head, threading.Barrier(8)
 
     def work():
-        start.wait(20)
+        start.wait(LIMIT)
         return model(x, adapter_names=BATCHES[1])
 
     assert not head._forward_pre_hooks
     with ThreadPoolExecutor(8) as pool:
-        outputs = [future.result(20) for future in [pool.submit(work) for _ in range(8)]]
+        outputs = [future.result(LIMIT) for future in [pool.submit(work) for _ in range(8)]]
     assert len(head._forward_pre_hooks) == 1
     assert_same(outputs[1:], outputs[:-1])
 
@@ -305,9 +305,13 @@ OUTER = {
 }
 
 
+# All with one library; with the others those whose inner call has other samples, adapters or gradients.
+NESTED = [("efficient-kan", inner) for inner in INNER]
+NESTED += [(name, inner) for name in LIBRARIES if name != "efficient-kan" for inner in list(INNER)[::3]]
+
+
 @pytest.mark.parametrize("outer", OUTER)
-@pytest.mark.parametrize("inner", INNER)
-@libraries
+@pytest.mark.parametrize(("name", "inner"), NESTED)
 def test_a_call_inside_of_a_call(name, inner, outer):
     """Before each call of torch of the outer one: in layers, between them, and in what they call."""
     model, x = adapted(name, modules_to_save=["head"])
@@ -508,14 +512,14 @@ def test_threads_find_out_inside_of_inner_calls_that_a_layer_takes_tensors_only(
     def inside():
         if not getattr(inner, "runs", False):
             inner.runs = True
-            met.wait(20)
+            met.wait(LIMIT)
             assert_equal(model(x).detach(), expected, 0)
             assert_equal(model(x).detach(), expected, 0)
 
     base.inside = inside
     with ThreadPoolExecutor(2) as pool:
         futures = [pool.submit(lambda: model(x).detach()) for _ in range(2)]
-        assert_same([future.result(20) for future in futures], [expected] * 2)
+        assert_same([future.result(LIMIT) for future in futures], [expected] * 2)
     assert layer._needs_tensor
     layer._needs_tensor = False
     assert_untouched(model)

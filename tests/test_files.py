@@ -4,9 +4,7 @@ import copy
 import json
 import random
 import re
-import signal
 import sys
-import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from conftest import assert_different, assert_equal
 from kan import KAN as PyKAN
 from kan_layers import ChebyKAN, ChebyKANLayer
+from launching import limited
 from layer_table import lotra_layers, make, randomize
 from peft import (
     PeftModel,
@@ -333,10 +332,8 @@ def test_what_is_trained_after_loading_is_saved_with_its_own_digest(saved, tmp_p
 @pytest.fixture
 def at_once():
     """A regular expression that runs away is interrupted."""
-    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("a regular expression ran away"))
-    signal.alarm(30)
-    yield
-    signal.alarm(0)
+    with limited("a regular expression"):
+        yield
 
 
 @unsigned
@@ -382,13 +379,13 @@ def test_a_completed_config_means_names_in_full(tmp_path):
 
 
 def test_a_slice_is_read_in_linear_time():
+    """A million characters would take an hour and more in quadratic time."""
     assert parse_slice(" : , -2:48") == (slice(None), slice(-2, 48))
-    start = time.perf_counter()
-    for text in (" " * 10**6, "1" * 10**6, ":" * 10**6, f"{' ' * 10**6}x:"):
-        with pytest.raises(ValueError, match="`slice` is written like"):
-            parse_slice(text)
-    assert parse_slice(f"{' ' * 10**6}1:{' ' * 10**6}") == (slice(1, None),)
-    assert time.perf_counter() - start < 5
+    with limited("parse_slice"):
+        for text in (" " * 10**6, "1" * 10**6, ":" * 10**6, f"{' ' * 10**6}x:"):
+            with pytest.raises(ValueError, match="`slice` is written like"):
+                parse_slice(text)
+        assert parse_slice(f"{' ' * 10**6}1:{' ' * 10**6}") == (slice(1, None),)
 
 
 # Values in the dtype that they are used in ---------------------------------------------------------------------------
@@ -510,7 +507,7 @@ def test_mutations_of_the_config(saved, signed, at_once):
     if not signed:
         edit_config(path, digest=...)
     config, draw, before, loaded = load_config(path), random.Random(2), remains(base), 0
-    for _ in range(300):
+    for _ in range(100):
         field = draw.choice([name for name in config if name != "peft_type"])
         rest = {name: value for name, value in config.items() if name != field}
         changed = draw.choice([rest, *[rest | {field: mutated(draw, config[field])}] * 5])
@@ -531,7 +528,7 @@ def test_mutations_of_the_config(saved, signed, at_once):
             with pytest.raises((ValueError, TypeError)):
                 PeftModel.from_pretrained(base, path)
             assert_untouched(base, before)
-    assert 50 < loaded < 250
+    assert 15 < loaded < 85
 
 
 @pytest.mark.parametrize("part", ["header", "data"])
