@@ -91,8 +91,18 @@ def forms(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "weight_decay"),
+    [
+        ("ignored labels", 0.0),
+        ("soft tokens", 0.01),
+        ("poisson", 0.0),
+        ("bernoulli tokens", 0.0),
+        ("quartic", 0.01),
+        ("huber", 0.0),
+        ("few columns", 0.01),
+    ],
+)
 def test_conjugate_gradients_under_every_loss(case, weight_decay, forms, monkeypatch):
     monkeypatch.setattr(conjugate_gradients, "_TOLERANCE", 1e-12)
     loss, tokens, targets, mean_loss = CASES[case]
@@ -120,8 +130,8 @@ def test_a_fit_by_conjugate_gradients(forms):
     models, results = [adapted(torch.float32) for _ in range(2)], []
     _, exact = bounds(models[0], data, "least_squares", kinds)
     for model, max_memory in zip(models, (exact - 1, exact), strict=True):
-        results.append(fit(model, data, "least_squares", kinds, max_memory=max_memory, iterations=6))
-    assert forms == [ConjugateGradients] * 6 + [NormalEquations] * 6
+        results.append(fit(model, data, "least_squares", kinds, max_memory=max_memory, iterations=4))
+    assert forms == [ConjugateGradients] * 4 + [NormalEquations] * 4
     assert results[1].losses[-1] < 0.1 * results[1].losses[0]
     assert results[0].losses[-1] < 1.2 * results[1].losses[-1]
 
@@ -134,15 +144,15 @@ def test_fewer_residuals_than_numbers(forms):
     assert forms == [ConjugateGradients, ResidualSpace, ResidualSpace]
 
 
-@pytest.mark.parametrize("rows", [50, 3000])
+@pytest.mark.parametrize("rows", [50, 1600])
 @pytest.mark.parametrize("max_memory", [3_000_000, 6_000_000, 100_000_000])
 def test_no_more_memory_is_held(max_memory, rows):
-    """The tensors of a fit, with P = 1,000."""
+    """The tensors of a fit, with P = 1,000; the Jacobian of 1,600 rows would be 6.4 MB."""
     model = nn.Sequential(nn.Linear(3, 166), nn.Tanh(), nn.Linear(166, 2), nn.Tanh(), nn.Linear(2, 1, bias=False))
     assert sum(p.numel() for p in model.parameters()) == 1000
     x = points(rows).float()
     with LiveBytes() as live:
-        fit(model, x, "least_squares", lambda net, x: net(x) - x[:, :1], iterations=3, max_memory=max_memory)
+        fit(model, x, "least_squares", lambda net, x: net(x) - x[:, :1], iterations=2, max_memory=max_memory)
     assert live.peak < max_memory
 
 

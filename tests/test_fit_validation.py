@@ -112,9 +112,13 @@ def test_validation_of_several_kinds_and_another_loss():
     assert min(result.validation_losses) == pytest.approx(expected.item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize(
-    "arguments", [{"validation": True}, {"weight_decay": 0.01}, {"validation": True, "weight_decay": 1e-3}]
+    ("arguments", "dtype"),
+    [
+        ({"validation": True}, torch.float32),
+        ({"weight_decay": 0.01}, torch.float64),
+        ({"validation": True, "weight_decay": 1e-3}, torch.float64),
+    ],
 )
 def test_resumed_equals_uninterrupted(arguments, dtype):
     data, other = (tuple(part.to(dtype) for part in pair) for pair in (FEW, OTHERS))

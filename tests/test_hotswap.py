@@ -53,7 +53,13 @@ def cheby(tmp_path):
     return base, model, tmp_path / "new"
 
 
-@pytest.mark.parametrize("name", MODELS)
+# The adapters of other layers are as these two, with a scale and without; their own passes are what is traced besides.
+QUICK = ("efficient-kan", "ChebyKAN")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in MODELS]
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_model_is_not_compiled_again(name, tmp_path):
     torch.manual_seed(1)

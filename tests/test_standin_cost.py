@@ -34,8 +34,8 @@ WIDE = {
 wide = pytest.mark.parametrize("name", WIDE)
 
 
-def wide_layer(name, adapters=1, r=(8, 8, 4)):
-    return adapt(WIDE[name](), None, (BATCH, WIDTH), adapters=adapters, r=r)
+def wide_layer(name, adapters=1, dtype=torch.float32):
+    return adapt(WIDE[name](), None, (BATCH, WIDTH), dtype, adapters=adapters)
 
 
 def flops(model, x, device="meta"):
@@ -148,13 +148,13 @@ def test_gradients_of_single_samples_are_never_taken_of_the_dense_update(monkeyp
 @wide
 def test_a_slim_layer_costs_what_its_factors_cost(name):
     """A = 0, held as one zero: the base contraction is skipped, also for coefficients that a number multiplies."""
-    base, x = First(WIDE[name]()), torch.rand(BATCH, WIDTH) * 1.6 - 0.8
+    base, x = First(WIDE[name]()).double(), torch.rand(BATCH, WIDTH, dtype=torch.float64) * 1.6 - 0.8
     full = flops(base, x)
     model = slim_kan(copy.deepcopy(base), r=(round(0.29 * WIDTH), round(0.29 * WIDTH), 2))
     for path in adapted_tensors(model):
         nn.init.zeros_(base.get_parameter(path))
     assert_different(model(x), base(x))
-    assert_equal(model(x), dense(base, model)(x), 1e-4)
+    assert_equal(model(x), dense(base, model)(x))
     # the residual of efficient-kan and fast-kan, which no adapter changes
     residual = 0 if name == "ChebyKAN" else 4 * BATCH * WIDTH**2
     assert flops(model, x) - residual <= 0.25 * (full - 1.5 * residual)
@@ -195,13 +195,13 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("safe_merge", [False, True])
 @wide
 def test_merging_needs_no_second_copy_of_the_coefficients(name, safe_merge):
-    base, model, x = wide_layer(name)
+    base, model, x = wide_layer(name, dtype=torch.float64)
     y = model(x)
     with Largest() as made:
         merged = model.merge_and_unload(safe_merge=safe_merge)
     assert made.entries <= WIDTH * WIDTH * BASIS / 12
     assert_different(y, base(x))
-    assert_equal(merged(x), y, 1e-4)
+    assert_equal(merged(x), y)
 
 
 @registered
@@ -209,20 +209,20 @@ def test_nothing_of_a_pass_is_left_when_it_ends(name):
     """Not even until Python looks for cycles: a stand-in may hold A times its scale."""
 
     def left():
-        return [id(thing) for thing in gc.get_objects() if type(thing) in (EagerStandIn, Adapted)]
+        return [type(thing) for thing in gc.get_objects() if type(thing) in (EagerStandIn, Adapted)]
 
     _, model, x = adapted(name)
-    gc.collect()
+    gc.freeze()  # other tests' failures may hold some
     gc.disable()
-    before = left()  # other tests' failures may hold some
     try:
         assert model(x).requires_grad
-        assert left() == before
+        assert not left()
         with torch.no_grad():
             model(x)
-        assert left() == before
+        assert not left()
     finally:
         gc.enable()
+        gc.unfreeze()
 
 
 def calls(function):

@@ -1,6 +1,7 @@
 """What the stand-in works under: compilation, export, autocast, checkpointing, transforms, threads, odd layers."""
 
 import copy
+import itertools
 import threading
 from contextlib import nullcontext
 
@@ -10,6 +11,7 @@ import torch
 from adapted_layers import adapt, adapted, dense, factors_of
 from conftest import FULLGRAPH, TOLERANCE, assert_different, assert_equal
 from kan_layers import ChebyKANLayer, chebyshev
+from launching import LIMIT
 from layer_table import LAYERS, REGISTERED
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +29,13 @@ all_layers = pytest.mark.parametrize("name", LAYERS)
 registered = pytest.mark.parametrize("name", REGISTERED)
 
 
-@all_layers
+def quick(rows, *cases):
+    """All rows of a table; those that are not among the cases, which each differ, are for the second tier."""
+    others = [row if isinstance(row, tuple) else (row,) for row in rows if row not in cases]
+    return [*cases, *(pytest.param(*row, marks=pytest.mark.slow) for row in others)]
+
+
+@pytest.mark.parametrize("name", quick(LAYERS, "efficient-kan", "ChebyKAN", "convolution, groups"))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compile(name):
     """In one graph, before any eager call."""
@@ -231,7 +239,7 @@ def test_tensors_for_nested_adapters():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@registered
+@pytest.mark.parametrize("name", quick(REGISTERED, "efficient-kan"))
 def test_compile_with_dynamic_shapes(name):
     _, model, x = adapted(name)
     torch._dynamo.reset()
@@ -264,9 +272,19 @@ def test_a_layer_that_assigns_its_coefficients_is_refused():
 
 @pytest.mark.skipif(not FULLGRAPH, reason="adapted layers are traced from torch 2.13 on")
 @pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", [*REGISTERED, "o (d i)", "FourierKAN", "convolution", "convolution, unfolded"])
+@pytest.mark.parametrize(
+    ("name", "dynamic", "strict"),
+    quick(
+        itertools.product(
+            [*REGISTERED, "o (d i)", "FourierKAN", "convolution", "convolution, unfolded"],
+            [False, True],
+            [False, True],
+        ),
+        ("ChebyKAN", True, True),
+        ("efficient-kan", False, False),
+        ("convolution", True, False),
+    ),
+)
 def test_export(name, dynamic, strict):
     base, model, x = adapted(name)
     x, shapes = x.detach(), {0: torch.export.Dim("batch", min=2, max=4096)}
@@ -399,7 +417,7 @@ class WaitingKANLayer(ChebyKANLayer):
         begun, go = self.events.get(threading.get_ident(), (None, None))
         if begun is not None:
             begun.set()
-            assert go.wait(20)
+            assert go.wait(LIMIT)
         return super().forward(x)
 
 
@@ -420,7 +438,7 @@ def test_what_a_thread_reads_is_its_own_passes():
             layer._disable_adapters = True
         thread = threading.Thread(target=other)
         thread.start()
-        assert begun.wait(20)
+        assert begun.wait(LIMIT)
         layer._disable_adapters = False
         y = model(x)
         assert torch.autograd.grad(y.sum(), factors_of(model))[0].any()
@@ -441,7 +459,7 @@ def test_a_thread_without_a_pass_is_told():
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert begun.wait(20)
+    assert begun.wait(LIMIT)
     try:
         with pytest.raises(RuntimeError, match="read in a thread that runs no forward pass of its adapted layer"):
             inner.cheby_coeffs.sum()

@@ -50,9 +50,16 @@ def test_an_argument_is_at_task_around_the_call(family, task, argument):
         expected = model(X)
     assert_different(expected, base(X))
     assert_equal(model(X, lotra_task=argument), expected, 0)
-    assert_equal(torch.compile(model, backend="eager")(X, lotra_task=argument), expected)
     with pytest.raises(RuntimeError, match="this pass is at none of them"):
         model(X)  # the next call knows nothing of it
+
+
+@pytest.mark.parametrize(("family", "argument"), [(LAM, 1.3), (["a", "b"], NAMES * 2)])
+def test_compiled(family, argument):
+    base, model = kan(family=family)
+    expected = model(X, lotra_task=argument)
+    assert_different(expected, base(X))
+    assert_equal(torch.compile(model, backend="eager")(X, lotra_task=argument), expected)
 
 
 def test_compiled_in_one_graph():
