@@ -237,7 +237,7 @@ def test_compiled():
     model = get_peft_model(base, lotra())
     y = model(ROWS)
     torch._dynamo.reset()
-    assert_equal(torch.compile(model, fullgraph=True, backend="aot_eager")(ROWS), y)
+    assert_equal(torch.compile(model, fullgraph=True, backend="eager")(ROWS), y)
 
 
 # What is selected ----------------------------------------------------------------------------------------------------

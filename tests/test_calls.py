@@ -86,7 +86,7 @@ class AtCall(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def points(work, most=24):
+def points(work, most=16):
     """Numbers of the calls of torch that `work()` makes: all of them, or that many from the first to the last."""
     with AtCall(0, None) as mode:
         work()

@@ -646,6 +646,7 @@ def test_gradient_checkpointing_changes_nothing(use_reentrant, counter_path, tmp
         job = trainer(
             adapted(counter_path).double(),
             tmp_path / "run",
+            max_steps=3,
             gradient_checkpointing=enabled,
             gradient_checkpointing_kwargs={"use_reentrant": use_reentrant} if enabled else None,
         )
