@@ -143,7 +143,7 @@ class StackedKANLayer(nn.Module):
 
     def forward(self, x):
         x = self.norm(x)
-        y = torch.zeros(*x.shape[:2], self.m)
+        y = x.new_zeros(*x.shape[:2], self.m)
         for k in range(2):
             part = x[k]
             basis = gaussians(part, self.grid) if k == 0 else chebyshev(torch.tanh(part), self.basis - 1)
@@ -236,6 +236,6 @@ class SharingKANLayer(nn.Module):
         self.coef = nn.Parameter(torch.randn(n * m, points) / n)
 
     def forward(self, x):
-        x = torch.einsum("bi,o->boi", x, torch.ones(self.m)).reshape(len(x), -1).T
+        x = torch.einsum("bi,o->boi", x, x.new_ones(self.m)).reshape(len(x), -1).T
         y = torch.einsum("ij,ijk->ik", self.coef[self.weight_sharing], gaussians(x, self.points).transpose(1, 2))
         return y.T.reshape(-1, self.m, self.n).sum(2)
