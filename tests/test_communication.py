@@ -5,6 +5,7 @@ import math
 
 import communication
 import pytest
+import torch
 from launching import fork, launch
 from scripts import EXAMPLES, call, restored
 
@@ -29,12 +30,17 @@ def check_results(folder, widths, out):
             assert f"{row['sent']['allreduce']:,}" in out
 
 
+def measured(args):
+    torch.set_default_dtype(torch.float32)  # as the processes of users begin
+    return communication.measure_all(args)
+
+
 @pytest.mark.processes
 def test_what_two_processes_send(tmp_path, capsys):
     args = communication.parse_arguments([*map(str, SHORT), "--widths", "32", "--output-dir", str(tmp_path)])
     with restored():
         alone = communication.measure_all(args)  # before the forks, which then have all imports
-    together, other = fork(communication.measure_all, args, num_processes=2)
+    together, other = fork(measured, args, num_processes=2)
     assert [row["sent"] for row in together] == [row["sent"] for row in other]
     communication.report(args, alone, together)
     check_results(tmp_path, [32], capsys.readouterr().out)
