@@ -21,10 +21,8 @@ def ranges(k):
 def by_numpy(family, task):
     """{e: Π T_e_j(x_j)} over all exponents, of which those of a too high total degree are left out."""
     found = {}
-    tables = [
-        np.polynomial.chebyshev.chebvander(2 * (np.asarray(task[n]) - a) / (b - a) - 1, family.degree)
-        for n, (a, b) in family.ranges.items()
-    ]
+    x = [np.asarray(2 * (task[name] - a) / (b - a) - 1) for name, (a, b) in family.ranges.items()]
+    tables = [np.polynomial.chebyshev.chebvander(v, family.degree).reshape(*v.shape, -1) for v in x]
     for e in itertools.product(range(family.degree + 1), repeat=len(tables)):
         if sum(e) <= family.degree:
             found[e] = np.prod([T[..., j] for T, j in zip(tables, e, strict=True)], axis=0)

@@ -1,4 +1,4 @@
-"""Samples lie on the first axis of a layer's first tensor, or on the axis that the caller names; derivatives by tasks."""
+"""Samples are on the first axis of a layer's first tensor, or on the axis that is named; derivatives by tasks."""
 
 import copy
 import re
@@ -239,13 +239,13 @@ class Dense(nn.Module):
             for name, module in self.base.named_modules():
                 if hasattr(module, "weight"):
                     layer = self.model.base_model.model.get_submodule(name)
-                    core, U1, U2, U3, *_ = (f if f is None else f.detach() for f in layer.factors("default"))
-                    kernel = core.shape[3:-1]
-                    G = core.reshape(*core.shape[:3], -1, core.shape[-1]) @ c
-                    dense = torch.einsum(
-                        "abdk,ia,ob,jd->oijk", G, U1, U2, torch.eye(G.shape[2]).double() if U3 is None else U3
-                    )
-                    dense = dense.flatten(1) if not kernel else dense.reshape(*dense.shape[:2], *kernel)
+                    core, *sides = (f if f is None else f.detach() for f in layer.factors("default"))
+                    G = core @ c
+                    sides = [
+                        torch.eye(n).double() if U is None else U for n, U in zip(G.shape, sides[:3], strict=False)
+                    ]
+                    dense = torch.einsum("abd...,ia,ob,jd->oij...", G, *sides)
+                    dense = dense.reshape(module.weight.shape)  # o (i d), or o i and the kernel with d = 1
                     weights[f"{name}.weight"] = module.weight + dense
             rows.append(torch.func.functional_call(self.base, weights, x[k : k + 1]))
         return torch.cat(rows)
