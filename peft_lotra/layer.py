@@ -59,6 +59,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self._before_merge: dict[str, torch.Tensor] = {}  # the values of parameter and scale, by path
+        self._merged_sums: list[int] = []  # checksums of the merged values
         self._drawn: dict[str, tuple[torch.Tensor, ...]] = {}  # checksums by adapter, until `check_one_draw`
         # Attributes that frameworks add later stay on the module to which they are added.
         names = {name for name in dir(self.get_base_layer()) if not name.startswith("_")}
@@ -205,6 +206,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
         Raises:
             ValueError: with `safe_merge`, if the merged coefficients are not all finite. Nothing is changed then.
+            RuntimeError: as in `unmerge`.
         """
         self._merge(safe_merge, adapter_names, keep=True)
 
@@ -216,12 +218,15 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         with self._writing():
             if safe_merge:
                 self._check_finite(names)
-            if keep and not self.merged:
+            if keep and self.merged:
+                self._check_unwritten()
+            elif keep:
                 self._before_merge = {path: self._stored(path).data.clone() for path in self._paths}
             for rows, values in adapted_rows(self.get_base_layer(), self.spec, tuple(map(self._update, names))):
                 write(self._stored(self.spec.parameter), values, rows)
             if self.spec.scale is not None:
                 self._stored(self.spec.scale).data.fill_(1)
+            self._merged_sums = self._sums() if keep else []
         self.merged_adapters += names
 
     @torch.no_grad()
@@ -234,14 +239,19 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
 
     def unmerge(self) -> None:
-        """Restore parameter and scale as they were before the first `merge`, to the bit."""
+        """Restore parameter and scale as they were before the first `merge`, to the bit.
+
+        Raises:
+            RuntimeError: if somebody has written to them since the last `merge`, which would be lost.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         with self._writing():
+            self._check_unwritten()
             for path, before in self._before_merge.items():
                 write(self._stored(path), before)
-        self._before_merge = {}
+        self._before_merge, self._merged_sums = {}, []
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(

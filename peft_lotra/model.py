@@ -219,6 +219,22 @@ class LoTRAModel(BaseTuner):
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
+    def unmerge_adapter(self) -> None:
+        """Unmerge all adapters. Raises RuntimeError before that if somebody has written to merged coefficients."""
+        self._check_unwritten()
+        super().unmerge_adapter()
+
+    def disable_adapter_layers(self) -> None:
+        """Disable all adapters. A layer's next pass unmerges it, so this raises RuntimeError as `unmerge_adapter`."""
+        self._check_unwritten()
+        super().disable_adapter_layers()
+
+    def _check_unwritten(self) -> None:
+        for layer in adapted_tensors(self.model).values():
+            if layer.merged:
+                with writable_tensors(layer):
+                    layer._check_unwritten()
+
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,

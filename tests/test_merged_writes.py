@@ -41,6 +41,7 @@ WRITES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:All adapters are already merged")
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("which", [0, 1])
 @torch.no_grad()
@@ -57,8 +58,9 @@ def test_a_write_to_merged_coefficients(write, which):
     held = [layer.get_base_layer().cheby_coeffs.clone() for layer in layers]
     with pytest.raises(RuntimeError, match=WRITTEN.format("cheby_coeffs")):
         model.unmerge_adapter()
-    with model.disable_adapter(), pytest.raises(RuntimeError, match=WRITTEN.format("cheby_coeffs")):
-        model(X)
+    with pytest.raises(RuntimeError, match=WRITTEN.format("cheby_coeffs")):
+        with model.disable_adapter():
+            model(X)
     for layer, values in zip(layers, held, strict=True):  # of no layer
         assert layer.merged
         assert_equal(layer.get_base_layer().cheby_coeffs, values, 0)
@@ -122,6 +124,18 @@ def test_other_dtypes_and_further_adapters(dtype):
     parameter.div_(2)
     model.unmerge_adapter()
     assert_equal(parameter, base.layers[0].cheby_coeffs, 0)
+
+
+@torch.no_grad()
+def test_a_cast_is_no_write():
+    base, model = models()
+    model.merge_adapter()
+    y = model(X)
+    model.float().double()
+    assert_equal(model(X), y, 1e-5)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert_equal(model(X), base(X), 0)
 
 
 @torch.no_grad()
