@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -58,7 +59,9 @@ def in_context(
             )
         tasks = tasks_for(model, kinds, task, axis, TASK if names is None else None)
         repeated = {n: c if c.dim() == 1 else c.repeat_interleave(repeats, dim=0) for n, c in tasks.weights.items()}
-        entries += [Tasks(tasks.layers, repeated, axis), Tasks(encoder, tasks.weights, axis)]
+        entries.append(Tasks(tasks.layers, repeated, axis))
+        if encoder:
+            entries.append(Tasks(encoder, tasks.weights, axis))
     for entry in entries:
         for module in (entry.modules or ()) if isinstance(entry, Batch) else ():
             if isinstance(module, AuxiliaryTrainingWrapper):
@@ -87,7 +90,11 @@ def tasks_for(
     used = {name for layer in found for name in active if name in layer.lotra_core.keys() - layer.merged_adapters}
     if argument is not None and not weights.keys() & used:
         merged = [name for name in weights if name in active]
-        said = f"`{argument}` {task!r}" if argument == TASK else ", ".join([f"`{k}`={v!r}" for k, v in task.items()])
+        said = (
+            f"`{argument}` {task!r}"
+            if argument == TASK
+            else ", ".join([f"`{k}`={reprlib.repr(v)}" for k, v in task.items()])
+        )
         if merged:
             raise ValueError(f"{said} is for {merged}, merged at another task: call `unmerge_adapter()` first")
         raise ValueError(

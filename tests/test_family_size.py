@@ -54,7 +54,7 @@ def test_derivatives_of_the_products():
     assert_equal(torch.func.jacfwd(c)(task.detach()), torch.func.jacrev(c)(task.detach()))
 
 
-@pytest.mark.parametrize(("k", "degree"), [(24, 4), (40, 3), (400, 2), (90_000, 1)])
+@pytest.mark.parametrize(("k", "degree"), [(24, 4), (40, 3), (200, 2), (5_000, 1)])
 def test_many_parameters_take_room_in_proportion_to_the_number_of_products(k, degree):
     """Enumerating (degree + 1)^k would never end."""
     family = Family.of(ranges(k), degree)

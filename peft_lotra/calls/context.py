@@ -11,7 +11,6 @@ context of the repeated pass. torch's checkpoints without reentrant autograd are
 from __future__ import annotations
 
 import asyncio
-import inspect
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -237,20 +236,21 @@ def _tell_checkpoints(context: Context) -> None:
     the first `entered`, in a checkpoint comes here before anything changes the context.
     """
     autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
-    # Copies, which are not over when the entries are left.
-    entries = [replace(entry) if isinstance(entry, Tasks) else entry for entry in context.entries]
-    context, outer = context._replace(entries=tuple(entries)), []
+    # Copies of tasks, which are not over when the tasks are left.
+    entries = tuple([replace(entry) if isinstance(entry, Tasks) else entry for entry in context.entries])
+    outer = []
     try:
         while (hooks := _hooks(True)) is not None:
-            pack = hooks[0]
+            pack: Any = hooks[0]
             if getattr(pack, "__qualname__", "").startswith("_recomputation_hook"):
                 break  # what is around it belongs to the code that called the backward pass
-            frame = inspect.getclosurevars(pack).nonlocals.get("frame") if inspect.isfunction(pack) else None
+            held = getattr(getattr(pack, "__code__", None), "co_freevars", ())
+            frame = pack.__closure__[held.index("frame")].cell_contents if "frame" in held else None
             recompute = getattr(frame, "recompute_fn", None)
             if getattr(recompute, "func", None) is _repeat:
                 break  # it has been told, and so have those around it
             if frame is not None and recompute is not None:
-                frame.recompute_fn = partial(_repeat, context, recompute)
+                frame.recompute_fn = partial(_repeat, context._replace(entries=entries), recompute)
             autograd._pop_saved_tensors_default_hooks()
             outer.append(hooks)
     finally:
