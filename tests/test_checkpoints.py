@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_different, assert_equal
+from conftest import FULLGRAPH, assert_different, assert_equal
 from family_models import LAM, X, fill, kan, polynomials
 from kan_layers import ChebyKANLayer
 from layer_table import lotra_layers
@@ -201,6 +201,58 @@ def test_a_task_for_every_sample_and_its_gradient():
     with at_task(model, lam=VALUES.flip(0)):
         actual = torch.autograd.grad(y.square().sum(), [lam, *cores(model)])
     assert_all_equal(actual, expected)
+
+
+@TOLD
+def test_other_hooks_of_saved_tensors_around_and_inside():
+    base, model = kan()
+
+    def saved(x):
+        with torch.autograd.graph.save_on_cpu():
+            return model(x)
+
+    with at_task(model, lam=1.5):
+        outputs = [once(saved, X), once(lambda x: once(saved, x), X)]
+        with torch.autograd.graph.save_on_cpu():
+            outputs.append(once(model, X))
+    with at_task(model, lam=1.1):
+        for y in outputs:
+            assert_all_equal(gradients(model, y), oracle(base, model, 1.5))
+
+
+@TOLD
+def test_derivatives_of_derivatives():
+    _, model = kan()
+    x = X.clone().requires_grad_()
+    with at_task(model, lam=1.5):
+        outputs = [model(x), once(model, x)]
+    found = []
+    with at_task(model, lam=1.1):
+        for y in outputs:
+            (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            found.append(gradients(model, slope))
+    assert_all_equal(found[1], found[0])
+
+
+@TOLD
+@pytest.mark.skipif(not FULLGRAPH, reason="before torch 2.13, adapted layers run between graphs")
+@pytest.mark.parametrize("around", [True, False], ids=["of compiled code", "in compiled code"])
+def test_checkpoints_and_compiled_code(around):
+    base, model = kan()
+    if around:
+        net = partial(once, torch.compile(model, backend="aot_eager"))
+    else:
+        net = torch.compile(lambda x: once(model, x), backend="aot_eager")
+    for value in (1.5, 1.3):
+        with at_task(model, lam=value):
+            y = net(X)
+        with at_task(model, lam=1.1):
+            assert_all_equal(gradients(model, y), oracle(base, model, value))
+    if around:
+        with at_task(model, lam=1.5):
+            y = again(net.args[0], X.clone().requires_grad_())
+        with at_task(model, lam=1.1), pytest.raises(RuntimeError, match=UNKNOWN):
+            y.square().sum().backward()
 
 
 def test_reentrant_checkpoints_of_families_are_refused():

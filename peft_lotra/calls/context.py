@@ -141,16 +141,16 @@ class _Traced(threading.local):
 
 
 class _Seen:
-    """`_seen.context` is the value of `variable`, in the form of an attribute, on which torch.compile can guard."""
+    """`_seen.context` is the context of eager code, in the form of an attribute, on which torch.compile can guard."""
 
     @property
     def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
-        return {"context": _present()}  # torch.compile looks here while it traces,
+        return {"context": _now()}  # torch.compile looks here while it traces,
 
     def __getattr__(self, name: str) -> Any:
         if name != "context":
             raise AttributeError(name)
-        return _present()  # and its guards here
+        return _now()  # and its guards here
 
 
 _traced, _seen = _Traced(), _Seen()
@@ -163,6 +163,10 @@ def now() -> Context:
     """The context of the running code."""
     if torch.compiler.is_dynamo_compiling():
         return _traced.context or _seen.context  # type: ignore[no-any-return]
+    return _now()
+
+
+def _now() -> Context:
     context, backward = _traced.context or variable.get(), _backward()
     if context.entries:
         context = _traced.context or _present()
@@ -190,14 +194,15 @@ def entered(*entries: Entry) -> Iterator[None]:
         yield
         return
     own = now()
-    own = own._replace(entries=(*own.entries, *entries))
     if torch.compiler.is_dynamo_compiling() or _traced.context is not None:
-        outer, _traced.context = _traced.context, own
+        # Without the number of the backward pass, on which the graph would depend.
+        outer, _traced.context = _traced.context, Context((*own.entries, *entries), known=own.known)
         try:
             yield
         finally:
             _traced.context = outer
         return
+    own = own._replace(entries=(*own.entries, *entries))
     tasks = [entry for entry in entries if isinstance(entry, Tasks)]
     for entry in tasks:
         entry.owner, entry.left = _owner(), False
@@ -221,6 +226,7 @@ def left(own: Context, before: Context, added: Sequence[Any]) -> None:
         variable.set(Context(entries, passes, present.backward, present.known))
 
 
+@torch.compiler.disable
 def _owner() -> Any:
     """The thread, and the task of asyncio, that is running."""
     try:
@@ -229,6 +235,7 @@ def _owner() -> Any:
         return threading.get_ident(), None
 
 
+@torch.compiler.disable
 def _tell_checkpoints(context: Context) -> None:
     """Let the checkpoints in which the code is running repeat it at this context, whenever they do.
 
