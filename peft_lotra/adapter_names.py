@@ -9,10 +9,10 @@ from typing import Any
 from peft.config import PeftConfig
 from torch import nn
 
+from .calls.context import BASE
 from .checkpoint import PREFIX
 from .config import LoTRAConfig
 from .layer import adapted_tensors
-from .mixed_batch import BASE
 from .targets import NAMES_OF_HEADS, resolve_targets
 
 

@@ -1,26 +1,28 @@
-"""The arguments of a call that are for the adapters, `adapter_names` and `lotra_task`. PEFT removes them."""
+"""What a call says to the adapters by `adapter_names`, `lotra_task` and `batch_axis`, which PEFT removes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import reprlib
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from . import families, mixed_batch
+from . import families
+from .calls.context import BASE, Batch, Entry, Shares, Tasks, entered, now
+from .calls.samples import check_known, checked_axis
 from .config import LoTRAConfig
 from .layer import adapted_tensors
-from .mixed_batch import MixedBatch
-from .registration import TASK
+from .registration import AXIS, TASK
 
 
-@contextmanager
-def entered(
+def in_context(
     model: nn.Module, configs: Mapping[str, LoTRAConfig], active: Sequence[str], arguments: Mapping[str, Any]
-) -> Iterator[None]:
-    """While this is entered, the adapted layers of a model have the arguments of the call.
+) -> AbstractContextManager[None]:
+    """A context in which the adapted layers of a model have the arguments of the call.
 
     Args:
         model: the base model with the adapters in it.
@@ -31,14 +33,23 @@ def entered(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    names, task = arguments.get("adapter_names"), arguments.get(TASK)
+    names, task, axis = arguments.get("adapter_names"), arguments.get(TASK), arguments.get(AXIS)
+    if axis is not None and names is None and task is None:
+        raise ValueError(
+            f"`{AXIS}`={axis!r} without `adapter_names` or `{TASK}`: leave it out, or give it to the `at_task` around"
+        )
+    axis = 0 if axis is None else checked_axis(axis)
     # Generation repeats every sample, but not for the encoder of an encoder-decoder model.
     repeats = max(arguments.get("num_beams") or 1, arguments.get("num_return_sequences") or 1)
-    batch = None if names is None else _mixed_batch(model, names, repeats)
-    with mixed_batch.entered(batch):
-        if task is None:
-            yield
-            return
+    encoder = _encoder(model, repeats)
+    entries: list[Entry] = []
+    if names is not None:
+        entries.append(_batch(model, names, repeats, encoder, axis))
+    else:
+        context = now()
+        if not context.known or any(isinstance(entry, Batch | Shares) for entry in context.entries):
+            entries.append(Batch())  # names of a call around this one are not for this one
+    if task is not None:
         used = active if names is None else dict.fromkeys(names)
         kinds = {name: kind for name in used if name in configs and (kind := configs[name].kind) is not None}
         if not kinds:
@@ -46,27 +57,74 @@ def entered(
                 f"`{TASK}` {task!r}: none of the adapters {list(used)} is for a family of tasks "
                 "(`LoTRAConfig(family=...)`); leave it out, or call `set_adapter` with a family's adapter"
             )
-        weights = families.weights_of(kinds, task)
-        repeated = {name: c if c.dim() == 1 else c.repeat_interleave(repeats, dim=0) for name, c in weights.items()}
-        layers = set(adapted_tensors(model).values())
-        with families.entered(repeated, layers), families.entered(weights, _encoder(model, repeats)):
-            yield
+        tasks = tasks_for(model, kinds, task, axis, TASK if names is None else None)
+        repeated = {n: c if c.dim() == 1 else c.repeat_interleave(repeats, dim=0) for n, c in tasks.weights.items()}
+        entries.append(Tasks(tasks.layers, repeated, axis))
+        if encoder:
+            entries.append(Tasks(encoder, tasks.weights, axis))
+    for entry in entries:
+        for module in (entry.modules or ()) if isinstance(entry, Batch) else ():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                _tell(module)
+    return entered(*entries)
 
 
-def _mixed_batch(model: nn.Module, names: Sequence[str], repeats: int) -> MixedBatch:
+def tasks_for(
+    model: nn.Module, kinds: Mapping[str, families.Family], task: Any, axis: int, argument: str | None
+) -> Tasks:
+    """What `model` is to have in its context at a task.
+
+    Args:
+        model: the model with the adapters in it.
+        kinds: the families that may be meant, by adapter.
+        task: in a form that `Family.named` takes.
+        axis: the axis of the samples.
+        argument: the argument that names the task if only active adapters use it, else None.
+
+    Raises:
+        TypeError, ValueError: if the task fits no family, or no adapter that it fits is used.
+    """
+    found = list(adapted_tensors(model).values())
+    weights = families.weights_of(kinds, task)
+    active = {name for layer in found for name in layer.active_adapters if name in layer.lotra_core}
+    used = {name for layer in found for name in active if name in layer.lotra_core.keys() - layer.merged_adapters}
+    if argument is not None and not weights.keys() & used:
+        merged = [name for name in weights if name in active]
+        said = (
+            f"`{argument}` {task!r}"
+            if argument == TASK
+            else ", ".join([f"`{k}`={reprlib.repr(v)}" for k, v in task.items()])
+        )
+        if merged:
+            raise ValueError(f"{said} is for {merged}, merged at another task: call `unmerge_adapter()` first")
+        raise ValueError(
+            f"{said} is for {list(weights)}, not active: call `set_adapter` first, or pass the task as `{TASK}`, "
+            "beside `adapter_names`, to the call"
+        )
+    for name, c in weights.items():  # once for all layers
+        cores = [layer.lotra_core[name] for layer in found if name in layer.lotra_core]
+        if len({(core.dtype, core.device) for core in cores}) == 1 and not cores[0].is_meta:
+            weights[name] = c.to(cores[0].device, cores[0].dtype)
+    return Tasks(set(found), weights, axis)
+
+
+def _batch(model: nn.Module, names: Sequence[str], repeats: int, encoder: set[nn.Module], axis: int) -> Batch:
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"`adapter_names` should be a list with a name for each sample, but {names!r} is passed")
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
     adapters = {name for layer in adapted_tensors(model).values() for name in layer.lotra_core}
-    unknown = set(names) - adapters - {mixed_batch.BASE}
+    unknown = set(names) - adapters - {BASE}
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-    for module in model.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            mixed_batch.tell(module)
+    modules = set(model.modules())
+    if axis != 0 and any(isinstance(module, AuxiliaryTrainingWrapper) for module in modules):
+        raise ValueError(
+            f"`{AXIS}`={axis} for a model with trained copies (`modules_to_save`, token rows), which take samples on "
+            "the first axis: put them there"
+        )
     repeated = tuple(name for name in names for _ in range(repeats))
-    return MixedBatch(repeated, tuple(names), _encoder(model, repeats))
+    return Batch(repeated, modules, axis, tuple(names), encoder)
 
 
 def _encoder(model: Any, repeats: int) -> set[nn.Module]:
@@ -74,3 +132,35 @@ def _encoder(model: Any, repeats: int) -> set[nn.Module]:
     encoder = model.get_encoder() if repeats > 1 and hasattr(model, "get_encoder") else None
     # transformers' models without an encoder return themselves.
     return set() if encoder is None or encoder is model else set(encoder.modules())
+
+
+# PEFT's own modules take the names as an argument --------------------------------------------------------------------
+
+_lock = threading.Lock()
+
+
+def _tell(module: nn.Module) -> None:
+    """From now on, pass the names of each running call to one of PEFT's own modules."""
+    with _lock:
+        if _pass_names_on not in module._forward_pre_hooks.values():
+            module._had_names = True  # type: ignore[assignment]
+            module.register_forward_pre_hook(_pass_names_on, with_kwargs=True)
+            module.register_forward_hook(_use_copies, with_kwargs=True)
+
+
+def _pass_names_on(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    context = now()
+    batch = context.batch(module)
+    if batch is None:
+        check_known(context, module)
+    if not isinstance(batch, Batch) or not batch.names or module.disable_adapters:
+        return None  # PEFT's modules fail on a batch without samples, and on names while adapters are disabled
+    names = [name if name in module._adapters else BASE for name in batch.names_for(module) or ()]
+    return args, kwargs | {"adapter_names": names}
+
+
+def _use_copies(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Without this, PEFT's modules ignore the names if the active adapter has no copy."""
+    if "adapter_names" not in kwargs or module._adapters.issuperset(module.active_adapters):
+        return output
+    return module._mixed_batch_forward(*args, **kwargs)

@@ -1,17 +1,10 @@
-"""Families of tasks: the vector c(task) with which a core is contracted, and the task of the running call.
-
-The task is on a stack of the thread, so calls in other threads, and calls of other models inside this call, do not see
-it.
-"""
+"""Families of tasks: the vector c(task) with which a core is contracted."""
 
 from __future__ import annotations
 
-import itertools
 import math
-import threading
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from numbers import Real
@@ -19,10 +12,20 @@ from operator import mul
 from typing import Any
 
 import torch
-from torch import nn
+
+from .standin.axes import planned
 
 # The other arguments of `at_task` and `adapter_at`, which also take a family's parameters by name.
-_ARGUMENTS = {"model", "adapter_name", "family", "train", "task"}
+_ARGUMENTS = {"model", "adapter_name", "family", "train", "task", "batch_axis"}
+
+
+LARGEST = 100_000  # P of a family
+
+
+def check_degree(degree: Any) -> None:
+    """Raise ValueError unless `family_degree` is a positive integer."""
+    if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+        raise ValueError(f"`family_degree` should be a positive integer but the value passed is {degree!r}")
 
 
 @dataclass(frozen=True)
@@ -50,19 +53,25 @@ class Family:
         Raises:
             TypeError, ValueError: naming the field and the value.
         """
-        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
-            raise ValueError(f"`family_degree` should be a positive integer but the value passed is {degree!r}")
+        check_degree(degree)
         if isinstance(family, Mapping) and family and all(_is_range(*entry) for entry in family.items()):
             if taken := sorted(_ARGUMENTS & family.keys()):
                 raise ValueError(f"`{field}` names {taken}, which are arguments of `at_task` and `adapter_at`")
             for name, (a, b) in family.items():
                 if not a < b:
                     raise ValueError(f"`{field}` gives {name!r} the range {(a, b)}, whose ends are not in order")
+            if (size := math.comb(len(family) + degree, degree)) > LARGEST:
+                raise ValueError(
+                    f"`{field}` has {len(family)} parameters, which with `family_degree`={degree} makes {size:,} "
+                    f"polynomials, more than {LARGEST:,}: give a lower degree, or fewer parameters"
+                )
             # Sorted, as in saved configs, because the order of the names determines the order of the products.
             return cls({name: (float(a), float(b)) for name, (a, b) in sorted(family.items())}, degree=degree)
         if isinstance(family, list | tuple) and family and all(isinstance(name, str) for name in family):
             if len(set(family)) < len(family):
                 raise ValueError(f"`{field}` names a task twice: {family!r}")
+            if len(family) > LARGEST:
+                raise ValueError(f"`{field}` has {len(family):,} tasks, more than {LARGEST:,}: make several families")
             return cls({}, tuple(family), degree)
         raise TypeError(
             f"`{field}` should map names of parameters to ranges, as in {{'lam': (1.0, 1.6)}}, or list names of tasks"
@@ -72,8 +81,7 @@ class Family:
     @property
     def exponents(self) -> list[tuple[int, ...]]:
         """The degrees of the factors of each product, by total degree."""
-        every = itertools.product(range(self.degree + 1), repeat=len(self.ranges))
-        return sorted((e for e in every if sum(e) <= self.degree), key=lambda e: (sum(e), [-k for k in e]))
+        return _exponents(len(self.ranges), self.degree)
 
     @property
     def size(self) -> int:
@@ -111,10 +119,20 @@ class Family:
         return c[0] if c.dim() == 2 and len(c) == 1 else c
 
     def _products(self, task: Mapping[str, Any]) -> torch.Tensor:
-        x = torch.broadcast_tensors(*[self._scaled(name, task[name]) for name in self.ranges])
-        powers = [_chebyshev(value, self.degree) for value in x]  # T_0, T_1, … of each parameter
-        products = [reduce(mul, [T[k] for T, k in zip(powers, e, strict=True)]) for e in self.exponents]
-        return torch.stack(products, dim=-1)
+        x: Any = [self._scaled(name, task[name]) for name in self.ranges]
+        if tensors := [value for value in x if isinstance(value, torch.Tensor)]:
+            x = [
+                torch.as_tensor(value, dtype=getattr(value, "dtype", torch.float64), device=tensors[0].device)
+                for value in x
+            ]
+            x = torch.stack(torch.broadcast_tensors(*x), dim=-1)
+        else:
+            x = torch.tensor(x, dtype=torch.float64)
+        values = torch.stack(_chebyshev(x, self.degree), dim=-1).flatten(-2)
+        if len(self.ranges) == 1:
+            return values
+        factors = _places(len(self.ranges), self.degree)
+        return reduce(mul, [values.index_select(-1, places.to(values.device)) for places in factors])
 
     def _one_hot(self, task: Any) -> torch.Tensor:
         names = list(task) if isinstance(task, list | tuple) else [task]
@@ -125,27 +143,35 @@ class Family:
         rows = torch.nn.functional.one_hot(places, len(self.tasks)).double()
         return rows[0] if isinstance(task, str) else rows
 
-    def _scaled(self, name: str, value: Any) -> torch.Tensor:
-        """x in [-1, 1] for a parameter within its range."""
+    def _scaled(self, name: str, value: Any) -> float | torch.Tensor:
+        """x in [-1, 1] for a parameter within its range, a number or of the shape () or (batch,)."""
         a, b = self.ranges[name]
         if not isinstance(value, torch.Tensor):
             if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
                 raise TypeError(
                     f"`{name}` should be a number or a tensor of numbers but the value passed is {value!r}"
                 )
-            value = torch.tensor(float(value), dtype=torch.float64)
-        if value.dim() == 2 and value.shape[1] == 1:
+            value = float(value)
+        elif value.dim() == 2 and value.shape[1] == 1:
             value = value.squeeze(1)
-        if value.dim() > 1:
+        elif value.dim() > 1:
             raise ValueError(f"`{name}` should have the shape (), (batch,) or (batch, 1) but has {tuple(value.shape)}")
         x = 2 * (value - a) / (b - a) - 1
-        if not (torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(x)):
-            if (x.detach().abs() > 1 + 1e-6).any():
-                warnings.warn(
-                    f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates. To fit it "
-                    "there, call `change_range` first",
-                    stacklevel=6,
-                )
+        if torch.compiler.is_compiling():
+            return x
+        if isinstance(value, torch.Tensor):
+            if torch._C._functorch.is_functorch_wrapped_tensor(x) or (x.detach().abs() <= 1 + 1e-6).all():
+                return x
+            given = value.detach()
+            if not given.isfinite().all():
+                raise ValueError(f"`{name}` should be finite but has {given[~given.isfinite()][0].item()}")
+        elif abs(x) <= 1 + 1e-6:
+            return x
+        warnings.warn(
+            f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates. To fit it there, "
+            "call `change_range` first",
+            stacklevel=6,
+        )
         return x
 
     def in_terms_of(self, other: Family) -> torch.Tensor:
@@ -197,46 +223,47 @@ def _is_range(name: Any, bounds: Any) -> bool:
     return all(isinstance(b, Real) and not isinstance(b, bool) and math.isfinite(b) for b in bounds)
 
 
+def _products(k: int, degree: int) -> list[tuple[tuple[int, int], ...]]:
+    """The factors (j, e_j), e_j > 0, of each product of total degree up to `degree` of k parameters."""
+    found: list[tuple[tuple[int, int], ...]] = []
+
+    def append(factors: tuple[tuple[int, int], ...], first: int, rest: int) -> None:
+        if not rest:
+            found.append(factors)
+            return
+        for j in range(first, k):  # the last parameter takes what is left
+            for e in range(rest, 0 if j < k - 1 else rest - 1, -1):
+                append((*factors, (j, e)), j + 1, rest - e)
+
+    for total in range(degree + 1):
+        append((), 0, total)
+    return found
+
+
+@planned
+def _exponents(k: int, degree: int) -> list[tuple[int, ...]]:
+    found = []
+    for factors in _products(k, degree):
+        e = [0] * k
+        for j, exponent in factors:
+            e[j] = exponent
+        found.append(tuple(e))
+    return found
+
+
+@planned
+def _places(k: int, degree: int) -> list[torch.Tensor]:
+    """The places of every product's first, second, … factor in T_e(x_j), shape (k, degree + 1), flattened."""
+    places = [[0] * math.comb(k + degree, degree) for _ in range(min(k, degree))]  # T_0 = 1 where there is no factor
+    for product, factors in enumerate(_products(k, degree)):
+        for own, (j, e) in zip(places, factors, strict=False):
+            own[product] = j * (degree + 1) + e
+    return [torch.tensor(own) for own in places]
+
+
 def _chebyshev(x: torch.Tensor, degree: int) -> list[torch.Tensor]:
     """T_0(x), …, T_degree(x)."""
     values = [torch.ones_like(x), x]
     while len(values) <= degree:
         values.append(2 * x * values[-1] - values[-2])
     return values
-
-
-class _Calls(threading.local):
-    def __init__(self) -> None:  # an instance attribute, because torch.compile guards on __dict__
-        self.stack: tuple[tuple[Mapping[str, torch.Tensor], Collection[nn.Module]], ...] = ()
-
-
-_calls = _Calls()
-
-
-@contextmanager
-def entered(weights: Mapping[str, torch.Tensor], layers: Collection[nn.Module]) -> Iterator[None]:
-    """While this is entered, this thread's calls of `layers` have these tasks, as c by adapter. Outer tasks stay."""
-    before = _calls.stack
-    _calls.stack = (*before, (weights, layers))
-    try:
-        yield
-    finally:
-        _calls.stack = before
-
-
-def current(adapter: str, layer: nn.Module) -> torch.Tensor | None:
-    """c of the running call for an adapter of a layer, shape (P,) or (batch, P); None if the call has no such task."""
-    for weights, layers in reversed(_calls.stack):
-        if adapter in weights and layer in layers:
-            return weights[adapter]
-    return None
-
-
-def per_sample(adapters: Iterable[str], layer: nn.Module) -> dict[str, torch.Tensor]:
-    """c, shape (batch, P), of those adapters of a layer for which the running call has a task for each sample."""
-    found = {}
-    for name in adapters:
-        c = current(name, layer)
-        if c is not None and c.dim() == 2:
-            found[name] = c
-    return found

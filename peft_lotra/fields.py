@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
 
-from .families import Family
+from .families import Family, check_degree
 
 BIASES = ("none", "all", "lotra_only")
 
@@ -81,6 +81,7 @@ def check_choices(config: Any) -> None:
 def check_family(config: Any) -> None:
     """Write `family` as plain data. Raise unless `family`, `family_degree`, `family_rank` and `slim` fit together."""
     rank = config.family_rank
+    check_degree(config.family_degree)
     if config.family is None:
         if rank is not None:
             raise ValueError(f"`family_rank` {rank!r} without `family`: list tasks in `family`, or leave this out")

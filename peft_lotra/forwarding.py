@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .placement.sharded import checksum
 from .standin import Adapted, adapted_coefficients, is_sharded, replaced
 from .standin.reading import read_only
 
@@ -24,6 +25,9 @@ class Forwarding(nn.Module):
     base_layer: Any
     get_base_layer: Any
     _active_updates: Any
+    _stored: Any
+    _merged_sums: list[int]
+    merged_adapters: list[str]
 
     @property
     def _base_is_zero(self) -> bool:
@@ -47,6 +51,25 @@ class Forwarding(nn.Module):
             return replaced(layer, self.spec, adapted_coefficients(layer, self.spec, updates).contiguous())
         # A regulariser needs the dense coefficients, so no warning is due.
         return Adapted(layer, self.spec, updates, quiet=True, is_zero=self._base_is_zero)
+
+    def _sums(self) -> list[int]:
+        return [checksum(self._stored(path)) for path in self._paths]
+
+    def _check_unwritten(self) -> None:
+        for path, before, now in zip(self._paths, self._merged_sums, self._sums(), strict=False):
+            if now != before:
+                raise RuntimeError(
+                    f"`{path}` of a {type(self.get_base_layer()).__qualname__} has been written to since "
+                    f"{self.merged_adapters} were merged into it, and to unmerge them would lose that: keep the "
+                    "values by `merge_and_unload()`, or write the merged ones back"
+                )
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Forwarding:
+        unwritten = bool(self._merged_sums) and self._merged_sums == self._sums()
+        super()._apply(*args, **kwargs)
+        if unwritten:
+            self._merged_sums = self._sums()  # casts are no writes
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set attributes of the base layer on the base layer. On the wrapper, they would be lost with it."""

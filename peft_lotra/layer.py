@@ -13,15 +13,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from . import families, mixed_batch
+from .calls.context import Shares, now
+from .calls.samples import run
 from .checkpoint import CONTAINERS
 from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from .forwarding import Forwarding
-from .mixed_batch import MixedBatch, Shares, run_at_each
 from .placement.draws import check_one_draw, row_sums
 from .placement.offloaded import tensors_in_place, writable_tensors
 from .placement.sharded import full_shape, full_tensor, write
-from .standin import Adapted, SampleAxisUnknown, Update, adapted_coefficients, adapted_rows, replaced, traced, warn
+from .standin import Adapted, Update, adapted_coefficients, adapted_rows, replaced, traced, warn
 from .tensors.ranks import by_mode, mode_sizes
 from .tensors.tucker import Ranks, TuckerFactors, factor_shapes, with_positions
 
@@ -59,10 +59,12 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True
         self._before_merge: dict[str, torch.Tensor] = {}  # the values of parameter and scale, by path
+        self._merged_sums: list[int] = []  # checksums of the merged values
         self._drawn: dict[str, tuple[torch.Tensor, ...]] = {}  # checksums by adapter, until `check_one_draw`
         # Attributes that frameworks add later stay on the module to which they are added.
         names = {name for name in dir(self.get_base_layer()) if not name.startswith("_")}
         self._names_of_base = frozenset(names.difference(vars(self), self._modules, dir(nn.Module)))
+        self._had_names = False  # whether a pass had `adapter_names`
         self._allows_unread = False  # whether the base layer need not use its coefficients in every pass
         # Whether the base layer accepts its coefficients as a plain tensor only. A layout with a star needs a plain
         # tensor, too, because a stand-in cannot follow it.
@@ -154,14 +156,21 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             factors = with_positions(factors._replace(core=core, U4=U4), self.spec.layout.canonical_shape[3:])
         if not self.terms[adapter_name]:
             return Update(factors, self.scaling[adapter_name])
-        c = families.current(adapter_name, self)
-        if c is None:
+        context = now()
+        task = context.task(adapter_name, self)
+        if task is None and not context.known:
+            raise RuntimeError(
+                f"a backward pass repeats a pass of the family {adapter_name!r}, whose task is not known there: "
+                "checkpoint with `use_reentrant=False` (and torch 2.8 or newer), or checkpoint a function that enters "
+                "`at_task` itself"
+            )
+        if task is None:
             raise RuntimeError(
                 f"the adapter {adapter_name!r} is for a family of tasks, and this pass is at none of them: call the "
                 "model inside `with at_task(model, ...)`, or make an adapter for one task by `adapter_at`"
             )
         U5 = None if factors.U5 is None else full_tensor(factors.U5)
-        factors = factors._replace(core=full_tensor(factors.core), U5=U5)
+        factors, c = factors._replace(core=full_tensor(factors.core), U5=U5), task[0]
         if c.dim() == 1:
             return Update(factors.at(c), self.scaling[adapter_name])
         c = factors.terms(c)
@@ -197,6 +206,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
         Raises:
             ValueError: with `safe_merge`, if the merged coefficients are not all finite. Nothing is changed then.
+            RuntimeError: as in `unmerge`.
         """
         self._merge(safe_merge, adapter_names, keep=True)
 
@@ -208,12 +218,15 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         with self._writing():
             if safe_merge:
                 self._check_finite(names)
-            if keep and not self.merged:
+            if keep and self.merged:
+                self._check_unwritten()
+            elif keep:
                 self._before_merge = {path: self._stored(path).data.clone() for path in self._paths}
             for rows, values in adapted_rows(self.get_base_layer(), self.spec, tuple(map(self._update, names))):
                 write(self._stored(self.spec.parameter), values, rows)
             if self.spec.scale is not None:
                 self._stored(self.spec.scale).data.fill_(1)
+            self._merged_sums = self._sums() if keep else []
         self.merged_adapters += names
 
     @torch.no_grad()
@@ -226,14 +239,19 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")
 
     def unmerge(self) -> None:
-        """Restore parameter and scale as they were before the first `merge`, to the bit."""
+        """Restore parameter and scale as they were before the first `merge`, to the bit.
+
+        Raises:
+            RuntimeError: if somebody has written to them since the last `merge`, which would be lost.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         with self._writing():
+            self._check_unwritten()
             for path, before in self._before_merge.items():
                 write(self._stored(path), before)
-        self._before_merge = {}
+        self._before_merge, self._merged_sums = {}, []
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(
@@ -248,37 +266,19 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return layer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's own forward with A_ft in place of A. In a mixed batch, every sample has its own A_ft.
+        """The base layer's own forward with A_ft in place of A. Every sample may have an A_ft of its own.
 
         Raises:
-            ValueError: in a mixed batch, if the first tensor does not have a row for each name, or an adapter is
-                merged.
+            ValueError, RuntimeError: if the context of the call does not fit; see `peft_lotra.calls.samples.run`.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        batch = mixed_batch.current(self)
-        if isinstance(batch, MixedBatch) and not self.disable_adapters:
-            names, layers = batch.names_for(self), list(adapted_tensors(self).values())
-            mixed_batch.check_names(names, args, kwargs, self.get_base_layer())
-            if any(layer.merged for layer in layers):
-                what = "Cannot pass `adapter_names` when there are merged adapters"
-                raise ValueError(f"{what}, please call `unmerge_adapter` first.")
-            adapters = {name for layer in layers for name in layer.lotra_core}
-            in_one_pass = not any(layer._needs_tensor for layer in layers)
-            return mixed_batch.run_mixed(layers, adapters, names, self._run, args, kwargs, in_one_pass)
-        return self._run(args, kwargs)
-
-    def _run(self, args: Any, kwargs: Any) -> Any:
         if self._drawn and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             check_one_draw(self, CONTAINERS, self._active_here())
-        own = [] if self.disable_adapters else [name for name in self._active_here() if self.terms[name]]
-        by_sample = families.per_sample(own, self) if own else {}
-        if not by_sample or isinstance(mixed_batch.current(self), Shares):  # a mixed batch handles samples itself
+        context = now()
+        if self.disable_adapters or (context.known and not context.entries):
             return self._run_once(args, kwargs)
-        try:
-            return self._run_once(args, kwargs)
-        except SampleAxisUnknown:
-            return run_at_each(by_sample, self._run_once, args, kwargs, self)
+        return run(self, LoTRALayer, context, args, kwargs)
 
     def _run_once(self, args: Any, kwargs: Any) -> Any:
         if not torch.compiler.is_dynamo_compiling() or self._needs_tensor:
@@ -330,15 +330,19 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         """The updates to add to what the base layer holds, without that of the adapter `besides`."""
         if self.disable_adapters:
             return ()
-        shares = mixed_batch.current(self)
-        if isinstance(shares, Shares):
-            present = [(name, weights) for name, weights in shares.weights.items() if name in self.lotra_core]
-            return tuple(self._update(name).for_samples(weights) for name, weights in present)
+        context = now()
+        shares = context.batch(self) if context.entries else None
+        masks: Any = dict.fromkeys(self.active_adapters)
+        if isinstance(shares, Shares) and shares.masks is not None:
+            masks = shares.masks
         own: Any = self._modules["lotra_core"]
         updates, merged = [], self.merged_adapters
-        for name in self.active_adapters:
+        for name in masks:
             if name in own._parameters and name not in merged and name != besides:
-                updates.append(self._update(name))
+                update = self._update(name)
+                if isinstance(shares, Shares):
+                    update = update.for_samples(masks[name], shares.samples)
+                updates.append(update)
         return tuple(updates)
 
     def _writing(self) -> AbstractContextManager[None]:

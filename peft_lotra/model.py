@@ -14,9 +14,9 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
-from . import call_arguments
 from .adapter_names import check_name, check_replaced
 from .biases import trained_biases
+from .call_arguments import in_context
 from .checkpoint import PREFIX, allow_checkpoints, check_weights, is_adapter_key, naming, refuse_checkpoints
 from .coefficients.spec import tensor_at
 from .collected import Collected, check_whole
@@ -47,9 +47,10 @@ class LoTRAModel(BaseTuner):
     Like PEFT's other tuners, it adds, switches, disables, deletes, merges and unloads adapters. Errors in a config are
     raised before the first layer is touched.
 
-    Two arguments of a call, `model(...)` or `model.generate(...)`, are for the adapters, and the base model does not
+    Three arguments of a call, `model(...)` or `model.generate(...)`, are for the adapters, and the base model does not
     see them. `adapter_names` names an adapter for each sample; "__base__" stands for no adapter. `lotra_task` sets the
-    task of the active (or named) families; see `at_task`.
+    task of the active (or named) families; see `at_task`. Samples are on the first axis of each adapted layer's first
+    tensor, or on the axis `batch_axis`.
     """
 
     prefix = "lotra_"
@@ -218,6 +219,22 @@ class LoTRAModel(BaseTuner):
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
+    def unmerge_adapter(self) -> None:
+        """Unmerge all adapters. Raises RuntimeError before that if somebody has written to merged coefficients."""
+        self._check_unwritten()
+        super().unmerge_adapter()
+
+    def disable_adapter_layers(self) -> None:
+        """Disable all adapters. A layer's next pass unmerges it, so this raises RuntimeError as `unmerge_adapter`."""
+        self._check_unwritten()
+        super().disable_adapter_layers()
+
+    def _check_unwritten(self) -> None:
+        for layer in adapted_tensors(self.model).values():
+            if layer.merged:
+                with writable_tensors(layer):
+                    layer._check_unwritten()
+
     def _unload_and_optionally_merge(  # type: ignore[override]
         self,
         merge: bool = True,
@@ -309,8 +326,8 @@ class LoTRAModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """While this is entered, `adapter_names` and `lotra_task` reach every adapted layer."""
-        with call_arguments.entered(self.model, self.peft_config, self.active_adapters, kwargs):
+        """While this is entered, `adapter_names`, `lotra_task` and `batch_axis` reach every adapted layer."""
+        with in_context(self.model, self.peft_config, self.active_adapters, kwargs):
             yield
 
     @property

@@ -45,10 +45,11 @@ def extend_peft_type(name: str) -> PeftType:
 
 LOTRA = extend_peft_type("LOTRA")
 TASK = "lotra_task"  # the argument of a call that sets the task
+AXIS = "batch_axis"  # the argument of a call that says on which axis samples are
 
 
-def _take_out(argument: str) -> None:
-    """Let PeftModels of this method remove an argument from a call, as PEFT does with `adapter_names`.
+def _take_out(*arguments: str) -> None:
+    """Let PeftModels of this method remove arguments from a call, as PEFT does with `adapter_names`.
 
     Each PeftModel gets the names of such arguments in its `__init__`, and a tuner cannot see the PeftModel around it.
     """
@@ -56,7 +57,7 @@ def _take_out(argument: str) -> None:
 
     def write(model: Any, value: set[str]) -> None:
         # In __dict__, because torch.compile reads it there.
-        model.__dict__[name] = value | {argument} if model.__dict__.get("peft_type") == LOTRA else value
+        model.__dict__[name] = value | {*arguments} if model.__dict__.get("peft_type") == LOTRA else value
 
     setattr(PeftModel, name, property(lambda model: model.__dict__[name], write))
 
@@ -77,4 +78,4 @@ def register(config_cls: type, model_cls: type) -> None:
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         mapping.pop(LOTRA, None)
     register_peft_method(name="lotra", config_cls=config_cls, model_cls=model_cls)
-    _take_out(TASK)
+    _take_out(TASK, AXIS)

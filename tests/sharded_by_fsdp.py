@@ -513,8 +513,10 @@ def test_adapters_of_a_family():
     model = sharded(single, "adapted layer")
     for each in (model, single):
         adapter_at(each, "at", lam=1.3)
+    single.set_adapter("default")
     with at_task(single, lam=1.3):
         assert_equal(model(X).detach(), single(X).detach(), 1e-9)
+    single.set_adapter("at")
     file = FOLDER / f"task of {dist.get_rank()}"
     save_task(file, model, "at")
     load_task(file, single, "again")

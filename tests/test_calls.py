@@ -16,8 +16,9 @@ from peft import get_peft_model
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from peft_lotra import PerformanceWarning, mixed_batch
-from peft_lotra.standin import calls
+from peft_lotra import PerformanceWarning
+from peft_lotra.calls import context
+from peft_lotra.standin import places
 from peft_lotra.standin.tensor import StandIn
 
 LIBRARIES = ["pykan", "efficient-kan", "fast-kan", "ChebyKAN"]
@@ -64,8 +65,8 @@ def assert_same(results, expected):
 
 def assert_untouched(model):
     """No pass is under way, and none was found to need the dense coefficients."""
-    assert (calls._stacks.at, calls._passes, calls._handles, calls._held, calls._suspended) == ({}, {}, set(), {}, {})
-    assert mixed_batch._calls.stack == ()
+    assert context.variable.get() == context.Context()
+    assert (places._passes, places._handles, places._held, places._suspended) == ({}, set(), {}, {})
     for layer in lotra_layers(model).values():
         assert not layer._needs_tensor
         assert not any(isinstance(v, StandIn) for m in layer.modules() for v in vars(m).values())

@@ -87,15 +87,15 @@ def test_a_mixed_batch_of_a_family_where_samples_cannot_be_told_apart():
     model.eval()
     x = row.sample(torch.float64)
     names = (["default", "other"] * len(x))[: len(x)]
-    for active in ("default", "other"):
-        model.set_adapter(active)
-        with at_task(model, lam=1.3):
-            model(x, adapter_names=names)
-        with (
-            at_task(model, lam=torch.linspace(1, 1.6, len(x))),
-            pytest.raises(ValueError, match="`adapter_names` has"),
-        ):
-            model(x, adapter_names=names)
+    for lam in (torch.tensor(1.3), torch.linspace(1, 1.6, len(x), dtype=torch.float64)):
+        with at_task(model, lam=lam):
+            expected = model(x)
+            y = model(x, adapter_names=names)
+        model.set_adapter("other")
+        expected[1::2] = model(x)[1::2]
+        assert_equal(y, expected)
+        assert_equal(model(x, adapter_names=names, lotra_task=lam), expected)
+        model.set_adapter("default")
 
 
 def test_a_family_of_one_task_and_two_families_of_named_tasks():

@@ -13,11 +13,12 @@ from pdes import Points
 from scripts import call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cases", "methods"),
     [
         (["elliptic"], ["family", "full, Adam"]),
-        pytest.param(["elliptic", "advection", "two parameters"], list(METHODS), marks=pytest.mark.slow),
+        (["elliptic", "advection", "two parameters"], list(METHODS)),
     ],
     ids=["short", "every method"],
 )

@@ -18,9 +18,8 @@ needs_digits = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize(
-    "cases", [["oscillator"], pytest.param(list(FAMILIES), marks=[pytest.mark.slow, needs_digits])], ids=len
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", [["oscillator"], pytest.param(list(FAMILIES), marks=needs_digits)], ids=len)
 def test_smoke(cases, tmp_path, monkeypatch):
     arguments = ("--smoke", "--cases", *cases, "--outputs", tmp_path)
     monkeypatch.setattr(Oscillator, "runs", 6)

@@ -7,6 +7,7 @@ from conftest import approx, within
 from scripts import call
 
 
+@pytest.mark.slow
 def test_low_rank_updates(tmp_path):
     arguments = ("--pde", "elliptic", "--base-steps", 3, "--steps", 3, "--energies", 0.9, 1, "--fit-iterations", 1)
     arguments += ("--output-dir", tmp_path)

@@ -77,6 +77,7 @@ def from_the_command_line(names, tmp_path):
     return len(done), len(written.splitlines()), text
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path, monkeypatch):
     experiments(tmp_path / "experiments")
     for module in (run, report):

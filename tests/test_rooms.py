@@ -7,8 +7,18 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "peft_lotra"
 # From the ground up; a room imports from itself and from those before it.
-ROOMS = ("preserved", "tensors", "placement", "coefficients", "standin", "checkpoint", "registration", "patterns")
-ROOMS += ("families", "fields", "config", "mixed_batch", "forwarding", "layer", "slim_layer", "linear_layer")
+ROOMS = (
+    "preserved",
+    "tensors",
+    "placement",
+    "calls",
+    "coefficients",
+    "standin",
+    "checkpoint",
+    "registration",
+    "patterns",
+)
+ROOMS += ("families", "fields", "config", "forwarding", "layer", "slim_layer", "linear_layer")
 ROOMS += ("call_arguments",)
 ROOMS += ("biases", "slots", "collected")
 ROOMS += ("base_model", "linear_targets", "copies", "selection", "targets", "adapter_names", "combination", "model")

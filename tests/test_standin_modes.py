@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_lotra import LoTRALayer, PerformanceWarning
+from peft_lotra.calls.context import Samples
 from peft_lotra.layer import adapted_tensors
 from peft_lotra.standin import Adapted, Update
 from peft_lotra.standin.cost import DENSE
@@ -504,7 +505,7 @@ def test_weights_per_sample(name):
     x = (torch.rand(batch, *lead, n, dtype=x.dtype) - 0.5).requires_grad_()
     shapes = [(*r, P), (n, r[0]), (m, r[1]), (n_d, r[2]), (batch, P)]
     core, U1, U2, U3, w = (torch.randn(shape, dtype=x.dtype, requires_grad=True) for shape in shapes)
-    update = Update(TuckerFactors(core, U1, U2, U3), 0.7, w)
+    update = Update(TuckerFactors(core, U1, U2, U3), 0.7, w, Samples(0, tuple(x.shape[:-1])))
     with Adapted(plain, spec, (update, *layer._active_updates())):
         y = plain(x)
     rows = []

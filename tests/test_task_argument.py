@@ -129,20 +129,6 @@ def test_a_residual_with_a_task_for_every_sample():
     assert result.losses[-1] < 0.5 * result.losses[0]
 
 
-class Checkpointed(ChebyKAN):
-    def forward(self, x):
-        return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
-
-
-def test_a_backward_pass_that_computes_again_is_at_a_task_only_around_it():
-    model = get_peft_model(Checkpointed([3, 4]), LoTRAConfig(r=2, family=LAM))
-    loss = model(X, lotra_task=1.3).sum()
-    with pytest.raises(RuntimeError, match="this pass is at none of them"):
-        loss.backward()
-    with at_task(model, lam=1.3):
-        model(X).sum().backward()
-
-
 def test_errors():
     base, model = kan()
     plain = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2))

@@ -13,7 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .. import families
+from ..call_arguments import tasks_for
+from ..calls.context import entered
+from ..calls.samples import checked_axis
 from ..checkpoint import PREFIX, Slot, check_weights, digest
 from ..combination import copied_modules, copy_trained
 from ..config import LoTRAConfig
@@ -25,7 +27,7 @@ from ..tensors.tucker import TuckerFactors
 
 
 @contextmanager
-def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
+def at_task(model: nn.Module, *, batch_axis: int = 0, **task: Any) -> Iterator[None]:
     """While this is entered, the family adapters of `model` are at a task: Δ = alpha · G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task).
 
     >>> model = get_peft_model(kan, LoTRAConfig(r=6, family={"lam": (1.0, 1.6)}))
@@ -34,28 +36,34 @@ def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
 
     With one task, the core is contracted with c first, and the pass is that of an ordinary adapter. With a task for
     each sample, all P terms are computed side by side, weighted by c and summed, in one pass of the base. If a layer's
-    samples cannot be told apart, the layer makes a pass for each distinct task. Gradients flow to the task. The task
-    may be a value of `torch.func.vmap`, so that the residual of each point has its own task.
+    samples cannot be told apart, the layer makes a pass for each distinct task, or for each sample if somebody may
+    differentiate by the tasks. Derivatives by the task are exact, in forward and reverse mode. The task may be a value
+    of `torch.func.vmap`, so that the residual of each point has its own task.
 
     `model(x, lotra_task={"lam": 1.3})` does the same for one call. `lotra_task` may also be a name, a list of names,
-    or the value of a family's only parameter. It is an error if no active adapter is a family. With transformers'
+    or the value of a family's only parameter. It is an error if no adapter uses the task. With transformers'
     Trainer, put the tasks into a column `lotra_task` of the data set and set `remove_unused_columns=False`. Names and
     mappings also need `data_collator=torch.utils.data.default_collate`, because transformers' own collator drops names
     and fails on mappings. `model.generate` repeats tasks in the same way as samples, by `num_beams` and
     `num_return_sequences`. Call a pipeline inside this context.
 
-    The task belongs to the calls of this thread. If a backward pass repeats a forward pass (activation checkpointing),
-    it must also run inside this context and in this thread, as on a CPU. On an accelerator, autograd has threads of
-    its own, so do not checkpoint adapted layers there. A merge inside this context merges the update at this task.
+    The task is in the context of the running code (`contextvars`): other threads and tasks of asyncio do not see it,
+    and those that Python gives a copy of the context (`asyncio.to_thread`, `create_task`) keep it. A generator that
+    yields inside this context leaves its caller at the task until it goes on. If a backward pass repeats a forward
+    pass, it does so at the task of that pass, wherever it runs, if torch's `checkpoint(use_reentrant=False)` is used,
+    with torch 2.8 or newer. Other checkpoints have to enter the context in the function that they repeat, or else the
+    backward pass raises RuntimeError. A merge inside this context merges the update at this task.
 
     Args:
         model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it.
+        batch_axis: the axis of each adapted layer's first tensor that has the samples, if each has a task of its own.
         task: a number, or a tensor of the shape (), (batch,) or (batch, 1), for each parameter of the family; or
             `task=` a name, or a list with a name for each sample. For a value outside the family's range the adapter
             extrapolates, with a warning (except under `vmap` and in compiled code).
 
     Raises:
-        TypeError, ValueError: if the task does not fit any family adapter of the model.
+        TypeError, ValueError: if the task does not fit any family adapter of the model, or those that it fits are not
+            active, or merged.
 
     Source: ours.
     """
@@ -63,7 +71,8 @@ def at_task(model: nn.Module, **task: Any) -> Iterator[None]:
     kinds = {name: config.kind for name, config in tuner.peft_config.items() if config.kind is not None}
     if not kinds:
         raise ValueError("`model` has no adapter for a family of tasks (`LoTRAConfig(family=...)`)")
-    with families.entered(families.weights_of(kinds, task), set(adapted_tensors(tuner.model).values())):
+    axis = checked_axis(batch_axis)
+    with entered(tasks_for(tuner.model, kinds, task, axis, "at_task")):
         yield
 
 

@@ -80,6 +80,19 @@ def write(tensor: torch.Tensor, values: torch.Tensor, rows: slice = slice(None))
     (tensor.data if rows == slice(None) else tensor.data[rows]).copy_(values)
 
 
+@torch.no_grad()
+def checksum(tensor: Any) -> int:
+    """Σ_i (2 i + 1) · bits(x_i) mod 2^64 of this process's part of a tensor. Any change of one entry changes it."""
+    flat = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().flatten()
+    flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+    bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    odd = torch.arange(1, 2 * min(len(bits), 2**20), 2, device=bits.device)
+    total = odd.new_zeros(())
+    for k, block in enumerate(bits.split(2**20)):
+        total += (block * (odd[: len(block)] + k * 2**21)).sum()
+    return int(total)
+
+
 @contextmanager
 def gathered_for_writing(layer: nn.Module) -> Iterator[None]:
     """While this is entered, values written to the layer's parameters are kept. All processes must write the same.

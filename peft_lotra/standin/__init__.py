@@ -6,12 +6,11 @@ and the layer runs its own code with the stand-in. The rest of the package only 
 
 from .placing import Adapted, adapted_coefficients, adapted_rows, is_sharded, replaced, traced
 from .tensor import PerformanceWarning, warn
-from .update import SampleAxisUnknown, Update
+from .update import Update
 
 __all__ = [
     "Adapted",
     "PerformanceWarning",
-    "SampleAxisUnknown",
     "Update",
     "adapted_coefficients",
     "adapted_rows",

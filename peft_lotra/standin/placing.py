@@ -14,8 +14,8 @@ from ..coefficients.spec import CoefficientSpec
 from ..placement.sharded import any_sharded, full_shape, full_tensor
 from ..tensors.tucker import TuckerFactors, factor_shapes
 from .axes import parameter_axes, spread_scale
-from .calls import enter, held, leave
 from .operations import Weight
+from .places import enter, held, leave
 from .plan import dense_sum
 from .tensor import Call, Ones, handle_of, stand_in
 from .update import Update
@@ -80,12 +80,12 @@ class Adapted(Call):
             self._places.append((owner, name, (meant, self), handle))
 
     def __enter__(self) -> Adapted:
-        enter(self._places)
+        self._contexts: Any = enter(self._places)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        places, self._places = self._places, []  # breaks a reference cycle, so that tensors are freed at once
-        leave(places)
+        contexts, self._contexts, self._places = self._contexts, (), []  # tensors in reference cycles are freed now
+        leave(*contexts)
 
 
 def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> bool:

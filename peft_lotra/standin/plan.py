@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch._C import _functorch
 
+from ..calls.context import Samples
+from ..calls.samples import SampleAxisUnknown
 from .axes import Arrangement, Axes, Rows, planned
 from .cost import DENSE, cheapest_order
 from .operations import Contraction, Form, Weight
-from .update import SampleAxisUnknown, Step, Update, flat_mode_product, multiplied, planned_steps
+from .update import Step, Update, flat_mode_product, multiplied, planned_steps
 
 Shapes = tuple[Any, ...]  # the shapes of G, U1, U2, U3; None where the mode is whole
 
@@ -63,18 +65,18 @@ def plan_for(c: Contraction, weight: Weight) -> Plan | None:
     Raises:
         SampleAxisUnknown: if updates have weights per sample, and it is unknown which rows belong to which sample.
     """
-    samples: int = 0
-    lead: tuple[int, ...] = ()
+    sample_shape: tuple[int, ...] | None = None
     shapes = []
     for update in weight.updates:
         shapes.append(_shapes(update))
         if update.weights is not None:
-            samples, lead = len(update.weights), tuple(c.x.shape[: c.x.dim() - len(c.form.summed)])
+            sample_shape = _sample_shape(update.samples, tuple(c.x.shape[: c.x.dim() - len(c.form.summed)]))
     # While a graph is compiled, the batch size may be open. A plan that depended on it would bind the graph to it.
     positions = None if torch.compiler.is_compiling() else c.x.numel() // c.form.depth
     transformed = positions is not None and _functorch.peek_interpreter_stack() is not None
     per_sample = transformed and _gradients_per_sample(weight)
-    return _plan(c.form, weight.axes, tuple(shapes), c.x.dim(), positions, c.x.device.type, per_sample, samples, lead)
+    device = c.x.device.type
+    return _plan(c.form, weight.axes, tuple(shapes), c.x.dim(), positions, device, per_sample, sample_shape)
 
 
 def _gradients_per_sample(weight: Weight) -> bool:
@@ -88,7 +90,7 @@ def _gradients_per_sample(weight: Weight) -> bool:
 @planned
 def _plan(
     form: Form, axes: Axes, shapes: tuple[Shapes, ...], ndim: int, positions: int | None, device: str,
-    per_sample: bool, samples: int, lead: tuple[int, ...],
+    per_sample: bool, sample_shape: tuple[int, ...] | None,
 ) -> Plan | None:  # fmt: skip
     """The plan; None if there is no factorised form.
 
@@ -99,8 +101,8 @@ def _plan(
         positions: the number of positions of x; None if it is open.
         device: the kind of device.
         per_sample: whether each sample has gradients of its own.
-        samples: the number of samples, if updates have weights per sample; else 0.
-        lead: the sizes of x's axes that are not summed, if `samples` is not 0.
+        sample_shape: in this shape, weights per sample broadcast to x's axes that are not summed; () if it is
+            unknown, None if no update has such weights.
     """
     carried, summed = dict(form.carried), dict(form.summed)
     output = axes.place("o")
@@ -112,8 +114,7 @@ def _plan(
     trailing = list(range(ndim - len(summed), ndim))
     is_matrix = form.is_linear and bool(trailing) and sorted(summed.values()) == trailing
     is_matrix = is_matrix and output.before * output.after == 1
-    sample_shape = _sample_shape(samples, lead) if samples else ()
-    if samples and not (is_matrix and sample_shape):
+    if sample_shape is not None and not (is_matrix and sample_shape):
         raise SampleAxisUnknown
     on_x = ""
     for mode in ("i", "d"):
@@ -127,7 +128,7 @@ def _plan(
         r1, r2, r3 = _ranks(own, modes)
         ranks.append((r1, r2 * math.prod(own[0][len(axes.modes()) :]), r3))  # P terms
     order = ""
-    if not samples:
+    if sample_shape is None:
         order = cheapest_order(
             positions, form.depth, form.terms, modes, math.prod(kernel), on_x, tuple(ranks), whole, device, per_sample
         )
@@ -157,7 +158,7 @@ def _plan(
     depth = math.prod([axes.axes[axis].size for axis in summed]) if is_matrix else 0
     outputs = carried[output.axis], output.before, output.after
     padding = (stored.before, stored.after) if stored.is_padded else None
-    return Plan(order, dense, _rows(axes, shapes[0]), tuple(groups), depth, outputs, padding, sample_shape)
+    return Plan(order, dense, _rows(axes, shapes[0]), tuple(groups), depth, outputs, padding, sample_shape or ())
 
 
 def _shapes(update: Update) -> Shapes:
@@ -188,16 +189,19 @@ def _rows(axes: Axes, shapes: Shapes) -> tuple[Rows, ...] | None:
     return rows if any([part is not None for part in rows]) else None
 
 
-def _sample_shape(samples: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+def _sample_shape(samples: Samples | None, sizes: tuple[int, ...]) -> tuple[int, ...]:
     """The shape in which one number for each sample broadcasts to `sizes`; () if the axis of samples is not clear.
 
-    Samples lie along the only axis whose size is their number. If the size of another axis is a multiple of this
-    number, they may lie there, so the axis is not clear.
+    It is clear if the sizes are those of the layer's first tensor without its last axis, and only one of them is the
+    number of samples. Otherwise the layer may have moved or flattened axes.
     """
-    axes = [k for k, size in enumerate(sizes) if size % samples == 0]
-    if len(axes) != 1 or sizes[axes[0]] != samples:
+    if samples is None:
         return ()
-    return tuple([samples if k == axes[0] else 1 for k in range(len(sizes))])
+    count = samples.sizes[samples.axis] if samples.axis < len(samples.sizes) else 0
+    given, own = ([size for size in held if size != 1] for held in (samples.sizes, sizes))
+    if given != own or own.count(count) != 1:
+        return ()
+    return tuple([size if size == count else 1 for size in sizes])
 
 
 def apply(plan: Plan, c: Contraction, weight: Weight, y: torch.Tensor | None) -> torch.Tensor:

@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointFunction
 
 from .axes import planned
-from .calls import running
 from .cost import DENSE
 from .operations import CONTRACTIONS, Contraction, Weight
+from .places import running
 from .plan import apply, dense_sum, plan_for
 from .products import PRODUCTS, QUOTIENTS, SUMS, Product, by_number, is_number, summed
 from .views import VIEWS

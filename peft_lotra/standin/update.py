@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..calls.context import Samples
+from ..calls.samples import SampleAxisUnknown
 from ..coefficients.spec import CoefficientSpec
 from ..placement.sharded import full_tensor
 from ..tensors.tucker import TuckerFactors, reconstruct
@@ -17,31 +19,24 @@ from .axes import Rows
 _16_BIT = (torch.float16, torch.bfloat16)
 
 
-class SampleAxisUnknown(Exception):
-    """An update has weights per sample, and the operation's samples cannot be told apart."""
-
-    def __init__(self) -> None:
-        super().__init__("one update is needed, but every sample has a task or an adapter of its own: give one task")
-
-
 class Update(NamedTuple):
     """s · G ×₁ U1 ×₂ U2 ×₃ U3: one adapter's change of a coefficient tensor.
 
     With `weights` w, shape (batch, P), sample b sees Σ_p w[b, p] · s · G[..., p] ×₁ U1 ×₂ U2 ×₃ U3. The core then has
-    one more axis, of size P, unless P = 1.
+    one more axis, of size P, unless P = 1. `samples` says where the samples are; None: nobody knows.
     """
 
     factors: TuckerFactors
     scaling: float
     weights: torch.Tensor | None = None
+    samples: Samples | None = None
 
-    def for_samples(self, shares: torch.Tensor | None) -> Update:
-        """The update for those samples whose `shares`, shape (batch, 1), are true; None: for all samples."""
-        if shares is None:
-            return self
-        if self.weights is None:
-            return self._replace(weights=shares)
-        return self._replace(weights=torch.where(shares, self.weights, 0))
+    def for_samples(self, mask: torch.Tensor | None, samples: Samples | None) -> Update:
+        """The update for those samples whose `mask`, shape (batch, 1), is true; None: for all samples."""
+        weights = self.weights
+        if mask is not None:
+            weights = mask if weights is None else torch.where(mask, weights, 0)
+        return self._replace(weights=weights, samples=samples)
 
     def check_common(self) -> None:
         """Raise SampleAxisUnknown if the update differs from sample to sample."""

@@ -1,8 +1,8 @@
-"""What a layer finds in the places of its parameters, which depends on the thread's running forward pass.
+"""What a layer finds in the places of its parameters, which depends on the running forward pass.
 
 Python looks into the instance dictionary of a module before it asks nn.Module for a parameter of that name. All
-threads see this dictionary. A stand-in there therefore has no values: its meaning is on a stack of each thread, until
-the pass ends. A plain tensor there is for one thread, and the other threads wait.
+threads see this dictionary. A stand-in there therefore has no values: its meaning is in the context of the running
+code, until the pass ends. A plain tensor there is for one thread, and the other threads wait.
 """
 
 from __future__ import annotations
@@ -11,20 +11,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from ..calls.context import Context, left, variable
+
 Place = tuple[int, str]  # the id of a module, and the name of its parameter
 
-
-class _Stacks(threading.local):
-    def __init__(self) -> None:
-        self.at: dict[Place, list[Any]] = {}
-
-
-_stacks = _Stacks()
 _lock = threading.RLock()
 _changed = threading.Condition(_lock)
 _waiting = [0]  # the number of threads that wait
@@ -34,24 +29,36 @@ _held: dict[Place, int] = {}  # the thread that has put a tensor there
 _suspended: dict[Place, int] = {}  # how many of the passes wait until they may put a tensor there, or have put one
 
 
+class Pass(NamedTuple):
+    """A layer's pass in a thread, and what it has put at places: (owner, name, meaning, handle or None) for each."""
+
+    places: Sequence[tuple[nn.Module, str, Any, Any]]
+    thread: int
+
+
 def running(owner: nn.Module, name: str) -> Any:
-    """What this thread's forward pass has put at a place, as `enter` was given it.
+    """What the running forward pass has put at a place, as `enter` was given it.
 
     Raises:
-        RuntimeError: if the thread runs no pass of the layer.
+        RuntimeError: if the running code is in no pass of the layer.
     """
-    stack = _stacks.at.get((id(owner), name))
-    if not stack:
-        raise RuntimeError(
-            f"`{name}` of a {type(owner).__qualname__} is read in a thread that runs no forward pass of its adapted "
-            "layer, while another thread runs one: call the model, not the layer inside the adapter"
-        )
-    return stack[-1]
+    for one in reversed(variable.get().passes):
+        for module, path, meant, _ in one.places:
+            if module is owner and path == name:
+                return meant
+    raise RuntimeError(
+        f"`{name}` of a {type(owner).__qualname__} is read in a thread that runs no forward pass of its adapted "
+        "layer, while another thread runs one: call the model, not the layer inside the adapter"
+    )
 
 
-def enter(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> None:
-    """Put meanings at places for this thread, until `leave`. A place is (owner, name, meaning, handle or None)."""
-    for owner, name, meant, handle in places:
+def enter(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> tuple[Context, Context]:
+    """Put meanings at places for the running code, until `leave` gets the result, contexts with and without them.
+
+    Args:
+        places: (owner, name, meaning, handle or None) for each place.
+    """
+    for owner, name, _, handle in places:
         place = id(owner), name
         with _lock:
             if place in _held:
@@ -60,17 +67,17 @@ def enter(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> None:
             if handle is not None:
                 owner.__dict__[name] = handle
                 _handles.add(place)
-        _stacks.at.setdefault(place, []).append(meant)
+    before = variable.get()
+    own = Context(before.entries, (*before.passes, Pass(places, threading.get_ident())), before.backward, before.known)
+    variable.set(own)
+    return own, before
 
 
-def leave(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> None:
-    assigned = False
+def leave(own: Context, before: Context) -> None:
+    places, assigned = own.passes[-1].places, False
+    left(own, before, own.passes[-1:])
     for owner, name, _, _ in places:
         place = id(owner), name
-        stack = _stacks.at[place]
-        stack.pop()
-        if not stack:
-            del _stacks.at[place]
         with _lock:
             _passes[place] -= 1
             if not _passes[place]:
@@ -115,7 +122,8 @@ def _assigned(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> RuntimeError
 def held(owner: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
     """While this is entered, `tensor` is at a place, and no other thread runs a pass of the layer."""
     place, thread = (id(owner), name), threading.get_ident()
-    own = len(_stacks.at.get(place, ()))
+    passes = [one for one in variable.get().passes if one.thread == thread]
+    own = sum([module is owner and path == name for one in passes for module, path, *_ in one.places])
     with _lock:
         _suspend(place, own)
         try:
