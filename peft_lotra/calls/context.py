@@ -183,7 +183,9 @@ def _present() -> Context:
     if any([isinstance(entry, Tasks) and entry.left for entry in context.entries]):
         here = _owner()
         entries = [e for e in context.entries if not (isinstance(e, Tasks) and e.left and e.owner == here)]
-        context = context._replace(entries=tuple(entries))
+        if len(entries) < len(context.entries):
+            context = context._replace(entries=tuple(entries))
+            variable.set(context)
     return context
 
 

@@ -265,7 +265,7 @@ def rounding_of(
     held = [tensor for module in (base, model) for tensor in (*module.parameters(), *module.buffers())]
 
     def formula(*tensors: torch.Tensor) -> torch.Tensor:
-        own = [copy.deepcopy(module) for module in (base, model)]
+        own = copy.deepcopy(base), copy.deepcopy(model)
         places = [tensor for module in own for tensor in (*module.parameters(), *module.buffers())]
         for place, tensor in zip(places, tensors, strict=False):
             place.data = tensor.detach()
