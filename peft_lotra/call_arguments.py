@@ -38,17 +38,18 @@ def in_context(
         raise ValueError(
             f"`{AXIS}`={axis!r} without `adapter_names` or `{TASK}`: leave it out, or give it to the `at_task` around"
         )
+    context = now()
+    entries: list[Entry] = []
+    if names is None and (not context.known or any([isinstance(entry, Batch | Shares) for entry in context.entries])):
+        entries.append(Batch())  # names of a call around this one are not for this one
+    if names is None and task is None:
+        return entered(*entries)
     axis = 0 if axis is None else checked_axis(axis)
     # Generation repeats every sample, but not for the encoder of an encoder-decoder model.
     repeats = max(arguments.get("num_beams") or 1, arguments.get("num_return_sequences") or 1)
     encoder = _encoder(model, repeats)
-    entries: list[Entry] = []
     if names is not None:
         entries.append(_batch(model, names, repeats, encoder, axis))
-    else:
-        context = now()
-        if not context.known or any(isinstance(entry, Batch | Shares) for entry in context.entries):
-            entries.append(Batch())  # names of a call around this one are not for this one
     if task is not None:
         used = active if names is None else dict.fromkeys(names)
         kinds = {name: kind for name in used if name in configs and (kind := configs[name].kind) is not None}

@@ -166,7 +166,7 @@ def now() -> Context:
     return _now()
 
 
-def _now() -> Context:
+def _now() -> Context:  # guards call it, so it is not the function that torch.compile may compile and guard
     context, backward = _traced.context or variable.get(), _backward()
     if context.entries:
         context = _traced.context or _present()
