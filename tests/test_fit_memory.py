@@ -181,7 +181,7 @@ def test_layers_without_a_forward_derivative(forms):
 
     _, exact = bounds(model, points(40), "least_squares", residual)
     before = trained(model)
-    with pytest.raises(ValueError, match=f"no forward derivative for them: give {exact} bytes"):
+    with pytest.raises(ValueError, match=rf"no forward derivative for them \(.*\): give {exact} bytes"):
         fit(model, points(40), "least_squares", residual, max_memory=exact - 1)
     assert_equal(trained(model), before, 0)
     fit(model, points(40), "least_squares", residual, max_memory=exact, iterations=2)

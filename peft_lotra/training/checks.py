@@ -1,10 +1,13 @@
-"""Checks of the arguments of second-order fits."""
+"""Checks of the arguments and models of second-order fits."""
 
 from __future__ import annotations
 
 import math
 from numbers import Integral, Real
 from typing import Any
+
+from peft.tuners.lora.layer import ParamWrapper
+from torch import nn
 
 
 def check_numbers(**arguments: tuple[Any, float]) -> None:
@@ -19,4 +22,18 @@ def check_numbers(**arguments: tuple[Any, float]) -> None:
             kind, relation = "whole" if whole else "finite", "above" if above else "of at least"
             raise ValueError(
                 f"`{name}` should be a {kind} number {relation} {bound} but the value passed is {value!r}"
+            )
+
+
+def check_differentiable(model: nn.Module) -> None:
+    """Raise ValueError if a forward pass writes to the model's parameters, which torch.func does not differentiate."""
+    for name, module in model.named_modules():
+        active = isinstance(module, ParamWrapper) and set(module.active_adapters) & set(module.lora_A)
+        if active and not module.disable_adapters and not module.merged:
+            raise ValueError(
+                f"`model` has LoRA on the parameter {module.parameter_name!r} of the layer {name} "
+                "(`target_parameters`). PEFT writes it into the layer in every pass, which `torch.func` cannot "
+                "differentiate: name the layer in `target_modules` if it is an nn.Linear, use "
+                "`LoTRAConfig(r=(None, r, None))`, which is LoRA of coefficients, or merge the adapter if it is not "
+                "to be trained"
             )

@@ -53,12 +53,12 @@ def damped_system(
     def product(vector: torch.Tensor) -> torch.Tensor:
         try:
             return problem.product(theta, batch, evaluation.counts, vector)
-        except (NotImplementedError, RuntimeError) as error:
-            if "forward" not in str(error) and "jvp" not in str(error):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # residuals and their gradients have been computed before
             raise ValueError(
-                f"`max_memory` of {problem.max_memory} bytes has room for conjugate gradients only, and a layer of "
-                f"`model` has no forward derivative for them: give {needed(normal_equations_bytes(size))} bytes"
+                f"`max_memory` of {problem.max_memory} bytes has room for conjugate gradients only, and `model` has "
+                f"no forward derivative for them ({error}): give {needed(normal_equations_bytes(size))} bytes"
             ) from error
 
     def needed(form: int) -> int:

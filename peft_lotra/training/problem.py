@@ -8,7 +8,6 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_map
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from ..placement.sharded import check_not_sharded
 from ..preserved import check_model
 from .answers import Kind, answer_of, at, first_of, residuals_of
+from .checks import check_differentiable
 from .losses import ConvexLoss, Given, checked_losses
 from .memory import Chunks
 from .processes import Processes
@@ -85,7 +85,7 @@ class Problem:
                 "`model` has no trainable parameters: call `set_adapter` on a PEFT model, load with "
                 "`is_trainable=True`, or set `requires_grad` of the parameters to fit"
             )
-        _check_differentiable(model)
+        check_differentiable(model)
         # pykan reads some of its parameters from plain lists, in which `functional_call` replaces nothing.
         names = {p: name for name, p in self.trained.items()}
         self.listed = [
@@ -200,11 +200,20 @@ class Problem:
         try:
             found = self.evaluate(theta, batch, argument)
         except RuntimeError as error:
-            if "does not require grad" not in str(error):
+            if not self._works_if_recorded(theta, batch, argument):
                 raise
             raise ValueError("`residual_fn` should take derivatives of `net` with `torch.func`") from error
         self.processes.agreed(self._check, found, theta, batch, first, argument)
         return found
+
+    def _works_if_recorded(self, theta: torch.Tensor, batch: Any, argument: str) -> bool:
+        """Whether autograd's recording is all that `residual_fn` lacks, as `torch.autograd.grad` in it would."""
+        try:
+            with torch.enable_grad():
+                self._answers(theta, batch, argument)
+        except RuntimeError:
+            return False
+        return True
 
     def _check(self, found: Evaluation, theta: torch.Tensor, batch: Any, first: bool, argument: str) -> None:
         values, now = found.residuals, f"on `{argument}` and with the parameters that `model` has now"
@@ -370,29 +379,17 @@ def _answered(kind: Kind, net: Callable[..., Any], part: Any) -> _OfKind:
     return _OfKind((answer.weights @ value).item(), roots, counted, fitted)
 
 
-def _check_differentiable(model: nn.Module) -> None:
-    """Raise ValueError if a forward pass writes to the model's parameters, which torch.func does not differentiate."""
-    for name, module in model.named_modules():
-        active = isinstance(module, ParamWrapper) and set(module.active_adapters) & set(module.lora_A)
-        if active and not module.disable_adapters and not module.merged:
-            raise ValueError(
-                f"`model` has LoRA on the parameter {module.parameter_name!r} of the layer {name} "
-                "(`target_parameters`). PEFT writes it into the layer in every pass, which `torch.func` cannot "
-                "differentiate: name the layer in `target_modules` if it is an nn.Linear, use "
-                "`LoTRAConfig(r=(None, r, None))`, which is LoRA of coefficients, or merge the adapter if it is not "
-                "to be trained"
-            )
-
-
 def _of_each_sample(function: Callable[..., Any], in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
     """`vmap`, with an error that says what a forward pass may not do under it."""
     try:
         return vmap(function, in_dims)(*arguments)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        if not str(error).startswith("vmap: It looks like you're"):
-            raise
-        raise ValueError(
-            "`torch.func.vmap`, which takes the Jacobian of each sample, needs a forward pass that does not branch on "
-            "values of tensors, but a layer of `model` does. The mask of sdpa attention does so in models of "
-            'transformers with padding: call `model.set_attn_implementation("eager")`'
+        own = [dim is None for dim in in_dims]
+        function(*[a if k else tree_map(lambda leaf: leaf[0], a) for a, k in zip(arguments, own, strict=True)])
+        raise ValueError(  # a sample alone has not failed
+            f"`torch.func.vmap`, which takes the Jacobian of each sample, fails ({error}). It needs a forward pass "
+            "that does not branch on values of tensors. The mask of sdpa attention does so in models of transformers "
+            'with padding: call `model.set_attn_implementation("eager")`'
         ) from error
