@@ -295,6 +295,7 @@ def _forked(function: Callable[[], object], num_processes: int, folder: Path) ->
 def _fresh(function: Callable[[], object]) -> object:
     """What it returns, without what the parent has."""
     gc.freeze()  # a collection would copy every page that the parent has objects in
+    torch.set_num_threads(1)  # the threads of OpenMP are not in a fork, which would wait for them
     tqdm.set_lock(threading.RLock())  # else one lock is that of all, and one that is killed may keep it for good
     AcceleratorState._reset_state(reset_partial_state=True)  # left by an `Accelerator` of an earlier test
     GradientState._reset_state()
