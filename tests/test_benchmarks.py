@@ -186,10 +186,9 @@ def test_gauss_newton_cost(tmp_path, monkeypatch):
 @pytest.mark.processes
 def test_gauss_newton_cost_in_processes(tmp_path):
     script = EXAMPLES / "benchmarks" / "gauss_newton_cost.py"
-    arguments = ("--smoke", "--threads", 1, "--output-dir", tmp_path)
+    arguments = ("--smoke", "--threads", 1, "--parts", "processes", "--output-dir", tmp_path)
     launch(script, *arguments, launcher="python", num_processes=1)
     results = json.loads((tmp_path / "gauss_newton_cost.json").read_text())
-    check_gauss_newton_cost(results)
     one, two = results["processes"]
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["difference"] < within(1e-4)  # fp32, after several iterations
