@@ -165,8 +165,8 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     `Rounding` compares in lower precision.
     """
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
-    precise = not expected.dtype.is_floating_point or expected.dtype == torch.float64
-    assert precise or expected.dtype == torch.complex128 or tolerance == 0, (
+    exact = not (expected.is_floating_point() or expected.is_complex())
+    assert exact or expected.dtype in (torch.float64, torch.complex128) or tolerance == 0, (
         f"{expected.dtype} is compared by its rounding (`Rounding`), or bit by bit (tolerance 0)"
     )
     if not expected.numel():
