@@ -64,7 +64,7 @@ def test_draws_are_remembered_where_there_are_several_processes_only(monkeypatch
     assert_equal(copied(X).detach(), expected, 0)
     for layer, other in zip(lotra_layers(model), lotra_layers(copied), strict=True):
         assert list(layer._drawn) == ["default", "second"]
-        assert [len(rows) for rows in layer._drawn["second"]] == [1, *map(len, layer.factors("second").tensors()[1:])]
+        assert [len(rows) for rows in layer._drawn["second"]] == [1, *map(len, layer.tucker("second").tensors()[1:])]
         assert list(other._drawn) == ["default"]
 
 
@@ -112,7 +112,7 @@ def test_activation_checkpointing(kan):
         single(X).square().sum().backward()
         for layer, expected in zip(lotra_layers(model), lotra_layers(single), strict=True):
             for factor, wanted in zip(
-                layer.factors("default").tensors(), expected.factors("default").tensors(), strict=True
+                layer.tucker("default").tensors(), expected.tucker("default").tensors(), strict=True
             ):
                 assert wanted.grad.any()
                 assert_equal(factor.grad, wanted.grad)
@@ -146,7 +146,7 @@ def test_training_with_an_offloaded_base(kan, place, tmp_path):
     assert_equal(trained(model, X, Y), losses)
     for layer, expected in zip(lotra_layers(model), lotra_layers(single), strict=True):
         for factor, wanted in zip(
-            layer.factors("default").tensors(), expected.factors("default").tensors(), strict=True
+            layer.tucker("default").tensors(), expected.tucker("default").tensors(), strict=True
         ):
             assert_equal(factor.grad, wanted.grad)
             assert_equal(factor.detach(), wanted.detach())

@@ -23,7 +23,7 @@ from .cost import DENSE, cheapest_order
 from .operations import Contraction, Form, Weight
 from .update import Step, Update, flat_mode_product, multiplied, planned_steps
 
-Shapes = tuple[Any, ...]  # the shapes of G, U1, U2, U3; None where the mode is whole
+Shapes = tuple[Any, ...]  # the shapes of G and of the factors of i, o, d; None where the mode is whole
 
 
 class Group(NamedTuple):
@@ -32,7 +32,7 @@ class Group(NamedTuple):
     members: tuple[int, ...]
     steps: tuple[tuple[Step, ...], ...]  # the products from each member's core to its B
     joined: tuple[tuple[int, ...], ...]  # the shape of each member's B, to be joined along o
-    on_x: tuple[tuple[int, int, int, int], ...]  # (factor, axis of x, before, after): products with x, in turn
+    on_x: tuple[tuple[str, int, int, int], ...]  # (mode, axis of x, before, after): products with x, in turn
     arrangement: Arrangement  # lays out B like the weight
 
 
@@ -42,7 +42,7 @@ class DensePlan(NamedTuple):
     rows: tuple[Rows, ...] | None
     steps: tuple[Step, ...]
     arrangement: Arrangement
-    last: int  # the factor that one matrix product from the left multiplies last; 0: none
+    last: str  # the mode whose factor one matrix product from the left multiplies last; "": none
     shape: tuple[int, ...]
 
 
@@ -81,7 +81,7 @@ def plan_for(c: Contraction, weight: Weight) -> Plan | None:
 
 def _gradients_per_sample(weight: Weight) -> bool:
     """Whether torch.func differentiates by a factor inside `torch.func.vmap`, so that each sample has a gradient."""
-    tensors = [tensor for update in weight.updates for tensor in update.factors if tensor is not None]
+    tensors = [tensor for update in weight.updates for tensor in update.tucker.tensors()]
     level = max([_functorch.maybe_get_level(t) for t in tensors if _functorch.is_gradtrackingtensor(t)], default=0)
     transforms = _functorch.get_interpreter_stack()
     return any([one.key() == _functorch.TransformType.Vmap and one.level() < level for one in transforms])
@@ -138,13 +138,13 @@ def _plan(
     groups = []
     for group in members if order != DENSE else ():
         r1, _, r3 = ranks[group[0]]
-        steps: list[tuple[int, int, int, int]] = []
+        steps: list[tuple[str, int, int, int]] = []
         replaced: dict[str, int] = {}
         kept = "".join([mode for mode in order if mode not in whole[group[0]]])
         for mode in kept:
             place = axes.place(mode, replaced)
             if place is not None:  # always, for the order to be this one
-                steps.append((1 if mode == "i" else 3, summed[place.axis], place.before, place.after))
+                steps.append((mode, summed[place.axis], place.before, place.after))
             replaced[mode] = r1 if mode == "i" else r3
         replaced["o"] = sum([ranks[k][1] for k in group])
         cores = [(*ranks[k], *kernel) for k in group]
@@ -162,14 +162,11 @@ def _plan(
 
 
 def _shapes(update: Update) -> Shapes:
-    core, U1, U2, U3, *_ = update.factors
-    # Written out, for speed.
-    return (
-        core.shape,
-        None if U1 is None else U1.shape,
-        None if U2 is None else U2.shape,
-        None if U3 is None else U3.shape,
-    )
+    core, factors = update.tucker
+    shapes: list[Any] = [core.shape]
+    for mode in "iod":  # not in a comprehension, for speed
+        shapes.append(factors[mode].shape if mode in factors else None)
+    return tuple(shapes)
 
 
 def _whole(shapes: Shapes) -> str:
@@ -225,14 +222,14 @@ def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torc
     factors: list[Any] = []
     for k, steps in zip(group.members, group.steps, strict=True):
         update = weight.updates[k].shown(plan.rows)
-        core = update.factors.core if update.scaling == 1 else update.factors.core * update.scaling
+        core = update.tucker.core if update.scaling == 1 else update.tucker.core * update.scaling
         if update.weights is not None and update.weights.shape[1] > 1:  # P terms, side by side like the outputs
             core = core.movedim(-1, 1).flatten(1, 2)
         updates.append(update)
-        tensors.append(multiplied(steps, core, update.factors))
-        U2 = update.factors.U2
+        tensors.append(multiplied(steps, core, update.tucker.factors))
+        U2 = update.tucker.factors.get("o")
         if U2 is None and (len(group.members) > 1 or plan.padding is not None):
-            U2 = torch.eye(update.factors.core.shape[1], dtype=core.dtype, device=core.device)
+            U2 = torch.eye(update.tucker.core.shape[1], dtype=core.dtype, device=core.device)
         factors.append(U2)
     B, U2 = tensors[0], factors[0]
     if len(tensors) > 1:
@@ -241,9 +238,9 @@ def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torc
     if plan.padding is not None:
         U2 = F.pad(U2, (0, 0, *plan.padding))
     x = c.x
-    for factor, axis, before, after in group.on_x:
-        own: Any = updates[0].factors[factor]
-        x = flat_mode_product(x, own.T.to(x.dtype), axis, before, after)
+    for mode, axis, before, after in group.on_x:
+        U = updates[0].tucker.factors[mode]
+        x = flat_mode_product(x, U.T.to(x.dtype), axis, before, after)
     thin = group.arrangement(B)
     if thin.dtype != weight.tensor.dtype:
         thin = thin.to(weight.tensor.dtype)
@@ -265,7 +262,7 @@ def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torc
 def _weighted(y: torch.Tensor, updates: Sequence[Update], shape: tuple[int, ...]) -> torch.Tensor:
     """Σ_p w_p · y_p for every update, side by side. shapes: (..., Σ P · r2) -> (..., Σ r2)"""
     parts = []
-    sizes = [u.factors.core.shape[1] * (1 if u.weights is None else u.weights.shape[1]) for u in updates]
+    sizes = [u.tucker.core.shape[1] * (1 if u.weights is None else u.weights.shape[1]) for u in updates]
     for update, part in zip(updates, y.split(sizes, dim=-1), strict=True):
         weights = update.weights
         if weights is not None:
@@ -296,8 +293,8 @@ def dense_sum(weight: Weight, plans: tuple[DensePlan, ...] = ()) -> torch.Tensor
         plan = plans[k] if plans else _dense_plan(weight.axes, _shapes(update))
         update = update.shown(plan.rows)
         scaling = update.scaling
-        factors: tuple[Any, ...] = update.factors
-        delta = plan.arrangement(multiplied(plan.steps, factors[0], factors))
+        core, factors = update.tucker
+        delta = plan.arrangement(multiplied(plan.steps, core, factors))
         if not plan.last:
             total = total + (delta * scaling).to(total.dtype)
         elif delta.dtype == total.dtype and not torch.is_autocast_enabled(total.device.type):
@@ -314,13 +311,13 @@ def _dense_plan(axes: Axes, shapes: Shapes) -> DensePlan:
     modes = axes.size("i"), axes.size("o"), axes.size("d")
     whole, ranks = _whole(shapes), _ranks(shapes, modes)
     core = (*ranks, *[axes.size(mode) for mode in axes.modes()[3:]])
-    shape, last, kept = tuple([axis.size for axis in axes.axes]), 0, ""
+    shape, last = tuple([axis.size for axis in axes.axes]), ""
     first = axes.axes[0] if axes.axes else None
     if first is not None and len(first.atoms) == 1 and not any([axis.is_padded for axis in axes.axes]):
         mode = first.atoms[0].mode
         if mode in ("i", "o", "d") and mode not in whole and axes.size(mode) == first.size:
-            last, kept = "iod".index(mode) + 1, mode
-    steps, given = planned_steps(core, modes, kept, whole)
-    replaced = {kept: core[last - 1]} if kept else {}
-    laid_out = axes.arrangement(replaced, given, 1 if kept else None)
+            last = mode
+    steps, given = planned_steps(core, modes, last, whole)
+    replaced = {last: core["iod".index(last)]} if last else {}
+    laid_out = axes.arrangement(replaced, given, 1 if last else None)
     return DensePlan(_rows(axes, shapes), steps, laid_out, last, shape)

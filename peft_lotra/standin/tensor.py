@@ -312,7 +312,7 @@ def _requires_grad(meant: Meant) -> bool:
     weight = meant.weight if isinstance(meant, Product) else meant
     tensors = [_stored(meant)]
     if isinstance(weight, Weight):
-        tensors += [tensor for update in weight.updates for tensor in update.factors.tensors()]
+        tensors += [tensor for update in weight.updates for tensor in update.tucker.tensors()]
     return any([tensor.requires_grad for tensor in tensors])
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from ..calls.context import Samples
 from ..calls.samples import SampleAxisUnknown
 from ..coefficients.spec import CoefficientSpec
 from ..placement.sharded import full_tensor
-from ..tensors.tucker import TuckerFactors, reconstruct
+from ..tensors.tucker import Tucker
 from .axes import Rows
 
 _16_BIT = (torch.float16, torch.bfloat16)
@@ -26,7 +26,7 @@ class Update(NamedTuple):
     one more axis, of size P, unless P = 1. `samples` says where the samples are; None: nobody knows.
     """
 
-    factors: TuckerFactors
+    tucker: Tucker
     scaling: float
     weights: torch.Tensor | None = None
     samples: Samples | None = None
@@ -50,29 +50,29 @@ class Update(NamedTuple):
             SampleAxisUnknown: if it differs from sample to sample.
         """
         self.check_common()
-        dtype = self.factors.core.dtype
+        dtype = self.tucker.core.dtype
         update = _in_fp32(self) if dtype in _16_BIT else self
-        factors = update.factors.map(full_tensor)
-        return spec.stored_update(reconstruct(factors) * self.scaling, shape).to(dtype)
+        factors = update.tucker.map(full_tensor)
+        return spec.stored_update(factors.dense() * self.scaling, shape).to(dtype)
 
     def shown(self, rows: tuple[Rows, ...] | None) -> Update:
-        """The update of what a view shows, in at least fp32: `rows` are of U1, U2, U3 and of the core's last axes."""
-        update = _in_fp32(self) if self.factors.core.dtype in _16_BIT else self
+        """The update of what a view shows, in at least fp32: `rows` are those of the axes i, o, d, …"""
+        update = _in_fp32(self) if self.tucker.core.dtype in _16_BIT else self
         if rows is None:
             return update
-        core, *sides = update.factors
-        factors: list[Any] = sides
+        core, factors = update.tucker.core, dict(update.tucker.factors)
         for dim, part in enumerate(rows):
-            if dim > 2 or factors[dim] is None:
-                core = _selected(core, part, dim)
+            mode = "iod"[dim : dim + 1]
+            if mode in factors:
+                factors[mode] = _selected(factors[mode], part, 0)
             else:
-                factors[dim] = _selected(factors[dim], part, 0)
-        return update._replace(factors=TuckerFactors(core, *factors))
+                core = _selected(core, part, dim)
+        return update._replace(tucker=Tucker(core, factors))
 
 
 def _in_fp32(update: Update) -> Update:
     """The update with its factors in fp32."""
-    return update._replace(factors=update.factors.map(torch.Tensor.float))
+    return update._replace(tucker=update.tucker.map(torch.Tensor.float))
 
 
 def _selected(tensor: torch.Tensor, rows: Rows, dim: int) -> torch.Tensor:
@@ -89,7 +89,7 @@ class Step(NamedTuple):
     `matmul` of more axes is avoided: it rounds differently depending on which of its operands requires a gradient.
     """
 
-    factor: int
+    factor: str  # its mode
     shape: tuple[int, ...] | None  # reshape the tensor to this first
     batch: int  # the number of products M @ tensor[k]; 0: M @ tensor; -1: tensor @ M.T
 
@@ -123,12 +123,12 @@ def planned_steps(
             result = (*needed[:-1], sizes[axis])
         else:
             needed, batch, result = (before, shape[axis], after), before, (before, sizes[axis], after)
-        steps.append(Step(axis + 1, None if given == needed else needed, batch))
+        steps.append(Step(mode, None if given == needed else needed, batch))
         shape[axis], given = sizes[axis], result
     return tuple(steps), given
 
 
-def multiplied(steps: tuple[Step, ...], tensor: torch.Tensor, factors: tuple[Any, ...]) -> torch.Tensor:
+def multiplied(steps: tuple[Step, ...], tensor: torch.Tensor, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The result of the steps of `planned_steps`, from G or a multiple of it."""
     for factor, shape, batch in steps:
         if shape is not None:

@@ -78,7 +78,7 @@ def dense_model(
             held = [getattr(layer, container)._parameters.get(adapter) for container in layer.adapter_layer_names]
             if task is not None:  # each task of a family has its own update
                 held[0] = held[0][..., task]
-            update = weight * layer.scaling[adapter] * _scattered(spec, *held[:5])
+            update = weight * layer.scaling[adapter] * _scattered(spec, *held)
             if spec.scale is not None:
                 update = update / _repeated(spec, tensor_at(plain, spec.scale))
             whole = torch.zeros_like(coefficients, dtype=update.dtype)
