@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from conftest import assert_different, assert_equal
 from kan_layers import KAN, ChebyKAN, FastKAN
-from launching import fork, launch
+from launching import fork, has_fsdp2, launch
 from peft import PeftModel, get_peft_model_state_dict
 from sharded_by_fsdp import CHECKS, REPEATED, X, Y, adapted, lotra_layers, report, trained
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -31,11 +31,6 @@ def assert_none_failed(reports, checks):
 def launched(program, folder, **options):
     launch(Path(__file__).with_name(program), folder, **options)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-has_fsdp2 = pytest.mark.skipif(
-    torch.__version__ < (2, 13), reason="older versions may have no FSDP2 on the CPU; 2.6 has none"
-)
 
 
 @pytest.mark.processes
