@@ -14,18 +14,18 @@ from .adapters.slim import slim_kan
 from .analysis.summary import summary
 from .analysis.updates import update_spectrum
 from .coefficients import register_kan_layer, registered_kan_layers
-from .config import LoTRAConfig
+from .config.lotra_config import LoTRAConfig
 from .inference.search import infer_coefficients
 from .inference.verify import verify_coefficients
-from .layer import LoTRALayer
+from .layers.lotra import LoTRALayer
 from .model import LoTRAModel
 from .standin import PerformanceWarning
-from .tensors.ranks import suggest_ranks
 from .training.gauss_newton import GaussNewtonResult, fit_gauss_newton
 from .training.initialization import initialize_lotra_weights
 from .training.learning_rates import create_lotra_optimizer, lotra_parameter_groups
 from .training.losses import OutputLoss
 from .training.optimizer import GaussNewton
+from .tucker.ranks import suggest_ranks
 
 __version__ = "0.1.0"
 

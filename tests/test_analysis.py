@@ -24,7 +24,7 @@ from peft_lotra.analysis import (
     plot_summary,
 )
 from peft_lotra.analysis.summary import Summary
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layers.lotra import adapted_tensors
 
 
 def unfolded(tensor, mode):

@@ -27,8 +27,8 @@ from peft_lotra import (
     fit_gauss_newton,
     initialize_lotra_weights,
 )
-from peft_lotra.families import Family
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.families.family import Family
+from peft_lotra.layers.lotra import adapted_tensors
 from peft_lotra.testing import assert_close
 
 # c(task) -------------------------------------------------------------------------------------------------------------

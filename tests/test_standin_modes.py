@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_lotra import LoTRALayer, PerformanceWarning
 from peft_lotra.calls.context import Samples
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layers.lotra import adapted_tensors
 from peft_lotra.standin import Adapted, Update
 from peft_lotra.standin.cost import DENSE
 from peft_lotra.standin.tensor import StandIn

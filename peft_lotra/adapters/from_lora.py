@@ -13,12 +13,12 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..analysis.updates import plain_targets
-from ..checkpoint import PREFIX
 from ..coefficients.registry import Descriptions
 from ..coefficients.spec import Layout
-from ..config import LoTRAConfig, Target
-from ..layer import adapted_tensors
-from ..tensors.tucker import Tucker
+from ..config.lotra_config import LoTRAConfig, Target
+from ..files.adapter_file import PREFIX
+from ..layers.lotra import adapted_tensors
+from ..tucker.decomposition import Tucker
 
 
 def adapter_from_lora(

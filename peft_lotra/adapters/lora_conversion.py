@@ -12,13 +12,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from ..checkpoint import is_adapter_key
 from ..coefficients.spec import Layout, owner_of
-from ..layer import LoTRALayer, adapted_tensors
+from ..files.adapter_file import is_adapter_key
+from ..layers.lotra import LoTRALayer, adapted_tensors
+from ..layers.slim import SlimLayer
 from ..model import LoTRAModel, lotra_model
 from ..placement.offloaded import tensors_in_place
-from ..slim_layer import SlimLayer
-from ..tensors.tucker import Tucker
+from ..tucker.decomposition import Tucker
 
 
 def convert_to_lora(

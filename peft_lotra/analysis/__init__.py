@@ -1,6 +1,6 @@
 """Shows what fine-tuning changed in a KAN: coefficients, updates, their spectra, functions on edges, and plots."""
 
-from ..tensors.spectrum import Spectrum
+from ..tucker.spectrum import Spectrum
 from .plots import plot_activations, plot_spectrum, plot_summary
 from .updates import activation_curves, coefficient_updates, effective_coefficients
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..coefficients.spec import CoefficientSpec
 from ..placement.sharded import any_sharded, full_shape, full_tensor
-from ..tensors.tucker import Tucker, tucker_shapes
+from ..tucker.decomposition import Tucker, tucker_shapes
 from .axes import parameter_axes, spread_scale
 from .operations import Weight
 from .places import enter, held, leave

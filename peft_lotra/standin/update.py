@@ -13,7 +13,7 @@ from ..calls.context import Samples
 from ..calls.samples import SampleAxisUnknown
 from ..coefficients.spec import CoefficientSpec
 from ..placement.sharded import full_tensor
-from ..tensors.tucker import Tucker
+from ..tucker.decomposition import Tucker
 from .axes import Rows
 
 _16_BIT = (torch.float16, torch.bfloat16)

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
-from .coefficients import copy_of
-from .coefficients.registry import qualified_name
-from .config import LoTRAConfig, Target
+from ..coefficients import copy_of
+from ..coefficients.registry import qualified_name
+from ..config.lotra_config import LoTRAConfig, Target
 
 
 def copies(layers: Mapping[str, nn.Module], known: Collection[str]) -> Iterator[Target]:

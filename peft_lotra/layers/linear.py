@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .coefficients import CoefficientSpec
-from .layer import LoTRALayer
-from .standin.update import Update, multiplied, planned_steps
+from ..coefficients import CoefficientSpec
+from ..standin.update import Update, multiplied, planned_steps
+from .lotra import LoTRALayer
 
 
 class LinearLayer(LoTRALayer):

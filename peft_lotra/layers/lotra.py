@@ -13,16 +13,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .calls.context import Shares, now
-from .calls.samples import run
-from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
+from ..calls.context import Shares, now
+from ..calls.samples import run
+from ..coefficients.spec import CoefficientSpec, owner_of, tensor_at
+from ..placement.draws import check_one_draw, row_sums
+from ..placement.offloaded import tensors_in_place, writable_tensors
+from ..placement.sharded import full_shape, full_tensor, write
+from ..standin import Adapted, Update, adapted_coefficients, adapted_rows, replaced, traced, warn
+from ..tucker.decomposition import CONTAINERS, CORE, NAMES, Ranks, Tucker, tucker_shapes
+from ..tucker.ranks import by_mode, mode_sizes
 from .forwarding import Forwarding
-from .placement.draws import check_one_draw, row_sums
-from .placement.offloaded import tensors_in_place, writable_tensors
-from .placement.sharded import full_shape, full_tensor, write
-from .standin import Adapted, Update, adapted_coefficients, adapted_rows, replaced, traced, warn
-from .tensors.ranks import by_mode, mode_sizes
-from .tensors.tucker import CONTAINERS, CORE, NAMES, Ranks, Tucker, tucker_shapes
 
 
 class LoTRALayer(Forwarding, BaseTunerLayer):

@@ -14,7 +14,7 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import nn
 
-from .tensors.tucker import CONTAINERS
+from ..tucker.decomposition import CONTAINERS
 
 PREFIX = "base_model.model."  # every name in a file that PEFT writes begins with it
 

@@ -13,7 +13,10 @@ import torch
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, INCLUDE_LINEAR_LAYERS_SHORTHAND
 
-from .checkpoint import (
+from ..coefficients import CoefficientSpec, Layout
+from ..coefficients.spec import check_descriptions
+from ..families.family import Family
+from ..files.adapter_file import (
     PREFIX,
     SavedAdapter,
     Slot,
@@ -23,14 +26,11 @@ from .checkpoint import (
     naming,
     read_adapter,
 )
-from .coefficients import CoefficientSpec, Layout
-from .coefficients.spec import check_descriptions
-from .families import Family
+from ..registration import LOTRA
+from ..tucker.decomposition import Ranks, tucker_shapes
+from ..tucker.ranks import by_mode, check_ranks
 from .fields import check_choices, check_family, check_names, check_numbers, checked_mapping
 from .patterns import INDEXED, check_expressions, name_endings
-from .registration import LOTRA
-from .tensors.ranks import by_mode, check_ranks
-from .tensors.tucker import Ranks, tucker_shapes
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class LoTRAConfig(PeftConfig):
         target_modules: the KAN layers to adapt: names or name endings, or a regular expression on the full name. None
             means every KAN layer that is known, by `register_kan_layer` or by `coefficients`. "all-linear" means
             these layers and every other matrix and convolution kernel, in KAN layers or not, except the output layer
-            of a transformers model; see `peft_lotra.linear_targets`.
+            of a transformers model; see `peft_lotra.targets.linear`.
         exclude_modules: the layers to leave out, in the same form.
         layers_to_transform: the indices of the layers to adapt. An index is the first number in a module's name. The
             model must have a layer for each index.
