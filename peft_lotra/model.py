@@ -16,8 +16,9 @@ from torch import nn
 
 from .call_arguments import in_context
 from .coefficients.spec import tensor_at
+from .coefficients.target import Target
 from .combination import combine_adapters, copied_modules, copy_trained
-from .config.lotra_config import LoTRAConfig, Target
+from .config.lotra_config import LoTRAConfig
 from .files.adapter_file import PREFIX, allow_checkpoints, check_weights, is_adapter_key, naming, refuse_checkpoints
 from .files.collected import Collected, check_whole
 from .files.slots import slots_of

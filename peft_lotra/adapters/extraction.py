@@ -14,7 +14,8 @@ from torch import nn
 from ..analysis.updates import updates_between
 from ..coefficients import CoefficientSpec
 from ..coefficients.spec import parse_slice, tensor_at
-from ..config.lotra_config import LoTRAConfig, Target
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
 from ..layers.biases import trained_biases
 from ..layers.lotra import adapted_tensors, first_tensor
 from ..model import LoTRAModel

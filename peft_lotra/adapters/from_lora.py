@@ -15,7 +15,8 @@ from torch import nn
 from ..analysis.updates import plain_targets
 from ..coefficients.registry import Descriptions
 from ..coefficients.spec import Layout
-from ..config.lotra_config import LoTRAConfig, Target
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
 from ..files.adapter_file import PREFIX
 from ..layers.lotra import adapted_tensors
 from ..tucker.decomposition import Tucker

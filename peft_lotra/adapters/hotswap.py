@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from torch import nn
 
-from ..config.lotra_config import LoTRAConfig, Target
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
 from ..files.adapter_file import PREFIX, Slot, check_tensor, check_weights, is_adapter_key
 from ..layers.lotra import adapted_tensors
 from ..layers.slim import SlimLayer

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..coefficients.registry import Descriptions
-from ..config.lotra_config import LoTRAConfig, Target
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
 from ..layers.lotra import adapted_tensors, first_tensor
 from ..preserved import check_model, preserved
 from ..standin import adapted_coefficients

@@ -2,55 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 
-from ..coefficients import CoefficientSpec, Layout
 from ..coefficients.spec import check_descriptions
-from ..families.family import Family
-from ..files.adapter_file import (
-    PREFIX,
-    SavedAdapter,
-    Slot,
-    check_weights,
-    digest,
-    is_adapter_key,
-    naming,
-    read_adapter,
-)
+from ..files.config_file import ConfigFile
 from ..registration import LOTRA
-from ..tucker.decomposition import Ranks, tucker_shapes
-from ..tucker.ranks import by_mode, check_ranks
+from ..tucker.decomposition import Ranks
+from ..tucker.ranks import check_ranks
 from .fields import check_choices, check_family, check_names, check_numbers, checked_mapping
-from .patterns import INDEXED, check_expressions, name_endings
-
-
-@dataclass(frozen=True)
-class Target:
-    """One coefficient tensor to adapt."""
-
-    module: str  # name of the KAN layer
-    spec: CoefficientSpec
-    ranks: Ranks = (1, 1, 1)
-    alpha: float = 1.0
-    copy_of: tuple[str, str] | None = None  # the layer's class, and the registered class that it is taken to copy
-
-    @property
-    def parameter(self) -> str:
-        """Full name of the coefficient parameter in the base model."""
-        return f"{self.module}.{self.spec.parameter}"
+from .patterns import INDEXED, check_expressions
 
 
 @dataclass
-class LoTRAConfig(PeftConfig):
+class LoTRAConfig(ConfigFile):
     """A_ft = A_pt + alpha · G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 for every KAN coefficient tensor that the fields select.
 
     The model makes its own copy of the config. In this copy, `target_modules`, `coefficients` and `rank_pattern` name
@@ -138,19 +106,12 @@ class LoTRAConfig(PeftConfig):
     slim: bool = False
     digest: str | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_written": {}, "_saved": None}  # copies have no tensors
-
     def __post_init__(self) -> None:
         try:
             super().__post_init__()
         except ValueError as error:
             raise ValueError(f"`task_type`: {error}") from None
         self.peft_type = LOTRA
-        self._written: Mapping[str, torch.Tensor] = {}  # the tensors that are being saved, by name
-        self._copies: frozenset[str] = frozenset()  # the names of saved tensors other than core and factors
-        self._saved: SavedAdapter | None = None  # the adapter file beside the config's file, if it was read from one
-        self._file: str | None = None  # the config's own file in that case
         check_names(self)
         if self.r is not None and self.compression_ratio is not None:
             raise ValueError(
@@ -192,195 +153,3 @@ class LoTRAConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields, with sets as sorted lists, so that a saved config does not depend on the hash seed."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
-        """The config of a saved adapter, checked with the adapter file beside it before a model is touched.
-
-        A config beside an adapter file is self-contained: its names are compared literally, not as regular
-        expressions. An adapter without `digest` is loaded with a warning.
-
-        Raises:
-            ValueError, TypeError: naming the file and a wrong field, if the adapter file is missing, cannot be read,
-                holds NaN or infinity, or does not fit the config.
-        """
-        directory = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
-        with naming(os.path.join(directory, CONFIG_NAME)):
-            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-            return config._checked(directory) if isinstance(config, LoTRAConfig) else config
-
-    def _checked(self, directory: str) -> LoTRAConfig:
-        """This config with the adapter file of its directory, after all checks."""
-        # These fields had their effect when the adapter was made.
-        modules = {target.module for _, target in self.saved_targets()}
-        alphas = {module: self.alpha_pattern.get(module, self.alpha) for module in modules if self.alpha_pattern}
-        config = replace(
-            self,
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            alpha_pattern=self.alpha_pattern | alphas,
-        )
-        saved = read_adapter(directory)
-        obstacle = config._obstacle()
-        if saved is None:
-            if os.path.isdir(directory) and not obstacle:
-                raise ValueError(
-                    f"{directory} has {CONFIG_NAME} but no adapter file (adapter_model.safetensors or "
-                    "adapter_model.bin) beside it: copy the whole directory, or save the adapter again"
-                )
-            return self
-        if obstacle:
-            raise ValueError(
-                f"{obstacle}. The config of a saved adapter names every tensor in full, as `save_pretrained` writes it"
-            )
-        copies = {key: Slot(tuple(t.shape), t.dtype) for key, t in saved.weights.items() if not is_adapter_key(key)}
-        check_weights(config.saved_slots() | copies, saved.weights, saved.origin)
-        if self.digest is None:
-            warnings.warn(
-                f"{CONFIG_NAME} in {directory} has no `digest`, so a change or damage of the adapter would not be "
-                "noticed: save the adapter again to add one",
-                stacklevel=4,
-            )
-        elif self.digest != digest(saved.weights, self._meaning()):
-            raise ValueError(
-                f"{saved.origin} and this config do not fit the `digest` here: one of them was changed or damaged. "
-                f"Use an earlier save. If you changed it on purpose, remove `digest` from {CONFIG_NAME}"
-            )
-        config._saved, config._file = saved, os.path.join(directory, CONFIG_NAME)
-        return config
-
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, with the `digest` of the tensors that PEFT collected last."""
-        written, self._written = self._written, {}
-        plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta for t in written.values())
-        self.digest = digest(written, self._meaning()) if written and plain else None
-        super().save_pretrained(save_directory, **kwargs)
-
-    def check_written(self, adapter_name: str) -> None:
-        """Raise ValueError if the tensors that are being saved are not those that the config names."""
-        expected = {key: tuple(slot.shape) for key, slot in self.saved_slots().items()}
-        written = {key: tuple(t.shape) for key, t in self._written.items() if is_adapter_key(key)}
-        wrong = {key for key in expected.keys() | written.keys() if expected.get(key) != written.get(key)}
-        wrong |= self._copies - self._written.keys()
-        if wrong:
-            layers = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in wrong})
-            raise ValueError(
-                f"the adapter {adapter_name!r} cannot be saved: the tensors of {layers} are not those that its config "
-                "names. Either these layers were replaced or rebuilt after they were adapted, so that their update is "
-                "lost; or they have an earlier adapter of the same name; or `state_dict` is not that of the whole "
-                "model. Adapt the model as it is now by a new `get_peft_model`"
-            )
-
-    def _meaning(self) -> dict[str, Any]:
-        """The fields that give the adapter's tensors their meaning."""
-        fields = ("alpha", "alpha_pattern", "coefficients", "rank_pattern", "slim", "modules_to_save")
-        said = self.to_dict()
-        others = {} if self.bias == "none" else {"bias": self.bias}
-        others |= {} if self.family is None else {name: said[name] for name in ("family", "family_degree")}
-        return {name: said[name] for name in (*fields, "trainable_token_indices")} | others
-
-    def self_contained(self, targets: list[Target]) -> LoTRAConfig:
-        """A copy that names every target with its layout, ranks and `alpha`, so that it loads without a registry."""
-        modules = {module: list(group) for module, group in _by_module(targets)}
-        coefficients = {}
-        for target in targets:
-            owner = target.parameter.rpartition(".")[0]
-            layer = {} if owner == target.module else {"layer": target.module}
-            coefficients[target.parameter] = target.spec.describe() | layer
-        return replace(
-            self,
-            target_modules=set(modules),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            rank_pattern={
-                module: _one_or_many({target.spec.parameter: list(target.ranks) for target in group})
-                for module, group in modules.items()
-            },
-            alpha_pattern={
-                module: _one_or_many({target.spec.parameter: target.alpha for target in group})
-                for module, group in modules.items()
-                if self.alpha_pattern
-            },
-            coefficients=coefficients,
-        )
-
-    @property
-    def kind(self) -> Family | None:
-        """The family of tasks; None if the adapter is for one task."""
-        return None if self.family is None else Family.of(self.family, self.family_degree)
-
-    @property
-    def terms(self) -> int:
-        """P of a family of tasks; 0 if the adapter is for one task."""
-        return 0 if self.kind is None else self.kind.size
-
-    @property
-    def is_self_contained(self) -> bool:
-        """Whether the config names every target, as `self_contained` does. Its names are then read literally."""
-        return self._obstacle() is None
-
-    def _obstacle(self) -> str | None:
-        """Why the config is not self-contained, naming the field; None if it is self-contained."""
-        modules: dict[str, set[str]] = {}
-        for _, target in self.saved_targets():
-            modules.setdefault(target.module, set()).add(target.spec.parameter)
-        if not modules:
-            return "`coefficients` and `rank_pattern` should give a layout with `sizes`, and ranks, for every tensor"
-        for name in ("rank_pattern", "alpha_pattern"):
-            unknown = sorted(getattr(self, name).keys() - modules.keys())
-            if unknown:
-                return f"`{name}` names {unknown}, but the modules of `coefficients` are {sorted(modules)}"
-        if self.alpha_pattern and self.alpha_pattern.keys() != modules.keys():
-            return f"`alpha_pattern` lacks {sorted(modules.keys() - self.alpha_pattern.keys())}"
-        for module, alphas in self.alpha_pattern.items():
-            if isinstance(alphas, Mapping) and alphas.keys() != modules[module]:
-                return f"`alpha_pattern[{module!r}]` names {sorted(alphas)}, and should {sorted(modules[module])}"
-        if not isinstance(self.target_modules, set):
-            return f"`target_modules` should be a list of names but is {self.target_modules!r}"
-        left_out = sorted(module for module in modules if not self.target_modules & name_endings(module))
-        if left_out:
-            return f"`target_modules` leaves out {left_out}, which `coefficients` names"
-        used = [
-            n for n in ("exclude_modules", "layers_to_transform", "layers_pattern") if getattr(self, n) is not None
-        ]
-        return f"{used} are given besides" if used else None
-
-    def saved_targets(self) -> list[tuple[str, Target]]:
-        """The targets of a self-contained config, each with the name of its LoTRALayer; [] for any other config."""
-        targets = []
-        for parameter, description in self.coefficients.items():
-            if not isinstance(description, Mapping) or not description.get("sizes"):
-                return []
-            module = description.get("layer") or parameter.rpartition(".")[0]
-            path = parameter.removeprefix(f"{module}.")
-            spec = CoefficientSpec(path, Layout(description["layout"], description["sizes"]))
-            ranks = self.rank_pattern.get(module)
-            ranks = ranks.get(path) if isinstance(ranks, Mapping) else ranks
-            if ranks is None or {axis for group in spec.axes for axis in group} != description["sizes"].keys():
-                return []
-            targets.append(Target(module, spec, by_mode(ranks)))
-        named = []
-        for module, group in _by_module(sorted(targets, key=lambda target: (target.module, target.spec.nesting))):
-            named += [(module + ".base_layer" * (len(group) - 1 - depth), t) for depth, t in enumerate(group)]
-        return named
-
-    def saved_slots(self) -> dict[str, Slot]:
-        """The name and shape of every core and factor in the file beside a self-contained config."""
-        return {
-            f"{PREFIX}{name}.{container}": Slot(shape)
-            for name, target in self.saved_targets()
-            for container, shape in self._shapes(target).items()
-        }
-
-    def _shapes(self, target: Target) -> dict[str, tuple[int, ...]]:
-        return tucker_shapes(target.spec.layout.canonical_shape, target.ranks, self.terms)
-
-
-def _by_module(targets: list[Target]) -> Iterator[tuple[str, list[Target]]]:
-    return ((module, list(group)) for module, group in groupby(targets, key=lambda target: target.module))
-
-
-def _one_or_many(by_parameter: dict[str, Any]) -> Any:
-    return by_parameter if len(by_parameter) > 1 else next(iter(by_parameter.values()))

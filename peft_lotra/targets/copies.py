@@ -9,7 +9,8 @@ from torch import nn
 
 from ..coefficients import copy_of
 from ..coefficients.registry import qualified_name
-from ..config.lotra_config import LoTRAConfig, Target
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
 
 
 def copies(layers: Mapping[str, nn.Module], known: Collection[str]) -> Iterator[Target]:

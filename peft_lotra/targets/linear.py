@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..coefficients import CoefficientSpec, known_matrices
 from ..coefficients.spec import owner_of, tensor_at
-from ..config.lotra_config import LoTRAConfig, Target
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
 from ..layers.lotra import LoTRALayer
 from .base_model import BaseModel, naming_layer
 

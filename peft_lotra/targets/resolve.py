@@ -14,7 +14,8 @@ from torch import nn
 
 from ..coefficients import CoefficientSpec, known_coefficients
 from ..coefficients.spec import owner_of, tensor_at
-from ..config.lotra_config import LoTRAConfig, Target
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
 from ..config.patterns import ENDING, check_expressions, means, pattern_value
 from ..layers.lotra import adapted_tensors
 from ..layers.slim import SlimLayer

@@ -10,7 +10,8 @@ from torch import nn
 
 from ..coefficients import registered_kan_layers
 from ..coefficients.registry import qualified_name
-from ..config.lotra_config import LoTRAConfig, Target
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
 from ..config.patterns import entries_for, index_of
 from .copies import misfits
 from .linear import layout_of
