@@ -19,7 +19,7 @@ from .coefficients.spec import tensor_at
 from .coefficients.target import Target
 from .combination import combine_adapters, copied_modules, copy_trained
 from .config.lotra_config import LoTRAConfig
-from .files.adapter_file import PREFIX, allow_checkpoints, check_weights, is_adapter_key, naming, refuse_checkpoints
+from .files.adapter_file import PREFIX, check_weights, is_adapter_key, naming
 from .files.collected import Collected, check_whole
 from .files.slots import slots_of
 from .layers.biases import trained_biases
@@ -122,7 +122,6 @@ class LoTRAModel(BaseTuner):
                     warnings.warn(f"`bias`={config.bias!r} has no effect: the model has no such bias", stacklevel=2)
                 self._self_contained._copies = frozenset(key for key in slots if not is_adapter_key(key))
                 self.peft_config[adapter_name] = self._self_contained
-                refuse_checkpoints(model)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -243,7 +242,6 @@ class LoTRAModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         self._check_merge(adapter_names, merge and safe_merge, merge)
-        allow_checkpoints(self.model)
         self._set_biases(False)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore
 
