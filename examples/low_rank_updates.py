@@ -33,8 +33,8 @@ from reporting import write_atomically
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, extract_adapter, suggest_ranks, update_spectrum
-from peft_lotra.analysis import Spectrum, plot_spectrum
+from peft_lotra import LoTRAConfig, extract_adapter
+from peft_lotra.analysis import Spectrum, plot_spectrum, suggest_ranks, update_spectrum
 from peft_lotra.tucker.decomposition import parameter_count
 from peft_lotra.tucker.ranks import choose_ranks
 

@@ -27,7 +27,8 @@ from test_transformers import needs_loader, needs_mixin
 from torch import nn
 from transformers import PretrainedConfig
 
-from peft_lotra import LoTRAConfig, hotswap_adapter, hotswap_adapter_from_state_dict
+from peft_lotra import LoTRAConfig, hotswap_adapter
+from peft_lotra.adapters.hotswap import hotswap_adapter_from_state_dict
 from peft_lotra.coefficients.spec import parse_slice
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

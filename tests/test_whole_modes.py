@@ -15,15 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_lotra import (
-    LoTRAConfig,
-    adapter_from_lora,
-    create_lotra_optimizer,
-    fit_gauss_newton,
-    hotswap_adapter,
-    initialize_lotra_weights,
-    save_as_lora,
-)
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, fit_gauss_newton, hotswap_adapter, initialize_lotra_weights
+from peft_lotra.adapters.lora import adapter_from_lora, save_as_lora
 from peft_lotra.standin.cost import DENSE, ORDERS
 from peft_lotra.testing import assert_close, assert_differs, dense_model, forced_order
 from peft_lotra.tucker.decomposition import core_count, parameter_count
