@@ -20,7 +20,7 @@ from .coefficients.target import Target
 from .combination import combine_adapters, copied_modules, copy_trained
 from .config.lotra_config import LoTRAConfig
 from .files.adapter_file import PREFIX, check_weights, is_adapter_key, naming
-from .files.collected import Collected, check_whole
+from .files.collected import Collected, warn_of_parts
 from .files.slots import slots_of
 from .layers.biases import trained_biases
 from .layers.linear import LinearLayer, is_linear
@@ -355,7 +355,7 @@ class LoTRAModel(BaseTuner):
         # Only the first process has a gathered state dict. The others have none, and write nothing.
         if state_dict or not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             config.check_written(adapter_name)
-        check_whole(config._written.values(), adapter_name)
+        warn_of_parts(config._written.values(), adapter_name)
         # PEFT adds trained copies and token rows itself, and removes the adapter's name from the other keys.
         biases = {entry.saved for entry in trained_biases(model, adapter_name, config.bias)}
         named = {f"{key}.{adapter_name}" if is_adapter_key(key) else key: t for key, t in tensors.items()}
