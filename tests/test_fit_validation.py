@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_lotra import GaussNewtonResult, fit_gauss_newton
-from peft_lotra.training.damped_system import NormalEquations, Prior, ResidualSpace
+from peft_lotra.training.damped_system import NormalEquations, ResidualSpace
 
 KAN, FP64 = "o (d i)", {"dtype": torch.float64}
 
@@ -176,7 +176,7 @@ def test_both_forms_agree_with_a_prior(damping, rows):
     change = (r + J @ expected).square().sum() + decay * (away + expected).square().sum()
     gain = r.square().sum() + decay * away.square().sum() - change
     for form in (NormalEquations, ResidualSpace):
-        system = form(J.split(7), r, 17, Prior(decay, away))
+        system = form(J.split(7), r, decay * away, decay)
         assert_equal(system.step(damping), expected, 1e-8)
         assert system.predicted_gain(expected, damping) == approx(gain.item(), rel=1e-6)
 

@@ -122,14 +122,15 @@ def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
         for name in args.problems:
             torch.manual_seed(0)
             kan = ChebyshevKAN((2, width, width, 1), 7)
-            problem = Problem(kan, PROBLEMS[name], "least_squares", args.max_memory[-1], False)
-            theta, counts = problem.parameters(), {"": args.samples}
+            problem = Problem(kan, PROBLEMS[name], "least_squares", 0.0, args.max_memory[-1], False)
+            theta = problem.parameters()
+            point = problem.evaluate(theta, points)
             vector, block = torch.randn(len(theta), dtype=torch.float64), torch.randn(300, len(theta)).double()
             triangle = LowerTriangle(len(theta), vector)
             runs = {
-                "rows": (lambda p=problem, t=theta, c=counts: sum(len(b) for b in p.rows(t, points, c)), args.samples),
+                "rows": (lambda problem=problem, point=point: sum(map(len, problem.rows(point))), args.samples),
                 "gram": (lambda m=triangle, b=block: m.add_products(b), len(block)),
-                "product": (lambda p=problem, t=theta, c=counts, v=vector: p.product(t, points, c, v), args.samples),
+                "product": (lambda problem=problem, point=point, v=vector: problem.product(point, v), args.samples),
             }
             rows.append(
                 {"numbers": len(theta), "problem": name} | {key: measured(*value) for key, value in runs.items()}

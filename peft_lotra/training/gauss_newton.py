@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from inspect import signature
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from .answers import Function, Loss
-from .checks import check_numbers
-from .iteration import DampingRule, iterate, total_loss
+from .checks import check_callable, check_numbers
+from .iteration import DampingRule, iterate
 from .problem import Problem
 from .validation import Validation
 
@@ -169,83 +168,70 @@ def fit_gauss_newton(
         patience=(patience, 1), max_memory=(max_memory, 1),
     )  # fmt: skip
     if callback is not None:
-        _check_callable("callback", callback, "one GaussNewtonResult")
-    if validation_metric is not None:
-        _check_callable("validation_metric", validation_metric, "one model")
+        check_callable("callback", callback, "a function of one GaussNewtonResult", "a result")
     checking = Validation(validation, validation_metric, patience)
-    problem = Problem(model, residual_fn, loss, max_memory, across_processes)
-    processes = problem.processes
-    theta = problem.parameters()
-    result = _started(resume_from, damping, theta, weight_decay=bool(weight_decay), validates=checking.given)
-    start, theta, best = (_restored(result, name, theta) for name in ("start", "last", "best"))
+    problem = Problem(model, residual_fn, loss, weight_decay, max_memory, across_processes)
+    processes, rule = problem.processes, DampingRule(damping_increase, damping_decrease, gradient_tolerance)
+    names = ("start",) * bool(weight_decay) + ("last", "best") * checking.given
+    result = _started(resume_from, damping, names, problem.start)
+    held = {name: problem.start.new_tensor(values) for name, values in result.parameters.items()}
+    theta = held.get("last", problem.start)
+    best, problem.start = held.get("best", theta), held.get("start", problem.start)
     first, evaluation, reason = result.iterations, None, "iterations"
-    rule = DampingRule(damping_increase, damping_decrease, gradient_tolerance, weight_decay)
 
     began = time.perf_counter()
     shown = progressbar and processes.is_first
     progress = tqdm(total=iterations, initial=first, disable=not shown, unit="iteration", dynamic_ncols=True)
-    processes.keep_interrupts()
     try:
-        for iteration in range(first, iterations):
-            batch = processes.agreed(data, iteration) if callable(data) else data
-            if evaluation is None or callable(data):
-                evaluation = problem.checked(theta, batch, first=iteration == first)
-            before = total_loss(evaluation, theta, start, weight_decay)
-            result = replace(result, losses=result.losses or (before,))
-            if not result.validation_losses:
-                result = replace(result, validation_losses=checking.at_start(problem, theta))
-            done = iterate(problem, theta, batch, evaluation, result.damping, rule, start, first=iteration == first)
-            if iteration == first and not (callable(data) or checking.given or weight_decay):
-                _warn_of_few(evaluation.fitted, len(theta))
-            if done.reason is not None:
-                reason = done.reason
-                break
-            losses = (*result.losses, done.loss)
-            measured = (*result.validation_losses, *checking.measured(problem, done.theta))
-            is_best = checking.given and measured[-1] < min(measured[:-1])
-            now = {"start": start, "last": done.theta, "best": done.theta if is_best else best}
-            after = GaussNewtonResult(
-                losses, done.damping, iteration + 1, "running", measured, _kept(now, result.parameters)
-            )
-            # One statement, so that an interrupt finds all values old or all new.
-            theta, best, evaluation, result = done.theta, now["best"], done.evaluation, after
-            problem.write(theta)
-            progress.update()
-            progress.set_postfix_str(f"loss {losses[-1]:.2e}, damping {done.damping:.0e}", refresh=False)
-            called = processes.called(callback, result)
-            late = max_seconds is not None and time.perf_counter() - began >= max_seconds
-            interrupted, called, late = processes.any(processes.interrupted, called, late)
-            if interrupted:
-                reason = "interrupted"
-                break
-            if called:
-                reason = "callback"
-                break
-            if checking.is_over(measured):
-                reason = "validation"
-                break
-            if done.before - done.loss <= loss_tolerance * abs(done.before):
-                reason = "loss"
-                break
-            if late:
-                reason = "seconds"
-                break
+        with processes.interrupts_kept():
+            for iteration in range(first, iterations):
+                batch = processes.agreed(data, iteration) if callable(data) else data
+                if evaluation is None or callable(data):
+                    evaluation = problem.checked(theta, batch, first=iteration == first)
+                before = evaluation.total
+                result = replace(result, losses=result.losses or (before,))
+                if not result.validation_losses:
+                    result = replace(result, validation_losses=checking.at_start(problem, theta))
+                done = iterate(problem, evaluation, result.damping, rule, first=iteration == first)
+                if iteration == first and not (callable(data) or checking.given or weight_decay):
+                    _warn_of_few(evaluation.fitted, len(theta))
+                if done.reason is not None:
+                    reason = done.reason
+                    break
+                after, now = done.evaluation.total, done.evaluation.theta
+                measured = (*result.validation_losses, *checking.measured(problem, now))
+                now_best = now if checking.given and measured[-1] < min(measured[:-1]) else best
+                parameters = _kept(names, start=problem.start, last=now, best=now_best)
+                new = GaussNewtonResult(
+                    (*result.losses, after), done.damping, iteration + 1, "running", measured, parameters
+                )
+                # One statement, so that an interrupt finds all values old or all new.
+                theta, best, evaluation, result = now, now_best, done.evaluation, new
+                problem.write(theta)
+                progress.update()
+                progress.set_postfix_str(f"loss {after:.2e}, damping {done.damping:.0e}", refresh=False)
+                called = callback is not None and bool(processes.agreed(callback, result))
+                late = max_seconds is not None and time.perf_counter() - began >= max_seconds
+                interrupted, called, late = processes.any(processes.interrupted, called, late)
+                over = {
+                    "interrupted": interrupted, "callback": called, "validation": checking.is_over(measured),
+                    "loss": before - after <= loss_tolerance * abs(before), "seconds": late,
+                }  # fmt: skip
+                if any(over.values()):
+                    reason = next(name for name in over if over[name])
+                    break
     except KeyboardInterrupt:
         reason = "interrupted"
     finally:
         problem.write(best if checking.given else theta)  # an exception may have come during a write
         progress.close()
-        processes.release_interrupts()
     return replace(result, reason=reason)
 
 
-def _started(
-    resume_from: Any, damping: float, theta: torch.Tensor, weight_decay: bool, validates: bool
-) -> GaussNewtonResult:
-    """The result from which the fit starts."""
-    names = (["start"] if weight_decay else []) + (["last", "best"] if validates else [])
+def _started(resume_from: Any, damping: float, names: tuple[str, ...], theta: torch.Tensor) -> GaussNewtonResult:
+    """The result from which the fit starts, with these `parameters`."""
     if resume_from is None:
-        return GaussNewtonResult((), damping, 0, "running", (), _kept(dict.fromkeys(names, theta), names))
+        return GaussNewtonResult((), damping, 0, "running", (), _kept(names, start=theta, last=theta, best=theta))
     if not isinstance(resume_from, GaussNewtonResult):
         raise TypeError(f"`resume_from` should be a GaussNewtonResult but the value passed is {resume_from!r}")
     held = {name: len(values) for name, values in resume_from.parameters.items()}
@@ -257,13 +243,8 @@ def _started(
     return resume_from
 
 
-def _kept(values: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, tuple[float, ...]]:
+def _kept(names: tuple[str, ...], **values: torch.Tensor) -> dict[str, tuple[float, ...]]:
     return {name: tuple(values[name].tolist()) for name in names}
-
-
-def _restored(result: GaussNewtonResult, name: str, theta: torch.Tensor) -> torch.Tensor:
-    """The θ that the result holds under this name, or else the θ of the model."""
-    return theta.new_tensor(result.parameters[name]) if name in result.parameters else theta
 
 
 def _warn_of_few(fitted: int, numbers: int) -> None:
@@ -274,12 +255,3 @@ def _warn_of_few(fitted: int, numbers: int) -> None:
             "fewer trained numbers, `validation` or `weight_decay`",
             stacklevel=3,
         )
-
-
-def _check_callable(argument: str, function: Any, of: str) -> None:
-    try:
-        signature(function).bind("what it takes")
-    except TypeError:
-        raise TypeError(f"`{argument}` should be a function of {of} but the value passed is {function!r}") from None
-    except ValueError:
-        pass  # some builtins have no signature

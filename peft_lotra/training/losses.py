@@ -1,9 +1,10 @@
-"""Losses that are convex in a model's outputs: values, gradients and factors of Hessians of each sample, in fp64."""
+"""Losses that are convex in a model's outputs: values, residuals and factors of Hessians of each sample, in fp64."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -45,12 +46,10 @@ class OutputLoss(Protocol):
 
 
 class ConvexLoss(ABC):
-    """The parts of a loss that the fit needs: ℓ, L, and r with ∂ℓ/∂o = L r, which make it a least-squares problem."""
+    """What makes a loss a least-squares problem: F with ∂²ℓ/∂o² = 2 F Fᵀ, and r with ∂ℓ/∂o = 2 F r."""
 
     def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
         """What is wrong with the outputs or the targets; None if they fit."""
-        if not isinstance(targets, torch.Tensor) or targets.shape != outputs.shape:
-            return f"targets of the outputs' shape, {tuple(outputs.shape)}, but they are {described(targets)}"
         return None
 
     @abstractmethod
@@ -59,7 +58,7 @@ class ConvexLoss(ABC):
 
     @abstractmethod
     def factor(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
-        """L. shape: (N, ..., k, m)"""
+        """F. shape: (N, ..., k, m)"""
 
     @abstractmethod
     def residual(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
@@ -69,71 +68,77 @@ class ConvexLoss(ABC):
         """How many samples the mean is taken over."""
         return len(outputs)
 
-    def fitted(self, outputs: torch.Tensor, targets: Any, residual: torch.Tensor) -> int:
+    def fitted(self, outputs: torch.Tensor, targets: Any) -> int:
         """How many numbers are to be fitted."""
-        return residual.numel()
+        return outputs.numel()
 
 
 class _OfEachOutput(ConvexLoss):
     """ℓ = Σ_i ℓ_i(o_i, y_i). Its H is diagonal, so it has blocks of 1 × 1."""
 
-    @abstractmethod
-    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """ℓ_i."""
+    most = math.inf  # of y
+    allowed = "of at least 0, as counts are"
 
     @abstractmethod
-    def derivatives(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """ℓ_i' and ℓ_i''."""
+    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """ℓ_i, ℓ_i' and ℓ_i''."""
+
+    def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
+        if not isinstance(targets, torch.Tensor) or targets.shape != outputs.shape:
+            return f"targets of the outputs' shape, {tuple(outputs.shape)}, but they are {described(targets)}"
+        if not (targets.isfinite() & (targets >= 0) & (targets <= self.most)).all():
+            return f"targets {self.allowed}, but they go from {targets.min()} to {targets.max()}"
+        return None
 
     def value(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.terms(outputs, targets.double()).reshape(len(outputs), -1).sum(dim=1)
+        return self.terms(outputs, targets.double())[0].reshape(len(outputs), -1).sum(dim=1)
 
     def factor(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        _, second = self.derivatives(outputs, targets.double())
-        return second.clamp(min=_LEAST_CURVATURE).sqrt()[..., None, None]
+        _, _, second = self.terms(outputs, targets.double())
+        return (second / 2).clamp(min=_LEAST_CURVATURE).sqrt()[..., None, None]
 
     def residual(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        first, second = self.derivatives(outputs, targets.double())
-        return (first / second.clamp(min=_LEAST_CURVATURE).sqrt()).unsqueeze(-1)
+        _, first, _ = self.terms(outputs, targets.double())
+        return first.unsqueeze(-1) / (2 * self.factor(outputs, targets).squeeze(-1))
 
 
 class Poisson(_OfEachOutput):
     """ℓ = exp(o) − y·o, for counts y of rate exp(o)."""
 
-    def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
-        wrong = super().check(outputs, targets)
-        if not wrong and not (targets.isfinite() & (targets >= 0)).all():
-            wrong = f"targets of at least 0, as counts are, but they go from {targets.min()} to {targets.max()}"
-        return wrong
-
-    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return outputs.exp() - targets * outputs
-
-    def derivatives(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rate = outputs.exp()
-        return rate - targets, rate
+        return rate - targets * outputs, rate - targets, rate
 
 
 class Bernoulli(_OfEachOutput):
     """ℓ = log(1 + exp(o)) − y·o, for y of 0 or 1 with the probability 1/(1 + exp(−o)) of 1, or between."""
 
-    def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
-        wrong = super().check(outputs, targets)
-        if not wrong and not ((targets >= 0) & (targets <= 1)).all():
-            wrong = f"targets from 0 to 1, but they go from {targets.min()} to {targets.max()}"
-        return wrong
+    most = 1.0
+    allowed = "from 0 to 1"
 
-    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.softplus(outputs, threshold=40) - targets * outputs  # the default's error is 2e-9
+    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        p = outputs.sigmoid()
+        value = F.softplus(outputs, threshold=40) - targets * outputs  # the default's error is 2e-9
+        return value, p - targets, p * (-outputs).sigmoid()
 
-    def derivatives(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return outputs.sigmoid() - targets, outputs.sigmoid() * (-outputs).sigmoid()
+
+class LeastSquares(ConvexLoss):
+    """ℓ = ‖o‖². The outputs are the residuals, there are no targets, and F = I."""
+
+    def value(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        return outputs.square().reshape(len(outputs), -1).sum(dim=1)
+
+    def factor(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        return torch.ones(*outputs.shape, 1, 1, dtype=outputs.dtype, device=outputs.device)
+
+    def residual(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        return outputs.unsqueeze(-1)
 
 
 class CrossEntropy(ConvexLoss):
     """ℓ = −Σ_c y_c log p_c with p = softmax(o), over the C classes on the last axis, summed over the other axes.
 
-    H = s(diag(p) − ppᵀ) = L Lᵀ with s = Σ_c y_c and L = √s(diag(√p) − p√pᵀ), and r = (sp − y)/√(sp).
+    H = s(diag(p) − ppᵀ) = 2 F Fᵀ with s = Σ_c y_c and F = √(s/2) · (diag(√p) − p√pᵀ), and r = (sp − y)/√(2sp).
     """
 
     def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
@@ -169,20 +174,19 @@ class CrossEntropy(ConvexLoss):
         total = self._probabilities(outputs, targets).sum(dim=-1)[..., None, None]
         p = outputs.softmax(dim=-1)
         roots = p.clamp(min=_LEAST_CURVATURE).sqrt()
-        return total.sqrt() * (torch.diag_embed(roots) - p.unsqueeze(-1) * roots.unsqueeze(-2))
+        return (total / 2).sqrt() * (torch.diag_embed(roots) - p.unsqueeze(-1) * roots.unsqueeze(-2))
 
     def residual(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         y, p = self._probabilities(outputs, targets), outputs.softmax(dim=-1)
         total = y.sum(dim=-1, keepdim=True)
-        scale = (total.clamp(min=_LEAST_CURVATURE) * p.clamp(min=_LEAST_CURVATURE)).sqrt()
-        return (total * p - y) / scale
+        return (total * p - y) / (2 * total.clamp(min=_LEAST_CURVATURE) * p.clamp(min=_LEAST_CURVATURE)).sqrt()
 
     def counted(self, outputs: torch.Tensor, targets: torch.Tensor) -> int:
         """How many labels are not ignored, as in torch's mean."""
         soft = targets.is_floating_point()
         return targets[..., 0].numel() if soft else int((targets != IGNORED).sum())
 
-    def fitted(self, outputs: torch.Tensor, targets: torch.Tensor, residual: torch.Tensor) -> int:
+    def fitted(self, outputs: torch.Tensor, targets: torch.Tensor) -> int:
         """How many labels count. P numbers separate about 2P labels (Cover, 1965, for two classes)."""
         return self.counted(outputs, targets)
 
@@ -193,9 +197,6 @@ class Given(ConvexLoss):
     def __init__(self, loss: OutputLoss) -> None:
         self.loss = loss
 
-    def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
-        return None
-
     def value(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
         return self._answer("value", outputs, targets, (len(outputs),))
 
@@ -205,11 +206,10 @@ class Given(ConvexLoss):
 
     def factor(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
         blocks = tuple(outputs.shape) if outputs.ndim > 1 else (len(outputs), 1)
-        return self._answer("factor", outputs, targets, (*blocks, "m"))
+        return self._answer("factor", outputs, targets, (*blocks, "m")) / 2**0.5
 
     def residual(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
-        columns = self.factor(outputs, targets).shape[-1]
-        return outputs.new_zeros(*(outputs.shape[:-1] if outputs.ndim > 1 else outputs.shape), columns)
+        return torch.zeros_like(self.factor(outputs, targets)[..., 0, :])
 
     def _answer(self, method: str, outputs: torch.Tensor, targets: Any, shape: tuple[Any, ...]) -> torch.Tensor:
         answer = getattr(self.loss, method)(outputs, targets)
@@ -223,16 +223,13 @@ class Given(ConvexLoss):
         return answer.double()
 
 
-_LOSSES: dict[str, Callable[[], ConvexLoss]] = {
-    "cross_entropy": CrossEntropy,
-    "poisson": Poisson,
-    "bernoulli": Bernoulli,
-}
-_NAMES = ["least_squares", *_LOSSES]
+_LOSSES = {
+    "least_squares": LeastSquares(), "cross_entropy": CrossEntropy(), "poisson": Poisson(), "bernoulli": Bernoulli(),
+}  # fmt: skip
 
 
-def checked_losses(loss: Any, names: list[str]) -> dict[str, ConvexLoss | None]:
-    """The loss of every kind of residuals; None for least squares.
+def checked_losses(loss: Any, names: list[str]) -> dict[str, ConvexLoss]:
+    """The loss of every kind of residuals.
 
     Raises:
         ValueError, TypeError: if `loss` is not a loss, or has other keys than `names`.
@@ -243,14 +240,14 @@ def checked_losses(loss: Any, names: list[str]) -> dict[str, ConvexLoss | None]:
     return {name: _checked(loss[name] if isinstance(loss, Mapping) else loss) for name in names}
 
 
-def _checked(loss: Any) -> ConvexLoss | None:
-    if isinstance(loss, str) and loss in _NAMES:
-        return None if loss == "least_squares" else _LOSSES[loss]()
+def _checked(loss: Any) -> ConvexLoss:
+    if isinstance(loss, str) and loss in _LOSSES:
+        return _LOSSES[loss]
     if isinstance(loss, str):
-        raise ValueError(f"`loss` should be one of {_NAMES}, or a `peft_lotra.OutputLoss`, but it is {loss!r}")
+        raise ValueError(f"`loss` should be one of {[*_LOSSES]}, or a `peft_lotra.OutputLoss`, but it is {loss!r}")
     if isinstance(loss, type) or not isinstance(loss, OutputLoss):
         raise TypeError(
-            f"`loss` should be one of {_NAMES}, or an object with the methods `value`, `gradient` and `factor` of "
+            f"`loss` should be one of {[*_LOSSES]}, or an object with the methods `value`, `gradient` and `factor` of "
             f"`peft_lotra.OutputLoss`, but the value passed is {loss!r}"
         )
     return Given(loss)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 # Rows of a block. With fewer, matrix products are slow. With more, more of the upper triangle is computed.
@@ -27,22 +25,13 @@ class LowerTriangle:
         """How many numbers the blocks of an n × n matrix hold, n = `size`."""
         return sum((min(start + _ROWS, size) - start) * min(start + _ROWS, size) for start in range(0, size, _ROWS))
 
-    def _ranges(self) -> Iterator[range]:
-        return (range(start, min(start + _ROWS, self.size)) for start in range(0, self.size, _ROWS))
+    def _ranges(self) -> list[range]:
+        return [range(start, min(start + _ROWS, self.size)) for start in range(0, self.size, _ROWS)]
 
     def add_products(self, block: torch.Tensor) -> None:
         """M ← M + BᵀB. shape of B: (k, n)"""
         for rows, part in zip(self._ranges(), self.blocks, strict=True):
             part.addmm_(block[:, rows.start : rows.stop].T, block[:, : rows.stop])
-
-    def diagonal(self) -> torch.Tensor:
-        """The diagonal, a copy. shape: (n,)"""
-        return torch.cat([part.diagonal(rows.start) for rows, part in zip(self._ranges(), self.blocks, strict=True)])
-
-    def add_to_diagonal(self, shift: torch.Tensor | float) -> None:
-        """M ← M + diag(shift)"""
-        for rows, part in zip(self._ranges(), self.blocks, strict=True):
-            part.diagonal(rows.start).add_(shift[rows.start : rows.stop] if isinstance(shift, torch.Tensor) else shift)
 
     def factor(self, shift: torch.Tensor) -> LowerTriangle | None:
         """L with LLᵀ = M + diag(shift); None if that sum is not positive definite in floating point."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from .answers import Function, Loss
 from .checks import check_numbers
-from .iteration import DampingRule, iterate, total_loss
+from .iteration import DampingRule, iterate
 from .problem import Problem
 
 
@@ -63,8 +63,8 @@ class GaussNewton(torch.optim.Optimizer):
         )  # fmt: skip
         if lr > 1:
             raise ValueError(f"`lr` should be at most 1, the Gauss–Newton step, but the value passed is {lr!r}")
-        self._problem = Problem(model, residual_fn, loss, max_memory, across_processes)
-        self._rule = DampingRule(damping_increase, damping_decrease, 0.0, weight_decay)
+        self._problem = Problem(model, residual_fn, loss, weight_decay, max_memory, across_processes)
+        self._rule = DampingRule(damping_increase, damping_decrease, gradient_tolerance=0.0)
         self._checked = False
         super().__init__(list(self._problem.trained.values()), {"lr": lr, "damping": damping})
         if weight_decay:
@@ -93,15 +93,14 @@ class GaussNewton(torch.optim.Optimizer):
             ValueError, TypeError: naming `residual_fn`, `loss` or `data` (the batch). Nothing is changed then.
         """
         problem, group = self._problem, self.param_groups[0]
-        theta = problem.parameters()
-        start = torch.cat([self.state[p].get("start", p.detach()).flatten() for p in problem.trained.values()])
-        evaluation = problem.checked(theta, batch, first=not self._checked)
-        if group["lr"] == 0:  # as schedules begin or end: no λ would give a gain
-            return total_loss(evaluation, theta, start, self._rule.weight_decay)
-        rule = self._rule._replace(rate=group["lr"])
-        done = iterate(problem, theta, batch, evaluation, group["damping"], rule, start, first=not self._checked)
-        self._checked = True
-        if done.reason is None:
-            problem.write(done.theta)
-        group["damping"] = done.damping
-        return done.before
+        if problem.weight_decay:
+            problem.start = torch.cat([self.state[p]["start"].flatten() for p in problem.trained.values()])
+        evaluation = problem.checked(problem.parameters(), batch, first=not self._checked)
+        if group["lr"]:  # schedules may begin or end with 0, where no λ would give a gain
+            rule = self._rule._replace(rate=group["lr"])
+            done = iterate(problem, evaluation, group["damping"], rule, first=not self._checked)
+            self._checked = True
+            if done.reason is None:
+                problem.write(done.evaluation.theta)
+            group["damping"] = done.damping
+        return evaluation.total

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checks import check_callable
 from .problem import Problem
 
 
@@ -23,6 +24,8 @@ class Validation:
     def __init__(self, data: Any, metric: Callable[[nn.Module], Any] | None, patience: int | None) -> None:
         if data is not None and metric is not None:
             raise ValueError("`validation` and `validation_metric` are both given: give only one of them")
+        if metric is not None:
+            check_callable("validation_metric", metric, "a function of one model", "a model")
         self.data, self.metric, self.patience = data, metric, patience
         self.given = data is not None or metric is not None
         if patience is not None and not self.given:
@@ -33,16 +36,7 @@ class Validation:
         if self.metric is None:
             return (problem.evaluate(theta, self.data, "validation").loss,) if self.given else ()
         problem.write(theta)
-        return (problem.processes.mean(problem.processes.agreed(self._of_metric, problem.model)),)
-
-    def _of_metric(self, model: nn.Module) -> float:
-        assert self.metric is not None
-        value = self.metric(model)
-        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
-            value = value.item()
-        if not isinstance(value, Real):
-            raise TypeError(f"`validation_metric` should return one number (lower is better), but it gave {value!r}")
-        return float(value)
+        return (problem.processes.mean(problem.processes.agreed(_number, self.metric, problem.model)),)
 
     def at_start(self, problem: Problem, theta: torch.Tensor) -> tuple[float, ...]:
         """`measured`, which must be finite."""
@@ -56,3 +50,12 @@ class Validation:
     def is_over(self, losses: Sequence[float]) -> bool:
         """Whether the least value is at least `patience` iterations old."""
         return self.patience is not None and len(losses) - 1 - losses.index(min(losses)) >= self.patience
+
+
+def _number(metric: Callable[[nn.Module], Any], model: nn.Module) -> float:
+    value = metric(model)
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if not isinstance(value, Real):
+        raise TypeError(f"`validation_metric` should return one number (lower is better), but it gave {value!r}")
+    return float(value)
