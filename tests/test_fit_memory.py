@@ -8,9 +8,9 @@ from conftest import approx, assert_different, assert_equal
 from test_convex_losses import CASES, DAMPING, adapted, fit, labels, oracle_step, pair, points, trained
 from torch import nn
 
-from peft_lotra.training import choice, conjugate_gradients
+from peft_lotra.training import conjugate_gradients, iteration
 from peft_lotra.training.conjugate_gradients import ConjugateGradients
-from peft_lotra.training.damped_system import NormalEquations, ResidualSpace
+from peft_lotra.training.damped_system import Equation, NormalEquations, ResidualSpace
 from peft_lotra.training.lower_triangle import LowerTriangle
 from peft_lotra.training.memory import LiveBytes
 
@@ -50,9 +50,9 @@ def test_conjugate_gradients_equal_dense_least_squares(damping, decay, drawn):
     rows = torch.cat([J, (damping * D).sqrt().diag(), decay**0.5 * torch.eye(40, **FP64)])
     right = torch.cat([-r, torch.zeros(40, **FP64), -(decay**0.5) * away])
     expected = torch.linalg.lstsq(rows, right).solution
-    equation = J.split(7), r, decay * away, decay
-    system = ConjugateGradients(*equation, lambda v: J.T @ (J @ v), drawn, [80, 10])
-    exact = NormalEquations(*equation)
+    equation = Equation(J.split(7), r, decay * away, decay)
+    system = ConjugateGradients(equation, lambda v: J.T @ (J @ v), drawn, [80, 10])
+    exact = NormalEquations(equation)
     assert (system.scale, system.cosine(2.0)) == approx((exact.scale, exact.cosine(2.0)))
     step = system.step(damping)
     matrix = rows.T @ rows
@@ -85,7 +85,7 @@ def forms(monkeypatch):
             found.append(form)
             return form(*args)
 
-        monkeypatch.setattr(choice, form.__name__, make)
+        monkeypatch.setattr(iteration, form.__name__, make)
     return found
 
 

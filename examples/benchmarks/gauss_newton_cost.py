@@ -47,7 +47,7 @@ from torch import distributed
 from torch.distributed.run import main as torchrun
 
 from peft_lotra import fit_gauss_newton
-from peft_lotra.training import choice
+from peft_lotra.training import iteration
 from peft_lotra.training.conjugate_gradients import ConjugateGradients
 from peft_lotra.training.damped_system import NormalEquations, ResidualSpace
 from peft_lotra.training.lower_triangle import LowerTriangle
@@ -156,7 +156,7 @@ def fitted(case: dict[str, Any], points: torch.Tensor, across: bool | None = Non
         return make
 
     for name, form in FORMS.items():
-        setattr(choice, name, noted(form))
+        setattr(iteration, name, noted(form))
 
     def mark(result: Any = None) -> None:
         marks.append((time.perf_counter(), time.process_time(), result and result.losses[-1]))

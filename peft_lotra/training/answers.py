@@ -13,22 +13,12 @@ from .losses import ConvexLoss, LeastSquares, OutputLoss, described
 Function = Callable[[Callable[..., Any], Any], Any]
 Loss = str | OutputLoss
 Net = Callable[..., Any]
-
-
-class Answer(NamedTuple):
-    """The outputs in fp64 (residuals, for least squares), the targets, and the weights of the samples."""
-
-    outputs: torch.Tensor
-    targets: Any
-    weights: torch.Tensor
-
-    def weights_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The weights in a shape that broadcasts to a tensor with a row for each sample."""
-        return self.weights.view(-1, *[1] * (tensor.ndim - 1))
+# The outputs in fp64 (residuals, for least squares), the targets, and the weights of the samples
+Answer = tuple[torch.Tensor, Any, torch.Tensor]
 
 
 class Kind(NamedTuple):
-    """A kind of residuals. `batch` has `size` rows."""
+    """A kind of residuals, or of outputs under a loss. `batch` has `size` rows."""
 
     name: str
     function: Function
@@ -55,19 +45,14 @@ class Kind(NamedTuple):
         return given if isinstance(self.loss, LeastSquares) else given[0]
 
     def factors(self, net: Net, part: Any) -> torch.Tensor | None:
-        """√w F of each sample; None for least squares, where no pass gives F = I. shape: (N, ..., k, m)"""
+        """√w F of each sample, shape (N, ..., k, m). None for least squares, whose F = I takes no pass."""
         if isinstance(self.loss, LeastSquares):
             return None
-        answer = self.answer(net, part)
-        factor = self.loss.factor(answer.outputs, answer.targets)
-        return answer.weights_of(factor).sqrt() * factor
+        outputs, targets, weights = self.answer(net, part)
+        return weighted(weights.sqrt(), self.loss.factor(outputs, targets))
 
     def answer(self, net: Net, part: Any) -> Answer:
-        """What `residual_fn` returns for a part of the batch.
-
-        Raises:
-            ValueError, TypeError: if it is not what it should be.
-        """
+        """What `residual_fn` returns for a part of the batch, or ValueError or TypeError if that cannot be used."""
         given, rows = self.function(net, part), len(tree_leaves(part)[0])
         should = f"`residual_fn{at(self.name)}` should give"
         if isinstance(self.loss, LeastSquares):
@@ -93,12 +78,15 @@ class Kind(NamedTuple):
             raise ValueError(f"{should} {wrong}")
         weight = weights[0] if weights else outputs.new_ones(rows)
         if not isinstance(weight, torch.Tensor) or weight.shape != (rows,):
-            raise ValueError(
-                f"{should} weights of shape ({rows},), one for each sample, but they are {described(weight)}"
-            )
+            raise ValueError(f"{should} weights of shape ({rows},), one for each sample, not {described(weight)}")
         if not (weight.isfinite() & (weight >= 0)).all():
             raise ValueError(f"{should} weights of at least 0, but they go from {weight.min()} to {weight.max()}")
-        return Answer(outputs.double(), targets, weight.double())
+        return outputs.double(), targets, weight.double()
+
+
+def weighted(weights: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with a row for each sample, times the weights of the samples."""
+    return torch.einsum("n,n...->n...", weights, tensor)
 
 
 def at(name: str) -> str:

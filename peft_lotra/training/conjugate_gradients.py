@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .damped_system import DampedSystem, Rows
-from .processes import Processes
+from .damped_system import DampedSystem, Equation, Rows
 
 # Estimated error at which the iteration ends, as a fraction of the step in the norm of the matrix. The predicted gain
 # lacks the square of it.
 _TOLERANCE = 1e-3
 _MOST_PRODUCTS, _LAST = 200, 4
+_Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ConjugateGradients(DampedSystem):
@@ -22,31 +22,18 @@ class ConjugateGradients(DampedSystem):
     √(rows of the kind / rows drawn of it). Wherever the iteration ends, its δ is a step downhill.
 
     Args:
-        blocks, residuals, rest, decay, processes: as for `DampedSystem`.
         product: the function v ↦ JᵀJv, with the rows of this process. shapes: (P,)
         drawn: m.
         kinds: how many rows of J belong to each kind of residuals, in their order.
-        dtype: the dtype of the model.
 
     Source: Hestenes and Stiefel (1952); Woodbury's formula.
     """
 
-    def __init__(
-        self,
-        blocks: Iterable[torch.Tensor],
-        residuals: torch.Tensor,
-        rest: torch.Tensor,
-        decay: float,
-        product: Callable[[torch.Tensor], torch.Tensor],
-        drawn: int,
-        kinds: Sequence[int],
-        dtype: torch.dtype = torch.float64,
-        processes: Processes | None = None,
-    ) -> None:
-        self.product, self.tolerance = product, _TOLERANCE
+    def __init__(self, equation: Equation, product: _Map, drawn: int, kinds: Sequence[int]) -> None:
+        self.product, self.tolerance, rest = product, _TOLERANCE, equation.rest
         self.chosen, self.scales = (part.to(rest.device) for part in _drawn(kinds, drawn))
-        self.sample = Rows(residuals.new_empty(len(self.chosen), len(rest), dtype=dtype))
-        super().__init__(blocks, residuals, rest, decay, processes)
+        self.sample = Rows(rest.new_empty(len(self.chosen), len(rest), dtype=equation.dtype))
+        super().__init__(equation)
 
     def _keep(self, block: torch.Tensor, rows: slice) -> None:
         bounds = torch.searchsorted(self.chosen, self.chosen.new_tensor([rows.start, rows.stop]))
@@ -84,7 +71,7 @@ class ConjugateGradients(DampedSystem):
         """The same for the δ that `step` returned last, whose equation has an error, `missing`, on the right side."""
         return super().predicted_gain(step, damping, rate) + rate**2 * (self.missing @ step).item()
 
-    def _preconditioner(self, shift: torch.Tensor, damping: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _preconditioner(self, shift: torch.Tensor, damping: float) -> _Map:
         if not self.processes.is_first:  # the first process's is taken
             return torch.empty_like
         factor = self.sample.factor(self.diagonal, damping, self.decay)

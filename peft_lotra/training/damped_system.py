@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -19,42 +20,47 @@ COLUMN_NUMBERS = 2**21
 _FLOOR = 1e-3
 
 
-class DampedSystem(ABC):
-    """(JᵀJ + cI + λD) δ = −(Jᵀr + v) with D = diag(JᵀJ + cI) + 10⁻³ · (mean of diag(JᵀJ)) · I.
+class Equation(NamedTuple):
+    """(JᵀJ + cI) δ = −(Jᵀr + v), before it is damped.
 
-    Args:
+    Attributes:
         blocks: blocks of rows of J in fp64, in the order of the residuals.
         residuals: r, shape (R,).
         rest: v, the part of half the gradient that Jᵀr does not give, shape (P,).
         decay: c of the prior c‖θ − θ₀‖². Its half gradient, c(θ − θ₀), is in v.
+        dtype: the dtype of the model, in which J is held.
         processes: the processes. Each has its own rows of J and residuals; `rest` is of all processes.
+    """
+
+    blocks: Iterable[torch.Tensor]
+    residuals: torch.Tensor
+    rest: torch.Tensor
+    decay: float = 0.0
+    dtype: torch.dtype = torch.float64
+    processes: Processes = Processes(False)
+
+
+class DampedSystem(ABC):
+    """(JᵀJ + cI + λD) δ = −(Jᵀr + v) with D = diag(JᵀJ + cI) + 10⁻³ · (mean of diag(JᵀJ)) · I.
 
     Attributes:
         scale: the mean of diag(JᵀJ).
         gradient: Jᵀr + v, half the gradient of the loss.
     """
 
-    def __init__(
-        self,
-        blocks: Iterable[torch.Tensor],
-        residuals: torch.Tensor,
-        rest: torch.Tensor,
-        decay: float = 0.0,
-        processes: Processes | None = None,
-    ) -> None:
-        self.residuals, self.rest, self.decay = residuals, rest, decay
-        self.processes = processes or Processes(False)
-        gradient, squares, done = torch.zeros_like(rest), torch.zeros_like(rest), 0
+    def __init__(self, equation: Equation) -> None:
+        blocks, self.residuals, self.rest, self.decay, _, self.processes = equation
+        gradient, squares, done = torch.zeros_like(self.rest), torch.zeros_like(self.rest), 0
         for block in blocks:
             rows = slice(done, done + len(block))
-            gradient.addmv_(block.T, residuals[rows])
+            gradient.addmv_(block.T, self.residuals[rows])
             for part in block.split(64):  # a few rows: squares of a block would take as much memory as the block
                 squares += part.square().sum(dim=0)
             self._keep(block, rows)
             done = rows.stop
         self.processes.sum(gradient)
         self.scale = self.processes.sum(squares).mean().item()
-        self.gradient, self.squares = gradient + rest, squares + decay
+        self.gradient, self.squares = gradient + self.rest, squares + self.decay
         # While a core is zero, its factors have zero derivatives. The second term damps them all the same.
         self.diagonal = self.squares + _FLOOR * self.scale
 
@@ -81,16 +87,9 @@ class DampedSystem(ABC):
 class NormalEquations(DampedSystem):
     """The equation as it stands. It holds P² numbers for JᵀJ and its factor, and one block of J at a time."""
 
-    def __init__(
-        self,
-        blocks: Iterable[torch.Tensor],
-        residuals: torch.Tensor,
-        rest: torch.Tensor,
-        decay: float = 0.0,
-        processes: Processes | None = None,
-    ) -> None:
-        self.matrix = LowerTriangle(len(rest), rest)
-        super().__init__(blocks, residuals, rest, decay, processes)
+    def __init__(self, equation: Equation) -> None:
+        self.matrix = LowerTriangle(len(equation.rest), equation.rest)
+        super().__init__(equation)
         for part in self.matrix.blocks:
             self.processes.sum(part)
 
@@ -141,24 +140,14 @@ class Rows:
 class ResidualSpace(DampedSystem):
     """δ = −E⁻¹(v + λJᵀ(λJE⁻¹Jᵀ + λI)⁻¹(r − JE⁻¹v)) with E = λD + cI: the same δ, in one process.
 
-    It holds J in the dtype of the model, and R² numbers for JE⁻¹Jᵀ and its factor. If c is zero, v should be zero,
-    too: where λ is small, r − JE⁻¹v would be a difference of large numbers.
-
-    Args:
-        blocks, residuals, rest, decay: as for `DampedSystem`.
-        dtype: the dtype of the model.
+    It holds J, and R² numbers for JE⁻¹Jᵀ and its factor. If c is zero, v should be zero, too: where λ is small,
+    r − JE⁻¹v would be a difference of large numbers.
     """
 
-    def __init__(
-        self,
-        blocks: Iterable[torch.Tensor],
-        residuals: torch.Tensor,
-        rest: torch.Tensor,
-        decay: float = 0.0,
-        dtype: torch.dtype = torch.float64,
-    ) -> None:
-        self.rows = Rows(residuals.new_empty(len(residuals), len(rest), dtype=dtype))
-        super().__init__(blocks, residuals, rest, decay)
+    def __init__(self, equation: Equation) -> None:
+        residuals, rest = equation.residuals, equation.rest
+        self.rows = Rows(residuals.new_empty(len(residuals), len(rest), dtype=equation.dtype))
+        super().__init__(equation)
 
     def _keep(self, block: torch.Tensor, rows: slice) -> None:
         self.rows.matrix[rows] = block

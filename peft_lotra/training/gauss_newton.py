@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,9 +17,8 @@ from tqdm import tqdm
 
 from .answers import Function, Loss
 from .checks import check_callable, check_numbers
-from .iteration import DampingRule, iterate
+from .iteration import iterate
 from .problem import Problem
-from .validation import Validation
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class GaussNewtonResult:
         iterations: the number of iterations done, with those of the fit that was resumed.
         reason: why the fit ended: "iterations", "gradient", "loss", "damping" (no step reduces the loss any more),
             "seconds", "callback", "validation" or "interrupted". In a callback it is "running".
-        validation_losses: the validation loss or metric at the start and after every iteration.
+        validation_losses: what `validation` gives at the start and after every iteration.
         parameters: values of θ that a resumed fit needs and the model does not hold: "start" with `weight_decay`,
             "last" and "best" with validation.
     """
@@ -52,13 +54,10 @@ def fit_gauss_newton(
     weight_decay: float = 0.0,
     iterations: int = 100,
     damping: float = 0.1,
-    damping_increase: float = 5.0,
-    damping_decrease: float = 4.0,
     gradient_tolerance: float = 1e-8,
     loss_tolerance: float = 1e-8,
     max_seconds: float | None = None,
     validation: Any = None,
-    validation_metric: Callable[[nn.Module], Any] | None = None,
     patience: int | None = None,
     max_memory: int = 2**32,
     across_processes: bool | None = None,
@@ -121,16 +120,15 @@ def fit_gauss_newton(
             other than −100, as in torch. The loss may also be an object with the methods of `OutputLoss`.
         weight_decay: c of the prior, in units of the loss.
         iterations: the most iterations, with those of the fit that is resumed.
-        damping: λ of the first iteration.
-        damping_increase: the factor on λ after a step that did not reduce the loss.
-        damping_decrease: the divisor of λ after a good step.
+        damping: λ of the first iteration. It grows by 5 after a step that did not reduce the loss, and falls by 4
+            after a good step.
         gradient_tolerance: stop when no column of J makes a cosine above this with r. For any loss: stop when no
             parameter alone promises to reduce the loss by more than this squared, as a fraction of the loss.
         loss_tolerance: stop when an iteration reduces the loss by at most this fraction.
         max_seconds: stop at the end of the iteration in which this time is over.
-        validation: data of the same form, but not a function. The loss on these data, without the prior, is measured
-            at the start and after every iteration. The model ends with the parameters of its least value.
-        validation_metric: a function of the model, measured in place of that loss; lower is better.
+        validation: data of the same form. The loss on these data, without the prior, is measured at the start and
+            after every iteration. The model ends with the parameters of its least value. A function of the model is
+            measured in place of that loss; it returns a number, and lower is better.
         patience: stop after this many iterations without a new least value. With None, the fit goes on, and still ends
             with the best parameters.
         max_memory: the bytes of tensors that the fit may hold besides the model and the data, 4 GiB by default. A
@@ -162,17 +160,19 @@ def fit_gauss_newton(
     Source: ours; generalised Gauss–Newton is Schraudolph's (2002), the damping is Levenberg's and Marquardt's.
     """
     check_numbers(
-        iterations=(iterations, 1), damping=(damping, 0), damping_increase=(damping_increase, 1),
-        damping_decrease=(damping_decrease, 1), gradient_tolerance=(gradient_tolerance, 0),
+        iterations=(iterations, 1), damping=(damping, 0), gradient_tolerance=(gradient_tolerance, 0),
         loss_tolerance=(loss_tolerance, 0), weight_decay=(weight_decay, 0), max_seconds=(max_seconds, 0),
         patience=(patience, 1), max_memory=(max_memory, 1),
     )  # fmt: skip
     if callback is not None:
         check_callable("callback", callback, "a function of one GaussNewtonResult", "a result")
-    checking = Validation(validation, validation_metric, patience)
+    if callable(validation):
+        check_callable("validation", validation, "data, or a function of one model", "a model")
+    if patience is not None and validation is None:
+        raise ValueError(f"`patience` is {patience!r}, but there is no `validation` to wait for: give it, too")
     problem = Problem(model, residual_fn, loss, weight_decay, max_memory, across_processes)
-    processes, rule = problem.processes, DampingRule(damping_increase, damping_decrease, gradient_tolerance)
-    names = ("start",) * bool(weight_decay) + ("last", "best") * checking.given
+    processes = problem.processes
+    names = ("start",) * bool(weight_decay) + ("last", "best") * (validation is not None)
     result = _started(resume_from, damping, names, problem.start)
     held = {name: problem.start.new_tensor(values) for name, values in result.parameters.items()}
     theta = held.get("last", problem.start)
@@ -182,49 +182,55 @@ def fit_gauss_newton(
     began = time.perf_counter()
     shown = progressbar and processes.is_first
     progress = tqdm(total=iterations, initial=first, disable=not shown, unit="iteration", dynamic_ncols=True)
-    try:
-        with processes.interrupts_kept():
+    with processes.interrupts_kept():
+        try:
             for iteration in range(first, iterations):
                 batch = processes.agreed(data, iteration) if callable(data) else data
                 if evaluation is None or callable(data):
                     evaluation = problem.checked(theta, batch, first=iteration == first)
-                before = evaluation.total
-                result = replace(result, losses=result.losses or (before,))
+                result = replace(result, losses=result.losses or (evaluation.total,))
                 if not result.validation_losses:
-                    result = replace(result, validation_losses=checking.at_start(problem, theta))
-                done = iterate(problem, evaluation, result.damping, rule, first=iteration == first)
-                if iteration == first and not (callable(data) or checking.given or weight_decay):
-                    _warn_of_few(evaluation.fitted, len(theta))
-                if done.reason is not None:
-                    reason = done.reason
+                    measured = _measured(validation, problem, theta, first=True)
+                    result = replace(result, validation_losses=measured)
+                found, damping, why = iterate(
+                    problem, evaluation, result.damping, iteration == first, tolerance=gradient_tolerance
+                )
+                if iteration == first and not callable(data) and validation is None and not weight_decay:
+                    _warn_of_few(problem.fitted(evaluation), len(theta))
+                if why is not None:
+                    reason = why
                     break
-                after, now = done.evaluation.total, done.evaluation.theta
-                measured = (*result.validation_losses, *checking.measured(problem, now))
-                now_best = now if checking.given and measured[-1] < min(measured[:-1]) else best
+                before, after, now = evaluation.total, found.total, found.theta
+                measured = (*result.validation_losses, *_measured(validation, problem, now))
+                since = len(measured) - 1 - measured.index(min(measured)) if measured else 0
+                now_best = now if since == 0 else best
                 parameters = _kept(names, start=problem.start, last=now, best=now_best)
                 new = GaussNewtonResult(
-                    (*result.losses, after), done.damping, iteration + 1, "running", measured, parameters
+                    (*result.losses, after), damping, iteration + 1, "running", measured, parameters
                 )
                 # One statement, so that an interrupt finds all values old or all new.
-                theta, best, evaluation, result = now, now_best, done.evaluation, new
+                theta, best, evaluation, result = now, now_best, found, new
                 problem.write(theta)
                 progress.update()
-                progress.set_postfix_str(f"loss {after:.2e}, damping {done.damping:.0e}", refresh=False)
+                progress.set_postfix_str(f"loss {after:.2e}, damping {damping:.0e}", refresh=False)
                 called = callback is not None and bool(processes.agreed(callback, result))
                 late = max_seconds is not None and time.perf_counter() - began >= max_seconds
                 interrupted, called, late = processes.any(processes.interrupted, called, late)
-                over = {
-                    "interrupted": interrupted, "callback": called, "validation": checking.is_over(measured),
-                    "loss": before - after <= loss_tolerance * abs(before), "seconds": late,
-                }  # fmt: skip
-                if any(over.values()):
-                    reason = next(name for name in over if over[name])
+                ends = {
+                    "interrupted": interrupted,
+                    "callback": called,
+                    "validation": patience is not None and since >= patience,
+                    "loss": before - after <= loss_tolerance * abs(before),
+                    "seconds": late,
+                }
+                if any(ends.values()):
+                    reason = next(name for name, holds in ends.items() if holds)
                     break
-    except KeyboardInterrupt:
-        reason = "interrupted"
-    finally:
-        problem.write(best if checking.given else theta)  # an exception may have come during a write
-        progress.close()
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        finally:
+            problem.write(best)  # an exception may have come during a write
+            progress.close()
     return replace(result, reason=reason)
 
 
@@ -245,6 +251,29 @@ def _started(resume_from: Any, damping: float, names: tuple[str, ...], theta: to
 
 def _kept(names: tuple[str, ...], **values: torch.Tensor) -> dict[str, tuple[float, ...]]:
     return {name: tuple(values[name].tolist()) for name in names}
+
+
+def _measured(validation: Any, problem: Problem, theta: torch.Tensor, first: bool = False) -> tuple[float, ...]:
+    """The loss or number at θ as a tuple of one; () without validation. A function finds θ in the model."""
+    if validation is None:
+        return ()
+    if not callable(validation):
+        evaluate = partial(problem.checked, first=False) if first else problem.evaluate
+        return (evaluate(theta, validation, argument="validation").loss,)
+    problem.write(theta)
+    (total,) = problem.processes.totals([problem.processes.agreed(_number, validation, problem.model)])
+    if first and not math.isfinite(total):
+        raise ValueError(f"`validation` should be finite at the start but it gave {total}")
+    return (total / problem.processes.count,)
+
+
+def _number(function: Callable[[nn.Module], Any], model: nn.Module) -> float:
+    value = function(model)
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if not isinstance(value, Real):
+        raise TypeError(f"`validation` should return one number (lower is better), but it gave {value!r}")
+    return float(value)
 
 
 def _warn_of_few(fitted: int, numbers: int) -> None:

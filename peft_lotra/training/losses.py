@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 # The label of a token that does not count, as in torch's cross_entropy.
 IGNORED = -100
-# Second derivatives below this are raised to it. H changes negligibly, and r = L⁻¹g stays finite where H vanishes.
+# Second derivatives below this are raised to it. H changes negligibly, and r stays finite where H vanishes.
 _LEAST_CURVATURE = 1e-30
 
 
@@ -68,20 +68,12 @@ class ConvexLoss(ABC):
         """How many samples the mean is taken over."""
         return len(outputs)
 
-    def fitted(self, outputs: torch.Tensor, targets: Any) -> int:
-        """How many numbers are to be fitted."""
-        return outputs.numel()
 
+class OfEachOutput(ConvexLoss):
+    """ℓ = Σ_i ℓ_i(o_i, y_i), where `terms` of (o, y) are ℓ_i, ℓ_i' and ℓ_i'', and y is from 0 to `most`."""
 
-class _OfEachOutput(ConvexLoss):
-    """ℓ = Σ_i ℓ_i(o_i, y_i). Its H is diagonal, so it has blocks of 1 × 1."""
-
-    most = math.inf  # of y
-    allowed = "of at least 0, as counts are"
-
-    @abstractmethod
-    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """ℓ_i, ℓ_i' and ℓ_i''."""
+    def __init__(self, terms: Callable[..., tuple[torch.Tensor, ...]], most: float, allowed: str) -> None:
+        self.terms, self.most, self.allowed = terms, most, allowed
 
     def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
         if not isinstance(targets, torch.Tensor) or targets.shape != outputs.shape:
@@ -102,24 +94,15 @@ class _OfEachOutput(ConvexLoss):
         return first.unsqueeze(-1) / (2 * self.factor(outputs, targets).squeeze(-1))
 
 
-class Poisson(_OfEachOutput):
+def _poisson(o: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """ℓ = exp(o) − y·o, for counts y of rate exp(o)."""
-
-    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        rate = outputs.exp()
-        return rate - targets * outputs, rate - targets, rate
+    return o.exp() - y * o, o.exp() - y, o.exp()
 
 
-class Bernoulli(_OfEachOutput):
+def _bernoulli(o: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """ℓ = log(1 + exp(o)) − y·o, for y of 0 or 1 with the probability 1/(1 + exp(−o)) of 1, or between."""
-
-    most = 1.0
-    allowed = "from 0 to 1"
-
-    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        p = outputs.sigmoid()
-        value = F.softplus(outputs, threshold=40) - targets * outputs  # the default's error is 2e-9
-        return value, p - targets, p * (-outputs).sigmoid()
+    value = F.softplus(o, threshold=40) - y * o  # the default's error is 2e-9
+    return value, o.sigmoid() - y, o.sigmoid() * (-o).sigmoid()
 
 
 class LeastSquares(ConvexLoss):
@@ -186,10 +169,6 @@ class CrossEntropy(ConvexLoss):
         soft = targets.is_floating_point()
         return targets[..., 0].numel() if soft else int((targets != IGNORED).sum())
 
-    def fitted(self, outputs: torch.Tensor, targets: torch.Tensor) -> int:
-        """How many labels count. P numbers separate about 2P labels (Cover, 1965, for two classes)."""
-        return self.counted(outputs, targets)
-
 
 class Given(ConvexLoss):
     """An OutputLoss that the caller gives. Here r = 0, and the gradient is a further term of the system."""
@@ -224,16 +203,15 @@ class Given(ConvexLoss):
 
 
 _LOSSES = {
-    "least_squares": LeastSquares(), "cross_entropy": CrossEntropy(), "poisson": Poisson(), "bernoulli": Bernoulli(),
-}  # fmt: skip
+    "least_squares": LeastSquares(),
+    "cross_entropy": CrossEntropy(),
+    "poisson": OfEachOutput(_poisson, math.inf, "of at least 0, as counts are"),
+    "bernoulli": OfEachOutput(_bernoulli, 1.0, "from 0 to 1"),
+}
 
 
 def checked_losses(loss: Any, names: list[str]) -> dict[str, ConvexLoss]:
-    """The loss of every kind of residuals.
-
-    Raises:
-        ValueError, TypeError: if `loss` is not a loss, or has other keys than `names`.
-    """
+    """The loss of every kind of residuals. ValueError or TypeError if there is none, or it has other keys."""
     if isinstance(loss, Mapping) and set(loss) != set(names):
         wanted = "be one loss, as `residual_fn` is one function" if names == [""] else f"have the keys {sorted(names)}"
         raise ValueError(f"`loss` should {wanted}, but it has the keys {sorted(loss)}")

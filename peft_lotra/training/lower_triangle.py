@@ -9,11 +9,9 @@ _ROWS = 256
 
 
 class LowerTriangle:
-    """M, shape (n, n), in `blocks` of rows. A block holds the columns up to the end of its square on the diagonal.
+    """M, shape (n, n) with n = `size`, zero at first, in the dtype and on the device of `like`.
 
-    Args:
-        size: n. M is zero at first.
-        like: M has its dtype and device.
+    It is in `blocks` of rows. A block holds the columns up to the end of its square on the diagonal.
     """
 
     def __init__(self, size: int, like: torch.Tensor) -> None:

@@ -45,11 +45,7 @@ def _has_storage(leaf: Any) -> bool:
 
 
 class Chunks:
-    """How many samples each computation takes at a time, measured once for each computation.
-
-    Args:
-        max_memory: the bytes that the whole fit may take.
-    """
+    """How many samples each computation takes at a time, measured once. The whole fit may take `max_memory` bytes."""
 
     def __init__(self, max_memory: int) -> None:
         self.budget = min(_CHUNK_BYTES, max_memory // 4)
@@ -60,16 +56,11 @@ class Chunks:
         """The bytes that a chunk of one sample takes."""
         return max((taken for _, taken in self._found.values()), default=0)
 
-    @property
-    def bytes(self) -> int:
-        """The bytes that the largest chunk may take: more than `budget` if a single sample takes more."""
-        return max(self.budget, self.of_one)
-
     def rows(self, key: str, size: int, run: Callable[[int], object]) -> int:
         """How many of the `size` samples to take at a time, at least 1. `run(n)` does the computation for n."""
         if key not in self._found:
-            few, more = (_peak(run, min(n, size)) for n in (_FEW, _MORE))
-            each = max(1, (more - few) // (_MORE - _FEW)) if size >= _MORE else max(1, more // size)
+            few, more = (_peak(run, min(rows, size)) for rows in (_FEW, _MORE))
+            each = max(1, (more - few) // (_MORE - _FEW) if size >= _MORE else more // size)
             constant = max(0, more - each * min(_MORE, size))
             self._found[key] = max(1, (self.budget - constant) // each), constant + each
         return self._found[key][0]

@@ -16,14 +16,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..placement.sharded import check_not_sharded
 from ..preserved import check_model
-from .answers import Kind, Net, at
+from .answers import Kind, Net, at, weighted
 from .checks import check_differentiable
-from .losses import Given, checked_losses
+from .losses import CrossEntropy, Given, checked_losses
 from .memory import Chunks
 from .processes import Processes
 
 _T = TypeVar("_T")
 Parameters = dict[str, torch.Tensor]
+# Σ w ℓ over some samples, r · √(number of all samples), shape (R,), and the number of these samples
+Values = tuple[float, torch.Tensor, int]
+OfOutputs = Callable[[Kind, Any, Callable[[Parameters], torch.Tensor]], torch.Tensor]
 
 
 class Evaluation(NamedTuple):
@@ -35,7 +38,6 @@ class Evaluation(NamedTuple):
         residuals: r of this process, shape (R,).
         kinds: how many of these residuals belong to each kind, in their order.
         counts: over how many samples each kind's mean is taken, in all processes.
-        fitted: how many numbers are to be fitted, in all processes: residuals, labels, or outputs that have a target.
     """
 
     theta: torch.Tensor
@@ -45,23 +47,6 @@ class Evaluation(NamedTuple):
     residuals: torch.Tensor
     kinds: list[int]
     counts: dict[str, int]
-    fitted: int
-
-
-class _Values(NamedTuple):
-    """The values of one kind in this process, before they are divided by the number of all samples.
-
-    Attributes:
-        total: Σ w ℓ.
-        roots: r · √(number of all samples), shape (R,).
-        counted: the number of samples in this process.
-        fitted: see `Evaluation`.
-    """
-
-    total: float
-    roots: torch.Tensor
-    counted: int
-    fitted: int
 
 
 class Problem:
@@ -71,26 +56,12 @@ class Problem:
     samples, R has the rows √(w/M) FᵀJ of each sample, with the sample's weight w, the Jacobian J of its outputs, and
     2 F Fᵀ = ∂²ℓ/∂o².
 
-    Args:
-        model, function, loss, weight_decay: as for `fit_gauss_newton`, where `function` is called `residual_fn`.
-        max_memory: the bytes that the fit may hold besides the model.
-        across_processes: as for `fit_gauss_newton`. With several processes, r and R are those of this process.
-
-    Attributes:
-        start: θ₀ of the prior c‖θ − θ₀‖², which is θ at first.
-
-    Raises:
-        ValueError, TypeError: if nothing can be fitted.
+    The arguments are those of `fit_gauss_newton`: `function` is its `residual_fn`, `across` its `across_processes`.
+    With several processes, r and R are those of this process. `start` is θ₀ of the prior, which is θ at first.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        function: Any,
-        loss: Any,
-        weight_decay: float,
-        max_memory: int,
-        across_processes: bool | None,
+        self, model: nn.Module, function: Any, loss: Any, weight_decay: float, max_memory: int, across: bool | None
     ) -> None:
         check_model(model=model)
         instead = "fit it before it is sharded, or save the adapter and fit it in one process"
@@ -122,7 +93,7 @@ class Problem:
             )
         self.losses = checked_losses(loss, list(self.functions))
         self.weight_decay, self.start = weight_decay, self.parameters()
-        self.max_memory, self.chunks, self.processes = max_memory, Chunks(max_memory), Processes(across_processes)
+        self.max_memory, self.chunks, self.processes = max_memory, Chunks(max_memory), Processes(across)
         self.processes.check_same(model)
 
     def parameters(self) -> torch.Tensor:
@@ -165,14 +136,10 @@ class Problem:
             leaves = tree_leaves(part)
             shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             if not all(isinstance(leaf, torch.Tensor) and leaf.ndim for leaf in leaves):
-                raise TypeError(
-                    f"`{argument}{at(name)}` should be made of tensors with a batch axis, but it has {shapes}"
-                )
+                raise TypeError(f"`{argument}{at(name)}` should be made of tensors with a batch axis, not {shapes}")
             rows = {len(leaf) for leaf in leaves}
             if len(rows) != 1 or rows == {0}:
-                raise ValueError(
-                    f"`{argument}{at(name)}` should have one number of rows, above zero, but its shapes are {shapes}"
-                )
+                raise ValueError(f"`{argument}{at(name)}` should have one number of rows, above zero, not {shapes}")
             yield Kind(name, function, self.losses[name], part, rows.pop())
 
     def _by_chunks(self, kind: Kind, what: str, of_chunk: Callable[[Any], _T]) -> Iterator[_T]:
@@ -183,28 +150,33 @@ class Problem:
     @torch.no_grad()
     def evaluate(self, theta: torch.Tensor, batch: Any, argument: str = "data") -> Evaluation:
         found = self.processes.agreed(self._explained, theta, batch, argument)
-        counts = dict(zip(found, map(int, self.processes.totals(v.counted for v in found.values())), strict=True))
+        counts = dict(zip(found, map(int, self.processes.totals(n for _, _, n in found.values())), strict=True))
         for name, count in counts.items():
             if not count:
                 raise ValueError(f"every label in `{argument}{at(name)}` is ignored: give labels to fit")
-        here = sum(values.total / counts[name] for name, values in found.items())
-        loss, fitted = self.processes.totals([here, sum(values.fitted for values in found.values())])
+        (loss,) = self.processes.totals([sum(total / counts[name] for name, (total, _, _) in found.items())])
         decay = self.weight_decay
-        total = loss + (decay * self.away(theta).square().sum().item() if decay else 0.0)
-        residuals = [values.roots / math.sqrt(counts[name]) for name, values in found.items()]
-        return Evaluation(
-            theta, batch, loss, total, torch.cat(residuals), list(map(len, residuals)), counts, int(fitted)
-        )
+        prior = decay * self.away(theta).square().sum().item() if decay else 0.0
+        residuals = [roots / math.sqrt(counts[name]) for name, (_, roots, _) in found.items()]
+        return Evaluation(theta, batch, loss, loss + prior, torch.cat(residuals), list(map(len, residuals)), counts)
 
-    def _values(self, theta: torch.Tensor, batch: Any, argument: str) -> dict[str, _Values]:
+    def fitted(self, point: Evaluation) -> int:
+        """How many numbers are to be fitted, in all processes: residuals, outputs that have a target, or labels."""
+        numbers = dict(zip(point.counts, self.processes.totals(point.kinds), strict=True))
+        for name, loss in self.losses.items():
+            if isinstance(loss, CrossEntropy):  # P numbers separate about 2P labels (Cover, 1965, for two classes)
+                numbers[name] = point.counts[name]
+        return int(sum(numbers.values()))
+
+    def _values(self, theta: torch.Tensor, batch: Any, argument: str) -> dict[str, Values]:
         net, found = self._net(self._named(theta)), {}
         for kind in self._kinds(batch, argument):
             parts = self._by_chunks(kind, "values", partial(_values, kind, net))
-            totals, roots, counted, fitted = zip(*parts, strict=True)
-            found[kind.name] = _Values(sum(totals), torch.cat(roots), sum(counted), sum(fitted))
+            totals, roots, counted = zip(*parts, strict=True)
+            found[kind.name] = sum(totals), torch.cat(roots), sum(counted)
         return found
 
-    def _explained(self, theta: torch.Tensor, batch: Any, argument: str) -> dict[str, _Values]:
+    def _explained(self, theta: torch.Tensor, batch: Any, argument: str) -> dict[str, Values]:
         """`_values`, with an error that says so if autograd's recording is all that `residual_fn` lacks."""
         try:
             return self._values(theta, batch, argument)
@@ -282,9 +254,8 @@ class Problem:
 
         def of_outputs(kind: Kind, chunk: Any, outputs: Callable[[Parameters], torch.Tensor]) -> torch.Tensor:
             assert isinstance(kind.loss, Given)
-            answer = kind.answer(self._net(self._named(point.theta)), chunk)
-            gradient = kind.loss.gradient(answer.outputs, answer.targets)
-            return answer.weights_of(gradient) * gradient / 2
+            outputs_now, targets, weights = kind.answer(self._net(self._named(point.theta)), chunk)
+            return weighted(weights / 2, kind.loss.gradient(outputs_now, targets))
 
         given = [kind for kind in self._kinds(point.batch) if isinstance(kind.loss, Given)]
         found = self._pulled_back(point, "gradient", given, of_outputs)
@@ -292,13 +263,7 @@ class Problem:
             self.processes.sum(found)
         return found + self.weight_decay * self.away(point.theta) if self.weight_decay else found
 
-    def _pulled_back(
-        self,
-        point: Evaluation,
-        what: str,
-        kinds: list[Kind],
-        of_outputs: Callable[[Kind, Any, Callable[[Parameters], torch.Tensor]], torch.Tensor],
-    ) -> torch.Tensor:
+    def _pulled_back(self, point: Evaluation, what: str, kinds: list[Kind], of_outputs: OfOutputs) -> torch.Tensor:
         """Σ (∂outputs/∂θ)ᵀ · `of_outputs` / M over all samples of this process, in fp64. shape: (P,)"""
         parameters = self._named(point.theta)
         total = torch.zeros_like(point.theta, dtype=torch.float64)
@@ -319,12 +284,10 @@ class Problem:
         return total
 
 
-def _values(kind: Kind, net: Net, part: Any) -> _Values:
-    answer = kind.answer(net, part)
-    value, residual = (f(answer.outputs, answer.targets) for f in (kind.loss.value, kind.loss.residual))
-    roots = (answer.weights_of(residual).sqrt() * residual).flatten()
-    counted, fitted = (f(answer.outputs, answer.targets) for f in (kind.loss.counted, kind.loss.fitted))
-    return _Values((answer.weights @ value).item(), roots, counted, fitted)
+def _values(kind: Kind, net: Net, part: Any) -> Values:
+    outputs, targets, weights = kind.answer(net, part)
+    roots = weighted(weights.sqrt(), kind.loss.residual(outputs, targets)).flatten()
+    return (weights @ kind.loss.value(outputs, targets)).item(), roots, kind.loss.counted(outputs, targets)
 
 
 @torch.no_grad()

@@ -17,12 +17,7 @@ _T = TypeVar("_T")
 class Processes:
     """Sums over processes, and decisions that are the same in all processes. With one process, nothing is sent.
 
-    Args:
-        across: the argument `across_processes` of `fit_gauss_newton`.
-
-    Raises:
-        ValueError: if there are several processes, and `across` is None.
-        TypeError: if `across` is not a bool.
+    `across` is the argument `across_processes` of `fit_gauss_newton`.
     """
 
     def __init__(self, across: bool | None) -> None:
@@ -56,10 +51,6 @@ class Processes:
     def any(self, *conditions: bool) -> list[bool]:
         """Whether each condition holds in some process."""
         return [total > 0 for total in self.totals(map(float, conditions))]
-
-    def mean(self, number: float) -> float:
-        """The mean over the processes."""
-        return self.totals([number])[0] / self.count
 
     def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first process's tensor, written into `tensor`. Other machines may round differently."""
