@@ -19,26 +19,17 @@ FLAT = -1  # in place of the feature axis: all axes except the first are flatten
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the run of a layer its response was measured. A layer that is alike can be tested at the same place.
-
-    Attributes:
-        precision, which: those of the probe.
-        frontier, inputs: the numbers of z and u among the recorded tensors.
-        output, feature: the output axis of z and the feature axis of u.
-        joined: whether several z hold consecutive outputs; otherwise they hold the same outputs.
-        finite: whether slopes are finite differences, because the layer has no second derivatives.
-        trace: `Run.trace` of the run.
-    """
+    """Where in the run of a layer its response was measured. A layer that is alike can be tested at the same place."""
 
     precision: Precision
-    which: int
-    frontier: tuple[int, ...]
-    inputs: Inputs
-    output: int | None
-    joined: bool
-    feature: int | None
-    finite: bool
-    trace: tuple = field(repr=False)
+    which: int  # that of the probe, as the precision
+    frontier: tuple[int, ...]  # the numbers of z among the recorded tensors
+    inputs: Inputs  # u
+    output: int | None  # the output axis of z
+    joined: bool  # whether several z hold consecutive outputs; otherwise they hold the same outputs
+    feature: int | None  # the feature axis of u
+    finite: bool  # whether slopes are finite differences, because the layer has no second derivatives
+    trace: tuple = field(repr=False)  # that of the run
 
 
 class Contraction:

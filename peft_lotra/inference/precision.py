@@ -17,19 +17,13 @@ class Passes:
 
 @dataclass(frozen=True)
 class Precision:
-    """A dtype, and the relative differences that its rounding explains.
-
-    Attributes:
-        affine: between tensors that should be affine in a parameter, or equal.
-        ratio, product: between ratios of responses, and between products.
-        zero: the relative size of a response that should be zero.
-    """
+    """A dtype, and the relative differences that its rounding explains."""
 
     dtype: torch.dtype
-    affine: float
-    ratio: float
-    product: float
-    zero: float
+    affine: float  # between tensors that should be affine in a parameter, or equal
+    ratio: float  # between ratios of responses
+    product: float  # between products
+    zero: float  # the size of a response that should be zero
 
 
 # float64 comes first. Some layers need float32, because they create float32 tensors.

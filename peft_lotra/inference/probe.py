@@ -21,26 +21,18 @@ VECTOR = "it is a vector along one axis of the input or output"
 
 
 class Inputs(NamedTuple):
-    """The numbers of u, the last tensors before the basis: one tensor, or several of one shape.
+    """u, the last tensors before the basis: one tensor, or several of one shape."""
 
-    `joined` says whether several u hold consecutive features, as in a grouped layer; otherwise they hold the same.
-    """
-
-    numbers: tuple[int, ...]
-    joined: bool = True
+    numbers: tuple[int, ...]  # among the recorded tensors
+    joined: bool = True  # whether several u hold consecutive features, as in a grouped layer; else they hold the same
 
 
 class Meeting(NamedTuple):
-    """Where a parameter meets x, as numbers of recorded tensors.
+    """Where a parameter meets x, as numbers of recorded tensors."""
 
-    Attributes:
-        products: the first tensors that depend on both.
-        of_x, of_parameter: the tensors in these products that depend on one of the two.
-    """
-
-    products: set[int]
-    of_x: set[int]
-    of_parameter: set[int]
+    products: set[int]  # the first tensors that depend on both
+    of_x: set[int]  # what x has become in these products
+    of_parameter: set[int]  # what the parameter has become in them
 
 
 class Unusable(Exception):
@@ -83,7 +75,9 @@ class Probe:
             self.x = tensors[self._position]
             self.base = self._checked_run()
         if repeats:
-            self._check_repeats()
+            for one, two in zip(self.base.returned, self.run(self.x).returned, strict=True):
+                if one.shape != two.shape or (one - two).abs().max() > precision.affine * one.abs().max():
+                    raise Unusable("its layer is random: two runs on the same input differ, although in eval mode")
 
     def _noise(self, like: torch.Tensor) -> torch.Tensor:
         return torch.randn(like.shape, generator=self.random, dtype=torch.float64).to(like)
@@ -112,11 +106,6 @@ class Probe:
         if not all(t.isfinite().all() for t in run.returned):
             raise Unusable("its layer returns infinite or undefined numbers on this sample")
         return run
-
-    def _check_repeats(self) -> None:
-        for one, two in zip(self.base.returned, self.run(self.x).returned, strict=True):
-            if one.shape != two.shape or (one - two).abs().max() > self.precision.affine * one.abs().max():
-                raise Unusable("its layer is random: two runs on the same input differ, although in eval mode")
 
     def run(self, x: torch.Tensor, changed: dict[str, nn.Parameter] | None = None) -> Run:
         """The run on other values of the varied input, with other values of some parameters."""

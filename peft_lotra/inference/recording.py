@@ -42,9 +42,9 @@ def _parents(node: Any) -> list[Any]:
     return [parent for parent, _ in node.next_functions]
 
 
-def _leaf_id(node: Any) -> int:
-    """The id of the leaf to which a node of the backward pass accumulates the gradient, or that of None."""
-    return id(getattr(node, "variable", None))
+def _leaf(node: Any) -> torch.Tensor | None:
+    """The leaf to which a node of the backward pass accumulates the gradient."""
+    return getattr(node, "variable", None)
 
 
 class Recorder(TorchFunctionMode):
@@ -57,26 +57,25 @@ class Recorder(TorchFunctionMode):
         self.tensors: list[torch.Tensor] = []
         self.sources: list[list[int]] = []
         self.overwritten: set[int] = set()  # `tensors` has copies of these
-        self._index: dict[int, int] = {}  # by the id of the tensor
+        self._index: dict[torch.Tensor, int] = {}  # by identity
         self._nodes: dict[Any, int] = {}  # by the tensor's node in the autograd graph
-        self._alive: list[torch.Tensor] = []  # keeps tensors alive, so that Python does not reuse their ids
 
     def index(self, tensor: torch.Tensor, sources: list[int] | None = None) -> int:
         """The number of `tensor`. If `sources` is given, it gets a new number."""
-        if sources is not None or id(tensor) not in self._index:
-            self._index[id(tensor)] = len(self.tensors)
+        if sources is not None or tensor not in self._index:
+            self._index[tensor] = len(self.tensors)
             self.tensors.append(tensor)
             # Scripted functions and autograd.Function create tensors that are not recorded.
             self.sources.append(self._nearest(tensor) if sources is None else sources)
-            self._alive.append(tensor)
-            self._nodes.setdefault(tensor.grad_fn, self._index[id(tensor)])
-        return self._index[id(tensor)]
+            self._nodes.setdefault(tensor.grad_fn, self._index[tensor])
+        return self._index[tensor]
 
     def _nearest(self, tensor: torch.Tensor) -> list[int]:
         """The numbers of the recorded tensors that the backward pass from `tensor` meets first."""
 
         def number(node: Any) -> int | None:
-            return self._nodes.get(node, self._index.get(_leaf_id(node)))
+            leaf = _leaf(node)
+            return self._nodes.get(node) if leaf is None else self._index.get(leaf)
 
         nodes = reached([tensor.grad_fn], lambda node: _parents(node) if number(node) is None else [])
         return sorted({k for k in map(number, nodes) if k is not None})
@@ -143,7 +142,7 @@ class Run:
         self.returned = list(filter(is_numeric, tensors_in(result)))
         self.outputs = [recorder.index(t) for t in self.returned if t.requires_grad]
         self.tensors, self.sources, self.overwritten = recorder.tensors, recorder.sources, recorder.overwritten
-        self._leaves: dict[int, set[int]] = {}
+        self._leaves: dict[int, set[torch.Tensor | None]] = {}
 
     @property
     def trace(self) -> tuple:
@@ -154,8 +153,8 @@ class Run:
         """Whether the backward pass from a recorded tensor reaches `leaf`."""
         if number not in self._leaves:
             tensor = self.tensors[number]
-            self._leaves[number] = {id(tensor), *map(_leaf_id, reached([tensor.grad_fn], _parents))}
-        return id(leaf) in self._leaves[number]
+            self._leaves[number] = {tensor, *map(_leaf, reached([tensor.grad_fn], _parents))}
+        return leaf in self._leaves[number]
 
     def moves(self, number: int) -> bool:
         """Whether a recorded tensor depends on x."""

@@ -32,24 +32,16 @@ from .scales import scale_of
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of the response test for one parameter of a layer.
+    """The result of the response test for one parameter of a layer."""
 
-    Attributes:
-        spec: the description of the coefficient tensor, if the parameter is one.
-        reason: why the parameter is not a coefficient tensor.
-        linear: whether the parameter is a linear weight on the layer's input. It may still be the coefficient tensor
-            of a module around the layer, if that feeds the layer basis functions.
-        of_class: whether the reason holds for all layers that are alike, for any sample and parameter values.
-        place: where in the run the response was measured, if the parameter is a coefficient tensor.
-        like: the name of the tested layer, if this layer only confirmed its finding.
-    """
-
-    spec: CoefficientSpec | None = None
-    reason: str = ""
+    spec: CoefficientSpec | None = None  # the description of the coefficient tensor, if the parameter is one
+    reason: str = ""  # why the parameter is not a coefficient tensor
+    # Whether the parameter is a linear weight on the layer's input. It may still be the coefficient tensor of a module
+    # around the layer, if that feeds the layer basis functions.
     linear: bool = False
-    of_class: bool = False
-    place: Place | None = field(default=None, repr=False)
-    like: str | None = None
+    of_class: bool = False  # whether the reason holds for all layers alike, for any sample and parameter values
+    place: Place | None = field(default=None, repr=False)  # where in the run the response was measured
+    like: str | None = None  # the tested layer, if this layer only confirmed its finding
 
 
 def infer_layer(
