@@ -127,15 +127,13 @@ class Contraction:
 
     def _fits(self, pair: Pair, count: int) -> bool:
         """Whether nearly all ratios are numbers of the numbered axis, so that it tells entries apart."""
-        numbered, plain = (side.flatten() for side in pair)
-        if plain.numel() > 2**17:  # a random part is enough
-            some = torch.randint(plain.numel(), (2**16,), generator=_seeded(4)).to(plain.device)
-            numbered, plain = numbered[some], plain[some]
+        numbered, plain = pair
         known = plain.abs() > self._precision.zero * plain.abs().max()
         if not known.any():
             raise Refused(UNCHANGED)
         ratios = numbered[known] / plain[known]
-        nearest = 1 + 2 * (((ratios - 1) / 2 * (count - 1)).round().clamp(0, count - 1)) / max(count - 1, 1)
+        steps = max(count - 1, 1)
+        nearest = 1 + 2 * ((ratios - 1) / 2 * steps).round().clamp(0, count - 1) / steps
         return ((nearest - ratios).abs() <= 3 * self._precision.ratio).double().mean().item() > 0.98
 
     def _response(self, path: str, axis: int | None = None, joined: bool = True) -> torch.Tensor:

@@ -187,6 +187,8 @@ class LayerTests:
         Findings without a coefficient tensor are reused only if their reasons hold for the whole class.
         """
         paths = list(paths)
+        if not paths:
+            return {}
         known = self._known.setdefault(type(layer), [])
         likeness = [_likeness(layer, call), paths, region]
         for other, of, findings in known:

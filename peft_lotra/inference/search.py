@@ -66,7 +66,9 @@ def infer_coefficients(model: nn.Module, *sample: Any, **kwargs: Any) -> Inferre
         )
     search = _Search(model)
     walk(model, sample, kwargs, search.modules, search.visit)
-    coefficients = result(model, search.found, search.left_out(), search.passes)
+    for full in search.open:
+        search.left_out.setdefault(full, ("", "no module around it could be tested"))
+    coefficients = result(model, search.found, search.left_out, search.passes)
     if not coefficients:
         raise ValueError(
             f"no KAN coefficient tensor found in this {type(model).__name__}:\n{coefficients.report}\n"
@@ -127,12 +129,11 @@ class _Search:
     """The coefficient tensors found so far, and the parameters that are still undecided."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.passes = model, Passes()
+        self.passes = Passes()
         self.modules = {name: module for name, module in model.named_modules() if not is_plain(module)}
         self.found: dict[str, Found] = {}  # by full parameter name
-        self._left_out: dict[str, tuple[str, str]] = {}  # (layer, reason) by full parameter name
+        self.left_out: dict[str, tuple[str, str]] = {}  # (layer, reason), by full parameter name
         self._tests = LayerTests()
-        self._ran: set[str] = set()
         self._registered: dict[str, list[CoefficientSpec]] = {}
         for name, layer in model.named_modules():
             specs = [] if self._is_registered(name) else known_coefficients(layer)
@@ -140,7 +141,7 @@ class _Search:
                 self._registered[name] = specs
                 self.found |= {inside(name) + spec.parameter: (name, spec, "registered") for spec in specs}
         names = [name for name, _ in model.named_parameters()]
-        self._open = {name: 0 for name in names if not self._is_registered(name)}  # counts their tests
+        self.open = {name: 0 for name in names if not self._is_registered(name)}  # counts their tests
 
     def _is_registered(self, name: str) -> bool:
         """Whether this is a layer of a registered class, or inside one."""
@@ -148,17 +149,14 @@ class _Search:
 
     def visit(self, name: str, layer: nn.Module, call: Call) -> None:
         """Test a layer that has just run, unless its class is registered and it uses the registered parameters."""
-        self._ran.add(name)
-        for spec in self._registered.get(name, ()):
-            if not self._is_used(layer, spec, call):
-                for other in self._registered.pop(name):
-                    del self.found[inside(name) + other.parameter]
-                self._left_out[inside(name) + spec.parameter] = (
-                    name,
-                    "registered, but a pass of the layer does not use it",
-                )
-                self._open |= {inside(name) + path: 0 for path, _ in layer.named_parameters()}
-                break
+        prefix = inside(name)
+        unused = [spec for spec in self._registered.get(name, ()) if not self._is_used(layer, spec, call)]
+        if unused:
+            for spec in self._registered.pop(name):
+                del self.found[prefix + spec.parameter]
+            reason = "registered, but a pass of the layer does not use it"
+            self.left_out |= {prefix + spec.parameter: (name, reason) for spec in unused}
+            self.open |= {prefix + path: 0 for path, _ in layer.named_parameters()}
         if not self._is_registered(name):
             self._test(name, layer, call)
 
@@ -170,7 +168,7 @@ class _Search:
     def _test(self, name: str, layer: nn.Module, call: Call) -> None:
         """Test the undecided parameters in a layer."""
         prefix, passes = inside(name), Passes()
-        paths = [full.removeprefix(prefix) for full in self._open if full.startswith(prefix)]
+        paths = [full.removeprefix(prefix) for full in self.open if full.startswith(prefix)]
         findings = self._tests.findings(name, layer, call, paths, passes)
         if any(finding.spec for finding in findings.values()):
             findings |= self._inner(name, layer, call, findings, passes)
@@ -180,14 +178,14 @@ class _Search:
             if finding.spec:
                 how = "inferred" if finding.like is None else f"like {finding.like}, confirmed"
                 self.found[full] = name, finding.spec, f"{how}, {cost}"  # replaces a finding in an inner module
-                self._open.pop(full, None)
-                self._left_out.pop(full, None)
+                self.open.pop(full, None)
+                self.left_out.pop(full, None)
                 continue
-            self._open[full] += 1
+            self.open[full] += 1
             like = "" if finding.like is None else f", as in {finding.like}, a layer alike"
-            self._left_out.setdefault(full, (name, finding.reason + like))
-            if not finding.linear or self._open[full] >= _MOST_TESTS:
-                del self._open[full]
+            self.left_out.setdefault(full, (name, finding.reason + like))
+            if not finding.linear or self.open[full] >= _MOST_TESTS:
+                del self.open[full]
         self.passes.forward += passes.forward
         self.passes.backward += passes.backward
 
@@ -209,12 +207,3 @@ class _Search:
                 return again
         reason = f"it is used around the KAN layers {sorted(set(inner.values()))}, and both cannot be adapted"
         return {path: Finding(reason=reason) for path, finding in findings.items() if finding.spec}
-
-    def left_out(self) -> dict[str, tuple[str, str]]:
-        """(layer, reason) of each parameter that is no coefficient tensor, by its full name."""
-        for full in self._open:
-            owner = full.rpartition(".")[0]
-            plain = is_plain(self.model.get_submodule(owner)) or owner in self._ran
-            reason = "a layer of torch, in no layer that could be tested" if plain else "its layer did not run"
-            self._left_out.setdefault(full, (owner, reason))
-        return self._left_out
