@@ -83,7 +83,7 @@ class Contraction:
             try:
                 layout, part = find_layout(responses, features, self._precision, whole=region is not None)
             except Refused as refused:
-                failure = failure or refused
+                failure = failure or refused.with_traceback(None)  # its frames would keep tensors alive
                 if feature == FLAT:  # otherwise a row of the input could pass for functions of its columns
                     break
                 continue
@@ -127,7 +127,10 @@ class Contraction:
 
     def _fits(self, pair: Pair, count: int) -> bool:
         """Whether nearly all ratios are numbers of the numbered axis, so that it tells entries apart."""
-        numbered, plain = pair
+        numbered, plain = (side.flatten() for side in pair)
+        if plain.numel() > 2**17:  # a random part is enough, and takes less memory
+            some = torch.randint(plain.numel(), (2**16,), generator=_seeded(4)).to(plain.device)
+            numbered, plain = numbered[some], plain[some]
         known = plain.abs() > self._precision.zero * plain.abs().max()
         if not known.any():
             raise Refused(UNCHANGED)

@@ -107,6 +107,7 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
                 findings[path] = Finding(CoefficientSpec(path, layout, scale, scale_layout, part), place=place)
                 weights.append(path)
             except Refused as refused:
+                refused.with_traceback(None)
                 linear = refused.linear and probe.sees_x(path, z)
                 reason = _reason(refused, probe, path, z)
                 findings[path] = Finding(reason=reason, linear=linear, of_class=refused.of_class)
@@ -158,7 +159,7 @@ def _layout(
             except Refused as refused:
                 if refused.linear:
                     raise
-                failure = failure or refused
+                failure = failure or refused.with_traceback(None)  # its frames would keep tensors alive
                 if isinstance(refused, NoOutputs):  # a linear operation after the contraction may mix the outputs
                     first = probe.first_contraction(path, frontier)
                     tests = [((path,), first)] if first != frontier else []
