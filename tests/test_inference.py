@@ -170,6 +170,19 @@ def test_leading_axes_and_other_inputs():
     assert infer_coefficients(model, x)["layer.weight"]["layout"] == "o (i d)"  # called without `__call__`, too
 
 
+def test_many_leading_axes():
+    x = torch.rand(2, 2, 3, 2, 2, 4, generator=torch.Generator().manual_seed(6)) * 1.8 - 0.9
+    assert inferred(kans.MatrixKANLayer(4, 3), x) == {"weight": ("o (i d)", (4, 3, 4), None, None)}
+
+
+def test_empty_outputs_beside_others():
+    class Layer(kans.MatrixKANLayer):
+        def forward(self, x):
+            return self.weight[:0] * 2, super().forward(x)
+
+    assert inferred(Layer(4, 3), ROWS[:, :4]) == {"weight": ("o (i d)", (4, 3, 4), None, None)}
+
+
 class Float32KANLayer(kans.ChebyKANLayer):
     """Computes in float32, whatever it gets."""
 

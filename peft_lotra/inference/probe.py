@@ -66,7 +66,7 @@ class Probe:
                 self.values[path] = nn.Parameter(value if value.any() else self._noise(value))
         self._call = tree_map_only(torch.Tensor, lambda t: t.detach().to(_dtype_for(t, dtype)), call)
         tensors = tensors_in(self._call)
-        self._position = [k for k, t in enumerate(tensors) if t.numel() and is_numeric(t)][which]
+        self._position = [k for k, t in enumerate(tensors) if is_numeric(t)][which]
         self._changed: dict[tuple[str, ...], list[Run]] = {}
         self.x = self._spread(tensors[self._position], grow=len(tensors) == 1)
         try:
@@ -75,8 +75,8 @@ class Probe:
             self.x = tensors[self._position]
             self.base = self._checked_run()
         if repeats:
-            for one, two in zip(self.base.returned, self.run(self.x).returned, strict=True):
-                if one.shape != two.shape or (one - two).abs().max() > precision.affine * one.abs().max():
+            for one, two in zip(self.base.returned, self.run(self.x).returned, strict=False):
+                if one.shape != two.shape or _largest(one - two) > precision.affine * _largest(one):
                     raise Unusable("its layer is random: two runs on the same input differ, although in eval mode")
 
     def _noise(self, like: torch.Tensor) -> torch.Tensor:
@@ -184,7 +184,7 @@ class Probe:
         @cache
         def affine(k: int) -> bool:
             one, middle, two = (run.tensors[k] for run in (plus, self.base, minus))
-            return bool((one + two - 2 * middle).abs().max() <= self.precision.affine * (one - middle).abs().max())
+            return _largest(one + two - 2 * middle) <= self.precision.affine * _largest(one - middle)
 
         return set(filter(affine, reached([output], lambda k: [] if affine(k) else self._sources_in(k, value))))
 
@@ -302,6 +302,10 @@ class Probe:
 def uniform(shape: Iterable[int], like: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     """Random numbers, uniform in [0.5, 1.5] and real even if `like` is complex."""
     return (torch.rand(tuple(shape), generator=random, dtype=torch.float64) + 0.5).to(like.device, like.real.dtype)
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
 def _spacing(x: torch.Tensor, otherwise: float) -> torch.Tensor | float:

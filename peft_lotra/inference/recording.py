@@ -21,8 +21,8 @@ def tensors_in(thing: Any) -> list[torch.Tensor]:
 
 
 def is_numeric(tensor: torch.Tensor) -> bool:
-    """Whether derivatives with respect to the tensor exist: its entries are real or complex floats."""
-    return tensor.is_floating_point() or tensor.is_complex()
+    """Whether derivatives with respect to the tensor exist: it has entries, and they are real or complex floats."""
+    return tensor.numel() > 0 and (tensor.is_floating_point() or tensor.is_complex())
 
 
 def reached(start: Iterable[T | None], onward: Callable[[T], Iterable[T | None]]) -> set[T]:
@@ -105,7 +105,7 @@ class Run:
 
     Attributes:
         x: the leaf from which the varied input was made.
-        returned: the real or complex tensors that the layer returned.
+        returned: the numeric tensors that the layer returned.
         outputs: the numbers of the returned tensors that require a gradient.
         tensors: the recorded tensors; the varied input has the number 0.
         sources: the numbers of the tensors from which each was computed.

@@ -54,12 +54,12 @@ def infer_layer(
     """
     tensors = tensors_in(call)
     widest = max((size for t in tensors for size in t.shape), default=1)
-    inputs = sum(is_numeric(t) and t.numel() > 0 for t in tensors)
+    inputs = sum(map(is_numeric, tensors))
     reason = ""
     if any(isinstance(module, torch.jit.ScriptModule) for module in layer.modules()):
         reason = "a part of its layer is a TorchScript module"
     elif not inputs:
-        empty = any(map(is_numeric, tensors))
+        empty = any(t.is_floating_point() for t in tensors)
         reason = f"its layer receives {'only empty tensors on this sample' if empty else 'no floating-point tensor'}"
     reasons = {path: reason or _unfit(layer.get_parameter(path), widest) for path in paths}
     findings = {path: Finding(reason=reason, of_class=True) for path, reason in reasons.items()}
@@ -74,6 +74,9 @@ def infer_layer(
             return findings
         except Unusable as unusable:
             reason = str(unusable)
+        except Exception as error:  # one unusual layer must not end the search in a large model
+            reason = f"it cannot be tested: {type(error).__name__}: {error}"
+            break
     return findings | {path: Finding(reason=reason) for path in open_paths}
 
 
