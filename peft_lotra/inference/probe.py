@@ -15,6 +15,7 @@ from .layouts import Refused
 from .precision import Passes, Precision
 from .recording import Call, Run, is_numeric, reached, tensors_in
 
+Tensors = Sequence[torch.Tensor]
 Test = tuple[tuple[str, ...], tuple[int, ...]]  # parameters that are tested together, and their tensors z
 
 VECTOR = "it is a vector along one axis of the input or output"
@@ -123,11 +124,7 @@ class Probe:
             raise Unusable(f"its layer fails on this sample: {text}") from None
 
     def gradient(
-        self,
-        outputs: Sequence[torch.Tensor],
-        inputs: Sequence[torch.Tensor],
-        weights: Sequence[torch.Tensor],
-        again: bool = False,
+        self, outputs: Tensors, inputs: Tensors, weights: Tensors, again: bool = False
     ) -> tuple[torch.Tensor, ...]:
         """∂/∂inputs Σ weights · outputs. If `again`, the results can be differentiated."""
         self._passes.backward += 1
@@ -285,11 +282,9 @@ class Probe:
         value, tensors = self.values[path], self.base.tensors
         sides = [k for k in self.meeting(path, frontier).of_x if tensors[k].ndim > value.ndim]
         edges = [k for k in sides if tensors[k].shape[-value.ndim :] == value.shape]
-        return [
-            other
-            for other, v in self.values.items()
-            if v.shape == value.shape and other != path and self._is_in(self.base.ancestors(edges), other)
-        ]
+        within = self.base.ancestors(edges)
+        alike = [other for other, v in self.values.items() if v.shape == value.shape and other != path]
+        return [other for other in alike if self._is_in(within, other)]
 
     def in_basis(self, path: str, frontier: tuple[int, ...], u: Collection[int], other: str) -> bool:
         """Whether the functions of u that the parameter multiplies depend on the parameter `other`."""

@@ -178,13 +178,7 @@ class LayerTests:
     _known: dict[type, list[tuple[Any, str, dict[str, Finding]]]] = field(default_factory=dict)
 
     def findings(
-        self,
-        name: str,
-        layer: nn.Module,
-        call: Call,
-        paths: Iterable[str],
-        passes: Passes,
-        region: str | None = None,
+        self, name: str, layer: nn.Module, call: Call, paths: Iterable[str], passes: Passes, region: str | None = None
     ) -> dict[str, Finding]:
         """The findings of a tested layer that is like `layer`, if `layer` confirms them; else those of `infer_layer`.
 
