@@ -13,7 +13,7 @@ from torch import nn
 from ..coefficients.spec import CoefficientSpec
 from ..placement.sharded import any_sharded, full_shape, full_tensor
 from ..tensors.tucker import TuckerFactors, factor_shapes
-from .axes import parameter_axes, spread_scale
+from .axes import indexed, parameter_axes
 from .operations import Weight
 from .places import enter, held, leave
 from .plan import dense_sum
@@ -25,10 +25,34 @@ def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Itera
     """parameter · scale + Σ updates, in the layout of the parameter. Sharded tensors are gathered first."""
     coefficients = full_tensor(_located(layer, spec.parameter)[2])
     if spec.scale is not None:
-        coefficients = coefficients * spread_scale(spec, full_tensor(_located(layer, spec.scale)[2]))
-    for update in updates:
-        coefficients = coefficients + update.dense(spec, coefficients.shape).to(coefficients)
-    return coefficients
+        coefficients = coefficients * _spread(spec, full_tensor(_located(layer, spec.scale)[2]))
+    return _sum(spec, coefficients, tuple(map(_gathered, updates)))
+
+
+def dense_update(spec: CoefficientSpec, update: Update, shape: torch.Size) -> torch.Tensor:
+    """The update of a parameter of this shape, in its layout. Sharded factors are gathered first.
+
+    Raises:
+        SampleAxisUnknown: if it differs from sample to sample.
+    """
+    update = _gathered(update)
+    return _sum(spec, update.factors.core.new_zeros(shape), (update,))
+
+
+def _gathered(update: Update) -> Update:
+    return update._replace(factors=update.factors.map(full_tensor))
+
+
+def _spread(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
+    """The declared scale in the parameter's shape. Its product with A is the effective A."""
+    return spec.layout.expand(scale, spec.scale_layout or "")
+
+
+def _sum(spec: CoefficientSpec, coefficients: torch.Tensor, updates: tuple[Update, ...]) -> torch.Tensor:
+    if not updates:
+        return coefficients
+    flat = spec.layout.flat(coefficients)
+    return dense_sum(Weight(flat, parameter_axes(spec, tuple(flat.shape)), updates)).reshape(coefficients.shape)
 
 
 def adapted_rows(
@@ -39,18 +63,17 @@ def adapted_rows(
         yield slice(None), adapted_coefficients(layer, spec, updates)
         return
     parameter = _located(layer, spec.parameter)[2]
-    scale = None if spec.scale is None else spread_scale(spec, _located(layer, spec.scale)[2])
+    scale = None if spec.scale is None else _spread(spec, _located(layer, spec.scale)[2])
     axes = parameter_axes(spec, parameter.shape)
-    block = math.prod([atom.size for atom in axes.axes[0].atoms[1:]])  # a row of the first mode on this axis
+    first = axes.axes[0]
+    block = math.prod([atom.size for atom in first.atoms[1:]])  # a row of the first mode on this axis
     step = max(len(parameter) // 16 // block, 1) * block
-    for start in range(axes.axes[0].before, len(parameter) - axes.axes[0].after, step):
-        rows = slice(start, min(start + step, len(parameter) - axes.axes[0].after))
-        part = parameter[rows]
-        if scale is not None:
-            part = part * (scale if len(scale) == 1 else scale[rows])
-        shown = axes.indexed((rows,))
+    for start in range(first.before, first.before + first.inner, step):
+        stop = min(start + step, first.before + first.inner)
+        part = parameter[start:stop] if scale is None else parameter[start:stop] * scale[start:stop]
+        shown = indexed(axes, ((start, stop, None),))
         assert shown is not None  # whole rows of the first mode
-        yield rows, dense_sum(Weight(part, shown, updates))
+        yield slice(start, stop), dense_sum(Weight(part, shown, updates))
 
 
 class Adapted(Call):
@@ -125,7 +148,7 @@ def _meanings(
         holder, path, scale = _located(layer, spec.scale)
         others = ((holder, path, scale, Ones(scale) if updates else scale),)
         if updates and not is_zero:
-            coefficients = parameter * spread_scale(spec, scale)
+            coefficients = parameter * _spread(spec, scale)
     meant = Weight(coefficients, parameter_axes(spec, parameter.shape), updates, is_zero) if updates else parameter
     return (owner, name, parameter, meant), *others
 

@@ -41,6 +41,7 @@ class DensePlan(NamedTuple):
 
     rows: tuple[Rows, ...] | None
     steps: tuple[Step, ...]
+    joined: tuple[int, ...]  # the shape of the product of the steps
     arrangement: Arrangement
     last: int  # the factor that one matrix product from the left multiplies last; 0: none
     shape: tuple[int, ...]
@@ -149,10 +150,10 @@ def _plan(
         replaced["o"] = sum([ranks[k][1] for k in group])
         cores = [(*ranks[k], *kernel) for k in group]
         planned = [planned_steps(core, modes, "o" + kept, whole[k]) for core, k in zip(cores, group, strict=True)]
-        sequences, given = [one for one, _ in planned], planned[0][1]
+        sequences = [one for one, _ in planned]
         joined = [(*[core[k] if "iod"[k] in "o" + kept else modes[k] for k in range(3)], *kernel) for core in cores]
         laid = axes.permuted(by_x) if is_matrix else axes
-        laid_out = laid.arrangement(replaced, given if len(group) == 1 else (), 1 if is_matrix else None)
+        laid_out = laid.arrangement(replaced, 1 if is_matrix else None)
         groups.append(Group(group, tuple(sequences), tuple(joined), tuple(steps), laid_out))
     dense = tuple([_dense_plan(axes, own) for own in shapes]) if order == DENSE else ()
     depth = math.prod([axes.axes[axis].size for axis in summed]) if is_matrix else 0
@@ -234,10 +235,10 @@ def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torc
         if U2 is None and (len(group.members) > 1 or plan.padding is not None):
             U2 = torch.eye(update.factors.core.shape[1], dtype=core.dtype, device=core.device)
         factors.append(U2)
+    tensors = [t.reshape(shape) for t, shape in zip(tensors, group.joined, strict=True)]
     B, U2 = tensors[0], factors[0]
     if len(tensors) > 1:
-        B = torch.cat([t.reshape(shape) for t, shape in zip(tensors, group.joined, strict=True)], dim=1)
-        U2 = torch.cat(factors, dim=1)
+        B, U2 = torch.cat(tensors, dim=1), torch.cat(factors, dim=1)
     if plan.padding is not None:
         U2 = F.pad(U2, (0, 0, *plan.padding))
     x = c.x
@@ -297,7 +298,7 @@ def dense_sum(weight: Weight, plans: tuple[DensePlan, ...] = ()) -> torch.Tensor
         update = update.shown(plan.rows)
         scaling = update.scaling
         factors: tuple[Any, ...] = update.factors
-        delta = plan.arrangement(multiplied(plan.steps, factors[0], factors))
+        delta = plan.arrangement(multiplied(plan.steps, factors[0], factors).reshape(plan.joined))
         if not plan.last:
             total = total + (delta * scaling).to(total.dtype)
         elif delta.dtype == total.dtype and not torch.is_autocast_enabled(total.device.type):
@@ -320,7 +321,7 @@ def _dense_plan(axes: Axes, shapes: Shapes) -> DensePlan:
         mode = first.atoms[0].mode
         if mode in ("i", "o", "d") and mode not in whole and axes.size(mode) == first.size:
             last, kept = "iod".index(mode) + 1, mode
-    steps, given = planned_steps(core, modes, kept, whole)
+    steps, _ = planned_steps(core, modes, kept, whole)
     replaced = {kept: core[last - 1]} if kept else {}
-    laid_out = axes.arrangement(replaced, given, 1 if kept else None)
-    return DensePlan(_rows(axes, shapes), steps, laid_out, last, shape)
+    joined = (*[core[k] if "iod"[k] == kept else modes[k] for k in range(3)], *core[3:])
+    return DensePlan(_rows(axes, shapes), steps, joined, axes.arrangement(replaced, 1 if kept else None), last, shape)

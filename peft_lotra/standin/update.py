@@ -11,9 +11,7 @@ import torch.nn.functional as F
 
 from ..calls.context import Samples
 from ..calls.samples import SampleAxisUnknown
-from ..coefficients.spec import CoefficientSpec
-from ..placement.sharded import full_tensor
-from ..tensors.tucker import TuckerFactors, reconstruct
+from ..tensors.tucker import TuckerFactors
 from .axes import Rows
 
 _16_BIT = (torch.float16, torch.bfloat16)
@@ -42,18 +40,6 @@ class Update(NamedTuple):
         """Raise SampleAxisUnknown if the update differs from sample to sample."""
         if self.weights is not None:
             raise SampleAxisUnknown
-
-    def dense(self, spec: CoefficientSpec, shape: torch.Size) -> torch.Tensor:
-        """The update of a parameter of this shape, in its layout. 16-bit factors are multiplied in fp32.
-
-        Raises:
-            SampleAxisUnknown: if it differs from sample to sample.
-        """
-        self.check_common()
-        dtype = self.factors.core.dtype
-        update = _in_fp32(self) if dtype in _16_BIT else self
-        factors = update.factors.map(full_tensor)
-        return spec.stored_update(reconstruct(factors) * self.scaling, shape).to(dtype)
 
     def shown(self, rows: tuple[Rows, ...] | None) -> Update:
         """The update of what a view shows, in at least fp32: `rows` are of U1, U2, U3 and of the core's last axes."""

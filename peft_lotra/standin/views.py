@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .axes import BESIDE, Axes, planned
+from .axes import BESIDE, Axes, indexed, planned, reshaped
 from .operations import Weight
 
 
@@ -26,12 +26,7 @@ def _reshape(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs:
         if isinstance(arg, torch.dtype):
             return NotImplemented  # `view(dtype)` reinterprets the bits
     tensor = function(weight.tensor, *args, **kwargs)
-    return _view(weight, tensor, _reshaped(weight.axes, tuple(tensor.shape)))
-
-
-@planned
-def _reshaped(axes: Axes, shape: tuple[int, ...]) -> Axes | None:
-    return axes.reshaped(shape)
+    return _view(weight, tensor, reshaped(weight.axes, tuple(tensor.shape)))
 
 
 def _permute(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: Any) -> Any:
@@ -73,12 +68,7 @@ def _detach(function: Callable[..., Any], weight: Weight) -> Weight:
 def _index(weight: Weight, tensor: torch.Tensor, *index: Any) -> Any:
     # Before Python 3.12, slices cannot be hashed.
     parts = tuple([(part.start, part.stop, part.step) if isinstance(part, slice) else part for part in index])
-    return _view(weight, tensor, _indexed(weight.axes, parts))
-
-
-@planned
-def _indexed(axes: Axes, index: tuple[Any, ...]) -> Axes | None:
-    return axes.indexed(tuple([slice(*part) if isinstance(part, tuple) else part for part in index]))
+    return _view(weight, tensor, indexed(weight.axes, parts))
 
 
 def _getitem(function: Callable[..., Any], weight: Weight, index: Any) -> Any:
