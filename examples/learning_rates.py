@@ -109,7 +109,7 @@ def groups(model: PeftModel, rate: float, rule: str, ratios: dict[str, float]) -
 def run(case: dict, steps: int) -> dict:
     """The loss after adaptation (infinite if it diverged), and how far the output moved in the first steps."""
     model = adapted(case["width"], case["seed"], case["initialisation"])
-    ratios = {"U1": case.get("ratio_U1", 1), "U3": case.get("ratio_U3", 1)}
+    ratios = {"i": case.get("ratio_U1", 1), "d": case.get("ratio_U3", 1)}
     optimizer = OPTIMIZERS[case["optimizer"]](groups(model, case["rate"], case["rule"], ratios))
     probe, moved = next(batches(7)), []
     with torch.no_grad():

@@ -14,7 +14,8 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from torch import nn
 
-CONTAINERS = ("lotra_core", "lotra_U1", "lotra_U2", "lotra_U3", "lotra_U4", "lotra_U5")
+from .tensors.tucker import CONTAINERS
+
 PREFIX = "base_model.model."  # every name in a file that PEFT writes begins with it
 
 

@@ -17,7 +17,7 @@ from .layer import LoTRALayer, adapted_tensors
 from .placement.offloaded import tensors_in_place
 from .placement.sharded import full_tensor
 from .tensors.ranks import by_mode, check_ranks, choose_ranks
-from .tensors.tucker import Ranks, TuckerFactors, compress, reconstruct, weighted_sum
+from .tensors.tucker import MODES, Ranks, Tucker, compress, weighted_sum
 
 _SUMS = ("cat", "svd", "linear")
 _PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -32,7 +32,7 @@ def combine_adapters(
     svd_rank: Any,
     density: float | None,
     majority_sign_method: str,
-) -> tuple[LoTRAConfig, dict[str, TuckerFactors], dict[str, float]]:
+) -> tuple[LoTRAConfig, dict[str, Tucker], dict[str, float]]:
     """The config, the factors and the relative errors of the new adapter; `model` is not changed.
 
     Args:
@@ -161,12 +161,12 @@ def _ranks(layers: Mapping[str, LoTRALayer], adapters: Sequence[str], svd_rank: 
 
 def _terms(
     parameter: str, layer: LoTRALayer, adapters: Sequence[str], weights: Sequence[float]
-) -> list[tuple[float, TuckerFactors]]:
+) -> list[tuple[float, Tucker]]:
     """w_j and s_j · Δ_j of the adapters that this layer has, in fp64."""
     terms = []
     for adapter, weight in zip(adapters, weights, strict=True):
         if adapter in layer.lotra_core:
-            factors = layer.factors(adapter).map(lambda f: full_tensor(f.detach()).to("cpu", torch.float64))
+            factors = layer.tucker(adapter).map(lambda f: full_tensor(f.detach()).to("cpu", torch.float64))
             core = factors.core * layer.scaling[adapter]
             factors = factors._replace(core=core.flatten(3) if core.dim() > 3 else core)  # positions are one mode
             if not all(torch.isfinite(factor).all() for factor in factors.tensors()):
@@ -176,21 +176,21 @@ def _terms(
 
 
 def _pruned_sum(
-    rule: str, terms: Sequence[tuple[float, TuckerFactors]], density: float | None, majority_sign_method: str
-) -> TuckerFactors:
+    rule: str, terms: Sequence[tuple[float, Tucker]], density: float | None, majority_sign_method: str
+) -> Tucker:
     """The rule's result for the dense updates, as a core with whole modes."""
-    updates = [reconstruct(factors) for _, factors in terms]
+    updates = [one.dense() for _, one in terms]
     weights = torch.tensor([weight for weight, _ in terms], dtype=updates[0].dtype)
     method = {"majority_sign_method": majority_sign_method} if rule.endswith("ties") else {}
     total = getattr(merge_utils, rule)(updates, weights, density, **method)
-    return TuckerFactors(total, None, None, None)
+    return Tucker(total)
 
 
 def _config(
     configs: Mapping[str, LoTRAConfig],
     adapters: Sequence[str],
     layers: Mapping[str, LoTRALayer],
-    factors: Mapping[str, TuckerFactors],
+    factors: Mapping[str, Tucker],
 ) -> LoTRAConfig:
     """The first adapter's config, but with the layout and ranks of every tensor by name."""
     described = {key: value for name in adapters for key, value in configs[name].coefficients.items()}
@@ -210,7 +210,7 @@ def _config(
         trainable_token_indices=next((indices for indices in tokens if indices is not None), None),
         coefficients=described,
         rank_pattern={
-            parameter: by_mode([None if U is None else U.shape[1] for U in sides])
-            for parameter, (_, *sides, _) in factors.items()
+            parameter: by_mode([U.shape[1] if (U := one.factors.get(mode)) is not None else None for mode in MODES])
+            for parameter, one in factors.items()
         },
     )

@@ -14,7 +14,6 @@ from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 from .checkpoint import (
-    CONTAINERS,
     PREFIX,
     SavedAdapter,
     Slot,
@@ -31,7 +30,7 @@ from .fields import check_choices, check_family, check_names, check_numbers, che
 from .patterns import INDEXED, check_expressions, name_endings
 from .registration import LOTRA
 from .tensors.ranks import by_mode, check_ranks
-from .tensors.tucker import Ranks, factor_shapes
+from .tensors.tucker import Ranks, tucker_shapes
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,6 @@ class LoTRAConfig(PeftConfig):
             ordinary adapter for one task. Ours.
         family_degree: the total degree of the polynomials in the parameters that make up c: P = C(k + degree, degree)
             for k parameters. For named tasks, P is their number.
-        family_rank: P for named tasks. c(task) is then the task's row of a trained factor U5, shape (tasks, P), in
-            each layer. With None, c(task) is one-hot.
         init_weights: True: G = 0 and the factors are normal with variance 1/size, so the adapted model starts equal to
             the base. False: G is random, too, for tests.
         slim: whether A_pt = 0 and takes no memory. The coefficient tensors then consist of the update alone, and those
@@ -137,7 +134,6 @@ class LoTRAConfig(PeftConfig):
     freeze_factors: bool = False
     family: Mapping[str, Any] | list[str] | None = None
     family_degree: int = 4
-    family_rank: int | None = None
     init_weights: bool = True
     slim: bool = False
     digest: str | None = None
@@ -282,7 +278,6 @@ class LoTRAConfig(PeftConfig):
         said = self.to_dict()
         others = {} if self.bias == "none" else {"bias": self.bias}
         others |= {} if self.family is None else {name: said[name] for name in ("family", "family_degree")}
-        others |= {} if self.family_rank is None else {"family_rank": said["family_rank"]}
         return {name: said[name] for name in (*fields, "trainable_token_indices")} | others
 
     def self_contained(self, targets: list[Target]) -> LoTRAConfig:
@@ -319,12 +314,7 @@ class LoTRAConfig(PeftConfig):
     @property
     def terms(self) -> int:
         """P of a family of tasks; 0 if the adapter is for one task."""
-        return 0 if self.kind is None else self.family_rank or self.kind.size
-
-    @property
-    def tasks(self) -> int:
-        """The number of rows of U5; 0 if there is no U5."""
-        return 0 if self.family is None or self.family_rank is None else len(self.family)
+        return 0 if self.kind is None else self.kind.size
 
     @property
     def is_self_contained(self) -> bool:
@@ -381,12 +371,11 @@ class LoTRAConfig(PeftConfig):
         return {
             f"{PREFIX}{name}.{container}": Slot(shape)
             for name, target in self.saved_targets()
-            for container, shape in zip(CONTAINERS, self._shapes(target), strict=True)
-            if shape is not None
+            for container, shape in self._shapes(target).items()
         }
 
-    def _shapes(self, target: Target) -> tuple[tuple[int, ...] | None, ...]:
-        return factor_shapes(target.spec.layout.canonical_shape, target.ranks, self.terms, self.tasks)
+    def _shapes(self, target: Target) -> dict[str, tuple[int, ...]]:
+        return tucker_shapes(target.spec.layout.canonical_shape, target.ranks, self.terms)
 
 
 def _by_module(targets: list[Target]) -> Iterator[tuple[str, list[Target]]]:

@@ -85,7 +85,7 @@ class Family:
 
     @property
     def size(self) -> int:
-        """P, without `family_rank`."""
+        """P."""
         return len(self.tasks) or math.comb(len(self.ranges) + self.degree, self.degree)
 
     def named(self, task: Any) -> dict[str, Any]:

@@ -79,24 +79,11 @@ def check_choices(config: Any) -> None:
 
 
 def check_family(config: Any) -> None:
-    """Write `family` as plain data. Raise unless `family`, `family_degree`, `family_rank` and `slim` fit together."""
-    rank = config.family_rank
+    """Write `family` as plain data. Raise unless `family`, `family_degree` and `slim` fit together."""
     check_degree(config.family_degree)
     if config.family is None:
-        if rank is not None:
-            raise ValueError(f"`family_rank` {rank!r} without `family`: list tasks in `family`, or leave this out")
         return
     family = Family.of(config.family, config.family_degree)
     config.family = {name: list(bounds) for name, bounds in family.ranges.items()} or list(family.tasks)
     if config.slim:
         raise ValueError(f"`slim`=True with `family` {config.family!r}: a family adapts a KAN that has coefficients")
-    if rank is not None and not family.tasks:
-        raise ValueError(
-            f"`family_rank` {rank!r} with `family` {config.family!r}: only named tasks have a trained factor; leave "
-            "`family_rank` out, and choose the number of polynomials by `family_degree`"
-        )
-    if rank is not None and (type(rank) is not int or not 0 < rank <= len(family.tasks)):
-        raise ValueError(
-            f"`family_rank` should be a positive integer up to the number of tasks, {len(family.tasks)}, or None to "
-            f"give each task its own core, but the value passed is {rank!r}"
-        )

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 from .calls.context import Shares, now
 from .calls.samples import run
-from .checkpoint import CONTAINERS
 from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from .forwarding import Forwarding
 from .placement.draws import check_one_draw, row_sums
@@ -33,7 +32,7 @@ from .standin import (
     warn,
 )
 from .tensors.ranks import by_mode, mode_sizes
-from .tensors.tucker import Ranks, TuckerFactors, factor_shapes, with_positions
+from .tensors.tucker import CONTAINERS, CORE, NAMES, Ranks, Tucker, tucker_shapes
 
 
 class LoTRALayer(Forwarding, BaseTunerLayer):
@@ -41,8 +40,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     G: (r1, r2, r3, ...), U1: (n, r1), U2: (m, r2), U3: (n_d, r3), kept by adapter name in `lotra_core`, `lotra_U1`,
     `lotra_U2`, `lotra_U3`. With U4: (K, r4) in `lotra_U4`, the K groups and kernel positions are one mode, and G is
-    (r1, r2, r3, r4). A mode whose rank is None is whole: it has no U. With `family_rank` k, `lotra_U5` holds the
-    factor of the tasks, U5: (tasks, k). A module with several coefficient tensors is wrapped once for each.
+    (r1, r2, r3, r4). A mode whose rank is None is whole: it has no U. A module with several coefficient tensors is
+    wrapped once for each.
 
     Unknown public attributes are looked up on the base layer, so that code around the layer keeps working. `forward`
     and the layer's methods see the adapted coefficients, and so does code that reads the parameter by its name, such
@@ -61,9 +60,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.r: dict[str, Ranks] = {}
         self.alpha: dict[str, float] = {}
         self.scaling: dict[str, float] = {}  # alpha, unless it was rescaled
-        # P of a family of tasks; else 0. Like any factor, U5 belongs to one layer: tasks that are similar in one layer
-        # may differ in another, and a layer can be merged, swapped and sharded on its own.
-        self.terms: dict[str, int] = {}
+        self.terms: dict[str, int] = {}  # P of a family of tasks; else 0
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}  # PEFT reads this attribute
         self.in_features, self.out_features = spec.layout.canonical_shape[:2]
         self.merged_adapters: list[str] = []
@@ -89,9 +86,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         inference_mode: bool = False,
         freeze_factors: bool = False,
         terms: int = 0,
-        tasks: int = 0,
     ) -> None:
-        """Add an adapter of the given ranks; `terms` and `tasks` are those of `factor_shapes`.
+        """Add an adapter of the given ranks; `terms` is P of a family of tasks, else 0.
 
         Raises:
             ValueError: if a rank is not between 1 and the size of its mode. Nothing is added then.
@@ -107,10 +103,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.frozen_peft_weight_names[adapter_name] = CONTAINERS[1:] if freeze_factors else ()
         coefficients = self._stored(self.spec.parameter)
         self.terms[adapter_name] = terms
-        shapes = factor_shapes(self.spec.layout.canonical_shape, ranks, terms, tasks)
-        for name, shape in zip(CONTAINERS, shapes, strict=True):
-            if shape is None:
-                continue
+        for name, shape in tucker_shapes(self.spec.layout.canonical_shape, ranks, terms).items():
             # The adapter gets memory even if the base has none yet, or is offloaded.
             device = None if coefficients.is_meta else coefficients.device
             container = getattr(self, name)
@@ -118,7 +111,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
                 remove_hook_from_module(container)
             container[adapter_name] = nn.Parameter(torch.empty(shape, dtype=coefficients.dtype, device=device))
         self.reset_lotra_parameters(adapter_name, init_weights)
-        if sums := row_sums(self.factors(adapter_name).tensors()):
+        if sums := row_sums(self.tucker(adapter_name).tensors()):
             self._drawn[adapter_name] = sums
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -126,33 +119,36 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         """G = 0 (normal if `init_weights` is False), U1 ~ N(0, 1/n), U2 ~ N(0, 1/m), U3 ~ N(0, 1/n_d), U4 ~ N(0, 1/K).
 
         With G = 0 the update is zero, and every factor has a gradient after one step. Source: eq. 8, with a random U2.
-        U5 and frozen factors have orthonormal columns (ours). A few normal rows may be nearly parallel, and their
-        tasks would then be hard to tell apart.
+        Frozen factors have orthonormal columns (ours).
         """
-        core, *factors = self.factors(adapter_name)
+        core, factors = self.tucker(adapter_name)
         if init_weights:
             nn.init.zeros_(core)
         else:
             nn.init.normal_(core)
-        for factor in factors:
-            if factor is not None and (factor is factors[-1] or self.frozen_peft_weight_names[adapter_name]):
+        for factor in factors.values():
+            if self.frozen_peft_weight_names[adapter_name]:
                 with torch.no_grad():
                     Q = torch.linalg.qr(torch.randn(factor.shape, dtype=torch.float64)).Q
                     factor.copy_(Q)
-            elif factor is not None:
+            else:
                 nn.init.normal_(factor, std=1 / math.sqrt(factor.shape[0]))
 
-    def factors(self, adapter_name: str) -> TuckerFactors:
-        """G and the factors of the adapter; None for whole modes."""
+    def tucker(self, adapter_name: str) -> Tucker:
+        """G and the factors of the adapter."""
         held: Any = self._modules  # attribute access would look on the base layer, too
-        return TuckerFactors(*[held[name]._parameters.get(adapter_name) for name in CONTAINERS])
+        factors = {}  # a comprehension would be one more call in every pass
+        for mode, name in NAMES.items():
+            if (U := held[name]._parameters.get(adapter_name)) is not None:
+                factors[mode] = U
+        return Tucker(held[CORE]._parameters[adapter_name], factors)
 
     @torch.no_grad()
-    def set_factors(self, adapter_name: str, factors: TuckerFactors) -> None:
+    def set_tucker(self, adapter_name: str, factors: Tucker) -> None:
         """Write values of G and of the factors. Their shapes must be those of the adapter's ranks."""
-        for own, values in zip(self.factors(adapter_name), factors, strict=True):
-            if own is not None and values is not None:
-                own.copy_(values.reshape(own.shape))
+        values = factors.named()
+        for name, own in self.tucker(adapter_name).named().items():
+            own.copy_(values[name].reshape(own.shape))
 
     def dtype_in_use(self, adapter_name: str) -> torch.dtype:
         """The dtype of the factors or of the coefficients, whichever has the smaller range."""
@@ -160,10 +156,9 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
 
     def _update(self, adapter_name: str) -> Update:
-        factors = self.factors(adapter_name)
-        if factors.U4 is not None:  # for contractions, U4 is a part of the core
-            core, U4 = full_tensor(factors.core), full_tensor(factors.U4)
-            factors = with_positions(factors._replace(core=core, U4=U4), self.spec.layout.canonical_shape[3:])
+        factors = self.tucker(adapter_name)
+        if "k" in factors.factors:  # for contractions, this factor is a part of the core
+            factors = factors.map(full_tensor).with_positions(self.spec.layout.canonical_shape[3:])
         if not self.terms[adapter_name]:
             return Update(factors, self.scaling[adapter_name])
         context = now()
@@ -179,13 +174,11 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
                 f"the adapter {adapter_name!r} is for a family of tasks, and this pass is at none of them: call the "
                 "model inside `with at_task(model, ...)`, or make an adapter for one task by `adapter_at`"
             )
-        U5 = None if factors.U5 is None else full_tensor(factors.U5)
-        factors, c = factors._replace(core=full_tensor(factors.core), U5=U5), task[0]
+        core, c = full_tensor(factors.core), task[0]
         if c.dim() == 1:
-            return Update(factors.at(c), self.scaling[adapter_name])
-        c = factors.terms(c)
-        core = factors.core.squeeze(-1) if c.shape[1] == 1 else factors.core
-        return Update(factors._replace(core=core, U5=None), self.scaling[adapter_name], c)
+            return Update(factors._replace(core=core).at(c), self.scaling[adapter_name])
+        core = core.squeeze(-1) if c.shape[1] == 1 else core
+        return Update(factors._replace(core=core), self.scaling[adapter_name], c.to(core))
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """s ← scale · alpha, if this layer has the adapter."""
@@ -373,7 +366,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         # The base class would look for a `weight`, round fp32 factors to the base's 16 bits and make them trainable.
         # If the base is not loaded yet, factors on the CPU stay there.
         device = device or self._stored(self.spec.parameter).device
-        for factor in self.factors(adapter_name).tensors():
+        for factor in self.tucker(adapter_name).tensors():
             if not factor.is_meta and device != torch.device("meta"):
                 factor.data = factor.data.to(device)
 

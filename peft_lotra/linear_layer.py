@@ -10,7 +10,7 @@ from torch import nn
 
 from .coefficients import CoefficientSpec
 from .layer import LoTRALayer
-from .standin.update import Update, multiplied, planned_steps
+from .standin.update import Update, products_of
 
 
 class LinearLayer(LoTRALayer):
@@ -27,18 +27,19 @@ class LinearLayer(LoTRALayer):
         x, y = args[0], self._modules["base_layer"](*args)  # type: ignore[misc]
         n, m, n_d = self.spec.layout.canonical_shape
         for update in updates:
-            factors, core = update.factors, update.factors.core
-            whole = ("" if factors.U1 is not None else "i") + ("" if factors.U3 is not None else "d")
-            steps, _ = planned_steps(tuple(core.shape), (n, m, n_d), "o", whole)
-            thin = multiplied(steps, core if update.scaling == 1 else core * update.scaling, factors)
-            y = y + F.linear(F.linear(x, thin.reshape(n, -1).T), factors.U2)  # type: ignore[arg-type]
+            core, factors = update.tucker
+            products = products_of(
+                core.shape, (n, m, n_d), "o", "".join([mode for mode in "id" if mode not in factors])
+            )
+            thin = products(core if update.scaling == 1 else core * update.scaling, factors)
+            y = y + F.linear(F.linear(x, thin.reshape(n, -1).T), factors["o"])
         return y
 
     def _is_simple(self, update: Update) -> bool:
-        core, (n, m, _) = update.factors.core, self.spec.layout.canonical_shape
+        core, (n, m, _) = update.tucker.core, self.spec.layout.canonical_shape
         return (
             update.weights is None
-            and update.factors.U2 is not None
+            and "o" in update.tucker.factors
             and core.dtype in (torch.float32, torch.float64)
             and core.dtype == self._stored("weight").dtype
             and not core.is_meta

@@ -159,7 +159,6 @@ class LoTRAModel(BaseTuner):
                 init_weights=peft_config.init_weights,
                 freeze_factors=peft_config.freeze_factors,
                 terms=peft_config.terms,
-                tasks=peft_config.tasks,
                 inference_mode=peft_config.inference_mode,
             )
             layer._allows_unread |= peft_config.allow_unread
@@ -311,7 +310,7 @@ class LoTRAModel(BaseTuner):
         self._cast_adapter_dtype(adapter_name)  # as `add_adapter` does by default
         layers = adapted_tensors(self.model)
         for parameter, values in factors.items():
-            layers[parameter].set_factors(adapter_name, values)
+            layers[parameter].set_tucker(adapter_name, values)
         for wrapper, owners in copied_modules(self.model, adapters):
             for owner in owners:
                 copy_trained(wrapper, owner, adapter_name)

@@ -12,6 +12,8 @@ from peft.mapping import (
 )
 from peft.utils import register_peft_method
 from peft.utils.peft_types import PeftType
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from .coefficients.registry import qualified_name
 
@@ -48,18 +50,18 @@ TASK = "lotra_task"  # the argument of a call that sets the task
 AXIS = "batch_axis"  # the argument of a call that says on which axis samples are
 
 
-def _take_out(*arguments: str) -> None:
-    """Let PeftModels of this method remove arguments from a call, as PEFT does with `adapter_names`.
+def _take_out(model_cls: type) -> None:
+    """Let PeftModels of this method remove our arguments from a call, as they do with `adapter_names`.
 
-    Each PeftModel gets the names of such arguments in its `__init__`, and a tuner cannot see the PeftModel around it.
+    Each PeftModel has a set of such names, and a tuner cannot see the PeftModel around it. torch tells us when a
+    PeftModel gets its tuner.
     """
-    name = "special_peft_forward_args"
 
-    def write(model: Any, value: set[str]) -> None:
-        # In __dict__, because torch.compile reads it there.
-        model.__dict__[name] = value | {*arguments} if model.__dict__.get("peft_type") == LOTRA else value
+    def add(module: nn.Module, _: str, child: nn.Module | None) -> None:
+        if isinstance(child, model_cls) and isinstance(module, PeftModel):
+            module.special_peft_forward_args |= {TASK, AXIS}
 
-    setattr(PeftModel, name, property(lambda model: model.__dict__[name], write))
+    register_module_module_registration_hook(add)
 
 
 def register(config_cls: type, model_cls: type) -> None:
@@ -78,4 +80,4 @@ def register(config_cls: type, model_cls: type) -> None:
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         mapping.pop(LOTRA, None)
     register_peft_method(name="lotra", config_cls=config_cls, model_cls=model_cls)
-    _take_out(TASK, AXIS)
+    _take_out(model_cls)

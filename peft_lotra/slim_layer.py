@@ -34,18 +34,18 @@ class SlimLayer(LoTRALayer):
         has its v_d, because layers with polynomials or wavelets start smaller in the higher ones.
         """
         super().reset_lotra_parameters(adapter_name, init_weights=False)
-        core, U1, U2, U3, U4, _ = self.factors(adapter_name)
+        core, factors = self.tucker(adapter_name)
         if init_weights:
             n_d, total = len(self._variances), self._variances.sum().item()
             shares = self._variances * (n_d / total) if total else self._variances
             # The variance of a sum over products of U1, U2, U3 and U4, whose variances are 1/n, 1/m, v_d/Σv and 1/K.
-            sums = math.prod([U.shape[1] / len(U) for U in (U1, U2, U3, U4) if U is not None])
+            sums = math.prod([U.shape[1] / len(U) for U in factors.values()])
             with torch.no_grad():
                 core.mul_(math.sqrt(total / n_d / sums) / abs(self.scaling[adapter_name]))
-                if U3 is None:
+                if "d" not in factors:
                     core.mul_(shares.sqrt().to(core).reshape(-1, *[1] * (core.dim() - 3)))
                 else:
-                    U3.mul_(shares.sqrt().to(U3)[:, None])
+                    factors["d"].mul_(shares.sqrt().to(core)[:, None])
 
     def _merge(self, safe_merge: bool, adapter_names: list[str] | None, keep: bool) -> None:
         self._make_dense()

@@ -13,7 +13,6 @@ from peft.utils.other import _get_input_embeddings_name, get_pattern_key
 from torch import nn
 
 from .base_model import BaseModel, naming_layer
-from .checkpoint import CONTAINERS
 from .coefficients import CoefficientSpec, known_coefficients
 from .coefficients.spec import owner_of, tensor_at
 from .config import LoTRAConfig, Target
@@ -24,7 +23,7 @@ from .patterns import ENDING, check_expressions, means, pattern_value
 from .selection import select, shortened
 from .slim_layer import SlimLayer
 from .tensors.ranks import DEFAULT_COMPRESSION_RATIO, by_mode, choose_ranks
-from .tensors.tucker import core_count, parameter_count
+from .tensors.tucker import CONTAINERS, core_count, parameter_count
 
 # Modules that have no forward and hold parameters for the module around them.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -296,7 +295,7 @@ def warn_of_no_effect(config: LoTRAConfig, targets: list[Target]) -> None:
     if config.r is None and config.compression_ratio is None and not config.rank_pattern:
         shapes = {target.parameter: target.spec.layout.canonical_shape for target in targets}
         count = core_count if config.freeze_factors else parameter_count
-        trained = sum(count(shapes[target.parameter], target.ranks, config.terms, config.tasks) for target in targets)
+        trained = sum(count(shapes[target.parameter], target.ranks, config.terms) for target in targets)
         total = sum(map(math.prod, shapes.values()))
         if trained > DEFAULT_COMPRESSION_RATIO * total:
             warnings.warn(
@@ -339,7 +338,6 @@ def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
         config.compression_ratio,
         freeze_factors=config.freeze_factors,
         terms=config.terms,
-        tasks=config.tasks,
         slim=config.slim,
     )
     if config.is_self_contained:  # a factor of full size in the file stays a factor

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from peft_lotra.tensors.tucker import MODES, Tucker
 from peft_lotra.testing import assert_close as assert_equal  # noqa: F401
 from peft_lotra.testing import assert_differs as assert_different  # noqa: F401
 from peft_lotra.testing import forced_order, forget_warnings, margin
@@ -76,3 +77,13 @@ def within(tolerance: float) -> float:
 def approx(expected: object, rel: float = 1e-9, abs: float = 0.0) -> object:
     """`pytest.approx` with a tolerance that `margin` divides."""
     return pytest.approx(expected, rel=within(rel), abs=within(abs))
+
+
+def tucker(core, *factors):
+    """A tensor in Tucker form, from its core and the factors of i, o, d, k; None where the mode is whole."""
+    return Tucker(core, {mode: U for mode, U in zip(MODES, factors, strict=False) if U is not None})
+
+
+def parts(tensor):
+    """The core and the factors of i, o, d, k of a tensor in Tucker form; None where the mode is whole."""
+    return tensor.core, *[tensor.factors.get(mode) for mode in MODES]

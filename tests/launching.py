@@ -31,6 +31,7 @@ from functools import partial
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -42,6 +43,9 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 _MARKER = "PEFT_LOTRA_TEST_JOB"
 LIMIT = 600  # seconds: ends what hangs; no test relies on the time that something takes
+
+HAS_FSDP2 = torch.__version__ >= (2, 13)  # on the CPU; older versions may not have it, 2.6 does not
+has_fsdp2 = pytest.mark.skipif(not HAS_FSDP2, reason="older versions may have no FSDP2 on the CPU; 2.6 has none")
 _LOCK = Path(tempfile.gettempdir()) / f"peft_lotra_{os.getuid()}.lock"
 
 

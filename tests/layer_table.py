@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from conftest import parts
 from kan import KAN as PyKAN
 from kan.KANLayer import KANLayer
 from kan_layers import (
@@ -189,6 +190,6 @@ def randomize(model: nn.Module, adapter: str = "default", std: float = 1.0) -> N
 
 def full_factors(layer, adapter="default"):
     """G, U1, U2, U3, with identities for whole modes."""
-    core, *factors, _, _ = layer.factors(adapter)
+    core, *factors, _ = parts(layer.tucker(adapter))
     eyes = [torch.eye(size).to(core) for size in core.shape]
     return core, *(eye if U is None else U for U, eye in zip(factors, eyes, strict=False))

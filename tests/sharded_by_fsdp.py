@@ -129,9 +129,7 @@ def test_training(kan, wrapped):
     assert_equal(mean(trained(model, own(X), own(Y))), trained(single, X, Y), 1e-9)
     assert_same_state(model, single)
     for layer, before in zip(lotra_layers(single), lotra_layers(start), strict=True):
-        for after, at_start in zip(
-            layer.factors("default").tensors(), before.factors("default").tensors(), strict=True
-        ):
+        for after, at_start in zip(layer.tucker("default").tensors(), before.tucker("default").tensors(), strict=True):
             assert_different(after.detach(), at_start.detach())
     assert all(p.grad is None for layer in layers for n, p in layer.named_parameters() if "lotra_" not in n)
     with torch.no_grad():
@@ -152,7 +150,7 @@ def test_layers_sharded_alone(kan):
     single(X).square().sum().backward()
     for layer, expected in zip(lotra_layers(model), lotra_layers(single), strict=True):
         for factor, wanted in zip(
-            layer.factors("default").tensors(), expected.factors("default").tensors(), strict=True
+            layer.tucker("default").tensors(), expected.tucker("default").tensors(), strict=True
         ):
             assert_equal(factor.grad, wanted.grad, 1e-9)
 
@@ -184,7 +182,7 @@ def test_saving_parts_is_refused():
             model.save_pretrained(FOLDER / "parts", safe_serialization=safe)
     assert not list((FOLDER / "parts").glob("adapter_*"))
     parts = get_peft_model_state_dict(model)  # as accelerate collects them, to write them by its own means
-    assert len(parts) == sum(len(layer.factors("default").tensors()) for layer in lotra_layers(model))
+    assert len(parts) == sum(len(layer.tucker("default").tensors()) for layer in lotra_layers(model))
     assert all(isinstance(part, DTensor) for part in parts.values())
 
 
@@ -255,8 +253,8 @@ def test_gradient_of_what_differs_between_processes():
     (numbers.mean() * (lotra_layers(single)[1].cheby_coeffs * weight).sum()).backward()
     (own(numbers) * (lotra_layers(model)[1].cheby_coeffs * weight).sum()).sum().backward()
     for factor, wanted in zip(
-        lotra_layers(model)[1].factors("default").tensors(),
-        lotra_layers(single)[1].factors("default").tensors(),
+        lotra_layers(model)[1].tucker("default").tensors(),
+        lotra_layers(single)[1].tucker("default").tensors(),
         strict=True,
     ):
         assert_equal(factor.grad.full_tensor(), wanted.grad, 1e-9)
@@ -532,28 +530,6 @@ def test_adapters_of_a_family():
         add_task(sharded(named), "c")
 
 
-def test_a_trained_factor_of_tasks():
-    """Of three rows: one process has two of them."""
-    torch.manual_seed(1)
-    single = get_peft_model(ChebyKAN([3, 6, 2]), LoTRAConfig(r=2, family=["a", "b", "c"], family_rank=2))
-    for layer in lotra_layers(single):
-        nn.init.normal_(layer.lotra_core["default"], std=0.3)
-    model = sharded(single, "adapted layer")
-    tasks = [["a", "b", "c"][k % 3] for k in range(len(X))]
-    for task in ("b", tasks):
-        assert_equal(model(X, lotra_task=task).detach(), single(X, lotra_task=task).detach(), 1e-9)
-    optimizers = [
-        torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1) for each in (model, single)
-    ]
-    for each, optimizer in zip((model, single), optimizers, strict=True):
-        each(X, lotra_task=tasks).square().sum().backward()
-        optimizer.step()
-    assert_equal(model(X, lotra_task=tasks).detach(), single(X, lotra_task=tasks).detach(), 1e-9)
-    for each in (model, single):
-        adapter_at(each, "at", task="c")
-    assert_equal(model(X).detach(), single(X).detach(), 1e-9)
-
-
 def test_unequal_batches_of_tasks():
     """Five samples at five tasks in one process, three in the other."""
     x = torch.rand(5 if dist.get_rank() == 0 else 3, 4, 7, 6)
@@ -595,7 +571,6 @@ CHECKS = {
     **{f"family, convolution, {wrapped}": (test_family, "convolution", wrapped) for wrapped in WRAPPED},
     "family, unequal batches": (test_unequal_batches_of_tasks,),
     "adapters of a family": (test_adapters_of_a_family,),
-    "a trained factor of tasks": (test_a_trained_factor_of_tasks,),
     "by accelerate, LoTRALayer": (test_by_accelerate, "LoTRALayer"),
     "by accelerate, ChebyKANLayer": (test_by_accelerate, "ChebyKANLayer"),
 }

@@ -71,9 +71,7 @@ def test_training_and_saving(kan, **zero):
     assert_equal(mean(trained_by_engine(engine, own(X), own(Y))), trained(single, X, Y), 1e-5)
     assert_same_state(engine, single)
     for layer, before in zip(lotra_layers(single), lotra_layers(start), strict=True):
-        for after, at_start in zip(
-            layer.factors("default").tensors(), before.factors("default").tensors(), strict=True
-        ):
+        for after, at_start in zip(layer.tucker("default").tensors(), before.tucker("default").tensors(), strict=True):
             assert_different(after.detach(), at_start.detach())
     state = state_of(engine)
     if dist.get_rank() == 0:
@@ -148,8 +146,8 @@ def test_adapting_a_partitioned_base(kan):
     single = get_peft_model(kan([3, 6, 2]), LoTRAConfig(r=(2, 3, 2)))
     model = get_peft_model(base, LoTRAConfig(r=(2, 3, 2)))
     assert model.peft_config["default"].coefficients == single.peft_config["default"].coefficients
-    shapes = [factor.shape for layer in lotra_layers(single) for factor in layer.factors("default").tensors()]
-    assert [factor.shape for layer in lotra_layers(model) for factor in layer.factors("default")] == shapes
+    shapes = [factor.shape for layer in lotra_layers(single) for factor in layer.tucker("default").tensors()]
+    assert [factor.shape for layer in lotra_layers(model) for factor in layer.tucker("default").tensors()] == shapes
 
 
 CHECKS = {

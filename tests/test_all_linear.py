@@ -16,6 +16,7 @@ from kan_layers import KAN, ChebyKANLayer, ConvKANLayer, FastKAN, FastKANLayer, 
 from layer_table import randomize
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from test_transformers import needs_mixin
 from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
@@ -334,7 +335,11 @@ def test_the_head_of_a_classifier_is_left_out_by_its_task():
     cls = GPT2ForSequenceClassification
     assert names(get_peft_model(gpt2(cls), lotra(task_type="SEQ_CLS"))) == GPT2
     assert names(get_peft_model(gpt2(cls), lotra())) == [*GPT2, "score.weight"]
-    model = gpt2(cls)
+
+
+@needs_mixin
+def test_the_head_of_a_classifier_is_left_out_by_transformers():
+    model = gpt2(GPT2ForSequenceClassification)
     model.add_adapter(lotra(task_type="SEQ_CLS"), "default")
     assert names(model) == GPT2
 

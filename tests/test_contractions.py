@@ -6,13 +6,12 @@ import einops
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_different, assert_equal
+from conftest import assert_different, assert_equal, tucker
 from torch import nn
 
 from peft_lotra.coefficients import CoefficientSpec
 from peft_lotra.standin import Adapted, PerformanceWarning, Update
 from peft_lotra.standin.cost import DENSE, ORDERS
-from peft_lotra.tensors.tucker import TuckerFactors
 from peft_lotra.testing import Rounding, forced_order
 
 N, M, D, G, B = 5, 7, 4, 2, 6  # inputs, outputs, basis, groups, batch
@@ -40,13 +39,11 @@ class Layer(nn.Module):
         """A random update, with as many factors of the kernel's modes as the layout has."""
         dtype = self.weight.dtype
         shapes = [(*r, *(SIZES[axis] for axis in self.kernel)), (N, r[0]), (M, r[1]), (D, r[2])]
-        return Update(
-            TuckerFactors(*(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)), scaling
-        )
+        return Update(tucker(*(torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes)), scaling)
 
     def dense(self, update):
         kernel = "".join(self.kernel)
-        delta = update.scaling * torch.einsum(f"abc{kernel},ia,ob,dc->iod{kernel}", *update.factors[:4])
+        delta = update.scaling * torch.einsum(f"abc{kernel},ia,ob,dc->iod{kernel}", *update.tucker.tensors())
         sizes = {"d1": 2} if "d1" in self.basis else {}
         return einops.rearrange(
             delta, f"i o ({self.basis}) {' '.join(self.kernel)} -> {self.spec.layout.pattern}", **sizes
@@ -117,7 +114,7 @@ def _check(layer, x, updates, second=True):
         y = layer(x)
     assert_different(y, layer(x))
     assert_equal(y, oracle)
-    factors = [factor for update in updates for factor in update.factors.tensors()]
+    factors = [factor for update in updates for factor in update.tucker.tensors()]
     inputs = [x] * x.requires_grad + factors
     weights = torch.randn_like(y)
     actual, expected = (torch.autograd.grad((z * weights).sum(), inputs, create_graph=True) for z in (y, oracle))
@@ -164,13 +161,13 @@ def test_operation_in_fp32(name):
 def _check_rounding(layer, x):
     """Values and gradients are as near to those in fp64 as those of the dense tensor are."""
     update = layer.update()
-    tensors = [x, *update.factors.tensors()]
+    tensors = [x, *update.tucker.tensors()]
 
     def with_gradients(y, tensors):
         return [y, *torch.autograd.grad(y.square().sum(), tensors)]
 
     def formula(weight, x, *factors):
-        dense = layer.dense(update._replace(factors=TuckerFactors(*factors)))
+        dense = layer.dense(update._replace(tucker=tucker(*factors)))
         return with_gradients(layer.function(x, weight + dense), [x, *factors])
 
     with Adapted(layer, layer.spec, (update,)):

@@ -434,6 +434,7 @@ def test_factors_are_real_floating_point_numbers(saved, dtype):
         ({"a": torch.eye(2).to_sparse()}, "but 'a' is a Tensor"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants:UserWarning")  # torch 2.15
 def test_a_pickle_of_other_things_is_refused(content, message, saved):
     base, _, path = saved
     (path / WEIGHTS).unlink()

@@ -163,6 +163,7 @@ def test_refusals():
         GaussNewton(model, difference)
 
 
+@pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")  # transformers before 5.6
 def test_trainer_takes_it_and_resumes_it(tmp_path):
     def run(folder, epochs):
         done = call("gauss_newton_trainer", "--epochs", epochs, "--output-dir", tmp_path / folder)

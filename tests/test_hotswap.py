@@ -145,16 +145,16 @@ def test_what_the_new_adapter_does_not_fill_is_zero(cheby):
     expected = PeftModel.from_pretrained(copy.deepcopy(base), path)
     assert_different(model(X), base(X))
     assert_equal(model(X), expected(X))
-    assert not any(factor.any() for factor in lotra_layers(model)["layers.0"].factors("default").tensors())
-    core, U1, U2, U3 = lotra_layers(model)["layers.1"].factors("default").tensors()
-    G, *sides = lotra_layers(expected)["layers.1"].factors("default").tensors()
+    assert not any(factor.any() for factor in lotra_layers(model)["layers.0"].tucker("default").tensors())
+    core, U1, U2, U3 = lotra_layers(model)["layers.1"].tucker("default").tensors()
+    G, *sides = lotra_layers(expected)["layers.1"].tucker("default").tensors()
     assert torch.equal(core[:1, :2, :1], G)
     model(X).square().sum().backward()
     for factor in (core, core.grad):
         assert factor[:1, :2, :1].all()
         factor.data[:1, :2, :1] = 0
         assert not factor.any()
-    assert not any(factor.grad.any() for factor in lotra_layers(model)["layers.0"].factors("default").tensors())
+    assert not any(factor.grad.any() for factor in lotra_layers(model)["layers.0"].tucker("default").tensors())
     for own, U in zip((U1, U2, U3), sides, strict=True):
         assert torch.equal(own[:, : U.shape[1]], U)
         assert own.grad[:, : U.shape[1]].all()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_different, assert_equal
+from conftest import assert_different, assert_equal, parts
 from kan_layers import BatchNormKANLayer, ChebyKAN, ChebyKANLayer
 from launching import fork
 from layer_table import MODELS, config, lotra_layers, make, randomize
@@ -66,7 +66,7 @@ def test_factors_are_the_leading_singular_vectors(name, method):
     for path, layer in lotra_layers(model).items():
         gradient = canonical(layer, gradients[path])
         for mode, factor in enumerate(FACTORS):
-            vectors = layer.factors("default")[mode + 1]
+            vectors = parts(layer.tucker("default"))[mode + 1]
             if vectors is None:  # a whole mode
                 continue
             old = before[f"base_model.model.{path}.{factor}.default"]
@@ -240,7 +240,7 @@ def initialized_by_rank():
     model = get_peft_model(base, LoTRAConfig(r=(2, 4, 2)))
     x = torch.linspace(-0.9, 0.9, 24, dtype=torch.float64).reshape(8, 3)
     initialize(model, x[4 * rank : 4 * rank + 4])
-    return [layer.factors("default").map(torch.Tensor.detach).tensors() for layer in lotra_layers(model).values()]
+    return [layer.tucker("default").map(torch.Tensor.detach).tensors() for layer in lotra_layers(model).values()]
 
 
 @pytest.mark.processes

@@ -1,6 +1,7 @@
 """Models of KAN libraries, adapted, saved, loaded, merged: as PyPI has them, or ours that are as those on git."""
 
 import copy
+import sys
 from collections import OrderedDict
 
 import matplotlib
@@ -207,9 +208,10 @@ def test_multkan_around_adapted_layers(tmp_path, monkeypatch):
     assert_equal(pruned(x), y)
     merged.fix_symbolic(0, 0, 0, "sin", verbose=False)
     merged.auto_symbolic(lib=["x", "x^2"], verbose=0)
-    (formula,), variables = merged.symbolic_formula()
-    assert "sin" in str(formula)
-    assert len(variables) == 2
+    if sys.version_info < (3, 13):  # pykan makes local variables by `exec`, which later versions do not have
+        (formula,), variables = merged.symbolic_formula()
+        assert "sin" in str(formula)
+        assert len(variables) == 2
 
 
 def test_multkan_fits_an_adapter_by_its_own_method():

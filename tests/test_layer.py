@@ -53,8 +53,8 @@ def test_output_is_that_of_the_dense_formula(name):
 def test_gradients_are_those_of_the_dense_formula(name):
     base, model, x = adapted(name, alpha=0.7)
     for layer in lotra_layers(model).values():
-        assert all(factor.requires_grad for factor in layer.factors("default").tensors())
-    factors = [factor for layer in lotra_layers(model).values() for factor in layer.factors("default").tensors()]
+        assert all(factor.requires_grad for factor in layer.tucker("default").tensors())
+    factors = [factor for layer in lotra_layers(model).values() for factor in layer.tucker("default").tensors()]
     x.requires_grad_()
     weights = torch.randn(8, 2, dtype=x.dtype)
     actual = torch.autograd.grad((model(x) * weights).sum(), [x, *factors])
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_dense_formula(name):
 def test_second_derivatives_are_those_of_the_dense_formula(name):
     """What a physics-informed loss needs: the factors' gradient of a derivative by the input."""
     base, model, x = adapted(name)
-    factors = [factor for layer in lotra_layers(model).values() for factor in layer.factors("default").tensors()]
+    factors = [factor for layer in lotra_layers(model).values() for factor in layer.tucker("default").tensors()]
     x.requires_grad_()
 
     def gradients(net):
@@ -159,11 +159,11 @@ def test_adapter_dtype_and_shapes(name):
     for layer in lotra_layers(model).values():
         n, m, n_d = layer.spec.layout.canonical_shape
         ranks = [size if r is None else r for r, size in zip(layer.r["default"], (n, m, n_d), strict=True)]
-        core, *factors = (tuple(f.shape) for f in layer.factors("default").tensors())
+        core, *factors = (tuple(f.shape) for f in layer.tucker("default").tensors())
         assert core == tuple(ranks)
         assert factors == [(size, r) for size, r in zip((n, m, n_d), layer.r["default"], strict=True) if r is not None]
         assert (layer.in_features, layer.out_features) == (n, m)
-        assert all(f.dtype == torch.float64 for f in layer.factors("default").tensors())
+        assert all(f.dtype == torch.float64 for f in layer.tucker("default").tensors())
 
 
 def test_adapters_of_16_bit_bases_are_kept_in_fp32_unless_told_otherwise():
@@ -172,7 +172,7 @@ def test_adapters_of_16_bit_bases_are_kept_in_fp32_unless_told_otherwise():
         model = get_peft_model(copy.deepcopy(base), config("ChebyKAN"), autocast_adapter_dtype=autocast)
         randomize(model)
         layer = next(iter(lotra_layers(model).values()))
-        assert {f.dtype for f in layer.factors("default").tensors()} == {expected}
+        assert {f.dtype for f in layer.tucker("default").tensors()} == {expected}
         y = model(x)
         assert y.dtype == torch.bfloat16
         assert_different(y, base(x))

@@ -9,10 +9,12 @@ import pytest
 import rows
 import run
 import torch
+import transformers
 from conftest import assert_equal, within
 from experiments import load_experiments
 from kans import ConvKANLayer, ResNetKAN
 from objectives import Objective
+from packaging.version import Version
 from tasks import characters, images, make_task, reviews
 from training import Stopwatch, train_by_steps
 
@@ -63,6 +65,10 @@ def test_runs_on_characters(tmp_path):
     assert len({result["marks"][-1][2] for result in found.values()}) == 3
 
 
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.12"),
+    reason="transformers before 5.12: Trainer counts labels that are no targets, so its losses are 7/8 of the model's",
+)
 def test_trainer_does_what_the_plain_loop_does():
     task = make_task("characters", CHARACTERS)
     objective = task.objective("target", 0, CPU)

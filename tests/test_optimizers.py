@@ -78,11 +78,11 @@ def test_rates(rule, optimizer_cls):
 
 def test_a_mapping_of_multipliers():
     model = headed()
-    groups = lotra_parameter_groups(model, lr=2.0, lr_rule={"U1": 0.25, "core": 3}, weight_decay=0.1)
+    groups = lotra_parameter_groups(model, lr=2.0, lr_rule={"i": 0.25, "core": 3}, weight_decay=0.1)
     assert {group["name"]: group["lr"] for group in groups} == {
         "core: lr · 3": 6.0,
-        "U1: lr · 0.25": 0.5,
-        "U2, U3, other: lr · 1": 2.0,
+        "i: lr · 0.25": 0.5,
+        "o, d, other: lr · 1": 2.0,
     }
     assert {group["weight_decay"] for group in groups} == {0.1}
 
@@ -112,7 +112,7 @@ def test_orthonormal_factors(optimizer_cls):
         return [layer.get_delta_weight("default") for layer in lotra_layers(model).values()]
 
     def skewness(model):
-        factors = [U for layer in lotra_layers(model).values() for U in layer.factors("default").tensors()[1:]]
+        factors = [U for layer in lotra_layers(model).values() for U in layer.tucker("default").tensors()[1:]]
         return max((U.T @ U - torch.eye(U.shape[1])).abs().max() for U in factors)
 
     first, plain_first = trained(1, True), trained(1, False)
@@ -131,15 +131,17 @@ def test_orthonormal_leaves_other_adapters_alone():
     model = get_peft_model(base, config("ChebyKAN"))
     model.add_adapter("other", config("ChebyKAN"))
     before = {
-        name: [U.clone() for U in layer.factors("other").tensors()] for name, layer in lotra_layers(model).items()
+        name: [U.clone() for U in layer.tucker("other").tensors()] for name, layer in lotra_layers(model).items()
     }
     optimizer = create_lotra_optimizer(model, torch.optim.SGD, lr=0.1, orthonormal=True)
-    own = [layer.factors("default").U1.clone() for layer in lotra_layers(model).values()]
+    own = [layer.tucker("default").factors["i"].clone() for layer in lotra_layers(model).values()]
     optimizer.step()
     layers = lotra_layers(model)
-    assert not all(torch.equal(U, layer.factors("default").U1) for U, layer in zip(own, layers.values(), strict=True))
+    assert not all(
+        torch.equal(U, layer.tucker("default").factors["i"]) for U, layer in zip(own, layers.values(), strict=True)
+    )
     for name, factors in before.items():
-        assert all(map(torch.equal, factors, layers[name].factors("other").tensors()))
+        assert all(map(torch.equal, factors, layers[name].tucker("other").tensors()))
 
 
 def test_schedulers_and_saved_states():
@@ -178,8 +180,8 @@ def containers(model):
         ({"lr": 0}, "`lr` should be a positive number, got 0"),
         ({"lr": "1e-2"}, "`lr` should be a positive number, got '1e-2'"),
         ({"lr": 1.0, "lr_rule": "LR-5"}, "`lr_rule` should be one of .*'adam'.*got 'LR-5'"),
-        ({"lr": 1.0, "lr_rule": {"U6": 1}}, "`lr_rule` should map some of .*'U3'"),
-        ({"lr": 1.0, "lr_rule": {"U1": -1}}, "`lr_rule` should give positive multipliers"),
+        ({"lr": 1.0, "lr_rule": {"U1": 1}}, "`lr_rule` should map some of .*'d'"),
+        ({"lr": 1.0, "lr_rule": {"i": -1}}, "`lr_rule` should give positive multipliers"),
     ],
 )
 def test_errors(kwargs, message):

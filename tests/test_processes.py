@@ -8,6 +8,7 @@ import signal
 import sys
 import types
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from accelerate.state import AcceleratorState, DistributedType, GradientState, P
 from accelerate.tracking import GeneralTracker
 from conftest import approx, assert_different, assert_equal
 from filelock import FileLock
-from launching import ROOT, fork, fork_by_torchrun, launch, running
+from launching import HAS_FSDP2, ROOT, fork, fork_by_torchrun, has_fsdp2, launch, running
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
@@ -168,14 +169,14 @@ def test_any_number_of_processes_trains_the_same(alone, folder, processes, accum
 def test_processes_fit_one_family(tmp_path):
     """Also after a death, and sharded; the wave equation has conditions on derivatives."""
     arguments = (*SHORT, "--pde", "hyperbolic", "--family", "--r", 3, "--output-dir")
-    runs = {}
-    for name, number, patch in [("one", 1, None), ("two", 2, None), ("sharded", 2, sharded)]:
+    runs, kinds = {}, [("one", 1, None), ("two", 2, None), ("sharded", 2, sharded)]
+    for name, number, change in kinds if HAS_FSDP2 else kinds[:2]:
         folder = tmp_path / name
         if name == "two":
             with pytest.raises(ProcessExitedException):
                 fork(example, *arguments, folder, double=True, patch=dies_in_a_family)
             assert (folder / "hyperbolic_family_checkpoints" / "step_0000004").exists()
-        fork(example, *arguments, folder, num_processes=number, double=True, patch=patch)
+        fork(example, *arguments, folder, num_processes=number, double=True, patch=change)
         runs[name] = trained(folder, "hyperbolic_family")
         errors = json.loads((folder / "hyperbolic_family.json").read_text())["errors"]
         assert [parameter for parameter, _ in errors] == [2.05, 2.35, 2.65, 2.95]
@@ -309,6 +310,7 @@ def sharded():
     accelerate_pde.Accelerator = make
 
 
+@has_fsdp2
 def test_fsdp2_trains_the_same_and_saves_whole_tensors(uninterrupted_double, folder):
     fork(example, *SHORT, "--output-dir", folder, double=True, patch=sharded)
     assert_same(trained(folder), uninterrupted_double, 1e-9)
@@ -475,7 +477,9 @@ def test_processes_that_know_nothing_of_each_other(monkeypatch, tmp_path):
     """Started as two, on a machine with an accelerator that accelerate does not use."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    with pytest.raises(SystemExit, match="2 processes were started, but each would train alone: is --cpu missing?"):
+    refusal = r"2 processes were started, but each would train alone: is --cpu missing\?"
+    refusal += "|Tried to launch on distributed"  # older versions of accelerate refuse that themselves
+    with patch.dict(os.environ), pytest.raises((SystemExit, ValueError), match=refusal):
         accelerate_pde.start(accelerate_pde.parse_arguments(["--output-dir", str(tmp_path)]))
 
 

@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
+from conftest import tucker
 
 from peft_lotra.tensors.ranks import choose_ranks, clipped, ranks_for_budget, suggest_ranks
 from peft_lotra.tensors.spectrum import Spectrum
-from peft_lotra.tensors.tucker import TuckerFactors, parameter_count, reconstruct
+from peft_lotra.tensors.tucker import parameter_count
 
 SHAPES = {"first": (2, 32, 8), "middle": (32, 32, 8), "last": (32, 1, 8)}
 TOTAL = sum(math.prod(shape) for shape in SHAPES.values())
@@ -130,7 +131,7 @@ def decaying(*shape, rate=0.5):
     weights = [torch.exp(-rate * torch.arange(size)) for size in shape[:3]]
     scale = torch.einsum("i,o,d->iod", *weights).reshape(*shape[:3], *(1 for _ in shape[3:]))
     turns = [torch.linalg.qr(torch.randn(size, size)).Q for size in shape[:3]]
-    return reconstruct(TuckerFactors(torch.randn(shape) * scale, *turns)).double()
+    return tucker(torch.randn(shape) * scale, *turns).dense().double()
 
 
 def truncated(tensor, ranks):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import FULLGRAPH, assert_different, assert_equal
+from conftest import FULLGRAPH, assert_different, assert_equal, parts
 from family_models import LAM, at, fill, polynomials
 from kan_layers import ChebyKANLayer, FastKANLayer, MatrixKANLayer
 from peft import get_peft_model
@@ -239,7 +239,7 @@ class Dense(nn.Module):
             for name, module in self.base.named_modules():
                 if hasattr(module, "weight"):
                     layer = self.model.base_model.model.get_submodule(name)
-                    core, *sides = (f if f is None else f.detach() for f in layer.factors("default"))
+                    core, *sides = parts(layer.tucker("default").map(torch.Tensor.detach))
                     G = core @ c
                     sides = [
                         torch.eye(n).double() if U is None else U for n, U in zip(G.shape, sides[:3], strict=False)

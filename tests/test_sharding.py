@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from conftest import assert_different, assert_equal
 from kan_layers import KAN, ChebyKAN, FastKAN
-from launching import fork, launch
+from launching import fork, has_fsdp2, launch
 from peft import PeftModel, get_peft_model_state_dict
 from sharded_by_fsdp import CHECKS, REPEATED, X, Y, adapted, lotra_layers, report, trained
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -31,11 +31,6 @@ def assert_none_failed(reports, checks):
 def launched(program, folder, **options):
     launch(Path(__file__).with_name(program), folder, **options)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
-
-
-has_fsdp2 = pytest.mark.skipif(
-    torch.__version__ < (2, 13), reason="older versions may have no FSDP2 on the CPU; 2.6 has none"
-)
 
 
 @pytest.mark.processes
@@ -64,7 +59,7 @@ def test_draws_are_remembered_where_there_are_several_processes_only(monkeypatch
     assert_equal(copied(X).detach(), expected, 0)
     for layer, other in zip(lotra_layers(model), lotra_layers(copied), strict=True):
         assert list(layer._drawn) == ["default", "second"]
-        assert [len(rows) for rows in layer._drawn["second"]] == [1, *map(len, layer.factors("second").tensors()[1:])]
+        assert [len(rows) for rows in layer._drawn["second"]] == [1, *map(len, layer.tucker("second").tensors()[1:])]
         assert list(other._drawn) == ["default"]
 
 
@@ -112,7 +107,7 @@ def test_activation_checkpointing(kan):
         single(X).square().sum().backward()
         for layer, expected in zip(lotra_layers(model), lotra_layers(single), strict=True):
             for factor, wanted in zip(
-                layer.factors("default").tensors(), expected.factors("default").tensors(), strict=True
+                layer.tucker("default").tensors(), expected.tucker("default").tensors(), strict=True
             ):
                 assert wanted.grad.any()
                 assert_equal(factor.grad, wanted.grad)
@@ -146,7 +141,7 @@ def test_training_with_an_offloaded_base(kan, place, tmp_path):
     assert_equal(trained(model, X, Y), losses)
     for layer, expected in zip(lotra_layers(model), lotra_layers(single), strict=True):
         for factor, wanted in zip(
-            layer.factors("default").tensors(), expected.factors("default").tensors(), strict=True
+            layer.tucker("default").tensors(), expected.tucker("default").tensors(), strict=True
         ):
             assert_equal(factor.grad, wanted.grad)
             assert_equal(factor.detach(), wanted.detach())

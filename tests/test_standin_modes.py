@@ -8,7 +8,7 @@ import einops
 import pytest
 import torch
 from adapted_layers import adapt, adapted, dense, factors_of
-from conftest import FULLGRAPH, assert_different, assert_equal
+from conftest import FULLGRAPH, assert_different, assert_equal, tucker
 from kan_layers import ChebyKANLayer, chebyshev
 from launching import LIMIT
 from layer_table import LAYERS, REGISTERED
@@ -21,7 +21,6 @@ from peft_lotra.layer import adapted_tensors
 from peft_lotra.standin import Adapted, Update
 from peft_lotra.standin.cost import DENSE
 from peft_lotra.standin.tensor import StandIn
-from peft_lotra.tensors.tucker import TuckerFactors
 from peft_lotra.testing import forced_order, forget_warnings, rounding_of
 
 FLAT = (9, 6)
@@ -505,12 +504,12 @@ def test_weights_per_sample(name):
     x = (torch.rand(batch, *lead, n, dtype=x.dtype) - 0.5).requires_grad_()
     shapes = [(*r, P), (n, r[0]), (m, r[1]), (n_d, r[2]), (batch, P)]
     core, U1, U2, U3, w = (torch.randn(shape, dtype=x.dtype, requires_grad=True) for shape in shapes)
-    update = Update(TuckerFactors(core, U1, U2, U3), 0.7, w, Samples(0, tuple(x.shape[:-1])))
+    update = Update(tucker(core, U1, U2, U3), 0.7, w, Samples(0, tuple(x.shape[:-1])))
     with Adapted(plain, spec, (update, *layer._active_updates())):
         y = plain(x)
     rows = []
     for sample in range(batch):
-        single = Update(TuckerFactors(torch.einsum("abcp,p->abc", core, w[sample]), U1, U2, U3), 0.7)
+        single = Update(tucker(torch.einsum("abcp,p->abc", core, w[sample]), U1, U2, U3), 0.7)
         with Adapted(plain, spec, (single, *layer._active_updates())), forced_order(DENSE):
             rows.append(plain(x[sample : sample + 1]))
     expected = torch.cat(rows)

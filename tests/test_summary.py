@@ -51,7 +51,7 @@ def test_a_row_for_every_tensor(name):
         {"bias": "all", "modules_to_save": ["head"]},
         {"bias": "lotra_only"},
         {"family": {"lam": (0.0, 1.0)}, "freeze_factors": True},
-        {"family": ["a", "b", "c"], "family_rank": 2},
+        {"family": ["a", "b", "c"]},
         {"slim": True},
     ],
 )

@@ -293,7 +293,7 @@ def test_only_cores_are_trained_and_everything_is_saved(tmp_path):
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trained == {f"base_model.model.layers.{k}.lotra_core.default" for k in range(2)}
     for layer in lotra_layers(model).values():
-        for U in layer.factors("default").tensors()[1:]:
+        for U in layer.tucker("default").tensors()[1:]:
             assert_equal(U.T @ U, torch.eye(2, dtype=U.dtype))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     result = fit_gauss_newton(model, residual, X, iterations=5, progressbar=False)
@@ -326,13 +326,13 @@ def test_factors_stay_frozen_when_adapters_change():
 
 def test_frozen_factors_from_gradients():
     _, model = kan(r=2, freeze_factors=True)
-    drawn = [layer.factors("default").U1.clone() for layer in lotra_layers(model).values()]
+    drawn = [layer.tucker("default").factors["i"].clone() for layer in lotra_layers(model).values()]
     initialize_lotra_weights(
         model, lambda: residual(model, X).square().mean().backward(), method="gradient_hosvd", progressbar=False
     )
     for U, layer in zip(drawn, lotra_layers(model).values(), strict=True):
-        assert_different(layer.factors("default").U1, U)
-        assert not layer.factors("default").U1.requires_grad
+        assert_different(layer.tucker("default").factors["i"], U)
+        assert not layer.tucker("default").factors["i"].requires_grad
 
 
 def test_a_budget_counts_what_is_trained():

@@ -151,7 +151,7 @@ def test_what_is_read_is_a_tensor_like_any_other():
     assert type(copy) is type(values * 2) is type(values.sum()) is torch.Tensor
     assert_equal(layer.cheby_coeffs, expected, 0)
     (values.square().sum()).backward()
-    assert all(factor.grad.any() for factor in layer.factors("default").tensors())
+    assert all(factor.grad.any() for factor in layer.tucker("default").tensors())
     assert values.detach().numpy().shape == (4, 3, 3)
 
 

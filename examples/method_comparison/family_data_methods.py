@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from peft_lotra import LoTRAConfig, adapter_at, add_task, fit_gauss_newton
 
-FAMILY_RANK = 6  # of named tasks
 Outputs = Callable[[Any, Tensor, Task], Tensor]  # of a network, inputs and their tasks
 
 
@@ -196,13 +195,9 @@ def learn_base(lab: Lab, rate: float, part: float) -> Learned:
     return lab.train(lab.tasks.build(), plain, steps, rate, batch)
 
 
-def learn_family(lab: Lab, rate: float, part: float, rank: int | None = None) -> Learned:
-    model = lab.adapted(**lab.tasks.ranks, family=lab.tasks.family, family_rank=rank)
+def learn_family(lab: Lab, rate: float, part: float) -> Learned:
+    model = lab.adapted(**lab.tasks.ranks, family=lab.tasks.family)
     return lab.train(model, at_task_of_family, lab.sizes.family[lab.lm] * part, rate)
-
-
-def learn_by_rank(lab: Lab, rate: float, part: float) -> Learned:
-    return learn_family(lab, rate, part, FAMILY_RANK)
 
 
 def learn_one(lab: Lab, rate: float, part: float) -> Learned:
@@ -231,7 +226,6 @@ def learn_rival(lab: Lab, rate: float, part: float) -> Learned:
 ONCE: dict[str, Callable[[Lab, float, float], Learned]] = {
     "base": learn_base,
     "family": learn_family,
-    "family by rank": learn_by_rank,
     "rival": learn_rival,
     "one adapter": learn_one,
 }
@@ -243,16 +237,6 @@ def core(lab: Lab, new: NewTask, once: str = "family") -> nn.Module:
         add_task(model, new.task["task"])
     adapter_at(model, "new", **new.task)
     return model
-
-
-def row(lab: Lab, new: NewTask) -> nn.Module:
-    learned = lab.once("family by rank")
-    model = copy.deepcopy(learned.model)
-    add_task(model, new.task["task"])
-    at_new = AtTask(learned._replace(model=model), new.task)
-    for name, parameter in at_new.named_parameters():
-        parameter.requires_grad_("lotra_U5" in name)  # rows of other tasks have no part in it
-    return at_new
 
 
 def unknown(lab: Lab, new: NewTask, once: str, what: str = "parameter") -> nn.Module:
@@ -304,8 +288,6 @@ METHODS = {
     "family, core": Method(core, "family"),
     "family, unknown parameter": Method(partial(unknown, once="family"), "family", "ranges", False),
     "family, unknown, core": Method(partial(unknown, once="family", what="core"), "family", "ranges"),
-    "family by rank, core": Method(partial(core, once="family by rank"), "family by rank", "names"),
-    "family by rank, row": Method(row, "family by rank", "names"),
     "LoTRA alone": Method(partial(from_base, method="lotra", ratio=0.1), "base"),
     "LoRA alone": Method(partial(from_base, method="lora", ratio=0.1), "base"),
     "full": Method(partial(from_base, method="full"), "base"),
@@ -317,9 +299,7 @@ METHODS = {
 
 
 def learned_numbers(model: nn.Module) -> int:
-    """Of a factor of tasks, one row."""
-    parts = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return sum(p[0].numel() if "lotra_U5" in name else p.numel() for name, p in parts)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def solve(lab: Lab, method: Method, weight_decay: float, every: int = 1) -> tuple[int, list[dict[str, Any]]]:

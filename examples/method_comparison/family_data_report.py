@@ -36,8 +36,6 @@ ROWS = [
     Row("family, its core", CORE, 1, ("C1", "s-")),
     Row("family, parameter unknown: that alone", "family, unknown parameter", 1, ("C8", "+-")),
     Row("family, parameter unknown: the core from there", "family, unknown, core"),
-    Row("family of rank 6, its core", "family by rank, core", 1, ("C8", "+-")),
-    Row("family of rank 6, a row of its factor", "family by rank, row", 1, ("C9", "x-")),
     Row("{rival}, as it is", "rival", 0, ("C5", "o--")),
     Row("{rival}, everything", "rival", 1, ("C6", "s--")),
     Row("{rival}, parameter unknown: that alone", "rival, unknown parameter"),
@@ -124,7 +122,7 @@ def table_of(case: Case) -> str:
 
 
 def notes(case: Case) -> str:
-    once = {"family": CORE, "family of rank 6": "family by rank, core", RIVALS[case.kind]: "rival", "base": FULL}
+    once = {"family": CORE, RIVALS[case.kind]: "rival", "base": FULL}
     parts = [f"Seeds: {len({line['seed'] for line in case.lines})}."]
     for label, method in once.items():
         if lines := case.of(method):

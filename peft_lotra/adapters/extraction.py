@@ -18,7 +18,7 @@ from ..coefficients.spec import parse_slice, tensor_at
 from ..config import LoTRAConfig, Target
 from ..layer import adapted_tensors, first_tensor
 from ..model import LoTRAModel
-from ..tensors.tucker import TuckerFactors, decompose
+from ..tensors.tucker import Tucker, decompose
 from ..training.gauss_newton import fit_gauss_newton
 
 
@@ -114,13 +114,13 @@ def _relative_error(model: PeftModel, target: Target, update: torch.Tensor) -> f
     return ((extracted - update).norm() / update.norm()).nan_to_num().item()
 
 
-def fill(model: PeftModel, factors: dict[Target, TuckerFactors]) -> None:
+def fill(model: PeftModel, factors: dict[Target, Tucker]) -> None:
     """Set the active adapter's update of every target to G ×₁ U1 ×₂ U2 ×₃ U3. Its core is G / scaling."""
     layers, adapter = adapted_tensors(model), model.active_adapter
-    for target, (core, *others) in factors.items():
+    for target, one in factors.items():
         layer = layers[target.parameter]
-        core = core / layer.scaling[adapter] if core.any() else core
-        layer.set_factors(adapter, TuckerFactors(core, *others))
+        core = one.core / layer.scaling[adapter] if one.core.any() else one.core
+        layer.set_tucker(adapter, one._replace(core=core))
 
 
 def _check_the_rest(

@@ -23,7 +23,7 @@ from ..families import Family
 from ..layer import LoTRALayer, adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import full_tensor
-from ..tensors.tucker import TuckerFactors
+from ..tensors.tucker import Tucker
 
 
 @contextmanager
@@ -112,13 +112,13 @@ def adapter_at(
             f"`family` {family!r} has `bias` {config.bias!r}, and only one adapter of a model may have biases: an "
             "adapter for one task would be saved without them"
         )
-    own = replace(config, family=None, family_rank=None, freeze_factors=train == "core", init_weights=True)
+    own = replace(config, family=None, freeze_factors=train == "core", init_weights=True)
     model.add_adapter(adapter_name, own)  # type: ignore[operator]
     for wrapper, _ in copied_modules(tuner.model, [family]):
         if adapter_name in wrapper._get_available_adapters():
             copy_trained(wrapper, family, adapter_name)
     for layer in adapted_tensors(tuner.model, adapter_name).values():
-        layer.set_factors(adapter_name, _whole_factors(layer, family).at(c))
+        layer.set_tucker(adapter_name, _whole_factors(layer, family).at(c))
         layer.set_scale(adapter_name, layer.scaling[family] / layer.alpha[family] if layer.alpha[family] else 1.0)
     model.set_adapter(adapter_name)  # type: ignore[operator]
 
@@ -140,10 +140,10 @@ def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
     tuner, *_ = _family(model, family)
     cores = {}
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
-        core, *sides, _ = _whole_factors(layer, adapter_name)
-        pairs = zip(sides, _whole_factors(layer, family)[1:5], strict=True)
-        same = [U is V if U is None or V is None else torch.equal(U, V) for U, V in pairs]
-        if not all(same) or layer.scaling[adapter_name] != layer.scaling[family]:
+        core, own = _whole_factors(layer, adapter_name)
+        theirs = _whole_factors(layer, family).factors
+        same = own.keys() == theirs.keys() and all(torch.equal(U, theirs[mode]) for mode, U in own.items())
+        if not same or layer.scaling[adapter_name] != layer.scaling[family]:
             raise ValueError(
                 f"`adapter_name` {adapter_name!r} has other factors than {family!r} at {parameter}, so its core alone "
                 "is not enough: use `save_pretrained`"
@@ -174,13 +174,11 @@ def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
             f"{origin} is for other factors than those of {family!r}: load the family that it was made from"
         )
     layers = adapted_tensors(tuner.model, family)
-    slots = {
-        f"{name}.lotra_core": Slot(tuple(layer.factors(family).core.shape[:-1])) for name, layer in layers.items()
-    }
+    slots = {f"{name}.lotra_core": Slot(tuple(layer.tucker(family).core.shape[:-1])) for name, layer in layers.items()}
     check_weights(slots, {f"{name}.lotra_core": core for name, core in cores.items()}, origin)
     adapter_at(model, adapter_name, family=family)
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
-        layer.set_factors(adapter_name, layer.factors(adapter_name)._replace(core=cores[parameter]))
+        layer.set_tucker(adapter_name, layer.tucker(adapter_name)._replace(core=cores[parameter]))
 
 
 def _mean(kind: Family) -> torch.Tensor:
@@ -198,17 +196,16 @@ def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig, Famil
 
 
 @torch.no_grad()
-def _whole_factors(layer: LoTRALayer, adapter: str) -> TuckerFactors:
+def _whole_factors(layer: LoTRALayer, adapter: str) -> Tucker:
     """The adapter's factors. If they are sharded, the parts of all processes are gathered."""
-    return layer.factors(adapter).map(lambda factor: full_tensor(factor).detach())
+    return layer.tucker(adapter).map(lambda factor: full_tensor(factor).detach())
 
 
 def _digest(tuner: LoTRAModel, family: str) -> str:
     factors = {
-        f"{PREFIX}{parameter}.{k}": U.float()
+        f"{PREFIX}{parameter}.{mode}": U.float()
         for parameter, layer in adapted_tensors(tuner.model, family).items()
-        for k, U in enumerate(_whole_factors(layer, family)[1:5])  # a task's core has U5 in it
-        if U is not None
+        for mode, U in _whole_factors(layer, family).factors.items()
     }
     return digest(
         factors, {"scaling": {p: layer.scaling[family] for p, layer in adapted_tensors(tuner.model, family).items()}}

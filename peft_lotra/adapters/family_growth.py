@@ -15,7 +15,7 @@ from ..layer import LoTRALayer, adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.offloaded import tensors_in_place
 from ..placement.sharded import check_not_sharded, full_tensor
-from ..tensors.tucker import TuckerFactors, completed, decompose, mode_product, reconstruct
+from ..tensors.tucker import Tucker, completed, decompose, mode_product
 
 
 @torch.no_grad()
@@ -26,8 +26,7 @@ def family_from(
 
     min Σ_j ‖Δ_j − G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task_j)‖² in two steps: common factors by HOSVD and HOOI of the stacked
     updates, then the core by least squares over the tasks. If the tasks do not determine the core, it is the core of
-    least norm. With `family_rank`, an SVD then splits this core into G and the factor of the tasks. The result is a
-    start for a fit to the whole family, by `at_task`.
+    least norm. The result is a start for a fit to the whole family, by `at_task`.
 
     >>> config = LoTRAConfig(r=6, family={"lam": (1.0, 1.6)})
     >>> errors = family_from(model, {"low": 1.0, "middle": 1.3, "high": 1.6}, "family", config)
@@ -62,24 +61,22 @@ def family_from(
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
         updates = torch.stack([_update(layers[parameter], name) for name in adapters], dim=-1)
         ranks = layer.r[adapter_name]
-        core, U1, U2, U3, *_ = decompose(updates, ranks[:3])
-        core, U4 = _split(core, 3, ranks[3] if len(ranks) > 3 else None)
-        core, U5 = _split(core @ torch.linalg.pinv(c).mT, -1, config.family_rank)
-        factors = TuckerFactors(core, U1, U2, U3, U4, U5)
-        fitted = mode_product(reconstruct(factors), c, -1)
+        joint = decompose(updates, ranks[:3])
+        if len(ranks) > 3 and ranks[3] is not None:
+            joint = _with_positions(joint, ranks[3])
+        family = joint._replace(core=joint.core @ torch.linalg.pinv(c).mT)
+        fitted = mode_product(family.dense(), c, -1)
         errors[parameter] = ((fitted - updates).norm() / updates.norm()).nan_to_num().item()
-        layer.set_factors(adapter_name, factors._replace(core=core / layer.scaling[adapter_name]))
+        layer.set_tucker(adapter_name, family._replace(core=family.core / layer.scaling[adapter_name]))
     model.set_adapter(adapter_name)  # type: ignore[operator]
     return errors
 
 
-def _split(core: torch.Tensor, mode: int, rank: int | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """G ×ₘ Uᵀ and U, the leading left singular vectors of G unfolded along mode m; G and None without a rank."""
-    if rank is None:
-        return core, None
-    U = torch.linalg.svd(core.movedim(mode, 0).flatten(1), full_matrices=False)[0]
+def _with_positions(joint: Tucker, rank: int) -> Tucker:
+    """The same with a factor of the positions: the leading left singular vectors of G unfolded along their axis."""
+    U = torch.linalg.svd(joint.core.movedim(3, 0).flatten(1), full_matrices=False)[0]
     U = completed(U[:, :rank], rank)
-    return mode_product(core, U.mT, mode), U
+    return Tucker(mode_product(joint.core, U.mT, 3), {**joint.factors, "k": U})
 
 
 def _update(layer: LoTRALayer, adapter: str) -> torch.Tensor:
@@ -89,8 +86,8 @@ def _update(layer: LoTRALayer, adapter: str) -> torch.Tensor:
         zero = torch.zeros(shape, dtype=torch.float64)
         return zero.flatten(3) if zero.dim() > 3 else zero
     with tensors_in_place(layer):
-        factors = layer.factors(adapter).map(lambda f: full_tensor(f).detach().to("cpu", torch.float64))
-    dense = reconstruct(factors) * layer.scaling[adapter]
+        factors = layer.tucker(adapter).map(lambda f: full_tensor(f).detach().to("cpu", torch.float64))
+    dense = factors.dense() * layer.scaling[adapter]
     return dense.flatten(3) if dense.dim() > 3 else dense
 
 
@@ -98,14 +95,13 @@ def _update(layer: LoTRALayer, adapter: str) -> torch.Tensor:
 def add_task(model: nn.Module, task: str, *, family: str = "default", core_from: str | None = None) -> None:
     """Add a task to a family of named tasks: the core gets one more slice, G[..., P], and everything else stays.
 
-    With `family_rank`, the factor U5 of the tasks gets one more row instead. If an optimizer holds the tensor that has
-    grown, make a new optimizer afterwards.
+    If an optimizer holds the core, make a new optimizer afterwards.
 
     Args:
         model: a PeftModel with the family.
         task: the new task's name.
         family: the name of the family adapter.
-        core_from: the task whose core (or row of U5) the new task starts from. With None, the new task starts from the
+        core_from: the task whose core the new task starts from. With None, the new task starts from the
             mean of all tasks.
 
     Raises:
@@ -124,11 +120,10 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
     if core_from is not None and core_from not in names:
         raise ValueError(f"`core_from` {core_from!r} is not one of the family's tasks {names}")
     for layer in _whole_layers(tuner, family, "add the task"):
-        held, dim = (layer.lotra_core, -1) if config.family_rank is None else (layer.lotra_U5, 0)
-        old = held[family]
-        new = old.mean(dim, keepdim=True) if core_from is None else old.narrow(dim, names.index(core_from), 1)
-        held[family] = nn.Parameter(torch.cat([old, new], dim=dim), requires_grad=old.requires_grad)
-        layer.terms[family] = layer.lotra_core[family].shape[-1]
+        old = layer.lotra_core[family]
+        new = old.mean(-1, keepdim=True) if core_from is None else old.narrow(-1, names.index(core_from), 1)
+        layer.lotra_core[family] = nn.Parameter(torch.cat([old, new], dim=-1), requires_grad=old.requires_grad)
+        layer.terms[family] += 1
     _replace_config(tuner, family, replace(config, family=[*names, task]))
 
 

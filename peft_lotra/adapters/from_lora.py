@@ -18,7 +18,7 @@ from ..coefficients.registry import Descriptions
 from ..coefficients.spec import Layout
 from ..config import LoTRAConfig, Target
 from ..layer import adapted_tensors
-from ..tensors.tucker import TuckerFactors
+from ..tensors.tucker import Tucker
 
 
 def adapter_from_lora(
@@ -65,24 +65,22 @@ def adapter_from_lora(
     for linear, pair in pairs.items():
         target = known[f"{linear}.weight"]
         factors[target.parameter] = _factors(target, pair["A"], pair["B"] * _scaling(config, linear, len(pair["A"])))
-    ranks = {
-        parameter: (None, None if U2 is None else U2.shape[1], None) for parameter, (_, _, U2, *_) in factors.items()
-    }
+    ranks = {parameter: (None, one.core.shape[1] if one.factors else None, None) for parameter, one in factors.items()}
     # A self-contained config adapts these tensors and no others.
     chosen = [replace(known[parameter], ranks=ranks[parameter]) for parameter in factors]
     model = get_peft_model(base, LoTRAConfig(r=1).self_contained(chosen))
     for parameter, layer in adapted_tensors(model).items():
-        layer.set_factors(model.active_adapter, factors[parameter])
+        layer.set_tucker(model.active_adapter, factors[parameter])
     return model
 
 
-def _factors(target: Target, A: torch.Tensor, B: torch.Tensor) -> TuckerFactors:
+def _factors(target: Target, A: torch.Tensor, B: torch.Tensor) -> Tucker:
     layout = target.spec.layout
     rows = Layout(layout.pattern, {**layout.sizes, "o": len(A)})  # r rows in place of the m outputs
     core = rows.to_canonical(A)
     if B.shape[1] >= len(B):  # a rank that fills the outputs
-        return TuckerFactors(torch.einsum("ird,or->iod", core, B), None, None, None)
-    return TuckerFactors(core, None, B, None)
+        return Tucker(torch.einsum("ird,or->iod", core, B))
+    return Tucker(core, {"o": B})
 
 
 def _scaling(config: LoraConfig, linear: str, r: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from inspect import signature
 from typing import Any
@@ -13,14 +14,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from torch import nn
 
-from ..checkpoint import CONTAINERS, PREFIX, Slot, check_tensor, check_weights, is_adapter_key
+from ..checkpoint import PREFIX, Slot, check_tensor, check_weights, is_adapter_key
 from ..config import LoTRAConfig, Target
 from ..layer import adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..slim_layer import SlimLayer
 from ..targets import resolve_targets
 from ..tensors.ranks import mode_sizes
-from ..tensors.tucker import TuckerFactors, mode_product
+from ..tensors.tucker import CONTAINERS, MODES, Tucker
 
 
 def hotswap_adapter(
@@ -39,7 +40,7 @@ def hotswap_adapter(
     >>> y_b = compiled(x)
 
     The adapter that is overwritten is called the slot. The new adapter must be for the same base and layouts. It must
-    not adapt layers that the slot does not adapt, and its ranks (and `family_rank`) must not be above those of the
+    not adapt layers that the slot does not adapt, and its ranks must not be above those of the
     slot. If a rank is smaller, the rest of the slot becomes zero. If the new adapter does not adapt a layer of the
     slot, the update of that layer becomes zero. Zeros get no gradients, so training goes on with the new adapter's
     ranks. (The state of an optimizer is not reset.) If the slot has a whole mode, the new factor is multiplied into
@@ -114,12 +115,6 @@ def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig, targe
             f"the new adapter has `family` {theirs[0]}, {adapter_name!r} has {ours[0]}: only the same family can be "
             "swapped; use `load_adapter`"
         )
-    largest, given = own_config.family_rank, config.family_rank
-    if largest is not None and (given or config.terms) > largest:
-        raise ValueError(
-            f"the new adapter has `family_rank` {given}, above the {largest} of {adapter_name!r}: use `load_adapter`, "
-            "or make a slot of the largest rank that will come"
-        )
     tokens, own_tokens = config.trainable_token_indices, tuner.peft_config[adapter_name].trainable_token_indices
     if tokens != own_tokens:
         raise ValueError(
@@ -169,18 +164,16 @@ def _factors(
     alphas = {target.parameter: target.alpha for target in targets}
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
         alpha, own_alpha = alphas.get(parameter, 0.0), layer.alpha[adapter_name]
-        slot, new = layer.factors(adapter_name), TuckerFactors(torch.zeros(()), None, None, None)
+        slot, new = layer.tucker(adapter_name), {}
         if parameter in keys:
-            new = TuckerFactors(*[state_dict.get(f"{keys[parameter]}.{name}") for name in CONTAINERS])  # type: ignore
+            given = Tucker.of({name: state_dict.get(f"{keys[parameter]}.{name}") for name in CONTAINERS})
             if alpha != own_alpha:
-                new = new._replace(core=new.core.to("cpu", torch.float64) * (alpha / own_alpha))
-            new = _as_slot(new, slot, layer.spec.layout.canonical_shape, layer.terms[adapter_name] > 0)
-        for container, own, given in zip(CONTAINERS, slot, new, strict=True):
-            if own is None:
-                continue
+                given = given._replace(core=given.core.to("cpu", torch.float64)).times(alpha / own_alpha)
+            new = _as_slot(given, slot, layer.spec.layout.canonical_shape, layer.terms[adapter_name] > 0).named()
+        for container, own in slot.named().items():
             values = torch.zeros_like(own)
-            if given is not None and given.dim():
-                values[tuple(map(slice, given.shape))] = given.to(values)
+            if container in new:
+                values[tuple(map(slice, new[container].shape))] = new[container].to(values)
                 dtype = layer.dtype_in_use(adapter_name)
                 if not values.to(dtype).isfinite().all():
                     raise ValueError(
@@ -190,22 +183,18 @@ def _factors(
             yield own, values
 
 
-def _as_slot(new: TuckerFactors, slot: TuckerFactors, shape: tuple[int, ...], is_family: bool) -> TuckerFactors:
+def _as_slot(new: Tucker, slot: Tucker, shape: tuple[int, ...], is_family: bool) -> Tucker:
     """The same tensor with the factors of the slot: multiplied into the core, or an identity, where they differ."""
-    core, *sides = new
-    terms = core.shape[core.dim() - is_family :]  # P
-    sizes = (*mode_sizes(shape), *terms)
-    if slot.U4 is not None and new.U4 is None:
-        core = core.reshape(*core.shape[:3], sizes[3], *terms)
-    for mode, (U, own) in enumerate(zip(sides, slot[1:], strict=True)):
-        if U is not None and own is None:
-            axis = mode if mode < 4 else -1
-            core, sides[mode] = mode_product(core.to(torch.float64), U.to("cpu", torch.float64), axis), None
-        elif U is None and own is not None:
-            sides[mode] = torch.eye(sizes[mode])
-    if slot.U4 is None:
-        core = core.reshape(*core.shape[:3], *shape[3:], *core.shape[core.dim() - is_family :])
-    return TuckerFactors(core, *sides)
+    core, terms = new.core, new.core.shape[new.core.dim() - is_family :]  # P
+    if "k" in slot.factors and "k" not in new.factors:
+        core = core.reshape(*core.shape[:3], math.prod(shape[3:]), *terms)
+    if surplus := [mode for mode in new.factors if mode not in slot.factors]:
+        core = new._replace(core=core).map(lambda f: f.to("cpu", torch.float64)).absorb(surplus).core
+    sizes = dict(zip(MODES, mode_sizes(shape), strict=True))
+    factors = {mode: new.factors.get(mode, torch.eye(sizes[mode])) for mode in slot.factors}
+    if "k" not in slot.factors:
+        core = core.reshape(*core.shape[:3], *shape[3:], *terms)
+    return Tucker(core, factors)
 
 
 def _others(

@@ -18,7 +18,7 @@ from ..layer import LoTRALayer, adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.offloaded import tensors_in_place
 from ..slim_layer import SlimLayer
-from ..tensors.tucker import reconstruct
+from ..tensors.tucker import Tucker
 
 
 def convert_to_lora(
@@ -112,12 +112,12 @@ def _matrices(layer: LoTRALayer, adapter_name: str, rank: int | float | None) ->
     """lora_A, shape (k, n·n_d), and lora_B, shape (m, k), in the adapter's dtype; computed in fp64."""
     with tensors_in_place(layer):
         dtype = layer.lotra_core[adapter_name].dtype
-        factors = layer.factors(adapter_name).map(lambda f: f.detach().to("cpu", torch.float64, copy=True))
-    core = factors.core * layer.scaling[adapter_name]
+        whole = layer.tucker(adapter_name).map(lambda f: f.detach().to("cpu", torch.float64, copy=True))
+    core, factors = whole.times(layer.scaling[adapter_name])
     layout, r2 = layer.spec.layout, core.shape[1]
     rows = Layout(layout.pattern, {**layout.sizes, "o": r2})  # r2 rows in place of the m outputs
-    A = rows.from_canonical(reconstruct(factors._replace(core=core, U2=None)))
-    B = torch.eye(r2, dtype=core.dtype) if factors.U2 is None else factors.U2
+    A = rows.from_canonical(Tucker(core, {mode: U for mode, U in factors.items() if mode != "o"}).dense())
+    B = factors.get("o", torch.eye(r2, dtype=core.dtype))
     if rank is not None and A.isfinite().all() and B.isfinite().all():
         (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
         U, values, V = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)

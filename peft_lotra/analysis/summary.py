@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..checkpoint import CONTAINERS, PREFIX, is_adapter_key
+from ..checkpoint import PREFIX, is_adapter_key
 from ..layer import adapted_tensors
 from ..placement.sharded import full_shape
 from ..preserved import check_model
@@ -107,8 +107,7 @@ def summary(model: nn.Module) -> Summary:
     for name in dict.fromkeys(name for layer in layers.values() for name in layer.lotra_core):
         for tensor, layer in layers.items():
             if name in layer.lotra_core:
-                factors = zip(CONTAINERS, layer.factors(name), strict=True)
-                sizes = {key: prod(full_shape(factor)) for key, factor in factors if factor is not None}
+                sizes = {key: prod(full_shape(factor)) for key, factor in layer.tucker(name).named().items()}
                 stored, frozen = sum(sizes.values()), layer.frozen_peft_weight_names[name]
                 trained = stored - sum(size for key, size in sizes.items() if key in frozen)
                 layout = layer.spec.layout

@@ -124,6 +124,10 @@ class Axes(NamedTuple):
         """How many rows of the mode's factor this view shows."""
         return math.prod([atom.size for axis in self.axes for atom in axis.atoms if atom.mode == mode])
 
+    def shape(self) -> tuple[int, ...]:
+        """How many rows of each mode this view shows, (n, m, n_d, ...)."""
+        return tuple([self.size(mode) for mode in self.modes()])
+
     def rows(self, mode: str, count: int) -> Rows:
         """The rows of a factor of `count` rows that this view shows, in the view's order."""
         rows = [dict(self.starts)[mode]]

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..coefficients.spec import CoefficientSpec
 from ..placement.sharded import any_sharded, full_shape, full_tensor
-from ..tensors.tucker import TuckerFactors, factor_shapes
+from ..tensors.tucker import Tucker, tucker_shapes
 from .axes import indexed, parameter_axes
 from .operations import Weight
 from .places import enter, held, leave
@@ -36,11 +36,11 @@ def dense_update(spec: CoefficientSpec, update: Update, shape: torch.Size) -> to
         SampleAxisUnknown: if it differs from sample to sample.
     """
     update = _gathered(update)
-    return _sum(spec, update.factors.core.new_zeros(shape), (update,))
+    return _sum(spec, update.tucker.core.new_zeros(shape), (update,))
 
 
 def _gathered(update: Update) -> Update:
-    return update._replace(factors=update.factors.map(full_tensor))
+    return update._replace(tucker=update.tucker.map(full_tensor))
 
 
 def _spread(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
@@ -116,8 +116,8 @@ def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> 
     if spec.layout.flattened:
         return True
     parameter = _located(layer, spec.parameter)[2]
-    shapes = factor_shapes(spec.layout.canonical_shape, (1, 1, 1))
-    factors = TuckerFactors(*[None if shape is None else parameter.new_zeros(shape) for shape in shapes])  # type: ignore[arg-type]
+    shapes = tucker_shapes(spec.layout.canonical_shape, (1, 1, 1))
+    factors = Tucker.of({name: parameter.new_zeros(shape) for name, shape in shapes.items()})
     with Adapted(layer, spec, (Update(factors, 1.0),), quiet=True) as adapted:
         layer(*args, **kwargs)
     return adapted.acted
@@ -172,7 +172,7 @@ def replaced(layer: nn.Module, spec: CoefficientSpec, coefficients: torch.Tensor
 def is_sharded(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> bool:
     """Whether coefficients or factors are in parts now: a method was called outside of forward, which gathers them."""
     tensors = [_located(layer, path)[2] for path in (spec.parameter, spec.scale) if path is not None]
-    return any_sharded([*tensors, *[tensor for update in updates for tensor in update.factors.tensors()]])
+    return any_sharded([*tensors, *[tensor for update in updates for tensor in update.tucker.tensors()]])
 
 
 def _located(layer: nn.Module, path: str) -> tuple[nn.Module, str, torch.Tensor]:

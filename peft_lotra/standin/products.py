@@ -50,7 +50,7 @@ def is_number(value: Any) -> bool:
 
 def by_number(function: Callable[..., Any], weight: Weight, number: Any) -> Weight:
     """function(A, number) + Σ function(s · G, number) ×₁ U1 ×₂ U2 ×₃ U3 for a function that is linear in A."""
-    updates = [u._replace(factors=u.factors._replace(core=function(u.factors.core, number))) for u in weight.updates]
+    updates = [u._replace(tucker=u.tucker._replace(core=function(u.tucker.core, number))) for u in weight.updates]
     tensor = weight.tensor if weight.is_zero else function(weight.tensor, number)
     return weight._replace(tensor=tensor, updates=tuple(updates))
 

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .cost import DENSE
 from .operations import CONTRACTIONS, Contraction, Weight
 from .places import running
 from .plan import apply, dense_sum, plan_for
@@ -291,7 +290,7 @@ def _factorised(asked: Asked, weight: Weight, contraction: Contraction | None) -
     if contraction is None or plan is None:
         return NotImplemented
     meant, function = asked.meant, asked.function
-    if plan.order == DENSE:
+    if plan.dense:
         return asked.about(dense_sum(meant, plan.dense) if meant is weight else _dense(meant), function)
     y = None if weight.is_zero else asked.about(_stored(meant), function)
     return apply(plan, contraction, weight, y)
@@ -323,7 +322,7 @@ def _requires_grad(meant: Meant) -> bool:
     weight = meant.weight if isinstance(meant, Product) else meant
     tensors = [_stored(meant)]
     if isinstance(weight, Weight):
-        tensors += [tensor for update in weight.updates for tensor in update.factors.tensors()]
+        tensors += [tensor for update in weight.updates for tensor in update.tucker.tensors()]
     return any([tensor.requires_grad for tensor in tensors])
 
 

@@ -61,7 +61,7 @@ def _same(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: An
 
 
 def _detach(function: Callable[..., Any], weight: Weight) -> Weight:
-    updates = [u._replace(factors=u.factors.map(torch.Tensor.detach)) for u in weight.updates]
+    updates = [u._replace(tucker=u.tucker.map(torch.Tensor.detach)) for u in weight.updates]
     return weight._replace(tensor=weight.tensor.detach(), updates=tuple(updates))
 
 

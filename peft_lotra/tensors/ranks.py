@@ -55,7 +55,6 @@ def choose_ranks(
     compression_ratio: float | None,
     freeze_factors: bool = False,
     terms: int = 0,
-    tasks: int = 0,
     slim: bool = False,
 ) -> dict[str, Ranks]:
     """The ranks of every tensor by name: exactly as in `fixed`, or else from `r`, or else from `compression_ratio`.
@@ -68,7 +67,6 @@ def choose_ranks(
             coefficients. With None it is a tenth, or the smallest adapter if that is more and `fixed` is empty.
         freeze_factors: whether only the cores count.
         terms: P of a family of tasks; else 0.
-        tasks: the number of tasks, if they have a trained factor; else 0.
         slim: whether the factors replace the coefficients. A budget is then spent by `slim_ranks`.
 
     Raises:
@@ -81,7 +79,7 @@ def choose_ranks(
         return chosen | _clipped(free, r)
     if compression_ratio is None and not free:
         return chosen
-    count = partial(core_count if freeze_factors else parameter_count, terms=terms, tasks=tasks)
+    count = partial(core_count if freeze_factors else parameter_count, terms=terms)
     ranks_at = partial(slim_ranks if slim else equal_ranks, count=count)
     return chosen | _budgeted(shapes, chosen, compression_ratio, count, ranks_at)
 

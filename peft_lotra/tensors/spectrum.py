@@ -45,7 +45,7 @@ class Spectrum:
             raise ValueError(f"{name} has NaN or infinity: did the training diverge?")
         factors, values = hosvd(tensor)
         core_energy = factors.core.square().reshape(*factors.core.shape[:3], -1).sum(3)
-        return cls(tuple(tensor.shape), values, core_energy)
+        return cls(tuple(tensor.shape), (values["i"], values["o"], values["d"]), core_energy)
 
     @property
     def energy(self) -> float:

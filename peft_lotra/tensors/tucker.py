@@ -1,14 +1,14 @@
 """Tucker algebra on coefficient tensors A of shape (n, m, n_d, ...): modes input i, output o, basis d, positions k.
 
-The fourth mode is all further axes of A, groups and kernel positions, with K entries together. A mode without a factor
-is whole: its U is the identity, which is neither stored nor multiplied. In a family of tasks, G has one more axis, the
-last, and the tasks are the fifth mode. These are pure functions, without PEFT.
+The mode k is all further axes of A, groups and kernel positions, with K entries together. A mode without a factor is
+whole: its factor is the identity, which is neither stored nor multiplied. In a family of tasks, G has one more axis,
+the last. These are pure functions, without PEFT.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,64 +16,102 @@ import torch
 # (r1, r2, r3), or (r1, r2, r3, r4) with a factor of the positions; None where the mode is whole.
 Ranks = tuple[int | None, ...]
 
+MODES = "iodk"  # in the order of the core's axes
+# The names of factors in models and in files.
+NAMES = {"i": "lotra_U1", "o": "lotra_U2", "d": "lotra_U3", "k": "lotra_U4"}
+CORE = "lotra_core"
+CONTAINERS = (CORE, *NAMES.values())
 
-class TuckerFactors(NamedTuple):
-    """A tensor in Tucker form, G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 ×₅ U5. A factor is None where it is the identity.
 
-    With U4, the tensor's positions are one axis, the fourth. Without U4, they may be any number of axes. U5 belongs to
-    the last axis.
+class Tucker(NamedTuple):
+    """A tensor in Tucker form, G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4.
+
+    With a factor of k, the tensor's positions are one axis, the fourth. Without it, they may be any number of axes.
     """
 
-    core: torch.Tensor  # shape: (r1, r2, r3, ...)
-    U1: torch.Tensor | None  # shape: (n, r1)
-    U2: torch.Tensor | None  # shape: (m, r2)
-    U3: torch.Tensor | None  # shape: (n_d, r3)
-    U4: torch.Tensor | None = None  # shape: (K, r4)
-    U5: torch.Tensor | None = None  # shape: (tasks, k)
+    core: torch.Tensor  # G, shape: (r1, r2, r3, ...)
+    factors: Mapping[str, torch.Tensor] = {}  # by mode; shapes: i (n, r1), o (m, r2), d (n_d, r3), k (K, r4)
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TuckerFactors:
-        """`function` of the core and of every factor that is not None."""
-        return TuckerFactors(*[None if tensor is None else function(tensor) for tensor in self])  # type: ignore[arg-type]
+    @classmethod
+    def of(cls, named: Mapping[str, torch.Tensor | None]) -> Tucker:
+        """The tensor of a core and factors by their names in models and files; no factor where a mode is whole."""
+        core = named[CORE]
+        assert core is not None
+        found = {mode: named.get(name) for mode, name in NAMES.items()}
+        return cls(core, {mode: U for mode, U in found.items() if U is not None})
+
+    def named(self) -> dict[str, torch.Tensor]:
+        """The core and the factors by their names in models and files."""
+        return {CORE: self.core} | {NAMES[mode]: U for mode, U in self.factors.items()}
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Tucker:
+        """`function` of the core and of every factor."""
+        return Tucker(function(self.core), {mode: function(U) for mode, U in self.factors.items()})
 
     def tensors(self) -> list[torch.Tensor]:
-        """The core and the factors that are not None."""
-        return [tensor for tensor in self if tensor is not None]
+        """The core and the factors."""
+        return [self.core, *self.factors.values()]
 
-    def at(self, c: torch.Tensor) -> TuckerFactors:
-        """The tensor of a family at one task, G ×₅ c with c, shape (P,), or G ×₅ (c · U5) with c, shape (tasks,)."""
-        return self._replace(core=self.core @ self.terms(c), U5=None)
+    def times(self, factor: float) -> Tucker:
+        """The tensor times a number."""
+        return self._replace(core=self.core * factor)
 
-    def terms(self, c: torch.Tensor) -> torch.Tensor:
-        """The weights of the terms G[..., p], in the dtype of G: c · U5, or c if there is no U5."""
-        c = c.to(self.core)
-        return c if self.U5 is None else c @ self.U5
+    def at(self, c: torch.Tensor) -> Tucker:
+        """The tensor of a family at one task: Σ_p c_p · G[..., p] in place of G; c: (P,)."""
+        return self._replace(core=self.core @ c.to(self.core))
+
+    def absorb(self, modes: Sequence[str]) -> Tucker:
+        """The same tensor with the factors of some modes multiplied into the core, so that these modes are whole."""
+        core = self.core
+        for mode in modes:
+            core = mode_product(core, self.factors.get(mode), MODES.index(mode))
+        return Tucker(core, {mode: U for mode, U in self.factors.items() if mode not in modes})
+
+    def dense(self) -> torch.Tensor:
+        """G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4: the dense tensor, shape (n, m, n_d, ...)."""
+        # The basis mode is the smallest, and often the input mode is next. This order keeps the intermediates small.
+        return self.absorb("kdio").core
+
+    def with_positions(self, positions: Sequence[int]) -> Tucker:
+        """The same tensor without a factor of k; the axes of the positions have the sizes `positions`."""
+        if "k" not in self.factors:
+            return self
+        # 16-bit numbers are multiplied out in fp32.
+        dtype = torch.promote_types(self.core.dtype, torch.float32)
+        whole = self._replace(core=self.core.to(dtype), factors={**self.factors, "k": self.factors["k"].to(dtype)})
+        core = whole.absorb("k").core.to(self.core.dtype)
+        core = core.reshape(*core.shape[:3], *positions, *core.shape[4:])
+        return Tucker(core, {mode: U for mode, U in self.factors.items() if mode != "k"})
+
+    def orthonormal(self) -> Tucker:
+        """The same tensor with orthonormal columns in every factor: U = Q R gives Q, and R goes into the core.
+
+        No diagonal entry of R is negative, so factors that are nearly orthonormal hardly change.
+        """
+        core, factors = self.core, {}
+        for mode, U in self.factors.items():
+            Q, R = torch.linalg.qr(U.to(torch.promote_types(U.dtype, torch.float32)))  # there is no QR in 16 bits
+            sign = torch.where(R.diagonal() < 0, -1, 1).to(R.dtype)
+            factors[mode] = (Q * sign).to(U)
+            core = mode_product(core, (sign[:, None] * R).to(U), MODES.index(mode))
+        return Tucker(core, factors)
+
+    def padded(self, ranks: Ranks) -> Tucker:
+        """The same tensor with ranks up to `ranks`: G is zero there, and U is completed by orthonormal columns."""
+        surplus, factors = [0] * self.core.dim(), dict(self.factors)
+        for axis, (mode, r) in enumerate(zip(MODES, ranks, strict=False)):
+            if r is not None and mode in factors:
+                surplus[axis], factors[mode] = r - self.core.shape[axis], completed(factors[mode], r)
+        core = torch.nn.functional.pad(self.core, [n for s in reversed(surplus) for n in (0, s)])
+        return Tucker(core, factors)
 
 
-def mode_product(tensor: torch.Tensor, U: torch.Tensor | None, mode: int) -> torch.Tensor:
-    """tensor ×_mode U, U: (size, rank), on the axis `mode`; the tensor itself if U is the identity."""
-    return tensor if U is None else torch.tensordot(tensor, U, dims=([mode], [1])).movedim(-1, mode)
+def mode_product(tensor: torch.Tensor, U: torch.Tensor | None, axis: int) -> torch.Tensor:
+    """tensor × U along an axis, U: (size, rank); the tensor itself if U is the identity."""
+    return tensor if U is None else torch.tensordot(tensor, U, dims=([axis], [1])).movedim(-1, axis)
 
 
-def reconstruct(factors: TuckerFactors) -> torch.Tensor:
-    """G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 ×₅ U5: the dense tensor, shape (n, m, n_d, ...)."""
-    core, U1, U2, U3, U4, U5 = factors
-    # The basis mode is the smallest, and often the input mode is next. This order keeps the intermediates small.
-    tensor = mode_product(mode_product(mode_product(mode_product(core, U5, -1), U4, 3), U3, 2), U1, 0)
-    return mode_product(tensor, U2, 1)
-
-
-def with_positions(factors: TuckerFactors, positions: Sequence[int]) -> TuckerFactors:
-    """The same tensor with G ×₄ U4 as its core, in which the axes of the positions have the sizes `positions`."""
-    core, U4 = factors.core, factors.U4
-    if U4 is None:
-        return factors
-    # 16-bit numbers are multiplied out in fp32.
-    wide = torch.promote_types(core.dtype, torch.float32)
-    core = mode_product(core.to(wide), U4.to(wide), 3).to(core.dtype)
-    return factors._replace(core=core.reshape(*core.shape[:3], *positions, *core.shape[4:]), U4=None)
-
-
-def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> TuckerFactors:
+def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> Tucker:
     """argmin ‖A − G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4‖ over factors of the given ranks: truncated HOSVD improved by HOOI.
 
     Args:
@@ -83,20 +121,19 @@ def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> Tucke
             it orthonormally.
         n_iter_max: how many sweeps of HOOI follow the HOSVD.
     """
-    modes = [mode for mode, r in enumerate(ranks) if r is not None]
+    axes = [axis for axis, r in enumerate(ranks) if r is not None]
     given = [r for r in ranks if r is not None]
-    if 3 in modes:
+    if 3 in axes:
         tensor = tensor.flatten(3)
-    if not modes:
-        return TuckerFactors(tensor, None, None, None)
-    sizes = [tensor.shape[mode] for mode in modes]
+    if not axes:
+        return Tucker(tensor)
+    sizes = [tensor.shape[axis] for axis in axes]
     if not tensor.any():
         shape = list(tensor.shape)
-        for mode, r in zip(modes, given, strict=True):
-            shape[mode] = r
-        return _placed(
-            tensor.new_zeros(shape), [torch.eye(n, r).to(tensor) for n, r in zip(sizes, given, strict=True)], modes
-        )
+        for axis, r in zip(axes, given, strict=True):
+            shape[axis] = r
+        starts = [torch.eye(n, r).to(tensor) for n, r in zip(sizes, given, strict=True)]
+        return Tucker(tensor.new_zeros(shape), {MODES[axis]: U for axis, U in zip(axes, starts, strict=True)})
     useful, volume = list(given), tensor.numel() // math.prod(sizes)
     for k in range(len(useful)):  # one pass is enough: at most one rank can exceed the product of the others
         useful[k] = min(useful[k], math.prod(useful[:k] + useful[k + 1 :]) * volume)
@@ -106,90 +143,54 @@ def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> Tucke
 
     with tensorly.backend_context("pytorch", local_threadsafe=True):
         (core, factors), _ = partial_tucker(
-            tensor, rank=useful, modes=modes, n_iter_max=n_iter_max, init="svd", tol=1e-8
+            tensor, rank=useful, modes=axes, n_iter_max=n_iter_max, init="svd", tol=1e-8
         )
-    return _padded(_placed(core, factors, modes), ranks)
+    return Tucker(core, {MODES[axis]: U for axis, U in zip(axes, factors, strict=True)}).padded(ranks)
 
 
-def compress(factors: TuckerFactors, ranks: Ranks) -> tuple[TuckerFactors, float]:
-    """`decompose` of G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 without its dense tensor, and the relative error ‖A − A_r‖ / ‖A‖.
+def compress(given: Tucker, ranks: Ranks) -> tuple[Tucker, float]:
+    """`decompose` of a tensor in Tucker form without its dense tensor, and the relative error ‖A − A_r‖ / ‖A‖.
 
-    With U_k = Q_k R_k, this decomposes the smaller tensor G ×₁ R1 ×₂ R2 ×₃ R3 ×₄ R4, which has the same norm. Ranks
-    are as in `decompose`.
+    With U = Q R in every mode that has a rank, this decomposes the smaller tensor G × R, which has the same norm.
+    Ranks are as in `decompose`.
     """
-    core, *sides, _ = factors
-    bases: list[torch.Tensor | None] = [None] * 4
-    for mode, (U, r) in enumerate(zip(sides, (*ranks, None)[:4], strict=True)):
-        if U is not None and r is not None:
-            bases[mode], U = torch.linalg.qr(U)
-        core = mode_product(core, U, mode)
+    bases, sides = {}, {}
+    for mode, r in zip(MODES, (*ranks, None), strict=False):
+        if mode in given.factors:
+            sides[mode] = given.factors[mode]
+            if r is not None:
+                bases[mode], sides[mode] = torch.linalg.qr(sides[mode])
+    core = Tucker(given.core, sides).dense()
     kept = decompose(core, tuple([None if r is None else min(r, core.shape[k]) for k, r in enumerate(ranks)]))
-    error = ((core - reconstruct(kept).reshape(core.shape)).norm() / core.norm()).nan_to_num().item()
-    core, *sides, _ = kept
-    sides = [U if Q is None or U is None else Q @ U for Q, U in zip(bases, sides, strict=True)]
-    return _padded(TuckerFactors(core, *sides), ranks), error
+    error = ((core - kept.dense().reshape(core.shape)).norm() / core.norm()).nan_to_num().item()
+    factors = {mode: bases[mode] @ U if mode in bases else U for mode, U in kept.factors.items()}
+    return kept._replace(factors=factors).padded(ranks), error
 
 
-def orthonormal(factors: TuckerFactors) -> TuckerFactors:
-    """The same tensor with orthonormal columns in every factor: U_k = Q_k R_k gives Q_k, and R_k goes into the core.
-
-    No diagonal entry of R_k is negative, so factors that are nearly orthonormal hardly change.
-    """
-    core, *sides = factors
-    for mode, U in enumerate(sides):
-        if U is not None:
-            Q, R = torch.linalg.qr(U.to(torch.promote_types(U.dtype, torch.float32)))  # there is no QR in 16 bits
-            sign = torch.where(R.diagonal() < 0, -1, 1).to(R.dtype)
-            sides[mode] = (Q * sign).to(U)
-            core = mode_product(core, (sign[:, None] * R).to(U), mode if mode < 4 else -1)
-    return TuckerFactors(core, *sides)
-
-
-def weighted_sum(terms: Sequence[tuple[float, TuckerFactors]]) -> TuckerFactors:
+def weighted_sum(terms: Sequence[tuple[float, Tucker]]) -> Tucker:
     """Σ_j w_j · G_j ×₁ U1_j ×₂ U2_j ×₃ U3_j ×₄ U4_j, exactly: a block-diagonal core and factors side by side.
 
     Ranks add up. If their sum reaches the size of a mode, or the mode is whole in a term, the factors are multiplied
     into the cores, and the mode is whole.
     """
-    joint: list[torch.Tensor | None] = [None] * 4
-    for mode in range(4):
-        own = [U for _, factors in terms if (U := factors[mode + 1]) is not None]
-        if len(own) == len(terms):
-            beside = torch.cat(own, dim=1)
-            joint[mode] = beside if beside.shape[1] < beside.shape[0] else None
-    # A term's core, multiplied by the factors that do not stay side by side with the others'.
-    cores = []
-    for weight, (core, *sides, _) in terms:
-        for mode, U in enumerate(sides):
-            core = core if joint[mode] is not None else mode_product(core, U, mode)
-        cores.append(weight * core)
-    shape = [cores[0].shape[k] if k > 3 or joint[k] is None else joint[k].shape[1] for k in range(cores[0].dim())]  # type: ignore[union-attr]
+    joint = {}
+    for mode in MODES:
+        if all(mode in one.factors for _, one in terms):
+            beside = torch.cat([one.factors[mode] for _, one in terms], dim=1)
+            if beside.shape[1] < beside.shape[0]:
+                joint[mode] = beside
+    whole = [mode for mode in MODES if mode not in joint]
+    cores = [weight * one.absorb(whole).core for weight, one in terms]
+    shape = list(cores[0].shape)
+    for mode, U in joint.items():
+        shape[MODES.index(mode)] = U.shape[1]
     total, starts = cores[0].new_zeros(shape), [0] * len(shape)
     for core in cores:
         total[tuple([slice(start, start + size) for start, size in zip(starts, core.shape, strict=True)])] += core
-        for mode, side in enumerate(joint):
-            if side is not None:
-                starts[mode] += core.shape[mode]
-    return TuckerFactors(total, *joint)
-
-
-def _placed(core: torch.Tensor, factors: Sequence[torch.Tensor], modes: Sequence[int]) -> TuckerFactors:
-    """G and the factors of the modes `modes`; the other modes are whole."""
-    sides: list[torch.Tensor | None] = [None] * 4
-    for mode, U in zip(modes, factors, strict=True):
-        sides[mode] = U
-    return TuckerFactors(core, *sides)
-
-
-def _padded(factors: TuckerFactors, ranks: Ranks) -> TuckerFactors:
-    """The same tensor with ranks up to `ranks`: G is zero there, and the columns of U complete it orthonormally."""
-    core, *sides = factors
-    surplus = [0] * core.dim()
-    for mode, (r, U) in enumerate(zip(ranks, sides, strict=False)):
-        if r is not None and U is not None:
-            surplus[mode], sides[mode] = r - core.shape[mode], completed(U, r)
-    core = torch.nn.functional.pad(core, [n for s in reversed(surplus) for n in (0, s)])
-    return TuckerFactors(core, *sides)
+        for mode in joint:
+            axis = MODES.index(mode)
+            starts[axis] += core.shape[axis]
+    return Tucker(total, joint)
 
 
 def completed(U: torch.Tensor, r: int) -> torch.Tensor:
@@ -199,45 +200,44 @@ def completed(U: torch.Tensor, r: int) -> torch.Tensor:
     return torch.cat([U, torch.linalg.qr(U, mode="complete").Q[:, U.shape[1] : r]], dim=1)
 
 
-def hosvd(tensor: torch.Tensor) -> tuple[TuckerFactors, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """A = S ×₁ U1 ×₂ U2 ×₃ U3 with U_k the left singular vectors of A unfolded along mode k, and the singular values.
+def hosvd(tensor: torch.Tensor) -> tuple[Tucker, dict[str, torch.Tensor]]:
+    """A = S ×₁ U1 ×₂ U2 ×₃ U3 with the left singular vectors of A unfolded along each mode, and the singular values.
 
-    S[:r1, :r2, :r3] and U_k[:, :r_k] are the truncated HOSVD.
+    S[:r1, :r2, :r3] and the first r columns of each factor are the truncated HOSVD.
 
     Args:
         tensor: A, shape (n, m, n_d, ...).
     """
-    svds = [torch.linalg.svd(tensor.movedim(mode, 0).flatten(1), full_matrices=False) for mode in range(3)]
-    vectors, values, _ = zip(*svds, strict=True)
-    core = tensor
-    for mode, U in enumerate(vectors):
-        core = mode_product(core, U.mT, mode)
-    return TuckerFactors(core, *vectors), values
+    core, factors, values = tensor, {}, {}
+    for axis, mode in enumerate("iod"):
+        unfolded = tensor.movedim(axis, 0).flatten(1)
+        factors[mode], values[mode], _ = torch.linalg.svd(unfolded, full_matrices=False)
+        core = mode_product(core, factors[mode].mT, axis)
+    return Tucker(core, factors), values
 
 
-def factor_shapes(
-    shape: Sequence[int], ranks: Ranks, terms: int = 0, tasks: int = 0
-) -> tuple[tuple[int, ...] | None, ...]:
-    """The shapes of G, U1, U2, U3, U4, U5 for a tensor of shape (n, m, n_d, ...); None where the mode is whole.
+def tucker_shapes(shape: Sequence[int], ranks: Ranks, terms: int = 0) -> dict[str, tuple[int, ...]]:
+    """The shapes of the core and of the factors of a tensor of shape (n, m, n_d, ...), by name; none for whole modes.
 
-    With `terms` P > 0, G is the core of a family of tasks: its last axis has this size. With `tasks` > 0, U5 has that
-    many rows.
+    With `terms` P > 0, G is the core of a family of tasks: its last axis has this size.
     """
     ranks = (*ranks, None)[:4]
     sizes = [*shape[:3], math.prod(shape[3:])]
     core = [size if r is None else r for size, r in zip(sizes, ranks, strict=True)]
     further = shape[3:] if ranks[3] is None else core[3:]
-    further = (*further, *[terms] * (terms > 0))
-    sides = [None if r is None else (n, r) for n, r in zip(sizes, ranks, strict=True)]
-    return ((*core[:3], *further), *sides, (tasks, terms) if tasks else None)
+    shapes: dict[str, tuple[int, ...]] = {CORE: (*core[:3], *further, *[terms] * (terms > 0))}
+    for mode, size, r in zip(MODES, sizes, ranks, strict=True):
+        if r is not None:
+            shapes[NAMES[mode]] = size, r
+    return shapes
 
 
-def core_count(shape: Sequence[int], ranks: Ranks, terms: int = 0, tasks: int = 0) -> int:
+def core_count(shape: Sequence[int], ranks: Ranks, terms: int = 0) -> int:
     """How many numbers G has, without the factors."""
-    return math.prod(factor_shapes(shape, ranks, terms, tasks)[0] or ())
+    return math.prod(tucker_shapes(shape, ranks, terms)[CORE])
 
 
-def parameter_count(shape: Sequence[int], ranks: Ranks, terms: int = 0, tasks: int = 0) -> int:
+def parameter_count(shape: Sequence[int], ranks: Ranks, terms: int = 0) -> int:
     """How many numbers G and its factors have, for a tensor of shape (n, m, n_d, ...): r1·r2·r3·r4 + n·r1 + m·r2 +
     n_d·r3 + K·r4 if no mode is whole."""
-    return sum(math.prod(part) for part in factor_shapes(shape, ranks, terms, tasks) if part is not None)
+    return sum(map(math.prod, tucker_shapes(shape, ranks, terms).values()))

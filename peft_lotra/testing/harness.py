@@ -111,9 +111,7 @@ class KANLayerTests:
         base, x = self._base(torch.float64)
         model = self._adapted(base)
         factors = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        assert len(factors) == sum(
-            len(layer.factors("default").tensors()) for layer in adapted_tensors(model).values()
-        )
+        assert len(factors) == sum(len(layer.tucker("default").tensors()) for layer in adapted_tensors(model).values())
         self._check_gradients(base, model, x)
 
     def test_second_derivatives(self) -> None:

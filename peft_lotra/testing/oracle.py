@@ -17,7 +17,7 @@ from ..coefficients import CoefficientSpec
 from ..layer import adapted_tensors, first_tensor
 from ..standin import plan
 from ..standin import tensor as standin_tensor
-from ..standin.cost import DENSE
+from ..standin.cost import DENSE, Work
 
 
 @contextmanager
@@ -30,9 +30,8 @@ def forced_order(order: str) -> Iterator[SimpleNamespace]:
     taken, counted = SimpleNamespace(times=0), plan.cheapest_order
     room: Any = plan
 
-    def forced(*sizes: Any) -> str:
-        on_x = sizes[5]
-        possible = order == DENSE or set(order) <= set(on_x)
+    def forced(work: Work, _: Any) -> str:
+        possible = order == DENSE or set(order) <= set(work.on_x)
         taken.times += possible
         return order if possible else ""
 
@@ -78,7 +77,7 @@ def dense_model(
             held = [getattr(layer, container)._parameters.get(adapter) for container in layer.adapter_layer_names]
             if task is not None:  # each task of a family has its own update
                 held[0] = held[0][..., task]
-            update = weight * layer.scaling[adapter] * _scattered(spec, *held[:5])
+            update = weight * layer.scaling[adapter] * _scattered(spec, *held)
             if spec.scale is not None:
                 update = update / _repeated(spec, tensor_at(plain, spec.scale))
             whole = torch.zeros_like(coefficients, dtype=update.dtype)

@@ -16,8 +16,9 @@ from ..layer import LoTRALayer, adapted_tensors
 from ..placement.sharded import check_not_sharded
 from ..preserved import check_model, preserved, preserved_random_state
 from ..standin import adapted_coefficients, replaced
+from ..tensors.tucker import MODES
 
-METHODS = {"gradient": (1,), "gradient_hosvd": (0, 1, 2, 3)}  # the modes whose factors are set
+METHODS = {"gradient": "o", "gradient_hosvd": MODES}  # the modes whose factors are set
 
 
 def initialize_lotra_weights(
@@ -45,8 +46,7 @@ def initialize_lotra_weights(
         train_step: a function without arguments that computes losses on the new task and calls `backward()` on each.
             Gradients add up. The function must not make an optimizer step.
         adapter_name: an adapter that has not been trained (G = 0).
-        method: "gradient" sets U2. "gradient_hosvd" sets every factor, each from the unfolding along its mode; the
-            factor of the tasks (`family_rank`) stays as drawn.
+        method: "gradient" sets U2. "gradient_hosvd" sets every factor, each from the unfolding along its mode.
         progressbar: whether to show the progress of the decompositions.
 
     If an unfolding has fewer singular vectors than the rank, the other columns are random and orthonormal to them.
@@ -70,13 +70,13 @@ def initialize_lotra_weights(
         for name, layer in tqdm(layers.items(), desc="initialize LoTRA", disable=not progressbar):
             gradient = _averaged(gradients.pop(name), layer)
             _check_gradient(gradient, name)
-            factors = layer.factors(adapter_name)
+            factors = layer.tucker(adapter_name)
             for mode in METHODS[method]:
-                factor = factors[mode + 1]
-                if factor is None:  # the mode is whole
+                if mode not in factors.factors:  # the mode is whole
                     continue
-                unfolded = gradient.flatten(3) if mode == 3 else gradient
-                vectors = _leading_vectors(unfolded.movedim(mode, 0).flatten(1), factor.shape[1])
+                factor = factors.factors[mode]
+                unfolded = gradient.flatten(3) if mode == "k" else gradient
+                vectors = _leading_vectors(unfolded.movedim(MODES.index(mode), 0).flatten(1), factor.shape[1])
                 new[factor] = vectors.to(factor)
             for factor in factors.tensors():
                 new[factor] = _shared(new.get(factor, factor.detach().clone()))

@@ -13,19 +13,19 @@ from ..layer import adapted_tensors
 from ..placement.sharded import check_not_sharded
 from ..preserved import check_model
 from ..tensors.ranks import mode_sizes
-from ..tensors.tucker import orthonormal as orthonormal_factors
+from ..tensors.tucker import CORE, NAMES
 
 Multipliers = Mapping[str, float]
 
 # η/lr of each component in a layer with n inputs, m outputs, n_d basis functions and K positions; 1 if not named.
 _RULES: dict[str, Callable[[int, int, int, int], dict[str, float]]] = {
-    "LR-1": lambda n, m, n_d, K: {"U1": 1 / n, "U3": 1 / n_d, "U4": 1 / K},
-    "LR-2": lambda n, m, n_d, K: {"U1": 1 / n},
-    "LR-3": lambda n, m, n_d, K: {"U3": 1 / n_d},
+    "LR-1": lambda n, m, n_d, K: {"i": 1 / n, "d": 1 / n_d, "k": 1 / K},
+    "LR-2": lambda n, m, n_d, K: {"i": 1 / n},
+    "LR-3": lambda n, m, n_d, K: {"d": 1 / n_d},
     "LR-4": lambda n, m, n_d, K: {},
-    "adam": lambda n, m, n_d, K: {"U1": 1 / n, "U2": 1 / m**0.5, "U3": 1 / n_d, "U4": 1 / K},
+    "adam": lambda n, m, n_d, K: {"i": 1 / n, "o": 1 / m**0.5, "d": 1 / n_d, "k": 1 / K},
 }
-_COMPONENTS = ("core", "U1", "U2", "U3", "U4", "U5")
+_COMPONENTS = {"core": CORE, **NAMES}
 
 
 def create_lotra_optimizer(
@@ -77,8 +77,8 @@ def _orthonormalize(model: nn.Module) -> None:
     _check_whole(model)  # it may have been sharded since
     for layer in adapted_tensors(model).values():
         for name in layer.lotra_core:
-            if all(factor.requires_grad for factor in layer.factors(name).tensors()):
-                layer.set_factors(name, orthonormal_factors(layer.factors(name)))
+            if all(factor.requires_grad for factor in layer.tucker(name).tensors()):
+                layer.set_tucker(name, layer.tucker(name).orthonormal())
 
 
 def lotra_parameter_groups(
@@ -93,7 +93,7 @@ def lotra_parameter_groups(
         lr: the rate of the core, and of tensors that are trained beside adapters (`modules_to_save`, biases).
         lr_rule: the multipliers in a layer with n inputs, m outputs, n_d basis functions and K kernel positions:
 
-            | rule | core | U1 | U2 | U3 | U4 |
+            | rule | core | i | o | d | k |
             |---|---|---|---|---|---|
             | "LR-1" | 1 | 1/n | 1 | 1/n_d | 1/K |
             | "LR-2" | 1 | 1/n | 1 | 1 | 1 |
@@ -101,10 +101,10 @@ def lotra_parameter_groups(
             | "LR-4" | 1 | 1 | 1 | 1 | 1 |
             | "adam" | 1 | 1/n | 1/√m | 1/n_d | 1/K |
 
-            The multiplier of U5 (`family_rank`) is 1. The rule may also be a mapping from some of "core", "U1", "U2",
-            "U3", "U4", "U5" to multipliers for every layer; the others are then 1. LR-4, one rate for all, was best or
-            near the best in layers of up to 256 inputs (examples/learning_rates.py). In wider layers its rate has to
-            fall with the width, and that of LR-2 does not.
+            The rule may also be a mapping from some of "core" and the factors' modes, "i", "o", "d", "k", to
+            multipliers for every layer; the others are then 1. LR-4, one rate for all, was best or near the best in
+            layers of up to 256 inputs (examples/learning_rates.py). In wider layers its rate has to fall with the
+            width, and that of LR-2 does not.
         weight_decay: the weight decay of all groups. None leaves the optimizer's default.
 
     Raises:
@@ -142,7 +142,7 @@ def _rule(lr_rule: str | Multipliers) -> Callable[[int, int, int, int], Multipli
             raise ValueError(f"`lr_rule` should be one of {list(_RULES)} or a mapping of multipliers, got {lr_rule!r}")
         return _RULES[lr_rule]
     if not isinstance(lr_rule, Mapping) or set(lr_rule) - set(_COMPONENTS):
-        raise ValueError(f"`lr_rule` should map some of {_COMPONENTS} to multipliers, got {lr_rule!r}")
+        raise ValueError(f"`lr_rule` should map some of {[*_COMPONENTS]} to multipliers, got {lr_rule!r}")
     if not all(isinstance(value, Real) and 0 < value < float("inf") for value in lr_rule.values()):
         raise ValueError(f"`lr_rule` should give positive multipliers, got {dict(lr_rule)}")
     return lambda n, m, n_d, K: lr_rule
@@ -155,7 +155,7 @@ def _multipliers(
     found = {}
     for layer in adapted_tensors(model).values():
         multipliers = rule(*mode_sizes(layer.spec.layout.canonical_shape))
-        for component in _COMPONENTS:
-            for parameter in getattr(layer, f"lotra_{component}").values():
+        for component, container in _COMPONENTS.items():
+            for parameter in getattr(layer, container).values():
                 found[parameter] = component, float(multipliers.get(component, 1))
     return found
