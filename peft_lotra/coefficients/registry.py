@@ -161,7 +161,7 @@ def _described(
     def describe(layer: Any) -> Descriptions:
         description: dict[str, Any] = {"layout": layout, "sizes": {}}
         for axes, path in sizes.items():
-            value = attrgetter(path)(layer) if isinstance(path, str) else path
+            value: Any = attrgetter(path)(layer) if isinstance(path, str) else path
             if len(axes) == 1:
                 value = [value if isinstance(value, int) else len(value)]
             description["sizes"].update(zip(axes, value, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -111,30 +111,30 @@ class Adapted(Call):
         leave(*contexts)
 
 
+@contextmanager
+def traced(layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], is_zero: bool) -> Iterator[Call]:
+    """`Adapted` for a pass that torch.compile traces. No other thread runs the layer meanwhile."""
+    call = Call(layer)
+    places = list(_meanings(layer, spec, updates, is_zero)) if updates else []
+    try:
+        for owner, name, _, meant in places:
+            owner.__dict__[name] = stand_in(meant, call)
+        yield call
+    finally:
+        for owner, name, _, _ in places:
+            owner.__dict__.pop(name, None)
+
+
 def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> bool:
     """Whether a forward pass of the layer computes something from its coefficients; True for a layout with a star."""
     if spec.layout.flattened:
         return True
     parameter = _located(layer, spec.parameter)[2]
     shapes = tucker_shapes(spec.layout.canonical_shape, (1, 1, 1))
-    factors = Tucker.of({name: parameter.new_zeros(shape) for name, shape in shapes.items()})
-    with Adapted(layer, spec, (Update(factors, 1.0),), quiet=True) as adapted:
+    nothing = Tucker.of({name: parameter.new_zeros(shape) for name, shape in shapes.items()})
+    with Adapted(layer, spec, (Update(nothing, 1.0),), quiet=True) as adapted:
         layer(*args, **kwargs)
     return adapted.acted
-
-
-@contextmanager
-def traced(layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], is_zero: bool) -> Iterator[Call]:
-    """`Adapted` for a pass that torch.compile traces. No other thread runs the layer meanwhile."""
-    call, placed = Call(layer), []
-    try:
-        for owner, name, _, meant in _meanings(layer, spec, updates, is_zero) if updates else ():
-            owner.__dict__[name] = stand_in(meant, call)
-            placed.append((owner, name))
-        yield call
-    finally:
-        for owner, name in placed:
-            owner.__dict__.pop(name, None)
 
 
 def _meanings(
@@ -159,14 +159,13 @@ def replaced(layer: nn.Module, spec: CoefficientSpec, coefficients: torch.Tensor
 
     All threads see the tensor, so no other thread runs the layer meanwhile.
     """
-    owner, name, _ = _located(layer, spec.parameter)
-    with held(owner, name, coefficients):
-        if spec.scale is None:
-            yield
-            return
-        owner, name, scale = _located(layer, spec.scale)
-        with held(owner, name, torch.ones(full_shape(scale), dtype=scale.dtype, device=scale.device)):
-            yield
+    with ExitStack() as stack:
+        stack.enter_context(held(*_located(layer, spec.parameter)[:2], coefficients))
+        if spec.scale is not None:
+            owner, name, scale = _located(layer, spec.scale)
+            ones = torch.ones(full_shape(scale), dtype=scale.dtype, device=scale.device)
+            stack.enter_context(held(owner, name, ones))
+        yield
 
 
 def is_sharded(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> bool:
