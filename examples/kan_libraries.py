@@ -37,9 +37,10 @@ from peft import get_peft_model
 from reporting import write_atomically
 from torch import nn
 
-from peft_lotra import LoTRAConfig, PerformanceWarning, infer_coefficients, verify_coefficients
+from peft_lotra import LoTRAConfig, infer_coefficients, verify_coefficients
 from peft_lotra.coefficients import known_coefficients, registry
-from peft_lotra.layer import first_tensor
+from peft_lotra.layers.lotra import first_tensor
+from peft_lotra.standin import PerformanceWarning
 from peft_lotra.testing import forget_warnings
 
 HERE = Path(__file__).resolve().parent

@@ -31,7 +31,8 @@ from reporting import write_atomically
 from torch import Tensor
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, initialize_lotra_weights, lotra_parameter_groups
+from peft_lotra import LoTRAConfig, initialize_lotra_weights
+from peft_lotra.training.learning_rates import lotra_parameter_groups
 
 RULES = ("LR-1", "LR-2", "LR-3", "LR-4", "adam")
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}

@@ -33,10 +33,10 @@ from reporting import write_atomically
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, extract_adapter, suggest_ranks, update_spectrum
-from peft_lotra.analysis import Spectrum, plot_spectrum
-from peft_lotra.tensors.ranks import choose_ranks
-from peft_lotra.tensors.tucker import parameter_count
+from peft_lotra import LoTRAConfig, extract_adapter
+from peft_lotra.analysis import Spectrum, plot_spectrum, suggest_ranks, update_spectrum
+from peft_lotra.tucker.decomposition import parameter_count
+from peft_lotra.tucker.ranks import choose_ranks
 
 LAYOUT = {"coefficients": "i o d"}
 RATIOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)  # the ablation grid: adapter parameters per coefficient

@@ -11,11 +11,11 @@ from typing import Any
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from . import families
 from .calls.context import BASE, Batch, Entry, Shares, Tasks, entered, now
 from .calls.samples import check_known, checked_axis
-from .config import LoTRAConfig
-from .layer import adapted_tensors
+from .config.lotra_config import LoTRAConfig
+from .families import family as families
+from .layers.lotra import adapted_tensors
 from .registration import AXIS, TASK
 
 

@@ -12,12 +12,12 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, merge_utils
 from torch import nn
 
-from .config import LoTRAConfig
-from .layer import LoTRALayer, adapted_tensors
+from .config.lotra_config import LoTRAConfig
+from .layers.lotra import LoTRALayer, adapted_tensors
 from .placement.offloaded import tensors_in_place
 from .placement.sharded import full_tensor
-from .tensors.ranks import by_mode, check_ranks, choose_ranks
-from .tensors.tucker import MODES, Ranks, Tucker, compress, weighted_sum
+from .tucker.decomposition import MODES, Ranks, Tucker, compress, weighted_sum
+from .tucker.ranks import by_mode, check_ranks, choose_ranks
 
 _SUMS = ("cat", "svd", "linear")
 _PRUNED = ("ties", "dare_linear", "dare_ties", "magnitude_prune")

@@ -14,24 +14,25 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
-from .adapter_names import check_name, check_replaced
-from .biases import trained_biases
 from .call_arguments import in_context
-from .checkpoint import PREFIX, allow_checkpoints, check_weights, is_adapter_key, naming, refuse_checkpoints
 from .coefficients.spec import tensor_at
-from .collected import Collected, check_whole
+from .coefficients.target import Target
 from .combination import combine_adapters, copied_modules, copy_trained
-from .config import LoTRAConfig, Target
-from .copies import warn_of_copies
-from .layer import LoTRALayer, adapted_tensors, wrapped
-from .linear_layer import LinearLayer, is_linear
+from .config.lotra_config import LoTRAConfig
+from .files.adapter_file import PREFIX, check_weights, is_adapter_key, naming
+from .files.collected import Collected, check_whole
+from .files.slots import slots_of
+from .layers.biases import trained_biases
+from .layers.linear import LinearLayer, is_linear
+from .layers.lotra import LoTRALayer, adapted_tensors, wrapped
+from .layers.slim import SlimLayer
 from .placement.offloaded import writable_tensors
 from .preserved import restored_on_error
-from .selection import is_excluded
-from .slim_layer import SlimLayer
-from .slots import slots_of
-from .targets import HEADS, resolve_targets, warn_of_no_effect
-from .tensors.tucker import Ranks
+from .targets.adapter_names import check_name, check_replaced
+from .targets.copies import warn_of_copies
+from .targets.resolve import HEADS, resolve_targets, warn_of_no_effect
+from .targets.selection import is_excluded
+from .tucker.decomposition import Ranks
 
 
 class _Configs(dict):
@@ -121,7 +122,6 @@ class LoTRAModel(BaseTuner):
                     warnings.warn(f"`bias`={config.bias!r} has no effect: the model has no such bias", stacklevel=2)
                 self._self_contained._copies = frozenset(key for key in slots if not is_adapter_key(key))
                 self.peft_config[adapter_name] = self._self_contained
-                refuse_checkpoints(model)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -242,7 +242,6 @@ class LoTRAModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         self._check_merge(adapter_names, merge and safe_merge, merge)
-        allow_checkpoints(self.model)
         self._set_biases(False)
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)  # type: ignore
 

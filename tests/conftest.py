@@ -12,10 +12,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from peft_lotra.tensors.tucker import MODES, Tucker
 from peft_lotra.testing import assert_close as assert_equal  # noqa: F401
 from peft_lotra.testing import assert_differs as assert_different  # noqa: F401
 from peft_lotra.testing import forced_order, forget_warnings, margin
+from peft_lotra.tucker.decomposition import MODES, Tucker
 
 # Whether adapted layers are traced by torch.compile; before, they run between graphs.
 FULLGRAPH = torch.__version__ >= (2, 13)

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layers.lotra import adapted_tensors
 from peft_lotra.testing import dense_model
 
 LAM = {"lam": (1.0, 1.6)}

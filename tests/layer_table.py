@@ -31,7 +31,7 @@ from kan_layers import (
 from torch import nn
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.layer import LoTRALayer, adapted_tensors
+from peft_lotra.layers.lotra import LoTRALayer, adapted_tensors
 
 FLOATS = (torch.float64, torch.float32)
 ALL_FLOATS = (*FLOATS, torch.bfloat16, torch.float16)

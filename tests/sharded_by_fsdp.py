@@ -45,7 +45,7 @@ from peft_lotra import (
     save_task,
     slim_kan,
 )
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layers.lotra import adapted_tensors
 
 WRAPPED = ("root", "block", "adapted layer", "base layer", "owner", "containers")
 U1 = "base_model.model.layers.0.lotra_U1.default"

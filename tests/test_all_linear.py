@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_lotra import LoTRAConfig, extract_adapter, hotswap_adapter, register_kan_layer, slim_kan
 from peft_lotra.coefficients import registry
-from peft_lotra.layer import LoTRALayer, adapted_tensors
-from peft_lotra.linear_layer import LinearLayer
+from peft_lotra.layers.linear import LinearLayer
+from peft_lotra.layers.lotra import LoTRALayer, adapted_tensors
 from peft_lotra.testing import dense_model, rounding_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))

@@ -13,7 +13,7 @@ from layer_table import LAYERS, MODELS, config, full_factors, make, randomize
 from peft import get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, suggest_ranks, summary, update_spectrum
+from peft_lotra import LoTRAConfig, summary
 from peft_lotra.analysis import (
     Spectrum,
     activation_curves,
@@ -22,9 +22,11 @@ from peft_lotra.analysis import (
     plot_activations,
     plot_spectrum,
     plot_summary,
+    suggest_ranks,
+    update_spectrum,
 )
 from peft_lotra.analysis.summary import Summary
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layers.lotra import adapted_tensors
 
 
 def unfolded(tensor, mode):

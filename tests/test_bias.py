@@ -13,14 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_lotra import (
-    LoTRAConfig,
-    convert_to_lora,
-    create_lotra_optimizer,
-    extract_adapter,
-    fit_gauss_newton,
-    hotswap_adapter,
-)
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, extract_adapter, fit_gauss_newton, hotswap_adapter
+from peft_lotra.adapters.lora import convert_to_lora
 
 X = torch.linspace(-0.9, 0.9, 24).reshape(6, 4)
 KAN = ["kan.layernorm.weight", "kan.layernorm.bias", "kan.base_linear.bias"]

@@ -16,9 +16,8 @@ from peft import get_peft_model
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from peft_lotra import PerformanceWarning
 from peft_lotra.calls import context
-from peft_lotra.standin import places
+from peft_lotra.standin import PerformanceWarning, places
 from peft_lotra.standin.tensor import StandIn
 
 LIBRARIES = ["pykan", "efficient-kan", "fast-kan", "ChebyKAN"]

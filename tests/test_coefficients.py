@@ -6,8 +6,8 @@ from conftest import assert_equal
 from kan_layers import ChebyKANLayer, FastKANLayer, KANLinear
 from torch import nn
 
-from peft_lotra import register_kan_layer, registered_kan_layers
-from peft_lotra.coefficients import CoefficientSpec, Layout, known_coefficients, registry
+from peft_lotra import register_kan_layer
+from peft_lotra.coefficients import CoefficientSpec, Layout, known_coefficients, registered_kan_layers, registry
 from peft_lotra.standin.axes import parameter_axes
 
 N, M, ND = 3, 4, 5

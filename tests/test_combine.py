@@ -14,7 +14,7 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.combination import combine_adapters
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layers.lotra import adapted_tensors
 from peft_lotra.testing import dense_model
 
 NAMES = ["one", "two"]

@@ -14,9 +14,9 @@ from peft_lotra import (
     infer_coefficients,
     initialize_lotra_weights,
     slim_kan,
-    update_spectrum,
     verify_coefficients,
 )
+from peft_lotra.analysis import update_spectrum
 
 
 def test_defaults():

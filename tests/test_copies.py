@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, infer_coefficients, register_kan_layer, verify_coefficients
 from peft_lotra.coefficients import known_coefficients, registry
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layers.lotra import adapted_tensors
 from peft_lotra.testing import dense_model
 
 X = torch.rand(9, 3, generator=torch.Generator().manual_seed(1)) * 1.8 - 0.9

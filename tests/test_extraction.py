@@ -14,7 +14,7 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, extract_adapter
 from peft_lotra.analysis import coefficient_updates
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layers.lotra import adapted_tensors
 
 
 def finetuned(base, names=("coef", "spline_weight", "weight", "cheby_coeffs", "fouriercoeffs", "spline_scaler")):

@@ -19,16 +19,10 @@ from layer_table import LAYERS, full_factors, lotra_layers
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_lotra import (
-    LoTRAConfig,
-    adapter_at,
-    at_task,
-    convert_to_lora,
-    fit_gauss_newton,
-    initialize_lotra_weights,
-)
-from peft_lotra.families import Family
-from peft_lotra.layer import adapted_tensors
+from peft_lotra import LoTRAConfig, adapter_at, at_task, fit_gauss_newton, initialize_lotra_weights
+from peft_lotra.adapters.lora import convert_to_lora
+from peft_lotra.families.family import Family
+from peft_lotra.layers.lotra import adapted_tensors
 from peft_lotra.testing import assert_close
 
 # c(task) -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_lotra import LoTRAConfig, adapter_at, at_task, family_from, hotswap_adapter
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layers.lotra import adapted_tensors
 
 VALUES = torch.linspace(1, 1.6, 8, dtype=torch.float64)
 

@@ -28,7 +28,7 @@ from peft_lotra import (
     load_task,
     save_task,
 )
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layers.lotra import adapted_tensors
 
 # Adapters for one task -----------------------------------------------------------------------------------------------
 

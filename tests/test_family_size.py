@@ -11,7 +11,7 @@ import torch
 from conftest import assert_equal
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.families import Family
+from peft_lotra.families.family import Family
 
 
 def ranges(k):

@@ -11,8 +11,9 @@ from layer_table import config, make, randomize
 from peft import get_peft_model
 from torch import nn
 
-from peft_lotra import GaussNewtonResult, fit_gauss_newton
+from peft_lotra import fit_gauss_newton
 from peft_lotra.training.damped_system import NormalEquations, Prior, ResidualSpace
+from peft_lotra.training.gauss_newton import GaussNewtonResult
 
 KAN, FP64 = "o (d i)", {"dtype": torch.float64}
 

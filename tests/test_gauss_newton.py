@@ -13,8 +13,9 @@ from peft import get_peft_model
 from torch import nn
 from torch.func import functional_call, jvp
 
-from peft_lotra import GaussNewtonResult, fit_gauss_newton
+from peft_lotra import fit_gauss_newton
 from peft_lotra.training.damped_system import NormalEquations, ResidualSpace
+from peft_lotra.training.gauss_newton import GaussNewtonResult
 from peft_lotra.training.problem import Problem
 
 # Steps are compared here, not fits: few points are enough.

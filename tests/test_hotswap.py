@@ -16,7 +16,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_lotra import LoTRAConfig, hotswap_adapter, hotswap_adapter_from_state_dict, slim_kan
+from peft_lotra import LoTRAConfig, hotswap_adapter, slim_kan
+from peft_lotra.adapters.hotswap import hotswap_adapter_from_state_dict
 from peft_lotra.testing import rounding_of
 
 WEIGHTS = "adapter_model.safetensors"

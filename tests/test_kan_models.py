@@ -18,7 +18,7 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, infer_coefficients
 from peft_lotra.inference.probe import Probe
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layers.lotra import adapted_tensors
 
 
 def adapt_save_load_merge(make, x, tmp_path, **kwargs):

@@ -23,8 +23,9 @@ from odd_layers import (
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, PerformanceWarning, infer_coefficients, verify_coefficients
+from peft_lotra import LoTRAConfig, infer_coefficients, verify_coefficients
 from peft_lotra.coefficients import Layout
+from peft_lotra.standin import PerformanceWarning
 from peft_lotra.testing import KANLayerTests, forget_warnings
 
 pytestmark = pytest.mark.usefixtures("fp32")  # the harness has its samples in fp32

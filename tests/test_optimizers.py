@@ -10,7 +10,8 @@ from layer_table import config, lotra_layers, make
 from peft import get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, lotra_parameter_groups
+from peft_lotra import LoTRAConfig, create_lotra_optimizer
+from peft_lotra.training.learning_rates import lotra_parameter_groups
 
 OPTIMIZERS = [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adagrad, torch.optim.RMSprop]
 RULES = ["LR-1", "LR-2", "LR-3", "LR-4", "adam"]

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.layer import LoTRALayer
+from peft_lotra.layers.lotra import LoTRALayer
 
 WEIGHTS = "adapter_model.safetensors"
 

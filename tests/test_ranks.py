@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import tucker
 
-from peft_lotra.tensors.ranks import choose_ranks, clipped, ranks_for_budget, suggest_ranks
-from peft_lotra.tensors.spectrum import Spectrum
-from peft_lotra.tensors.tucker import parameter_count
+from peft_lotra.tucker.decomposition import parameter_count
+from peft_lotra.tucker.ranks import choose_ranks, clipped, ranks_for_budget, suggest_ranks
+from peft_lotra.tucker.spectrum import Spectrum
 
 SHAPES = {"first": (2, 32, 8), "middle": (32, 32, 8), "last": (32, 1, 8)}
 TOTAL = sum(math.prod(shape) for shape in SHAPES.values())

@@ -15,8 +15,8 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, slim_kan
 from peft_lotra.analysis import effective_coefficients
-from peft_lotra.tensors.tucker import decompose
 from peft_lotra.testing import dense_model
+from peft_lotra.tucker.decomposition import decompose
 
 
 def zeroed(name, base):

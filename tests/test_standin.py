@@ -8,7 +8,7 @@ from kan_layers import PreActivatedKANLayer
 from layer_table import LAYERS
 from torch import nn
 
-from peft_lotra import PerformanceWarning
+from peft_lotra.standin import PerformanceWarning
 from peft_lotra.standin.cost import DENSE, ORDERS
 from peft_lotra.testing import rounding_of
 

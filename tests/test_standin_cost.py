@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peft_lotra
 from peft_lotra import slim_kan
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layers.lotra import adapted_tensors
 from peft_lotra.standin import Adapted, placing, plan
 from peft_lotra.standin.cost import DENSE, Core, Work, cheapest_order
 from peft_lotra.standin.tensor import EagerStandIn

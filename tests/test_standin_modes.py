@@ -15,10 +15,10 @@ from layer_table import LAYERS, REGISTERED
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peft_lotra import LoTRALayer, PerformanceWarning
+from peft_lotra import LoTRALayer
 from peft_lotra.calls.context import Samples
-from peft_lotra.layer import adapted_tensors
-from peft_lotra.standin import Adapted, Update
+from peft_lotra.layers.lotra import adapted_tensors
+from peft_lotra.standin import Adapted, PerformanceWarning, Update
 from peft_lotra.standin.cost import DENSE
 from peft_lotra.standin.tensor import StandIn
 from peft_lotra.testing import forced_order, forget_warnings, rounding_of

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from peft_lotra import LoTRAConfig, adapter_at, summary
-from peft_lotra.layer import adapted_tensors
+from peft_lotra.layers.lotra import adapted_tensors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from chebyshev_kan import ChebyshevKAN

@@ -6,7 +6,7 @@ import tensorly
 import torch
 from conftest import assert_equal, parts, tucker
 
-from peft_lotra.tensors.tucker import decompose, hosvd, parameter_count
+from peft_lotra.tucker.decomposition import decompose, hosvd, parameter_count
 
 
 def random_factors(ranks=(2, 3, 4), modes=(5, 6, 7), extra=(), dtype=torch.float64):

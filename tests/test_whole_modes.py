@@ -15,19 +15,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_lotra import (
-    LoTRAConfig,
-    adapter_from_lora,
-    create_lotra_optimizer,
-    fit_gauss_newton,
-    hotswap_adapter,
-    initialize_lotra_weights,
-    save_as_lora,
-)
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, fit_gauss_newton, hotswap_adapter, initialize_lotra_weights
+from peft_lotra.adapters.lora import adapter_from_lora, save_as_lora
 from peft_lotra.standin.cost import DENSE, ORDERS
-from peft_lotra.tensors.ranks import choose_ranks, mode_sizes
-from peft_lotra.tensors.tucker import core_count, parameter_count
 from peft_lotra.testing import assert_close, assert_differs, dense_model, forced_order
+from peft_lotra.tucker.decomposition import core_count, parameter_count
+from peft_lotra.tucker.ranks import choose_ranks, mode_sizes
 
 RANKS = [r for r in itertools.product((2, None), repeat=3) if None in r]
 CONVOLUTIONS = [name for name in LAYERS if name.startswith("convolution") and "tensor per group" not in name]

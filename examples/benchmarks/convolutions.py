@@ -30,7 +30,7 @@ from reporting import write_atomically
 from torch import nn
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.tensors.ranks import ranks_for_budget
+from peft_lotra.tucker.ranks import ranks_for_budget
 
 BASIS, TENTH, BATCH, SIZE = 8, 0.1, 8, 12
 FULL, LORA = "every coefficient", "PEFT's LoRA"

@@ -27,7 +27,8 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from reporting import write_atomically
 from torch import nn
 
-from peft_lotra import LoTRAConfig, adapter_at, at_task, hotswap_adapter_from_state_dict
+from peft_lotra import LoTRAConfig, adapter_at, at_task
+from peft_lotra.adapters.hotswap import hotswap_adapter_from_state_dict
 
 KIND, BASIS, BATCH, RANKS, DEGREE = KINDS["chebyshev"], 8, 256, (8, 8, 4), 4
 FLOOR, PLAIN, FAMILY = "frozen layer", "an adapter", "a task for every sample"

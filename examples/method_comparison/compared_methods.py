@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, initialize_lotra_weights, slim_kan
 from peft_lotra.analysis import effective_coefficients
-from peft_lotra.targets import resolve_targets
+from peft_lotra.targets.resolve import resolve_targets
 
 Settings = Mapping[str, Any]
 INITIALISATIONS = ("random", "gradient", "gradient_hosvd")

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from training import Stopwatch, measured, train_by_lm, train_by_steps
 
-from peft_lotra import fit_gauss_newton, update_spectrum
+from peft_lotra import fit_gauss_newton
+from peft_lotra.analysis import update_spectrum
 
 MEASURED_SEED = 0  # whose run also measures the memory of a step
 BASE_SEED = 7_000  # added for the points of a base, so that they are not those of the target

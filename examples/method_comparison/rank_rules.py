@@ -10,12 +10,12 @@ from objectives import Objective
 from tasks import Task
 from torch import nn
 
-from peft_lotra import LoTRAConfig, suggest_ranks
-from peft_lotra.analysis import effective_coefficients
+from peft_lotra import LoTRAConfig
+from peft_lotra.analysis import effective_coefficients, suggest_ranks
 from peft_lotra.standin import adapted_coefficients, replaced
-from peft_lotra.targets import resolve_targets
-from peft_lotra.tensors.ranks import clipped, equal_ranks, ranks_for_budget
-from peft_lotra.tensors.tucker import Ranks, parameter_count
+from peft_lotra.targets.resolve import resolve_targets
+from peft_lotra.tucker.decomposition import Ranks, parameter_count
+from peft_lotra.tucker.ranks import clipped, equal_ranks, ranks_for_budget
 
 BATCHES = 8  # whose gradients a rule looks at
 

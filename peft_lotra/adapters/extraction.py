@@ -12,14 +12,15 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..analysis.updates import updates_between
-from ..biases import trained_biases
 from ..coefficients import CoefficientSpec
 from ..coefficients.spec import parse_slice, tensor_at
-from ..config import LoTRAConfig, Target
-from ..layer import adapted_tensors, first_tensor
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
+from ..layers.biases import trained_biases
+from ..layers.lotra import adapted_tensors, first_tensor
 from ..model import LoTRAModel
-from ..tensors.tucker import Tucker, decompose
 from ..training.gauss_newton import fit_gauss_newton
+from ..tucker.decomposition import Tucker, decompose
 
 
 def extract_adapter(

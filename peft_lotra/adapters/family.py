@@ -16,14 +16,14 @@ from torch import nn
 from ..call_arguments import tasks_for
 from ..calls.context import entered
 from ..calls.samples import checked_axis
-from ..checkpoint import PREFIX, Slot, check_weights, digest
 from ..combination import copied_modules, copy_trained
-from ..config import LoTRAConfig
-from ..families import Family
-from ..layer import LoTRALayer, adapted_tensors
+from ..config.lotra_config import LoTRAConfig
+from ..families.family import Family
+from ..files.adapter_file import PREFIX, Slot, check_weights, digest
+from ..layers.lotra import LoTRALayer, adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import full_tensor
-from ..tensors.tucker import Tucker
+from ..tucker.decomposition import Tucker
 
 
 @contextmanager

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import LoTRAConfig
-from ..families import Family
-from ..layer import LoTRALayer, adapted_tensors
+from ..config.lotra_config import LoTRAConfig
+from ..families.family import Family
+from ..layers.lotra import LoTRALayer, adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.offloaded import tensors_in_place
 from ..placement.sharded import check_not_sharded, full_tensor
-from ..tensors.tucker import Tucker, completed, decompose, mode_product
+from ..tucker.decomposition import Tucker, completed, decompose, mode_product
 
 
 @torch.no_grad()

@@ -14,14 +14,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from torch import nn
 
-from ..checkpoint import PREFIX, Slot, check_tensor, check_weights, is_adapter_key
-from ..config import LoTRAConfig, Target
-from ..layer import adapted_tensors
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
+from ..files.adapter_file import PREFIX, Slot, check_tensor, check_weights, is_adapter_key
+from ..layers.lotra import adapted_tensors
+from ..layers.slim import SlimLayer
 from ..model import LoTRAModel, lotra_model
-from ..slim_layer import SlimLayer
-from ..targets import resolve_targets
-from ..tensors.ranks import mode_sizes
-from ..tensors.tucker import CONTAINERS, MODES, Tucker
+from ..targets.resolve import resolve_targets
+from ..tucker.decomposition import CONTAINERS, MODES, Tucker
+from ..tucker.ranks import mode_sizes
 
 
 def hotswap_adapter(

@@ -9,8 +9,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from ..analysis.updates import coefficients_of, plain_targets
-from ..config import LoTRAConfig
-from ..tensors.tucker import decompose
+from ..config.lotra_config import LoTRAConfig
+from ..tucker.decomposition import decompose
 from .extraction import fill
 
 

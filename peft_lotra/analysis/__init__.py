@@ -1,8 +1,9 @@
 """Shows what fine-tuning changed in a KAN: coefficients, updates, their spectra, functions on edges, and plots."""
 
-from ..tensors.spectrum import Spectrum
+from ..tucker.ranks import suggest_ranks
+from ..tucker.spectrum import Spectrum
 from .plots import plot_activations, plot_spectrum, plot_summary
-from .updates import activation_curves, coefficient_updates, effective_coefficients
+from .updates import activation_curves, coefficient_updates, effective_coefficients, update_spectrum
 
 __all__ = [
     "Spectrum",
@@ -12,4 +13,6 @@ __all__ = [
     "plot_activations",
     "plot_spectrum",
     "plot_summary",
+    "suggest_ranks",
+    "update_spectrum",
 ]

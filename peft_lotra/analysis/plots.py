@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..tensors.spectrum import Spectrum
-from ..tensors.tucker import Ranks
+from ..tucker.decomposition import Ranks
+from ..tucker.spectrum import Spectrum
 from .updates import activation_curves
 
 if TYPE_CHECKING:

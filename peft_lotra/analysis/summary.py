@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..checkpoint import PREFIX, is_adapter_key
-from ..layer import adapted_tensors
+from ..files.adapter_file import PREFIX, is_adapter_key
+from ..files.slots import slots_of
+from ..layers.lotra import adapted_tensors
 from ..placement.sharded import full_shape
 from ..preserved import check_model
-from ..slots import slots_of
-from ..tensors.tucker import Ranks
+from ..tucker.decomposition import Ranks
 
 
 class SummaryRow(NamedTuple):

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from ..coefficients.registry import Descriptions
-from ..config import LoTRAConfig, Target
-from ..layer import adapted_tensors, first_tensor
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
+from ..layers.lotra import adapted_tensors, first_tensor
 from ..preserved import check_model, preserved
 from ..standin import adapted_coefficients
-from ..targets import resolve_targets
-from ..tensors.spectrum import Spectrum
+from ..targets.resolve import resolve_targets
+from ..tucker.spectrum import Spectrum
 
 
 def effective_coefficients(model: nn.Module, coefficients: Descriptions | None = None) -> dict[str, torch.Tensor]:

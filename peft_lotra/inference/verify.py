@@ -11,10 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..coefficients import CoefficientSpec, Layout
-from ..config import LoTRAConfig
-from ..layer import adapted_tensors
+from ..config.lotra_config import LoTRAConfig
+from ..layers.lotra import adapted_tensors
 from ..preserved import check_model
-from ..targets import resolve_targets
+from ..targets.resolve import resolve_targets
 from .alike import LayerTests
 from .layouts import agree
 from .precision import Passes

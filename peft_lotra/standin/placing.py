@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,12 +12,12 @@ from torch import nn
 
 from ..coefficients.spec import CoefficientSpec
 from ..placement.sharded import any_sharded, full_shape, full_tensor
-from ..tensors.tucker import Tucker, tucker_shapes
+from ..tucker.decomposition import Tucker, tucker_shapes
 from .axes import indexed, parameter_axes
 from .operations import Weight
 from .places import enter, held, leave
 from .plan import dense_sum
-from .tensor import Call, Ones, handle_of, stand_in
+from .tensor import Call, Ones, check_recorded, handle_of, stand_in
 from .update import Update
 
 
@@ -166,6 +166,22 @@ def replaced(layer: nn.Module, spec: CoefficientSpec, coefficients: torch.Tensor
             ones = torch.ones(full_shape(scale), dtype=scale.dtype, device=scale.device)
             stack.enter_context(held(owner, name, ones))
         yield
+
+
+def run_densely(
+    layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], run: Callable[[], Any], in_function: bool
+) -> Any:
+    """The result of `run`, a pass of the layer, in which it finds A + Σ updates as a plain tensor.
+
+    Raises:
+        RuntimeError: if the layer reads them `in_function`, and autograd does not know of it.
+    """
+    coefficients = adapted_coefficients(layer, spec, updates).contiguous()
+    with replaced(layer, spec, coefficients):
+        results = run()
+    if in_function:
+        check_recorded(results, coefficients, type(layer).__qualname__)
+    return results
 
 
 def is_sharded(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..calls.context import Samples
 from ..calls.samples import SampleAxisUnknown
-from ..tensors.tucker import Tucker
+from ..tucker.decomposition import Tucker
 from .axes import Rows
 
 

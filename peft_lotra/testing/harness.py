@@ -23,9 +23,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from ..adapters.family import at_task
-from ..config import LoTRAConfig
+from ..config.lotra_config import LoTRAConfig
 from ..inference.verify import verify_coefficients
-from ..layer import adapted_tensors, first_tensor
+from ..layers.lotra import adapted_tensors, first_tensor
 from .oracle import assert_close, assert_differs, dense_model, rounding_of
 
 

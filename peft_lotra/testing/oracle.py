@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..coefficients import CoefficientSpec
-from ..layer import adapted_tensors, first_tensor
+from ..layers.lotra import adapted_tensors, first_tensor
 from ..standin import plan
 from ..standin import tensor as standin_tensor
 from ..standin.cost import DENSE, Work

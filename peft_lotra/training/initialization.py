@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from ..layer import LoTRALayer, adapted_tensors
+from ..layers.lotra import LoTRALayer, adapted_tensors
 from ..placement.sharded import check_not_sharded
 from ..preserved import check_model, preserved, preserved_random_state
 from ..standin import adapted_coefficients, replaced
-from ..tensors.tucker import MODES
+from ..tucker.decomposition import MODES
 
 METHODS = {"gradient": "o", "gradient_hosvd": MODES}  # the modes whose factors are set
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layer import adapted_tensors
+from ..layers.lotra import adapted_tensors
 from ..placement.sharded import check_not_sharded
 from ..preserved import check_model
-from ..tensors.ranks import mode_sizes
-from ..tensors.tucker import CORE, NAMES
+from ..tucker.decomposition import CORE, NAMES
+from ..tucker.ranks import mode_sizes
 
 Multipliers = Mapping[str, float]
 

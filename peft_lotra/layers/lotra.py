@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,26 +14,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .calls.context import Shares, now
-from .calls.samples import run
-from .coefficients.spec import CoefficientSpec, owner_of, tensor_at
+from ..calls.context import Shares, now
+from ..calls.samples import run
+from ..coefficients.spec import CoefficientSpec, owner_of, tensor_at
+from ..placement.draws import check_one_draw, row_sums
+from ..placement.offloaded import tensors_in_place, writable_tensors
+from ..placement.sharded import full_shape, full_tensor, write
+from ..standin import Adapted, Update, adapted_rows, dense_update, run_densely, traced, warn
+from ..tucker.decomposition import CONTAINERS, CORE, NAMES, Ranks, Tucker, tucker_shapes
+from ..tucker.ranks import by_mode, mode_sizes
 from .forwarding import Forwarding
-from .placement.draws import check_one_draw, row_sums
-from .placement.offloaded import tensors_in_place, writable_tensors
-from .placement.sharded import full_shape, full_tensor, write
-from .standin import (
-    Adapted,
-    Update,
-    adapted_coefficients,
-    adapted_rows,
-    check_recorded,
-    dense_update,
-    replaced,
-    traced,
-    warn,
-)
-from .tensors.ranks import by_mode, mode_sizes
-from .tensors.tucker import CONTAINERS, CORE, NAMES, Ranks, Tucker, tucker_shapes
 
 
 class LoTRALayer(Forwarding, BaseTunerLayer):
@@ -315,11 +306,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
                     in_function = adapted.in_function
             if spec.layout.flattened:
                 warn("", type(layer).__qualname__, f"keeps its coefficients as {spec.layout.pattern!r}, across axes")
-            coefficients = adapted_coefficients(layer, spec, updates).contiguous()
-            with replaced(layer, spec, coefficients):
-                y = inner(*args, **kwargs)
-            if in_function:
-                check_recorded(y, coefficients, type(layer).__qualname__)
+            y = run_densely(layer, spec, updates, partial(inner, *args, **kwargs), in_function)
             if not self._needs_tensor:
                 self._needs_tensor = True
                 warn("TorchScript, torch.autograd.Function or torch.vmap", type(layer).__qualname__)

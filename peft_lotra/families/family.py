@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .standin.axes import planned
+from ..standin.axes import planned
 
 # The other arguments of `at_task` and `adapter_at`, which also take a family's parameters by name.
 _ARGUMENTS = {"model", "adapter_name", "family", "train", "task", "batch_axis"}

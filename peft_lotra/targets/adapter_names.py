@@ -9,11 +9,11 @@ from typing import Any
 from peft.config import PeftConfig
 from torch import nn
 
-from .calls.context import BASE
-from .checkpoint import PREFIX
-from .config import LoTRAConfig
-from .layer import adapted_tensors
-from .targets import NAMES_OF_HEADS, resolve_targets
+from ..calls.context import BASE
+from ..config.lotra_config import LoTRAConfig
+from ..files.adapter_file import PREFIX
+from ..layers.lotra import adapted_tensors
+from .resolve import NAMES_OF_HEADS, resolve_targets
 
 
 def check_name(adapter_name: str) -> None:

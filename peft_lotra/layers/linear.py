@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .coefficients import CoefficientSpec
-from .layer import LoTRALayer
-from .standin.update import Update, products_of
+from ..coefficients import CoefficientSpec
+from ..standin.update import Update, products_of
+from .lotra import LoTRALayer
 
 
 class LinearLayer(LoTRALayer):

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .decomposition import Ranks, core_count, parameter_count
 from .spectrum import Spectrum
-from .tucker import Ranks, core_count, parameter_count
 
 DEFAULT_COMPRESSION_RATIO = 0.1  # "ten times fewer parameters", as in the source
 

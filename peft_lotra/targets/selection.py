@@ -8,12 +8,13 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from .coefficients import registered_kan_layers
-from .coefficients.registry import qualified_name
-from .config import LoTRAConfig, Target
+from ..coefficients import registered_kan_layers
+from ..coefficients.registry import qualified_name
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
+from ..config.patterns import entries_for, index_of
 from .copies import misfits
-from .linear_targets import layout_of
-from .patterns import entries_for, index_of
+from .linear import layout_of
 
 _HOW_TO_DECLARE = (
     "declare the layer with `register_kan_layer(Layer, {'<parameter>': '<layout>'})` "

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .coefficients import CoefficientSpec
-from .layer import LoTRALayer
-from .standin import adapted_coefficients
+from ..coefficients import CoefficientSpec
+from ..standin import adapted_coefficients
+from .lotra import LoTRALayer
 
 
 class SlimLayer(LoTRALayer):

@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .placement.sharded import any_sharded
+from ..placement.sharded import any_sharded
 from .slots import slots_of
 
 

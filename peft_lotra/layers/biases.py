@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .layer import LoTRALayer
+from .lotra import LoTRALayer
 
 _NORM = re.compile(r"Norm(\d[dD])?$")  # LayerNorm, BatchNorm2d, LlamaRMSNorm
 

@@ -1,24 +1,31 @@
-"""Converts adapters to plain LoRA checkpoints, which load without this package."""
+"""Converts adapters to plain LoRA checkpoints, which load without this package, and LoRA checkpoints to adapters."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import nn
 
-from ..checkpoint import is_adapter_key
+from ..analysis.updates import plain_targets
+from ..coefficients.registry import Descriptions
 from ..coefficients.spec import Layout, owner_of
-from ..layer import LoTRALayer, adapted_tensors
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
+from ..files.adapter_file import PREFIX, is_adapter_key
+from ..layers.lotra import LoTRALayer, adapted_tensors
+from ..layers.slim import SlimLayer
 from ..model import LoTRAModel, lotra_model
 from ..placement.offloaded import tensors_in_place
-from ..slim_layer import SlimLayer
-from ..tensors.tucker import Tucker
+from ..tucker.decomposition import Tucker
 
 
 def convert_to_lora(
@@ -145,3 +152,71 @@ def _config(tuner: LoTRAModel, adapter_name: str, ranks: dict[str, int]) -> Lora
     return LoraConfig(
         target_modules=sorted(ranks), exclude_modules=sorted(set(same_ending) - set(ranks)) or None, **fields
     )
+
+
+def adapter_from_lora(
+    base: nn.Module, path: str | os.PathLike, *, coefficients: Descriptions | None = None
+) -> PeftModel:
+    """G = lora_A with one axis for each mode, U2 = scaling · lora_B, modes i and d whole: the same update, exactly.
+
+    If the coefficients are the weight of an nn.Linear, in a layout such as "o (i d)", a LoRA on them is a LoTRA
+    adapter of the ranks (None, r, None). It can then be combined, swapped and served together with others, and trained
+    further. `save_as_lora` converts in the other direction.
+
+    Args:
+        base: the KAN that the LoRA is for. It is wrapped as by `get_peft_model`.
+        path: the directory of the LoRA adapter. It must adapt modules whose weights are coefficients of `base`.
+        coefficients: layouts of layers that are not registered, as in `LoTRAConfig(coefficients=...)`.
+
+    Raises:
+        ValueError: if the adapter is not a LoRA, has other parts than pairs of matrices (DoRA, biases, embeddings), or
+            adapts other modules. `base` is then as it was before.
+
+    Source: ours.
+    """
+    config = PeftConfig.from_pretrained(str(path))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"`path` {str(path)!r} has a {config.peft_type} adapter: only LoRA can be converted")
+    weights = load_peft_weights(str(path), device="cpu")
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for key, value in weights.items():
+        linear, _, side = key.removeprefix(PREFIX).rpartition(".lora_")
+        if side not in ("A.weight", "B.weight"):
+            raise ValueError(
+                f"{path} has {key}, which is not one of LoRA's pairs of matrices: merge that adapter into the base "
+                "(`merge_and_unload`), or remove this tensor"
+            )
+        pairs.setdefault(linear, {})[side[0]] = value
+    known = {t.parameter: t for t in plain_targets("base", base, LoTRAConfig(r=1, coefficients=coefficients or {}))}
+    unknown = sorted(linear for linear in pairs if f"{linear}.weight" not in known)
+    if unknown:
+        raise ValueError(
+            f"{path} cannot be a LoTRA adapter: {unknown} are not coefficients of `base`, which has {list(known)}; "
+            "merge it into the base (`merge_and_unload`)"
+        )
+    factors = {}
+    for linear, pair in pairs.items():
+        target = known[f"{linear}.weight"]
+        factors[target.parameter] = _tucker(target, pair["A"], pair["B"] * _scaling(config, linear, len(pair["A"])))
+    ranks = {parameter: (None, one.core.shape[1] if one.factors else None, None) for parameter, one in factors.items()}
+    # A self-contained config adapts these tensors and no others.
+    chosen = [replace(known[parameter], ranks=ranks[parameter]) for parameter in factors]
+    model = get_peft_model(base, LoTRAConfig(r=1).self_contained(chosen))
+    for parameter, layer in adapted_tensors(model).items():
+        layer.set_tucker(model.active_adapter, factors[parameter])
+    return model
+
+
+def _tucker(target: Target, A: torch.Tensor, B: torch.Tensor) -> Tucker:
+    layout = target.spec.layout
+    rows = Layout(layout.pattern, {**layout.sizes, "o": len(A)})  # r rows in place of the m outputs
+    core = rows.to_canonical(A)
+    if B.shape[1] >= len(B):  # a rank that fills the outputs
+        return Tucker(torch.einsum("ird,or->iod", core, B))
+    return Tucker(core, {"o": B})
+
+
+def _scaling(config: LoraConfig, linear: str, r: int) -> float:
+    pattern = config.alpha_pattern or {}
+    alpha = pattern.get(get_pattern_key(list(pattern), linear), config.lora_alpha)
+    return alpha / math.sqrt(r) if config.use_rslora else alpha / r

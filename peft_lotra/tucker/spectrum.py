@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .tucker import hosvd
+from .decomposition import hosvd
 
 
 @dataclass(frozen=True)

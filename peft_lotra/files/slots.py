@@ -5,9 +5,9 @@ from __future__ import annotations
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .biases import trained_biases
-from .checkpoint import Slot
-from .layer import LoTRALayer
+from ..layers.biases import trained_biases
+from ..layers.lotra import LoTRALayer
+from .adapter_file import Slot
 
 
 def slots_of(model: nn.Module, adapter_name: str, bias: str) -> dict[str, tuple[str, Slot]]:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .placement.sharded import checksum
-from .standin import Adapted, adapted_coefficients, is_sharded, replaced
-from .standin.reading import read_only
+from ..placement.sharded import checksum
+from ..standin import Adapted, adapted_coefficients, is_sharded, replaced
+from ..standin.reading import read_only
 
 # The beginnings of the names of methods of KAN layers that rewrite coefficients.
 _REWRITING = ("update_grid", "initialize_grid", "reset_parameters", "swap")

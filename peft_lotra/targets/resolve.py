@@ -12,18 +12,19 @@ import torch
 from peft.utils.other import _get_input_embeddings_name, get_pattern_key
 from torch import nn
 
+from ..coefficients import CoefficientSpec, known_coefficients
+from ..coefficients.spec import owner_of, tensor_at
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
+from ..config.patterns import ENDING, check_expressions, means, pattern_value
+from ..layers.lotra import adapted_tensors
+from ..layers.slim import SlimLayer
+from ..tucker.decomposition import CONTAINERS, core_count, parameter_count
+from ..tucker.ranks import DEFAULT_COMPRESSION_RATIO, by_mode, choose_ranks
 from .base_model import BaseModel, naming_layer
-from .coefficients import CoefficientSpec, known_coefficients
-from .coefficients.spec import owner_of, tensor_at
-from .config import LoTRAConfig, Target
 from .copies import copies
-from .layer import adapted_tensors
-from .linear_targets import layout_of, linear_targets
-from .patterns import ENDING, check_expressions, means, pattern_value
+from .linear import layout_of, linear_targets
 from .selection import select, shortened
-from .slim_layer import SlimLayer
-from .tensors.ranks import DEFAULT_COMPRESSION_RATIO, by_mode, choose_ranks
-from .tensors.tucker import CONTAINERS, core_count, parameter_count
 
 # Modules that have no forward and hold parameters for the module around them.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
 
-from .families import Family, check_degree
+from ..families.family import Family, check_degree
 
 BIASES = ("none", "all", "lotra_only")
 

@@ -14,11 +14,12 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..coefficients import CoefficientSpec, known_matrices
+from ..coefficients.spec import owner_of, tensor_at
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
+from ..layers.lotra import LoTRALayer
 from .base_model import BaseModel, naming_layer
-from .coefficients import CoefficientSpec, known_matrices
-from .coefficients.spec import owner_of, tensor_at
-from .config import LoTRAConfig, Target
-from .layer import LoTRALayer
 
 _LAYOUTS = {
     nn.Linear: "o (i d)",

@@ -7,14 +7,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
-from torch import nn
 
-from .tensors.tucker import CONTAINERS
+from ..tucker.decomposition import CONTAINERS
 
 PREFIX = "base_model.model."  # every name in a file that PEFT writes begins with it
 
@@ -96,32 +94,6 @@ def digest(weights: Mapping[str, torch.Tensor], meaning: Mapping[str, Any]) -> s
         total.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
-
-
-def refuse_checkpoints(model: nn.Module) -> None:
-    """Make pykan's `saveckpt`, and `log_history` with `auto_save`, raise: `loadckpt` does not know adapters."""
-    for module in model.modules():
-        if hasattr(type(module), "saveckpt"):
-            module.__dict__ |= {"saveckpt": _refused_checkpoint, "log_history": partial(_refused_history, module)}
-
-
-def allow_checkpoints(model: nn.Module) -> None:
-    """Undo `refuse_checkpoints`."""
-    for module in model.modules():
-        if module.__dict__.pop("saveckpt", None) is not None:
-            del module.__dict__["log_history"]
-
-
-def _refused_checkpoint(*_: Any, **__: Any) -> None:
-    raise RuntimeError(
-        "`saveckpt` (and `auto_save`, which calls it) would write a checkpoint that `loadckpt` cannot read while "
-        "adapters are attached: set `auto_save = False` and use `save_pretrained`, or call `merge_and_unload()` first"
-    )
-
-
-def _refused_history(module: nn.Module, *_: Any, **__: Any) -> None:
-    if module.auto_save:
-        _refused_checkpoint()
 
 
 def read_adapter(directory: str) -> SavedAdapter | None:

@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 
-from .coefficients import copy_of
-from .coefficients.registry import qualified_name
-from .config import LoTRAConfig, Target
+from ..coefficients import copy_of
+from ..coefficients.registry import qualified_name
+from ..coefficients.target import Target
+from ..config.lotra_config import LoTRAConfig
 
 
 def copies(layers: Mapping[str, nn.Module], known: Collection[str]) -> Iterator[Target]:

@@ -1,0 +1,1 @@
+"""c(task): the weights with which a family's core is contracted."""

@@ -1,0 +1,1 @@
+"""What is saved of an adapter, under which names, and how it is read and checked."""

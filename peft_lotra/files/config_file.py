@@ -1,0 +1,231 @@
+"""The config of a saved adapter: what makes it self-contained, and how it is written, read and checked."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, TypeVar
+
+import torch
+from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME
+
+from ..coefficients.spec import CoefficientSpec, Layout
+from ..coefficients.target import Target
+from ..families.family import Family
+from ..tucker.decomposition import tucker_shapes
+from ..tucker.ranks import by_mode
+from .adapter_file import (
+    PREFIX,
+    SavedAdapter,
+    Slot,
+    check_weights,
+    digest,
+    is_adapter_key,
+    naming,
+    read_adapter,
+)
+
+# These fields had their effect when the adapter was made.
+_NONE: dict[str, Any] = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+
+Config = TypeVar("Config", bound="ConfigFile")
+
+
+class ConfigFile(PeftConfig):
+    """What a LoTRAConfig does as a file, `adapter_config.json`.
+
+    A self-contained config names every adapted tensor with its layout and ranks. It loads without the registrations of
+    the machine that made it, and its names are compared literally.
+    """
+
+    alpha: float
+    alpha_pattern: dict[str, Any]
+    bias: str
+    coefficients: Mapping[str, Any]
+    digest: str | None
+    family: Any
+    family_degree: int
+    rank_pattern: dict[str, Any]
+    target_modules: Any
+
+    _written: Mapping[str, torch.Tensor] = {}  # the tensors that are being saved, by name
+    _copies: frozenset[str] = frozenset()  # the names of saved tensors other than core and factors
+    _saved: SavedAdapter | None = None  # the adapter file beside the config's file, if it was read from one
+    _file: str | None = None  # the config's own file in that case
+
+    @property
+    def kind(self) -> Family | None:
+        """The family of tasks; None if the adapter is for one task."""
+        return None if self.family is None else Family.of(self.family, self.family_degree)
+
+    @property
+    def terms(self) -> int:
+        """P of a family of tasks; 0 if the adapter is for one task."""
+        return 0 if self.kind is None else self.kind.size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_written": {}, "_saved": None}  # copies have no tensors
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
+        """The config of a saved adapter, checked with the adapter file beside it before a model is touched.
+
+        A config beside an adapter file is self-contained: its names are compared literally, not as regular
+        expressions. An adapter without `digest` is loaded with a warning.
+
+        Raises:
+            ValueError, TypeError: naming the file and a wrong field, if the adapter file is missing, cannot be read,
+                holds NaN or infinity, or does not fit the config.
+        """
+        directory = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
+        with naming(os.path.join(directory, CONFIG_NAME)):
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            return config._checked(directory) if isinstance(config, ConfigFile) else config
+
+    def _checked(self: Config, directory: str) -> Config:
+        """This config with the adapter file of its directory, after all checks."""
+        modules = {target.module for _, target in self.saved_targets()}
+        alphas = {module: self.alpha_pattern.get(module, self.alpha) for module in modules if self.alpha_pattern}
+        fields = {**_NONE, "alpha_pattern": self.alpha_pattern | alphas}
+        config = replace(self, **fields)
+        saved = read_adapter(directory)
+        obstacle = config._obstacle()
+        if saved is None:
+            if os.path.isdir(directory) and not obstacle:
+                raise ValueError(
+                    f"{directory} has {CONFIG_NAME} but no adapter file (adapter_model.safetensors or "
+                    "adapter_model.bin) beside it: copy the whole directory, or save the adapter again"
+                )
+            return self
+        if obstacle:
+            raise ValueError(
+                f"{obstacle}. The config of a saved adapter names every tensor in full, as `save_pretrained` writes it"
+            )
+        copies = {key: Slot(tuple(t.shape), t.dtype) for key, t in saved.weights.items() if not is_adapter_key(key)}
+        check_weights(config.saved_slots() | copies, saved.weights, saved.origin)
+        if self.digest is None:
+            warnings.warn(
+                f"{CONFIG_NAME} in {directory} has no `digest`, so a change or damage of the adapter would not be "
+                "noticed: save the adapter again to add one",
+                stacklevel=4,
+            )
+        elif self.digest != digest(saved.weights, self._meaning()):
+            raise ValueError(
+                f"{saved.origin} and this config do not fit the `digest` here: one of them was changed or damaged. "
+                f"Use an earlier save. If you changed it on purpose, remove `digest` from {CONFIG_NAME}"
+            )
+        config._saved, config._file = saved, os.path.join(directory, CONFIG_NAME)
+        return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, with the `digest` of the tensors that PEFT collected last."""
+        written, self._written = self._written, {}
+        plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta for t in written.values())
+        self.digest = digest(written, self._meaning()) if written and plain else None
+        super().save_pretrained(save_directory, **kwargs)
+
+    def check_written(self, adapter_name: str) -> None:
+        """Raise ValueError if the tensors that are being saved are not those that the config names."""
+        expected = {key: tuple(slot.shape) for key, slot in self.saved_slots().items()}
+        written = {key: tuple(t.shape) for key, t in self._written.items() if is_adapter_key(key)}
+        wrong = {key for key in expected.keys() | written.keys() if expected.get(key) != written.get(key)}
+        wrong |= self._copies - self._written.keys()
+        if wrong:
+            layers = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in wrong})
+            raise ValueError(
+                f"the adapter {adapter_name!r} cannot be saved: the tensors of {layers} are not those that its config "
+                "names. Either these layers were replaced or rebuilt after they were adapted, so that their update is "
+                "lost; or they have an earlier adapter of the same name; or `state_dict` is not that of the whole "
+                "model. Adapt the model as it is now by a new `get_peft_model`"
+            )
+
+    def _meaning(self) -> dict[str, Any]:
+        """The fields that give the adapter's tensors their meaning."""
+        fields = ("alpha", "alpha_pattern", "coefficients", "rank_pattern", "slim", "modules_to_save")
+        said = self.to_dict()
+        others = {} if self.bias == "none" else {"bias": self.bias}
+        others |= {} if self.family is None else {name: said[name] for name in ("family", "family_degree")}
+        return {name: said[name] for name in (*fields, "trainable_token_indices")} | others
+
+    def self_contained(self: Config, targets: list[Target]) -> Config:
+        """A copy that names every target with its layout, ranks and `alpha`, so that it loads without a registry."""
+        modules = {module: list(group) for module, group in _by_module(targets)}
+        coefficients = {}
+        for target in targets:
+            owner = target.parameter.rpartition(".")[0]
+            layer = {} if owner == target.module else {"layer": target.module}
+            coefficients[target.parameter] = target.spec.describe() | layer
+        ranks, alphas = {}, {}
+        for module, group in modules.items():
+            ranks[module] = _one_or_many({target.spec.parameter: list(target.ranks) for target in group})
+            alphas[module] = _one_or_many({target.spec.parameter: target.alpha for target in group})
+        fields = {"target_modules": set(modules), "coefficients": coefficients, "rank_pattern": ranks}
+        return replace(self, **{**_NONE, **fields, "alpha_pattern": alphas if self.alpha_pattern else {}})
+
+    @property
+    def is_self_contained(self) -> bool:
+        """Whether the config names every target, as `self_contained` does. Its names are then read literally."""
+        return self._obstacle() is None
+
+    def _obstacle(self) -> str | None:
+        """Why the config is not self-contained, naming the field; None if it is self-contained."""
+        modules: dict[str, set[str]] = {}
+        for _, target in self.saved_targets():
+            modules.setdefault(target.module, set()).add(target.spec.parameter)
+        if not modules:
+            return "`coefficients` and `rank_pattern` should give a layout with `sizes`, and ranks, for every tensor"
+        for name in ("rank_pattern", "alpha_pattern"):
+            unknown = sorted(getattr(self, name).keys() - modules.keys())
+            if unknown:
+                return f"`{name}` names {unknown}, but the modules of `coefficients` are {sorted(modules)}"
+        if self.alpha_pattern and self.alpha_pattern.keys() != modules.keys():
+            return f"`alpha_pattern` lacks {sorted(modules.keys() - self.alpha_pattern.keys())}"
+        for module, alphas in self.alpha_pattern.items():
+            if isinstance(alphas, Mapping) and alphas.keys() != modules[module]:
+                return f"`alpha_pattern[{module!r}]` names {sorted(alphas)}, and should {sorted(modules[module])}"
+        if not isinstance(self.target_modules, set):
+            return f"`target_modules` should be a list of names but is {self.target_modules!r}"
+        left_out = sorted(modules.keys() - self.target_modules)
+        if left_out:
+            return f"`target_modules` leaves out {left_out}, which `coefficients` names"
+        used = [name for name in _NONE if getattr(self, name) is not None]
+        return f"{used} are given besides" if used else None
+
+    def saved_targets(self) -> list[tuple[str, Target]]:
+        """The targets of a self-contained config, each with the name of its LoTRALayer; [] for any other config."""
+        targets = []
+        for parameter, description in self.coefficients.items():
+            if not isinstance(description, Mapping) or not description.get("sizes"):
+                return []
+            module = description.get("layer") or parameter.rpartition(".")[0]
+            path = parameter.removeprefix(f"{module}.")
+            spec = CoefficientSpec(path, Layout(description["layout"], description["sizes"]))
+            ranks = self.rank_pattern.get(module)
+            ranks = ranks.get(path) if isinstance(ranks, Mapping) else ranks
+            if ranks is None or {axis for group in spec.axes for axis in group} != description["sizes"].keys():
+                return []
+            targets.append(Target(module, spec, by_mode(ranks)))
+        named = []
+        for module, group in _by_module(sorted(targets, key=lambda target: (target.module, target.spec.nesting))):
+            named += [(module + ".base_layer" * (len(group) - 1 - depth), t) for depth, t in enumerate(group)]
+        return named
+
+    def saved_slots(self) -> dict[str, Slot]:
+        """The name and shape of every core and factor in the file beside a self-contained config."""
+        return {
+            f"{PREFIX}{name}.{container}": Slot(shape)
+            for name, target in self.saved_targets()
+            for container, shape in tucker_shapes(target.spec.layout.canonical_shape, target.ranks, self.terms).items()
+        }
+
+
+def _by_module(targets: list[Target]) -> Iterator[tuple[str, list[Target]]]:
+    return ((module, list(group)) for module, group in groupby(targets, key=lambda target: target.module))
+
+
+def _one_or_many(by_parameter: dict[str, Any]) -> Any:
+    return by_parameter if len(by_parameter) > 1 else next(iter(by_parameter.values()))

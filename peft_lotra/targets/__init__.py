@@ -1,0 +1,1 @@
+"""What a config means for a model: which tensors, which ranks, which names."""
