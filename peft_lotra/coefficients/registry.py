@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -81,21 +80,16 @@ def known_matrices(layer: nn.Module) -> list[CoefficientSpec]:
     return _known(layer, 1)
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """The description of a layer whose class has the same name as a registered class.
 
-    Attributes:
-        original: the qualified name of the registered class.
-        coefficients, matrices: the layer's tensors as described there. Both are empty if the layer lacks one of them,
-            or if it fits several registered classes that differ.
-        problem: why they are empty, if the reason is known.
+    Its tensors are empty if the layer lacks one of them, or if it fits several registered classes that differ.
     """
 
-    original: str
+    original: str  # the qualified name of the registered class
     coefficients: list[CoefficientSpec]
     matrices: list[CoefficientSpec]
-    problem: str = ""
+    problem: str = ""  # why the tensors are empty, if the reason is known
 
 
 def copy_of(layer: nn.Module) -> Copy | None:

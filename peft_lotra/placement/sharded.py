@@ -37,15 +37,10 @@ def _is_released(tensor: Any) -> bool:
     return not torch.compiler.is_compiling() and hasattr(tensor, "ds_shape") and tensor.numel() != tensor.ds_numel
 
 
-def has_shards(module: nn.Module) -> bool:
-    """Whether some of the module's parameters are sharded, even if they are gathered at this moment."""
-    parameters = list(module.parameters())
-    return bool(fsdp_modules(module)) or any(hasattr(p, "ds_shape") for p in parameters) or any_sharded(parameters)
-
-
 def check_not_sharded(module: nn.Module, what: str, instead: str) -> None:
-    """Raise ValueError, saying what to do `instead`, if the module is sharded."""
-    if has_shards(module):
+    """Raise ValueError, saying what to do `instead`, if the module is sharded, even if it is gathered now."""
+    parameters = list(module.parameters())
+    if fsdp_modules(module) or any_sharded(parameters) or any(hasattr(p, "ds_shape") for p in parameters):
         raise ValueError(f"{what} is sharded (FSDP2 or ZeRO-3): {instead}")
 
 

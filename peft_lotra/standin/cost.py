@@ -32,27 +32,17 @@ _POSITIONS = 256  # assumed if the batch size is open, while a graph is compiled
 
 
 class Work(NamedTuple):
-    """The sizes of an operation with a weight.
+    """The sizes of an operation with a weight."""
 
-    Attributes:
-        positions: entries of the output for each entry of its output axis; None if their number is open.
-        depth: entries of the other operand x for each position.
-        terms: products summed in one entry of the output.
-        modes: (n, m, n_d) of the weight.
-        kernel: entries of the weight for each (i, o, d).
-        on_x: the modes among i and d that are summed with x, as a string.
-        device: the kind of device, such as "cpu".
-        per_sample: whether each sample has gradients of its own, in one batched call. A + Δ would then have a gradient
-            of A's size for each sample, so it is not formed.
-    """
-
-    positions: int | None
-    depth: int
-    terms: int
-    modes: Triple
-    kernel: int
-    on_x: str
-    device: str
+    positions: int | None  # entries of the output for each entry of its output axis; None if their number is open
+    depth: int  # entries of the other operand x for each position
+    terms: int  # products summed in one entry of the output
+    modes: Triple  # (n, m, n_d) of the weight
+    kernel: int  # entries of the weight for each (i, o, d)
+    on_x: str  # the modes among i and d that are summed with x
+    device: str  # its kind, such as "cpu"
+    # Whether each sample has gradients of its own, in one batched call. A + Δ would then have a gradient of A's size
+    # for each sample, so it is not formed.
     per_sample: bool = False
 
     @property

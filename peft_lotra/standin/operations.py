@@ -133,10 +133,6 @@ def matmul(*args: Any, **kwargs: Any) -> Contraction | None:
     return _contraction(_matmul_equation(a.ndim, b.ndim), (a, b), torch.matmul)
 
 
-def _reflected_matmul(weight: Any, x: Any) -> Contraction | None:
-    return matmul(x, weight)
-
-
 @planned
 def _matmul_equation(of_a: int, of_b: int) -> str:
     """The equation of torch.matmul, whose operands have so many axes."""
@@ -217,5 +213,4 @@ CONTRACTIONS: dict[Any, Callable[..., Contraction | None]] = {
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), matmul),
     **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.mv), matmul),
     torch.Tensor.__matmul__: matmul,
-    torch.Tensor.__rmatmul__: _reflected_matmul,
 }

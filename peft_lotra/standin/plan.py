@@ -27,21 +27,14 @@ Shapes = tuple[Any, ...]  # the shapes of G and of the factors of i, o, d; None 
 
 
 class Operand(NamedTuple):
-    """The other operand x of an operation.
-
-    Attributes:
-        ndim: the number of axes.
-        positions: the number of positions; None if it is open.
-        device: the kind of device.
-        per_sample: whether each sample has gradients of its own.
-        sample_shape: in this shape, weights per sample broadcast to the axes that are not summed; () if it is unknown,
-            None if no update has such weights.
-    """
+    """The other operand x of an operation."""
 
     ndim: int
-    positions: int | None
-    device: str
-    per_sample: bool
+    positions: int | None  # None if their number is open
+    device: str  # its kind
+    per_sample: bool  # whether each sample has gradients of its own
+    # In this shape, weights per sample broadcast to the axes that are not summed. () if it is unknown, None if no
+    # update has such weights.
     sample_shape: tuple[int, ...] | None
 
 
@@ -49,7 +42,6 @@ class Roles(NamedTuple):
     """What the axes of a weight are in an operation."""
 
     outputs: tuple[int, int, int]  # (axis of y, before, after)
-    padding: tuple[int, int] | None  # numbers of outputs before and after that belong to no coefficient
     on_x: str  # the modes of i and d that are summed with x
     matrix: tuple[int, ...]  # if the operation is one matrix product: its axis of outputs, and those that are summed
 
@@ -163,21 +155,14 @@ def _roles(form: Form, axes: Axes, ndim: int) -> Roles | None:
     """The roles of a weight's axes, for x with `ndim` axes; None if there is no factorised form."""
     carried, summed = dict(form.carried), dict(form.summed)
     output = axes.place("o")
-    if output is None or output.axis not in carried:
-        return None
-    stored, is_plain = axes.axes[output.axis], output.before * output.after == 1
-    if stored.is_padded and not is_plain:
+    if output is None or output.axis not in carried or axes.axes[output.axis].is_padded:
         return None
     places = {mode: axes.place(mode) for mode in "id"}
     on_x = [mode for mode, p in places.items() if p and p.axis in summed and not axes.axes[p.axis].is_padded]
     trailing = list(range(ndim - len(summed), ndim))
-    is_matrix = form.is_linear and is_plain and bool(summed) and sorted(summed.values()) == trailing
-    return Roles(
-        (carried[output.axis], output.before, output.after),
-        (stored.before, stored.after) if stored.is_padded else None,
-        "".join(on_x),
-        (output.axis, *sorted(summed, key=summed.__getitem__)) if is_matrix else (),
-    )
+    is_matrix = form.is_linear and output.before * output.after == 1 and sorted(summed.values()) == trailing
+    matrix = (output.axis, *sorted(summed, key=summed.__getitem__)) if is_matrix and summed else ()
+    return Roles((carried[output.axis], output.before, output.after), "".join(on_x), matrix)
 
 
 def _core(axes: Axes, shapes: Shapes) -> Core:
@@ -249,7 +234,7 @@ def apply(plan: Plan, c: Contraction, weight: Weight, y: torch.Tensor | None) ->
 def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torch.Tensor:
     """The contraction of x with B, expanded by U2."""
     updates = [weight.updates[k].shown(plan.rows) for k in group.members]
-    B, U2 = _thin(plan, group, updates)
+    B, U2 = _thin(group, updates)
     x = c.x
     for mode, axis, before, after in group.on_x:
         x = flat_mode_product(x, updates[0].tucker.factors[mode].T.to(x.dtype), axis, before, after)
@@ -270,23 +255,22 @@ def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torc
     return y if axis == -1 or axis == y.dim() - 1 else y.movedim(-1, axis)
 
 
-def _thin(plan: Plan, group: Group, updates: Sequence[Update]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _thin(group: Group, updates: Sequence[Update]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """B, laid out like the weight, and U2, each of all updates side by side; no U2 if the outputs are whole."""
     thin, sides = [], []
     for update, products in zip(updates, group.products, strict=True):
         core, factors = update.tucker
         U2 = factors.get("o")
-        if U2 is None and (len(updates) > 1 or plan.roles.padding is not None):
+        if U2 is None and len(updates) > 1:
             U2 = torch.eye(core.shape[1], dtype=core.dtype, device=core.device)
         sides.append(U2)
         core = core if update.scaling == 1 else core * update.scaling
         if update.weights is not None and update.weights.shape[1] > 1:  # P terms, side by side like the outputs
             core = core.movedim(-1, 1).flatten(1, 2)
         thin.append(products(core, factors))
-    B, U2 = (thin[0], sides[0]) if len(thin) == 1 else (torch.cat(thin, 1), torch.cat(sides, 1))  # type: ignore[arg-type]
-    if plan.roles.padding is not None and U2 is not None:
-        U2 = F.pad(U2, (0, 0, *plan.roles.padding))
-    return group.arrangement(B), U2
+    if len(thin) == 1:
+        return group.arrangement(thin[0]), sides[0]
+    return group.arrangement(torch.cat(thin, 1)), torch.cat(sides, 1)  # type: ignore[arg-type]
 
 
 def _weighted(y: torch.Tensor, updates: Sequence[Update], shape: tuple[int, ...]) -> torch.Tensor:

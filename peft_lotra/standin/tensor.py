@@ -134,23 +134,17 @@ def stand_in(meant: Weight | Product | Ones, call: Call) -> StandIn:
     like = meant.tensor
     if torch.compiler.is_dynamo_compiling():
         standin = torch.empty(like.shape, dtype=like.dtype, device="meta").as_subclass(StandIn)
-    else:
-        standin = _without_memory(
-            EagerStandIn, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
-        )
-    standin.meant = meant, call
-    return standin
+        standin.meant = meant, call
+        return standin
+    return handle_of((meant, call), like)
 
 
-def handle_of(owner: nn.Module, name: str, like: torch.Tensor) -> StandIn:
-    """The tensor that stands, in each thread, for what the thread's running pass has at a place."""
-    handle = _without_memory(EagerStandIn, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device)
-    handle.meant, handle.place = None, (owner, name)
-    return handle
-
-
-# torch's function for a tensor without memory. It has no public name.
-_without_memory: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+def handle_of(meaning: Any, like: torch.Tensor) -> StandIn:
+    """A stand-in like a tensor, but without memory. `meaning` is (meant, call) or a place, (owner, name)."""
+    make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]  # it has no public name
+    handle = make(EagerStandIn, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device)
+    handle.meant, handle.place = (None, meaning) if isinstance(meaning[0], nn.Module) else (meaning, None)
+    return handle  # type: ignore[no-any-return]
 
 
 def _meaning(standin: StandIn) -> tuple[Meant, Call]:
