@@ -8,6 +8,7 @@ from torch import nn
 
 from peft_lotra import register_kan_layer
 from peft_lotra.coefficients import CoefficientSpec, Layout, known_coefficients, registered_kan_layers, registry
+from peft_lotra.standin.axes import parameter_axes
 
 N, M, ND = 3, 4, 5
 A = torch.arange(float(N * M * ND)).reshape(N, M, ND)
@@ -96,6 +97,11 @@ def test_layout_errors(pattern, shape, sizes, message):
         ({"layout": "i o d", "slice": ":", "scale": "s", "scale_layout": "i o"}, ValueError, "are not supported"),
         ({"layout": "i o d", "scale": "nope", "scale_layout": "i o"}, ValueError, "`nope` is no tensor of this Cheby"),
         ({"layout": "i o d", "scale": "cheby_coeffs", "scale_layout": "i o"}, ValueError, "has 2 axes, the tensor"),
+        (
+            {"layout": "i o d", "scale": "cheby_coeffs", "scale_layout": "i h"},
+            ValueError,
+            "has the axes ['h'], which",
+        ),
     ],
 )
 def test_description_errors(description, error, message):
@@ -109,7 +115,7 @@ def test_a_slice_of_a_packed_parameter(region):
     layer.weight = nn.Parameter(torch.zeros(4, 15 + 3))
     spec = CoefficientSpec.resolve(layer, "weight", {"layout": "o (i d)", "sizes": {"d": 5}, "slice": region})
     assert spec.layout.canonical_shape == (N, M, ND)
-    update = spec.stored_update(A, layer.weight.shape)
+    update = parameter_axes(spec, (4, 18)).arrangement({})(A)
     assert_equal(update[:, :15], A.transpose(0, 1).flatten(1), 0)
     assert not update[:, 15:].any()
     assert CoefficientSpec.resolve(layer, "weight", spec.describe()) == spec

@@ -19,7 +19,7 @@ import peft_lotra
 from peft_lotra import slim_kan
 from peft_lotra.layers.lotra import adapted_tensors
 from peft_lotra.standin import Adapted, placing, plan
-from peft_lotra.standin.cost import DENSE, cheapest_order
+from peft_lotra.standin.cost import DENSE, Core, Work, cheapest_order
 from peft_lotra.standin.tensor import EagerStandIn
 
 all_layers = pytest.mark.parametrize("name", LAYERS)
@@ -104,11 +104,10 @@ def test_the_cost_of_the_adapter_is_linear_in_the_inputs():
 
 def test_large_ranks_are_computed_densely_and_small_ones_thinly():
     n = m = 512
-    sizes = {"positions": 256, "depth": n * 8, "terms": n * 8, "modes": (n, m, 8), "kernel": 1, "on_x": "id"}
-    sizes |= {"device": "cpu"}
+    work = Work(256, n * 8, n * 8, (n, m, 8), 1, "id", "cpu")
 
     def order(ranks, **others):
-        return cheapest_order(**sizes | others, ranks=ranks, whole=("",) * len(ranks))
+        return cheapest_order(work._replace(**others), tuple([Core(own, "") for own in ranks]))
 
     assert order(((8, 8, 4),)) == ""
     assert order(((8, 8, 4),) * 8) == ""

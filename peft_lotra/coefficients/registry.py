@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -55,11 +55,11 @@ def register_kan_layer(
             )
         _REGISTRY[name] = _REGISTRY[coefficients]
         return
-    matrices = {} if matrices is None else matrices
-    for argument, described in {"coefficients": coefficients, "matrices": matrices}.items():
-        if not callable(described):
-            check_descriptions(described, argument)
-    _REGISTRY[name] = coefficients, matrices
+    described = coefficients, {} if matrices is None else matrices
+    for argument, one in zip(("coefficients", "matrices"), described, strict=True):
+        if not callable(one):
+            check_descriptions(one, argument)
+    _REGISTRY[name] = described
 
 
 def registered_kan_layers() -> list[str]:
@@ -80,21 +80,16 @@ def known_matrices(layer: nn.Module) -> list[CoefficientSpec]:
     return _known(layer, 1)
 
 
-@dataclass(frozen=True)
-class Copy:
+class Copy(NamedTuple):
     """The description of a layer whose class has the same name as a registered class.
 
-    Attributes:
-        original: the qualified name of the registered class.
-        coefficients, matrices: the layer's tensors as described there. Both are empty if the layer lacks one of them,
-            or if it fits several registered classes that differ.
-        problem: why they are empty, if the reason is known.
+    Its tensors are empty if the layer lacks one of them, or if it fits several registered classes that differ.
     """
 
-    original: str
+    original: str  # the qualified name of the registered class
     coefficients: list[CoefficientSpec]
     matrices: list[CoefficientSpec]
-    problem: str = ""
+    problem: str = ""  # why the tensors are empty, if the reason is known
 
 
 def copy_of(layer: nn.Module) -> Copy | None:
@@ -146,52 +141,31 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _scale(layer: Any, path: str, layout: str) -> dict[str, str]:
-    """The scale of a weight, or nothing: layers have it only if an option is on."""
-    owner, _, name = path.rpartition(".")
-    there = hasattr(layer.get_submodule(owner), name)
-    return {"scale": path, "scale_layout": layout} if there else {}
+def _described(
+    parameter: str, layout: str, scale: str | None = None, scale_layout: str = "o i", **sizes: str | int
+) -> Callable[[Any], Descriptions]:
+    """The description of one parameter. Layers have its scale only if an option is on.
 
+    Args:
+        parameter, layout, scale, scale_layout: the fields of a description.
+        sizes: by axis, a size, or the attribute of the layer that holds it, or something that long; by several axes,
+            such as `hw`, an attribute that holds them all.
+    """
 
-def _efficient_kan(layer: Any) -> Descriptions:
-    return {"spline_weight": {"layout": "o i d", **_scale(layer, "spline_scaler", "o i")}}
+    def describe(layer: Any) -> Descriptions:
+        description: dict[str, Any] = {"layout": layout, "sizes": {}}
+        for axes, path in sizes.items():
+            value: Any = attrgetter(path)(layer) if isinstance(path, str) else path
+            if len(axes) == 1:
+                value = [value if isinstance(value, int) else len(value)]
+            description["sizes"].update(zip(axes, value, strict=True))
+        if scale is not None:
+            owner, _, name = scale.rpartition(".")
+            if hasattr(layer.get_submodule(owner), name):
+                description |= {"scale": scale, "scale_layout": scale_layout}
+        return {parameter: description}
 
-
-def _fast_kan(layer: Any) -> Descriptions:
-    return {"spline_linear.weight": {"layout": "o (i d)", "sizes": {"d": layer.rbf.num_grids}}}
-
-
-def _faster_kan(layer: Any) -> Descriptions:
-    return {"spline_linear.weight": {"layout": "o (i d)", "sizes": {"d": len(layer.rbf.grid)}}}
-
-
-def _convkan(layer: Any) -> Descriptions:
-    # The layer flattens each pixel's patch into the inputs of the inner layer.
-    height, width = layer.kernel_size
-    scale = _scale(layer, "kan_layer.spline_scaler", "g o (i h w)")
-    return {"kan_layer.spline_weight": {"layout": "g o (i h w) d", "sizes": {"h": height, "w": width}, **scale}}
-
-
-def _deep_kan(layer: Any) -> Descriptions:
-    return {"spline_weights": {"layout": "o i d", **_scale(layer, "spline_scales", "o i")}}
-
-
-def _deep_kan_rbf(layer: Any) -> Descriptions:
-    return {"rbf_linear.spline_weight": {"layout": "(i d) o", "sizes": {"d": layer.rbf_linear.num_grids}}}
-
-
-def _qkan_fourier(layer: Any) -> Descriptions:
-    return {"fourier_weight": {"layout": "o i d", **_scale(layer, "fourier_scaler", "o i")}}
-
-
-def _conv_kan_3d(layer: Any) -> Descriptions:
-    sizes = dict(zip("thw", layer.kernel_size, strict=True))
-    scale = _scale(layer, "linear.spline_scaler", "o (i t h w)")
-    return {"linear.spline_weight": {"layout": "o (i t h w) d", "sizes": sizes, **scale}}
-
-
-def _old_pykan(layer: Any) -> Descriptions:
-    return {"coef": {"layout": "(o i) d", "sizes": {"i": layer.in_dim}}}
+    return describe
 
 
 def _kanditioned(layer: Any) -> Descriptions:
@@ -205,49 +179,48 @@ def _inkan(layer: Any) -> Descriptions:
     return {"weight": {"layout": "o (i d)", "sizes": {"d": layer.n_bases}, "slice": coefficients}}
 
 
-def _convkan_base(layer: Any) -> Descriptions:
-    height, width = layer.kernel_size
-    return {"kan_layer.base_weight": {"layout": "g o (i h w d)", "sizes": {"h": height, "w": width, "d": 1}}}
-
-
 # pykan multiplies the functions of every edge by these scales.
 _EDGE_SCALE = {"layout": "(i d) o", "sizes": {"d": 1}}
-_BASE_WEIGHT = {"base_weight": {"layout": "o (i d)", "sizes": {"d": 1}}}
-
-register_kan_layer(  # pykan
-    "kan.KANLayer.KANLayer", {"coef": "i o d"}, {"scale_base": _EDGE_SCALE, "scale_sp": _EDGE_SCALE}
-)
-register_kan_layer("efficient_kan.kan.KANLinear", _efficient_kan, _BASE_WEIGHT)
-for _copy in (
-    "kan_gpt.efficient_kan.model.KANLinear",
-    "VisionKAN.ekan.KANLinear",
-    "qkan.kan.KANLinear",
-    "ikan.KAN.KANLinear",
-    "timekan.layers.spline.Spline",
-):
-    register_kan_layer(_copy, "efficient_kan.kan.KANLinear")
-register_kan_layer("fastkan.fastkan.FastKANLayer", _fast_kan)
-register_kan_layer("ChebyKANLayer.ChebyKANLayer", {"cheby_coeffs": "i o d"})
-register_kan_layer("convkan.convkan_layer.ConvKAN", _convkan, _convkan_base)
-register_kan_layer("inkan.layer.KANLayer", _inkan)
-# Further packages on PyPI, as found by `infer_coefficients`. NaiveFourierKANLayer is not registered: two public layers
-# with this name have the same parameters but different layouts, and copies are recognized by name.
-_FURTHER: dict[str, Described] = {
+_EFFICIENT = _described("spline_weight", "o i d", "spline_scaler"), _described("base_weight", "o (i d)", d=1)
+_FAST = _described("spline_linear.weight", "o (i d)", d="rbf.num_grids")
+# Coefficients, or coefficients and matrices. Most packages on PyPI are described as `infer_coefficients` found them.
+# NaiveFourierKANLayer is not registered: two public layers with this name have the same parameters but different
+# layouts, and copies are recognized by name.
+_LAYERS: dict[str, Any] = {
+    "kan.KANLayer.KANLayer": ({"coef": "i o d"}, {"scale_base": _EDGE_SCALE, "scale_sp": _EDGE_SCALE}),  # pykan
+    "efficient_kan.kan.KANLinear": _EFFICIENT,
+    "kan_gpt.efficient_kan.model.KANLinear": _EFFICIENT,
+    "VisionKAN.ekan.KANLinear": _EFFICIENT,
+    "qkan.kan.KANLinear": _EFFICIENT,
+    "ikan.KAN.KANLinear": _EFFICIENT,
+    "timekan.layers.spline.Spline": _EFFICIENT,
+    "fastkan.fastkan.FastKANLayer": _FAST,
+    "ChebyKANLayer.ChebyKANLayer": {"cheby_coeffs": "i o d"},
+    # The layer flattens each pixel's patch into the inputs of the inner layer.
+    "convkan.convkan_layer.ConvKAN": (
+        _described(
+            "kan_layer.spline_weight", "g o (i h w) d", "kan_layer.spline_scaler", "g o (i h w)", hw="kernel_size"
+        ),
+        _described("kan_layer.base_weight", "g o (i h w d)", hw="kernel_size", d=1),
+    ),
+    "inkan.layer.KANLayer": _inkan,
     "microkan.KANLayer.KANLayer": {"coef": "i o d"},
     "seqkan.kan.KANLayer.KANLayer": {"coef": "i o d"},
     "yms_kan.KANLayer.KANLayer": {"coef": "i o d"},
-    "kan_gpt.kan.KANLayer.KANLayer": _old_pykan,
-    "VisionKAN.fasterkan.FasterKANLayer": _faster_kan,
-    "cvkan.models.FastKAN.FastKANLayer": _fast_kan,
+    "kan_gpt.kan.KANLayer.KANLayer": _described("coef", "(o i) d", i="in_dim"),  # an old pykan
+    "VisionKAN.fasterkan.FasterKANLayer": _described("spline_linear.weight", "o (i d)", d="rbf.grid"),
+    "cvkan.models.FastKAN.FastKANLayer": _FAST,
     "cvkan.models.CVKAN.CVKANLayer": dict.fromkeys(["realweights", "complexweights"], "i o d1 d2"),
-    "qkan.fourier_kan.FourierKANLinear": _qkan_fourier,
-    "ConvKAN3D.ConvKAN3D.effConvKAN3D": _conv_kan_3d,
+    "qkan.fourier_kan.FourierKANLinear": _described("fourier_weight", "o i d", "fourier_scaler"),
+    "ConvKAN3D.ConvKAN3D.effConvKAN3D": _described(
+        "linear.spline_weight", "o (i t h w) d", "linear.spline_scaler", "o (i t h w)", thw="kernel_size"
+    ),
     "flashkan.layer.KANLayer": {"spline_weight": "o i d"},
     "kan.layers.KANLayer": {"coeff": "o i d"},  # kolmarn
     "kan_mlp_hybrid.layers.kan_layer.SimpleKANLayer": {"spline_coefs": "o i d"},
-    "deepkan.deepkan.SplineLinearLayer": _deep_kan,
+    "deepkan.deepkan.SplineLinearLayer": _described("spline_weights", "o i d", "spline_scales"),
     "deepkan.deepkan.ChebyshevKANLayer": {"cheby_coeffs": "i o d"},
-    "deepkan.deepkan.RBFKANLayer": _deep_kan_rbf,
+    "deepkan.deepkan.RBFKANLayer": _described("rbf_linear.spline_weight", "(i d) o", d="rbf_linear.num_grids"),
     "mlp_kan.kan_layer.KANInterpoLayer": {"Y": "i o d"},
     "ikan.ChebyKAN.ChebyKANLinear": {"cheby_coeffs": "o i d"},
     "ikan.FourierKAN.FourierKANLinear": {"fourier_coeffs": "d1 o i d2"},
@@ -258,5 +231,5 @@ _FURTHER: dict[str, Described] = {
     "tabkan.chebyshev.model.ChebyKANLayer": {"cheby_coeffs": "i o d"},
     "KANditioned.kan_layer.KANLayer": _kanditioned,
 }
-for _name, _described in _FURTHER.items():
-    register_kan_layer(_name, _described)
+for _name, _pair in _LAYERS.items():
+    register_kan_layer(_name, *(_pair if isinstance(_pair, tuple) else (_pair,)))

@@ -22,7 +22,8 @@ _BOUND = re.compile(r"(-?[0-9]{1,18})?")  # a bound of a slice
 _FIELDS = ("layout", "sizes", "slice", "scale", "scale_layout", "layer")
 
 
-def _part_number(axis: str) -> int:
+def part_number(axis: str) -> int:
+    """The number of an axis such as `d2`; 0 if it has none."""
     return int(axis[1:] or 0)
 
 
@@ -55,22 +56,16 @@ def check_layout(pattern: str, modes: tuple[str, ...] = _MODES) -> None:
         raise ValueError(f"layout {pattern!r} lacks the axes {missing}: a coefficient tensor has i, o and d")
 
 
-def _flat_axis(pattern: str) -> int | None:
+def _star(pattern: str) -> int | None:
     """The number of the group with a star, or None."""
     return next((k for k, group in enumerate(GROUP.findall(pattern)) if group.endswith("*")), None)
 
 
-def _flattened(pattern: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The sizes of the stored axes that belong to the group with a star."""
-    axis, groups = _flat_axis(pattern), GROUP.findall(pattern)
-    if axis is None:
-        return ()
-    stop = len(shape) - (len(groups) - 1 - axis)
-    if stop - axis < 2:
-        raise ValueError(
-            f"layout {pattern!r} flattens several stored axes, and of shape {shape} leaves fewer than two"
-        )
-    return shape[axis:stop]
+def _check_sizes(pattern: str, sizes: Mapping[str, int]) -> None:
+    """Raise ValueError if `sizes` has axes that `pattern` has not."""
+    unused = sorted(set(sizes) - {axis for group in _parse(pattern) for axis in group})
+    if unused:
+        raise ValueError(f"`sizes` names the axes {unused}, which layout {pattern!r} does not have")
 
 
 def _solve_sizes(pattern: str, shape: tuple[int, ...], known: Mapping[str, int]) -> dict[str, int]:
@@ -95,9 +90,7 @@ def _solve_sizes(pattern: str, shape: tuple[int, ...], known: Mapping[str, int])
         if stored % product or (not open_axes and stored != product):
             raise ValueError(f"layout {pattern!r} with sizes {dict(known)} does not fit the shape {shape}")
         sizes |= given | {axis: stored // product for axis in open_axes}
-    unused = sorted(set(known) - set(sizes))
-    if unused:
-        raise ValueError(f"`sizes` names the axes {unused}, which layout {pattern!r} does not have")
+    _check_sizes(pattern, known)
     return sizes
 
 
@@ -128,12 +121,18 @@ class Layout:
             ValueError: if the pattern is not a layout of a coefficient tensor or does not fit the shape.
         """
         check_layout(pattern)
-        flattened, axis = _flattened(pattern, tuple(shape)), _flat_axis(pattern)
-        if axis is not None:
-            shape = (*shape[:axis], math.prod(flattened), *shape[axis + len(flattened) :])
+        star = _star(pattern)
+        flattened: tuple[int, ...] = ()
+        if star is not None:
+            stop = len(shape) - (len(GROUP.findall(pattern)) - 1 - star)
+            flattened = tuple(shape[star:stop])
+            if len(flattened) < 2:
+                what = f"layout {pattern!r} flattens several stored axes"
+                raise ValueError(f"{what}, and of shape {tuple(shape)} leaves fewer than two")
+            shape = (*shape[:star], math.prod(flattened), *shape[stop:])
         return cls(pattern, _solve_sizes(pattern, tuple(shape), sizes or {}), flattened)
 
-    @cached_property
+    @property
     def _stored(self) -> str:
         """The pattern of the stored tensor after flattening, in einops notation."""
         return self.pattern.replace("*", "")
@@ -141,7 +140,7 @@ class Layout:
     @cached_property
     def _canonical(self) -> str:
         groups = [[axis for axis in self.sizes if axis[0] == letter] for letter in _MODES + _KERNEL]
-        return " ".join(f"({' '.join(sorted(axes, key=_part_number))})" for axes in groups if axes)
+        return " ".join(f"({' '.join(sorted(axes, key=part_number))})" for axes in groups if axes)
 
     @property
     def stored_axes(self) -> list[str]:
@@ -153,23 +152,23 @@ class Layout:
         """(n, m, n_d, ...): the sizes of A's modes, and then the sizes of its axes without factors."""
         return tuple(math.prod(self.sizes[axis] for axis in group) for group in _parse(self._canonical))
 
+    def flat(self, stored: torch.Tensor) -> torch.Tensor:
+        """The stored tensor with the axes of the group with a star flattened into one, if the layout has one."""
+        star = _star(self.pattern)
+        return stored if star is None else stored.flatten(star, star + len(self.flattened) - 1)
+
     def to_canonical(self, stored: torch.Tensor) -> torch.Tensor:
         """A[i, o, d, ...] from the stored tensor."""
-        axis = _flat_axis(self.pattern)
-        if axis is not None:
-            stored = stored.flatten(axis, axis + len(self.flattened) - 1)
-        return rearrange(stored, f"{self._stored} -> {self._canonical}", **self.sizes)
+        return rearrange(self.flat(stored), f"{self._stored} -> {self._canonical}", **self.sizes)
 
     def from_canonical(self, canonical: torch.Tensor) -> torch.Tensor:
         """The stored tensor, contiguous, from A[i, o, d, ...]."""
         stored = rearrange(canonical, f"{self._canonical} -> {self._stored}", **self.sizes).contiguous()
-        axis = _flat_axis(self.pattern)
-        return stored if axis is None else stored.unflatten(axis, self.flattened)
+        star = _star(self.pattern)
+        return stored if star is None else stored.unflatten(star, self.flattened)
 
     def expand(self, scale: torch.Tensor, scale_pattern: str) -> torch.Tensor:
         """Repeat a scale with the layout `scale_pattern` (some of this layout's axes) to the stored shape."""
-        own = {axis: size for axis, size in self.sizes.items() if re.search(rf"\b{axis}\b", scale_pattern)}
-        _solve_sizes(scale_pattern, tuple(scale.shape), own)
         return repeat(scale, f"{scale_pattern} -> {self._stored}", **self.sizes)
 
 
@@ -195,8 +194,8 @@ class CoefficientSpec:
     slice: str | None = None
 
     def __post_init__(self) -> None:
-        # Patterns are parsed here, because torch.compile cannot trace a regular expression while the layer runs.
-        self.axes, self.scale_axes  # noqa: B018
+        # The pattern is parsed here, because torch.compile cannot trace a regular expression while the layer runs.
+        self.axes  # noqa: B018
 
     @cached_property
     def axes(self) -> tuple[tuple[str, ...], ...]:
@@ -207,11 +206,6 @@ class CoefficientSpec:
     def nesting(self) -> tuple[bool, str]:
         """A key that sorts the adapters of one module from the innermost outwards. Matrices are innermost."""
         return self.layout.canonical_shape[2] > 1, self.parameter
-
-    @cached_property
-    def scale_axes(self) -> tuple[tuple[str, ...], ...]:
-        """The axes that lie on each stored axis of the scale; empty without a scale."""
-        return tuple(map(tuple, _parse(self.scale_layout))) if self.scale_layout is not None else ()
 
     @classmethod
     def resolve(cls, layer: torch.nn.Module, parameter: str, description: str | Mapping[str, Any]) -> CoefficientSpec:
@@ -227,16 +221,19 @@ class CoefficientSpec:
             raise TypeError(f"`{parameter}` has dtype {tensor.dtype}: LoTRA adapts real floating-point tensors only")
         region = description.get("slice")
         shape = full_shape(tensor)
-        if region is not None and len(parse_slice(region)) > len(shape):
-            raise ValueError(f"`slice` {region!r} has more axes than `{parameter}` of shape {tuple(shape)}")
         if region is not None:
+            if len(parse_slice(region)) > len(shape):
+                raise ValueError(f"`slice` {region!r} has more axes than `{parameter}` of shape {tuple(shape)}")
             shape = torch.empty(shape, device="meta")[parse_slice(region)].shape
         layout = Layout.fit(description["layout"], shape, description.get("sizes"))
-        scale = description.get("scale")
-        if scale is not None:
-            stored_scale = torch.empty(full_shape(tensor_at(layer, scale)), device="meta")
-            layout.expand(stored_scale, description["scale_layout"])  # raises if it does not fit
-        return cls(parameter, layout, scale, description.get("scale_layout"), region)
+        scale, scale_layout = description.get("scale"), description.get("scale_layout")
+        if scale is not None and scale_layout is not None:
+            names = [axis for group in _parse(scale_layout) for axis in group]
+            if further := [axis for axis in names if axis not in layout.sizes]:
+                raise ValueError(f"`scale_layout` {scale_layout!r} has the axes {further}, which the layout does not")
+            own = {axis: layout.sizes[axis] for axis in names}
+            _solve_sizes(scale_layout, tuple(full_shape(tensor_at(layer, scale))), own)  # raises if it does not fit
+        return cls(parameter, layout, scale, scale_layout, region)
 
     def to_canonical(self, stored: torch.Tensor) -> torch.Tensor:
         """A[i, o, d, ...] from a tensor that is stored like the parameter."""
@@ -245,16 +242,6 @@ class CoefficientSpec:
     def part(self, stored: torch.Tensor) -> torch.Tensor:
         """The part that `layout` describes, from a tensor that is stored like the parameter."""
         return stored if self.slice is None else stored[parse_slice(self.slice)]
-
-    def stored_update(self, canonical: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """Convert an update of A, shape (n, m, n_d, ...), to an update of the parameter, which has the given shape."""
-        update = self.layout.from_canonical(canonical)
-        if self.slice is None:
-            return update
-        bounds = [part.indices(size)[:2] for part, size in zip(parse_slice(self.slice), shape, strict=False)]
-        bounds += [(0, size) for size in shape[len(bounds) :]]
-        before_after = [(start, size - stop) for (start, stop), size in zip(bounds, shape, strict=True)]
-        return torch.nn.functional.pad(update, [n for pair in reversed(before_after) for n in pair])
 
     def describe(self) -> dict[str, Any]:
         """The mapping that `resolve` reads, as plain data for a saved config."""
@@ -279,22 +266,21 @@ def check_description(description: str | Mapping[str, Any]) -> dict[str, Any]:
     sizes = description.get("sizes") or {}
     if not isinstance(sizes, Mapping) or not all(type(size) is int and size > 0 for size in sizes.values()):
         raise ValueError(f"`sizes` maps axes to positive integers, got {sizes!r}")
-    unused = sorted(set(sizes) - {axis for group in _parse(description["layout"]) for axis in group})
-    if unused:
-        raise ValueError(f"`sizes` names the axes {unused}, which layout {description['layout']!r} does not have")
-    for field_name in ("slice", "scale", "layer"):
-        if not isinstance(description.get(field_name), str | None):
-            raise TypeError(f"`{field_name}` should be a str but the value passed is {description[field_name]!r}")
-    if description.get("slice") is not None:
-        parse_slice(description["slice"])
-        if description.get("scale") is not None:
-            raise ValueError(f"`scale` and `slice` together are not supported, got {description!r}")
-    if "*" in description["layout"] and not description.get("slice") is description.get("scale") is None:
+    _check_sizes(description["layout"], sizes)
+    for name in ("slice", "scale", "layer"):
+        if not isinstance(description.get(name), str | None):
+            raise TypeError(f"`{name}` should be a str but the value passed is {description[name]!r}")
+    region, scale, scale_layout = map(description.get, ("slice", "scale", "scale_layout"))
+    if region is not None:
+        parse_slice(region)
+    if region is not None and scale is not None:
+        raise ValueError(f"`scale` and `slice` together are not supported, got {description!r}")
+    if "*" in description["layout"] and not region is scale is None:
         raise ValueError(f"a layout with a star goes with no `slice` and no `scale`, got {description!r}")
-    if (description.get("scale") is None) != (description.get("scale_layout") is None):
+    if (scale is None) != (scale_layout is None):
         raise ValueError(f"`scale` and `scale_layout` come together, got {description!r}")
-    if description.get("scale_layout") is not None:
-        check_layout(description["scale_layout"], modes=())
+    if scale_layout is not None:
+        check_layout(scale_layout, modes=())
     return dict(description)
 
 
@@ -322,8 +308,7 @@ def tensor_at(layer: torch.nn.Module, path: str) -> torch.Tensor:
     owner, name = owner_of(layer, path)
     tensor = getattr(owner, name, None)
     if not isinstance(tensor, torch.Tensor):
-        held = [key for key, _ in layer.named_parameters()]
-        raise ValueError(f"`{path}` is no tensor of this {type(layer).__name__}, which has the parameters {held}")
+        raise _no_tensor(layer, path)
     return tensor
 
 
@@ -333,7 +318,9 @@ def owner_of(layer: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:
     try:
         return layer.get_submodule(owner), name
     except AttributeError:
-        held = [key for key, _ in layer.named_parameters()]
-        raise ValueError(
-            f"`{path}` is no tensor of this {type(layer).__name__}, which has the parameters {held}"
-        ) from None
+        raise _no_tensor(layer, path) from None
+
+
+def _no_tensor(layer: torch.nn.Module, path: str) -> ValueError:
+    held = [key for key, _ in layer.named_parameters()]
+    return ValueError(f"`{path}` is no tensor of this {type(layer).__name__}, which has the parameters {held}")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..coefficients import CoefficientSpec
-from ..standin.update import Update, multiplied, planned_steps
+from ..standin.update import Update, products_of
 from .lotra import LoTRALayer
 
 
@@ -28,9 +28,10 @@ class LinearLayer(LoTRALayer):
         n, m, n_d = self.spec.layout.canonical_shape
         for update in updates:
             core, factors = update.tucker
-            whole = "".join([mode for mode in "id" if mode not in factors])
-            steps, _ = planned_steps(tuple(core.shape), (n, m, n_d), "o", whole)
-            thin = multiplied(steps, core if update.scaling == 1 else core * update.scaling, factors)
+            products = products_of(
+                core.shape, (n, m, n_d), "o", "".join([mode for mode in "id" if mode not in factors])
+            )
+            thin = products(core if update.scaling == 1 else core * update.scaling, factors)
             y = y + F.linear(F.linear(x, thin.reshape(n, -1).T), factors["o"])
         return y
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from ..placement.draws import check_one_draw, row_sums
 from ..placement.offloaded import tensors_in_place, writable_tensors
 from ..placement.sharded import full_shape, full_tensor, write
-from ..standin import Adapted, Update, adapted_coefficients, adapted_rows, replaced, traced, warn
+from ..standin import Adapted, Update, adapted_rows, dense_update, run_densely, traced, warn
 from ..tucker.decomposition import CONTAINERS, CORE, NAMES, Ranks, Tucker, tucker_shapes
 from ..tucker.ranks import by_mode, mode_sizes
 from .forwarding import Forwarding
@@ -190,7 +191,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """s · G ×₁ U1 ×₂ U2 ×₃ U3 in the layout of the parameter."""
-        return self._update(adapter_name).dense(self.spec, full_shape(self._stored(self.spec.parameter)))
+        return dense_update(self.spec, self._update(adapter_name), full_shape(self._stored(self.spec.parameter)))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """parameter ← parameter · scale + Σ updates, scale ← 1, for the given adapters, or the active ones if None.
@@ -290,6 +291,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         spec, layer = self.spec, self.get_base_layer() if isinstance(inner, BaseTunerLayer) else inner
         with tensors_in_place(self):
             updates = self._active_updates()
+            in_function = False
             if not (updates and self._needs_tensor):
                 adapted = Adapted(layer, spec, updates, is_zero=self._base_is_zero)
                 try:
@@ -301,12 +303,14 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
                 except Exception:
                     if not adapted.needs_tensor:
                         raise
-                self._needs_tensor = True
-                warn("TorchScript, torch.autograd.Function or torch.vmap", type(layer).__qualname__)
+                    in_function = adapted.in_function
             if spec.layout.flattened:
                 warn("", type(layer).__qualname__, f"keeps its coefficients as {spec.layout.pattern!r}, across axes")
-            with replaced(layer, spec, adapted_coefficients(layer, spec, updates).contiguous()):
-                return inner(*args, **kwargs)
+            y = run_densely(layer, spec, updates, partial(inner, *args, **kwargs), in_function)
+            if not self._needs_tensor:
+                self._needs_tensor = True
+                warn("TorchScript, torch.autograd.Function or torch.vmap", type(layer).__qualname__)
+            return y
 
     def _check_unread(self) -> None:
         """Raise RuntimeError, after a pass that computed nothing from the coefficients, unless this is allowed."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from .sharded import DTensor, FSDPModule, any_sharded, fsdp_modules
+from .sharded import DTensor, any_sharded, fsdp_modules
 
 _NOTHING = (0, -(2**33))  # from a process that no longer holds its draw: below every (c, -c)
 
@@ -40,30 +40,28 @@ def _row_sums(tensor: torch.Tensor) -> torch.Tensor:
 def check_one_draw(layer: nn.Module, containers: Sequence[str], adapters: Sequence[str]) -> None:
     """Raise RuntimeError, in all processes, if FSDP2 has made a factor of parts that come from different draws.
 
-    Call this in a forward pass that all processes make. It checks every layer of the sharded model, once. For each
-    factor, it compares the processes whose rows are still as drawn, and not loaded, broadcast or trained since.
+    Call this in a forward pass that all processes make. It checks each adapter of the layer once. For each factor, it
+    compares the processes whose rows are still as drawn, and not loaded, broadcast or trained since.
 
     Args:
         layer: a layer that holds the checksums of its draws in `_drawn`, by adapter.
         containers: the names of the layer's dicts of factors.
         adapters: the active adapters.
     """
-    if not (FSDPModule.__subclasses__() and any_sharded(getattr(layer, containers[0]).state_dict().values())):
+    drawn: Any = layer._drawn
+    around, unchecked = fsdp_modules(layer), [name for name in adapters if name in drawn]
+    if not (around and unchecked):
         return
-    around = fsdp_modules(layer)
-    root = max(around, key=lambda module: sum(1 for _ in module.modules()))
+    # Parameters are whole during a pass, and a state dict puts the parts back.
+    parts = [getattr(layer, name).state_dict() for name in containers]
+    if not any_sharded([part for container in parts for part in container.values()]):
+        return
     found: dict[Any, list[tuple[int, int]]] = {}  # checksums of draws, by the mesh of the processes
-    checked: list[tuple[dict[str, Any], str]] = []
-    for module in root.modules():
-        drawn = module.__dict__.get("_drawn", {})
-        for adapter in [name for name in adapters if name in drawn]:  # in one order in all processes
-            present = [container for container in containers if adapter in getattr(module, container)]
-            for container, rows in zip(present, drawn[adapter], strict=True):
-                # Parameters are whole during a pass, and a state dict puts the parts back.
-                part = getattr(module, container).state_dict()[adapter]
-                if isinstance(part, DTensor):
-                    found.setdefault(part.device_mesh, []).append(_checksum(part.to_local(), rows))
-            checked.append((drawn, adapter))
+    for adapter in unchecked:
+        own = [container[adapter] for container in parts if adapter in container]
+        for part, rows in zip(own, drawn[adapter], strict=True):
+            if isinstance(part, DTensor):
+                found.setdefault(part.device_mesh, []).append(_checksum(part.to_local(), rows))
     for module in around:
         module.unshard()
     for mesh, sums in found.items():
@@ -78,8 +76,8 @@ def check_one_draw(layer: nn.Module, containers: Sequence[str], adapters: Sequen
                 "`get_peft_model`, or call `initialize_lotra_weights` before the model is sharded, or load a saved "
                 "adapter"
             )
-    for kept, adapter in checked:
-        del kept[adapter]
+    for adapter in unchecked:
+        del drawn[adapter]
 
 
 def _checksum(part: torch.Tensor, rows: torch.Tensor) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 if TYPE_CHECKING or torch.distributed.is_available():
+    from torch.distributed._composable_state import _module_state_mapping
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 else:
@@ -20,7 +20,7 @@ else:
     class FSDPModule:
         """None exists."""
 
-    DTensor = FSDPModule
+    DTensor, _module_state_mapping = FSDPModule, {}
 
 
 def full_shape(tensor: torch.Tensor) -> torch.Size:
@@ -37,15 +37,10 @@ def _is_released(tensor: Any) -> bool:
     return not torch.compiler.is_compiling() and hasattr(tensor, "ds_shape") and tensor.numel() != tensor.ds_numel
 
 
-def has_shards(module: nn.Module) -> bool:
-    """Whether some of the module's parameters are sharded, even if they are gathered at this moment."""
-    parameters = list(module.parameters())
-    return bool(fsdp_modules(module)) or any(hasattr(p, "ds_shape") for p in parameters) or any_sharded(parameters)
-
-
 def check_not_sharded(module: nn.Module, what: str, instead: str) -> None:
-    """Raise ValueError, saying what to do `instead`, if the module is sharded."""
-    if has_shards(module):
+    """Raise ValueError, saying what to do `instead`, if the module is sharded, even if it is gathered now."""
+    parameters = list(module.parameters())
+    if fsdp_modules(module) or any_sharded(parameters) or any(hasattr(p, "ds_shape") for p in parameters):
         raise ValueError(f"{what} is sharded (FSDP2 or ZeRO-3): {instead}")
 
 
@@ -134,17 +129,8 @@ def largest(numbers: Sequence[int], module: nn.Module) -> Sequence[int]:
 
 
 def fsdp_modules(module: nn.Module) -> list[Any]:
-    """The modules given to `fully_shard` that contain `module` or lie in it, in the same order in all processes."""
-    # A module does not know the modules around it. `fully_shard` changes a module's class, by which it is found.
-    classes = set(FSDPModule.__subclasses__())
-    if not classes:
-        return []
-    own = set(module.modules())
-    found = [
-        other
-        for other in gc.get_objects()
-        if type(other) in classes and (other in own or any(inner is module for inner in other.modules()))
-    ]
-    root = max(found, key=lambda other: sum(1 for _ in other.modules()), default=module)
-    places = {inner: k for k, inner in enumerate(root.modules())}
-    return sorted(found, key=lambda other: places.get(other, len(places)))
+    """The modules given to `fully_shard` that contain `module` or lie in it, in the order in which they were given."""
+    # A module does not know the modules around it. torch keeps a list of those given to `fully_shard`.
+    sharded = [other for other in list(_module_state_mapping) if isinstance(other, FSDPModule)]
+    own = set(module.modules()) if sharded else set()
+    return [other for other in sharded if other in own or any(inner is module for inner in other.modules())]

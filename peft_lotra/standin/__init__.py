@@ -4,7 +4,16 @@ The adapter does not know how a layer evaluates its basis. It puts a stand-in wh
 and the layer runs its own code with the stand-in. The rest of the package only says which updates are active.
 """
 
-from .placing import Adapted, adapted_coefficients, adapted_rows, is_sharded, replaced, traced
+from .placing import (
+    Adapted,
+    adapted_coefficients,
+    adapted_rows,
+    dense_update,
+    is_sharded,
+    replaced,
+    run_densely,
+    traced,
+)
 from .tensor import PerformanceWarning, warn
 from .update import Update
 
@@ -14,8 +23,10 @@ __all__ = [
     "Update",
     "adapted_coefficients",
     "adapted_rows",
+    "dense_update",
     "is_sharded",
     "replaced",
+    "run_densely",
     "traced",
     "warn",
 ]

@@ -12,8 +12,9 @@ from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from einops import repeat
 
-from ..coefficients.spec import CoefficientSpec, parse_slice
+from ..coefficients.spec import CoefficientSpec, parse_slice, part_number
 
 MODES = ("i", "o", "d", "g", "t", "h", "w")
 NEW = ""  # the mode of an axis that a view added
@@ -78,25 +79,16 @@ Rows = range | tuple[int, ...] | None  # rows of a factor, in order; None: all r
 
 
 class Arrangement(NamedTuple):
-    """The steps that lay out a tensor with one axis per mode, in the order of `MODES`, like a view; None: no step."""
+    """How a tensor with one axis per mode, in the order of `MODES`, is laid out like a view."""
 
-    split: tuple[int, ...] | None  # reshape every mode into its atoms
-    order: tuple[int, ...] | None  # permute the atoms into the view's order
-    spread: tuple[tuple[int, ...], tuple[int, ...]] | None  # reshape and expand for axes that a view added
-    shape: tuple[int, ...] | None  # reshape the atoms into axes
-    padding: tuple[int, ...] | None  # pad by the entries beside the coefficients
+    pattern: str  # of einops: the atoms of each mode -> the atoms of each axis
+    sizes: tuple[tuple[str, int], ...]  # of the atoms
+    padding: tuple[int, ...]  # by the entries beside the coefficients
     flat: int | None  # flatten from this axis on
 
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.split is not None:
-            tensor = tensor.reshape(self.split)
-        if self.order is not None:
-            tensor = tensor.permute(self.order)
-        if self.spread is not None:
-            tensor = tensor.reshape(self.spread[0]).expand(self.spread[1])
-        if self.shape is not None:
-            tensor = tensor.reshape(self.shape)
-        if self.padding is not None:
+        tensor = repeat(tensor, self.pattern, **dict(self.sizes))
+        if self.padding:
             tensor = torch.nn.functional.pad(tensor, self.padding)
         return tensor if self.flat is None else tensor.flatten(self.flat)
 
@@ -132,6 +124,10 @@ class Axes(NamedTuple):
         """How many rows of the mode's factor this view shows."""
         return math.prod([atom.size for axis in self.axes for atom in axis.atoms if atom.mode == mode])
 
+    def shape(self) -> tuple[int, ...]:
+        """How many rows of each mode this view shows, (n, m, n_d, ...)."""
+        return tuple([self.size(mode) for mode in self.modes()])
+
     def rows(self, mode: str, count: int) -> Rows:
         """The rows of a factor of `count` rows that this view shows, in the view's order."""
         rows = [dict(self.starts)[mode]]
@@ -142,97 +138,38 @@ class Axes(NamedTuple):
         consecutive = range(rows[0], rows[-1] + 1)
         return consecutive if rows == list(consecutive) else tuple(rows)
 
-    def arrangement(
-        self, ranks: Mapping[str, int], given: tuple[int, ...] = (), flat: int | None = None
-    ) -> Arrangement:
-        """The steps that lay out a tensor with one axis per mode, (i, o, d, ...), like this view.
+    def arrangement(self, ranks: Mapping[str, int], flat: int | None = None) -> Arrangement:
+        """How a tensor with one axis per mode, (i, o, d, ...), is laid out like this view.
 
         Args:
             ranks: the ranks of modes that the tensor has ranks in place of. A rank takes the place of the first atom.
-            given: the tensor's shape, if its axes are flattened otherwise.
             flat: flatten the result from this axis on.
         """
-        parts: dict[str, list[int]] = {mode: [] for mode in self.modes()}  # the sizes of each mode's atoms
-        order: list[tuple[str, int]] = []  # labels of the atoms, in the view's order
-        atoms: list[tuple[str, int]] = []  # (mode, size) of the atoms, and of axes that a view added
-        shape: list[int] = []
+        modes: dict[str, list[str]] = {mode: [] for mode in self.modes()}  # the names of atoms in einops' pattern
+        axes: list[list[str]] = []
+        sizes: dict[str, int] = {}
+        padding: list[int] = []
         for axis in self.axes:
-            size = 1
-            for mode, length, _ in axis.atoms:
-                if mode in ranks:
-                    if parts[mode]:
-                        continue
-                    length = ranks[mode]
+            names = []
+            for mode, size, _ in axis.atoms:
+                if mode in ranks and modes[mode]:
+                    continue
+                name = f"{mode or 'new'}{len(sizes)}"
+                sizes[name] = ranks.get(mode, size)
                 if mode != NEW:
-                    order.append((mode, len(parts[mode])))
-                    parts[mode].append(length)
-                atoms.append((mode, length))
-                size *= length
-            shape.append(size)
-        labels = [(mode, k) for mode in self.modes() for k in range(len(parts[mode]))]
-        # On an axis whose mode became a rank, the rows of the factor are padded instead.
-        padding = [
-            (axis.before, axis.after) if not any(atom.mode in ranks for atom in axis.atoms) else (0, 0)
-            for axis in self.axes
-        ]
-        given = given or tuple([math.prod(sizes) for sizes in parts.values()])
-        split = [parts[mode][k] for mode, k in labels]
-        permutation = [labels.index(label) for label in order]
-        permuted = [split[k] for k in permutation]
-        if flat is not None and not any(map(any, padding)):
-            shape = [*shape[:flat], math.prod(shape[flat:])]
-        spread = None
-        if any(mode == NEW and length > 1 for mode, length in atoms):
-            spread = (
-                tuple([1 if mode == NEW else length for mode, length in atoms]),
-                tuple([length for _, length in atoms]),
-            )
-        if spread is None and permutation == sorted(permutation):  # one reshape does it all
-            split = shape
-        return Arrangement(
-            None if tuple(split) == given else tuple(split),
-            None if permutation == list(range(len(permutation))) else tuple(permutation),
-            spread,
-            None if spread is None and shape in (permuted, split) else tuple(shape),
-            tuple([n for pair in reversed(padding) for n in pair]) if any(map(any, padding)) else None,
-            flat if flat is not None and flat < len(shape) - 1 else None,
-        )
+                    modes[mode].append(name)
+                names.append(name)
+            axes.append(names)
+            # On an axis whose mode became a rank, the rows of the factor are padded instead.
+            replaced = any(atom.mode in ranks for atom in axis.atoms)
+            padding = [*((0, 0) if replaced else (axis.before, axis.after)), *padding]
+        if flat is not None and not any(padding):
+            axes, flat = [*axes[:flat], sum(axes[flat:], [])], None
+        given, wanted = [" ".join([f"({' '.join(names)})" for names in side]) for side in (modes.values(), axes)]
+        return Arrangement(f"{given} -> {wanted}", tuple(sizes.items()), tuple(padding) if any(padding) else (), flat)
 
     def permuted(self, order: Sequence[int]) -> Axes:
         return self._replace(axes=tuple(self.axes[k] for k in order))
-
-    def reshaped(self, shape: Sequence[int]) -> Axes | None:
-        """The axes after a reshape to `shape`; None if an atom would be cut unevenly."""
-        pieces: list[Atom | Axis] = []  # a padded axis stays one piece
-        for axis in self.axes:
-            if axis.is_padded:
-                pieces.append(axis)
-            else:  # atoms of one entry may be dropped, except that the output axis is looked up by its name
-                pieces.extend(atom for atom in axis.atoms if atom.size > 1 or atom.mode == "o")
-        pieces.reverse()
-        axes = []
-        for position, size in enumerate(shape):
-            last = position == len(shape) - 1
-            group: list[Atom | Axis] = []
-            filled = 1
-            while pieces and (filled < size or (not group and pieces[-1].size == 1) or last):
-                piece = pieces.pop()
-                rest = size // filled
-                if rest % piece.size:
-                    if isinstance(piece, Axis) or piece.size % rest:
-                        return None
-                    inner = piece.size // rest
-                    pieces.append(Atom(piece.mode, inner, piece.stride))
-                    piece = Atom(piece.mode, rest, piece.stride * inner)
-                group.append(piece)
-                filled *= piece.size
-            if filled != size:
-                return None
-            packed = [piece for piece in group if isinstance(piece, Axis)]
-            if packed and len(group) > 1:
-                return None
-            axes.append(packed[0] if packed else Axis(tuple([atom for atom in group if isinstance(atom, Atom)])))
-        return None if pieces else self._replace(axes=tuple(axes))
 
     def expanded(self, shape: Sequence[int]) -> Axes | None:
         """The axes after broadcasting to `shape`."""
@@ -241,86 +178,94 @@ class Axes(NamedTuple):
             axes.append(axis if axis.size == size else Axis((Atom(NEW, size, 0),)))
         return self._replace(axes=tuple(axes))
 
-    def indexed(self, index: tuple[Any, ...]) -> Axes | None:
-        """The axes after basic indexing with integers, slices, None and Ellipsis.
-
-        None if atoms cannot describe the result. `BESIDE` if it has no coefficients, only entries packed beside them.
-        """
-        given = sum(part is not None and part is not Ellipsis for part in index)
-        if Ellipsis not in index:
-            index = (*index, Ellipsis)
-        axes: list[Axis] = []
-        starts = dict(self.starts)
-        rest = list(self.axes)
-        for part in index:
-            if part is None:
-                axes.append(Axis((Atom(NEW, 1, 0),)))
-            elif part is Ellipsis:
-                whole = len(self.axes) - given
-                axes += rest[:whole]
-                rest = rest[whole:]
-            else:
-                axis = rest.pop(0)
-                rows = range(axis.size)[part]
-                narrowed = _narrowed(axis, rows if isinstance(part, slice) else range(rows, rows + 1), starts)
-                if narrowed is None or narrowed is _BESIDE:
-                    return None if narrowed is None else BESIDE
-                if isinstance(part, slice):
-                    axes.append(narrowed)
-        return Axes(tuple(axes), tuple(starts.items()))
-
 
 @planned
 def parameter_axes(spec: CoefficientSpec, shape: tuple[int, ...]) -> Axes:
-    """The axes of the parameter itself."""
-    sizes, region = spec.layout.sizes.items(), spec.slice
+    """The axes of the parameter itself, or of its `flat` form if the layout has a star."""
+    sizes = spec.layout.sizes
     axes = []
     for group in spec.axes:
         atoms = []
         for name in group:
             # The parts of a mode are joined in the order of their numbers. Later parts vary faster.
-            later = [size for part, size in sizes if part[0] == name[0] and _number(part) > _number(name)]
-            atoms.append(Atom(name[0], spec.layout.sizes[name], math.prod(later)))
+            later = [sizes[part] for part in sizes if part[0] == name[0] and part_number(part) > part_number(name)]
+            atoms.append(Atom(name[0], sizes[name], math.prod(later)))
         axes.append(Axis(tuple(atoms)))
-    if region is not None:
-        for k, part in enumerate(parse_slice(region)):
-            start, stop, _ = part.indices(shape[k])
-            axes[k] = axes[k]._replace(before=start, after=shape[k] - stop)
-    present = [name[0] for name, _ in sizes]
+    for k, part in enumerate(parse_slice(spec.slice) if spec.slice is not None else ()):
+        start, stop, _ = part.indices(shape[k])
+        axes[k] = axes[k]._replace(before=start, after=shape[k] - stop)
+    present = {name[0] for name in sizes}
     return Axes(tuple(axes), tuple([(mode, 0) for mode in MODES if mode in present]))
-
-
-def _number(part: str) -> int:
-    return int(part[1:] or 0)
-
-
-def spread_scale(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
-    """The declared scale in a shape that broadcasts to the parameter's. Its product with A is the effective A."""
-    return _scale_arrangement(spec)(scale)
-
-
-@planned
-def _scale_arrangement(spec: CoefficientSpec) -> Arrangement:
-    size, axes, own = spec.layout.sizes, spec.axes, spec.scale_axes
-    given = [name for group in own for name in group]
-    names = [name for group in axes for name in group]
-    order = [given.index(name) for name in names if name in given]
-    # Along an axis of several names, the scale is repeated unless it has all of these names, or none.
-    whole = all(len({name in given for name in group}) == 1 for group in axes)
-    thin = tuple([size[name] if name in given else 1 for name in names])
-    full = tuple([math.prod([size[name] for name in group if name in given or not whole]) for group in axes])
-    return Arrangement(
-        tuple([size[name] for name in given]) if any(len(group) > 1 for group in own) else None,
-        tuple(order) if order != sorted(order) else None,
-        None if whole else (thin, tuple([size[name] for name in names])),
-        full,
-        None,
-        None,
-    )
 
 
 _BESIDE = Axis(())
 BESIDE = Axes((), ())
+
+
+@planned
+def reshaped(view: Axes, shape: tuple[int, ...]) -> Axes | None:
+    """The axes of a view after a reshape to `shape`; None if an atom would be cut unevenly."""
+    pieces: list[Atom | Axis] = []  # a padded axis stays one piece
+    for axis in view.axes:
+        if axis.is_padded:
+            pieces.append(axis)
+        else:  # atoms of one entry may be dropped, except that the output axis is looked up by its name
+            pieces.extend(atom for atom in axis.atoms if atom.size > 1 or atom.mode == "o")
+    pieces.reverse()
+    axes = []
+    for position, size in enumerate(shape):
+        last = position == len(shape) - 1
+        group: list[Atom | Axis] = []
+        filled = 1
+        while pieces and (filled < size or (not group and pieces[-1].size == 1) or last):
+            piece = pieces.pop()
+            rest = size // filled
+            if rest % piece.size:
+                if isinstance(piece, Axis) or piece.size % rest:
+                    return None
+                inner = piece.size // rest
+                pieces.append(Atom(piece.mode, inner, piece.stride))
+                piece = Atom(piece.mode, rest, piece.stride * inner)
+            group.append(piece)
+            filled *= piece.size
+        if filled != size:
+            return None
+        packed = [piece for piece in group if isinstance(piece, Axis)]
+        if packed and len(group) > 1:
+            return None
+        axes.append(packed[0] if packed else Axis(tuple([atom for atom in group if isinstance(atom, Atom)])))
+    return None if pieces else view._replace(axes=tuple(axes))
+
+
+@planned
+def indexed(view: Axes, index: tuple[Any, ...]) -> Axes | None:
+    """The axes of a view after basic indexing with integers, (start, stop, step) of slices, None and Ellipsis.
+
+    None if atoms cannot describe the result. `BESIDE` if it has no coefficients, only entries packed beside them.
+    """
+    given = sum(part is not None and part is not Ellipsis for part in index)
+    if Ellipsis not in index:
+        index = (*index, Ellipsis)
+    axes: list[Axis] = []
+    starts = dict(view.starts)
+    rest = list(view.axes)
+    for part in index:
+        if part is None:
+            axes.append(Axis((Atom(NEW, 1, 0),)))
+        elif part is Ellipsis:
+            whole = len(view.axes) - given
+            axes += rest[:whole]
+            rest = rest[whole:]
+        else:
+            axis = rest.pop(0)
+            is_slice = isinstance(part, tuple)
+            rows = range(axis.size)[slice(*part)] if is_slice else range(axis.size)[part:][:1]
+            narrowed = _narrowed(axis, rows, starts)
+            if narrowed is None or narrowed is _BESIDE:
+                return None if narrowed is None else BESIDE
+            if is_slice:
+                axes.append(narrowed)
+    return Axes(tuple(axes), tuple(starts.items()))
 
 
 def _narrowed(axis: Axis, rows: range, starts: dict[str, int]) -> Axis | None:
@@ -328,21 +273,16 @@ def _narrowed(axis: Axis, rows: range, starts: dict[str, int]) -> Axis | None:
     if rows == range(axis.size):
         return axis
     step = rows.step if len(rows) > 1 else 1
-    if step < 1 or not axis.atoms or not rows:
+    if not (rows and axis.atoms) or (step > 1 and axis.is_padded):
         return None
-    start = max(rows.start - axis.before, 0)
-    stop = min(rows.start + (len(rows) - 1) * step + 1 - axis.before, axis.inner)
+    start, stop = max(rows[0], axis.before), min(rows[-1] + 1, axis.before + axis.inner)
     if stop <= start:
         return _BESIDE
-    before = max(axis.before - rows.start, 0)
-    after = max(len(rows) - before - (stop - start), 0) if step == 1 else 0
-    if step > 1 and (axis.is_padded):
-        return None
+    before, after = start - rows[0], rows[-1] + 1 - stop
     first, *others = axis.atoms
     block = math.prod([atom.size for atom in others])
-    if start == 0 and stop == axis.inner and step == 1:
-        return Axis(axis.atoms, before, after)
-    if others and (step > 1 or start % block or stop % block):
+    start, stop = start - axis.before, stop - axis.before
+    if start % block or stop % block or (others and step > 1):
         return None
     if first.mode != NEW:
         starts[first.mode] += start // block * first.stride

@@ -11,11 +11,12 @@ chosen order is never far from the best: its largest ratio to the cheapest, over
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 DENSE = "dense"
 ORDERS = ("", "d", "i", "di", "id")  # modes whose factors are contracted with x, in turn, before the operation
 
-Triple = tuple[int, int, int]
+Triple = tuple[int, ...]  # a number for each of i, o and d
 
 # Multiply-adds in the time of moving one number from or to memory: from 2 in a cache to 34 outside of it, on the CPUs
 # where `examples/benchmarks/small_layers.py --parts constants` ran.
@@ -30,62 +31,75 @@ _DERIVATIVES = 4
 _POSITIONS = 256  # assumed if the batch size is open, while a graph is compiled
 
 
-def cheapest_order(
-    positions: int | None, depth: int, terms: int, modes: Triple, kernel: int, on_x: str, ranks: tuple[Triple, ...],
-    whole: tuple[str, ...], device: str, per_sample: bool = False,
-) -> str:  # fmt: skip
-    """One of `ORDERS`, or `DENSE`.
+class Work(NamedTuple):
+    """The sizes of an operation with a weight."""
 
-    Args:
-        positions: entries of the output for each entry of its output axis; None if their number is open.
-        depth: entries of the other operand x for each position.
-        terms: products summed in one entry of the output.
-        modes: (n, m, n_d) of the weight.
-        kernel: entries of the weight for each (i, o, d).
-        on_x: the modes among i and d that are summed with x, as a string.
-        ranks: (r1, r2, r3) of each update. If an update has P terms, r2 counts P times.
-        whole: the modes of each update that have no factor.
-        device: the kind of device, such as "cpu".
-        per_sample: whether each sample has gradients of its own, in one batched call. A + Δ would then have a gradient
-            of A's size for each sample, so it is not formed.
-    """
-    positions = _POSITIONS if positions is None else positions
-    n, m, n_d = modes
-    call = 0 if per_sample else _CALL.get(device, _CALL_ELSEWHERE)
-    x = positions * depth
-    costs = {}  # (cost that depends on x, cost that does not)
-    for order in ORDERS:
-        if not set(order) <= set(on_x):
-            continue
-        of_x = 0
-        for k, (r1, r2, r3) in enumerate(ranks):
-            size, summed = x, terms
-            for mode in order:
-                if mode in whole[k]:
-                    continue
-                full, rank = (n, r1) if mode == "i" else (n_d, r3)
-                of_x += size * rank + _TRAFFIC * (size + size // full * rank) + 4 * call
-                size, summed = size // full * rank, summed // full * rank
-            of_x += positions * r2 * (summed + (0 if "o" in whole[k] else m))
-            if order or k == 0:  # without factors on x, all updates share one operation
-                of_x += _TRAFFIC * (size + 2 * positions * m) + 4 * call
-        of_factors = 0
-        for r, without in zip(ranks, whole, strict=True):
-            calls = 7 - 2 * len(set(order + without) - {"o"})
-            of_factors += kernel * products(modes, r, "o" + order + without) + calls * call
-        costs[order] = 3 * of_x, 3 * of_factors  # each of the two gradients costs as much again
-    if per_sample:
+    positions: int | None  # entries of the output for each entry of its output axis; None if their number is open
+    depth: int  # entries of the other operand x for each position
+    terms: int  # products summed in one entry of the output
+    modes: Triple  # (n, m, n_d) of the weight
+    kernel: int  # entries of the weight for each (i, o, d)
+    on_x: str  # the modes among i and d that are summed with x
+    device: str  # its kind, such as "cpu"
+    # Whether each sample has gradients of its own, in one batched call. A + Δ would then have a gradient of A's size
+    # for each sample, so it is not formed.
+    per_sample: bool = False
+
+    @property
+    def call(self) -> int:
+        return 0 if self.per_sample else _CALL.get(self.device, _CALL_ELSEWHERE)
+
+
+class Core(NamedTuple):
+    """The sizes of an update in a view."""
+
+    ranks: Triple  # (r1, r2, r3); of a whole mode its size in the view. If the update has P terms, r2 counts P times.
+    whole: str  # the modes without a factor
+
+
+def cheapest_order(work: Work, cores: tuple[Core, ...]) -> str:
+    """One of `ORDERS`, or `DENSE`, for the updates of these cores."""
+    work = work._replace(positions=_POSITIONS if work.positions is None else work.positions)
+    # (what depends on x, what does not)
+    costs = {order: _thin_cost(work, cores, order) for order in ORDERS if set(order) <= set(work.on_x)}
+    if work.per_sample:
         return min(costs, key=lambda order: sum(costs[order]))
-    # The dense form adds to the frozen layer the gradient of A, the sum A + Δ, and the gradients of the factors.
-    entries = n * m * n_d * kernel
-    build = 0
-    for r, without in zip(ranks, whole, strict=True):
-        build += kernel * products(modes, r, without) + 2 * _TRAFFIC * entries + (9 - 2 * len(without)) * call
-    gradient = positions * terms * m + _TRAFFIC * (x + positions * m + 2 * entries) + call
-    costs[DENSE] = gradient, 3 * build
+    costs[DENSE] = _dense_cost(work, cores)
     first, second = ([factor * a + b for a, b in costs.values()] for factor in (1, _DERIVATIVES))
     regrets = [max(a / min(first), b / min(second)) for a, b in zip(first, second, strict=True)]
     return list(costs)[regrets.index(min(regrets))]
+
+
+def _thin_cost(work: Work, cores: tuple[Core, ...], order: str) -> tuple[int, int]:
+    (n, m, n_d), positions, call = work.modes, work.positions or 0, work.call
+    of_x = of_factors = 0
+    for k, ((r1, r2, r3), whole) in enumerate(cores):
+        size, summed = positions * work.depth, work.terms
+        for mode in order:
+            if mode in whole:
+                continue
+            full, rank = (n, r1) if mode == "i" else (n_d, r3)
+            of_x += size * rank + _TRAFFIC * (size + size // full * rank) + 4 * call
+            size, summed = size // full * rank, summed // full * rank
+        of_x += positions * r2 * (summed + (0 if "o" in whole else m))
+        if order or k == 0:  # without factors on x, all updates share one operation
+            of_x += _TRAFFIC * (size + 2 * positions * m) + 4 * call
+        calls = 7 - 2 * len(set(order + whole) - {"o"})
+        of_factors += work.kernel * products(work.modes, (r1, r2, r3), "o" + order + whole) + calls * call
+    return 3 * of_x, 3 * of_factors  # each of the two gradients costs as much again
+
+
+def _dense_cost(work: Work, cores: tuple[Core, ...]) -> tuple[int, int]:
+    """Besides the frozen layer: the gradient of A, the sum A + Δ, and the gradients of the factors."""
+    (n, m, n_d), positions, call = work.modes, work.positions or 0, work.call
+    entries = n * m * n_d * work.kernel
+    build = 0
+    for ranks, whole in cores:
+        build += (
+            work.kernel * products(work.modes, ranks, whole) + 2 * _TRAFFIC * entries + (9 - 2 * len(whole)) * call
+        )
+    moved = positions * work.depth + positions * m + 2 * entries
+    return positions * work.terms * m + _TRAFFIC * moved + call, 3 * build
 
 
 def products(modes: Triple, ranks: Triple, kept: Iterable[str]) -> int:

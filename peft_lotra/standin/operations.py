@@ -1,13 +1,15 @@
 """How torch's contractions use a weight: one small function per operation, with the operation's own signature.
 
-Each function says which axis of the output an axis of the weight becomes, or with which axis of the other operand it
-is summed. It returns None if this use of the operation has no factorised form here.
+Most are an einsum, whose letters say which axis of the output an axis of the weight becomes, or with which axis of the
+other operand it is summed. A function returns None if this use of the operation has no factorised form here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from string import ascii_letters
 from typing import Any, NamedTuple
 
 import torch
@@ -62,84 +64,24 @@ class Weight(NamedTuple):
         return self.tensor.shape
 
 
-def linear(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Contraction | None:
-    if weight.ndim != 2:
-        return None
-    form = _matrix_form(0, 1, -1, input.ndim - 1, weight.shape[1], True)
-    return Contraction(form, F.linear, input, bias)
-
-
-def matmul(*args: Any, **kwargs: Any) -> Contraction | None:
-    """Also for mm, bmm and mv, whose operands have other names. Either operand may be the weight; x is the other."""
-    named = [kwargs[name] for name in ("input", "self", "other", "mat2", "vec", "tensor2") if name in kwargs]
-    if len(args) + len(named) != 2 or len(named) != len(kwargs):
-        return None
-    a, b = (*args, *named)
-    if isinstance(a, Weight):
-        if a.ndim < 2:
-            return None
-        axis = -2 if b.ndim > 1 else -1
-        form = _matrix_form(a.ndim - 2, a.ndim - 1, axis, max(b.ndim - 2, 0), a.shape[-1], False)
-        return Contraction(form, lambda x, w: torch.matmul(w, x), b)
-    if b.ndim < 2:
-        return None
-    form = _matrix_form(b.ndim - 1, b.ndim - 2, -1, a.ndim - 1, b.shape[-2], b.ndim == 2)
-    return Contraction(form, torch.matmul, a)
-
-
-def _reflected_matmul(weight: Any, x: Any) -> Contraction | None:
-    return matmul(x, weight)
-
-
-def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Contraction | None:
-    if not isinstance(mat2, Weight) or (beta, alpha) != (1, 1):
-        return None
-    form = _matrix_form(1, 0, -1, 1, mat2.shape[0], True)
-    return Contraction(form, torch.matmul, mat1, input)
-
-
-@planned
-def _matrix_form(carried: int, summed: int, axis_of_y: int, axis_of_x: int, terms: int, is_linear: bool) -> Form:
-    return Form(((carried, axis_of_y),), ((summed, axis_of_x),), terms, terms, is_linear)
-
-
-def tensordot(a: Any, b: Any, dims: Any = 2, out: None = None) -> Contraction | None:
-    if out is not None or isinstance(dims, torch.Tensor):
-        return None
-    dims = (list(range(a.ndim - dims, a.ndim)), list(range(dims))) if isinstance(dims, int) else dims
-    pairs = [(i % a.ndim, j % b.ndim) for i, j in zip(*map(_as_list, dims), strict=True)]
-    free_a = [k for k in range(a.ndim) if k not in [i for i, _ in pairs]]
-    free_b = [k for k in range(b.ndim) if k not in [j for _, j in pairs]]
-    terms = math.prod([a.shape[i] for i, _ in pairs])
-    if isinstance(a, Weight):
-        carried = tuple([(k, place) for place, k in enumerate(free_a)])
-        return Contraction(Form(carried, tuple(pairs), terms, terms), lambda x, w: torch.tensordot(w, x, dims), b)
-    carried = tuple([(k, len(free_a) + place) for place, k in enumerate(free_b)])
-    form = Form(carried, tuple([(j, i) for i, j in pairs]), terms, terms)
-    return Contraction(form, lambda x, w: torch.tensordot(x, w, dims), a)
-
-
-def einsum(equation: Any, *operands: Any) -> Contraction | None:
-    if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = tuple(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2:
-        return None
+def _contraction(
+    equation: str, operands: tuple[Any, ...], function: Callable[..., Any], offset: torch.Tensor | None = None
+) -> Contraction | None:
+    """The contraction function(a, b), an einsum by this equation."""
     where = 0 if isinstance(operands[0], Weight) else 1
     weight, x = operands[where], operands[1 - where]
-    shape = weight.tensor.shape
-    form = _einsum_form(equation, where, x.ndim, shape)
+    form = einsum_form(equation, where, x.dim(), weight.tensor.shape)
     if form is None:
         return None
     for k, axis in form.summed:
-        if shape[k] != x.shape[axis]:  # an axis of size 1 would be repeated
+        if weight.tensor.shape[k] != x.shape[axis]:  # an axis of size 1 would be repeated
             return None
-    if where:
-        return Contraction(form, lambda x, w: torch.einsum(equation, x, w), x)
-    return Contraction(form, lambda x, w: torch.einsum(equation, w, x), x)
+    return Contraction(form, function if where else lambda x, w: function(w, x), x, offset)
 
 
 @planned
-def _einsum_form(equation: str, where: int, ndim: int, shape: tuple[int, ...]) -> Form | None:
+def einsum_form(equation: str, where: int, ndim: int, shape: tuple[int, ...]) -> Form | None:
+    """The form of an einsum whose operand number `where` is the weight, of this shape; x has `ndim` axes."""
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     subscripts = inputs.split(",")
     if len(subscripts) != 2:
@@ -162,6 +104,54 @@ def _axis(letter: str, subscripts: str) -> int:
     """The place of a letter, counted from the end if it comes after an ellipsis."""
     before, _, after = subscripts.partition("...")
     return after.index(letter) - len(after) if letter in after else before.index(letter)
+
+
+def einsum(equation: Any, *operands: Any) -> Contraction | None:
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    if not isinstance(equation, str) or len(operands) != 2:
+        return None
+    return _contraction(equation, operands, partial(torch.einsum, equation))
+
+
+def linear(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Contraction | None:
+    return _contraction("...i,oi->...o", (input, weight), F.linear, bias) if weight.ndim == 2 else None
+
+
+def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Contraction | None:
+    if not isinstance(mat2, Weight) or (beta, alpha) != (1, 1):
+        return None
+    return _contraction("bi,io->bo", (mat1, mat2), torch.matmul, input)
+
+
+def matmul(*args: Any, **kwargs: Any) -> Contraction | None:
+    """Also for mm, bmm and mv, whose operands have other names."""
+    named = [kwargs[name] for name in ("input", "self", "other", "mat2", "vec", "tensor2") if name in kwargs]
+    if len(args) + len(named) != 2 or len(named) != len(kwargs):
+        return None
+    a, b = (*args, *named)
+    return _contraction(_matmul_equation(a.ndim, b.ndim), (a, b), torch.matmul)
+
+
+@planned
+def _matmul_equation(of_a: int, of_b: int) -> str:
+    """The equation of torch.matmul, whose operands have so many axes."""
+    batch = ascii_letters[: max(of_a, of_b, 2) - 2]
+    a = batch[len(batch) - of_a + 2 :] + "YZ" if of_a > 1 else "Z"
+    b = batch[len(batch) - of_b + 2 :] + "ZX" if of_b > 1 else "Z"
+    return f"{a},{b}->{batch}{'Y' * (of_a > 1)}{'X' * (of_b > 1)}"
+
+
+def tensordot(a: Any, b: Any, dims: Any = 2, out: None = None) -> Contraction | None:
+    if out is not None or isinstance(dims, torch.Tensor):
+        return None
+    dims = (list(range(a.ndim - dims, a.ndim)), list(range(dims))) if isinstance(dims, int) else dims
+    of_a, of_b = list(ascii_letters[: a.ndim]), list(ascii_letters[a.ndim : a.ndim + b.ndim])
+    for i, j in zip(*[[one] if isinstance(one, int) else one for one in dims], strict=True):
+        of_b[j] = of_a[i]
+    output = [letter for letter in of_a + of_b if (letter in of_a) != (letter in of_b)]
+    equation = f"{''.join(of_a)},{''.join(of_b)}->{''.join(output)}"
+    return _contraction(equation, (a, b), lambda a, b: torch.tensordot(a, b, dims))
 
 
 def conv(
@@ -206,13 +196,8 @@ def embedding_bag(
 ) -> Contraction | None:  # fmt: skip
     if max_norm is not None or scale_grad_by_freq or mode == "max":
         return None
-    kwargs = {"mode": mode, "per_sample_weights": per_sample_weights}
-    kwargs |= {"include_last_offset": include_last_offset, "padding_idx": padding_idx}
-    return Contraction(_LOOKUP, lambda x, w: F.embedding_bag(x, w, offsets, **kwargs), input)
-
-
-def _as_list(dims: Any) -> list[int]:
-    return [dims] if isinstance(dims, int) else list(dims)
+    others = False, mode, False, per_sample_weights, include_last_offset, padding_idx
+    return Contraction(_LOOKUP, lambda x, w: F.embedding_bag(x, w, offsets, None, 2, *others), input)
 
 
 CONTRACTIONS: dict[Any, Callable[..., Contraction | None]] = {
@@ -226,7 +211,6 @@ CONTRACTIONS: dict[Any, Callable[..., Contraction | None]] = {
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), conv),
     **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), conv),
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), matmul),
-    torch.Tensor.__matmul__: matmul,
-    torch.Tensor.__rmatmul__: _reflected_matmul,
     **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.mv), matmul),
+    torch.Tensor.__matmul__: matmul,
 }

@@ -8,9 +8,9 @@ code, until the pass ends. A plain tensor there is for one thread, and the other
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +18,21 @@ from torch import nn
 
 from ..calls.context import Context, left, variable
 
-Place = tuple[int, str]  # the id of a module, and the name of its parameter
 
-_lock = threading.RLock()
-_changed = threading.Condition(_lock)
-_waiting = [0]  # the number of threads that wait
-_passes: dict[Place, int] = {}  # how many passes run, in all threads
-_handles: set[Place] = set()  # the places whose attribute is a handle
-_held: dict[Place, int] = {}  # the thread that has put a tensor there
-_suspended: dict[Place, int] = {}  # how many of the passes wait until they may put a tensor there, or have put one
+class _Place:
+    """The place of one parameter, as all threads see it."""
+
+    passes = 0  # how many passes run
+    suspended = 0  # how many of them wait until their thread may put a tensor here, or has put one
+    thread: int | None = None  # that has put a tensor here
+    has_handle = False
+
+    def is_free(self, thread: int) -> bool:
+        return self.thread is None or self.thread == thread
+
+
+_places: defaultdict[tuple[int, str], _Place] = defaultdict(_Place)  # by the id of a module, and a parameter's name
+_changed = threading.Condition()  # guards all of this
 
 
 class Pass(NamedTuple):
@@ -58,59 +64,39 @@ def enter(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> tuple[Context, C
     Args:
         places: (owner, name, meaning, handle or None) for each place.
     """
-    for owner, name, _, handle in places:
-        place = id(owner), name
-        with _lock:
-            if place in _held:
-                _wait(partial(_is_free, place, threading.get_ident()))
-            _passes[place] = _passes.get(place, 0) + 1
+    thread = threading.get_ident()
+    with _changed:
+        for owner, name, _, handle in places:
+            key = id(owner), name
+            if _places[key].thread is not None:
+                _changed.wait_for(lambda key=key: _places[key].is_free(thread))  # type: ignore[misc]
+            place = _places[key]
+            place.passes += 1
             if handle is not None:
-                owner.__dict__[name] = handle
-                _handles.add(place)
+                owner.__dict__[name], place.has_handle = handle, True
     before = variable.get()
-    own = Context(before.entries, (*before.passes, Pass(places, threading.get_ident())), before.backward, before.known)
+    own = Context(before.entries, (*before.passes, Pass(places, thread)), before.backward, before.known)
     variable.set(own)
     return own, before
 
 
 def leave(own: Context, before: Context) -> None:
+    """End what `enter` has begun. Raises RuntimeError if the layer has put something else at one of the places."""
     places, assigned = own.passes[-1].places, False
     left(own, before, own.passes[-1:])
-    for owner, name, _, _ in places:
-        place = id(owner), name
-        with _lock:
-            _passes[place] -= 1
-            if not _passes[place]:
-                del _passes[place]
-                if place in _handles:
-                    _handles.remove(place)
+    with _changed:
+        for owner, name, _, _ in places:
+            place = _places[id(owner), name]
+            place.passes -= 1
+            if not place.passes:
+                if place.has_handle:
+                    place.has_handle = False
                     assigned = owner.__dict__.pop(name, None) is None or assigned
-            if _waiting[0]:
-                _changed.notify_all()
+                if place.thread is None and not place.suspended:
+                    del _places[id(owner), name]
+        _changed.notify_all()
     if assigned:
         raise _assigned(places)
-
-
-def _is_free(place: Place, thread: int) -> bool:
-    return _held.get(place, thread) == thread
-
-
-def _suspend(place: Place, passes: int) -> None:
-    """Count suspended passes of this thread. Others do not wait for their end, or two could wait for each other."""
-    if passes:
-        _suspended[place] = _suspended.get(place, 0) + passes
-        if not _suspended[place]:
-            del _suspended[place]
-        _changed.notify_all()
-
-
-def _wait(free: Callable[[], bool]) -> None:
-    """Release the lock until `free()` is true."""
-    _waiting[0] += 1
-    try:
-        _changed.wait_for(free)
-    finally:
-        _waiting[0] -= 1
 
 
 def _assigned(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> RuntimeError:
@@ -121,29 +107,33 @@ def _assigned(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> RuntimeError
 @contextmanager
 def held(owner: nn.Module, name: str, tensor: torch.Tensor) -> Iterator[None]:
     """While this is entered, `tensor` is at a place, and no other thread runs a pass of the layer."""
-    place, thread = (id(owner), name), threading.get_ident()
+    key, thread = (id(owner), name), threading.get_ident()
     passes = [one for one in variable.get().passes if one.thread == thread]
     own = sum([module is owner and path == name for one in passes for module, path, *_ in one.places])
-    with _lock:
-        _suspend(place, own)
+    with _changed:
+        place = _places[key]
+        # Other threads do not wait for passes of this one, or two could wait for each other.
+        place.suspended += own
+        _changed.notify_all()
         try:
-            _wait(lambda: _is_free(place, thread) and _passes.get(place, 0) <= _suspended.get(place, 0))
+            _changed.wait_for(lambda: _places[key].is_free(thread) and _places[key].passes <= _places[key].suspended)
+            place = _places[key]
+            outer, before = place.thread, owner.__dict__.get(name)
+            place.thread, owner.__dict__[name] = thread, tensor
         except BaseException:
-            _suspend(place, -own)
+            place.suspended -= own
             raise
-        outer, before = _held.get(place), owner.__dict__.get(name)
-        _held[place] = thread
-        owner.__dict__[name] = tensor
     try:
         yield
     finally:
-        with _lock:
-            _suspend(place, -own)
-            if outer is None:
-                del _held[place]
+        with _changed:
+            place.suspended -= own
+            place.thread = outer
             assigned = owner.__dict__.pop(name, None) is not tensor
             if before is not None:
                 owner.__dict__[name] = before
+            if outer is None and not (place.passes or place.suspended):
+                del _places[key]
             _changed.notify_all()
-        if assigned:
-            raise _assigned([(owner, name, None, None)])
+    if assigned:
+        raise _assigned([(owner, name, None, None)])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ from torch import nn
 from ..coefficients.spec import CoefficientSpec
 from ..placement.sharded import any_sharded, full_shape, full_tensor
 from ..tucker.decomposition import Tucker, tucker_shapes
-from .axes import parameter_axes, spread_scale
+from .axes import indexed, parameter_axes
 from .operations import Weight
 from .places import enter, held, leave
 from .plan import dense_sum
-from .tensor import Call, Ones, handle_of, stand_in
+from .tensor import Call, Ones, check_recorded, handle_of, stand_in
 from .update import Update
 
 
@@ -25,10 +25,34 @@ def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Itera
     """parameter · scale + Σ updates, in the layout of the parameter. Sharded tensors are gathered first."""
     coefficients = full_tensor(_located(layer, spec.parameter)[2])
     if spec.scale is not None:
-        coefficients = coefficients * spread_scale(spec, full_tensor(_located(layer, spec.scale)[2]))
-    for update in updates:
-        coefficients = coefficients + update.dense(spec, coefficients.shape).to(coefficients)
-    return coefficients
+        coefficients = coefficients * _spread(spec, full_tensor(_located(layer, spec.scale)[2]))
+    return _sum(spec, coefficients, tuple(map(_gathered, updates)))
+
+
+def dense_update(spec: CoefficientSpec, update: Update, shape: torch.Size) -> torch.Tensor:
+    """The update of a parameter of this shape, in its layout. Sharded factors are gathered first.
+
+    Raises:
+        SampleAxisUnknown: if it differs from sample to sample.
+    """
+    update = _gathered(update)
+    return _sum(spec, update.tucker.core.new_zeros(shape), (update,))
+
+
+def _gathered(update: Update) -> Update:
+    return update._replace(tucker=update.tucker.map(full_tensor))
+
+
+def _spread(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
+    """The declared scale in the parameter's shape. Its product with A is the effective A."""
+    return spec.layout.expand(scale, spec.scale_layout or "")
+
+
+def _sum(spec: CoefficientSpec, coefficients: torch.Tensor, updates: tuple[Update, ...]) -> torch.Tensor:
+    if not updates:
+        return coefficients
+    flat = spec.layout.flat(coefficients)
+    return dense_sum(Weight(flat, parameter_axes(spec, tuple(flat.shape)), updates)).reshape(coefficients.shape)
 
 
 def adapted_rows(
@@ -39,18 +63,17 @@ def adapted_rows(
         yield slice(None), adapted_coefficients(layer, spec, updates)
         return
     parameter = _located(layer, spec.parameter)[2]
-    scale = None if spec.scale is None else spread_scale(spec, _located(layer, spec.scale)[2])
+    scale = None if spec.scale is None else _spread(spec, _located(layer, spec.scale)[2])
     axes = parameter_axes(spec, parameter.shape)
-    block = math.prod([atom.size for atom in axes.axes[0].atoms[1:]])  # a row of the first mode on this axis
+    first = axes.axes[0]
+    block = math.prod([atom.size for atom in first.atoms[1:]])  # a row of the first mode on this axis
     step = max(len(parameter) // 16 // block, 1) * block
-    for start in range(axes.axes[0].before, len(parameter) - axes.axes[0].after, step):
-        rows = slice(start, min(start + step, len(parameter) - axes.axes[0].after))
-        part = parameter[rows]
-        if scale is not None:
-            part = part * (scale if len(scale) == 1 else scale[rows])
-        shown = axes.indexed((rows,))
+    for start in range(first.before, first.before + first.inner, step):
+        stop = min(start + step, first.before + first.inner)
+        part = parameter[start:stop] if scale is None else parameter[start:stop] * scale[start:stop]
+        shown = indexed(axes, ((start, stop, None),))
         assert shown is not None  # whole rows of the first mode
-        yield rows, dense_sum(Weight(part, shown, updates))
+        yield slice(start, stop), dense_sum(Weight(part, shown, updates))
 
 
 class Adapted(Call):
@@ -76,7 +99,7 @@ class Adapted(Call):
         super().__init__(layer, quiet)
         self._places = []
         for owner, name, tensor, meant in _meanings(layer, spec, updates, is_zero):
-            handle = handle_of(owner, name, tensor) if updates else None
+            handle = handle_of((owner, name), tensor) if updates else None
             self._places.append((owner, name, (meant, self), handle))
 
     def __enter__(self) -> Adapted:
@@ -88,30 +111,30 @@ class Adapted(Call):
         leave(*contexts)
 
 
+@contextmanager
+def traced(layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], is_zero: bool) -> Iterator[Call]:
+    """`Adapted` for a pass that torch.compile traces. No other thread runs the layer meanwhile."""
+    call = Call(layer)
+    places = list(_meanings(layer, spec, updates, is_zero)) if updates else []
+    try:
+        for owner, name, _, meant in places:
+            owner.__dict__[name] = stand_in(meant, call)
+        yield call
+    finally:
+        for owner, name, _, _ in places:
+            owner.__dict__.pop(name, None)
+
+
 def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> bool:
     """Whether a forward pass of the layer computes something from its coefficients; True for a layout with a star."""
     if spec.layout.flattened:
         return True
     parameter = _located(layer, spec.parameter)[2]
     shapes = tucker_shapes(spec.layout.canonical_shape, (1, 1, 1))
-    factors = Tucker.of({name: parameter.new_zeros(shape) for name, shape in shapes.items()})
-    with Adapted(layer, spec, (Update(factors, 1.0),), quiet=True) as adapted:
+    nothing = Tucker.of({name: parameter.new_zeros(shape) for name, shape in shapes.items()})
+    with Adapted(layer, spec, (Update(nothing, 1.0),), quiet=True) as adapted:
         layer(*args, **kwargs)
     return adapted.acted
-
-
-@contextmanager
-def traced(layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], is_zero: bool) -> Iterator[Call]:
-    """`Adapted` for a pass that torch.compile traces. No other thread runs the layer meanwhile."""
-    call, placed = Call(layer), []
-    try:
-        for owner, name, _, meant in _meanings(layer, spec, updates, is_zero) if updates else ():
-            owner.__dict__[name] = stand_in(meant, call)
-            placed.append((owner, name))
-        yield call
-    finally:
-        for owner, name in placed:
-            owner.__dict__.pop(name, None)
 
 
 def _meanings(
@@ -125,7 +148,7 @@ def _meanings(
         holder, path, scale = _located(layer, spec.scale)
         others = ((holder, path, scale, Ones(scale) if updates else scale),)
         if updates and not is_zero:
-            coefficients = parameter * spread_scale(spec, scale)
+            coefficients = parameter * _spread(spec, scale)
     meant = Weight(coefficients, parameter_axes(spec, parameter.shape), updates, is_zero) if updates else parameter
     return (owner, name, parameter, meant), *others
 
@@ -136,14 +159,29 @@ def replaced(layer: nn.Module, spec: CoefficientSpec, coefficients: torch.Tensor
 
     All threads see the tensor, so no other thread runs the layer meanwhile.
     """
-    owner, name, _ = _located(layer, spec.parameter)
-    with held(owner, name, coefficients):
-        if spec.scale is None:
-            yield
-            return
-        owner, name, scale = _located(layer, spec.scale)
-        with held(owner, name, torch.ones(full_shape(scale), dtype=scale.dtype, device=scale.device)):
-            yield
+    with ExitStack() as stack:
+        stack.enter_context(held(*_located(layer, spec.parameter)[:2], coefficients))
+        if spec.scale is not None:
+            owner, name, scale = _located(layer, spec.scale)
+            ones = torch.ones(full_shape(scale), dtype=scale.dtype, device=scale.device)
+            stack.enter_context(held(owner, name, ones))
+        yield
+
+
+def run_densely(
+    layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], run: Callable[[], Any], in_function: bool
+) -> Any:
+    """The result of `run`, a pass of the layer, in which it finds A + Σ updates as a plain tensor.
+
+    Raises:
+        RuntimeError: if the layer reads them `in_function`, and autograd does not know of it.
+    """
+    coefficients = adapted_coefficients(layer, spec, updates).contiguous()
+    with replaced(layer, spec, coefficients):
+        results = run()
+    if in_function:
+        check_recorded(results, coefficients, type(layer).__qualname__)
+    return results
 
 
 def is_sharded(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> bool:

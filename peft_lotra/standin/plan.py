@@ -19,19 +19,38 @@ from torch._C import _functorch
 from ..calls.context import Samples
 from ..calls.samples import SampleAxisUnknown
 from .axes import Arrangement, Axes, Rows, planned
-from .cost import DENSE, cheapest_order
+from .cost import DENSE, Core, Work, cheapest_order
 from .operations import Contraction, Form, Weight
-from .update import Step, Update, flat_mode_product, multiplied, planned_steps
+from .update import Products, Update, flat_mode_product, products_of
 
 Shapes = tuple[Any, ...]  # the shapes of G and of the factors of i, o, d; None where the mode is whole
+
+
+class Operand(NamedTuple):
+    """The other operand x of an operation."""
+
+    ndim: int
+    positions: int | None  # None if their number is open
+    device: str  # its kind
+    per_sample: bool  # whether each sample has gradients of its own
+    # In this shape, weights per sample broadcast to the axes that are not summed. () if it is unknown, None if no
+    # update has such weights.
+    sample_shape: tuple[int, ...] | None
+
+
+class Roles(NamedTuple):
+    """What the axes of a weight are in an operation."""
+
+    outputs: tuple[int, int, int]  # (axis of y, before, after)
+    on_x: str  # the modes of i and d that are summed with x
+    matrix: tuple[int, ...]  # if the operation is one matrix product: its axis of outputs, and those that are summed
 
 
 class Group(NamedTuple):
     """Updates whose thin tensors lie side by side in one operation."""
 
     members: tuple[int, ...]
-    steps: tuple[tuple[Step, ...], ...]  # the products from each member's core to its B
-    joined: tuple[tuple[int, ...], ...]  # the shape of each member's B, to be joined along o
+    products: tuple[Products, ...]  # from each member's core to its B
     on_x: tuple[tuple[str, int, int, int], ...]  # (mode, axis of x, before, after): products with x, in turn
     arrangement: Arrangement  # lays out B like the weight
 
@@ -40,23 +59,20 @@ class DensePlan(NamedTuple):
     """How the sum of A and an update is formed, with A's order in memory."""
 
     rows: tuple[Rows, ...] | None
-    steps: tuple[Step, ...]
+    products: Products
     arrangement: Arrangement
     last: str  # the mode whose factor one matrix product from the left multiplies last; "": none
     shape: tuple[int, ...]
 
 
 class Plan(NamedTuple):
-    """How the updates' part of one operation is computed."""
+    """How the updates' part of one operation is computed: from A + Δ if there are dense plans, else in groups."""
 
-    order: str
-    dense: tuple[DensePlan, ...]  # for each update, if the order is dense
-    rows: tuple[Rows, ...] | None
+    dense: tuple[DensePlan, ...]
     groups: tuple[Group, ...]
-    depth: int  # columns of x as a matrix, if the operation is one matrix product; else 0
-    outputs: tuple[int, int, int]  # (axis of y, before, after)
-    padding: tuple[int, int] | None  # numbers of outputs before and after that belong to no coefficient
-    sample_shape: tuple[int, ...]  # in this shape, weights per sample broadcast to y without its output axis
+    roles: Roles
+    rows: tuple[Rows, ...] | None
+    sample_shape: tuple[int, ...]
 
 
 def plan_for(c: Contraction, weight: Weight) -> Plan | None:
@@ -75,90 +91,8 @@ def plan_for(c: Contraction, weight: Weight) -> Plan | None:
     positions = None if torch.compiler.is_compiling() else c.x.numel() // c.form.depth
     transformed = positions is not None and _functorch.peek_interpreter_stack() is not None
     per_sample = transformed and _gradients_per_sample(weight)
-    device = c.x.device.type
-    return _plan(c.form, weight.axes, tuple(shapes), c.x.dim(), positions, device, per_sample, sample_shape)
-
-
-def _gradients_per_sample(weight: Weight) -> bool:
-    """Whether torch.func differentiates by a factor inside `torch.func.vmap`, so that each sample has a gradient."""
-    tensors = [tensor for update in weight.updates for tensor in update.tucker.tensors()]
-    level = max([_functorch.maybe_get_level(t) for t in tensors if _functorch.is_gradtrackingtensor(t)], default=0)
-    transforms = _functorch.get_interpreter_stack()
-    return any([one.key() == _functorch.TransformType.Vmap and one.level() < level for one in transforms])
-
-
-@planned
-def _plan(
-    form: Form, axes: Axes, shapes: tuple[Shapes, ...], ndim: int, positions: int | None, device: str,
-    per_sample: bool, sample_shape: tuple[int, ...] | None,
-) -> Plan | None:  # fmt: skip
-    """The plan; None if there is no factorised form.
-
-    Args:
-        form, axes: the form of the operation, and the axes of the weight.
-        shapes: the shapes of the updates' factors.
-        ndim: the number of axes of x.
-        positions: the number of positions of x; None if it is open.
-        device: the kind of device.
-        per_sample: whether each sample has gradients of its own.
-        sample_shape: in this shape, weights per sample broadcast to x's axes that are not summed; () if it is
-            unknown, None if no update has such weights.
-    """
-    carried, summed = dict(form.carried), dict(form.summed)
-    output = axes.place("o")
-    if output is None or output.axis not in carried:
-        return None
-    stored = axes.axes[output.axis]
-    if stored.is_padded and output.before * output.after > 1:
-        return None
-    trailing = list(range(ndim - len(summed), ndim))
-    is_matrix = form.is_linear and bool(trailing) and sorted(summed.values()) == trailing
-    is_matrix = is_matrix and output.before * output.after == 1
-    if sample_shape is not None and not (is_matrix and sample_shape):
-        raise SampleAxisUnknown
-    on_x = ""
-    for mode in ("i", "d"):
-        place = axes.place(mode)
-        if place is not None and place.axis in summed and not axes.axes[place.axis].is_padded:
-            on_x += mode
-    modes = axes.size("i"), axes.size("o"), axes.size("d")
-    kernel = tuple([axes.size(mode) for mode in axes.modes()[3:]])
-    whole, ranks = tuple(map(_whole, shapes)), []
-    for own in shapes:
-        r1, r2, r3 = _ranks(own, modes)
-        ranks.append((r1, r2 * math.prod(own[0][len(axes.modes()) :]), r3))  # P terms
-    order = ""
-    if sample_shape is None:
-        order = cheapest_order(
-            positions, form.depth, form.terms, modes, math.prod(kernel), on_x, tuple(ranks), whole, device, per_sample
-        )
-    # Without factors on x, all updates share one operation.
-    members = [tuple(range(len(ranks)))] if order == "" else [(k,) for k in range(len(ranks))]
-    by_x = [output.axis, *sorted(summed, key=summed.__getitem__)]
-    groups = []
-    for group in members if order != DENSE else ():
-        r1, _, r3 = ranks[group[0]]
-        steps: list[tuple[str, int, int, int]] = []
-        replaced: dict[str, int] = {}
-        kept = "".join([mode for mode in order if mode not in whole[group[0]]])
-        for mode in kept:
-            place = axes.place(mode, replaced)
-            if place is not None:  # always, for the order to be this one
-                steps.append((mode, summed[place.axis], place.before, place.after))
-            replaced[mode] = r1 if mode == "i" else r3
-        replaced["o"] = sum([ranks[k][1] for k in group])
-        cores = [(*ranks[k], *kernel) for k in group]
-        planned = [planned_steps(core, modes, "o" + kept, whole[k]) for core, k in zip(cores, group, strict=True)]
-        sequences, given = [one for one, _ in planned], planned[0][1]
-        joined = [(*[core[k] if "iod"[k] in "o" + kept else modes[k] for k in range(3)], *kernel) for core in cores]
-        laid = axes.permuted(by_x) if is_matrix else axes
-        laid_out = laid.arrangement(replaced, given if len(group) == 1 else (), 1 if is_matrix else None)
-        groups.append(Group(group, tuple(sequences), tuple(joined), tuple(steps), laid_out))
-    dense = tuple([_dense_plan(axes, own) for own in shapes]) if order == DENSE else ()
-    depth = math.prod([axes.axes[axis].size for axis in summed]) if is_matrix else 0
-    outputs = carried[output.axis], output.before, output.after
-    padding = (stored.before, stored.after) if stored.is_padded else None
-    return Plan(order, dense, _rows(axes, shapes[0]), tuple(groups), depth, outputs, padding, sample_shape or ())
+    operand = Operand(c.x.dim(), positions, c.x.device.type, per_sample, sample_shape)
+    return _plan(c.form, weight.axes, tuple(shapes), operand)
 
 
 def _shapes(update: Update) -> Shapes:
@@ -167,23 +101,6 @@ def _shapes(update: Update) -> Shapes:
     for mode in "iod":  # not in a comprehension, for speed
         shapes.append(factors[mode].shape if mode in factors else None)
     return tuple(shapes)
-
-
-def _whole(shapes: Shapes) -> str:
-    return "".join([mode for mode, shape in zip("iod", shapes[1:], strict=True) if shape is None])
-
-
-def _ranks(shapes: Shapes, modes: tuple[int, int, int]) -> tuple[int, ...]:
-    """(r1, r2, r3) of an update. For a whole mode, this is the size of the mode in the view."""
-    return tuple([n if U is None else U[1] for n, U in zip(modes, shapes[1:], strict=True)])
-
-
-def _rows(axes: Axes, shapes: Shapes) -> tuple[Rows, ...] | None:
-    """The rows that a view shows, of U1, U2, U3 or the core's whole modes, and of its further axes; None if all."""
-    core, *sides = shapes
-    full = *[n if U is None else U[0] for n, U in zip(core, sides, strict=False)], *core[3:]
-    rows = tuple([axes.rows(mode, count) for mode, count in zip(axes.modes(), full, strict=False)])
-    return rows if any([part is not None for part in rows]) else None
 
 
 def _sample_shape(samples: Samples | None, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -201,11 +118,108 @@ def _sample_shape(samples: Samples | None, sizes: tuple[int, ...]) -> tuple[int,
     return tuple([size if size == count else 1 for size in sizes])
 
 
+def _gradients_per_sample(weight: Weight) -> bool:
+    """Whether torch.func differentiates by a factor inside `torch.func.vmap`, so that each sample has a gradient."""
+    tensors = [tensor for update in weight.updates for tensor in update.tucker.tensors()]
+    level = max([_functorch.maybe_get_level(t) for t in tensors if _functorch.is_gradtrackingtensor(t)], default=0)
+    transforms = _functorch.get_interpreter_stack()
+    return any([one.key() == _functorch.TransformType.Vmap and one.level() < level for one in transforms])
+
+
+# The stages of a plan: roles of axes, sizes, order, groups. They depend on hashable values alone.
+
+
+@planned
+def _plan(form: Form, axes: Axes, shapes: tuple[Shapes, ...], x: Operand) -> Plan | None:
+    roles = _roles(form, axes, x.ndim)
+    if roles is None:
+        return None
+    rows, cores = _rows(axes, shapes[0]), tuple([_core(axes, own) for own in shapes])
+    if x.sample_shape is not None:
+        if not (roles.matrix and x.sample_shape):
+            raise SampleAxisUnknown
+        order = ""
+    else:
+        modes, kernel = axes.shape()[:3], math.prod(axes.shape()[3:])
+        sizes = x.positions, form.depth, form.terms, modes, kernel, roles.on_x, x.device, x.per_sample
+        order = cheapest_order(Work(*sizes), cores)
+    if order == DENSE:
+        return Plan(tuple([_dense_plan(axes, own) for own in shapes]), (), roles, rows, ())
+    # Without factors on x, all updates share one operation.
+    members = [tuple(range(len(cores)))] if order == "" else [(k,) for k in range(len(cores))]
+    groups = tuple([_group(order, own, cores, axes, roles, dict(form.summed)) for own in members])
+    return Plan((), groups, roles, rows, x.sample_shape or ())
+
+
+def _roles(form: Form, axes: Axes, ndim: int) -> Roles | None:
+    """The roles of a weight's axes, for x with `ndim` axes; None if there is no factorised form."""
+    carried, summed = dict(form.carried), dict(form.summed)
+    output = axes.place("o")
+    if output is None or output.axis not in carried or axes.axes[output.axis].is_padded:
+        return None
+    places = {mode: axes.place(mode) for mode in "id"}
+    on_x = [mode for mode, p in places.items() if p and p.axis in summed and not axes.axes[p.axis].is_padded]
+    trailing = list(range(ndim - len(summed), ndim))
+    is_matrix = form.is_linear and output.before * output.after == 1 and sorted(summed.values()) == trailing
+    matrix = (output.axis, *sorted(summed, key=summed.__getitem__)) if is_matrix and summed else ()
+    return Roles((carried[output.axis], output.before, output.after), "".join(on_x), matrix)
+
+
+def _core(axes: Axes, shapes: Shapes) -> Core:
+    core, *sides = shapes
+    r1, r2, r3 = [n if U is None else U[1] for n, U in zip(axes.shape(), sides, strict=False)]
+    terms = math.prod(core[len(axes.modes()) :])  # P, side by side like the outputs
+    return Core((r1, r2 * terms, r3), "".join([mode for mode, U in zip("iod", sides, strict=True) if U is None]))
+
+
+def _rows(axes: Axes, shapes: Shapes) -> tuple[Rows, ...] | None:
+    """The rows that a view shows of each mode of the whole tensor; None if all."""
+    core, *sides = shapes
+    full = *[n if U is None else U[0] for n, U in zip(core, sides, strict=False)], *core[3:]
+    rows = tuple([axes.rows(mode, count) for mode, count in zip(axes.modes(), full, strict=False)])
+    return rows if any([part is not None for part in rows]) else None
+
+
+def _group(
+    order: str, members: tuple[int, ...], cores: Sequence[Core], axes: Axes, roles: Roles, summed: dict[int, int]
+) -> Group:
+    """The group of these members; several of them only if the order is empty."""
+    own = [cores[k] for k in members]
+    on_x = []
+    ranks: dict[str, int] = {}
+    for mode in order:
+        place = axes.place(mode, ranks)
+        if place is not None and mode not in own[0].whole:
+            on_x.append((mode, summed[place.axis], place.before, place.after))
+            ranks[mode] = own[0].ranks["iod".index(mode)]
+    shape, kept = axes.shape(), "".join(["o", *ranks])
+    products = [products_of((*core.ranks, *shape[3:]), shape[:3], kept, core.whole) for core in own]
+    ranks["o"] = sum([core.ranks[1] for core in own])
+    laid_out = axes.permuted(roles.matrix).arrangement(ranks, 1) if roles.matrix else axes.arrangement(ranks)
+    return Group(members, tuple(products), tuple(on_x), laid_out)
+
+
+@planned
+def _dense_plan(axes: Axes, shapes: Shapes) -> DensePlan:
+    core, last = _core(axes, shapes), ""
+    if axes.axes and len(axes.axes[0].atoms) == 1 and not any([axis.is_padded for axis in axes.axes]):
+        mode, size, _ = axes.axes[0].atoms[0]
+        if mode in ("i", "o", "d") and mode not in core.whole and axes.size(mode) == size:
+            last = mode
+    shape = axes.shape()
+    products = products_of((*core.ranks, *shape[3:]), shape[:3], last, core.whole)
+    laid_out = axes.arrangement({last: core.ranks["iod".index(last)]}, 1) if last else axes.arrangement({})
+    return DensePlan(_rows(axes, shapes), products, laid_out, last, tuple([axis.size for axis in axes.axes]))
+
+
+# Plans are applied.
+
+
 def apply(plan: Plan, c: Contraction, weight: Weight, y: torch.Tensor | None) -> torch.Tensor:
     """The operation with A + Σ updates in factorised form.
 
     Args:
-        plan: a plan whose order is not dense.
+        plan: a plan in groups.
         c, weight: the operation.
         y: the result of the operation with A, with the offset; None if A is zero.
     """
@@ -218,45 +232,45 @@ def apply(plan: Plan, c: Contraction, weight: Weight, y: torch.Tensor | None) ->
 
 
 def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torch.Tensor:
-    updates, tensors = [], []
-    factors: list[Any] = []
-    for k, steps in zip(group.members, group.steps, strict=True):
-        update = weight.updates[k].shown(plan.rows)
-        core = update.tucker.core if update.scaling == 1 else update.tucker.core * update.scaling
-        if update.weights is not None and update.weights.shape[1] > 1:  # P terms, side by side like the outputs
-            core = core.movedim(-1, 1).flatten(1, 2)
-        updates.append(update)
-        tensors.append(multiplied(steps, core, update.tucker.factors))
-        U2 = update.tucker.factors.get("o")
-        if U2 is None and (len(group.members) > 1 or plan.padding is not None):
-            U2 = torch.eye(update.tucker.core.shape[1], dtype=core.dtype, device=core.device)
-        factors.append(U2)
-    B, U2 = tensors[0], factors[0]
-    if len(tensors) > 1:
-        B = torch.cat([t.reshape(shape) for t, shape in zip(tensors, group.joined, strict=True)], dim=1)
-        U2 = torch.cat(factors, dim=1)
-    if plan.padding is not None:
-        U2 = F.pad(U2, (0, 0, *plan.padding))
+    """The contraction of x with B, expanded by U2."""
+    updates = [weight.updates[k].shown(plan.rows) for k in group.members]
+    B, U2 = _thin(group, updates)
     x = c.x
     for mode, axis, before, after in group.on_x:
-        U = updates[0].tucker.factors[mode]
-        x = flat_mode_product(x, U.T.to(x.dtype), axis, before, after)
-    thin = group.arrangement(B)
-    if thin.dtype != weight.tensor.dtype:
-        thin = thin.to(weight.tensor.dtype)
-    axis, before, after = plan.outputs
-    if not plan.depth:
-        y = c.apply(x, thin)
+        x = flat_mode_product(x, updates[0].tucker.factors[mode].T.to(x.dtype), axis, before, after)
+    if B.dtype != weight.tensor.dtype:
+        B = B.to(weight.tensor.dtype)
+    axis, before, after = plan.roles.outputs
+    if not plan.roles.matrix:
+        y = c.apply(x, B)
         return y if U2 is None else flat_mode_product(y, U2.to(y.dtype), axis, before, after)
     # One matrix product whose thin side is the rows of B. This is also fast for gradients.
     lead = x.shape[: x.dim() - len(c.form.summed)]
-    y = F.linear(x.reshape(-1, thin.shape[1]), thin)
+    y = F.linear(x.reshape(-1, B.shape[1]), B)
     if plan.sample_shape:
         y = _weighted(y.reshape(*lead, -1), updates, plan.sample_shape)
     y = y.flatten(0, -2) if y.dim() > 2 else y
     y = y if U2 is None else F.linear(y, U2.to(y.dtype))
     y = y.reshape(*lead, y.shape[1]) if len(lead) != 1 else y
     return y if axis == -1 or axis == y.dim() - 1 else y.movedim(-1, axis)
+
+
+def _thin(group: Group, updates: Sequence[Update]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """B, laid out like the weight, and U2, each of all updates side by side; no U2 if the outputs are whole."""
+    thin, sides = [], []
+    for update, products in zip(updates, group.products, strict=True):
+        core, factors = update.tucker
+        U2 = factors.get("o")
+        if U2 is None and len(updates) > 1:
+            U2 = torch.eye(core.shape[1], dtype=core.dtype, device=core.device)
+        sides.append(U2)
+        core = core if update.scaling == 1 else core * update.scaling
+        if update.weights is not None and update.weights.shape[1] > 1:  # P terms, side by side like the outputs
+            core = core.movedim(-1, 1).flatten(1, 2)
+        thin.append(products(core, factors))
+    if len(thin) == 1:
+        return group.arrangement(thin[0]), sides[0]
+    return group.arrangement(torch.cat(thin, 1)), torch.cat(sides, 1)  # type: ignore[arg-type]
 
 
 def _weighted(y: torch.Tensor, updates: Sequence[Update], shape: tuple[int, ...]) -> torch.Tensor:
@@ -291,33 +305,14 @@ def dense_sum(weight: Weight, plans: tuple[DensePlan, ...] = ()) -> torch.Tensor
     for k, update in enumerate(weight.updates):
         update.check_common()
         plan = plans[k] if plans else _dense_plan(weight.axes, _shapes(update))
-        update = update.shown(plan.rows)
-        scaling = update.scaling
-        core, factors = update.tucker
-        delta = plan.arrangement(multiplied(plan.steps, core, factors))
+        core, factors = update.shown(plan.rows).tucker
+        delta = plan.arrangement(plan.products(core, factors))
         if not plan.last:
-            total = total + (delta * scaling).to(total.dtype)
+            total = total + (delta * update.scaling).to(total.dtype)
         elif delta.dtype == total.dtype and not torch.is_autocast_enabled(total.device.type):
             flat = total.reshape(plan.shape[0], -1)
-            total = torch.addmm(flat, factors[plan.last], delta, alpha=scaling).view(plan.shape)
+            total = torch.addmm(flat, factors[plan.last], delta, alpha=update.scaling).view(plan.shape)
         else:
-            total = total + (factors[plan.last] @ delta * scaling).view(plan.shape).to(total.dtype)
+            total = total + (factors[plan.last] @ delta * update.scaling).view(plan.shape).to(total.dtype)
     # The sum lies in memory as A does, so that the layer's operation rounds as it does with A.
     return total if total.is_contiguous() or not weight.tensor.is_contiguous() else total.contiguous()
-
-
-@planned
-def _dense_plan(axes: Axes, shapes: Shapes) -> DensePlan:
-    modes = axes.size("i"), axes.size("o"), axes.size("d")
-    whole, ranks = _whole(shapes), _ranks(shapes, modes)
-    core = (*ranks, *[axes.size(mode) for mode in axes.modes()[3:]])
-    shape, last = tuple([axis.size for axis in axes.axes]), ""
-    first = axes.axes[0] if axes.axes else None
-    if first is not None and len(first.atoms) == 1 and not any([axis.is_padded for axis in axes.axes]):
-        mode = first.atoms[0].mode
-        if mode in ("i", "o", "d") and mode not in whole and axes.size(mode) == first.size:
-            last = mode
-    steps, given = planned_steps(core, modes, last, whole)
-    replaced = {last: core["iod".index(last)]} if last else {}
-    laid_out = axes.arrangement(replaced, given, 1 if last else None)
-    return DensePlan(_rows(axes, shapes), steps, laid_out, last, shape)

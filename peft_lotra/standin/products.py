@@ -66,9 +66,7 @@ def summed(product: Product, dim: Any = None, keepdim: bool = False, **others: A
     def apply(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(x.dtype, w.dtype)  # as in the product
         x, w = x.to(dtype), w.to(dtype)
-        x = x.reshape([x.shape[k - ndim] for k in of_x])
-        w = w.reshape([w.shape[k - ndim] for k in thin])
-        y = torch.einsum(equation, x, w)
+        y = torch.einsum(equation, x.reshape([x.shape[k] for k in of_x]), w.reshape([w.shape[k] for k in thin]))
         for d in dims if keepdim else ():
             y = y.unsqueeze(d)
         return y
@@ -80,27 +78,23 @@ def summed(product: Product, dim: Any = None, keepdim: bool = False, **others: A
 def _sum_form(
     of: tuple[int, ...], shape: tuple[int, ...], ndim: int, dims: tuple[int, ...], keepdim: bool
 ) -> tuple[Form, str, tuple[int, ...], tuple[int, ...]]:
-    """The form, the einsum's equation, and the axes of the product that x and the thin tensor have.
+    """The form, the einsum's equation, and the axes of x and of the thin tensor that are in it.
 
     Args:
-        of: the shape of x.
-        shape: the shape of the weight.
+        of, shape: the shapes of x and of the weight.
         ndim: the number of axes of the product.
-        dims: the axes that are summed.
-        keepdim: whether the summed axes stay, with size 1.
+        dims, keepdim: the axes that are summed, and whether they stay, with size 1.
     """
-    letters = ascii_letters[:ndim]
-    lacking = ndim - len(shape)  # axes that only x has
-    of_x = [k for k in range(ndim) if k >= ndim - len(of) and of[k - ndim] != 1]
-    of_weight = [k for k in range(ndim) if k >= lacking]
+    x, weight = (dict(zip(range(ndim - len(sizes), ndim), sizes, strict=True)) for sizes in (of, shape))
+    of_x = [k for k, size in x.items() if size != 1]
+    thin = [k for k, size in weight.items() if size != 1 or k not in of_x]
     out = [k for k in range(ndim) if k not in dims]
     place = {k: k if keepdim else out.index(k) for k in out}
-    thin = [k for k in of_weight if shape[k - lacking] != 1 or k not in of_x]
-    inputs = ["".join([letters[k] for k in axes]) for axes in (of_x, thin, out)]
     form = Form(
-        carried=tuple([(k - lacking, place[k]) for k in out if k in thin and k not in of_x]),
-        summed=tuple([(k - lacking, (k - ndim) % len(of)) for k in dims if k in thin and k in of_x]),
-        terms=math.prod([shape[k - lacking] for k in dims if k in thin]),
-        depth=math.prod([of[k - ndim] for k in of_x if k in dims]),
+        carried=tuple([(k + len(shape) - ndim, place[k]) for k in out if k in thin and k not in of_x]),
+        summed=tuple([(k + len(shape) - ndim, k + len(of) - ndim) for k in dims if k in thin and k in of_x]),
+        terms=math.prod([weight[k] for k in dims if k in thin]),
+        depth=math.prod([x[k] for k in of_x if k in dims]),
     )
-    return form, "{},{}->{}".format(*inputs), tuple(of_x), tuple(thin)
+    letters = ["".join([ascii_letters[k] for k in axes]) for axes in (of_x, thin, out)]
+    return form, "{},{}->{}".format(*letters), *[tuple([k - ndim for k in axes]) for axes in (of_x, thin)]  # type: ignore[return-value]

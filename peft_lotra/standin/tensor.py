@@ -8,7 +8,6 @@ and the layer is run again with A + Δ as a plain tensor.
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,10 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.checkpoint import CheckpointFunction
 
-from .axes import planned
-from .cost import DENSE
 from .operations import CONTRACTIONS, Contraction, Weight
 from .places import running
 from .plan import apply, dense_sum, plan_for
@@ -42,6 +38,7 @@ class Call:
         owner: the name of the layer's class, for warnings. With None there are no warnings.
         recorded: whether autograd records the pass.
         needs_tensor: whether the layer has code that takes plain tensors only.
+        in_function: whether this code is a torch.autograd.Function.
         acted: whether the pass has computed something from the values of the coefficients. Reading their shape or
             taking a view does not count.
     """
@@ -49,10 +46,10 @@ class Call:
     def __init__(self, layer: nn.Module, quiet: bool = False) -> None:
         self.owner = None if quiet else type(layer).__qualname__
         self.recorded = not quiet and torch.is_grad_enabled()
-        self.needs_tensor = self.acted = False
+        self.needs_tensor = self.in_function = self.acted = False
 
-    def refuse(self, what: str) -> TensorNeeded:
-        self.needs_tensor = True
+    def refuse(self, what: str, in_function: bool = False) -> TensorNeeded:
+        self.needs_tensor, self.in_function = True, in_function
         return TensorNeeded(f"{what} takes plain tensors only, and was given the stand-in of adapted coefficients")
 
 
@@ -80,7 +77,36 @@ class StandIn(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return answer(func, args, kwargs or {})
+        """The result of a torch function that is called with stand-ins among its arguments."""
+        kwargs = kwargs or {}
+        found = _stand_ins(args, kwargs)
+        meant, call = _meaning(found[0])
+        handler, asked = _HANDLERS.get(func), Asked(func, args, kwargs, found[0], meant)
+        # `x.view_as(weight)` reads only the shape of the weight.
+        is_read = handler is _shown and (len(args) == 0 or args[0] is not found[0])
+        if handler is _told or is_read or not isinstance(meant, _STANDING):
+            return asked.of_tensors(_stored)
+        if handler is _requires_grad:
+            return _requires_grad(meant)
+        if handler is None or (call.recorded and not torch.is_grad_enabled()):
+            _check(asked, call)
+        call.needs_tensor = False  # after a refusal, the layer has found another way
+        result = NotImplemented
+        if handler is not None and (len(found) == 1 or handler is _shown):
+            result = handler(asked)
+        elif handler is _multiplied and len(found) == len(args) == 2:
+            result = _by_ones(*found)
+        if not isinstance(result, _NOT_YET) and (len(found) > 1 or not isinstance(meant, Ones)):
+            call.acted = True
+            for other in found[1:]:  # they may stand for another tensor of the layer
+                _meaning(other)[1].acted = True
+        if result is NotImplemented:
+            if isinstance(meant, Weight) or (isinstance(meant, Product) and not meant.has_batch):
+                warn(_name(func), call.owner)
+            return asked.of_tensors(_dense)
+        if type(result) is tuple:
+            return tuple([stand_in(part, call) if isinstance(part, Weight) else part for part in result])
+        return stand_in(result, call) if isinstance(result, _STANDING) else result
 
     def __iter__(self) -> Any:
         return iter(self.unbind(0))
@@ -108,155 +134,159 @@ def stand_in(meant: Weight | Product | Ones, call: Call) -> StandIn:
     like = meant.tensor
     if torch.compiler.is_dynamo_compiling():
         standin = torch.empty(like.shape, dtype=like.dtype, device="meta").as_subclass(StandIn)
-    else:
-        standin = _without_memory(
-            EagerStandIn, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device
-        )
-    standin.meant = meant, call
-    return standin
+        standin.meant = meant, call
+        return standin
+    return handle_of((meant, call), like)
 
 
-def handle_of(owner: nn.Module, name: str, like: torch.Tensor) -> StandIn:
-    """The tensor that stands, in each thread, for what the thread's running pass has at a place."""
-    handle = _without_memory(EagerStandIn, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device)
-    handle.meant, handle.place = None, (owner, name)
-    return handle
-
-
-# torch's function for a tensor without memory. It has no public name.
-_without_memory: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+def handle_of(meaning: Any, like: torch.Tensor) -> StandIn:
+    """A stand-in like a tensor, but without memory. `meaning` is (meant, call) or a place, (owner, name)."""
+    make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]  # it has no public name
+    handle = make(EagerStandIn, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device)
+    handle.meant, handle.place = (None, meaning) if isinstance(meaning[0], nn.Module) else (meaning, None)
+    return handle  # type: ignore[no-any-return]
 
 
 def _meaning(standin: StandIn) -> tuple[Meant, Call]:
     return standin.meant or running(*standin.place)
 
 
-def answer(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of a torch function that is called with stand-ins among its arguments."""
+class Asked(NamedTuple):
+    """A torch function that is called with a stand-in among its arguments."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    standin: StandIn
+    meant: Meant  # by the stand-in
+
+    def about(self, value: Any, function: Callable[..., Any]) -> Any:
+        """The result of `function` with `value` in place of the stand-in."""
+        args, kwargs, standin = self.args, self.kwargs, self.standin
+        if args and not kwargs:
+            if args[-1] is standin:
+                return function(*args[:-1], value)
+            if len(args) > 1 and args[1] is standin:
+                return function(args[0], value, *args[2:])
+        args, kwargs = tree_map_only(StandIn, lambda _: value, (args, kwargs))
+        return function(*args, **kwargs)
+
+    def of_tensors(self, put: Callable[[Meant], torch.Tensor]) -> Any:
+        """The result with every stand-in replaced by `put` of its meaning, a plain tensor."""
+        args, kwargs = tree_map_only(StandIn, lambda one: put(_meaning(one)[0]), (self.args, self.kwargs))
+        return self.function(*args, **kwargs)
+
+
+def _stand_ins(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[StandIn]:
     found = []
     for arg in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(arg, StandIn):
             found.append(arg)
         elif isinstance(arg, (list, tuple)):
             found += [leaf for leaf in tree_leaves(arg) if isinstance(leaf, StandIn)]
-    first, handler = found[0], _HANDLERS.get(function)
-    meant, call = _meaning(first)
-    if handler is _told or not isinstance(meant, _STANDING):
-        return _called(function, args, kwargs, _stored)
-    if handler is _requires_grad:
-        return _requires_grad(meant)
-    if handler is _shown and (not args or args[0] is not first):
-        return _called(function, args, kwargs, _stored)  # `x.view_as(weight)` reads only its shape
-    if handler is None and writes(function, kwargs):
+    return found
+
+
+def _check(asked: Asked, call: Call) -> None:
+    """Raise TypeError if the function writes to coefficients, TensorNeeded if its gradients would lack the factors."""
+    function, meant = asked.function, asked.meant
+    if writes(function, asked.kwargs) and function not in _HANDLERS:
         raise TypeError(
             f"`{_name(function)}` would write to adapted coefficients, which are the sum of a parameter and its "
             "update and have no memory of their own: use the operation that returns a new tensor"
         )
-    if call.recorded and not torch.is_grad_enabled() and _requires_grad(meant):
-        if _runs_in(CheckpointFunction.forward):
-            raise RuntimeError(
-                f"a {call.owner} calls `checkpoint(use_reentrant=True)` in its own forward, so its adapter would get "
-                "no gradients: checkpoint the adapted layer, or a larger part of the model, instead"
-            )
-        # The backward of a torch.autograd.Function would not know the factors.
-        if _runs_in(torch.autograd.Function.apply.__func__):  # type: ignore[attr-defined]
-            raise call.refuse(f"`{_name(function)}` without gradients")
-    call.needs_tensor = False  # after a refusal, the layer has found another way
-    result = NotImplemented
-    if handler is not None and (len(found) == 1 or handler is _shown):
-        result = handler(function, first, meant, args, kwargs)
-    elif handler is _multiplied and len(found) == len(args) == 2:
-        result = _by_ones(first, found[1])
-    if not isinstance(result, _NOT_YET) and (len(found) > 1 or not isinstance(meant, Ones)):
-        call.acted = True
-        for other in found[1:]:  # they may stand for another tensor of the layer
-            _meaning(other)[1].acted = True
-    if result is NotImplemented:
-        if isinstance(meant, Weight) or (isinstance(meant, Product) and not meant.has_batch):
-            warn(_name(function), call.owner)
-        return _called(function, args, kwargs, _dense)
-    if isinstance(result, _STANDING):
-        return stand_in(result, call)
-    if type(result) is tuple:
-        return tuple([stand_in(part, call) if isinstance(part, Weight) else part for part in result])
-    return result
+    if call.recorded and not torch.is_grad_enabled() and _in_function() and _requires_grad(meant):
+        raise call.refuse(f"`{_name(function)}` in a torch.autograd.Function", in_function=True)
 
 
-def _runs_in(function: Any) -> bool:
-    """Whether a Python function is running in this thread."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not function.__code__:
-        frame = frame.f_back
-    return frame is not None
+def _in_function() -> bool:
+    """Whether the forward of a torch.autograd.Function is running, whose backward would not know the factors.
+
+    torch then disables forward-mode differentiation, too, which `torch.no_grad` does not.
+    """
+    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())  # type: ignore[attr-defined]
+
+
+def check_recorded(results: Any, coefficients: torch.Tensor, owner: str) -> None:
+    """Raise RuntimeError if no result of a pass depends on the coefficients, A + Δ, in the eyes of autograd.
+
+    `checkpoint(use_reentrant=True)` in the layer's own forward is a torch.autograd.Function that reads them unseen.
+    """
+    if coefficients.grad_fn is None or torch._C._functorch.peek_interpreter_stack() is not None:
+        return
+    nodes: list[Any] = [leaf.grad_fn for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
+    seen = {None}
+    while nodes:
+        node = nodes.pop()
+        if node is coefficients.grad_fn:
+            return
+        if node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    raise RuntimeError(
+        f"a {owner} calls `checkpoint(use_reentrant=True)` in its own forward, so its adapter would get no gradients: "
+        "checkpoint the adapted layer, or a larger part of the model, instead"
+    )
 
 
 # Handlers, one for each kind of function. They return tensors, the meaning of new stand-ins, or NotImplemented.
 
 
-def _told(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Shape, dtype and device, which are those of A. `answer` does this without a call."""
-    raise AssertionError("`answer` has answered already")
+def _told(asked: Asked) -> Any:
+    """Shape, dtype and device, which are those of A. The stand-in answers without this call."""
+    raise AssertionError("the stand-in has answered already")
 
 
-def _shown(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _shown(asked: Asked) -> Any:
     """Views and copies."""
+    function, meant = asked.function, asked.meant
     if isinstance(meant, Ones):
-        return Ones(function(meant.tensor, *args[1:], **kwargs))
+        return Ones(function(meant.tensor, *asked.args[1:], **asked.kwargs))
     if isinstance(meant, Product):
         return NotImplemented
     others = []
-    for arg in args[1:]:  # only the shape of other stand-ins is read, as in `weight.expand_as(weight)`
+    for arg in asked.args[1:]:  # only the shape of other stand-ins is read, as in `weight.expand_as(weight)`
         others.append(_stored(_meaning(arg)[0]) if isinstance(arg, StandIn) else arg)
-    return VIEWS[function](function, meant, *others, **kwargs)
+    return VIEWS[function](function, meant, *others, **asked.kwargs)
 
 
-def _contracted(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not isinstance(meant, Weight):
+def _contracted(asked: Asked) -> Any:
+    if not isinstance(asked.meant, Weight):
         return NotImplemented
-    contraction = _with(standin, meant, CONTRACTIONS[function], args, kwargs)
-    return _factorised(contraction, function, standin, meant, meant, args, kwargs)
+    return _factorised(asked, asked.meant, asked.about(asked.meant, CONTRACTIONS[asked.function]))
 
 
-def _multiplied(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not isinstance(meant, Weight) or len(args) != 2 or kwargs:
+def _multiplied(asked: Asked) -> Any:
+    meant, args = asked.meant, asked.args
+    if not isinstance(meant, Weight) or len(args) != 2 or asked.kwargs:
         return NotImplemented
-    other = args[1] if args[0] is standin else args[0]
+    other = args[1] if args[0] is asked.standin else args[0]
     if is_number(other):
-        return by_number(function, meant, other)
+        return by_number(asked.function, meant, other)
     for update in meant.updates:
         update.check_common()  # before the product is formed
     return Product.of(meant, other) if isinstance(other, torch.Tensor) else NotImplemented
 
 
-def _divided(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not isinstance(meant, Weight) or len(args) != 2 or kwargs or args[0] is not standin or not is_number(args[1]):
+def _divided(asked: Asked) -> Any:
+    is_by_number = len(asked.args) == 2 and not asked.kwargs and is_number(asked.args[1])
+    return _multiplied(asked) if is_by_number and asked.args[0] is asked.standin else NotImplemented
+
+
+def _summed(asked: Asked) -> Any:
+    if not isinstance(asked.meant, Product):
         return NotImplemented
-    return by_number(function, meant, args[1])
+    return _factorised(asked, asked.meant.weight, asked.about(asked.meant, summed))
 
 
-def _summed(function: Any, standin: StandIn, meant: Meant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if not isinstance(meant, Product):
-        return NotImplemented
-    contraction = _with(standin, meant, summed, args, kwargs)
-    return _factorised(contraction, function, standin, meant, meant.weight, args, kwargs)
-
-
-def _factorised(
-    contraction: Contraction | None,
-    function: Any,
-    standin: StandIn,
-    meant: Weight | Product,
-    weight: Weight,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+def _factorised(asked: Asked, weight: Weight, contraction: Contraction | None) -> Any:
     plan = None if contraction is None else plan_for(contraction, weight)
     if contraction is None or plan is None:
         return NotImplemented
-    if plan.order == DENSE:
-        dense = dense_sum(meant, plan.dense) if isinstance(meant, Weight) else _dense(meant)
-        return _with(standin, dense, function, args, kwargs)
-    y = None if weight.is_zero else _with(standin, meant.tensor, function, args, kwargs)
+    meant, function = asked.meant, asked.function
+    if plan.dense:
+        return asked.about(dense_sum(meant, plan.dense) if meant is weight else _dense(meant), function)
+    y = None if weight.is_zero else asked.about(_stored(meant), function)
     return apply(plan, contraction, weight, y)
 
 
@@ -265,35 +295,9 @@ def _by_ones(one: StandIn, other: StandIn) -> Any:
     for weight, ones in ((one, other), (other, one)):
         (a, _), (b, _) = _meaning(weight), _meaning(ones)
         if isinstance(a, Weight) and isinstance(b, Ones):
-            return weight if _is_broadcast(tuple(b.tensor.shape), tuple(a.tensor.shape)) else NotImplemented
+            shape = a.tensor.shape
+            return weight if torch.broadcast_shapes(shape, b.tensor.shape) == shape else NotImplemented
     return NotImplemented
-
-
-@planned
-def _is_broadcast(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether a tensor of this shape broadcasts to the other shape."""
-    return len(shape) <= len(to) and all([a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)])
-
-
-def _with(
-    standin: StandIn, value: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """The result of the function with `value` in place of the stand-in."""
-    if args and not kwargs:
-        if args[-1] is standin:
-            return function(*args[:-1], value)
-        if len(args) > 1 and args[1] is standin:
-            return function(args[0], value, *args[2:])
-    args, kwargs = tree_map_only(StandIn, lambda _: value, (args, kwargs))
-    return function(*args, **kwargs)
-
-
-def _called(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], put: Callable[[Meant], torch.Tensor]
-) -> Any:
-    """The result of the function with every stand-in replaced by `put` of its meaning, a plain tensor."""
-    args, kwargs = tree_map_only(StandIn, lambda standin: put(_meaning(standin)[0]), (args, kwargs))
-    return function(*args, **kwargs)
 
 
 def _stored(meant: Meant) -> torch.Tensor:
@@ -340,7 +344,7 @@ def warn(operation: str, owner: str | None, use: str | None = None) -> None:
         "A + Δ is formed. "
         "The result is exact, but a training step costs as much as full fine-tuning or more",
         PerformanceWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
 
 

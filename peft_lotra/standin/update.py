@@ -11,12 +11,8 @@ import torch.nn.functional as F
 
 from ..calls.context import Samples
 from ..calls.samples import SampleAxisUnknown
-from ..coefficients.spec import CoefficientSpec
-from ..placement.sharded import full_tensor
 from ..tucker.decomposition import Tucker
 from .axes import Rows
-
-_16_BIT = (torch.float16, torch.bfloat16)
 
 
 class Update(NamedTuple):
@@ -43,36 +39,21 @@ class Update(NamedTuple):
         if self.weights is not None:
             raise SampleAxisUnknown
 
-    def dense(self, spec: CoefficientSpec, shape: torch.Size) -> torch.Tensor:
-        """The update of a parameter of this shape, in its layout. 16-bit factors are multiplied in fp32.
-
-        Raises:
-            SampleAxisUnknown: if it differs from sample to sample.
-        """
-        self.check_common()
-        dtype = self.tucker.core.dtype
-        update = _in_fp32(self) if dtype in _16_BIT else self
-        factors = update.tucker.map(full_tensor)
-        return spec.stored_update(factors.dense() * self.scaling, shape).to(dtype)
-
     def shown(self, rows: tuple[Rows, ...] | None) -> Update:
         """The update of what a view shows, in at least fp32: `rows` are those of the axes i, o, d, …"""
-        update = _in_fp32(self) if self.tucker.core.dtype in _16_BIT else self
-        if rows is None:
-            return update
-        core, factors = update.tucker.core, dict(update.tucker.factors)
-        for dim, part in enumerate(rows):
+        tucker = self.tucker
+        if tucker.core.dtype in (torch.float16, torch.bfloat16):
+            tucker = tucker.map(torch.Tensor.float)
+        elif rows is None:
+            return self
+        core, factors = tucker.core, dict(tucker.factors)
+        for dim, part in enumerate(rows or ()):
             mode = "iod"[dim : dim + 1]
             if mode in factors:
                 factors[mode] = _selected(factors[mode], part, 0)
             else:
                 core = _selected(core, part, dim)
-        return update._replace(tucker=Tucker(core, factors))
-
-
-def _in_fp32(update: Update) -> Update:
-    """The update with its factors in fp32."""
-    return update._replace(tucker=update.tucker.map(torch.Tensor.float))
+        return self._replace(tucker=Tucker(core, factors))
 
 
 def _selected(tensor: torch.Tensor, rows: Rows, dim: int) -> torch.Tensor:
@@ -89,69 +70,64 @@ class Step(NamedTuple):
     `matmul` of more axes is avoided: it rounds differently depending on which of its operands requires a gradient.
     """
 
-    factor: str  # its mode
+    mode: str  # of the factor
     shape: tuple[int, ...] | None  # reshape the tensor to this first
     batch: int  # the number of products M @ tensor[k]; 0: M @ tensor; -1: tensor @ M.T
 
 
-def planned_steps(
-    core: tuple[int, ...], sizes: tuple[int, ...], kept: Collection[str], whole: str
-) -> tuple[tuple[Step, ...], tuple[int, ...]]:
-    """The steps that multiply G with the factors of all modes but `kept`, and the shape of the last step's result.
+class Products(NamedTuple):
+    """The products of a core G with factors, in turn."""
+
+    steps: tuple[Step, ...]
+    shape: tuple[int, ...]  # of the result
+
+    def __call__(self, core: torch.Tensor, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        for mode, shape, batch in self.steps:
+            if shape is not None:
+                core = core.reshape(shape)
+            matrix = factors[mode]
+            if batch > 0:
+                core = torch.bmm(matrix.expand(batch, -1, -1), core)
+            else:
+                core = F.linear(core, matrix) if batch else matrix @ core
+        return core if core.shape == self.shape else core.reshape(self.shape)
+
+
+def products_of(core: tuple[int, ...], sizes: Collection[int], kept: str, whole: str) -> Products:
+    """The products of G with the factors of all modes but those that are `kept` as ranks, or whole.
 
     Args:
         core: the shape of G.
         sizes: (n, m, n_d).
-        kept: those of "i", "o", "d" whose axes stay ranks.
-        whole: the modes without a factor.
+        kept, whole: some of "iod".
     """
-    (r1, _, r3), (n, _, n_d) = core[:3], sizes
+    n, m, n_d = sizes
+    r1, _, r3 = core[:3]
     d_first = r1 * n_d * (r3 + n) < n * r3 * (r1 + n_d)  # the smaller intermediate first
-    steps: list[Step] = []
+    steps = []
     shape, given = list(core), tuple(core)
-    needed: tuple[int, ...]
-    result: tuple[int, ...]
     for mode in "dio" if d_first or "i" in kept else "ido":
-        axis = "iod".index(mode)
+        axis, size = {"i": (0, n), "o": (1, m), "d": (2, n_d)}[mode]
         if mode in kept or mode in whole:
             continue
-        before, after = math.prod(shape[:axis]), math.prod(shape[axis + 1 :])
+        before, rank, after = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+        needed: tuple[int, ...]
+        result: tuple[int, ...]
         if axis == 0:
-            needed, batch, result = (shape[0], after), 0, (sizes[0], after)
+            needed, batch, result = (rank, after), 0, (size, after)
         elif after == 1:
-            needed, batch = (*shape[:axis], shape[axis]) if given == tuple(shape) else (before, shape[axis]), -1
-            result = (*needed[:-1], sizes[axis])
+            needed, batch = tuple(shape[: axis + 1]) if given == tuple(shape) else (before, rank), -1
+            result = (*needed[:-1], size)
         else:
-            needed, batch, result = (before, shape[axis], after), before, (before, sizes[axis], after)
+            needed, batch, result = (before, rank, after), before, (before, size, after)
         steps.append(Step(mode, None if given == needed else needed, batch))
-        shape[axis], given = sizes[axis], result
-    return tuple(steps), given
-
-
-def multiplied(steps: tuple[Step, ...], tensor: torch.Tensor, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The result of the steps of `planned_steps`, from G or a multiple of it."""
-    for factor, shape, batch in steps:
-        if shape is not None:
-            tensor = tensor.reshape(shape)
-        matrix = factors[factor]
-        if batch > 0:
-            tensor = torch.bmm(matrix.expand(batch, -1, -1), tensor)
-        else:
-            tensor = F.linear(tensor, matrix) if batch else matrix @ tensor
-    return tensor
+        shape[axis], given = size, result
+    return Products(tuple(steps), tuple(shape))
 
 
 def flat_mode_product(x: torch.Tensor, matrix: torch.Tensor, axis: int, before: int, after: int) -> torch.Tensor:
     """x ×_axis M, M: (out, in), where `axis` is (before, in, after) flattened. It is meant for a large x."""
     axis %= x.dim()
-    shape = list(x.shape)
-    if before > 1 or after > 1:
-        x = x.unflatten(axis, (before, matrix.shape[1], after))
-        axis += 1
-    x = x.movedim(axis, -1)
-    y = F.linear(x.reshape(-1, matrix.shape[1]), matrix).reshape(*x.shape[:-1], len(matrix)).movedim(-1, axis)
-    if before > 1 or after > 1:
-        axis -= 1
-        shape[axis] = before * len(matrix) * after
-        y = y.reshape(shape)
-    return y
+    x = x.unflatten(axis, (before, matrix.shape[1], after)).movedim(axis + 1, -1)
+    y = F.linear(x.reshape(-1, matrix.shape[1]), matrix).reshape(*x.shape[:-1], len(matrix))
+    return y.movedim(-1, axis + 1).flatten(axis, axis + 2)

@@ -7,11 +7,12 @@ NotImplemented if the names cannot follow.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
 
-from .axes import BESIDE, Axes, planned
+from .axes import BESIDE, Axes, indexed, planned, reshaped
 from .operations import Weight
 
 
@@ -26,12 +27,7 @@ def _reshape(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs:
         if isinstance(arg, torch.dtype):
             return NotImplemented  # `view(dtype)` reinterprets the bits
     tensor = function(weight.tensor, *args, **kwargs)
-    return _view(weight, tensor, _reshaped(weight.axes, tuple(tensor.shape)))
-
-
-@planned
-def _reshaped(axes: Axes, shape: tuple[int, ...]) -> Axes | None:
-    return axes.reshaped(shape)
+    return _view(weight, tensor, reshaped(weight.axes, tuple(tensor.shape)))
 
 
 def _permute(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: Any) -> Any:
@@ -70,53 +66,44 @@ def _detach(function: Callable[..., Any], weight: Weight) -> Weight:
     return weight._replace(tensor=weight.tensor.detach(), updates=tuple(updates))
 
 
-def _index(weight: Weight, tensor: torch.Tensor, *index: Any) -> Any:
-    # Before Python 3.12, slices cannot be hashed.
-    parts = tuple([(part.start, part.stop, part.step) if isinstance(part, slice) else part for part in index])
-    return _view(weight, tensor, _indexed(weight.axes, parts))
-
-
-@planned
-def _indexed(axes: Axes, index: tuple[Any, ...]) -> Axes | None:
-    return axes.indexed(tuple([slice(*part) if isinstance(part, tuple) else part for part in index]))
-
-
-def _getitem(function: Callable[..., Any], weight: Weight, index: Any) -> Any:
+def _getitem(function: Callable[..., Any] | None, weight: Weight, index: Any) -> Any:
     index = index if isinstance(index, tuple) else (index,)
     if not all(part is None or part is Ellipsis or type(part) is int or isinstance(part, slice) for part in index):
         return NotImplemented
-    return _index(weight, weight.tensor[index], *index)
+    # Before Python 3.12, slices cannot be hashed.
+    parts = tuple([(part.start, part.stop, part.step) if isinstance(part, slice) else part for part in index])
+    return _view(weight, weight.tensor[index], indexed(weight.axes, parts))
+
+
+def _along(weight: Weight, dim: int, *parts: int | slice) -> Any:
+    """The parts of the weight along one axis."""
+    views = [_getitem(None, weight, (slice(None),) * (dim % weight.ndim) + (part,)) for part in parts]
+    return NotImplemented if any(view is NotImplemented for view in views) else tuple(views)
 
 
 def _select(function: Callable[..., Any], weight: Weight, dim: int, index: int) -> Any:
-    return _index(weight, weight.tensor.select(dim, index), *_along(weight, dim, int(index)))
+    return _only(_along(weight, dim, int(index)))
 
 
 def _narrow(function: Callable[..., Any], weight: Weight, dim: int, start: int, length: int) -> Any:
     start = int(start) % weight.shape[dim] if start else 0
-    return _getitem(function, weight, _along(weight, dim, slice(start, start + length)))
+    return _only(_along(weight, dim, slice(start, start + length)))
+
+
+def _only(views: Any) -> Any:
+    return views if views is NotImplemented else views[0]
+
+
+def _unbind(function: Callable[..., Any], weight: Weight, dim: int = 0) -> Any:
+    return _along(weight, dim, *range(weight.shape[dim]))
 
 
 def _parts(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: Any) -> Any:
     """split, chunk, tensor_split: consecutive slices along one axis."""
-    tensors = function(weight.tensor, *args, **kwargs)
     # The axis is the argument `dim`, or else the second argument. torch's default is the first axis.
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-    starts = [0]
-    for tensor in tensors:
-        starts.append(starts[-1] + tensor.shape[dim])
-    slices = [slice(start, stop) for start, stop in zip(starts[:-1], starts[1:], strict=True)]
-    parts = [_index(weight, t, *_along(weight, dim, s)) for t, s in zip(tensors, slices, strict=True)]
-    return NotImplemented if any(part is NotImplemented for part in parts) else tuple(parts)
-
-
-def _unbind(function: Callable[..., Any], weight: Weight, dim: int = 0) -> Any:
-    parts = [_select(function, weight, dim, k) for k in range(weight.shape[dim])]
-    return NotImplemented if any(part is NotImplemented for part in parts) else tuple(parts)
-
-
-def _along(weight: Weight, dim: int, part: int | slice) -> tuple[Any, ...]:
-    return (slice(None),) * (dim % weight.ndim) + (part,)
+    stops = list(accumulate([tensor.shape[dim] for tensor in function(weight.tensor, *args, **kwargs)]))
+    return _along(weight, dim, *map(slice, [0, *stops], stops))
 
 
 def _table() -> dict[Any, Callable[..., Any]]:

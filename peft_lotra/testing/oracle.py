@@ -17,7 +17,7 @@ from ..coefficients import CoefficientSpec
 from ..layers.lotra import adapted_tensors, first_tensor
 from ..standin import plan
 from ..standin import tensor as standin_tensor
-from ..standin.cost import DENSE
+from ..standin.cost import DENSE, Work
 
 
 @contextmanager
@@ -30,9 +30,8 @@ def forced_order(order: str) -> Iterator[SimpleNamespace]:
     taken, counted = SimpleNamespace(times=0), plan.cheapest_order
     room: Any = plan
 
-    def forced(*sizes: Any) -> str:
-        on_x = sizes[5]
-        possible = order == DENSE or set(order) <= set(on_x)
+    def forced(work: Work, _: Any) -> str:
+        possible = order == DENSE or set(order) <= set(work.on_x)
         taken.times += possible
         return order if possible else ""
 
