@@ -17,7 +17,7 @@ from torch import nn
 from .call_arguments import in_context
 from .coefficients.spec import tensor_at
 from .coefficients.target import Target
-from .combination import combine_adapters, copied_modules, copy_trained
+from .combination import combine_adapters, copy_trained
 from .config.lotra_config import LoTRAConfig
 from .files.adapter_file import PREFIX, check_weights, is_adapter_key, naming
 from .files.collected import Collected, warn_of_parts
@@ -310,9 +310,7 @@ class LoTRAModel(BaseTuner):
         layers = adapted_tensors(self.model)
         for parameter, values in factors.items():
             layers[parameter].set_tucker(adapter_name, values)
-        for wrapper, owners in copied_modules(self.model, adapters):
-            for owner in owners:
-                copy_trained(wrapper, owner, adapter_name)
+        copy_trained(self.model, adapters, adapter_name)
         return errors
 
     def check_new(self, adapter_name: str) -> None:
