@@ -97,7 +97,7 @@ def copy_trained(model: nn.Module, adapters: Sequence[str], to: str) -> None:
                 held[places[key]].copy_(values)
 
 
-def _trained_copies(model: nn.Module, adapters: Sequence[str]) -> list[tuple[AuxiliaryTrainingWrapper, list[str]]]:
+def _trained_copies(model: nn.Module, adapters: Sequence[str]) -> list[tuple[Any, list[str]]]:
     """Every module that can have trained copies or rows, with those of `adapters` that have a copy or rows of it."""
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     return [(w, [name for name in dict.fromkeys(adapters) if name in w._get_available_adapters()]) for w in wrappers]

@@ -114,7 +114,7 @@ def _fit(model: PeftModel, finetuned: nn.Module, inputs: Any, iterations: int, p
             p.requires_grad_(True)
 
 
-def fill(model: PeftModel, factors: Mapping[str, Tucker]) -> None:
+def fill(model: Any, factors: Mapping[str, Tucker]) -> None:
     """Set the active adapter's update of tensors to G ×₁ U1 ×₂ U2 ×₃ U3. Its core is G / scaling."""
     layers, adapter = adapted_tensors(model), model.active_adapter
     for parameter, update in factors.items():
