@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import reprlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -16,6 +17,7 @@ from .calls.samples import check_known, checked_axis
 from .config.lotra_config import LoTRAConfig
 from .families import family as families
 from .layers.lotra import adapted_tensors
+from .placement.sharded import full_tensor
 from .registration import AXIS, TASK
 
 
@@ -59,7 +61,7 @@ def in_context(
                 "(`LoTRAConfig(family=...)`); leave it out, or call `set_adapter` with a family's adapter"
             )
         tasks = tasks_for(model, kinds, task, axis, TASK if names is None else None)
-        repeated = {n: c if c.dim() == 1 else c.repeat_interleave(repeats, dim=0) for n, c in tasks.weights.items()}
+        repeated = {name: _repeated(c, repeats) for name, c in tasks.weights.items()}
         entries.append(Tasks(tasks.layers, repeated, axis))
         if encoder:
             entries.append(Tasks(encoder, tasks.weights, axis))
@@ -86,7 +88,12 @@ def tasks_for(
         TypeError, ValueError: if the task fits no family, or no adapter that it fits is used.
     """
     found = list(adapted_tensors(model).values())
-    weights = families.weights_of(kinds, task)
+
+    def codes(name: str) -> Callable[[], torch.Tensor]:
+        held: Any = next(layer.lotra_codes for layer in found if name in layer.lotra_codes)
+        return lambda: full_tensor(held._parameters[name])
+
+    weights = families.weights_of(kinds, task, codes)
     active = {name for layer in found for name in layer.active_adapters if name in layer.lotra_core}
     used = {name for layer in found for name in active if name in layer.lotra_core.keys() - layer.merged_adapters}
     if argument is not None and not weights.keys() & used:
@@ -104,9 +111,17 @@ def tasks_for(
         )
     for name, c in weights.items():  # once for all layers
         cores = [layer.lotra_core[name] for layer in found if name in layer.lotra_core]
-        if len({(core.dtype, core.device) for core in cores}) == 1 and not cores[0].is_meta:
+        alike = len({(core.dtype, core.device) for core in cores}) == 1 and not cores[0].is_meta
+        if alike and isinstance(c, torch.Tensor):
             weights[name] = c.to(cores[0].device, cores[0].dtype)
     return Tasks(set(found), weights, axis)
+
+
+def _repeated(c: Any, repeats: int) -> Any:
+    """c, or what gives it, with that of each sample several times."""
+    if not isinstance(c, torch.Tensor):
+        return lambda: _repeated(c(), repeats)
+    return c if c.dim() == 1 else c.repeat_interleave(repeats, dim=0)
 
 
 def _batch(model: nn.Module, names: Sequence[str], repeats: int, encoder: set[nn.Module], axis: int) -> Batch:

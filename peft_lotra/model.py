@@ -92,6 +92,7 @@ class LoTRAModel(BaseTuner):
         for target in targets:
             self._targets.setdefault(target.module, []).append(target)
         self._self_contained = peft_config.self_contained(targets)
+        self._holder = self._self_contained.saved_targets()[0][1].parameter  # has the codes of the family's tasks
         # PEFT warns of patterns that match nothing, so it gets the user's own patterns while it injects.
         parameters = {target.parameter for target in targets}
         own = {} if peft_config.is_self_contained else vars(peft_config)
@@ -159,6 +160,7 @@ class LoTRAModel(BaseTuner):
                 init_weights=peft_config.init_weights,
                 freeze_factors=peft_config.freeze_factors,
                 terms=peft_config.terms,
+                codes=peft_config.codes if tensor.parameter == self._holder else None,
                 inference_mode=peft_config.inference_mode,
             )
             layer._allows_unread |= peft_config.allow_unread

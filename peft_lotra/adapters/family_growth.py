@@ -166,7 +166,7 @@ def change_range(
         raise ValueError(f"`ranges` should map some of {list(config.family)} to new ranges, but {what}")
     old = config.kind
     degree = config.family_degree if family_degree is None else family_degree
-    new = Family.of({**config.family, **ranges}, degree, "ranges")
+    new = Family.of({**config.family, **ranges}, degree, field="ranges")
     if new.degree < old.degree:
         raise ValueError(
             f"`family_degree` {family_degree} is below the family's degree {old.degree}, so it cannot hold the "

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -30,13 +30,14 @@ class Tasks:
     """Tasks of families: c by adapter, shape (P,) or (batch, P), for calls of some layers.
 
     Attributes:
+        weights: c, or a function that returns it, because codes of tasks may change from pass to pass.
         axis: the axis of a layer's first tensor on which the samples are.
         owner: the thread, and the task of asyncio, that has entered this.
         left: whether it is over. A copy of the context may outlive it, but its owner's context may not.
     """
 
     layers: Collection[nn.Module]
-    weights: Mapping[str, torch.Tensor]
+    weights: Mapping[str, torch.Tensor | Callable[[], torch.Tensor]]
     axis: int = 0
     owner: Any = None
     left: bool = False
@@ -125,7 +126,8 @@ class Context(NamedTuple):
                     if in_pass:
                         return entry.weights[adapter], 0
                 else:
-                    return entry.weights[adapter], entry.axis
+                    c = entry.weights[adapter]
+                    return c if isinstance(c, torch.Tensor) else c(), entry.axis
         return None
 
 

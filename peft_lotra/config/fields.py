@@ -79,11 +79,17 @@ def check_choices(config: Any) -> None:
 
 
 def check_family(config: Any) -> None:
-    """Write `family` as plain data. Raise unless `family`, `family_degree` and `slim` fit together."""
+    """Write `family` as plain data. Raise unless `family`, its degree and code, and `slim` fit together."""
+    code = config.family_code
+    if code is not None and (isinstance(code, bool) or not isinstance(code, int) or code < 1):
+        raise ValueError(f"`family_code` should be a positive integer or None but the value passed is {code!r}")
+    if config.family_degree is None:
+        config.family_degree = 1 if code else 4
     check_degree(config.family_degree)
     if config.family is None:
+        if code is not None:
+            raise ValueError(f"`family_code` {code!r} without `family`: list the names of tasks in `family`")
         return
-    family = Family.of(config.family, config.family_degree)
-    config.family = {name: list(bounds) for name, bounds in family.ranges.items()} or list(family.tasks)
+    config.family = Family.of(config.family, config.family_degree, code or 0).plain
     if config.slim:
         raise ValueError(f"`slim`=True with `family` {config.family!r}: a family adapts a KAN that has coefficients")

@@ -71,8 +71,13 @@ class LoTRAConfig(ConfigFile):
             adapter is then for the whole family of tasks, Δ(task) = alpha · G ×₁ U1 ×₂ U2 ×₃ U3 ×₅ c(task), and its
             core has one more axis, of size P. `at_task` sets the task of a forward pass, and `adapter_at` makes an
             ordinary adapter for one task. Ours.
-        family_degree: the total degree of the polynomials in the parameters that make up c: P = C(k + degree, degree)
-            for k parameters. For named tasks, P is their number.
+        family_degree: the total degree of the polynomials in the parameters, and in the codes, that make up c:
+            P = C(k + degree, degree) for k of them. It is 4, or 1 with `family_code`. For named tasks without codes, P
+            is their number.
+        family_code: k, for named tasks: each task has a code of k numbers, which all layers share. The codes are
+            trained with the adapter, and saved with it. `family` may then also map names of parameters to ranges,
+            beside one list of names of tasks, as in `{"T": (250.0, 400.0), "fluid": ["water", "ammonia"]}`. Ours,
+            after CoDA (arXiv 2202.01889).
         init_weights: True: G = 0 and the factors are normal with variance 1/size, so the adapted model starts equal to
             the base. False: G is random, too, for tests.
         slim: whether A_pt = 0 and takes no memory. The coefficient tensors then consist of the update alone, and those
@@ -101,7 +106,8 @@ class LoTRAConfig(ConfigFile):
     allow_unread: bool = False
     freeze_factors: bool = False
     family: Mapping[str, Any] | list[str] | None = None
-    family_degree: int = 4
+    family_degree: int | None = None
+    family_code: int | None = None
     init_weights: bool = True
     slim: bool = False
     digest: str | None = None

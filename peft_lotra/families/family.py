@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from numbers import Real
 from operator import mul
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from ..standin.axes import planned
 
 # The other arguments of `at_task` and `adapter_at`, which also take a family's parameters by name.
-_ARGUMENTS = {"model", "adapter_name", "family", "train", "task", "batch_axis"}
+_ARGUMENTS = {"model", "adapter_name", "family", "train", "task", "code", "batch_axis"}
 
 
 LARGEST = 100_000  # P of a family
@@ -30,30 +30,36 @@ def check_degree(degree: Any) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """c(task), shape (P,), for tasks that have names or continuous parameters.
+    """c(task), shape (P,), for tasks that have names, continuous parameters, or both.
 
     For parameters μ_1 … μ_k in ranges [a_j, b_j], c consists of the products T_{e_1}(x_1) ⋯ T_{e_k}(x_k) of Chebyshev
-    polynomials of total degree Σ e_j ≤ `degree`, where x_j = 2 (μ_j − a_j) / (b_j − a_j) − 1. For named tasks, c is
-    one-hot. Ours.
+    polynomials of total degree Σ e_j ≤ `degree`, where x_j = 2 (μ_j − a_j) / (b_j − a_j) − 1. A named task has a code
+    z, whose numbers are further variables x_j of these products. Without codes, c of named tasks is one-hot. Ours.
 
     Attributes:
-        ranges: (a, b) by name of the parameter; empty if tasks have names.
-        tasks: the names of the tasks; empty if they have parameters.
+        ranges: (a, b) by name of the parameter; empty if tasks have names alone.
+        tasks: the names of the tasks; empty if they have parameters alone.
         degree: the largest total degree of the polynomials.
+        code: k, how many numbers the code of a named task has; 0: none.
+        argument: the argument of `at_task` that takes names.
     """
 
     ranges: Mapping[str, tuple[float, float]]
     tasks: tuple[str, ...] = ()
     degree: int = 4
+    code: int = 0
+    argument: str = "task"
 
     @classmethod
-    def of(cls, family: Any, degree: int, field: str = "family") -> Family:
-        """The family that the fields `family` and `family_degree` of a config mean. Errors call the first one `field`.
+    def of(cls, family: Any, degree: int, code: int = 0, field: str = "family") -> Family:
+        """The family that the fields `family`, `family_degree` and `family_code` of a config mean.
 
         Raises:
-            TypeError, ValueError: naming the field and the value.
+            TypeError, ValueError: naming the field, the first one by `field`, and the value.
         """
         check_degree(degree)
+        if code:
+            return cls._coded(family, degree, code, field)
         if isinstance(family, Mapping) and family and all(_is_range(*entry) for entry in family.items()):
             if taken := sorted(_ARGUMENTS & family.keys()):
                 raise ValueError(f"`{field}` names {taken}, which are arguments of `at_task` and `adapter_at`")
@@ -78,6 +84,39 @@ class Family:
             f", but the value passed is {family!r}"
         )
 
+    @classmethod
+    def _coded(cls, family: Any, degree: int, code: int, field: str) -> Family:
+        """A family with codes, of names alone or of ranges and one list of names."""
+        entries = family if isinstance(family, Mapping) else {"task": family}
+        listed = {name: value for name, value in entries.items() if not _is_range(name, value)}
+        if len(listed) != 1:
+            raise ValueError(
+                f"`family_code` {code!r} with `{field}` {family!r}: codes are for one list of names of tasks, which "
+                "may stand beside ranges of parameters"
+            )
+        ((argument, names),) = listed.items()
+        tasks = cls.of(names, degree, field=field).tasks
+        if code > len(tasks):
+            raise ValueError(f"`family_code` {code!r} is above the number of tasks, {len(tasks)}: give a smaller one")
+        ranges = {name: value for name, value in entries.items() if name != argument}
+        if argument in _ARGUMENTS - {"task"} or not str(argument).isidentifier():
+            raise ValueError(f"`{field}` names {argument!r}, which cannot be an argument of `at_task`")
+        held = cls.of(ranges, degree, field=field).ranges if ranges else {}
+        if (size := math.comb(len(held) + code + degree, degree)) > LARGEST:
+            raise ValueError(
+                f"`{field}` has {len(held)} parameters and a code of {code}, which with `family_degree`={degree} make "
+                f"{size:,} polynomials, more than {LARGEST:,}: give a lower degree"
+            )
+        return cls(held, tasks, degree, code, argument)
+
+    @property
+    def plain(self) -> Any:
+        """The family as plain data, for a config."""
+        ranges = {name: list(bounds) for name, bounds in self.ranges.items()}
+        if not self.tasks:
+            return ranges
+        return {**ranges, self.argument: list(self.tasks)} if ranges or self.argument != "task" else list(self.tasks)
+
     @property
     def exponents(self) -> list[tuple[int, ...]]:
         """The degrees of the factors of each product, by total degree."""
@@ -86,7 +125,8 @@ class Family:
     @property
     def size(self) -> int:
         """P."""
-        return len(self.tasks) or math.comb(len(self.ranges) + self.degree, self.degree)
+        variables = len(self.ranges) + self.code
+        return math.comb(variables + self.degree, self.degree) if variables else len(self.tasks)
 
     def named(self, task: Any) -> dict[str, Any]:
         """A task as a mapping, from a mapping, a name (or a list of names), or the value of the only parameter.
@@ -96,30 +136,70 @@ class Family:
         """
         if isinstance(task, Mapping):
             return dict(task)
-        if len(self.ranges) > 1:
-            raise TypeError(f"a task of this family is given by {list(self.ranges)}, but {task!r} is passed")
-        return {next(iter(self.ranges), "task"): task}
+        if len(self._arguments) > 1:
+            raise TypeError(f"a task of this family is given by {self._arguments}, but {task!r} is passed")
+        return {self._arguments[0]: task}
 
-    def weights(self, task: Mapping[str, Any]) -> torch.Tensor:
+    @property
+    def _arguments(self) -> list[str]:
+        return [*self.ranges, *[self.argument] * bool(self.tasks)]
+
+    def weights(self, task: Mapping[str, Any], codes: torch.Tensor | None = None) -> torch.Tensor:
         """c of one task, shape (P,), or of a task for each sample, shape (batch, P); float64 unless tensors are given.
 
         For a batch of one sample, the shape is (P,).
 
         Args:
-            task: for each parameter, a number or a tensor of the shape (), (batch,) or (batch, 1); or under "task", a
-                name or a list of names.
+            task: for each parameter, a number or a tensor of the shape (), (batch,) or (batch, 1); for the names, a
+                name, a list of names, or a tensor of their places in `tasks`. "code" may stand in place of the names:
+                a tensor, shape (k,) or (batch, k).
+            codes: the codes of all tasks, shape (tasks, k).
 
         Raises:
             TypeError, ValueError: naming the argument that does not fit.
         """
-        wanted = ["task"] if self.tasks else list(self.ranges)
-        if sorted(task) != sorted(wanted):
-            raise TypeError(f"a task of this family is given by {wanted}, but {sorted(task)} is passed")
-        c = self._one_hot(task["task"]) if self.tasks else self._products(task)
-        return c[0] if c.dim() == 2 and len(c) == 1 else c
+        if "code" in task and self.code:
+            return self.at_code({name: value for name, value in task.items() if name != "code"}, task["code"])
+        if sorted(task) != sorted(self._arguments):
+            raise TypeError(f"a task of this family is given by {self._arguments}, but {sorted(task)} is passed")
+        if not self.tasks:
+            return _one_sample(self._products(task))
+        places = self.places(task[self.argument])
+        if not self.code:
+            return _one_sample(torch.nn.functional.one_hot(places, len(self.tasks)).double())
+        assert codes is not None
+        return self.at_code({name: task[name] for name in self.ranges}, codes[places.to(codes.device)])
 
-    def _products(self, task: Mapping[str, Any]) -> torch.Tensor:
+    def at_code(self, parameters: Mapping[str, Any], code: Any) -> torch.Tensor:
+        """c at a code, shape (k,) or (batch, k), and at values of the parameters."""
+        if not isinstance(code, torch.Tensor) or code.dim() not in (1, 2) or code.shape[-1] != self.code:
+            given = tuple(code.shape) if isinstance(code, torch.Tensor) else code
+            raise ValueError(f"`code` should be a tensor of {self.code} numbers, or of such rows, but is {given}")
+        if sorted(parameters) != sorted(self.ranges):
+            raise TypeError(f"beside `code`, a task of this family has {list(self.ranges)}, got {sorted(parameters)}")
+        return _one_sample(self._products(parameters, code))
+
+    def places(self, names: Any) -> torch.Tensor:
+        """The places in `tasks` of a name, shape (), or of a list of names, or of places, shape (batch,)."""
+        if isinstance(names, torch.Tensor) and not names.is_floating_point():
+            wrapped = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(names)
+            if not wrapped and names.numel() and not 0 <= int(names.min()) <= int(names.max()) < len(self.tasks):
+                raise ValueError(f"`{self.argument}` has places outside of the family's {len(self.tasks)} tasks")
+            return names
+        held = _places_of(self.tasks)
+        given = list(names) if isinstance(names, list | tuple) else [names]
+        for name in given:
+            if not isinstance(name, str) or name not in held:
+                raise ValueError(
+                    f"`{self.argument}` {name!r} is not one of the family's tasks {shortened(list(self.tasks))}"
+                )
+        places = torch.tensor([held[name] for name in given], dtype=torch.long)
+        return places if isinstance(names, list | tuple) else places[0]
+
+    def _products(self, task: Mapping[str, Any], code: torch.Tensor | None = None) -> torch.Tensor:
         x: Any = [self._scaled(name, task[name]) for name in self.ranges]
+        if code is not None:
+            x = [*x, *code.unbind(-1)]
         if tensors := [value for value in x if isinstance(value, torch.Tensor)]:
             x = [
                 torch.as_tensor(value, dtype=getattr(value, "dtype", torch.float64), device=tensors[0].device)
@@ -129,19 +209,10 @@ class Family:
         else:
             x = torch.tensor(x, dtype=torch.float64)
         values = torch.stack(_chebyshev(x, self.degree), dim=-1).flatten(-2)
-        if len(self.ranges) == 1:
+        if len(self.ranges) + self.code == 1:
             return values
-        factors = _places(len(self.ranges), self.degree)
+        factors = _places(len(self.ranges) + self.code, self.degree)
         return reduce(mul, [values.index_select(-1, places.to(values.device)) for places in factors])
-
-    def _one_hot(self, task: Any) -> torch.Tensor:
-        names = list(task) if isinstance(task, list | tuple) else [task]
-        unknown = [name for name in names if name not in self.tasks]
-        if unknown:
-            raise ValueError(f"`task` {unknown[0]!r} is not one of the family's tasks {list(self.tasks)}")
-        places = torch.tensor([self.tasks.index(name) for name in names], dtype=torch.long)
-        rows = torch.nn.functional.one_hot(places, len(self.tasks)).double()
-        return rows[0] if isinstance(task, str) else rows
 
     def _scaled(self, name: str, value: Any) -> float | torch.Tensor:
         """x in [-1, 1] for a parameter within its range, a number or of the shape () or (batch,)."""
@@ -196,22 +267,59 @@ class Family:
         return torch.tensor(rows, dtype=torch.float64)
 
 
-def weights_of(kinds: Mapping[str, Family], task: Any) -> dict[str, torch.Tensor]:
+Weights = torch.Tensor | Callable[[], torch.Tensor]  # c, or what gives it when a layer runs
+
+
+def weights_of(
+    kinds: Mapping[str, Family], task: Any, codes: Callable[[str], Callable[[], torch.Tensor]]
+) -> dict[str, Weights]:
     """c of a task for each family that the task fits, by the family's name. `Family.named` says which forms it takes.
+
+    Args:
+        kinds: the families.
+        task: the task.
+        codes: for the name of a family with codes, a function that returns them. They are read in each pass, because
+            they may be trained.
 
     Raises:
         TypeError, ValueError: if the task fits no family.
     """
-    weights: dict[str, torch.Tensor] = {}
+    weights: dict[str, Weights] = {}
     errors: list[TypeError | ValueError] = []
     for name, kind in kinds.items():
         try:
-            weights[name] = kind.weights(kind.named(task))
+            named = kind.named(task)
+            if kind.code and "code" not in named:
+                table = codes(name)
+                if kind.argument in named:  # looked up once, and checked now
+                    named = {**named, kind.argument: kind.places(named[kind.argument])}
+                kind.weights(named, table())
+                weights[name] = partial(_read, kind, named, table)
+            else:
+                weights[name] = kind.weights(named)
         except (TypeError, ValueError) as error:  # the task may be of another family
             errors.append(error)
     if not weights:
         raise type(errors[0])("; ".join(map(str, errors)))
     return weights
+
+
+def _read(kind: Family, task: Mapping[str, Any], codes: Callable[[], torch.Tensor]) -> torch.Tensor:
+    return kind.weights(task, codes())
+
+
+def _one_sample(c: torch.Tensor) -> torch.Tensor:
+    return c[0] if c.dim() == 2 and len(c) == 1 else c
+
+
+@planned
+def _places_of(tasks: tuple[str, ...]) -> dict[str, int]:
+    return {name: place for place, name in enumerate(tasks)}
+
+
+def shortened(names: list[str], most: int = 20) -> list[str]:
+    """The first names, and how many more there are."""
+    return names if len(names) <= most else [*names[:most], f"… {len(names) - most} more"]
 
 
 def _is_range(name: Any, bounds: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 
-from ..tucker.decomposition import CONTAINERS
+from ..tucker.decomposition import CODES, CONTAINERS
 
 PREFIX = "base_model.model."  # every name in a file that PEFT writes begins with it
 
@@ -46,7 +46,7 @@ def naming(file: str | None) -> Iterator[None]:
 
 def is_adapter_key(key: str) -> bool:
     """Whether a state dict's key names a core or factor, and not another trained tensor."""
-    return any(f".{name}" in f".{key}" for name in CONTAINERS)
+    return any(f".{name}" in f".{key}" for name in (*CONTAINERS, CODES))
 
 
 def check_weights(expected: Mapping[str, Slot], weights: Mapping[str, torch.Tensor], origin: str) -> None:

@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME
 from ..coefficients.spec import CoefficientSpec, Layout
 from ..coefficients.target import Target
 from ..families.family import Family
-from ..tucker.decomposition import tucker_shapes
+from ..tucker.decomposition import CODES, tucker_shapes
 from ..tucker.ranks import by_mode
 from .adapter_file import (
     PREFIX,
@@ -48,7 +48,8 @@ class ConfigFile(PeftConfig):
     coefficients: Mapping[str, Any]
     digest: str | None
     family: Any
-    family_degree: int
+    family_degree: int | None
+    family_code: int | None
     rank_pattern: dict[str, Any]
     target_modules: Any
 
@@ -56,16 +57,25 @@ class ConfigFile(PeftConfig):
     _copies: frozenset[str] = frozenset()  # the names of saved tensors other than core and factors
     _saved: SavedAdapter | None = None  # the adapter file beside the config's file, if it was read from one
     _file: str | None = None  # the config's own file in that case
+    _kind: tuple[tuple[Any, int, int], Family | None] | None = None  # the fields of which it was made, and the family
 
     @property
     def kind(self) -> Family | None:
         """The family of tasks; None if the adapter is for one task."""
-        return None if self.family is None else Family.of(self.family, self.family_degree)
+        given = self.family, self.family_degree or 1, self.family_code or 0
+        if self._kind is None or any(a is not b for a, b in zip(self._kind[0], given, strict=True)):
+            self._kind = given, None if self.family is None else Family.of(*given)
+        return self._kind[1]
 
     @property
     def terms(self) -> int:
         """P of a family of tasks; 0 if the adapter is for one task."""
         return 0 if self.kind is None else self.kind.size
+
+    @property
+    def codes(self) -> tuple[int, int] | None:
+        """The shape of the codes, (tasks, k); None if there are none."""
+        return (len(self.kind.tasks), self.kind.code) if self.kind is not None and self.kind.code else None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_written": {}, "_saved": None}  # copies have no tensors
@@ -149,6 +159,7 @@ class ConfigFile(PeftConfig):
         said = self.to_dict()
         others = {} if self.bias == "none" else {"bias": self.bias}
         others |= {} if self.family is None else {name: said[name] for name in ("family", "family_degree")}
+        others |= {} if self.family_code is None else {"family_code": said["family_code"]}
         return {name: said[name] for name in (*fields, "trainable_token_indices")} | others
 
     def self_contained(self: Config, targets: list[Target]) -> Config:
@@ -215,12 +226,16 @@ class ConfigFile(PeftConfig):
         return named
 
     def saved_slots(self) -> dict[str, Slot]:
-        """The name and shape of every core and factor in the file beside a self-contained config."""
-        return {
+        """The name and shape of every core and factor, and of the codes, in the file of a self-contained config."""
+        targets = self.saved_targets()
+        slots = {
             f"{PREFIX}{name}.{container}": Slot(shape)
-            for name, target in self.saved_targets()
+            for name, target in targets
             for container, shape in tucker_shapes(target.spec.layout.canonical_shape, target.ranks, self.terms).items()
         }
+        if self.codes and targets:  # they are with the first tensor
+            slots[f"{PREFIX}{targets[0][0]}.{CODES}"] = Slot(self.codes)
+        return slots
 
 
 def _by_module(targets: list[Target]) -> Iterator[tuple[str, list[Target]]]:

@@ -25,7 +25,7 @@ def slots_of(model: nn.Module, adapter_name: str, bias: str) -> dict[str, tuple[
             saved_name = saved.get(module, module_name)
             is_own = adapter_name in module.lotra_core
             saved[module.base_layer] = f"{saved_name}.base_layer" if is_own else saved_name
-            for key, factor in module.tucker(adapter_name).named().items() if is_own else ():
+            for key, factor in module.parameters_of(adapter_name).items() if is_own else ():
                 slot = Slot(tuple(factor.shape), module.dtype_in_use(adapter_name))
                 found[f"{saved_name}.{key}"] = f"{module_name}.{key}.{adapter_name}", slot
         elif isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():

@@ -21,7 +21,7 @@ from ..placement.draws import check_one_draw, row_sums
 from ..placement.offloaded import tensors_in_place, writable_tensors
 from ..placement.sharded import full_shape, full_tensor, write
 from ..standin import Adapted, Update, adapted_rows, dense_update, run_densely, traced, warn
-from ..tucker.decomposition import CONTAINERS, CORE, NAMES, Ranks, Tucker, tucker_shapes
+from ..tucker.decomposition import CODES, CONTAINERS, CORE, NAMES, Ranks, Tucker, tucker_shapes
 from ..tucker.ranks import by_mode, mode_sizes
 from .forwarding import Forwarding
 
@@ -39,14 +39,14 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
     as a regulariser. Methods that rewrite coefficients raise an error while the adapter is attached.
     """
 
-    adapter_layer_names = CONTAINERS
+    adapter_layer_names = (*CONTAINERS, CODES)
     other_param_names = ("r", "alpha", "scaling", "terms", "_drawn")
 
     def __init__(self, base_layer: nn.Module, spec: CoefficientSpec) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.spec = spec
-        for name in CONTAINERS:
+        for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
         self.r: dict[str, Ranks] = {}
         self.alpha: dict[str, float] = {}
@@ -77,8 +77,11 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         inference_mode: bool = False,
         freeze_factors: bool = False,
         terms: int = 0,
+        codes: tuple[int, int] | None = None,
     ) -> None:
         """Add an adapter of the given ranks; `terms` is P of a family of tasks, else 0.
+
+        `codes` is the shape of the codes of the family's tasks, if they are kept here.
 
         Raises:
             ValueError: if a rank is not between 1 and the size of its mode. Nothing is added then.
@@ -94,7 +97,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.frozen_peft_weight_names[adapter_name] = CONTAINERS[1:] if freeze_factors else ()
         coefficients = self._stored(self.spec.parameter)
         self.terms[adapter_name] = terms
-        for name, shape in tucker_shapes(self.spec.layout.canonical_shape, ranks, terms).items():
+        shapes = tucker_shapes(self.spec.layout.canonical_shape, ranks, terms)
+        for name, shape in (shapes if codes is None else {**shapes, CODES: codes}).items():
             # The adapter gets memory even if the base has none yet, or is offloaded.
             device = None if coefficients.is_meta else coefficients.device
             container = getattr(self, name)
@@ -113,6 +117,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         Frozen factors have orthonormal columns (ours).
         """
         core, factors = self.tucker(adapter_name)
+        if adapter_name in self.lotra_codes:
+            nn.init.normal_(self.lotra_codes[adapter_name])
         if init_weights:
             nn.init.zeros_(core)
         else:
@@ -133,6 +139,11 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             if (U := held[name]._parameters.get(adapter_name)) is not None:
                 factors[mode] = U
         return Tucker(held[CORE]._parameters[adapter_name], factors)
+
+    def parameters_of(self, adapter_name: str) -> dict[str, torch.Tensor]:
+        """The core, the factors and the codes of the adapter that this layer has, by the names of their containers."""
+        codes = {CODES: self.lotra_codes[adapter_name]} if adapter_name in self.lotra_codes else {}
+        return self.tucker(adapter_name).named() | codes
 
     @torch.no_grad()
     def set_tucker(self, adapter_name: str, factors: Tucker) -> None:

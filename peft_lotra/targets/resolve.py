@@ -17,6 +17,7 @@ from ..coefficients.spec import owner_of, tensor_at
 from ..coefficients.target import Target
 from ..config.lotra_config import LoTRAConfig
 from ..config.patterns import ENDING, check_expressions, means, pattern_value
+from ..families.family import shortened
 from ..layers.lotra import adapted_tensors
 from ..layers.slim import SlimLayer
 from ..tucker.decomposition import CONTAINERS, core_count, parameter_count
@@ -24,7 +25,7 @@ from ..tucker.ranks import DEFAULT_COMPRESSION_RATIO, by_mode, choose_ranks
 from .base_model import BaseModel, naming_layer
 from .copies import copies
 from .linear import layout_of, linear_targets
-from .selection import select, shortened
+from .selection import select
 
 # Modules that have no forward and hold parameters for the module around them.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)

@@ -13,6 +13,7 @@ from ..coefficients.registry import qualified_name
 from ..coefficients.target import Target
 from ..config.lotra_config import LoTRAConfig
 from ..config.patterns import entries_for, index_of
+from ..families.family import shortened
 from .copies import misfits
 from .linear import layout_of
 
@@ -95,7 +96,3 @@ def is_excluded(config: LoTRAConfig, module: str) -> bool:
     if config.exclude_modules and entries_for(module, config.exclude_modules):
         return True
     return any(f".{name}." in f".{module}." for name in config.modules_to_save or [])
-
-
-def shortened(names: list[str], most: int = 20) -> list[str]:
-    return names if len(names) <= most else [*names[:most], f"… {len(names) - most} more"]

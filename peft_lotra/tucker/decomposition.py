@@ -21,6 +21,7 @@ MODES = "iodk"  # in the order of the core's axes
 NAMES = {"i": "lotra_U1", "o": "lotra_U2", "d": "lotra_U3", "k": "lotra_U4"}
 CORE = "lotra_core"
 CONTAINERS = (CORE, *NAMES.values())
+CODES = "lotra_codes"  # the codes of a family's tasks, in the first layer that the family adapts
 
 
 class Tucker(NamedTuple):
