@@ -6,9 +6,10 @@ Importing this package registers LoTRA with PEFT, for `get_peft_model`, `PeftMod
 from . import registration as _registration
 from .adapters.extraction import extract_adapter
 from .adapters.family import adapter_at, at_task, load_task, save_task
-from .adapters.family_growth import add_task, change_range, family_from
+from .adapters.family_growth import add_task, change_range, family_from, remove_task, rename_task
 from .adapters.hotswap import hotswap_adapter
 from .adapters.slim import slim_kan
+from .adapters.task_fit import fit_task
 from .analysis.summary import summary
 from .coefficients import register_kan_layer
 from .config.lotra_config import LoTRAConfig
@@ -40,11 +41,14 @@ __all__ = [
     "extract_adapter",
     "family_from",
     "fit_gauss_newton",
+    "fit_task",
     "hotswap_adapter",
     "infer_coefficients",
     "initialize_lotra_weights",
     "load_task",
     "register_kan_layer",
+    "remove_task",
+    "rename_task",
     "save_task",
     "slim_kan",
     "summary",

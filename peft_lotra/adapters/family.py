@@ -22,6 +22,7 @@ from ..families.family import Family
 from ..files.adapter_file import Slot, check_weights, digest, naming
 from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel, lotra_model
+from ..placement.sharded import full_tensor
 from ..tucker.decomposition import CORE
 
 
@@ -102,7 +103,7 @@ def adapter_at(
     tuner, config, kind = _family(model, family)
     if train not in ("core", "all"):
         raise ValueError(f"`train` should be 'core' or 'all' but the value passed is {train!r}")
-    c = kind.weights(task) if task else _mean(kind)
+    c = _weights(tuner, family, kind, task)
     if c.dim() > 1:
         raise ValueError(f"an adapter is for one task, but a task for each of {len(c)} samples is passed")
     tuner.check_new(adapter_name)
@@ -111,7 +112,7 @@ def adapter_at(
             f"`family` {family!r} has `bias` {config.bias!r}, and only one adapter of a model may have biases: an "
             "adapter for one task would be saved without them"
         )
-    own = replace(config, family=None, freeze_factors=train == "core", init_weights=True)
+    own = replace(config, family=None, family_code=None, freeze_factors=train == "core", init_weights=True)
     model.add_adapter(adapter_name, own)  # type: ignore[operator]
     copy_trained(tuner.model, [family], adapter_name)
     for layer in adapted_tensors(tuner.model, adapter_name).values():
@@ -166,6 +167,15 @@ def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
     adapter_at(model, adapter_name, family=family)
     for name, layer in layers.items():
         layer.set_tucker(adapter_name, layer.tucker(adapter_name)._replace(core=cores[f"{name}.{CORE}"]))
+
+
+def _weights(tuner: LoTRAModel, family: str, kind: Family, task: dict[str, Any]) -> torch.Tensor:
+    """c of the task, or, without one, of the mean over the family."""
+    if not kind.code:
+        return kind.weights(task) if task else _mean(kind)
+    layers = adapted_tensors(tuner.model, family).values()
+    codes = next(full_tensor(layer.lotra_codes[family]).detach() for layer in layers if family in layer.lotra_codes)
+    return kind.weights(task, codes) if task or kind.ranges else kind.at_code({}, codes.mean(0))
 
 
 def _mean(kind: Family) -> torch.Tensor:

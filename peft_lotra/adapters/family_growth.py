@@ -11,7 +11,7 @@ from torch import nn
 
 from ..combination import update_of
 from ..config.lotra_config import LoTRAConfig
-from ..families.family import Family
+from ..families.family import Family, shortened
 from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import check_not_sharded
@@ -89,8 +89,17 @@ def _decomposed(updates: torch.Tensor, ranks: Ranks) -> Tucker:
 
 
 @torch.no_grad()
-def add_task(model: nn.Module, task: str, *, family: str = "default", core_from: str | None = None) -> None:
+def add_task(
+    model: nn.Module,
+    task: str,
+    *,
+    family: str = "default",
+    core_from: str | None = None,
+    code: torch.Tensor | None = None,
+) -> None:
     """Add a task to a family of named tasks: the core gets one more slice, G[..., P], and everything else stays.
+
+    In a family with codes, the codes get one more row instead.
 
     If an optimizer holds the core, make a new optimizer afterwards.
 
@@ -98,7 +107,7 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
         model: a PeftModel with the family.
         task: the new task's name.
         family: the name of the family adapter.
-        core_from: the task whose core the new task starts from. With None, the new task starts from the
+        core_from: the task whose core, or code, the new task starts from. With None, the new task starts from the
             mean of all tasks.
 
     Raises:
@@ -108,20 +117,81 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
     Source: ours.
     """
     tuner = lotra_model(model, family)
-    config = tuner.peft_config[family]
-    names = config.family if isinstance(config.family, list) else None
-    if names is None:
-        raise ValueError(f"`family` {family!r} is not a family of named tasks (`LoTRAConfig(family=[...])`)")
+    config, kind = _named(tuner, family)
+    names = list(kind.tasks)
     if not isinstance(task, str) or task in names:
-        raise ValueError(f"`task` should be a new name but the value passed is {task!r}; there are {names}")
+        raise ValueError(f"`task` should be a new name but the value passed is {task!r}; there are {shortened(names)}")
     if core_from is not None and core_from not in names:
-        raise ValueError(f"`core_from` {core_from!r} is not one of the family's tasks {names}")
+        raise ValueError(f"`core_from` {core_from!r} is not one of the family's tasks {shortened(names)}")
+    if code is not None and (not kind.code or tuple(code.shape) != (kind.code,) or core_from is not None):
+        raise ValueError(
+            f"`code` is for a task without `core_from` in a family with codes, of {kind.code} numbers here, but the "
+            f"value passed has the shape {tuple(code.shape)}"
+        )
+    if kind.code:
+
+        def longer(codes: torch.Tensor) -> torch.Tensor:
+            start = codes.mean(0) if core_from is None else codes[names.index(core_from)]
+            return torch.cat([codes, (start if code is None else code.to(codes))[None]])
+
+        _replace_tasks(tuner, family, longer, [*names, task], "add the task")
+        return
 
     def grown(core: torch.Tensor) -> torch.Tensor:
         new = core.mean(-1, keepdim=True) if core_from is None else core[..., [names.index(core_from)]]
         return torch.cat([core, new], dim=-1)
 
     _replace_cores(tuner, family, grown, replace(config, family=[*names, task]), "add the task")
+
+
+@torch.no_grad()
+def remove_task(model: nn.Module, task: str, *, family: str = "default") -> None:
+    """Remove a task from a family of named tasks, with its slice of the core, or its code.
+
+    If an optimizer holds what was changed, make a new optimizer afterwards.
+
+    Raises:
+        ValueError: if there is no such task, or it is the last one, or the model is sharded. Nothing is changed then.
+    """
+    tuner = lotra_model(model, family)
+    config, kind = _named(tuner, family)
+    _check_task(task, kind)
+    kept = [k for k, name in enumerate(kind.tasks) if name != task]
+    if len(kept) < max(kind.code, 1):
+        raise ValueError(f"`task` {task!r} is needed: a family has at least as many tasks as a code has numbers")
+    names = [kind.tasks[k] for k in kept]
+    if kind.code:
+        _replace_tasks(tuner, family, lambda codes: codes[kept], names, "remove the task")
+    else:
+        _replace_cores(tuner, family, lambda core: core[..., kept], replace(config, family=names), "remove the task")
+
+
+def rename_task(model: nn.Module, task: str, name: str, *, family: str = "default") -> None:
+    """Give a task of a family another name. Its core, or code, stays.
+
+    Raises:
+        ValueError: if there is no such task, or the name is taken. Nothing is changed then.
+    """
+    tuner = lotra_model(model, family)
+    _, kind = _named(tuner, family)
+    _check_task(task, kind)
+    if not isinstance(name, str) or name in kind.tasks:
+        raise ValueError(f"`name` should be a new name but the value passed is {name!r}")
+    tasks = tuple([name if one == task else one for one in kind.tasks])
+    _replace_config(tuner, family, replace(kind, tasks=tasks))
+
+
+def _named(tuner: LoTRAModel, family: str) -> tuple[LoTRAConfig, Family]:
+    """The config and the family, if its tasks have names; otherwise raise ValueError."""
+    config = tuner.peft_config[family]
+    if config.kind is None or not config.kind.tasks:
+        raise ValueError(f"`family` {family!r} is not a family of named tasks (`LoTRAConfig(family=[...])`)")
+    return config, config.kind
+
+
+def _check_task(task: str, kind: Family) -> None:
+    if task not in kind.tasks:
+        raise ValueError(f"`task` {task!r} is not one of the family's tasks {shortened(list(kind.tasks))}")
 
 
 @torch.no_grad()
@@ -198,5 +268,29 @@ def _replace_cores(
         old = layer.lotra_core[family]
         layer.lotra_core[family] = nn.Parameter(new_core(old).to(old), requires_grad=old.requires_grad)
         layer.terms[family] = layer.lotra_core[family].shape[-1]
+    config._copies = tuner.peft_config[family]._copies
+    tuner.peft_config[family] = config
+
+
+def _replace_tasks(
+    tuner: LoTRAModel,
+    family: str,
+    new_codes: Callable[[torch.Tensor], torch.Tensor],
+    names: list[str],
+    what: str,
+) -> None:
+    """Replace a family's codes and the names of its tasks. Raises as `_replace_cores`."""
+    check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
+    _, kind = _named(tuner, family)
+    layers = adapted_tensors(tuner.model, family).values()
+    held = next(layer.lotra_codes for layer in layers if family in layer.lotra_codes)
+    if held[family].is_meta:
+        raise ValueError(f"`family` {family!r} is offloaded: {what} before offloading")
+    held[family] = nn.Parameter(new_codes(held[family]), requires_grad=held[family].requires_grad)
+    _replace_config(tuner, family, replace(kind, tasks=tuple(names)))
+
+
+def _replace_config(tuner: LoTRAModel, family: str, kind: Family) -> None:
+    config = replace(tuner.peft_config[family], family=kind.plain)
     config._copies = tuner.peft_config[family]._copies
     tuner.peft_config[family] = config

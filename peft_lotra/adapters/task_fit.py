@@ -1,0 +1,352 @@
+"""Finds a task of a family from a few samples: its code or its parameters, with a covariance."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..families.family import Family
+from ..layers.lotra import adapted_tensors
+from ..model import lotra_model
+from ..placement.sharded import full_tensor
+from ..registration import TASK
+from .family_growth import add_task
+
+# residual(net, data) -> (rows,) or (rows, outputs), or a tuple of such tensors; net is the model at the task.
+Residual = Callable[[Callable[..., torch.Tensor], Any], torch.Tensor | tuple[torch.Tensor, ...]]
+
+
+class Prior(NamedTuple):
+    """N(mean, covariance) of what is unknown of a task, with the inverse of the covariance."""
+
+    mean: torch.Tensor  # shape: (k,)
+    precision: torch.Tensor  # shape: (k, k)
+
+    def squared_distance(self, unknown: torch.Tensor) -> torch.Tensor:
+        """The square of the Mahalanobis distance from the mean."""
+        away = unknown - self.mean
+        return away @ self.precision @ away
+
+
+@dataclass
+class TaskFit:
+    """What `fit_task` has found.
+
+    Attributes:
+        task: the name of the task; or its parameters, with the names of the family.
+        code: the code, shape (k,); or the parameters, scaled to [-1, 1] by their ranges.
+        covariance: of the Laplace posterior of `code`, shape (k, k).
+        noise: the standard deviation of every residual's columns, one tensor (outputs,) for each tensor of residuals.
+        loss: half of the weighted sum of squares, with the prior's part.
+    """
+
+    task: Any
+    code: torch.Tensor
+    covariance: torch.Tensor
+    noise: tuple[torch.Tensor, ...]
+    loss: float
+    _net: Callable[..., torch.Tensor]
+
+    @property
+    def deviations(self) -> Any:
+        """The standard deviation of each parameter, by name, or of the code."""
+        deviations = self.covariance.diagonal().sqrt()
+        if not isinstance(self.task, Mapping):
+            return deviations
+        return {name: float(d) * width for (name, width), d in zip(self._widths.items(), deviations, strict=True)}
+
+    _widths: Mapping[str, float] = None  # type: ignore[assignment]
+
+    def predict(self, *inputs: Any, **parameters: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The model's outputs at the task, and their standard deviations: sqrt(diag(J C Jᵀ) + σ²).
+
+        Args:
+            inputs, parameters: those of the model.
+
+        Returns:
+            Two tensors of the outputs' shape, (rows, outputs). σ is that of the first tensor of residuals.
+        """
+        mean, J = self._with_jacobian(inputs, parameters)
+        variance = torch.einsum("...k,kl,...l->...", J, self.covariance, J)
+        return mean, (variance + self.noise[0].square()).sqrt()
+
+    def suggest(self, candidates: Any, n: int = 1, **parameters: Any) -> list[int]:
+        """The rows of `candidates` whose measurement lowers the mean variance of the predictions at all of them most.
+
+        Each of the n rows is chosen with those before it measured. A measurement gives all outputs of its row.
+
+        Args:
+            candidates: inputs of the model, with as many rows as there are candidates.
+            n: how many rows.
+            parameters: further arguments of the model.
+        """
+        rows = len(candidates)
+        if not isinstance(n, int) or not 0 < n <= rows:
+            raise ValueError(f"`n` should be an integer from 1 to the {rows} candidates but the value passed is {n!r}")
+        _, J = self._with_jacobian((candidates,), parameters)
+        J = J.reshape(rows, -1, len(self.code))
+        chosen: list[int] = []
+        noise, C = torch.diag(self.noise[0].square().expand(J.shape[1])), self.covariance
+        for _ in range(n):
+            gain = J @ C  # shape: (rows, outputs, k)
+            inner = gain @ J.mT + noise
+            lowered = C - gain.mT @ torch.linalg.solve(inner, gain)  # shape: (rows, k, k)
+            variance = torch.einsum("jok,ikl,jol->i", J, lowered, J)
+            if chosen:
+                variance[chosen] = torch.inf
+            best = int(variance.argmin())
+            chosen.append(best)
+            C = lowered[best]
+        return chosen
+
+    @torch.no_grad()
+    def _with_jacobian(self, inputs: Any, parameters: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        def outputs(code: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self._net(code, *inputs, **parameters)
+            return y, y
+
+        J, y = torch.func.jacfwd(outputs, has_aux=True)(self.code)
+        return y, J
+
+
+def fit_task(
+    model: nn.Module,
+    name: str | None,
+    residual: Residual,
+    data: Any,
+    *,
+    noise: float | torch.Tensor | Sequence[float | torch.Tensor] | None = None,
+    starts: int = 4,
+    iterations: int = 20,
+    family: str = "default",
+) -> TaskFit:
+    """min over z of ½ Σ (r(z) / σ)² + ½ (z − μ)ᵀ Σ⁻¹ (z − μ): a task from a few samples, by Gauss–Newton.
+
+    For a family with codes, z is the code of a new task, of k numbers, and N(μ, Σ) the distribution of the codes of
+    the family's tasks (covariance by Ledoit and Wolf). Other families have parameters: z are those, scaled to [-1, 1],
+    with N(0, 1). Nothing else is trained. Of several starts, the one with the lowest result counts.
+
+    >>> fit = fit_task(model, "R1234yf", lambda net, data: net(data[0]) - data[1], (x, y))
+    >>> mean, std = fit.predict(x_new)
+    >>> fit_task(model, None, residual, sensors).task                # {"lam": 1.31}
+
+    Args:
+        model: a PeftModel with a family adapter, which is active.
+        name: the new task's name, under which it is added to the family; None adds nothing.
+        residual: a function of a net and of `data` that returns residuals, shape (rows,) or (rows, outputs), or a
+            tuple of such tensors. `net` is the model at the task: call it as the model. If the family also has
+            parameters, give them by name: `net(x, T=T)`.
+        data: what `residual` takes.
+        noise: σ, the standard deviation of the samples and of the family's misfit together: a number, or one for each
+            output; a sequence of these for a tuple. None estimates it from the residuals at the result, which are
+            small if the samples are few: give what held-out tasks have.
+        starts: how many of the mean and of the tasks' codes, those with the lowest losses, to start from.
+        iterations: the most steps of each start.
+        family: the name of the family adapter.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit. The model is then as it was before.
+
+    Source: ours; codes after CoDA (arXiv 2202.01889).
+    """
+    tuner = lotra_model(model, family)
+    kind = tuner.peft_config[family].kind
+    if kind is None or (kind.tasks and not kind.code):
+        raise ValueError(
+            f"`family` {family!r} has neither parameters nor codes: make one with `LoTRAConfig(family=..., "
+            "family_code=...)`"
+        )
+    if name is not None and not kind.code:
+        raise ValueError(f"`name` {name!r}: tasks of {family!r} have parameters and no names; pass None")
+    if name is not None and (not isinstance(name, str) or name in kind.tasks):
+        raise ValueError(f"`name` should be a new name of a task, or None, but the value passed is {name!r}")
+    for argument, value in (("starts", starts), ("iterations", iterations)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"`{argument}` should be a positive integer but the value passed is {value!r}")
+    layers = adapted_tensors(tuner.model, family)
+    own = next(iter(layers.values()))
+    problem = _Problem(model, kind, residual, data, own.lotra_core[family])
+    codes = [full_tensor(layer.lotra_codes[family]) for layer in layers.values() if family in layer.lotra_codes]
+    prior, centres = _prior(codes[0].detach()) if kind.code else _uninformed(len(kind.ranges), problem.like)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.filterwarnings("ignore", ".*is outside of the family's range", UserWarning)
+        found = problem.minimised(prior, centres, noise, starts, iterations)
+    _check_found(found, prior, kind)
+    task: Any = name
+    if not kind.code:
+        task = problem.parameters(found.code)
+        kind.weights(task)  # warns outside of the range
+    if name is not None:
+        add_task(model, name, family=family, code=found.code)
+    widths = {key: (b - a) / 2 for key, (a, b) in kind.ranges.items()}
+    return TaskFit(task, found.code, found.covariance, found.noise, found.loss, problem.net_at, widths)
+
+
+class _Found(NamedTuple):
+    code: torch.Tensor
+    covariance: torch.Tensor
+    noise: tuple[torch.Tensor, ...]
+    loss: float
+
+
+class _Problem:
+    """The residuals of one task as a function of what is unknown of it."""
+
+    def __init__(self, model: nn.Module, kind: Family, residual: Residual, data: Any, like: torch.Tensor) -> None:
+        self.model, self.kind, self.residual, self.data = model, kind, residual, data
+        self.like = like.detach().new_zeros(())
+
+    def parameters(self, unknown: torch.Tensor) -> dict[str, Any]:
+        """The family's parameters, from their values scaled to [-1, 1]."""
+        ends = self.kind.ranges.items()
+        scaled = unknown.unbind()
+        values = {name: a + (b - a) * (x + 1) / 2 for (name, (a, b)), x in zip(ends, scaled, strict=True)}
+        grad = torch._C._functorch.is_functorch_wrapped_tensor(unknown)
+        return values if grad else {name: float(value) for name, value in values.items()}
+
+    def net_at(self, unknown: torch.Tensor, *inputs: Any, **others: Any) -> torch.Tensor:
+        """The model's outputs at the task. `others` may have the parameters of a family with codes."""
+        if not self.kind.code:
+            return self.model(*inputs, **others, **{TASK: self.parameters(unknown)})
+        given = {name: others.pop(name) for name in self.kind.ranges if name in others}
+        return self.model(*inputs, **others, **{TASK: {**given, "code": unknown}})
+
+    def residuals(self, unknown: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Shape (rows, outputs) each."""
+
+        def net(*inputs: Any, **others: Any) -> torch.Tensor:
+            return self.net_at(unknown, *inputs, **others)
+
+        found = self.residual(net, self.data)
+        parts = found if isinstance(found, tuple) else (found,)
+        if not all(isinstance(part, torch.Tensor) and 0 < part.dim() < 3 and part.numel() for part in parts):
+            shapes = [tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts]
+            raise ValueError(
+                "`residual` should return tensors of the shape (rows,) or (rows, outputs), with at least one row, but "
+                f"returns {shapes}"
+            )
+        return tuple([part[:, None] if part.dim() == 1 else part for part in parts])
+
+    def minimised(self, prior: Prior, centres: torch.Tensor, noise: Any, starts: int, iterations: int) -> _Found:
+        first = self.residuals(prior.mean)
+        if not all(part.isfinite().all() for part in first):
+            raise ValueError("`residual` returns NaN or infinity at the mean of the family's tasks: look at `data`")
+        sigma = _deviations(noise, first)
+        estimated = noise is None
+        losses = torch.stack([self.loss(centre, prior, sigma) for centre in centres])
+        chosen = centres[losses.nan_to_num(torch.inf).argsort()[:starts]]
+        best = min((self.descended(start, prior, sigma, iterations) for start in chosen), key=lambda pair: pair[1])
+        for _ in range(3 if estimated else 0):  # of the residuals at the result, and of what the samples leave open
+            parts, J, C = self.linearised(best[0], prior, sigma)
+            sigma = tuple(
+                [
+                    ((part.square().sum(0) + torch.einsum("nok,kl,nol->o", own, C, own)) / len(part)).sqrt()
+                    for part, own in zip(parts, J, strict=True)
+                ]
+            )
+            sigma = tuple([s.clamp(min=1e-12 + 1e-9 * float(s.max())) for s in sigma])
+            best = self.descended(best[0], prior, sigma, iterations)
+        _, _, C = self.linearised(best[0], prior, sigma)
+        return _Found(best[0], C, sigma, float(best[1]))
+
+    def loss(self, unknown: torch.Tensor, prior: Prior, sigma: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        parts = self.residuals(unknown)
+        squares = sum([(part / s).square().sum() for part, s in zip(parts, sigma, strict=True)])
+        return (squares + prior.squared_distance(unknown)) / 2
+
+    def linearised(
+        self, unknown: torch.Tensor, prior: Prior, sigma: tuple[torch.Tensor, ...]
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor]:
+        """Residuals, their derivatives, shape (rows, outputs, k), and the covariance of the Laplace posterior."""
+
+        def twice(z: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+            parts = self.residuals(z)
+            return parts, parts
+
+        J, parts = torch.func.jacfwd(twice, has_aux=True)(unknown)
+        H = prior.precision.clone()
+        for own, s in zip(J, sigma, strict=True):
+            scaled = (own / s[:, None]).flatten(0, 1)
+            H += scaled.mT @ scaled
+        return parts, J, torch.linalg.inv(H)
+
+    def descended(
+        self, unknown: torch.Tensor, prior: Prior, sigma: tuple[torch.Tensor, ...], iterations: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The end of damped Gauss–Newton steps from a start, and its loss."""
+        loss, damping = self.loss(unknown, prior, sigma), 0.0
+        for _ in range(iterations):
+            parts, J, C = self.linearised(unknown, prior, sigma)
+            slope = prior.precision @ (unknown - prior.mean)
+            for part, own, s in zip(parts, J, sigma, strict=True):
+                slope = slope + torch.einsum("nok,no->k", own / s[:, None].square(), part)
+            H = torch.linalg.inv(C)
+            before = loss
+            for _ in range(12):
+                step = torch.linalg.solve(H + damping * torch.diag(H.diagonal()), slope)
+                moved = self.loss(unknown - step, prior, sigma)
+                if moved <= loss:
+                    unknown, loss, damping = unknown - step, moved, damping / 10 if damping > 1e-4 else 0.0
+                    break
+                damping = max(10 * damping, 1e-3)
+            if before - loss <= 1e-9 * before:
+                break
+        return unknown, loss
+
+
+def _deviations(noise: Any, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """σ of each column of residuals, from the argument; without one, the size of the residuals at the start."""
+    if noise is None:
+        return tuple([part.square().mean(0).sqrt().clamp(min=1e-12) for part in parts])
+    several = isinstance(noise, Sequence) and len(parts) > 1
+    given = list(noise) if several else [noise] * len(parts)
+    if len(given) != len(parts):
+        raise ValueError(f"`noise` has {len(given)} entries for {len(parts)} tensors of residuals")
+    found = []
+    for part, own in zip(parts, given, strict=True):
+        sigma = torch.as_tensor(own, dtype=part.dtype, device=part.device)
+        if sigma.dim() > 1 or sigma.numel() not in (1, part.shape[1]) or not ((sigma > 0) & sigma.isfinite()).all():
+            raise ValueError(
+                f"`noise` should be a positive number, or one for each of {part.shape[1]} outputs, but the value "
+                f"passed is {own!r}"
+            )
+        found.append(sigma.expand(part.shape[1]).clone())
+    return tuple(found)
+
+
+def _prior(codes: torch.Tensor) -> tuple[Prior, torch.Tensor]:
+    """The distribution of the tasks' codes, and where to start: their mean and the codes."""
+    from sklearn.covariance import ledoit_wolf
+
+    mean = codes.mean(0)
+    covariance, _ = ledoit_wolf(codes.double().cpu().numpy())
+    precision = torch.linalg.inv(torch.as_tensor(covariance)).to(codes)
+    return Prior(mean, precision), torch.cat([mean[None], codes[:: max(1, len(codes) // 64)]])
+
+
+def _uninformed(k: int, like: torch.Tensor) -> tuple[Prior, torch.Tensor]:
+    """N(0, 1) of parameters that are scaled to [-1, 1], and where to start: the middle and places around it."""
+    places = torch.quasirandom.SobolEngine(k).draw(15).to(like) * 2 - 1
+    return Prior(like.new_zeros(k), torch.eye(k).to(like)), torch.cat([like.new_zeros(1, k), places])
+
+
+def _check_found(found: _Found, prior: Prior, kind: Family) -> None:
+    k = len(found.code)
+    if torch.logdet(found.covariance @ prior.precision) > -1e-3 * k:
+        warnings.warn(
+            "the samples say nothing of the task: the residuals hardly depend on it, and the result is the mean of "
+            "the family's tasks",
+            stacklevel=3,
+        )
+    distance = float(prior.squared_distance(found.code))
+    if kind.code and float(torch.special.gammaincc(torch.tensor(k / 2.0), torch.tensor(distance / 2))) < 1e-4:
+        warnings.warn(
+            f"the task is unlike those of the family: its code is {distance**0.5:.1f} standard deviations "
+            "(Mahalanobis) from their mean. Look at the samples, or train an adapter of its own",
+            stacklevel=3,
+        )
