@@ -99,7 +99,7 @@ class Adapted(Call):
         super().__init__(layer, quiet)
         self._places = []
         for owner, name, tensor, meant in _meanings(layer, spec, updates, is_zero):
-            handle = handle_of((owner, name), tensor) if updates else None
+            handle = handle_of(owner, name, tensor) if updates else None
             self._places.append((owner, name, (meant, self), handle))
 
     def __enter__(self) -> Adapted:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .axes import planned
 from .operations import CONTRACTIONS, Contraction, Weight
 from .places import running
 from .plan import apply, dense_sum, plan_for
@@ -129,21 +130,27 @@ class EagerStandIn(StandIn):
 _NOT_YET = (*_STANDING, StandIn, tuple)  # results that hold no values of the coefficients
 
 
+# torch's function for a tensor without memory. It has no public name.
+_without_memory: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+
+
 def stand_in(meant: Weight | Product | Ones, call: Call) -> StandIn:
     """The tensor that stands for coefficients, or for a scale, in one pass."""
     like = meant.tensor
     if torch.compiler.is_dynamo_compiling():
         standin = torch.empty(like.shape, dtype=like.dtype, device="meta").as_subclass(StandIn)
-        standin.meant = meant, call
-        return standin
-    return handle_of((meant, call), like)
+    else:
+        kind = {"dtype": like.dtype, "device": like.device, "strides": like.stride()}
+        standin = _without_memory(EagerStandIn, like.shape, **kind)
+    standin.meant = meant, call
+    return standin
 
 
-def handle_of(meaning: Any, like: torch.Tensor) -> StandIn:
-    """A stand-in like a tensor, but without memory. `meaning` is (meant, call) or a place, (owner, name)."""
-    make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]  # it has no public name
-    handle = make(EagerStandIn, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device)
-    handle.meant, handle.place = (None, meaning) if isinstance(meaning[0], nn.Module) else (meaning, None)
+def handle_of(owner: nn.Module, name: str, like: torch.Tensor) -> StandIn:
+    """The tensor that stands, in each thread, for what the thread's running pass has at a place."""
+    kind = {"dtype": like.dtype, "device": like.device, "strides": like.stride()}
+    handle = _without_memory(EagerStandIn, like.shape, **kind)
+    handle.meant, handle.place = None, (owner, name)
     return handle  # type: ignore[no-any-return]
 
 
@@ -295,9 +302,13 @@ def _by_ones(one: StandIn, other: StandIn) -> Any:
     for weight, ones in ((one, other), (other, one)):
         (a, _), (b, _) = _meaning(weight), _meaning(ones)
         if isinstance(a, Weight) and isinstance(b, Ones):
-            shape = a.tensor.shape
-            return weight if torch.broadcast_shapes(shape, b.tensor.shape) == shape else NotImplemented
+            return weight if _is_broadcast(tuple(b.tensor.shape), tuple(a.tensor.shape)) else NotImplemented
     return NotImplemented
+
+
+@planned
+def _is_broadcast(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) <= len(to) and all([a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)])
 
 
 def _stored(meant: Meant) -> torch.Tensor:
