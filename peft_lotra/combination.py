@@ -1,15 +1,15 @@
-"""Weighted combinations of adapters, for `LoTRAModel.add_weighted_adapter`."""
+"""Weighted combinations of adapters, for `LoTRAModel.add_weighted_adapter`; what adapters hold, read and copied."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 import torch
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, merge_utils
+from peft.utils import AuxiliaryTrainingWrapper, merge_utils
 from torch import nn
 
 from .config.lotra_config import LoTRAConfig
@@ -47,24 +47,60 @@ def combine_adapters(
         raise ValueError(
             f"`svd_rank` {svd_rank!r} with `combination_type` 'cat', where the ranks add up: use 'svd' to choose ranks"
         )
-    layers = {
-        parameter: layer
-        for parameter, layer in adapted_tensors(model).items()
-        if any(adapter in layer.lotra_core for adapter in adapters)
-    }
+    layers = adapted_tensors(model)
+    layers = {key: layer for key, layer in layers.items() if not layer.lotra_core.keys().isdisjoint(adapters)}
     ranks = {} if rule == "cat" else _ranks(layers, adapters, svd_rank)
     factors, errors = {}, {}
     for parameter, layer in layers.items():
-        with tensors_in_place(layer):
-            terms = _terms(parameter, layer, adapters, weights)
-        if rule in _SUMS:
-            total = weighted_sum(terms)
-        else:
-            total = _pruned_sum(rule, terms, density, majority_sign_method)
-        factors[parameter], errors[parameter] = total, 0.0
-        if rule != "cat":
-            factors[parameter], errors[parameter] = compress(total, ranks[parameter])
+        terms = [
+            (float(weight), update_of(layer, adapter, parameter))
+            for adapter, weight in zip(adapters, weights, strict=True)
+            if adapter in layer.lotra_core
+        ]
+        total = weighted_sum(terms) if rule in _SUMS else _pruned_sum(rule, terms, density, majority_sign_method)
+        factors[parameter], errors[parameter] = (total, 0.0) if rule == "cat" else compress(total, ranks[parameter])
     return _config(configs, adapters, layers, factors), factors, errors
+
+
+@torch.no_grad()
+def whole_tucker(layer: LoTRALayer, adapter: str) -> Tucker:
+    """The adapter's G and factors, with the parts of all processes if they are sharded."""
+    with tensors_in_place(layer):
+        return layer.tucker(adapter).map(lambda factor: full_tensor(factor.detach()))
+
+
+@torch.no_grad()
+def update_of(layer: LoTRALayer, adapter: str, parameter: str) -> Tucker:
+    """s · Δ in fp64 on the CPU, without memory in common with the layer. G has one axis of positions, maybe of size 1.
+
+    Raises:
+        ValueError: if it is not finite, with the name of the `parameter`.
+    """
+    update = whole_tucker(layer, adapter).map(lambda factor: factor.to("cpu", torch.float64, copy=True))
+    check_finite(update.tensors(), adapter, parameter)
+    return update._replace(core=layer.scaling[adapter] * update.core.reshape(*update.core.shape[:3], -1))
+
+
+def check_finite(tensors: Iterable[torch.Tensor], adapter: str, parameter: str) -> None:
+    """Raise ValueError if something of an adapter is not finite."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"the adapter {adapter!r} has NaN or infinity at {parameter}: it is broken")
+
+
+@torch.no_grad()
+def copy_trained(model: nn.Module, adapters: Sequence[str], to: str) -> None:
+    """Copy the trained copies of modules and the token rows of `adapters` to the adapter `to`."""
+    for wrapper, owners in _trained_copies(model, adapters):
+        held, places = wrapper.state_dict(), wrapper.adapter_state_dict_load_map(to)
+        for owner in owners:
+            for key, values in wrapper.adapter_state_dict(owner, held).items():
+                held[places[key]].copy_(values)
+
+
+def _trained_copies(model: nn.Module, adapters: Sequence[str]) -> list[tuple[Any, list[str]]]:
+    """Every module that can have trained copies or rows, with those of `adapters` that have a copy or rows of it."""
+    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    return [(w, [name for name in dict.fromkeys(adapters) if name in w._get_available_adapters()]) for w in wrappers]
 
 
 def _check_adapters(
@@ -82,45 +118,27 @@ def _check_adapters(
     wrong = [w for w in weights if not isinstance(w, Real) or isinstance(w, bool) or not math.isfinite(w)]
     if wrong:
         raise ValueError(f"`weights` should be finite numbers but {wrong} is among the values passed")
-    of_families = [name for name in adapters if configs[name].family is not None]
-    if of_families:
+    if of_families := [name for name in adapters if configs[name].family is not None]:
         raise ValueError(f"`adapters` {of_families} are for families of tasks: combine those of `adapter_at`")
     slim = {name: configs[name].slim for name in adapters}
     if len(set(slim.values())) > 1:
         raise ValueError(f"`adapters` with `slim` = {slim}: combine adapters that have the same `slim`")
-    biased = [name for name in adapters if configs[name].bias != "none"]
-    if biased:
+    if biased := [name for name in adapters if configs[name].bias != "none"]:
         raise ValueError(
             f"`adapters` {biased} have trained biases (`bias`), and only one adapter of a model may have them: merge "
             "that adapter into the model by `merge_and_unload` first, and combine others on top of it"
         )
-    shared = [owners for _, owners in copied_modules(model, adapters) if len(owners) > 1]
+    shared = [owners for _, owners in _trained_copies(model, adapters) if len(owners) > 1]
     if shared:
         raise ValueError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
             f"{len(shared)} such instance(s). Trained copies are not combined: at most one of {shared[0]} may have one"
         )
-    tokens = [name for name in adapters if configs[name].trainable_token_indices is not None]
-    if len(set(tokens)) > 1:
+    tokens = {name for name in adapters if configs[name].trainable_token_indices is not None}
+    if len(tokens) > 1:
         raise ValueError(
-            f"`adapters` {tokens} have `trainable_token_indices`: at most one of them may have trained rows"
+            f"`adapters` {sorted(tokens)} have `trainable_token_indices`: at most one of them may have trained rows"
         )
-
-
-def copied_modules(model: nn.Module, adapters: Sequence[str]) -> list[tuple[AuxiliaryTrainingWrapper, list[str]]]:
-    """Every module that can have trained copies or rows, with those of `adapters` that have a copy or rows of it."""
-    wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    return [(w, [name for name in dict.fromkeys(adapters) if name in w._get_available_adapters()]) for w in wrappers]
-
-
-@torch.no_grad()
-def copy_trained(wrapper: AuxiliaryTrainingWrapper, adapter: str, to: str) -> None:
-    """Copy the values that `adapter` has trained to the adapter `to`."""
-    if isinstance(wrapper, ModulesToSaveWrapper):
-        wrapper.modules_to_save[to].load_state_dict(wrapper.modules_to_save[adapter].state_dict())
-    else:
-        rows = wrapper.token_adapter.trainable_tokens_delta
-        rows[to].copy_(rows[adapter])
 
 
 def _checked_rule(combination_type: str, density: float | None, majority_sign_method: str) -> str:
@@ -159,22 +177,6 @@ def _ranks(layers: Mapping[str, LoTRALayer], adapters: Sequence[str], svd_rank: 
     return choose_ranks(shapes, largest | given, None, None)
 
 
-def _terms(
-    parameter: str, layer: LoTRALayer, adapters: Sequence[str], weights: Sequence[float]
-) -> list[tuple[float, Tucker]]:
-    """w_j and s_j · Δ_j of the adapters that this layer has, in fp64."""
-    terms = []
-    for adapter, weight in zip(adapters, weights, strict=True):
-        if adapter in layer.lotra_core:
-            factors = layer.tucker(adapter).map(lambda f: full_tensor(f.detach()).to("cpu", torch.float64))
-            core = factors.core * layer.scaling[adapter]
-            factors = factors._replace(core=core.flatten(3) if core.dim() > 3 else core)  # positions are one mode
-            if not all(torch.isfinite(factor).all() for factor in factors.tensors()):
-                raise ValueError(f"`adapters`: {adapter!r} has NaN or infinity for {parameter}; the adapter is broken")
-            terms.append((float(weight), factors))
-    return terms
-
-
 def _pruned_sum(
     rule: str, terms: Sequence[tuple[float, Tucker]], density: float | None, majority_sign_method: str
 ) -> Tucker:
@@ -182,8 +184,7 @@ def _pruned_sum(
     updates = [one.dense() for _, one in terms]
     weights = torch.tensor([weight for weight, _ in terms], dtype=updates[0].dtype)
     method = {"majority_sign_method": majority_sign_method} if rule.endswith("ties") else {}
-    total = getattr(merge_utils, rule)(updates, weights, density, **method)
-    return Tucker(total)
+    return Tucker(getattr(merge_utils, rule)(updates, weights, density, **method))
 
 
 def _config(

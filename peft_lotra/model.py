@@ -17,10 +17,10 @@ from torch import nn
 from .call_arguments import in_context
 from .coefficients.spec import tensor_at
 from .coefficients.target import Target
-from .combination import combine_adapters, copied_modules, copy_trained
+from .combination import combine_adapters, copy_trained
 from .config.lotra_config import LoTRAConfig
 from .files.adapter_file import PREFIX, check_weights, is_adapter_key, naming
-from .files.collected import Collected, check_whole
+from .files.collected import Collected, warn_of_parts
 from .files.slots import slots_of
 from .layers.biases import trained_biases
 from .layers.linear import LinearLayer, is_linear
@@ -310,9 +310,7 @@ class LoTRAModel(BaseTuner):
         layers = adapted_tensors(self.model)
         for parameter, values in factors.items():
             layers[parameter].set_tucker(adapter_name, values)
-        for wrapper, owners in copied_modules(self.model, adapters):
-            for owner in owners:
-                copy_trained(wrapper, owner, adapter_name)
+        copy_trained(self.model, adapters, adapter_name)
         return errors
 
     def check_new(self, adapter_name: str) -> None:
@@ -355,7 +353,7 @@ class LoTRAModel(BaseTuner):
         # Only the first process has a gathered state dict. The others have none, and write nothing.
         if state_dict or not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
             config.check_written(adapter_name)
-        check_whole(config._written.values(), adapter_name)
+        warn_of_parts(config._written.values(), adapter_name)
         # PEFT adds trained copies and token rows itself, and removes the adapter's name from the other keys.
         biases = {entry.saved for entry in trained_biases(model, adapter_name, config.bias)}
         named = {f"{key}.{adapter_name}" if is_adapter_key(key) else key: t for key, t in tensors.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,35 +29,26 @@ def preserved(model: nn.Module, training: bool | None = None, dtype: torch.dtype
         training: the mode of all modules inside. None leaves the modes as they are.
         dtype: the dtype inside of floating-point buffers, of tensors that are plain attributes, and of new tensors.
     """
-    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # these cannot be restored
-    saved = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
-    flags = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    restore, gradients = _restore(model), [(p, p.grad) for p in model.parameters()]
     default = torch.get_default_dtype()
     with preserved_random_state(model), torch.compiler.set_stance("force_eager"):
         try:
             torch.set_default_dtype(dtype or default)
-            for p, _, _ in flags:
+            for p, _ in gradients:
                 p.grad = None
-            for m, attributes, _, buffers in saved:
+            for m in _modules(model):
                 m.__dict__["training"] = m.training if training is None else training
-                for name, b in buffers.items():
+                for name, b in m._buffers.items():
                     if b is not None:
                         m._buffers[name] = b.detach().to(dtype if b.is_floating_point() else None, copy=True)
-                for name, value in attributes.items() if dtype else ():
+                for name, value in [*m.__dict__.items()] if dtype else ():
                     if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
                         m.__dict__[name] = value.to(dtype, copy=True)
             yield
         finally:
             torch.set_default_dtype(default)
-            for m, attributes, parameters, buffers in saved:
-                m.__dict__.clear()
-                m.__dict__.update(attributes)
-                m._parameters.clear()
-                m._parameters.update(parameters)
-                m._buffers.clear()
-                m._buffers.update(buffers)
-            for p, gradient, requires_grad in flags:
-                p.requires_grad_(requires_grad)
+            restore()
+            for p, gradient in gradients:
                 p.grad = gradient
 
 
@@ -67,26 +58,34 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
     Values of tensors are not restored.
     """
-    saved = [(m, dict(m.__dict__)) for m in model.modules()]
-    held = [
-        (container, container.copy())
-        for _, attributes in saved
-        for container in attributes.values()
-        if type(container) in (dict, OrderedDict, list, set)
-    ]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    restore = _restore(model)
     try:
         yield
     except BaseException:
-        for m, attributes in saved:
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
-        for container, contents in held:
-            container.clear()
-            container.extend(contents) if isinstance(container, list) else container.update(contents)
+        restore()
+        raise
+
+
+def _restore(model: nn.Module) -> Callable[[], None]:
+    """A function that puts back the attributes of now, what the containers among them hold, and parameters' flags."""
+    attributes = [(m.__dict__, dict(m.__dict__)) for m in _modules(model)]
+    values = [value for _, own in attributes for value in own.values()]
+    containers = [(value, value.copy()) for value in values if type(value) in (dict, OrderedDict, list, set)]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+
+    def restore() -> None:
+        for held, before in attributes + containers:
+            held.clear()
+            held.extend(before) if isinstance(held, list) else held.update(before)
         for p, requires_grad in flags:
             p.requires_grad_(requires_grad)
-        raise
+
+    return restore
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose attributes can be put back."""
+    return [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
 
 
 @contextmanager

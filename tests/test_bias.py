@@ -237,7 +237,7 @@ def test_hotswap(tmp_path):
     assert_equal(slot(X), new(X))
     plain = adapt(copy.deepcopy(base))
     y = plain(X)
-    with pytest.raises(ValueError, match="and biases can be swapped for those of the same modules only"):
+    with pytest.raises(ValueError, match="only adapters with the same `bias` can be swapped"):
         hotswap_adapter(plain, tmp_path)
     assert_equal(plain(X), y, 0)
 

@@ -275,7 +275,7 @@ def test_arguments():
     too_high = {"layers.0.cheby_coeffs": 9}
     refused(r"`rank_pattern` gives .* the ranks \(9, 9, 9\)", ["one"], [1], "new", "svd", too_high)
     lotra_layers(model)["layers.1"].lotra_U1["two"].data[0, 0] = math.nan
-    refused("`adapters`: 'two' has NaN or infinity for layers.1.cheby_coeffs", NAMES, [1, 1], "new")
+    refused("the adapter 'two' has NaN or infinity at layers.1.cheby_coeffs", NAMES, [1, 1], "new")
     model.add_weighted_adapter(["one"], [1], "new")  # the broken one is not among them
 
 

@@ -163,7 +163,7 @@ def test_a_family_is_swapped_for_another_of_its_kind(name, r, tmp_path):
     with at_task(slot, lam=1.3), at_task(new, lam=1.3):
         assert_equal(slot(x), new(x))
     other = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, family={"mu": (0, 1)}, coefficients=row.declared))
-    with pytest.raises(ValueError, match="only the same family can be swapped"):
+    with pytest.raises(ValueError, match="only adapters with the same `family` can be swapped"):
         hotswap_adapter(other, tmp_path)
 
 

@@ -185,7 +185,7 @@ def test_pykans_own_checkpoints_are_for_merged_adapters(tmp_path):
 def test_tensors_of_the_base_are_not_loaded(saved):
     base, _, path = saved
     edit_weights(path, lambda weights: weights.update({"base_model.model.layers.0.cheby_coeffs": torch.ones(3, 4, 4)}))
-    refused_everywhere(base, path, r"has \['base_model.model.layers.0.cheby_coeffs'\] in addition|copies")
+    refused_everywhere(base, path, r"has \['base_model.model.layers.0.cheby_coeffs'\] in addition")
 
 
 @unsigned
@@ -197,7 +197,7 @@ def test_no_state_dict_writes_into_the_base(key):
     for prefix in ("base_model.model.", ""):
         with pytest.raises(ValueError, match=re.escape(f"has ['{prefix}{key}'] in addition")):
             set_peft_model_state_dict(model, weights | {prefix + key: torch.ones(2, 4)})
-        with pytest.raises(ValueError, match="copies"):
+        with pytest.raises(ValueError, match=re.escape(f"has ['{prefix}{key}'] in addition")):
             hotswap_adapter_from_state_dict(
                 model, weights | {prefix + key: torch.ones(2, 4)}, "default", model.peft_config["default"]
             )
@@ -208,7 +208,7 @@ def test_no_state_dict_writes_into_the_base(key):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda head: head.pop("base_model.model.head.bias"), r"it lacks \['base_model.model.head.bias'\]|copies"),
+        (lambda head: head.pop("base_model.model.head.bias"), r"it lacks \['base_model.model.head.bias'\]"),
         (lambda head: head.update({"base_model.model.head.bias": torch.ones(3)}), r"head.bias of shape \(3,\)"),
     ],
 )

@@ -47,7 +47,7 @@ def fit(rank, loss="least_squares", seed=None, **arguments):
             model.get_parameter("base_model.model.head").add_(seed)
     loss = Huber() if loss == "huber" else loss
     arguments = {name: value(rank) if callable(value) else value for name, value in arguments.items()}
-    if arguments.pop("validation", None):
+    if arguments.get("validation") is True:
         others = (points(9, seed=7), targets(9))
         arguments["validation"] = others if rank is None else part(others, rank, (5, 4))
     try:
@@ -129,9 +129,9 @@ def metric(rank):
 
 
 def test_metrics_are_means_over_processes():
-    first, second = fork(fit, 0, validation_metric=metric, iterations=3)
+    first, second = fork(fit, 0, validation=metric, iterations=3)
     assert first[1] == second[1]
-    alone = fit(None, validation_metric=metric, iterations=3)
+    alone = fit(None, validation=metric, iterations=3)
     assert first[1].validation_losses == approx([loss + 0.5 for loss in alone[1].validation_losses])
     assert_equal(first[0], alone[0], 1e-8)
 

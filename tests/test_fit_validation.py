@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_lotra import fit_gauss_newton
-from peft_lotra.training.damped_system import NormalEquations, Prior, ResidualSpace
+from peft_lotra.training.damped_system import Equation, NormalEquations, ResidualSpace
 from peft_lotra.training.gauss_newton import GaussNewtonResult
 
 KAN, FP64 = "o (d i)", {"dtype": torch.float64}
@@ -81,12 +81,12 @@ def test_patience_ends_the_fit():
 
 def test_a_metric_of_the_model():
     model, other = adapted(), adapted()
-    result = fit(model, FEW, validation_metric=lambda model: -100 * mean_square(model, OTHERS), iterations=9)
+    result = fit(model, FEW, validation=lambda model: -100 * mean_square(model, OTHERS), iterations=9)
     expected = fit(other, FEW, validation=OTHERS, iterations=9)
     assert result.validation_losses == approx([-100 * loss for loss in expected.validation_losses], rel=1e-12)
     assert result.losses == expected.losses
     assert_different(trained(model), trained(other))  # the largest loss, and the least
-    tensor = fit(adapted(), FEW, validation_metric=lambda model: torch.tensor([2.0]), iterations=2, patience=1)
+    tensor = fit(adapted(), FEW, validation=lambda model: torch.tensor([2.0]), iterations=2, patience=1)
     assert (tensor.reason, tensor.iterations, tensor.validation_losses) == ("validation", 1, (2.0, 2.0))
 
 
@@ -134,7 +134,7 @@ def test_resumed_equals_uninterrupted(arguments, dtype):
     second = fit(halves, data, iterations=23, resume_from=stored, **arguments)
     assert second == expected
     assert_equal(trained(halves), trained(whole), 0)
-    fit(unlike, data, iterations=20, validation_metric=lambda model: 1.0)
+    fit(unlike, data, iterations=20, validation=lambda model: 1.0)
     assert_different(trained(whole), trained(unlike))
 
 
@@ -177,7 +177,7 @@ def test_both_forms_agree_with_a_prior(damping, rows):
     change = (r + J @ expected).square().sum() + decay * (away + expected).square().sum()
     gain = r.square().sum() + decay * away.square().sum() - change
     for form in (NormalEquations, ResidualSpace):
-        system = form(J.split(7), r, 17, Prior(decay, away))
+        system = form(Equation(J.split(7), r, decay * away, decay))
         assert_equal(system.step(damping), expected, 1e-8)
         assert system.predicted_gain(expected, damping) == approx(gain.item(), rel=1e-6)
 
@@ -216,14 +216,13 @@ def test_few_points_are_warned_of():
 
 KEPT = GaussNewtonResult((1.0,), 0.1, 1, "iterations", (), {"start": (0.0,) * 74})
 BAD = [
-    ({"validation": OTHERS, "validation_metric": len}, ValueError, "`validation` and .* are both given"),
     ({"patience": 2}, ValueError, "`patience` is 2, but there is no `validation` to wait for"),
     ({"validation": OTHERS, "patience": 0}, ValueError, "`patience` should be a whole number of at least 1 .* is 0"),
-    ({"validation_metric": 3}, TypeError, "`validation_metric` should be a function of one model but .* is 3"),
-    ({"validation_metric": lambda: 1.0}, TypeError, "`validation_metric` should be a function of one model"),
-    ({"validation_metric": lambda model: "low"}, TypeError, "`validation_metric` should return one .* gave 'low'"),
-    ({"validation_metric": lambda model: float("nan")}, ValueError, "finite at the start but it gave nan"),
-    ({"validation": lambda iteration: FEW}, TypeError, "`validation` should be made of tensors"),
+    ({"validation": 3}, TypeError, "`validation` should be made of tensors"),
+    ({"validation": lambda: 1.0}, TypeError, "`validation` should be data, or a function of one model"),
+    ({"validation": lambda model: "low"}, TypeError, "`validation` should return one .* gave 'low'"),
+    ({"validation": lambda model: float("nan")}, ValueError, "finite at the start but it gave nan"),
+    ({"validation": lambda iteration: FEW}, TypeError, "`validation` should return one number"),
     ({"validation": (FEW[0], FEW[1][:3])}, ValueError, r"`validation` should have one number of rows"),
     ({"validation": (FEW[0] * float("nan"), FEW[1])}, ValueError, "finite residuals, .* on `validation`"),
     ({"weight_decay": -1}, ValueError, "`weight_decay` should be a finite number of at least 0 .* is -1"),

@@ -38,7 +38,7 @@ def values(model):
     ("residual_fn", "targets", "options"),
     [
         pytest.param(difference, Y, {}, id="least squares"),
-        pytest.param(difference, Y, {"weight_decay": 1e-3, "damping": 1e-3, "damping_decrease": 2.0}, id="prior"),
+        pytest.param(difference, Y, {"weight_decay": 1e-3, "damping": 1e-3}, id="prior"),
         pytest.param(
             lambda net, batch: (net(batch[0]), batch[1]), LABELS, {"loss": "cross_entropy"}, id="cross entropy"
         ),

@@ -38,7 +38,7 @@ def _nothing_registered(monkeypatch):
 
 def inferred(layer, x):
     """{parameter: (layout, shape of A, scale, slice)} as found in the layer alone."""
-    findings = infer_layer(layer, (x,), {}, [name for name, _ in layer.named_parameters()], Passes())
+    findings = infer_layer(layer, ((x,), {}), [name for name, _ in layer.named_parameters()], Passes())
     specs = {path: finding.spec for path, finding in findings.items() if finding.spec}
     return {
         path: (
@@ -170,6 +170,19 @@ def test_leading_axes_and_other_inputs():
     assert infer_coefficients(model, x)["layer.weight"]["layout"] == "o (i d)"  # called without `__call__`, too
 
 
+def test_many_leading_axes():
+    x = torch.rand(2, 2, 3, 2, 2, 4, generator=torch.Generator().manual_seed(6)) * 1.8 - 0.9
+    assert inferred(kans.MatrixKANLayer(4, 3), x) == {"weight": ("o (i d)", (4, 3, 4), None, None)}
+
+
+def test_empty_outputs_beside_others():
+    class Layer(kans.MatrixKANLayer):
+        def forward(self, x):
+            return self.weight[:0] * 2, super().forward(x)
+
+    assert inferred(Layer(4, 3), ROWS[:, :4]) == {"weight": ("o (i d)", (4, 3, 4), None, None)}
+
+
 class Float32KANLayer(kans.ChebyKANLayer):
     """Computes in float32, whatever it gets."""
 
@@ -190,7 +203,25 @@ class InPlaceKANLayer(kans.ChebyKANLayer):
         return torch.einsum("bid,iod->bo", basis, self.cheby_coeffs)
 
 
-@pytest.mark.parametrize("make", [Float32KANLayer, InPlaceKANLayer])
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x + 0
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise ValueError("no backward")
+
+
+class NoBackwardKANLayer(kans.ChebyKANLayer):
+    """Its basis cannot be differentiated by x."""
+
+    def forward(self, x):
+        basis = Failing.apply(kans.chebyshev(torch.tanh(x), self.degree))
+        return torch.einsum("bid,iod->bo", basis, self.cheby_coeffs)
+
+
+@pytest.mark.parametrize("make", [Float32KANLayer, InPlaceKANLayer, NoBackwardKANLayer])
 def test_layers_that_cannot_be_differentiated_well(make):
     for n, m in [(4, 4), (3, 5)]:
         assert inferred(make(n, m, 3), ROWS[:, :n]) == {"cheby_coeffs": ("i o d", (n, m, 4), None, None)}
@@ -377,6 +408,39 @@ def test_a_model_and_its_report(tmp_path):
         infer_coefficients(model, x)
     model.save_pretrained(tmp_path)
     assert_equal(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), y, 0)
+
+
+class ResidualKANLayer(nn.Module):
+    """y_o = Σ_i Σ_d A[i, o, d] φ_d(x_i) + inner(x): a KAN layer around another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = kans.ChebyKANLayer(4, 4, 3)
+        self.coeffs = nn.Parameter(torch.randn(4, 4, 5))
+
+    def forward(self, x):
+        return torch.einsum("bid,iod->bo", kans.chebyshev(torch.tanh(x), 4), self.coeffs) + self.inner(x)
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_kan_layer_around_another(registered):
+    """Both tensors belong to the outer layer, or only the registered inner layer is found."""
+    if registered:
+        register_kan_layer(kans.ChebyKANLayer, {"cheby_coeffs": "i o d"})
+    base, x = nn.Sequential(ResidualKANLayer()).double(), ROWS[:, :4]
+    found = infer_coefficients(base, x)
+    reason = "coeffs: left out, it is used around the KAN layers ['0.inner'], and both cannot be adapted"
+    assert list(found) == ["0.inner.cheby_coeffs"] + ([] if registered else ["0.coeffs"])
+    assert (reason in str(found)) == registered
+    model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, coefficients=found, init_weights=False))
+    assert_equal(model(x), dense_model(base, model)(x))
+
+
+def test_registered_layers_are_not_tested_again_in_the_modules_around_them():
+    register_kan_layer(kans.KANLinear, {"spline_weight": "o i d"})
+    found = infer_coefficients(nn.Sequential(nn.Sequential(kans.KANLinear(4, 4))), ROWS[:, :4])
+    assert (found.forwards, found.backwards) == (1, 0)
+    assert str(found).count("\n") == 2  # the layer, its tensor, the number of passes
 
 
 @pytest.mark.parametrize(
@@ -566,7 +630,7 @@ def test_cost_does_not_depend_on_the_size(name):
     for size in (4, 64):
         passes = Passes()
         layer = make(size, size, **kwargs)
-        infer_layer(layer, (torch.rand(16, size),), {}, [path for path, _ in layer.named_parameters()], passes)
+        infer_layer(layer, ((torch.rand(16, size),), {}), [path for path, _ in layer.named_parameters()], passes)
         spent.append(passes)
     assert spent[0] == spent[1]
     assert spent[0].forward <= 10

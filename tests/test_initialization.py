@@ -199,7 +199,11 @@ def failing_models():
         "trained": (trained, {}, "core that is not zero at .*: it has been trained"),
         "merged": (merged, {}, "has merged adapters: call `unmerge_adapter"),
         "nothing": (fresh(), {"step": lambda model: None}, "gave no gradient.*should call `backward"),
-        "a loss": (fresh(), {"step": lambda model: loss_of(model, x)}, "returned a loss.*should call `backward"),
+        "a loss": (
+            fresh(),
+            {"step": lambda model: loss_of(model, x)},
+            "should call `backward.*, not return",
+        ),
         "nan": (fresh(), {"step": lambda model: (model(x) * torch.nan).sum().backward()}, "is not finite"),
     }
 

@@ -68,6 +68,23 @@ def test_a_write_to_merged_coefficients(write, which):
     assert_equal(model.merge_and_unload()(X), after, 0)
 
 
+@pytest.mark.parametrize("factor", [-1, 2, 0.5, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@torch.no_grad()
+def test_a_write_to_the_same_bits_of_many_entries(factor, dtype):
+    """Of all 256, whose changes would cancel in a sum of bits."""
+    torch.manual_seed(1)
+    model = get_peft_model(ChebyKAN([8, 8]).to(dtype), LoTRAConfig(r=2, init_weights=False))
+    model.merge_adapter()
+    (layer,) = lotra_layers(model).values()
+    parameter = layer.get_base_layer().cheby_coeffs
+    parameter.mul_(factor)
+    with pytest.raises(RuntimeError, match=WRITTEN.format("cheby_coeffs")):
+        model.unmerge_adapter()
+    parameter.div_(factor)
+    model.unmerge_adapter()
+
+
 @torch.no_grad()
 def test_a_write_of_the_same_values_is_none():
     base, model = models()

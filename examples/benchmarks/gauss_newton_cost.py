@@ -47,7 +47,7 @@ from torch import distributed
 from torch.distributed.run import main as torchrun
 
 from peft_lotra import fit_gauss_newton
-from peft_lotra.training import choice
+from peft_lotra.training import iteration
 from peft_lotra.training.conjugate_gradients import ConjugateGradients
 from peft_lotra.training.damped_system import NormalEquations, ResidualSpace
 from peft_lotra.training.lower_triangle import LowerTriangle
@@ -122,14 +122,15 @@ def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
         for name in args.problems:
             torch.manual_seed(0)
             kan = ChebyshevKAN((2, width, width, 1), 7)
-            problem = Problem(kan, PROBLEMS[name], "least_squares", args.max_memory[-1], False)
-            theta, counts = problem.parameters(), {"": args.samples}
+            problem = Problem(kan, PROBLEMS[name], "least_squares", 0.0, args.max_memory[-1], False)
+            theta = problem.parameters()
+            point = problem.evaluate(theta, points)
             vector, block = torch.randn(len(theta), dtype=torch.float64), torch.randn(300, len(theta)).double()
             triangle = LowerTriangle(len(theta), vector)
             runs = {
-                "rows": (lambda p=problem, t=theta, c=counts: sum(len(b) for b in p.rows(t, points, c)), args.samples),
+                "rows": (lambda problem=problem, point=point: sum(map(len, problem.rows(point))), args.samples),
                 "gram": (lambda m=triangle, b=block: m.add_products(b), len(block)),
-                "product": (lambda p=problem, t=theta, c=counts, v=vector: p.product(t, points, c, v), args.samples),
+                "product": (lambda problem=problem, point=point, v=vector: problem.product(point, v), args.samples),
             }
             rows.append(
                 {"numbers": len(theta), "problem": name} | {key: measured(*value) for key, value in runs.items()}
@@ -155,7 +156,7 @@ def fitted(case: dict[str, Any], points: torch.Tensor, across: bool | None = Non
         return make
 
     for name, form in FORMS.items():
-        setattr(choice, name, noted(form))
+        setattr(iteration, name, noted(form))
 
     def mark(result: Any = None) -> None:
         marks.append((time.perf_counter(), time.process_time(), result and result.losses[-1]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from compared_methods import FIRST_ORDER, OPTIMIZERS
 from experiments import Experiment
@@ -43,63 +43,96 @@ def near_reference(where: str, case: Case, rows: list[Row]) -> list[str]:
     else:
         measured, limit, reached = f"{ours / theirs:.3f} ×", "≤ 1.01 ×", ours <= 1.01 * theirs
     aim = f"near to {case.reference.label}, at a tenth of the parameters"
-    return [aim, where, f"{measured} ({best.label})", limit, "yes" if reached else "**no**"]
+    return [aim, where, f"{measured} ({best.label})", limit, _said(reached)]
 
 
 def aims(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
     """What was to be shown, and what has been measured; empty if none of these experiments has an aim."""
-    by_name, lines, halved = {experiment.name: experiment for experiment in experiments}, [], []
-
-    def cases(name: str) -> list[Case]:
-        experiment = by_name.get(name)
-        return [case_of(experiment, case, results[name]) for case in experiment.cases] if experiment else []
-
-    def add(aim: str, where: str, case: Case, ours: dict[str, list[float | None]], other: Row, limit: float) -> None:
-        if not ours:
-            return
-        value, label = min((case.middle(ours[label]) / case.middle(other.finals), label) for label in ours)
-        lines.append([aim, where, f"{value:.2f} × ({label})", f"≤ {limit:g} ×", "yes" if value <= limit else "**no**"])
-        if aim == SAME_SECONDS:
-            halved.append(value <= 0.5)
-
-    for family in FAMILIES:
-        for case in cases(f"pde_{family}")[:1]:
-            full = case.reference
-            small = within_a_tenth(rows_by(case, ("lotra",)))
-            add(SAME_SECONDS, family, case, {row.label: row.at(full.seconds) for row in small}, full, 1.0)
-            for optimizer in FIRST_ORDER:
-                ours = {row.label: row.finals for row in rows_by(case, ("lotra",), (optimizer,)) if row in small}
-                aim = f"LoTRA by {FIRST_ORDER[optimizer].split(':')[1]} against full fine-tuning by Adam, same steps"
-                add(aim, family, case, ours, full, STEPS_LIMIT)
-    if len(halved) == len(FAMILIES):
-        reached = "yes" if sum(halved) >= 2 else "**no**"
-        lines.append([f"{SAME_SECONDS}: half the error", "PDEs", f"on {sum(halved)}", "on 2", reached])
-    for name in WITH_PEFT:
-        for case in cases(name)[:1]:
-            for optimizer in OPTIMIZERS:
-                ours = {row.label: row.finals for row in rows_by(case, ("lotra",), (optimizer,))}
-                for row in rows_by(case, ("lora", "lora_parameters", "loha", "lokr"), (optimizer,)):
-                    aim = "LoTRA against PEFT's methods, by the same optimizer, same steps"
-                    add(aim, f"{name}, {row.label}", case, ours, row, 1.0)
-    for case in cases("pde_widths"):
-        if case.task.width >= 64 and (everything := rows_by(case, ("full",), ("lm",))):
-            (ours,) = rows_by(case, ("lotra",), ("lm",))
-            value = case.middle(ours.finals) / case.middle(everything[0].at(ours.seconds))
-            aim = "LoTRA by LM against LM on everything, same seconds"
-            lines.append([aim, case.name, f"{value:.2g} × ({ours.label})", "≤ 1 ×", "yes" if value <= 1 else "**no**"])
-    for name in ("images_kan", "images_resnet"):
-        for case in cases(name):
-            ours, theirs = (case.best(rows_by(case, ("lotra",), (optimizer,))) for optimizer in ("lm", "adam"))
-            value = case.middle(ours.finals) - case.middle(theirs.finals)
-            where = f"{name}, {case.name}"
-            reached = "yes" if value >= 0 else "**no**"
-            lines.append(["LoTRA by LM level with Adam", where, f"{value:+.2f} points ({ours.label})", "≥ 0", reached])
-    for case in cases("slim_functions"):
-        if case.task.noise:
-            ours = {SLIM: case.rows[SLIM].finals}
-            add("a Slim KAN against the dense one, noisy samples", case.name, case, ours, case.reference, 1.0)
-    for name, methods in NEAR_REFERENCE.items():
-        for case in cases(name):
-            small = within_a_tenth(rows_by(case, methods))
-            lines.append(near_reference(f"{name}, {case.name}".removesuffix(", "), case, small))
+    found = _Aims({experiment.name: experiment for experiment in experiments}, results)
+    parts = (found.of_pdes, found.of_peft, found.of_widths, found.of_images, found.of_slim_kans, found.of_reference)
+    lines = [line for part in parts for line in part()]
     return table(["aim", "where", "measured, ratio of medians", "limit", "reached"], lines) if lines else ""
+
+
+class _Aims:
+    """The lines of the table, part by part."""
+
+    def __init__(self, by_name: Mapping[str, Experiment], results: Mapping[str, Results]) -> None:
+        self.by_name, self.results = by_name, results
+
+    def cases(self, name: str) -> list[Case]:
+        experiment = self.by_name.get(name)
+        return [case_of(experiment, case, self.results[name]) for case in experiment.cases] if experiment else []
+
+    def of_pdes(self) -> Iterator[list[str]]:
+        ratios = []
+        for family in FAMILIES:
+            for case in self.cases(f"pde_{family}")[:1]:
+                full = case.reference
+                small = within_a_tenth(rows_by(case, ("lotra",)))
+                ours = {row.label: row.at(full.seconds) for row in small}
+                ratios += [_least(case, ours, full)[0]] if ours else []
+                yield from _ratio(SAME_SECONDS, family, case, ours, full, 1.0)
+                for optimizer in FIRST_ORDER:
+                    ours = {row.label: row.finals for row in rows_by(case, ("lotra",), (optimizer,)) if row in small}
+                    aim = (
+                        f"LoTRA by {FIRST_ORDER[optimizer].split(':')[1]} against full fine-tuning by Adam, same steps"
+                    )
+                    yield from _ratio(aim, family, case, ours, full, STEPS_LIMIT)
+        if len(ratios) == len(FAMILIES):
+            halved = sum(ratio <= 0.5 for ratio in ratios)
+            yield [f"{SAME_SECONDS}: half the error", "PDEs", f"on {halved}", "on 2", _said(halved >= 2)]
+
+    def of_peft(self) -> Iterator[list[str]]:
+        for name in WITH_PEFT:
+            for case in self.cases(name)[:1]:
+                for optimizer in OPTIMIZERS:
+                    ours = {row.label: row.finals for row in rows_by(case, ("lotra",), (optimizer,))}
+                    for row in rows_by(case, ("lora", "lora_parameters", "loha", "lokr"), (optimizer,)):
+                        aim = "LoTRA against PEFT's methods, by the same optimizer, same steps"
+                        yield from _ratio(aim, f"{name}, {row.label}", case, ours, row, 1.0)
+
+    def of_widths(self) -> Iterator[list[str]]:
+        for case in self.cases("pde_widths"):
+            if case.task.width >= 64 and (everything := rows_by(case, ("full",), ("lm",))):
+                (ours,) = rows_by(case, ("lotra",), ("lm",))
+                value = case.middle(ours.finals) / case.middle(everything[0].at(ours.seconds))
+                aim = "LoTRA by LM against LM on everything, same seconds"
+                yield [aim, case.name, f"{value:.2g} × ({ours.label})", "≤ 1 ×", _said(value <= 1)]
+
+    def of_images(self) -> Iterator[list[str]]:
+        for name in ("images_kan", "images_resnet"):
+            for case in self.cases(name):
+                ours, theirs = (case.best(rows_by(case, ("lotra",), (optimizer,))) for optimizer in ("lm", "adam"))
+                value = case.middle(ours.finals) - case.middle(theirs.finals)
+                measured = f"{value:+.2f} points ({ours.label})"
+                yield ["LoTRA by LM level with Adam", f"{name}, {case.name}", measured, "≥ 0", _said(value >= 0)]
+
+    def of_slim_kans(self) -> Iterator[list[str]]:
+        for case in self.cases("slim_functions"):
+            if case.task.noise:
+                ours, aim = {SLIM: case.rows[SLIM].finals}, "a Slim KAN against the dense one, noisy samples"
+                yield from _ratio(aim, case.name, case, ours, case.reference, 1.0)
+
+    def of_reference(self) -> Iterator[list[str]]:
+        for name, methods in NEAR_REFERENCE.items():
+            for case in self.cases(name):
+                small = within_a_tenth(rows_by(case, methods))
+                yield near_reference(f"{name}, {case.name}".removesuffix(", "), case, small)
+
+
+def _said(reached: bool) -> str:
+    return "yes" if reached else "**no**"
+
+
+def _least(case: Case, ours: dict[str, list[float | None]], other: Row) -> tuple[float, str]:
+    return min((case.middle(ours[label]) / case.middle(other.finals), label) for label in ours)
+
+
+def _ratio(
+    aim: str, where: str, case: Case, ours: dict[str, list[float | None]], other: Row, limit: float
+) -> Iterator[list[str]]:
+    """A line for the best of our rows beside another one; none if there are no rows."""
+    if ours:
+        value, label = _least(case, ours, other)
+        yield [aim, where, f"{value:.2f} × ({label})", f"≤ {limit:g} ×", _said(value <= limit)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..analysis.updates import updates_between
-from ..coefficients import CoefficientSpec
-from ..coefficients.spec import parse_slice, tensor_at
+from ..coefficients.spec import tensor_at
 from ..coefficients.target import Target
+from ..combination import update_of
 from ..config.lotra_config import LoTRAConfig
 from ..layers.biases import trained_biases
 from ..layers.lotra import adapted_tensors, first_tensor
@@ -77,7 +77,7 @@ def extract_adapter(
             raise ValueError(f"`alpha` is 0 for {target.parameter}: an adapter of this scaling holds no update")
     biases = trained_biases(base, "", config.bias, {target.module for target in updates})
     _check_the_rest(base, finetuned, list(updates), {bias.plain for bias in biases}, config, strict)
-    factors = {target: decompose(update, target.ranks) for target, update in updates.items()}
+    factors = {target.parameter: decompose(update, target.ranks) for target, update in updates.items()}
     names = {module: name for name, module in base.named_modules()}
     model = get_peft_model(base, config)
     fill(model, factors)
@@ -89,7 +89,12 @@ def extract_adapter(
             module.modules_to_save[model.active_adapter].load_state_dict(saved.state_dict())
     if inputs is not None:
         _fit(model, finetuned, inputs, iterations, progressbar)
-    return model, {target.parameter: _relative_error(model, target, update) for target, update in updates.items()}
+    layers, errors = adapted_tensors(model), {}
+    for target, update in updates.items():
+        name = target.parameter
+        extracted = update_of(layers[name], model.active_adapter, name).dense().reshape(update.shape)
+        errors[name] = ((extracted - update).norm() / update.norm()).nan_to_num().item()
+    return model, errors
 
 
 def _fit(model: PeftModel, finetuned: nn.Module, inputs: Any, iterations: int, progressbar: bool) -> None:
@@ -97,7 +102,7 @@ def _fit(model: PeftModel, finetuned: nn.Module, inputs: Any, iterations: int, p
 
     def residual(net: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         difference = first_tensor(net(x)) - first_tensor(finetuned(x))
-        return difference.flatten(1) if difference.ndim > 1 else difference
+        return difference.reshape(len(difference), -1)
 
     others = [p for name, p in model.named_parameters() if p.requires_grad and LoTRAModel.prefix not in name]
     try:
@@ -109,19 +114,12 @@ def _fit(model: PeftModel, finetuned: nn.Module, inputs: Any, iterations: int, p
             p.requires_grad_(True)
 
 
-def _relative_error(model: PeftModel, target: Target, update: torch.Tensor) -> float:
-    layer = adapted_tensors(model)[target.parameter]
-    extracted = target.spec.to_canonical(layer.get_delta_weight(model.active_adapter)).to(update)
-    return ((extracted - update).norm() / update.norm()).nan_to_num().item()
-
-
-def fill(model: PeftModel, factors: dict[Target, Tucker]) -> None:
-    """Set the active adapter's update of every target to G ×₁ U1 ×₂ U2 ×₃ U3. Its core is G / scaling."""
+def fill(model: Any, factors: Mapping[str, Tucker]) -> None:
+    """Set the active adapter's update of tensors to G ×₁ U1 ×₂ U2 ×₃ U3. Its core is G / scaling."""
     layers, adapter = adapted_tensors(model), model.active_adapter
-    for target, one in factors.items():
-        layer = layers[target.parameter]
-        core = one.core / layer.scaling[adapter] if one.core.any() else one.core
-        layer.set_tucker(adapter, one._replace(core=core))
+    for parameter, update in factors.items():
+        core, scaling = update.core, layers[parameter].scaling[adapter]
+        layers[parameter].set_tucker(adapter, update._replace(core=core / scaling if core.any() else core))
 
 
 def _check_the_rest(
@@ -129,14 +127,20 @@ def _check_the_rest(
 ) -> None:
     """Raise, or warn, if the models differ in a tensor that is not in the updates, `biases` or `modules_to_save`."""
     before, after = base.state_dict(), finetuned.state_dict()
-    held = {f"{target.module}.{target.spec.scale}" for target in targets} | biases
     specs = {target.parameter: target.spec for target in targets}
-    differing = [
-        key
-        for key in sorted({*before, *after} - held)
-        if not _is_saved(key, config.modules_to_save or ())
-        and (key not in before or key not in after or _differ(before[key], after[key], specs.get(key)))
-    ]
+    held = {f"{target.module}.{target.spec.scale}" for target in targets} | biases
+    endings = tuple(config.modules_to_save or ())  # of modules' names, as for PEFT
+    copied = tuple(f"{name}." for name, _ in base.named_modules() if name.endswith(endings))
+
+    def differs(key: str) -> bool:
+        if key not in before or key not in after or before[key].shape != after[key].shape:
+            return True
+        differing = before[key] != after[key].to(before[key].device)
+        if key in specs:
+            specs[key].part(differing).zero_()
+        return bool(differing.any())
+
+    differing = [key for key in sorted({*before, *after} - held) if not key.startswith(copied) and differs(key)]
     if differing:
         message = (
             f"`base` and `finetuned` differ also in {differing}, which an adapter of the coefficients does not hold: "
@@ -146,22 +150,3 @@ def _check_the_rest(
         if strict:
             raise ValueError(f"{message}; with `strict=False` they stay as in `base`")
         warnings.warn(f"{message}; they stay as in `base`", stacklevel=3)
-
-
-def _differ(before: torch.Tensor, after: torch.Tensor, spec: CoefficientSpec | None) -> bool:
-    """Whether two tensors differ outside of the coefficients that they hold."""
-    if spec is not None and spec.slice is None:
-        return False
-    if before.shape != after.shape:
-        return True
-    differs = before != after.to(before.device)
-    if spec is not None and spec.slice is not None:
-        differs[parse_slice(spec.slice)] = False
-    return bool(differs.any())
-
-
-def _is_saved(key: str, modules_to_save: Iterable[str]) -> bool:
-    """Whether a tensor is in one of `modules_to_save`, by PEFT's rule on the endings of module names."""
-    parts = key.split(".")
-    modules = [".".join(parts[:end]) for end in range(1, len(parts))]
-    return any(module.endswith(entry) for module in modules for entry in modules_to_save)

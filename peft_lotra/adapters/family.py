@@ -16,14 +16,13 @@ from torch import nn
 from ..call_arguments import tasks_for
 from ..calls.context import entered
 from ..calls.samples import checked_axis
-from ..combination import copied_modules, copy_trained
+from ..combination import copy_trained, whole_tucker
 from ..config.lotra_config import LoTRAConfig
 from ..families.family import Family
-from ..files.adapter_file import PREFIX, Slot, check_weights, digest
-from ..layers.lotra import LoTRALayer, adapted_tensors
+from ..files.adapter_file import Slot, check_weights, digest, naming
+from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel, lotra_model
-from ..placement.sharded import full_tensor
-from ..tucker.decomposition import Tucker
+from ..tucker.decomposition import CORE
 
 
 @contextmanager
@@ -114,11 +113,9 @@ def adapter_at(
         )
     own = replace(config, family=None, freeze_factors=train == "core", init_weights=True)
     model.add_adapter(adapter_name, own)  # type: ignore[operator]
-    for wrapper, _ in copied_modules(tuner.model, [family]):
-        if adapter_name in wrapper._get_available_adapters():
-            copy_trained(wrapper, family, adapter_name)
+    copy_trained(tuner.model, [family], adapter_name)
     for layer in adapted_tensors(tuner.model, adapter_name).values():
-        layer.set_tucker(adapter_name, _whole_factors(layer, family).at(c))
+        layer.set_tucker(adapter_name, whole_tucker(layer, family).at(c))
         layer.set_scale(adapter_name, layer.scaling[family] / layer.alpha[family] if layer.alpha[family] else 1.0)
     model.set_adapter(adapter_name)  # type: ignore[operator]
 
@@ -138,22 +135,15 @@ def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
         ValueError: if the adapter's factors are not those of the family.
     """
     tuner, *_ = _family(model, family)
-    cores = {}
-    for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
-        core, own = _whole_factors(layer, adapter_name)
-        theirs = _whole_factors(layer, family).factors
-        same = own.keys() == theirs.keys() and all(torch.equal(U, theirs[mode]) for mode, U in own.items())
-        if not same or layer.scaling[adapter_name] != layer.scaling[family]:
-            raise ValueError(
-                f"`adapter_name` {adapter_name!r} has other factors than {family!r} at {parameter}, so its core alone "
-                "is not enough: use `save_pretrained`"
-            )
-        cores[parameter] = core.cpu().contiguous()
-    if not cores:
+    tuner.peft_config[adapter_name]  # raises if it does not exist
+    if (meant := _digest(tuner, family)) != _digest(tuner, adapter_name):
         raise ValueError(
-            f"`adapter_name` {adapter_name!r}: there is no such adapter; there are {list(tuner.peft_config)}"
+            f"`adapter_name` {adapter_name!r} has other factors than {family!r}, so its core alone is not enough: use "
+            "`save_pretrained`"
         )
-    save_file(cores, path, metadata={"family": _digest(tuner, family)})
+    layers = adapted_tensors(tuner.model, adapter_name)
+    cores = {f"{name}.{CORE}": whole_tucker(layer, adapter_name).core for name, layer in layers.items()}
+    save_file({key: core.cpu().contiguous() for key, core in cores.items()}, path, metadata={"family": meant})
 
 
 def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, family: str = "default") -> None:
@@ -164,21 +154,18 @@ def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
     """
     tuner, *_ = _family(model, family)
     origin = f"the task file {os.fspath(path)}"
-    try:
-        with safe_open(path, "pt") as file:
-            meant, cores = (file.metadata() or {}).get("family"), {key: file.get_tensor(key) for key in file.keys()}
-    except Exception as error:  # safetensors and the file system raise types of their own
-        raise ValueError(f"{origin} cannot be read ({error})") from error
+    with naming(origin), safe_open(path, "pt") as file:
+        meant, cores = (file.metadata() or {}).get("family"), {key: file.get_tensor(key) for key in file.keys()}
     if meant != _digest(tuner, family):
         raise ValueError(
             f"{origin} is for other factors than those of {family!r}: load the family that it was made from"
         )
     layers = adapted_tensors(tuner.model, family)
-    slots = {f"{name}.lotra_core": Slot(tuple(layer.tucker(family).core.shape[:-1])) for name, layer in layers.items()}
-    check_weights(slots, {f"{name}.lotra_core": core for name, core in cores.items()}, origin)
+    shapes = {f"{name}.{CORE}": tuple(layer.tucker(family).core.shape[:-1]) for name, layer in layers.items()}
+    check_weights({key: Slot(shape) for key, shape in shapes.items()}, cores, origin)
     adapter_at(model, adapter_name, family=family)
-    for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
-        layer.set_tucker(adapter_name, layer.tucker(adapter_name)._replace(core=cores[parameter]))
+    for name, layer in layers.items():
+        layer.set_tucker(adapter_name, layer.tucker(adapter_name)._replace(core=cores[f"{name}.{CORE}"]))
 
 
 def _mean(kind: Family) -> torch.Tensor:
@@ -195,18 +182,12 @@ def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig, Famil
     return tuner, config, config.kind
 
 
-@torch.no_grad()
-def _whole_factors(layer: LoTRALayer, adapter: str) -> Tucker:
-    """The adapter's factors. If they are sharded, the parts of all processes are gathered."""
-    return layer.tucker(adapter).map(lambda factor: full_tensor(factor).detach())
-
-
-def _digest(tuner: LoTRAModel, family: str) -> str:
+def _digest(tuner: LoTRAModel, adapter: str) -> str:
+    """The sha256 of an adapter's factors, in fp32, and of its scaling in every layer."""
+    layers = adapted_tensors(tuner.model, adapter)
     factors = {
-        f"{PREFIX}{parameter}.{mode}": U.float()
-        for parameter, layer in adapted_tensors(tuner.model, family).items()
-        for mode, U in _whole_factors(layer, family).factors.items()
+        f"{name}.{mode}": U.float()
+        for name, layer in layers.items()
+        for mode, U in whole_tucker(layer, adapter).factors.items()
     }
-    return digest(
-        factors, {"scaling": {p: layer.scaling[family] for p, layer in adapted_tensors(tuner.model, family).items()}}
-    )
+    return digest(factors, {"scaling": {name: layer.scaling[adapter] for name, layer in layers.items()}})

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..combination import update_of
 from ..config.lotra_config import LoTRAConfig
 from ..families.family import Family
-from ..layers.lotra import LoTRALayer, adapted_tensors
+from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel, lotra_model
-from ..placement.offloaded import tensors_in_place
-from ..placement.sharded import check_not_sharded, full_tensor
-from ..tucker.decomposition import Tucker, completed, decompose, mode_product
+from ..placement.sharded import check_not_sharded
+from ..tucker.decomposition import Ranks, Tucker, decompose, mode_product
+from ..tucker.ranks import mode_sizes
+from .extraction import fill
 
 
 @torch.no_grad()
@@ -56,39 +58,34 @@ def family_from(
             raise ValueError(f"`adapters` has {name!r}, which is for a family itself")
     c = torch.stack([kind.weights(kind.named(task)) for task in adapters.values()])  # shape: (adapters, P)
     tuner.check_new(adapter_name)
+    given = {
+        (parameter, name): update_of(layer, name, parameter)
+        for parameter, layer in adapted_tensors(tuner.model).items()
+        for name in adapters
+        if name in layer.lotra_core
+    }
     model.add_adapter(adapter_name, config)  # type: ignore[operator]
-    layers, errors = adapted_tensors(tuner.model), {}
+    factors, errors = {}, {}
     for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
-        updates = torch.stack([_update(layers[parameter], name) for name in adapters], dim=-1)
-        ranks = layer.r[adapter_name]
-        joint = decompose(updates, ranks[:3])
-        if len(ranks) > 3 and ranks[3] is not None:
-            joint = _with_positions(joint, ranks[3])
-        family = joint._replace(core=joint.core @ torch.linalg.pinv(c).mT)
-        fitted = mode_product(family.dense(), c, -1)
-        errors[parameter] = ((fitted - updates).norm() / updates.norm()).nan_to_num().item()
-        layer.set_tucker(adapter_name, family._replace(core=family.core / layer.scaling[adapter_name]))
+        zero = torch.zeros(mode_sizes(layer.spec.layout.canonical_shape), dtype=torch.float64)
+        dense = [given[parameter, name].dense() if (parameter, name) in given else zero for name in adapters]
+        updates = torch.stack(dense, dim=-1)  # shape: (n, m, n_d, K, adapters)
+        joint = _decomposed(updates, layer.r[adapter_name])
+        factors[parameter] = joint._replace(core=joint.core @ torch.linalg.pinv(c).mT)
+        miss = mode_product(factors[parameter].dense(), c, -1) - updates
+        errors[parameter] = (miss.norm() / updates.norm()).nan_to_num().item()
     model.set_adapter(adapter_name)  # type: ignore[operator]
+    fill(model, factors)
     return errors
 
 
-def _with_positions(joint: Tucker, rank: int) -> Tucker:
-    """The same with a factor of the positions: the leading left singular vectors of G unfolded along their axis."""
-    U = torch.linalg.svd(joint.core.movedim(3, 0).flatten(1), full_matrices=False)[0]
-    U = completed(U[:, :rank], rank)
-    return Tucker(mode_product(joint.core, U.mT, 3), {**joint.factors, "k": U})
-
-
-def _update(layer: LoTRALayer, adapter: str) -> torch.Tensor:
-    """s · Δ in fp64, shape (n, m, n_d), or (n, m, n_d, K) with positions; zero if the layer has no such adapter."""
-    shape = layer.spec.layout.canonical_shape
-    if adapter not in layer.lotra_core:
-        zero = torch.zeros(shape, dtype=torch.float64)
-        return zero.flatten(3) if zero.dim() > 3 else zero
-    with tensors_in_place(layer):
-        factors = layer.tucker(adapter).map(lambda f: full_tensor(f).detach().to("cpu", torch.float64))
-    dense = factors.dense() * layer.scaling[adapter]
-    return dense.flatten(3) if dense.dim() > 3 else dense
+def _decomposed(updates: torch.Tensor, ranks: Ranks) -> Tucker:
+    """`decompose` of the first three modes and, if it has a rank, of the positions, but not of the last axis."""
+    joint = decompose(updates, ranks[:3])
+    if len(ranks) < 4:
+        return joint
+    by_position = decompose(joint.core.movedim(3, 0), (ranks[3], None, None))
+    return Tucker(by_position.core.movedim(0, 3), {**joint.factors, "k": by_position.factors["i"]})
 
 
 @torch.no_grad()
@@ -119,12 +116,12 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
         raise ValueError(f"`task` should be a new name but the value passed is {task!r}; there are {names}")
     if core_from is not None and core_from not in names:
         raise ValueError(f"`core_from` {core_from!r} is not one of the family's tasks {names}")
-    for layer in _whole_layers(tuner, family, "add the task"):
-        old = layer.lotra_core[family]
-        new = old.mean(-1, keepdim=True) if core_from is None else old.narrow(-1, names.index(core_from), 1)
-        layer.lotra_core[family] = nn.Parameter(torch.cat([old, new], dim=-1), requires_grad=old.requires_grad)
-        layer.terms[family] += 1
-    _replace_config(tuner, family, replace(config, family=[*names, task]))
+
+    def grown(core: torch.Tensor) -> torch.Tensor:
+        new = core.mean(-1, keepdim=True) if core_from is None else core[..., [names.index(core_from)]]
+        return torch.cat([core, new], dim=-1)
+
+    _replace_cores(tuner, family, grown, replace(config, family=[*names, task]), "add the task")
 
 
 @torch.no_grad()
@@ -177,24 +174,29 @@ def change_range(
             "`family_from`"
         )
     M = old.in_terms_of(new)
-    for layer in _whole_layers(tuner, family, "change the range"):
-        core = layer.lotra_core[family]
-        moved = (core.double() @ M.to(core.device)).to(core)
-        layer.lotra_core[family] = nn.Parameter(moved, requires_grad=core.requires_grad)
-        layer.terms[family] = new.size
     wider = replace(config, family=dict(new.ranges), family_degree=new.degree)
-    _replace_config(tuner, family, wider)
+    _replace_cores(tuner, family, lambda core: core.double() @ M.to(core.device), wider, "change the range")
 
 
-def _whole_layers(tuner: LoTRAModel, family: str, what: str) -> list[LoTRALayer]:
-    """The layers of a family. If they are sharded or offloaded, raise ValueError, saying `what` to do before that."""
+def _replace_cores(
+    tuner: LoTRAModel,
+    family: str,
+    new_core: Callable[[torch.Tensor], torch.Tensor],
+    config: LoTRAConfig,
+    what: str,
+) -> None:
+    """Replace a family's cores and its config.
+
+    Raises:
+        ValueError: before anything is changed, if the model is sharded or a core offloaded: do `what` before that.
+    """
     check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
     layers = adapted_tensors(tuner.model, family)
     if offloaded := [name for name, layer in layers.items() if layer.lotra_core[family].is_meta]:
         raise ValueError(f"`family` {family!r} is offloaded at {offloaded}: {what} before offloading")
-    return list(layers.values())
-
-
-def _replace_config(tuner: LoTRAModel, family: str, config: LoTRAConfig) -> None:
+    for layer in layers.values():
+        old = layer.lotra_core[family]
+        layer.lotra_core[family] = nn.Parameter(new_core(old).to(old), requires_grad=old.requires_grad)
+        layer.terms[family] = layer.lotra_core[family].shape[-1]
     config._copies = tuner.peft_config[family]._copies
     tuner.peft_config[family] = config

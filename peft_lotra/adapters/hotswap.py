@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 from torch import nn
@@ -17,12 +15,12 @@ from torch import nn
 from ..coefficients.target import Target
 from ..config.lotra_config import LoTRAConfig
 from ..files.adapter_file import PREFIX, Slot, check_tensor, check_weights, is_adapter_key
-from ..layers.lotra import adapted_tensors
+from ..files.slots import slots_of
+from ..layers.lotra import LoTRALayer, adapted_tensors
 from ..layers.slim import SlimLayer
 from ..model import LoTRAModel, lotra_model
 from ..targets.resolve import resolve_targets
-from ..tucker.decomposition import CONTAINERS, MODES, Tucker
-from ..tucker.ranks import mode_sizes
+from ..tucker.decomposition import CONTAINERS, Tucker
 
 
 def hotswap_adapter(
@@ -67,13 +65,12 @@ def hotswap_adapter(
     if unknown:
         raise TypeError(f"{unknown} are not arguments of this function or of `huggingface_hub.hf_hub_download`")
     lotra_model(model, adapter_name)
-    config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    config = LoTRAConfig.from_pretrained(model_name_or_path, **kwargs)
     if not isinstance(config, LoTRAConfig):
         raise ValueError(
             f"`model_name_or_path` {model_name_or_path!r} is a {config.peft_type.value} adapter: only LoTRA adapters "
             "can be swapped in here"
         )
-    config = LoTRAConfig.from_pretrained(model_name_or_path, **kwargs)
     weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
     hotswap_adapter_from_state_dict(model, weights, adapter_name, config)
 
@@ -93,58 +90,58 @@ def hotswap_adapter_from_state_dict(
     tuner = lotra_model(model, adapter_name)
     targets = resolve_targets(tuner.model, config)
     config = config.self_contained(targets)
-    factors = {key: tensor for key, tensor in state_dict.items() if is_adapter_key(key)}
-    check_weights(config.saved_slots(), factors, "`state_dict`")
-    _check_slot(tuner, adapter_name, config, targets)
-    model = getattr(model, "_orig_mod", model)
-    slot = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    offloaded = sorted(key for key, own in slot.items() if own.is_meta)
+    layers = adapted_tensors(tuner.model, adapter_name)
+    _check_slot(tuner, adapter_name, config)
+    _check_layers(layers, {target.parameter for target in targets}, adapter_name)
+    places, held = slots_of(tuner.model, adapter_name, tuner.peft_config[adapter_name].bias), tuner.model.state_dict()
+    offloaded = sorted(key for key, (name, _) in places.items() if held[name].is_meta)
     if offloaded:
         raise ValueError(f"{offloaded} of {adapter_name!r} are offloaded (on the meta device): swap before offloading")
-    new = [*_factors(tuner, state_dict, adapter_name, config, targets), *_others(slot, state_dict, adapter_name)]
+    others = {f"{PREFIX}{key}": place for key, place in places.items() if not is_adapter_key(key)}
+    check_weights(config.saved_slots() | {key: slot for key, (_, slot) in others.items()}, state_dict, "`state_dict`")
+    new = [(held[name], state_dict[key]) for key, (name, _) in others.items()]
+    keys = {target.parameter: f"{PREFIX}{key}" for key, target in config.saved_targets()}
+    for target in targets:
+        given = {name: state_dict.get(f"{keys[target.parameter]}.{name}") for name in CONTAINERS}
+        new += _values(layers.pop(target.parameter), adapter_name, target, Tucker.of(given))
+    for layer in layers.values():
+        new += [(own, torch.zeros(())) for own in layer.tucker(adapter_name).tensors()]
     for own, values in new:
         own.copy_(values)
 
 
-def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig, targets: list[Target]) -> None:
+def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig) -> None:
+    """Raise ValueError if the slot is merged, or the new adapter has other tensors besides core and factors."""
     if any(adapter_name in m.merged_adapters for m in tuner.modules() if isinstance(m, BaseTunerLayer)):
         raise ValueError(f"`adapter_name` {adapter_name!r} is merged into the base: call `unmerge_adapter()` first")
-    own_config = tuner.peft_config[adapter_name]
-    ours, theirs = ((c.family, c.family and c.family_degree) for c in (own_config, config))
-    if ours != theirs:
-        raise ValueError(
-            f"the new adapter has `family` {theirs[0]}, {adapter_name!r} has {ours[0]}: only the same family can be "
-            "swapped; use `load_adapter`"
-        )
-    tokens, own_tokens = config.trainable_token_indices, tuner.peft_config[adapter_name].trainable_token_indices
-    if tokens != own_tokens:
-        raise ValueError(
-            f"the new adapter has `trainable_token_indices` {tokens}, {adapter_name!r} has {own_tokens}: only rows of "
-            "the same tokens can be swapped; use `load_adapter`"
-        )
-    layers = adapted_tensors(tuner.model, adapter_name)
-    missing = [target.parameter for target in targets if target.parameter not in layers]
+    ours, theirs = map(_settings, (tuner.peft_config[adapter_name], config))
+    for name, value in theirs.items():
+        if value != ours[name]:
+            raise ValueError(
+                f"the new adapter has `{name}` {value}, {adapter_name!r} has {ours[name]}: only adapters with the "
+                f"same `{name}` can be swapped; use `load_adapter`"
+            )
+
+
+def _settings(config: LoTRAConfig) -> dict[str, Any]:
+    """The fields that a slot cannot take from another adapter."""
+    return {
+        "family": config.family,
+        "family_degree": config.family and config.family_degree,
+        "modules_to_save": sorted(config.modules_to_save or ()),
+        "trainable_token_indices": config.trainable_token_indices,
+        "bias": config.bias,
+    }
+
+
+def _check_layers(layers: Mapping[str, LoTRALayer], adapted: set[str], adapter_name: str) -> None:
+    """Raise ValueError if the slot has not all layers of the new adapter, or has others that hold nothing else."""
+    missing = sorted(adapted - layers.keys())
     if missing:
         raise ValueError(
             f"the new adapter adapts {missing}, which {adapter_name!r} does not: use `load_adapter`, or make a slot "
             "that adapts every layer that will come"
         )
-    for target in targets:
-        layer = layers[target.parameter]
-        ranks, alpha = layer.r[adapter_name], layer.alpha[adapter_name]
-        sizes = mode_sizes(target.spec.layout.canonical_shape)
-        by_mode = zip((*target.ranks, None), (*ranks, None), sizes, strict=False)  # None: the mode is whole
-        if any(own is not None and (size if r is None else r) > own for r, own, size in by_mode):
-            raise ValueError(
-                f"the new adapter has ranks {target.ranks} for {target.parameter}, above the {ranks} of "
-                f"{adapter_name!r}: use `load_adapter`, or make a slot of the largest ranks that will come"
-            )
-        if alpha == 0 != target.alpha:
-            raise ValueError(
-                f"{adapter_name!r} has `alpha` 0 for {target.parameter}, so that it holds no update of `alpha` "
-                f"{target.alpha}; use `load_adapter`"
-            )
-    adapted = {target.parameter for target in targets}
     empty = [name for name, layer in layers.items() if isinstance(layer, SlimLayer) and name not in adapted]
     if empty:
         raise ValueError(
@@ -153,63 +150,40 @@ def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig, targe
         )
 
 
-def _factors(
-    tuner: LoTRAModel,
-    state_dict: Mapping[str, torch.Tensor],
-    adapter_name: str,
-    config: LoTRAConfig,
-    targets: list[Target],
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every factor of the slot, and its new values."""
-    keys = {target.parameter: f"{PREFIX}{key}" for key, target in config.saved_targets()}
-    alphas = {target.parameter: target.alpha for target in targets}
-    for parameter, layer in adapted_tensors(tuner.model, adapter_name).items():
-        alpha, own_alpha = alphas.get(parameter, 0.0), layer.alpha[adapter_name]
-        slot, new = layer.tucker(adapter_name), {}
-        if parameter in keys:
-            given = Tucker.of({name: state_dict.get(f"{keys[parameter]}.{name}") for name in CONTAINERS})
-            if alpha != own_alpha:
-                given = given._replace(core=given.core.to("cpu", torch.float64)).times(alpha / own_alpha)
-            new = _as_slot(given, slot, layer.spec.layout.canonical_shape, layer.terms[adapter_name] > 0).named()
-        for container, own in slot.named().items():
-            values = torch.zeros_like(own)
-            if container in new:
-                values[tuple(map(slice, new[container].shape))] = new[container].to(values)
-                dtype = layer.dtype_in_use(adapter_name)
-                if not values.to(dtype).isfinite().all():
-                    raise ValueError(
-                        f"{container} of {parameter} is too large for {dtype} (with `alpha` {own_alpha} of the "
-                        "slot): use `load_adapter`"
-                    )
-            yield own, values
+def _values(
+    layer: LoTRALayer, adapter_name: str, target: Target, update: Tucker
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """G and every factor of the slot, with the values that make its update that of the new adapter.
 
-
-def _as_slot(new: Tucker, slot: Tucker, shape: tuple[int, ...], is_family: bool) -> Tucker:
-    """The same tensor with the factors of the slot: multiplied into the core, or an identity, where they differ."""
-    core, terms = new.core, new.core.shape[new.core.dim() - is_family :]  # P
-    if "k" in slot.factors and "k" not in new.factors:
-        core = core.reshape(*core.shape[:3], math.prod(shape[3:]), *terms)
-    if surplus := [mode for mode in new.factors if mode not in slot.factors]:
-        core = new._replace(core=core).map(lambda f: f.to("cpu", torch.float64)).absorb(surplus).core
-    sizes = dict(zip(MODES, mode_sizes(shape), strict=True))
-    factors = {mode: new.factors.get(mode, torch.eye(sizes[mode])) for mode in slot.factors}
-    if "k" not in slot.factors:
-        core = core.reshape(*core.shape[:3], *shape[3:], *terms)
-    return Tucker(core, factors)
-
-
-def _others(
-    slot: Mapping[str, torch.Tensor], state_dict: Mapping[str, torch.Tensor], adapter_name: str
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Every tensor of a trained copy of a module, of token rows and of biases, and its new values."""
-    own, new = ({k: v for k, v in tensors.items() if not is_adapter_key(k)} for tensors in (slot, state_dict))
-    for key in sorted(own.keys() | new.keys()):
-        shapes = [tuple(tensors[key].shape) if key in tensors else None for tensors in (new, own)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"the new adapter has {key} of shape {shapes[0]}, {adapter_name!r} has {shapes[1]}: trained copies "
-                "(`modules_to_save`, `trainable_token_indices`) and biases can be swapped for those of the same "
-                "modules only; use `load_adapter` instead"
-            )
-        check_tensor(key, new[key], Slot(own[key].shape, own[key].dtype), "the new adapter")
-        yield own[key], new[key].to(own[key])
+    Factors that the slot does not have are multiplied into the core, and those that the update does not have are
+    identities. Above the update's ranks, the values are zero.
+    """
+    slot, alpha = layer.tucker(adapter_name), layer.alpha[adapter_name]
+    if alpha == 0 != target.alpha:
+        raise ValueError(
+            f"{adapter_name!r} has `alpha` 0 for {target.parameter}, so that it holds no update of `alpha` "
+            f"{target.alpha}; use `load_adapter`"
+        )
+    ratio = target.alpha / alpha if alpha else 1.0
+    surplus = [mode for mode in update.factors if mode not in slot.factors]
+    if surplus or ratio != 1:
+        update = update.map(lambda factor: factor.to("cpu", torch.float64)).times(ratio)
+    # With the positions as one axis, in both cores, they are a mode like the others.
+    terms = slot.core.shape[slot.core.dim() - (layer.terms[adapter_name] > 0) :]
+    flat, room = (core.reshape(*core.shape[:3], -1, *terms) for core in (update.core, slot.core))
+    core, factors = update._replace(core=flat).absorb(surplus)
+    if any(size > own for size, own in zip(core.shape, room.shape, strict=True)):
+        raise ValueError(
+            f"the new adapter has ranks {target.ranks} for {target.parameter}, above the {layer.r[adapter_name]} of "
+            f"{adapter_name!r}: use `load_adapter`, or make a slot of the largest ranks that will come"
+        )
+    given = [(room.shape, core)]
+    given += [(U.shape, factors.get(mode, torch.eye(len(U)))) for mode, U in slot.factors.items()]
+    found = []
+    for (name, own), (shape, part) in zip(slot.named().items(), given, strict=True):
+        values = part.new_zeros(shape)
+        values[tuple(map(slice, part.shape))] = part
+        origin = f"the new adapter, with the `alpha` {alpha} of {adapter_name!r},"
+        check_tensor(f"{name} of {target.parameter}", values, Slot(shape, layer.dtype_in_use(adapter_name)), origin)
+        found.append((own, values.reshape(own.shape)))
+    return found

@@ -19,13 +19,14 @@ from ..analysis.updates import plain_targets
 from ..coefficients.registry import Descriptions
 from ..coefficients.spec import Layout, owner_of
 from ..coefficients.target import Target
+from ..combination import check_finite, update_of
 from ..config.lotra_config import LoTRAConfig
 from ..files.adapter_file import PREFIX, is_adapter_key
 from ..layers.lotra import LoTRALayer, adapted_tensors
 from ..layers.slim import SlimLayer
 from ..model import LoTRAModel, lotra_model
-from ..placement.offloaded import tensors_in_place
 from ..tucker.decomposition import Tucker
+from .extraction import fill
 
 
 def convert_to_lora(
@@ -67,8 +68,7 @@ def convert_to_lora(
         )
     layers = adapted_tensors(tuner.model, adapter_name)
     for parameter, layer in layers.items():
-        obstacle = _obstacle(layer, adapter_name)
-        if obstacle is not None:
+        if obstacle := _obstacle(layer, adapter_name):
             raise ValueError(f"{parameter} cannot be converted to LoRA: {obstacle}")
     model = getattr(model, "_orig_mod", model)
     state_dict = get_peft_model_state_dict(model, adapter_name=adapter_name)
@@ -76,12 +76,11 @@ def convert_to_lora(
     ranks = {}
     for parameter, layer in layers.items():
         linear = parameter.removesuffix(".weight")
-        lora_A, lora_B = _matrices(layer, adapter_name, rank)
-        if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
-            raise ValueError(f"the adapter {adapter_name!r} has NaN or infinity at {parameter}: it is broken")
-        ranks[linear] = len(lora_A)
-        state_dict[f"base_model.model.{linear}.lora_A.weight"] = lora_A
-        state_dict[f"base_model.model.{linear}.lora_B.weight"] = lora_B
+        A, B = _matrices(update_of(layer, adapter_name, parameter), layer.spec.layout, rank)
+        ranks[linear], dtype = len(A), layer.lotra_core[adapter_name].dtype
+        for side, matrix in {"A": A.to(dtype), "B": B.to(dtype)}.items():
+            check_finite([matrix], adapter_name, parameter)  # 16 bits may be too few
+            state_dict[f"{PREFIX}{linear}.lora_{side}.weight"] = matrix.contiguous()
     return _config(tuner, adapter_name, ranks), state_dict
 
 
@@ -114,23 +113,23 @@ def _obstacle(layer: LoTRALayer, adapter_name: str) -> str | None:
     return None
 
 
-@torch.no_grad()
-def _matrices(layer: LoTRALayer, adapter_name: str, rank: int | float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """lora_A, shape (k, n·n_d), and lora_B, shape (m, k), in the adapter's dtype; computed in fp64."""
-    with tensors_in_place(layer):
-        dtype = layer.lotra_core[adapter_name].dtype
-        whole = layer.tucker(adapter_name).map(lambda f: f.detach().to("cpu", torch.float64, copy=True))
-    core, factors = whole.times(layer.scaling[adapter_name])
-    layout, r2 = layer.spec.layout, core.shape[1]
-    rows = Layout(layout.pattern, {**layout.sizes, "o": r2})  # r2 rows in place of the m outputs
-    A = rows.from_canonical(Tucker(core, {mode: U for mode, U in factors.items() if mode != "o"}).dense())
-    B = factors.get("o", torch.eye(r2, dtype=core.dtype))
-    if rank is not None and A.isfinite().all() and B.isfinite().all():
-        (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
-        U, values, V = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-        k = min(rank, len(values)) if isinstance(rank, int) else _least_rank(values, rank)
-        A, B = V[:k] @ Q_A.T, Q_B @ (U[:, :k] * values[:k])
-    return A.to(dtype).contiguous(), B.to(dtype).contiguous()
+def _with_rows(layout: Layout, r: int) -> Layout:
+    """The layout of a matrix with r rows in place of the m outputs."""
+    return Layout(layout.pattern, {**layout.sizes, "o": r})
+
+
+def _matrices(update: Tucker, layout: Layout, rank: int | float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A, shape (k, n·n_d), and lora_B, shape (m, k)."""
+    r2 = update.core.shape[1]
+    B = update.factors.get("o", torch.eye(r2, dtype=update.core.dtype))
+    thin = Tucker(update.core[..., 0], {mode: U for mode, U in update.factors.items() if mode != "o"})
+    A = _with_rows(layout, r2).from_canonical(thin.dense())
+    if rank is None:
+        return A, B
+    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, values, V = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    k = min(rank, len(values)) if isinstance(rank, int) else _least_rank(values, rank)
+    return V[:k] @ Q_A.T, Q_B @ (U[:, :k] * values[:k])
 
 
 def _least_rank(values: torch.Tensor, fraction: float) -> int:
@@ -202,18 +201,14 @@ def adapter_from_lora(
     # A self-contained config adapts these tensors and no others.
     chosen = [replace(known[parameter], ranks=ranks[parameter]) for parameter in factors]
     model = get_peft_model(base, LoTRAConfig(r=1).self_contained(chosen))
-    for parameter, layer in adapted_tensors(model).items():
-        layer.set_tucker(model.active_adapter, factors[parameter])
+    fill(model, factors)
     return model
 
 
 def _tucker(target: Target, A: torch.Tensor, B: torch.Tensor) -> Tucker:
-    layout = target.spec.layout
-    rows = Layout(layout.pattern, {**layout.sizes, "o": len(A)})  # r rows in place of the m outputs
-    core = rows.to_canonical(A)
-    if B.shape[1] >= len(B):  # a rank that fills the outputs
-        return Tucker(torch.einsum("ird,or->iod", core, B))
-    return Tucker(core, {"o": B})
+    core = _with_rows(target.spec.layout, len(A)).to_canonical(A)
+    thin = Tucker(core, {"o": B})
+    return thin.absorb("o") if B.shape[1] >= len(B) else thin  # a rank that fills the outputs
 
 
 def _scaling(config: LoraConfig, linear: str, r: int) -> float:

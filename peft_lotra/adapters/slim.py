@@ -47,7 +47,7 @@ def slim_kan(model: nn.Module, *, init: str = "random", **config: Any) -> PeftMo
         if not torch.isfinite(coefficients).all():
             raise ValueError(f"{target.parameter} has NaN or infinity")
         if init == "hosvd":
-            factors[target] = decompose(coefficients, target.ranks)
+            factors[target.parameter] = decompose(coefficients, target.ranks)
         elif not coefficients.any():
             raise ValueError(
                 f"{target.parameter} is zero, so there is no variance to start from: initialise the layer first"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,30 +41,22 @@ def plot_spectrum(spectra: Mapping[str, Spectrum], ranks: Mapping[str, int | Ran
     unknown = sorted(set(ranks or {}) - set(spectra))
     if unknown:
         raise ValueError(f"`ranks` names {unknown}, which `spectra` does not have; it has {sorted(spectra)}")
-    least = 1.0
-    for axes, (name, spectrum) in zip(panels, spectra.items(), strict=True):
-        norm = math.sqrt(spectrum.energy)
+    shares = [[v / (spectrum.energy**0.5 or 1) for v in spectrum.singular_values] for spectrum in spectra.values()]
+    shown = torch.cat([torch.ones(1), *(values for three in shares for values in three)])
+    for axes, (name, spectrum), three in zip(panels, spectra.items(), shares, strict=True):
+        axes.set(title=f"{name} {spectrum.shape}", xlabel="k", yscale="log")
+        axes.set_ylim(shown[shown > _LEAST].min().item() / 1.5, 1.5)
         marked = (ranks or {}).get(name, (0, 0, 0))
         marked = (marked,) * 3 if isinstance(marked, int) else marked[:3]
-        axes.set(title=f"{name} {spectrum.shape}", xlabel="k", yscale="log" if norm else "linear")
-        modes = zip(_MODES.items(), spectrum.singular_values, marked, strict=True)
-        for (mode, (style, width, colour)), values, rank in modes:
-            shares = (values / norm if norm else values).tolist()
-            # A zero has no place on a logarithmic axis.
-            shares = [share if share > 0 or not norm else math.nan for share in shares]
-            axes.plot(range(1, len(shares) + 1), shares, style, lw=width, color=colour, label=mode)
-            least = min([least, *(share for share in shares if share > _LEAST)])
-            if rank is not None and 0 < rank <= len(shares):
-                axes.plot(rank, shares[rank - 1], "o", color=colour, fillstyle="none", markersize=11)
+        for (mode, (style, width, colour)), values, rank in zip(_MODES.items(), three, marked, strict=True):
+            axes.plot(range(1, len(values) + 1), values.tolist(), style, lw=width, color=colour, label=mode)
+            if rank is not None and 0 < rank <= len(values):
+                axes.plot(rank, values[rank - 1].item(), "o", color=colour, fillstyle="none", markersize=11)
         axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.grid(alpha=0.3)
-    for axes in panels:
-        if axes.get_subplotspec().is_first_col():
-            axes.set_ylabel("σ_k / ‖Δ‖")
-        if axes.get_yscale() == "log":
-            axes.set_ylim(least / 1.5, 1.5)
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("")
+    figure.supylabel("σ_k / ‖Δ‖", fontsize="medium")
     _legend(figure, panels[0], "kept" if ranks else None)
     return figure
 
@@ -90,13 +82,11 @@ def plot_activations(
     figure, panels = _panels("plot_activations", "edges", edges)
     if not layers:
         raise ValueError("`layers` should have at least one layer by label, got none")
-    curves = {
-        label: activation_curves(layer, edges, reference, inputs).float().cpu() for label, layer in layers.items()
-    }
-    styles = ("-", "--", "-.", ":")
-    for k, (axes, (i, o)) in enumerate(zip(panels, edges, strict=True)):
-        for n, (label, curve) in enumerate(curves.items()):
-            axes.plot(inputs.tolist(), curve[k].tolist(), styles[n % len(styles)], label=label)
+    for (label, layer), style in zip(layers.items(), cycle(("-", "--", "-.", ":")), strict=False):
+        curves = activation_curves(layer, edges, reference, inputs)
+        for axes, curve in zip(panels, curves, strict=True):
+            axes.plot(inputs.tolist(), curve.tolist(), style, label=label)
+    for axes, (i, o) in zip(panels, edges, strict=True):
         axes.set(title=f"input {i} → output {o}", xlabel=f"x_{i}", ylabel="φ(x) − φ(reference)")
         axes.grid(alpha=0.3)
     _legend(figure, panels[0])
@@ -117,17 +107,16 @@ def plot_summary(rows: Summary) -> Figure:
         ImportError: without matplotlib.
         ValueError: if there is nothing to draw.
     """
-    adapters = list(rows.totals)
-    own = {adapter: [row for row in rows if row.adapter == adapter] for adapter in adapters}
+    own = {adapter: [row for row in rows if row.adapter == adapter] for adapter in rows.totals}
     height = 1.2 + 0.42 * max(map(len, own.values()), default=0)
-    figure, panels = _panels("plot_summary", "rows", adapters, columns=1, size=(8, height))
-    known = [number for row in rows for number in (row.trained, math.prod(row.modes) if row.modes else 0) if number]
+    figure, panels = _panels("plot_summary", "rows", own, columns=1, size=(8, height))
+    known = [number for row in rows for number in (row.trained, row.size) if number]
     for axes, (adapter, (trained, _, size)) in zip(panels, rows.totals.items(), strict=True):
-        places, numbers = range(len(own[adapter])), [row.trained for row in own[adapter]]
-        sizes = [math.prod(row.modes) if row.modes else 0 for row in own[adapter]]
-        axes.barh([k - 0.2 for k in places], sizes, 0.38, color="0.75", label="coefficients")
+        places = range(len(own[adapter]))
+        axes.barh([k - 0.2 for k in places], [r.size for r in own[adapter]], 0.38, color="0.75", label="coefficients")
+        numbers = [row.trained for row in own[adapter]]
         bars = axes.barh([k + 0.2 for k in places], numbers, 0.38, color="C0", label="trained numbers")
-        axes.bar_label(bars, [f"{row.trained:,}{_ranks_text(row)}" for row in own[adapter]], padding=3, fontsize=9)
+        axes.bar_label(bars, map(_bar_text, own[adapter]), padding=3, fontsize=9)
         axes.set(title=f"{adapter}: {trained:,} trained numbers for {size:,} coefficients", xscale="log")
         axes.set_xlim(min(known, default=3) / 3, max(known, default=1) * 4)  # room for bars and their texts
         axes.set_yticks(places, labels=[row.tensor for row in own[adapter]])
@@ -140,9 +129,9 @@ def plot_summary(rows: Summary) -> Figure:
     return figure
 
 
-def _ranks_text(row: SummaryRow) -> str:
-    """The ranks, as text to append to a bar's number."""
-    return f", ranks {' · '.join('all' if r is None else str(r) for r in row.ranks)}" if row.ranks else ""
+def _bar_text(row: SummaryRow) -> str:
+    ranks = " · ".join("all" if r is None else str(r) for r in row.ranks)
+    return f"{row.trained:,}" + (f", ranks {ranks}" if ranks else "")
 
 
 def _panels(

@@ -38,6 +38,11 @@ class SummaryRow(NamedTuple):
     trained: int
     stored: int
 
+    @property
+    def size(self) -> int:
+        """How many coefficients the tensor has; 0 if it is not a coefficient tensor."""
+        return prod(self.modes) if self.modes else 0
+
 
 class Summary(tuple[SummaryRow, ...]):
     """The rows of `summary`. They print as a table."""
@@ -45,29 +50,23 @@ class Summary(tuple[SummaryRow, ...]):
     @property
     def totals(self) -> dict[str, tuple[int, int, int]]:
         """How many numbers are trained and stored, and how many coefficients are adapted, by adapter."""
-        own = {
-            name: [row for row in self if row.adapter == name] for name in dict.fromkeys(row.adapter for row in self)
-        }
-        return {
-            name: (sum(row.trained for row in rows), sum(row.stored for row in rows), sum(_size(row) for row in rows))
-            for name, rows in own.items()
-        }
+        totals: dict[str, tuple[int, int, int]] = {}
+        for row in self:
+            trained, stored, size = totals.get(row.adapter, (0, 0, 0))
+            totals[row.adapter] = trained + row.trained, stored + row.stored, size + row.size
+        return totals
 
     def __str__(self) -> str:
-        shown = ("adapter", "tensor", "layout", "modes", "ranks", "trained", "stored")
-        lines = [shown, *((*map(_text, row[:5]), f"{row.trained:,}", f"{row.stored:,}") for row in self)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(shown))]
-        table = [
-            "  ".join(
-                cell.rjust(width) if column > 4 else cell.ljust(width) for column, (cell, width) in enumerate(row)
-            )
-            for row in (tuple(zip(line, widths, strict=True)) for line in lines)
-        ]
-        totals = [
-            f"{name}: {trained:,} trained and {stored:,} stored numbers for {size:,} coefficients"
-            for name, (trained, stored, size) in self.totals.items()
-        ]
-        return "\n".join([*table, *totals])
+        texts = [[*(str(cell) if cell else "" for cell in row[:5]), *(f"{n:,}" for n in row[5:])] for row in self]
+        widths = [max(map(len, column)) for column in zip(SummaryRow._fields, *texts, strict=True)]
+        lines = []
+        for line in (SummaryRow._fields, *texts):
+            cells = [cell.ljust(width) for cell, width in zip(line[:5], widths[:5], strict=True)]
+            cells += [cell.rjust(width) for cell, width in zip(line[5:], widths[5:], strict=True)]
+            lines.append("  ".join(cells))
+        for name, (trained, stored, size) in self.totals.items():
+            lines.append(f"{name}: {trained:,} trained and {stored:,} stored numbers for {size:,} coefficients")
+        return "\n".join(lines)
 
 
 def summary(model: nn.Module) -> Summary:
@@ -119,11 +118,3 @@ def summary(model: nn.Module) -> Summary:
                 size = prod(slot.shape)
                 rows.append(SummaryRow(name, key.removeprefix(PREFIX), "", (), (), size, size))
     return Summary(rows)
-
-
-def _size(row: SummaryRow) -> int:
-    return prod(row.modes) if row.modes else 0
-
-
-def _text(cell: object) -> str:
-    return str(cell) if cell else ""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
-from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -40,22 +39,17 @@ class Collected(dict):
         super().update({key: tensor for key, tensor in more.items() if key in names})
 
 
-def check_whole(tensors: Iterable[torch.Tensor], adapter_name: str) -> None:
-    """Raise ValueError if PEFT's `save_pretrained` is about to write tensors of which this process has only a part."""
-    if any_sharded(tensors) and _is_saving():
-        raise ValueError(
-            f"the adapter {adapter_name!r} cannot be saved: each process has only a part of its factors (FSDP2). "
-            "Gather them in all processes, by `state = accelerator.get_state_dict(model)` or `get_model_state_dict("
-            "model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))` of "
-            "torch.distributed.checkpoint.state_dict. Then call `save_pretrained(..., state_dict=state)` in the first "
-            "process"
+def warn_of_parts(tensors: Iterable[torch.Tensor], adapter_name: str) -> None:
+    """Warn if this process has only a part of some tensors. PEFT's `save_pretrained` fails on them, with other words.
+
+    accelerate collects parts by the same function, and writes them in its own way.
+    """
+    if any_sharded(tensors):
+        warnings.warn(
+            f"each process has only a part of the factors of the adapter {adapter_name!r} (FSDP2), which "
+            "`save_pretrained` cannot write. Gather them in all processes, by `state = accelerator.get_state_dict("
+            "model)` or `get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
+            "` of torch.distributed.checkpoint.state_dict. Then call `save_pretrained(..., state_dict=state)` in the "
+            "first process",
+            stacklevel=3,
         )
-
-
-def _is_saving() -> bool:
-    # accelerate collects parts by the same function, and writes them in its own way. PEFT does not tell a tuner which
-    # of the two is running, and calls no method of the tuner between collecting and writing.
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not PeftModel.save_pretrained.__code__:
-        frame = frame.f_back
-    return frame is not None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 
@@ -11,64 +10,45 @@ import torch
 
 from ..coefficients import CoefficientSpec, Layout
 from ..coefficients.spec import parse_slice
-from .layouts import UNCHANGED, NoLayout, NoOutputs, Pair, Responses, bears_out, find_flattened, find_layout, find_part
+from .layouts import UNCHANGED, NoOutputs, Pair, Refused, Responses, bears_out, find_layout, mapped
 from .precision import FINITE_DIFFERENCES, Precision
-from .probe import Inputs, Probe
+from .probe import Inputs, Probe, Underivable, uniform
 
 FLAT = -1  # in place of the feature axis: all axes except the first are flattened
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the run of a layer its response was measured. A layer that is alike can be tested at the same place.
-
-    Attributes:
-        precision, which: those of the probe.
-        frontier, inputs: the numbers of z and u among the recorded tensors.
-        output, feature: the output axis of z and the feature axis of u.
-        joined: whether several z hold consecutive outputs; otherwise they hold the same outputs.
-        finite: whether slopes are finite differences, because the layer has no second derivatives.
-        trace: `Probe.trace` of the run.
-    """
+    """Where in the run of a layer its response was measured. A layer that is alike can be tested at the same place."""
 
     precision: Precision
-    which: int
-    frontier: tuple[int, ...]
-    inputs: Inputs
-    output: int | None
-    joined: bool
-    feature: int | None
-    finite: bool
-    trace: tuple = field(repr=False)
+    which: int  # that of the probe, as the precision
+    frontier: tuple[int, ...]  # the numbers of z among the recorded tensors
+    inputs: Inputs  # u
+    output: int | None  # the output axis of z
+    joined: bool  # whether several z hold consecutive outputs; otherwise they hold the same outputs
+    feature: int | None  # the feature axis of u
+    finite: bool  # whether slopes are finite differences, because the layer has no second derivatives
+    trace: tuple = field(repr=False)  # that of the run
 
 
 class Contraction:
     """The responses of parameters that share z and u."""
 
     def __init__(
-        self,
-        probe: Probe,
-        frontier: tuple[int, ...],
-        inputs: Inputs,
-        paths: list[str],
-        finite: bool | None = None,
+        self, probe: Probe, paths: tuple[str, ...], frontier: tuple[int, ...], inputs: Inputs, finite: bool = False
     ):
-        """`finite` says whether slopes are finite differences. If it is None, the constructor finds out."""
-        self._probe, self._frontier, self._inputs, self._paths = probe, frontier, inputs, paths
-        self._towards_u: dict[bool, list[torch.Tensor]] = {}
-        self._gradients: dict[tuple, dict[str, torch.Tensor]] = {}
+        """`finite` says whether slopes are finite differences."""
+        self._probe, self._paths, self._frontier = probe, paths, frontier
         self._z = [probe.base.tensors[k].detach() for k in frontier]
-        self._tolerance, self._finite = probe.precision.tolerance, bool(finite)
-        if finite:
-            self._tolerance = FINITE_DIFFERENCES
-        if finite is not None:
-            return
-        with suppress(NoLayout):
-            try:
-                self._slope(paths[0], None)
-            except RuntimeError:  # a function has no second derivative, or a tensor was changed in place
-                self._gradients.clear()
-                self._inputs, self._tolerance, self._finite = Inputs((0,)), FINITE_DIFFERENCES, True
+        self._gradients: dict[tuple, dict[str, torch.Tensor]] = {}
+        self._towards_u: dict[bool, tuple[torch.Tensor, ...]] = {}
+        self._set(inputs, finite)
+
+    def _set(self, inputs: Inputs, finite: bool) -> None:
+        self._inputs, self._finite = inputs, finite
+        self._precision = FINITE_DIFFERENCES if finite else self._probe.precision
+        self._u = [self._probe.base.tensors[k].detach() for k in inputs.numbers]
 
     def find(self, path: str, region: str | None) -> tuple[Layout, str | None, Place]:
         """The layout of the coefficient tensor, its slice of the parameter (None for all of it), and the place.
@@ -76,66 +56,55 @@ class Contraction:
         If `region` is given, only this slice is tested.
 
         Raises:
-            NoLayout: if the parameter is not a coefficient tensor.
+            Refused: if the parameter is not a coefficient tensor.
         """
-        z, shape = self._z[0], min((u.shape for u in self._u), key=len)  # other shapes may only add ones at the end
+        try:
+            return self._find(path, region)
+        except Underivable:  # a function has no second derivative, or a tensor was changed in place
+            if self._finite:
+                raise
+            self._set(Inputs((0,)), True)
+            return self._find(path, region)
+
+    def _find(self, path: str, region: str | None) -> tuple[Layout, str | None, Place]:
+        shape = min((u.shape for u in self._u), key=len)  # other shapes may only add ones at the end
         joined = self._inputs.joined and len(self._u) > 1  # several tensors hold consecutive features
-        single = not joined and (shape[1:].numel() if len(shape) > 1 else shape.numel()) == 1
+        single = not joined and (shape[1:] if len(shape) > 1 else shape).numel() == 1
         output, out_axis, out_joined = self._output(path)
         failure = None
         for feature, kernel in [(None, ())] if single else _axis_choices(shape, joined, flat=True):
-            axes = [out_axis] if kernel and z.ndim == 2 + len(kernel) and out_axis is not None else None
-            pair = self._slope(path, feature, joined=joined), self._slope(path, None)
+            pair = self._slope(path, feature, joined=joined), self._slope(path)
             features = 1 if feature is None else _size(shape, feature) * (len(self._u) if joined else 1)
             if feature is not None and not self._fits(pair, features):
                 continue
-            letters = "thw"[3 - len(kernel) :] if kernel else ""
-            positions = {
-                letter: [(self._slope(path, axis, axes), self._slope(path, None, axes))]
-                for letter, axis in zip(letters, kernel, strict=True)
-            }
-            responses = Responses(output, [pair], positions)
+            responses: Responses = {"o": output, "i": pair, **self._positions(path, kernel, out_axis)}
             if region is not None:
-                responses = responses.map(itemgetter(parse_slice(region)))
-            probe = self._probe
-            at = (probe.precision, probe.which, self._frontier, self._inputs, out_axis, out_joined, feature)
-            place = Place(*at, self._finite, probe.trace)
+                responses = mapped(responses, itemgetter(parse_slice(region)))
             try:
-                return find_layout(responses, self._tolerance, features), region, place
-            except NoLayout as no_layout:
-                part = None if no_layout.linear or region else find_part(responses, features, self._tolerance)
-                if part is not None:
-                    return *part, place
-                flat = None if no_layout.linear or region else find_flattened(responses, features, self._tolerance)
-                if flat is not None:
-                    return flat, None, place
-                failure = failure or no_layout
+                layout, part = find_layout(responses, features, self._precision, whole=region is not None)
+            except Refused as refused:
+                failure = failure or refused.with_traceback(None)  # its frames would keep tensors alive
                 if feature == FLAT:  # otherwise a row of the input could pass for functions of its columns
                     break
-        raise failure or NoLayout("its entries cannot be told apart by input feature")
+                continue
+            probe = self._probe
+            at = (probe.precision, probe.which, self._frontier, self._inputs, out_axis, out_joined, feature)
+            return layout, region or part, Place(*at, self._finite, probe.base.trace)
+        raise failure or Refused("its entries cannot be told apart by input feature")
 
     def bears_out(self, specs: list[CoefficientSpec], place: Place) -> bool:
         """Whether the slope of some outputs along some inputs fits the layouts, and is zero for all other entries."""
-        weights, t = self._weights(), self._directions()
-        outputs = inputs = 1
-        if place.output is not None:
-            numbers = self._numbers(self._z, place.output, place.joined)
-            weights, outputs = (
-                _times(weights, [own > 2 for own in numbers], place.output),
-                _count(numbers, place.joined),
-            )
-        if place.feature is not None:
-            numbers = self._numbers(self._u, place.feature, self._inputs.joined)
-            t, inputs = _times(t, [own > 2 for own in numbers], place.feature), _count(numbers, self._inputs.joined)
+        weights, outputs = _upper_half(self._weights(), self._z, place.output, place.joined)
+        t, inputs = _upper_half(self._directions(), self._u, place.feature, self._inputs.joined)
         slopes = self._slopes(t, weights, True)
         return all(
-            bears_out(spec.layout, spec.part(slopes[spec.parameter]), inputs, outputs, self._tolerance)
+            bears_out(spec.layout, spec.part(slopes[spec.parameter]), inputs, outputs, self._precision)
             for spec in specs
         )
 
     def _output(self, path: str) -> tuple[Pair, int | None, bool]:
         """The numbered and the plain response, the output axis of z (None for a single output), and `joined`."""
-        plain = self._response(path, None, True)
+        plain = self._response(path)
         shape = self._z[0].shape
         if all(size == 1 for size in shape[1:]) and (len(shape) > 1 or self._probe.x.ndim > 1):
             return (plain, plain), None, True
@@ -147,110 +116,130 @@ class Contraction:
                     return pair, axis, joined
         raise NoOutputs("its entries cannot be told apart by output")
 
+    def _positions(self, path: str, kernel: Sequence[int], out_axis: int | None) -> Responses:
+        """The responses of one position of the output, with numbers along each position axis of the input."""
+        axes = [out_axis] if kernel and self._z[0].ndim == 2 + len(kernel) and out_axis is not None else None
+        letters = "thw"[3 - len(kernel) :]
+        return {
+            letter: (self._slope(path, axis, axes), self._slope(path, None, axes))
+            for letter, axis in zip(letters, kernel, strict=True)
+        }
+
     def _fits(self, pair: Pair, count: int) -> bool:
         """Whether nearly all ratios are numbers of the numbered axis, so that it tells entries apart."""
         numbered, plain = (side.flatten() for side in pair)
-        if plain.numel() > 2**17:  # a random part is enough
-            self._probe.seed(4)
-            some = self._probe.choice(plain.numel(), 2**16).to(plain.device)
+        if plain.numel() > 2**17:  # a random part is enough, and takes less memory
+            some = torch.randint(plain.numel(), (2**16,), generator=_seeded(4)).to(plain.device)
             numbered, plain = numbered[some], plain[some]
-        tolerance = self._tolerance
-        known = plain.abs() > tolerance.zero * plain.abs().max()
+        known = plain.abs() > self._precision.zero * plain.abs().max()
         if not known.any():
-            raise NoLayout(UNCHANGED)
+            raise Refused(UNCHANGED)
         ratios = numbered[known] / plain[known]
-        numbers = self._probe.numbers(count, ratios).sort().values
-        place = torch.searchsorted(numbers, ratios).clamp(1, max(count - 1, 1))
-        near = torch.stack([numbers[place - 1], numbers[place.clamp(max=count - 1)]])
-        return ((near - ratios).abs().amin(0) <= 3 * tolerance.ratio).double().mean().item() > 0.98
+        steps = max(count - 1, 1)
+        nearest = 1 + 2 * ((ratios - 1) / 2 * steps).round().clamp(0, count - 1) / steps
+        return ((nearest - ratios).abs() <= 3 * self._precision.ratio).double().mean().item() > 0.98
 
-    def _numbers(self, tensors: list[torch.Tensor], axis: int, joined: bool) -> list[torch.Tensor]:
-        """Numbers for an axis of each tensor: all different if the tensors are `joined`, else the same in each."""
-        sizes = [_size(t.shape, axis) for t in tensors]
-        if joined:
-            return list(self._probe.numbers(sum(sizes), tensors[0]).split(sizes))
-        return [self._probe.numbers(sizes[0], tensors[0])] * len(tensors)
-
-    def _response(self, path: str, axis: int | None, joined: bool) -> torch.Tensor:
+    def _response(self, path: str, axis: int | None = None, joined: bool = True) -> torch.Tensor:
         """g at x, where w has numbers along an axis of z."""
-        key = ("output", axis, joined)
+        key = ("output", axis, joined or axis is None)
         if key not in self._gradients:
-            weights = self._weights()
-            if axis is not None:
-                weights = _times(weights, self._numbers(self._z, axis, joined), axis)
+            weights = _times(self._weights(), _numbers(self._z, axis, joined))
             z = [self._probe.base.tensors[k] for k in self._frontier]
-            self._gradients[key] = self._probe.gradients(z, weights, self._paths)
+            self._gradients[key] = self._by_path(z, weights)
         return self._gradients[key][path]
 
-    def _slope(self, path: str, axis: int | None, keep: list[int] | None = None, joined: bool = False) -> torch.Tensor:
+    def _slope(
+        self, path: str, axis: int | None = None, keep: list[int] | None = None, joined: bool = False
+    ) -> torch.Tensor:
         """∂g/∂u · t, where t has numbers along an axis of u. If `keep` is given, w is zero except at one position."""
-        key = ("input", axis, keep is None, joined)
+        key = ("input", axis, keep is None, joined, self._finite)
         if key not in self._gradients:
-            weights, t = self._weights(), self._directions()
+            weights = self._weights()
             if keep is not None:
                 weights = [_middle(w, {0, *keep}) for w in weights]
-            if axis is not None:
-                t = _times(t, self._numbers(self._u, axis, joined), axis)
+            t = _times(self._directions(), _numbers(self._u, axis, joined))
             self._gradients[key] = self._slopes(t, weights, keep is None)
         return self._gradients[key][path]
 
     def _slopes(self, t: list[torch.Tensor], weights: list[torch.Tensor], everywhere: bool) -> dict[str, torch.Tensor]:
         if self._finite:
-            sides = []
-            for run in self._probe.moved(t[0]):
-                z = [run.tensors[k] for k in self._frontier]
-                sides.append(self._probe.gradients(z, weights, self._paths))
-            return {path: sides[0][path] - sides[1][path] for path in self._paths}
+            plus, minus = (
+                self._by_path([run.tensors[k] for k in self._frontier], weights) for run in self._probe.moved(t[0])
+            )
+            return {path: plus[path] - minus[path] for path in self._paths}
+        run = self._probe.base
         if everywhere not in self._towards_u:
-            self._towards_u[everywhere] = self._probe.input_gradient(self._inputs.numbers, self._frontier, weights)
-        towards = self._towards_u[everywhere]
-        moving = [k for k, gradient in enumerate(towards) if gradient.requires_grad]
+            z = [run.tensors[k] for k in self._frontier]
+            u = [run.x if k == 0 else run.tensors[k] for k in self._inputs.numbers]
+            self._towards_u[everywhere] = self._probe.gradient(z, u, weights, again=True)
+        moving = [(g, own) for g, own in zip(self._towards_u[everywhere], t, strict=True) if g.requires_grad]
         if not moving:
-            raise NoLayout(UNCHANGED)
-        return self._probe.gradients([towards[k] for k in moving], [t[k] for k in moving], self._paths)
+            raise Refused(UNCHANGED)
+        return self._by_path(*zip(*moving, strict=True))
 
-    @property
-    def _u(self) -> list[torch.Tensor]:
-        return [self._probe.base.tensors[k].detach() for k in self._inputs.numbers]
+    def _by_path(self, tensors: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """∂/∂P Σ weights · tensors for each parameter P."""
+        values = [self._probe.values[path] for path in self._paths]
+        return dict(zip(self._paths, self._probe.gradient(tensors, values, weights), strict=True))
 
     def _directions(self) -> list[torch.Tensor]:
         """t for each u. If all u hold the same features, all t are the same."""
-        found: list[torch.Tensor] = []
-        for u in self._u:
-            if not found or self._inputs.joined:
-                self._probe.seed(2 + 10 * len(found))
-                found.append(self._probe.uniform(u.shape, u).to(u.dtype))
-            else:
-                found.append(found[0].view(u.shape))
-        return found
+        first = self._u[0]
+        if self._inputs.joined:
+            return [uniform(u.shape, u, _seeded(2 + 10 * k)).to(u.dtype) for k, u in enumerate(self._u)]
+        t = uniform(first.shape, first, _seeded(2)).to(first.dtype)
+        return [t.view(u.shape) for u in self._u]
 
     def _weights(self) -> list[torch.Tensor]:
-        self._probe.seed(3)
+        random = _seeded(3)
         weights = []
         for z in self._z:
             # A product of weights along each axis gives all outputs the same φ. 1 + 1j counts both parts of complex z.
             w = torch.full_like(z, 1 + 1j if z.is_complex() else 1)
             for k, size in enumerate(z.shape):
-                w = w * _along(self._probe.uniform([size], z), k, z.ndim)
+                w = w * _along(uniform([size], z, random), k, z.ndim)
             weights.append(w)
         return weights
 
 
-def _times(tensors: list[torch.Tensor], numbers: list[torch.Tensor], axis: int) -> list[torch.Tensor]:
-    """Multiplies each tensor by its numbers along an axis."""
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _numbers(tensors: list[torch.Tensor], axis: int | None, joined: bool) -> list[torch.Tensor]:
+    """Numbers from 1 to 3 along an axis of each tensor, evenly spaced, in random order; ones if the axis is None.
+
+    All are different if the tensors are `joined`; otherwise they are the same in each tensor.
+    """
+    if axis is None:
+        return [t.new_ones(()) for t in tensors]
+    sizes = [_size(t.shape, axis) for t in tensors]
+    count = sum(sizes) if joined else sizes[0]
+    order = torch.randperm(count, generator=_seeded(1)).to(tensors[0].device, tensors[0].real.dtype)
+    numbers = 1 + 2 * order / max(count - 1, 1)
+    each = numbers.split(sizes) if joined else [numbers] * len(tensors)
     return [
-        t * (own.view(t.shape[1:]) if axis == FLAT else _along(own, axis, t.ndim))
-        for t, own in zip(tensors, numbers, strict=True)
+        own.view(t.shape[1:]) if axis == FLAT else _along(own, axis, t.ndim)
+        for t, own in zip(tensors, each, strict=True)
     ]
+
+
+def _upper_half(
+    weights: list[torch.Tensor], tensors: list[torch.Tensor], axis: int | None, joined: bool
+) -> tuple[list[torch.Tensor], int]:
+    """The weights, with zeros where the number along the axis is not above 2, and how many numbers are above 2."""
+    if axis is None:
+        return weights, 1
+    above = [numbers > 2 for numbers in _numbers(tensors, axis, joined)]
+    return _times(weights, above), sum(int(own.sum()) for own in (above if joined else above[:1]))
+
+
+def _times(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [t * other for t, other in zip(tensors, others, strict=True)]
 
 
 def _size(shape: torch.Size, axis: int) -> int:
     return shape[1:].numel() if axis == FLAT else shape[axis]
-
-
-def _count(numbers: list[torch.Tensor], joined: bool) -> int:
-    """How many numbers lie above 2, the middle of their range."""
-    return sum(int((own > 2).sum()) for own in (numbers if joined else numbers[:1]))
 
 
 def _middle(tensor: torch.Tensor, keep: set[int]) -> torch.Tensor:
@@ -275,19 +264,13 @@ def _axis_choices(
     the feature axis may be `FLAT`, because the layer may flatten its input.
     """
     axes = [axis for axis in range(1, len(shape)) if shape[axis] > 1 or (joined and axis == 1)]
+    if not axes:
+        yield 0, ()
+        return
     if flat and len(axes) > 1 and not joined:
         yield FLAT, ()
-    if len(shape) < 2 or not axes:
-        yield 0, ()
-    elif len(axes) < 3:
-        yield axes[-1], ()
-        if len(axes) == 2:
-            yield axes[0], (axes[1],)
-        if shape[1] == 1 and not joined:  # an image with one channel
-            yield 1, tuple(axes)
-    else:
-        yield axes[0], tuple(axes[1:])
-        yield axes[-1], ()
-        yield from ((axis, ()) for axis in axes[1:-1])
-        if shape[1] == 1 and not joined:
-            yield 1, tuple(axes)
+    last, *middle = ((axis, ()) for axis in (axes[-1], *axes[1:-1]))
+    first = [(axes[0], tuple(axes[1:]) if len(axes) < 5 else ())] if len(axes) > 1 else []
+    yield from [last, *first] if len(axes) < 3 else [*first, last, *middle]
+    if shape[1] == 1 and not joined and len(axes) < 4:  # an image with one channel
+        yield 1, tuple(axes)

@@ -13,124 +13,109 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
 from ..coefficients import Layout
 from ..coefficients.spec import GROUP
+from .precision import Precision
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # (numbered, plain) responses, each with the parameter's shape
+Responses = Mapping[str, Pair]  # by what is numbered: o the outputs, i the inputs; t, h, w positions of the input
 Factor = tuple[str, int]  # (mode, size)
 
-
-LINEAR = "it has one function per input (n_d = 1): a linear weight, no basis axis"
 UNCHANGED = (
     "its response does not change with the input: it is added, as a bias is, or its functions are flat on this sample"
 )
 UNMIXED = "it has functions of one input for one output each, and mixes nothing"
 
 
-class NoLayout(Exception):
-    """The responses fit no layout.
+class Refused(Exception):
+    """A parameter is no coefficient tensor, or cannot be tested.
 
     Attributes:
+        of_class: whether this holds for all layers that are alike.
         linear: whether there is one function per input.
         mixing: whether the parameter is a weight between different inputs and outputs.
     """
 
-    def __init__(self, reason: str, linear: bool = False, mixing: bool = False):
+    def __init__(self, reason: str, of_class: bool = False, linear: bool = False, mixing: bool = False):
         super().__init__(reason)
-        self.linear, self.mixing = linear, mixing
+        self.of_class, self.linear, self.mixing = of_class or linear, linear, mixing
 
 
-class NoOutputs(NoLayout):
+class NoOutputs(Refused):
     """The tensors z of the parameter have no output axis."""
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """Relative differences below which ratios and products are equal, and the relative size of a zero response."""
+def find_layout(responses: Responses, features: int, precision: Precision, whole: bool) -> tuple[Layout, str | None]:
+    """The layout that explains the response of every entry, and the slice of the parameter that has it.
 
-    ratio: float
-    product: float
-    zero: float
-
-
-@dataclass
-class Responses:
-    """The responses of one parameter, in pairs with and without numbers along an axis of outputs or inputs."""
-
-    output: Pair
-    inputs: list[Pair]
-    kernel: Mapping[str, list[Pair]] = field(default_factory=dict)  # by kernel axis: t, h, w
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.output[0].shape
-
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Responses:
-        """Applies `function`, which takes a slice or view of the parameter, to every response."""
-
-        def apply(pairs: list[Pair]) -> list[Pair]:
-            return [(function(numbered), function(plain)) for numbered, plain in pairs]
-
-        return replace(
-            self,
-            output=apply([self.output])[0],
-            inputs=apply(self.inputs),
-            kernel={letter: apply(pairs) for letter, pairs in self.kernel.items()},
-        )
-
-
-def find_layout(responses: Responses, tolerance: Tolerance, features: int) -> Layout:
-    """The layout that explains the response of every entry. `features` is the layer's number of input features.
+    The slice is None for all of the parameter, or if `whole`. `features` is the layer's number of input features.
 
     Raises:
-        NoLayout: if no layout does.
+        Refused: if no layout does.
     """
-    signatures = {"o": [responses.output], "i": responses.inputs, **responses.kernel}
-    ratios = {mode: _ratios(pairs, tolerance) for mode, pairs in signatures.items()}
-    if any(rows.isnan().all() for rows in ratios.values()):
-        raise NoLayout(UNCHANGED)
-    axes = [_factors(ratios, axis, tolerance) for axis in range(len(responses.shape))]
+    try:
+        return _layout(responses, features, precision), None
+    except Refused as refused:
+        found = None
+        if not whole and not refused.linear:
+            found = _part(responses, features, precision) or _flattened(responses, features, precision)
+        if found is None:
+            raise
+        return found
+
+
+def mapped(responses: Responses, function: Callable[[torch.Tensor], torch.Tensor]) -> Responses:
+    """Every response by `function`, which takes a slice or view of the parameter."""
+    return {mode: (function(numbered), function(plain)) for mode, (numbered, plain) in responses.items()}
+
+
+def _layout(responses: Responses, features: int, precision: Precision) -> Layout:
+    ratios = {mode: _ratios(pair, precision) for mode, pair in responses.items()}
+    if any(values.isnan().all() for values in ratios.values()):
+        raise Refused(UNCHANGED)
+    axes = [_factors(ratios, axis, precision) for axis in range(ratios["o"].ndim)]
     modes = {mode for factors in axes for mode, _ in factors}
     if "d" not in modes:
         if _repeats(ratios["i"], axes):
-            raise NoLayout("its entries share inputs, but not along factors of its stored axes")
-        mixing = bool(modes & {"i", "o"})
-        raise NoLayout(LINEAR, True, mixing)
+            raise Refused("its entries share inputs, but not along factors of its stored axes")
+        reason = "it has one function per input (n_d = 1): a linear weight, no basis axis"
+        raise Refused(reason, linear=True, mixing=bool(modes & {"i", "o"}))
     # A single input or a single output (per group) is fine, but without a kernel not both.
     several = math.prod(size for factors in axes for mode, size in factors if mode in ("i", "o"))
-    if several == 1 and not responses.kernel and (features > 1 or "g" in modes):
-        raise NoLayout(UNMIXED)
-    layout = _name_axes(axes, tuple(responses.shape))
-    seen = layout.canonical_shape[0] * layout.sizes.get("g", 1)
-    if features % seen:
-        raise NoLayout("its entries share inputs, but not along factors of its stored axes")
-    _verify(layout, responses, tolerance)
+    if several == 1 and len(responses) == 2 and (features > 1 or "g" in modes):
+        raise Refused(UNMIXED)
+    layout = _name_axes(axes, tuple(ratios["o"].shape))
+    if features % seen_features(layout):
+        raise Refused("its entries share inputs, but not along factors of its stored axes")
+    _verify(layout, responses, precision)
     return layout
 
 
-def _ratios(pairs: list[Pair], tolerance: Tolerance) -> torch.Tensor:
-    """numbered / plain, one row per pair; NaN where the plain response is zero."""
-    rows = []
-    for numbered, plain in pairs:
-        known = plain.abs() > tolerance.zero * plain.abs().max()
-        rows.append(torch.where(known, numbered / torch.where(known, plain, 1), torch.nan))
-    return torch.stack(rows)
+def seen_features(layout: Layout) -> int:
+    """The number of input features of all groups."""
+    return layout.canonical_shape[0] * layout.sizes.get("g", 1)
 
 
-def _span(ratios: torch.Tensor, axis: int, tolerance: Tolerance, most_lines: int = 64) -> tuple[int, int, int]:
+def _ratios(pair: Pair, precision: Precision) -> torch.Tensor:
+    """numbered / plain; NaN where the plain response is zero."""
+    numbered, plain = pair
+    known = plain.abs() > precision.zero * plain.abs().max()
+    return torch.where(known, numbered / torch.where(known, plain, 1), torch.nan)
+
+
+def _span(ratios: torch.Tensor, axis: int, precision: Precision, most_lines: int = 64) -> tuple[int, int, int]:
     """Splits a stored axis into (before, span, after), where `span` is the smallest factor that holds all changes.
 
     Each line of ratios along the axis, as an array (before, span, after), is constant over `before` and `after`.
     """
-    size = ratios.shape[axis + 1]
-    lines = ratios.movedim(axis + 1, -1).reshape(-1, size)
+    size = ratios.shape[axis]
+    lines = ratios.movedim(axis, -1).reshape(-1, size)
     known = (~lines.isnan()).sum(1)
     lines = lines[known.topk(min(most_lines, len(lines))).indices]
     high, low = (torch.where(lines.isnan(), fill, lines) for fill in (-torch.inf, torch.inf))
@@ -138,21 +123,21 @@ def _span(ratios: torch.Tensor, axis: int, tolerance: Tolerance, most_lines: int
     splits = [(size // (k * after), k, after) for k in divisors for after in divisors if size % (k * after) == 0]
     for split in splits:
         top, bottom = high.view(-1, *split).amax((1, 3)), low.view(-1, *split).amin((1, 3))
-        if (top - bottom <= tolerance.ratio * top.abs()).all():  # -inf where no ratio is known
+        if (top - bottom <= precision.ratio * top.abs()).all():  # -inf where no ratio is known
             return split
     raise AssertionError("unreachable: a span of the whole axis fits")
 
 
-def _factors(ratios: Mapping[str, torch.Tensor], axis: int, tolerance: Tolerance) -> list[Factor]:
+def _factors(ratios: Mapping[str, torch.Tensor], axis: int, precision: Precision) -> list[Factor]:
     """The factors of one stored axis, the slowest first. An axis of size 1 has none."""
-    spans = {mode: _span(rows, axis, tolerance) for mode, rows in ratios.items()}
+    spans = {mode: _span(values, axis, precision) for mode, values in ratios.items()}
     edges = {mode: (after, after * span) for mode, (_, span, after) in spans.items() if span > 1}
-    cuts = sorted({1, ratios["o"].shape[axis + 1]}.union(*edges.values()))
+    cuts = sorted({1, ratios["o"].shape[axis]}.union(*edges.values()))
     factors = []
     for low, high in zip(cuts[:-1], cuts[1:], strict=True):
         modes = {mode for mode, (start, stop) in edges.items() if start <= low and high <= stop}
         if high % low or (len(modes) > 1 and modes != {"i", "o"}):
-            raise NoLayout("its entries mix inputs, outputs and kernel positions in no (i, o, d) pattern")
+            raise Refused("its entries mix inputs, outputs and kernel positions in no (i, o, d) pattern")
         # A factor that changes inputs and outputs together is the group of a grouped layer.
         factors.append(("g" if len(modes) == 2 else modes.pop() if modes else "d", high // low))
     return factors[::-1]
@@ -161,7 +146,7 @@ def _factors(ratios: Mapping[str, torch.Tensor], axis: int, tolerance: Tolerance
 def _repeats(ratios: torch.Tensor, axes: list[list[Factor]]) -> bool:
     """Whether the ratios show clearly fewer inputs than the factors of the axes count."""
     counted = math.prod(size for factors in axes for mode, size in factors if mode in ("i", "g"))
-    values = ratios[0][~ratios[0].isnan()].sort().values
+    values = ratios[~ratios.isnan()].sort().values
     steps = values.diff() > 0.1 * (values[-1] - values[0]) / max(counted, 2)
     return int(steps.sum()) + 1 <= 0.75 * counted
 
@@ -187,55 +172,53 @@ def _name_axes(axes: list[list[Factor]], shape: tuple[int, ...]) -> Layout:
     return Layout.fit(" ".join(groups), shape, sizes)
 
 
-def _verify(layout: Layout, responses: Responses, tolerance: Tolerance) -> None:
-    """Raise NoLayout unless every response is the product that the layout implies."""
+def _verify(layout: Layout, responses: Responses, precision: Precision) -> None:
+    """Raise Refused unless every response is the product that the layout implies."""
 
     def canonical(tensor: torch.Tensor) -> torch.Tensor:
         """Shape (i, o, d, k), where k joins all unfactored axes."""
         tensor = layout.to_canonical(tensor)
         return tensor.reshape(*tensor.shape[:3], -1)
 
-    numbered, plain = map(canonical, responses.output)
-    checks: list[tuple[torch.Tensor, torch.Tensor, tuple[int, ...], str]] = [(numbered, plain, (0, 2), "outputs")]
-    checks += [(canonical(a), canonical(b), (1, 2), "input features") for a, b in responses.inputs]
-    for numbered, plain, axes, what in checks:
-        if not _distinct(numbered, plain, axes, tolerance):
-            raise NoLayout(f"its entries share {what}, but not along factors of its stored axes")
-    for pairs in responses.kernel.values():
-        checks += [(canonical(a), canonical(b), (0, 1, 2), "kernel positions") for a, b in pairs]
-    for numbered, plain, axes, what in checks:
-        if not _proportional(numbered, plain, axes, tolerance.ratio):
-            raise NoLayout(f"its {what} follow no pattern: {layout.pattern!r} explains only a part of its entries")
-    for _, plain in [responses.output, *responses.inputs]:
-        if not _share_functions(canonical(plain), tolerance):
-            raise NoLayout("its functions φ_d(x_i) differ from output to output")
-    plain = canonical(responses.output[1]).abs()
-    functions = (plain > tolerance.zero * plain.max()).any(1).sum(1)  # per input (and kernel position)
+    pairs = mapped(responses, canonical)
+    what = dict.fromkeys(responses, "kernel positions") | {"o": "outputs", "i": "input features"}
+    constant = dict.fromkeys(responses, (0, 1, 2)) | {"o": (0, 2), "i": (1, 2)}  # axes along which a ratio is constant
+    for mode in "oi":
+        if not _distinct(*pairs[mode], constant[mode], precision):
+            raise Refused(f"its entries share {what[mode]}, but not along factors of its stored axes")
+    for mode, pair in pairs.items():
+        if not _proportional(*pair, constant[mode], precision.ratio):
+            raise Refused(
+                f"its {what[mode]} follow no pattern: {layout.pattern!r} explains only a part of its entries"
+            )
+    if not all(_share_functions(pairs[mode][1], precision) for mode in "oi"):
+        raise Refused("its functions φ_d(x_i) differ from output to output")
+    plain = pairs["o"][1].abs()
+    functions = (plain > precision.zero * plain.max()).any(1).sum(1)  # per input (and kernel position)
     if (functions > 1).float().mean() < 0.5:
-        raise NoLayout("most inputs show fewer than two functions on this sample")
+        raise Refused("most inputs show fewer than two functions on this sample")
 
 
-def _share_functions(response: torch.Tensor, tolerance: Tolerance) -> bool:
+def _share_functions(response: torch.Tensor, precision: Precision) -> bool:
     """Whether g, shape (i, o, d, k), is s_io · φ_d: the o × d matrix of each input and kernel position has rank 1."""
     curves = response.permute(0, 3, 1, 2)  # (i, k, o, d)
     strongest = curves.square().sum(-1).argmax(-1)[..., None, None].expand(*curves.shape[:2], 1, curves.shape[3])
-    return _proportional(curves, curves.gather(2, strongest).expand_as(curves), (3,), tolerance.product)
+    return _proportional(curves, curves.gather(2, strongest).expand_as(curves), (3,), precision.product)
 
 
-def bears_out(layout: Layout, response: torch.Tensor, inputs: int, outputs: int, tolerance: Tolerance) -> bool:
+def bears_out(layout: Layout, response: torch.Tensor, inputs: int, outputs: int, precision: Precision) -> bool:
     """Whether a response to only `inputs` of the input features and `outputs` of the outputs fits the layout.
 
     The entries of all others must have no response, and these outputs must share their functions.
     """
     stored = layout.to_canonical(response)
-    groups = layout.sizes.get("g", 1)
-    canonical = stored.reshape(*stored.shape[:3], groups, -1)  # (i, o, d, g, k)
-    alive = canonical.abs() > tolerance.zero * canonical.abs().max()
+    canonical = stored.reshape(*stored.shape[:3], layout.sizes.get("g", 1), -1)  # (i, o, d, g, k)
+    alive = canonical.abs() > precision.zero * canonical.abs().max()
     n, m = (int(alive.any(axis).any(1).any(-1).sum()) for axis in (1, 0))
     if not 0 < n <= inputs or not 0 < m <= outputs:
         return False
     chosen = alive.flatten(1).any(1).nonzero()[:32, 0]  # all inputs would cost as much as the layer itself
-    return _share_functions(canonical[chosen].flatten(3), tolerance)
+    return _share_functions(canonical[chosen].flatten(3), precision)
 
 
 def _proportional(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], tolerance: float) -> bool:
@@ -246,73 +229,70 @@ def _proportional(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], toler
     return bool(((a - r * b).abs() <= tolerance * largest + 1e-3 * tolerance * a.abs().max()).all())
 
 
-def _distinct(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], tolerance: Tolerance) -> bool:
+def _distinct(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], precision: Precision) -> bool:
     """Whether r in a = r·b differs between all indices of the remaining mode, for each index of the last axis."""
     squares = (b * b).sum(axes)  # (i or o, k)
     ratios = (a * b).sum(axes) / torch.where(squares > 0, squares, torch.nan)
-    least = min(tolerance.ratio, 0.2 / len(ratios))
+    least = min(precision.ratio, 0.2 / len(ratios))
     return not (ratios.sort(0).values.diff(dim=0) < least).any()  # unknown ratios are NaN and come last
 
 
-def find_flattened(responses: Responses, features: int, tolerance: Tolerance) -> Layout | None:
+def _flattened(responses: Responses, features: int, precision: Precision) -> tuple[Layout, None] | None:
     """A layout with a star, if the parameter has one after all stored axes, or all but one, are flattened."""
-    shape = tuple(responses.shape)
+    shape = tuple(responses["o"][0].shape)
     for start, stop in ((1, len(shape)), (0, len(shape) - 1), (0, len(shape))):
         if stop - start < 2:
             continue
-        with suppress(NoLayout):
-            flat = responses.map(partial(torch.flatten, start_dim=start, end_dim=stop - 1))
-            layout = find_layout(flat, tolerance, features)
+        with suppress(Refused):
+            flat = mapped(responses, partial(torch.flatten, start_dim=start, end_dim=stop - 1))
+            layout = _layout(flat, features, precision)
             groups = GROUP.findall(layout.pattern)
             groups[start] = f"({groups[start].strip('()')})*"
-            return Layout(" ".join(groups), layout.sizes, shape[start:stop])
+            return Layout(" ".join(groups), layout.sizes, shape[start:stop]), None
     return None
 
 
-def find_part(responses: Responses, features: int, tolerance: Tolerance) -> tuple[Layout, str] | None:
+def _part(responses: Responses, features: int, precision: Precision) -> tuple[Layout, str] | None:
     """The layout and the slice of a coefficient tensor that is a part of the parameter, or None.
 
     The rest of the parameter is one weight per input feature, a bias, or both.
     """
-    for axis, size in enumerate(responses.shape):
+    for axis, size in enumerate(responses["o"][0].shape):
         for rest, weights in ((features, features), (features + 1, features), (1, 0)):
             for start in (0, rest) if rest < size else ():
                 stop = start + size - rest
-                beside = responses.map(partial(torch.narrow, dim=axis, start=stop % size, length=rest))
-                if _distinct_inputs(beside.inputs[0], responses.inputs[0], axis, tolerance) != weights:
+                beside = mapped(responses, partial(torch.narrow, dim=axis, start=stop % size, length=rest))
+                if _distinct_inputs(beside["i"], responses["i"], axis, precision) != weights:
                     continue
-                with suppress(NoLayout):
-                    part = responses.map(partial(torch.narrow, dim=axis, start=start, length=size - rest))
-                    layout = find_layout(part, tolerance, features)
-                    complete = layout.canonical_shape[0] * layout.sizes.get("g", 1) == features
-                    if complete and "d" in GROUP.findall(layout.pattern)[axis]:
+                with suppress(Refused):
+                    part = mapped(responses, partial(torch.narrow, dim=axis, start=start, length=size - rest))
+                    layout = _layout(part, features, precision)
+                    if seen_features(layout) == features and "d" in GROUP.findall(layout.pattern)[axis]:
                         bounds = f"{start or ''}:{'' if stop == size else stop}"
                         return layout, ", ".join([":"] * axis + [bounds])
     return None
 
 
-def _distinct_inputs(part: Pair, whole: Pair, axis: int, tolerance: Tolerance) -> int | None:
+def _distinct_inputs(part: Pair, whole: Pair, axis: int, precision: Precision) -> int | None:
     """How many indices of an axis multiply functions of x, or None if two of them multiply the same input."""
     numbered, plain = (side.movedim(axis, 0).flatten(1) for side in part)
     strongest = plain.abs().argmax(1, keepdim=True)
     numbered, plain = numbered.gather(1, strongest)[:, 0], plain.gather(1, strongest)[:, 0]
-    alive = plain.abs() > tolerance.zero * whole[1].abs().max()
+    alive = plain.abs() > precision.zero * whole[1].abs().max()
     ratios = (numbered / plain)[alive].sort().values
-    return len(ratios) if (ratios.diff() > tolerance.ratio).all() else None
+    return len(ratios) if (ratios.diff() > precision.ratio).all() else None
 
 
 def agree(one: Layout, two: Layout) -> bool:
     """Whether two layouts of one shape give each entry the same i, o, d and kernel position, up to renumbering."""
-    labels = []
-    for layout in (one, two):
-        index = torch.arange(math.prod(layout.canonical_shape)).view(layout.canonical_shape)
-        n, m, n_d = index.shape[:3]
-        grid = torch.meshgrid(torch.arange(n), torch.arange(m), torch.arange(n_d), indexing="ij")
-        rest = index[0, 0, 0].flatten()
-        modes = [mode.reshape(n, m, n_d, 1).expand(n, m, n_d, len(rest)) for mode in grid]
-        modes.append(torch.arange(len(rest)).expand(n, m, n_d, -1))
-        labels.append([layout.from_canonical(mode.reshape(layout.canonical_shape)).flatten() for mode in modes])
     return all(
-        len(torch.unique(torch.stack([a, b]), dim=1)[0]) == a.max() + 1 == b.max() + 1
-        for a, b in zip(*labels, strict=True)
+        len(torch.stack([a, b]).unique(dim=1)[0]) == a.max() + 1 == b.max() + 1
+        for a, b in zip(_indices(one), _indices(two), strict=True)
     )
+
+
+def _indices(layout: Layout) -> Iterator[torch.Tensor]:
+    """The i, o, d and kernel position of each entry, in the order of storage."""
+    n, m, n_d, *others = layout.canonical_shape
+    for index in torch.meshgrid(*map(torch.arange, (n, m, n_d, math.prod(others))), indexing="ij"):
+        yield layout.from_canonical(index.reshape(layout.canonical_shape)).flatten()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-
-from .layouts import Tolerance
 
 
 @dataclass
@@ -19,15 +17,19 @@ class Passes:
 
 @dataclass(frozen=True)
 class Precision:
+    """A dtype, and the relative differences that its rounding explains."""
+
     dtype: torch.dtype
-    affine: float
-    tolerance: Tolerance
+    affine: float  # between tensors that should be affine in a parameter, or equal
+    ratio: float  # between ratios of responses
+    product: float  # between products
+    zero: float  # the size of a response that should be zero
 
 
 # float64 comes first. Some layers need float32, because they create float32 tensors.
 PRECISIONS = (
-    Precision(torch.float64, 1e-7, Tolerance(ratio=1e-6, product=1e-7, zero=1e-9)),
-    Precision(torch.float32, 1e-3, Tolerance(ratio=2e-3, product=1e-3, zero=1e-3)),
+    Precision(torch.float64, affine=1e-7, ratio=1e-6, product=1e-7, zero=1e-9),
+    Precision(torch.float32, affine=1e-3, ratio=2e-3, product=1e-3, zero=1e-3),
 )
 
-FINITE_DIFFERENCES = Tolerance(ratio=1e-3, product=1e-5, zero=1e-5)  # in float64
+FINITE_DIFFERENCES = replace(PRECISIONS[0], ratio=1e-3, product=1e-5, zero=1e-5)

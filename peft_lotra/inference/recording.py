@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..preserved import preserved
 
-
-def map_tensors(thing: Any, function: Callable[[torch.Tensor], Any]) -> Any:
-    """A copy of `thing`, in which `function` replaces each tensor, also inside tuples, lists and mappings."""
-    if isinstance(thing, torch.Tensor):
-        return function(thing)
-    if isinstance(thing, Mapping):
-        return {key: map_tensors(value, function) for key, value in thing.items()}
-    if isinstance(thing, tuple):
-        return tuple(map_tensors(value, function) for value in thing)
-    return [map_tensors(value, function) for value in thing] if isinstance(thing, list) else thing
+Call = tuple[tuple, dict[str, Any]]  # the arguments that a module received
+T = TypeVar("T")
 
 
 def tensors_in(thing: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    map_tensors(thing, found.append)
-    return found
+    return [leaf for leaf in tree_leaves(thing) if isinstance(leaf, torch.Tensor)]
 
 
-def _differentiable(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def is_numeric(tensor: torch.Tensor) -> bool:
+    """Whether derivatives with respect to the tensor exist: it has entries, and they are real or complex floats."""
+    return tensor.numel() > 0 and (tensor.is_floating_point() or tensor.is_complex())
+
+
+def reached(start: Iterable[T | None], onward: Callable[[T], Iterable[T | None]]) -> set[T]:
+    """All nodes of a graph that are reached from `start`; `onward` gives the next nodes of each. None is no node."""
+    seen: set[T] = set()
+    stack = list(start)
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += onward(node)
+    return seen
+
+
+def _parents(node: Any) -> list[Any]:
+    """The next nodes of the backward pass."""
+    return [parent for parent, _ in node.next_functions]
+
+
+def _leaf(node: Any) -> torch.Tensor | None:
+    """The leaf to which a node of the backward pass accumulates the gradient."""
+    return getattr(node, "variable", None)
 
 
 class Recorder(TorchFunctionMode):
@@ -38,40 +52,33 @@ class Recorder(TorchFunctionMode):
 
     _IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "matmul")} | {"__setitem__"}
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.tensors: list[torch.Tensor] = []
         self.sources: list[list[int]] = []
         self.overwritten: set[int] = set()  # `tensors` has copies of these
-        self._index: dict[int, int] = {}  # by the id of the tensor
+        self._index: dict[torch.Tensor, int] = {}  # by identity
         self._nodes: dict[Any, int] = {}  # by the tensor's node in the autograd graph
-        self._alive: list[torch.Tensor] = []  # keeps tensors alive, so that Python does not reuse their ids
 
     def index(self, tensor: torch.Tensor, sources: list[int] | None = None) -> int:
         """The number of `tensor`. If `sources` is given, it gets a new number."""
-        if sources is not None or id(tensor) not in self._index:
-            self._index[id(tensor)] = len(self.tensors)
+        if sources is not None or tensor not in self._index:
+            self._index[tensor] = len(self.tensors)
             self.tensors.append(tensor)
             # Scripted functions and autograd.Function create tensors that are not recorded.
             self.sources.append(self._nearest(tensor) if sources is None else sources)
-            self._alive.append(tensor)
-            self._nodes.setdefault(tensor.grad_fn, self._index[id(tensor)])
-        return self._index[id(tensor)]
+            self._nodes.setdefault(tensor.grad_fn, self._index[tensor])
+        return self._index[tensor]
 
     def _nearest(self, tensor: torch.Tensor) -> list[int]:
         """The numbers of the recorded tensors that the backward pass from `tensor` meets first."""
-        found, seen, stack = set(), set(), [tensor.grad_fn]
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            number = self._nodes.get(node, self._index.get(id(getattr(node, "variable", None))))
-            if number is None:
-                stack += [parent for parent, _ in node.next_functions]
-            else:
-                found.add(number)
-        return sorted(found)
+
+        def number(node: Any) -> int | None:
+            leaf = _leaf(node)
+            return self._nodes.get(node) if leaf is None else self._index.get(leaf)
+
+        nodes = reached([tensor.grad_fn], lambda node: _parents(node) if number(node) is None else [])
+        return sorted({k for k in map(number, nodes) if k is not None})
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -97,32 +104,33 @@ class Run:
     """One run of a layer with `values` in place of parameters, in the owners' `__dict__`, as an adapter replaces them.
 
     Attributes:
-        returned: the real or complex tensors that the layer returned.
+        x: the leaf from which the varied input was made.
+        returned: the numeric tensors that the layer returned.
         outputs: the numbers of the returned tensors that require a gradient.
-        tensors: the recorded tensors; `x` has the number 0.
+        tensors: the recorded tensors; the varied input has the number 0.
         sources: the numbers of the tensors from which each was computed.
         overwritten: the numbers of the tensors that the layer changed in place later.
         reassigned: the paths of the parameters that the layer assigned to.
-        x: the leaf from which the input was made.
     """
-
-    x: torch.Tensor
 
     def __init__(
         self,
         layer: nn.Module,
-        args: Any,
-        kwargs: Any,
+        call: Call,
+        varied: torch.Tensor,
         x: torch.Tensor,
-        values: Mapping[str, torch.Tensor],
+        values: Mapping[str, nn.Parameter],
         dtype: torch.dtype,
     ):
+        """`varied` is one of the tensors in `call`, and was made from the leaf `x`."""
+        self.x = x
         places = {path: (layer.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in values}
         before = {path: owner._parameters[name] for path, (owner, name) in places.items()}
         recorder = Recorder()
-        recorder.index(x)
+        recorder.index(varied)
+        args, kwargs = call
         with preserved(layer, training=False, dtype=dtype), torch.enable_grad():
-            for p in filter(_differentiable, layer.parameters()):
+            for p in filter(is_numeric, layer.parameters()):
                 p.requires_grad_(True)  # records whether the layer uses the parameter itself
             for path, (owner, name) in places.items():
                 owner.__dict__[name] = values[path]
@@ -131,21 +139,29 @@ class Run:
             self.reassigned = {
                 path for path, (owner, name) in places.items() if owner._parameters.get(name) is not before[path]
             }
-        self.returned = [t for t in tensors_in(result) if _differentiable(t)]
+        self.returned = list(filter(is_numeric, tensors_in(result)))
         self.outputs = [recorder.index(t) for t in self.returned if t.requires_grad]
         self.tensors, self.sources, self.overwritten = recorder.tensors, recorder.sources, recorder.overwritten
-        self._leaves: dict[int, set[int]] = {}
+        self._leaves: dict[int, set[torch.Tensor | None]] = {}
+
+    @property
+    def trace(self) -> tuple:
+        """The shapes and sources of all recorded tensors. Layers that take the same steps have the same trace."""
+        return tuple(t.shape for t in self.tensors), tuple(map(tuple, self.sources))
 
     def depends(self, number: int, leaf: torch.Tensor) -> bool:
         """Whether the backward pass from a recorded tensor reaches `leaf`."""
         if number not in self._leaves:
             tensor = self.tensors[number]
-            found, seen, stack = {id(tensor)}, set(), [tensor.grad_fn]
-            while stack:
-                node = stack.pop()
-                if node is not None and node not in seen:
-                    seen.add(node)
-                    found.add(id(getattr(node, "variable", None)))
-                    stack += [parent for parent, _ in node.next_functions]
-            self._leaves[number] = found
-        return id(leaf) in self._leaves[number]
+            self._leaves[number] = {tensor, *map(_leaf, reached([tensor.grad_fn], _parents))}
+        return leaf in self._leaves[number]
+
+    def moves(self, number: int) -> bool:
+        """Whether a recorded tensor depends on x."""
+        return self.depends(number, self.x)
+
+    def ancestors(self, numbers: Iterable[int], without: Collection[int] = ()) -> set[int]:
+        """These numbers, and the numbers of all tensors from which these tensors are computed."""
+        return reached(
+            (k for k in numbers if k not in without), lambda k: (s for s in self.sources[k] if s not in without)
+        )

@@ -12,77 +12,63 @@ multiplies: t is the direction of the slope of g, ∂/∂P Σ t · ∂/∂u Σ w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ..coefficients import CoefficientSpec, Layout
 from .contraction import Contraction, Place
-from .layouts import UNMIXED, NoLayout, NoOutputs
-from .precision import PRECISIONS, Passes, Precision
-from .probe import VECTOR, Probe, Refused, Unusable, is_numeric
-from .recording import tensors_in
+from .layouts import UNMIXED, NoOutputs, Refused
+from .precision import PRECISIONS, Passes
+from .probe import VECTOR, Probe, Test, Unusable
+from .recording import Call, is_numeric, tensors_in
 from .scales import scale_of
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of the response test for one parameter of a layer.
+    """The result of the response test for one parameter of a layer."""
 
-    Attributes:
-        spec: the description of the coefficient tensor, if the parameter is one.
-        reason: why the parameter is not a coefficient tensor.
-        linear: whether the parameter is a linear weight on the layer's input. It may still be the coefficient tensor
-            of a module around the layer, if that feeds the layer basis functions.
-        of_class: whether the reason holds for all layers that are alike, for any sample and parameter values.
-        place: where in the run the response was measured, if the parameter is a coefficient tensor.
-        like: the name of the tested layer, if this layer only confirmed its finding.
-    """
-
-    spec: CoefficientSpec | None = None
-    reason: str = ""
+    spec: CoefficientSpec | None = None  # the description of the coefficient tensor, if the parameter is one
+    reason: str = ""  # why the parameter is not a coefficient tensor
+    # Whether the parameter is a linear weight on the layer's input. It may still be the coefficient tensor of a module
+    # around the layer, if that feeds the layer basis functions.
     linear: bool = False
-    of_class: bool = False
-    place: Place | None = field(default=None, repr=False)
-    like: str | None = None
+    of_class: bool = False  # whether the reason holds for all layers alike, for any sample and parameter values
+    place: Place | None = field(default=None, repr=False)  # where in the run the response was measured
+    like: str | None = None  # the tested layer, if this layer only confirmed its finding
 
 
 def infer_layer(
-    layer: nn.Module,
-    args: tuple,
-    kwargs: dict[str, Any],
-    paths: Iterable[str],
-    passes: Passes,
-    region: str | None = None,
+    layer: nn.Module, call: Call, paths: Iterable[str], passes: Passes, region: str | None = None
 ) -> dict[str, Finding]:
     """A finding for each parameter of `layer` in `paths`, or for its slice `region`.
 
-    The layer runs on `args` and `kwargs`, and stays as it was; `passes` counts the runs. If the layer raises an
+    The layer runs on the arguments `call`, and stays as it was; `passes` counts the runs. If the layer raises an
     error, the findings have it as their reason.
     """
-    if any(isinstance(module, torch.jit.ScriptModule) for module in layer.modules()):
-        return dict.fromkeys(paths, Finding(reason="a part of its layer is a TorchScript module", of_class=True))
-    tensors = tensors_in((args, kwargs))
+    tensors = tensors_in(call)
     widest = max((size for t in tensors for size in t.shape), default=1)
-    findings = {path: Finding(reason=_unfit(layer.get_parameter(path), widest), of_class=True) for path in paths}
-    open_paths = [path for path, finding in findings.items() if not finding.reason]
     inputs = sum(map(is_numeric, tensors))
-    if not inputs:
-        empty = any(t.is_floating_point() for t in tensors)
-        what = "only empty tensors on this sample" if empty else "no floating-point tensor"
-        refusal = Finding(reason=f"its layer receives {what}", of_class=True)
-        return findings | dict.fromkeys(open_paths, refusal)
-    if not open_paths:
-        return findings
     reason = ""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in layer.modules()):
+        reason = "a part of its layer is a TorchScript module"
+    elif not inputs:
+        empty = any(t.is_floating_point() for t in tensors)
+        reason = f"its layer receives {'only empty tensors on this sample' if empty else 'no floating-point tensor'}"
+    reasons = {path: reason or _unfit(layer.get_parameter(path), widest) for path in paths}
+    findings = {path: Finding(reason=reason, of_class=True) for path, reason in reasons.items()}
+    open_paths = [path for path, reason in reasons.items() if not reason]
     for precision in PRECISIONS:
         try:
             for which in range(min(inputs, 4)):
                 if open_paths:
-                    found = _test(Probe(layer, args, kwargs, precision, which, passes), open_paths, region)
+                    found = _test(Probe(layer, call, precision, which, passes), open_paths, region)
                     findings |= {path: finding for path, finding in found.items() if which == 0 or finding.spec}
                     open_paths = [path for path in open_paths if findings[path].spec is None]
             return findings
@@ -90,6 +76,7 @@ def infer_layer(
             reason = str(unusable)
         except Exception as error:  # one unusual layer must not end the search in a large model
             reason = f"it cannot be tested: {type(error).__name__}: {error}"
+            break
     return findings | {path: Finding(reason=reason) for path in open_paths}
 
 
@@ -105,118 +92,150 @@ def _unfit(parameter: nn.Parameter, widest: int) -> str:
 
 
 def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Finding]:
-    results: dict[str, Finding] = {}
-    tensors: dict[str, tuple[int, ...]] = {}
+    findings: dict[str, Finding] = {}
+    own: dict[str, tuple[int, ...]] = {}
     weights = []  # parameters that multiply functions of x
-    found: dict[str, tuple[CoefficientSpec, Place]] = {}
     for path in paths:
         try:
-            tensors[path] = probe.contractions(path)
+            own[path] = probe.contractions(path)
         except Refused as refused:
-            results[path] = Finding(reason=str(refused), of_class=refused.of_class)
-    contractions: dict[tuple, Contraction] = {}
-    for members, z in probe.groups(tensors):
+            findings[path] = Finding(reason=str(refused), of_class=refused.of_class)
+    contraction = cache(partial(Contraction, probe))
+    for members, z in probe.groups(own):
         for path in members:
+            alone: list[Test] = [((path,), own[path])] if len(members) > 1 else []
             try:
-                layout, part, place = _layout(probe, path, members, z, tensors[path], region, contractions)
+                layout, part, place = _layout(probe, path, [(members, z), *alone], region, contraction)
                 scale, scale_layout = (None, None) if part else scale_of(probe, path, place.frontier, layout)
-                spec = CoefficientSpec(path, layout, scale, scale_layout, part)
-                results[path] = Finding(spec, place=place)
+                findings[path] = Finding(CoefficientSpec(path, layout, scale, scale_layout, part), place=place)
                 weights.append(path)
-                found[path] = spec, place
             except Refused as refused:
-                results[path] = Finding(reason=str(refused))
-            except NoLayout as failure:
-                linear = failure.linear and probe.sees_x(path, z)
-                reason = _reason(failure, probe, path, z)
-                results[path] = Finding(reason=reason, linear=linear, of_class=failure.linear)
-                if failure.mixing:
+                refused.with_traceback(None)
+                linear = refused.linear and probe.sees_x(path, z)
+                reason = _reason(refused, probe, path, z)
+                findings[path] = Finding(reason=reason, linear=linear, of_class=refused.of_class)
+                if refused.mixing:
                     weights.append(path)
-    for path, (spec, place) in found.items():
-        others = [other for other in weights if other not in (path, spec.scale)]
-        inside = [other for other in others if probe.in_basis(path, place.frontier, place.inputs.numbers, other)]
-        if inside:
-            reason = f"its functions of x contain the weights {inside}: it is the layer of a network behind them"
-            results[path] = Finding(reason=reason, of_class=True)
-    return results
+    return findings | _inner_layers(probe, findings, weights)
 
 
-def _reason(failure: NoLayout, probe: Probe, path: str, z: tuple[int, ...]) -> str:
-    """The reason for a failure, with its cause if the run shows one."""
-    if failure.linear and (shaping := probe.shaping(path, z)):
+def _inner_layers(probe: Probe, findings: dict[str, Finding], weights: list[str]) -> dict[str, Finding]:
+    """Refusals of what was found in the outer layers of a network: its functions of x contain other weights."""
+    refused = {}
+    for path, finding in findings.items():
+        if finding.spec is not None and finding.place is not None:
+            place, spec = finding.place, finding.spec
+            others = [other for other in weights if other not in (path, spec.scale)]
+            inside = [other for other in others if probe.in_basis(path, place.frontier, place.inputs.numbers, other)]
+            if inside:
+                reason = f"its functions of x contain the weights {inside}: it is the layer of a network behind them"
+                refused[path] = Finding(reason=reason, of_class=True)
+    return refused
+
+
+def _reason(refused: Refused, probe: Probe, path: str, z: tuple[int, ...]) -> str:
+    """The reason for a refusal, with its cause if the run shows one."""
+    if refused.linear and (shaping := probe.shaping(path, z)):
         return (
             f"every input and output has one function, shaped by {shaping}: there are no functions that the outputs "
             "share (n_d = 1)"
         )
-    if str(failure) == UNMIXED and not {*z} & {*probe.base.outputs}:
+    if str(refused) == UNMIXED and not {*z} & {*probe.base.outputs}:
         return f"{UNMIXED}: what follows is not linear, so that no sum over inputs is affine in it"
-    return str(failure)
+    return str(refused)
 
 
 def _layout(
-    probe: Probe,
-    path: str,
-    members: list[str],
-    z: tuple[int, ...],
-    own: tuple[int, ...],
-    region: str | None,
-    contractions: dict[tuple, Contraction],
+    probe: Probe, path: str, tests: list[Test], region: str | None, contraction: Callable[..., Contraction]
 ) -> tuple[Layout, str | None, Place]:
-    """The layout, slice and place of a parameter, which is tested together with others, and then alone.
-
-    Args:
-        members, z: the parameters that can be tested together, and their tensors z.
-        own: the tensors z of this parameter.
-        contractions: a cache that these members share.
+    """The layout, slice and place of a parameter in the first of the tests that shows them.
 
     Raises:
-        NoLayout, Refused: why the parameter is not a coefficient tensor.
+        Refused: why the parameter is not a coefficient tensor.
     """
-    failure: NoLayout | None = None
-    tests = [(members, z)] + ([([path], own)] if len(members) > 1 else [])
+    failure: Refused | None = None
     while tests:
         paths, frontier = tests.pop(0)
-        try:
-            for inputs in probe.inputs_of(paths, frontier):
-                key = (*paths, frontier, inputs)
-                if key not in contractions:
-                    contractions[key] = Contraction(probe, frontier, inputs, paths)
-                try:
-                    return contractions[key].find(path, region)
-                except NoLayout as no_layout:
-                    failure = failure or no_layout
-                    if no_layout.linear or isinstance(no_layout, NoOutputs):
-                        raise
-        except NoOutputs:  # a linear operation after the contraction may mix the outputs
-            first = probe.first_contraction(path, frontier)
-            tests = [([path], first)] if first != frontier else []
+        for inputs in probe.inputs_of(paths, frontier):
+            try:
+                return contraction(paths, frontier, inputs).find(path, region)
+            except Refused as refused:
+                if refused.linear:
+                    raise
+                failure = failure or refused.with_traceback(None)  # its frames would keep tensors alive
+                if isinstance(refused, NoOutputs):  # a linear operation after the contraction may mix the outputs
+                    first = probe.first_contraction(path, frontier)
+                    tests = [((path,), first)] if first != frontier else []
+                    break
     assert failure is not None
     raise failure
 
 
-def confirm_layer(
-    layer: nn.Module, args: tuple, kwargs: dict[str, Any], findings: Mapping[str, Finding], passes: Passes
-) -> bool:
+@dataclass
+class LayerTests:
+    """The findings of the layers of one model. A layer that is like a tested one only confirms its findings."""
+
+    _known: dict[type, list[tuple[Any, str, dict[str, Finding]]]] = field(default_factory=dict)
+
+    def findings(
+        self, name: str, layer: nn.Module, call: Call, paths: Iterable[str], passes: Passes, region: str | None = None
+    ) -> dict[str, Finding]:
+        """The findings of a tested layer that is like `layer`, if `layer` confirms them; else those of `infer_layer`.
+
+        Findings without a coefficient tensor are reused only if their reasons hold for the whole class.
+        """
+        paths = list(paths)
+        if not paths:
+            return {}
+        known = self._known.setdefault(type(layer), [])
+        likeness = [_likeness(layer, call), paths, region]
+        for other, of, findings in known:
+            if _equal(other, likeness) and _confirms(layer, call, findings, passes):
+                return {path: replace(finding, like=of) for path, finding in findings.items()}
+        findings = infer_layer(layer, call, paths, passes, region)
+        found = any(finding.spec for finding in findings.values())
+        if found or all(finding.of_class for finding in findings.values()):
+            known.append((likeness, name, findings))
+        return findings
+
+
+def _likeness(layer: nn.Module, call: Call) -> Any:
+    """What is equal in layers that are alike: classes, attributes, shapes and dtypes, but not the tensors' values."""
+    modules = []
+    for name, module in layer.named_modules():
+        held = {key: value for key, value in vars(module).items() if key not in ("forward", "_modules")}
+        modules.append((name, type(module), held))
+    return tree_map_only(torch.Tensor, lambda t: (t.shape, t.dtype, t.device, type(t)), [modules, call])
+
+
+def _equal(one: Any, two: Any) -> bool:
+    try:
+        return bool(one == two)
+    except Exception:  # for example if an attribute is an array
+        return False
+
+
+def _confirms(layer: nn.Module, call: Call, findings: Mapping[str, Finding], passes: Passes) -> bool:
     """Whether the layer confirms the findings of another layer with the same class, settings and shapes.
 
     The layer must take the same steps. In the slope ∂/∂P Σ t · ∂/∂u Σ w z, w is zero for half of the outputs and t
     for half of the input features. The slope must be zero for the entries of these outputs and features, and the
     other outputs must share their functions. This takes one forward and two backward passes.
     """
-    runs: dict[tuple[Precision, int], dict[Place, list[CoefficientSpec]]] = {}
+    places: dict[Place, list[CoefficientSpec]] = {}
     for finding in findings.values():
         if finding.spec is not None and finding.place is not None:
-            place = finding.place
-            runs.setdefault((place.precision, place.which), {}).setdefault(place, []).append(finding.spec)
+            places.setdefault(finding.place, []).append(finding.spec)
+    probe = cache(lambda precision, which: Probe(layer, call, precision, which, passes, repeats=False))
     try:
-        for run, places in runs.items():
-            probe = Probe(layer, args, kwargs, *run, passes, repeats=False)
-            for place, specs in places.items():
-                contraction = Contraction(
-                    probe, place.frontier, place.inputs, [spec.parameter for spec in specs], place.finite
-                )
-                if probe.trace != place.trace or not contraction.bears_out(specs, place):
-                    return False
-    except Exception:  # any error of the layer: it is then tested itself
+        for place, specs in places.items():
+            own = probe(place.precision, place.which)
+            if own.base.trace != place.trace:
+                return False
+            paths = tuple(spec.parameter for spec in specs)
+            contraction = Contraction(own, paths, place.frontier, place.inputs, place.finite)
+            if not contraction.bears_out(specs, place):
+                return False
+    except (Refused, Unusable):  # it is then tested itself
         return False
     return True

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from ..preserved import preserved
-from .recording import map_tensors, tensors_in
-
-Call = tuple[tuple, dict[str, Any]]  # the arguments that a module received
+from .recording import Call, tensors_in
 
 
 def walk(
@@ -38,30 +37,24 @@ def walk(
     """
     seen: set[str] = set()
     visiting = False
-    failure: Exception | None = None  # an error in a visit, which is no fault of the sample
     progress = tqdm(total=len(modules), desc="layers", unit="layer", delay=5, leave=False, dynamic_ncols=True)
 
     def recording(name: str, module: nn.Module, forward: Callable) -> Callable:
         @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal visiting, failure
+            nonlocal visiting
             if visiting or name in seen:
                 return forward(*args, **kwargs)
             seen.add(name)
             with torch.inference_mode(False):
-                call = map_tensors((args, kwargs), lambda t: t.detach().clone())
+                call = tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (args, kwargs))
             result = forward(*args, **kwargs)
-            visiting = True
-            try:
-                with torch.inference_mode(False), ExitStack() as stack:
-                    for device in {t.device.type for t in (*tensors_in(call), *module.parameters())} - {"meta"}:
-                        stack.enter_context(torch.autocast(device, enabled=False))
-                    visit(name, module, call)
-            except Exception as error:
-                failure = error
-                raise
-            finally:
-                visiting = False
+            visiting = True  # remains after an error, which is then no fault of the sample
+            with torch.inference_mode(False), ExitStack() as stack:
+                for device in {t.device.type for t in (*tensors_in(call), *module.parameters())} - {"meta"}:
+                    stack.enter_context(torch.autocast(device, enabled=False))
+                visit(name, module, call)
+            visiting = False
             progress.update()
             return result
 
@@ -74,9 +67,9 @@ def walk(
         try:
             model(*sample, **kwargs)
         except Exception as error:
-            if failure is not None:
-                raise failure from None
+            if visiting:
+                raise
             raise ValueError(
-                f"the model fails on this sample, which should be what its forward takes, of the right shape, dtype "
+                "the model fails on this sample, which should be what its forward takes, of the right shape, dtype "
                 f"and device: {type(error).__name__}: {error}"
             ) from error

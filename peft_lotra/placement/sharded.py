@@ -77,14 +77,22 @@ def write(tensor: torch.Tensor, values: torch.Tensor, rows: slice = slice(None))
 
 @torch.no_grad()
 def checksum(tensor: Any) -> int:
-    """Σ_i (2 i + 1) · bits(x_i) mod 2^64 of this process's part of a tensor. Any change of one entry changes it."""
+    """Σ_i mix(bits(x_i) + i · φ) mod 2^64 of this process's part of a tensor. Any change of one entry changes it.
+
+    φ and the one-to-one function `mix` are those of splitmix64. In a sum of the bits themselves, changes of upper bits
+    alone, as of signs or by a factor of 2, would cancel.
+    """
     flat = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().flatten()
     flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
     bits = flat.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    odd = torch.arange(1, 2 * min(len(bits), 2**20), 2, device=bits.device)
-    total = odd.new_zeros(())
-    for k, block in enumerate(bits.split(2**20)):
-        total += (block * (odd[: len(block)] + k * 2**21)).sum()
+    total = torch.zeros((), dtype=torch.long, device=bits.device)
+    for k, block in enumerate(bits.split(2**16)):
+        places = torch.arange(k * 2**16, k * 2**16 + len(block), device=bits.device)
+        mixed = places * -0x61C8864680B583EB + block
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
+            mixed ^= (mixed >> shift) & (2 ** (64 - shift) - 1)
+            mixed *= factor
+        total += mixed.sum()
     return int(total)
 
 

@@ -1,4 +1,4 @@
-"""Checks what `residual_fn` returns for a batch of one kind of residuals."""
+"""One kind of residuals: its part of the batch, and what `residual_fn` returns for it, checked."""
 
 from __future__ import annotations
 
@@ -6,85 +6,87 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from .losses import ConvexLoss, OutputLoss, described
+from .losses import ConvexLoss, LeastSquares, OutputLoss, described
 
 Function = Callable[[Callable[..., Any], Any], Any]
 Loss = str | OutputLoss
+Net = Callable[..., Any]
+# The outputs in fp64 (residuals, for least squares), the targets, and the weights of the samples
+Answer = tuple[torch.Tensor, Any, torch.Tensor]
 
 
 class Kind(NamedTuple):
-    """A kind of residuals. `batch` has `size` rows, and `loss` is None for least squares."""
+    """A kind of residuals, or of outputs under a loss. `batch` has `size` rows."""
 
     name: str
     function: Function
-    loss: ConvexLoss | None
+    loss: ConvexLoss
     batch: Any
     size: int
 
-    def chunks(self, rows: int) -> Iterator[tuple[Any, int]]:
-        """Parts of the batch of up to `rows` rows, each with its number of rows."""
+    @property
+    def noun(self) -> str:
+        return "residuals" if isinstance(self.loss, LeastSquares) else "outputs"
+
+    def chunks(self, rows: int) -> Iterator[Any]:
+        """Parts of the batch of up to `rows` rows."""
         leaves, spec = tree_flatten(self.batch)
-        for chunk in zip(*(leaf.split(rows) for leaf in leaves), strict=True):
-            yield spec.unflatten(chunk), len(chunk[0])
+        return (spec.unflatten(chunk) for chunk in zip(*(leaf.split(rows) for leaf in leaves), strict=True))
+
+    def first(self, rows: int) -> Any:
+        """The first rows of the batch."""
+        return tree_map(lambda leaf: leaf[:rows], self.batch)
+
+    def outputs(self, net: Net, part: Any) -> torch.Tensor:
+        """The outputs for a part of the batch, as `residual_fn` returns them."""
+        given = self.function(net, part)
+        return given if isinstance(self.loss, LeastSquares) else given[0]
+
+    def factors(self, net: Net, part: Any) -> torch.Tensor | None:
+        """√w F of each sample, shape (N, ..., k, m). None for least squares, whose F = I takes no pass."""
+        if isinstance(self.loss, LeastSquares):
+            return None
+        outputs, targets, weights = self.answer(net, part)
+        return weighted(weights.sqrt(), self.loss.factor(outputs, targets))
+
+    def answer(self, net: Net, part: Any) -> Answer:
+        """What `residual_fn` returns for a part of the batch, or ValueError or TypeError if that cannot be used."""
+        given, rows = self.function(net, part), len(tree_leaves(part)[0])
+        should = f"`residual_fn{at(self.name)}` should give"
+        if isinstance(self.loss, LeastSquares):
+            given = (given, None)
+        elif not isinstance(given, tuple) or len(given) not in (2, 3):
+            raise TypeError(
+                f"{should} a pair, (outputs, targets), or (outputs, targets, weights), for a `loss` other than "
+                f"'least_squares', but it gave {described(given)}"
+            )
+        outputs, targets, *weights = given
+        if not isinstance(outputs, torch.Tensor) or not outputs.is_floating_point():
+            got = f"one of {outputs.dtype}" if isinstance(outputs, torch.Tensor) else described(outputs)
+            raise TypeError(
+                f"{should} a tensor of real floating-point numbers as {self.noun}, made by torch from what `net` "
+                f"returns, but it gave {got}"
+            )
+        if not outputs.ndim or len(outputs) != rows or not outputs.numel():
+            raise ValueError(
+                f"{should} {self.noun} of {rows} samples, shape ({rows}, ...), not their mean or sum, but they are "
+                f"{described(outputs)}"
+            )
+        if wrong := self.loss.check(outputs, targets):
+            raise ValueError(f"{should} {wrong}")
+        weight = weights[0] if weights else outputs.new_ones(rows)
+        if not isinstance(weight, torch.Tensor) or weight.shape != (rows,):
+            raise ValueError(f"{should} weights of shape ({rows},), one for each sample, not {described(weight)}")
+        if not (weight.isfinite() & (weight >= 0)).all():
+            raise ValueError(f"{should} weights of at least 0, but they go from {weight.min()} to {weight.max()}")
+        return outputs.double(), targets, weight.double()
 
 
-class Answer(NamedTuple):
-    """What `residual_fn` returns if there is a loss: outputs in fp64, targets, and the weights of the samples."""
-
-    outputs: torch.Tensor
-    targets: Any
-    weights: torch.Tensor
-
-    def over_samples(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The weights in a shape that broadcasts to a tensor with a row for each sample."""
-        return self.weights.view(-1, *[1] * (tensor.ndim - 1))
-
-
-def first_of(kind: Kind, answer: Any) -> torch.Tensor:
-    """The residuals, or the outputs if there is a loss."""
-    return answer if kind.loss is None else answer[0]
-
-
-def residuals_of(kind: Kind, values: Any, rows: int) -> torch.Tensor:
-    _check_real(f"`residual_fn{at(kind.name)}` should give", values)
-    if values.ndim not in (1, 2) or len(values) != rows or not values.numel():
-        raise ValueError(
-            f"`residual_fn{at(kind.name)}` should give the residuals of every sample, shape ({rows},) or ({rows}, k) "
-            f"for a batch of {rows}, not their mean or sum, but it gave {tuple(values.shape)}"
-        )
-    return values
-
-
-def answer_of(kind: Kind, given: Any, rows: int, loss: ConvexLoss) -> Answer:
-    should = f"`residual_fn{at(kind.name)}` should give"
-    if not isinstance(given, tuple) or len(given) not in (2, 3):
-        raise TypeError(
-            f"{should} a pair, (outputs, targets), or (outputs, targets, weights), for a `loss` other than "
-            f"'least_squares', but it gave {described(given)}"
-        )
-    outputs, targets, *weights = given
-    _check_real(f"{should}, first in the pair,", outputs)
-    if not outputs.ndim or len(outputs) != rows or not outputs.numel():
-        raise ValueError(f"{should} outputs of {rows} samples, shape ({rows}, ...), but they are {described(outputs)}")
-    if wrong := loss.check(outputs, targets):
-        raise ValueError(f"{should} {wrong}")
-    weight = weights[0] if weights else outputs.new_ones(rows)
-    if not isinstance(weight, torch.Tensor) or weight.shape != (rows,):
-        raise ValueError(f"{should} weights of shape ({rows},), one for each sample, but they are {described(weight)}")
-    if not (weight.isfinite() & (weight >= 0)).all():
-        raise ValueError(f"{should} weights of at least 0, but they go from {weight.min()} to {weight.max()}")
-    return Answer(outputs.double(), targets, weight.double())
-
-
-def _check_real(should: str, values: Any) -> None:
-    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
-        got = f"one of {values.dtype}" if isinstance(values, torch.Tensor) else f"a {type(values).__qualname__}"
-        raise TypeError(
-            f"{should} a tensor of real floating-point numbers, made by torch from what `net` returns, but it gave "
-            f"{got}"
-        )
+def weighted(weights: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with a row for each sample, times the weights of the samples."""
+    return torch.einsum("n,n...->n...", weights, tensor)
 
 
 def at(name: str) -> str:

@@ -1,8 +1,9 @@
-"""Checks of the arguments and models of second-order fits."""
+"""Checks of the arguments and models of this room."""
 
 from __future__ import annotations
 
 import math
+from inspect import signature
 from numbers import Integral, Real
 from typing import Any
 
@@ -23,6 +24,17 @@ def check_numbers(**arguments: tuple[Any, float]) -> None:
             raise ValueError(
                 f"`{name}` should be a {kind} number {relation} {bound} but the value passed is {value!r}"
             )
+
+
+def check_callable(argument: str, function: Any, wanted: str, *given: object) -> None:
+    """Raise TypeError, naming the argument and what is wanted, unless `function` can be called with `given`."""
+    try:
+        signature(function).bind(*given)
+    except TypeError:
+        takes = f", which takes the arguments {signature(function)}" if callable(function) else ""
+        raise TypeError(f"`{argument}` should be {wanted} but the value passed is {function!r}{takes}") from None
+    except ValueError:
+        pass  # some builtins have no signature
 
 
 def check_differentiable(model: nn.Module) -> None:

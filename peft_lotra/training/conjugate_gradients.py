@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from .damped_system import DampedSystem, Prior, Rows, norm_of
-from .processes import Processes
+from .damped_system import DampedSystem, Equation, Rows
 
 # Estimated error at which the iteration ends, as a fraction of the step in the norm of the matrix. The predicted gain
 # lacks the square of it.
 _TOLERANCE = 1e-3
 _MOST_PRODUCTS, _LAST = 200, 4
+_Map = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ConjugateGradients(DampedSystem):
@@ -22,7 +22,6 @@ class ConjugateGradients(DampedSystem):
     √(rows of the kind / rows drawn of it). Wherever the iteration ends, its δ is a step downhill.
 
     Args:
-        blocks, residuals, size, prior, further, norm, processes: as for `NormalEquations`.
         product: the function v ↦ JᵀJv, with the rows of this process. shapes: (P,)
         drawn: m.
         kinds: how many rows of J belong to each kind of residuals, in their order.
@@ -30,43 +29,17 @@ class ConjugateGradients(DampedSystem):
     Source: Hestenes and Stiefel (1952); Woodbury's formula.
     """
 
-    def __init__(
-        self,
-        blocks: Iterable[torch.Tensor],
-        residuals: torch.Tensor,
-        size: int,
-        product: Callable[[torch.Tensor], torch.Tensor],
-        drawn: int,
-        kinds: Sequence[int] = (),
-        prior: Prior | None = None,
-        further: torch.Tensor | None = None,
-        norm: float | None = None,
-        processes: Processes | None = None,
-    ) -> None:
-        self.processes, self.product = processes or Processes(False), product
-        self.tolerance, self.most_products = _TOLERANCE, _MOST_PRODUCTS
-        gradient, squares = residuals.new_zeros(size), residuals.new_zeros(size)
-        chosen, scales = _drawn(kinds or [len(residuals)], drawn, residuals.device)
-        sample, done, filled = torch.empty(0), 0, 0
-        for block in blocks:
-            if not done:
-                sample = block.new_empty(len(chosen), size)
-            inside = chosen[filled:][chosen[filled:] < done + len(block)] - done
-            sample[filled : filled + len(inside)] = block[inside]
-            filled += len(inside)
-            for part, right in zip(block.split(256), residuals[done : done + len(block)].split(256), strict=True):
-                wide = part.double()
-                gradient.addmv_(wide.T, right)
-                squares += wide.square_().sum(dim=0) if wide is not part else wide.square().sum(dim=0)
-            done += len(block)
-        self.sample = Rows(sample.mul_(scales.to(sample).unsqueeze(1)))
-        for part in (gradient, squares):
-            self.processes.sum(part)
-        norm = norm_of(residuals, self.processes) if norm is None else norm
-        self._measure(gradient, squares, norm, prior, further)
-        # Only the first process computes the preconditioner.
-        once = self.processes.is_first and not self.decay and self.scale > 0
-        self.gram = self.sample.gram(self.diagonal) if once else None
+    def __init__(self, equation: Equation, product: _Map, drawn: int, kinds: Sequence[int]) -> None:
+        self.product, self.tolerance, rest = product, _TOLERANCE, equation.rest
+        self.chosen, self.scales = (part.to(rest.device) for part in _drawn(kinds, drawn))
+        self.sample = Rows(rest.new_empty(len(self.chosen), len(rest), dtype=equation.dtype))
+        super().__init__(equation)
+
+    def _keep(self, block: torch.Tensor, rows: slice) -> None:
+        bounds = torch.searchsorted(self.chosen, self.chosen.new_tensor([rows.start, rows.stop]))
+        here = slice(*bounds.tolist())
+        drawn = block[self.chosen[here] - rows.start]
+        self.sample.matrix[here] = drawn.mul_(self.scales[here].unsqueeze(1))
 
     def step(self, damping: float) -> torch.Tensor:
         shift = damping * self.diagonal + self.decay
@@ -75,7 +48,7 @@ class ConjugateGradients(DampedSystem):
         direction = torch.zeros_like(rest)
         gains: list[float] = []  # by which δᵀAδ grows
         before = 1.0  # the squared preconditioned norm of `rest`, one product ago
-        for number in range(self.most_products):
+        for number in range(_MOST_PRODUCTS):
             conditioned = self.processes.of_first(precondition(rest))
             now = (rest @ conditioned).item()
             direction = conditioned + (now / before if number else 0.0) * direction
@@ -98,31 +71,28 @@ class ConjugateGradients(DampedSystem):
         """The same for the δ that `step` returned last, whose equation has an error, `missing`, on the right side."""
         return super().predicted_gain(step, damping, rate) + rate**2 * (self.missing @ step).item()
 
-    def _preconditioner(self, shift: torch.Tensor, damping: float) -> Callable[[torch.Tensor], torch.Tensor]:
-        if not self.processes.is_first:
+    def _preconditioner(self, shift: torch.Tensor, damping: float) -> _Map:
+        if not self.processes.is_first:  # the first process's is taken
             return torch.empty_like
-        gram, unit = (self.sample.gram(shift), 1.0) if self.gram is None else (self.gram, damping)
-        factor = gram.factor(shift.new_full((gram.size,), unit))
+        factor = self.sample.factor(self.diagonal, damping, self.decay)
         if factor is None:
             return lambda vector: vector / shift
-        scale = 1.0 if self.gram is None else damping
 
         def precondition(vector: torch.Tensor) -> torch.Tensor:
             weights = factor.solved(self.sample.times(vector / shift))
-            return (vector - scale * self.sample.transposed_times(weights)) / shift
+            return (vector - damping * self.sample.transposed_times(weights)) / shift
 
         return precondition
 
 
-def _drawn(kinds: Sequence[int], number: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _drawn(kinds: Sequence[int], number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows to draw, ascending, and √(rows of the kind / rows drawn of it). All iterations draw the same rows."""
-    generator = torch.Generator().manual_seed(0)
-    chosen, scales, left = {}, {}, min(number, sum(kinds))
+    generator, left = torch.Generator().manual_seed(0), min(number, sum(kinds))
+    chosen, scales = [], []
     for done, index in enumerate(sorted(range(len(kinds)), key=lambda index: kinds[index])):
         share = min(kinds[index], max(1, left // (len(kinds) - done)))
         left -= share
-        start = sum(kinds[:index])
-        chosen[index] = start + torch.randperm(kinds[index], generator=generator)[:share].sort().values
-        scales[index] = torch.full((share,), (kinds[index] / share) ** 0.5)
-    order = range(len(kinds))
-    return torch.cat([chosen[i] for i in order]).to(device), torch.cat([scales[i] for i in order]).to(device)
+        chosen.append(sum(kinds[:index]) + torch.randperm(kinds[index], generator=generator)[:share])
+        scales.append(torch.full((share,), (kinds[index] / share) ** 0.5))
+    rows, order = torch.cat(chosen).sort()
+    return rows, torch.cat(scales)[order]

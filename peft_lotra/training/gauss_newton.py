@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from inspect import signature
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -14,10 +16,9 @@ from torch import nn
 from tqdm import tqdm
 
 from .answers import Function, Loss
-from .checks import check_numbers
-from .iteration import DampingRule, iterate, total_loss
+from .checks import check_callable, check_numbers
+from .iteration import iterate
 from .problem import Problem
-from .validation import Validation
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class GaussNewtonResult:
         iterations: the number of iterations done, with those of the fit that was resumed.
         reason: why the fit ended: "iterations", "gradient", "loss", "damping" (no step reduces the loss any more),
             "seconds", "callback", "validation" or "interrupted". In a callback it is "running".
-        validation_losses: the validation loss or metric at the start and after every iteration.
+        validation_losses: what `validation` gives at the start and after every iteration.
         parameters: values of θ that a resumed fit needs and the model does not hold: "start" with `weight_decay`,
             "last" and "best" with validation.
     """
@@ -53,13 +54,10 @@ def fit_gauss_newton(
     weight_decay: float = 0.0,
     iterations: int = 100,
     damping: float = 0.1,
-    damping_increase: float = 5.0,
-    damping_decrease: float = 4.0,
     gradient_tolerance: float = 1e-8,
     loss_tolerance: float = 1e-8,
     max_seconds: float | None = None,
     validation: Any = None,
-    validation_metric: Callable[[nn.Module], Any] | None = None,
     patience: int | None = None,
     max_memory: int = 2**32,
     across_processes: bool | None = None,
@@ -122,16 +120,15 @@ def fit_gauss_newton(
             other than −100, as in torch. The loss may also be an object with the methods of `OutputLoss`.
         weight_decay: c of the prior, in units of the loss.
         iterations: the most iterations, with those of the fit that is resumed.
-        damping: λ of the first iteration.
-        damping_increase: the factor on λ after a step that did not reduce the loss.
-        damping_decrease: the divisor of λ after a good step.
+        damping: λ of the first iteration. It grows by 5 after a step that did not reduce the loss, and falls by 4
+            after a good step.
         gradient_tolerance: stop when no column of J makes a cosine above this with r. For any loss: stop when no
             parameter alone promises to reduce the loss by more than this squared, as a fraction of the loss.
         loss_tolerance: stop when an iteration reduces the loss by at most this fraction.
         max_seconds: stop at the end of the iteration in which this time is over.
-        validation: data of the same form, but not a function. The loss on these data, without the prior, is measured
-            at the start and after every iteration. The model ends with the parameters of its least value.
-        validation_metric: a function of the model, measured in place of that loss; lower is better.
+        validation: data of the same form. The loss on these data, without the prior, is measured at the start and
+            after every iteration. The model ends with the parameters of its least value. A function of the model is
+            measured in place of that loss; it returns a number, and lower is better.
         patience: stop after this many iterations without a new least value. With None, the fit goes on, and still ends
             with the best parameters.
         max_memory: the bytes of tensors that the fit may hold besides the model and the data, 4 GiB by default. A
@@ -163,89 +160,84 @@ def fit_gauss_newton(
     Source: ours; generalised Gauss–Newton is Schraudolph's (2002), the damping is Levenberg's and Marquardt's.
     """
     check_numbers(
-        iterations=(iterations, 1), damping=(damping, 0), damping_increase=(damping_increase, 1),
-        damping_decrease=(damping_decrease, 1), gradient_tolerance=(gradient_tolerance, 0),
+        iterations=(iterations, 1), damping=(damping, 0), gradient_tolerance=(gradient_tolerance, 0),
         loss_tolerance=(loss_tolerance, 0), weight_decay=(weight_decay, 0), max_seconds=(max_seconds, 0),
         patience=(patience, 1), max_memory=(max_memory, 1),
     )  # fmt: skip
     if callback is not None:
-        _check_callable("callback", callback, "one GaussNewtonResult")
-    if validation_metric is not None:
-        _check_callable("validation_metric", validation_metric, "one model")
-    checking = Validation(validation, validation_metric, patience)
-    problem = Problem(model, residual_fn, loss, max_memory, across_processes)
+        check_callable("callback", callback, "a function of one GaussNewtonResult", "a result")
+    if callable(validation):
+        check_callable("validation", validation, "data, or a function of one model", "a model")
+    if patience is not None and validation is None:
+        raise ValueError(f"`patience` is {patience!r}, but there is no `validation` to wait for: give it, too")
+    problem = Problem(model, residual_fn, loss, weight_decay, max_memory, across_processes)
     processes = problem.processes
-    theta = problem.parameters()
-    result = _started(resume_from, damping, theta, weight_decay=bool(weight_decay), validates=checking.given)
-    start, theta, best = (_restored(result, name, theta) for name in ("start", "last", "best"))
+    names = ("start",) * bool(weight_decay) + ("last", "best") * (validation is not None)
+    result = _started(resume_from, damping, names, problem.start)
+    held = {name: problem.start.new_tensor(values) for name, values in result.parameters.items()}
+    theta = held.get("last", problem.start)
+    best, problem.start = held.get("best", theta), held.get("start", problem.start)
     first, evaluation, reason = result.iterations, None, "iterations"
-    rule = DampingRule(damping_increase, damping_decrease, gradient_tolerance, weight_decay)
 
     began = time.perf_counter()
     shown = progressbar and processes.is_first
     progress = tqdm(total=iterations, initial=first, disable=not shown, unit="iteration", dynamic_ncols=True)
-    processes.keep_interrupts()
-    try:
-        for iteration in range(first, iterations):
-            batch = processes.agreed(data, iteration) if callable(data) else data
-            if evaluation is None or callable(data):
-                evaluation = problem.checked(theta, batch, first=iteration == first)
-            before = total_loss(evaluation, theta, start, weight_decay)
-            result = replace(result, losses=result.losses or (before,))
-            if not result.validation_losses:
-                result = replace(result, validation_losses=checking.at_start(problem, theta))
-            done = iterate(problem, theta, batch, evaluation, result.damping, rule, start, first=iteration == first)
-            if iteration == first and not (callable(data) or checking.given or weight_decay):
-                _warn_of_few(evaluation.fitted, len(theta))
-            if done.reason is not None:
-                reason = done.reason
-                break
-            losses = (*result.losses, done.loss)
-            measured = (*result.validation_losses, *checking.measured(problem, done.theta))
-            is_best = checking.given and measured[-1] < min(measured[:-1])
-            now = {"start": start, "last": done.theta, "best": done.theta if is_best else best}
-            after = GaussNewtonResult(
-                losses, done.damping, iteration + 1, "running", measured, _kept(now, result.parameters)
-            )
-            # One statement, so that an interrupt finds all values old or all new.
-            theta, best, evaluation, result = done.theta, now["best"], done.evaluation, after
-            problem.write(theta)
-            progress.update()
-            progress.set_postfix_str(f"loss {losses[-1]:.2e}, damping {done.damping:.0e}", refresh=False)
-            called = processes.called(callback, result)
-            late = max_seconds is not None and time.perf_counter() - began >= max_seconds
-            interrupted, called, late = processes.any(processes.interrupted, called, late)
-            if interrupted:
-                reason = "interrupted"
-                break
-            if called:
-                reason = "callback"
-                break
-            if checking.is_over(measured):
-                reason = "validation"
-                break
-            if done.before - done.loss <= loss_tolerance * abs(done.before):
-                reason = "loss"
-                break
-            if late:
-                reason = "seconds"
-                break
-    except KeyboardInterrupt:
-        reason = "interrupted"
-    finally:
-        problem.write(best if checking.given else theta)  # an exception may have come during a write
-        progress.close()
-        processes.release_interrupts()
+    with processes.interrupts_kept():
+        try:
+            for iteration in range(first, iterations):
+                batch = processes.agreed(data, iteration) if callable(data) else data
+                if evaluation is None or callable(data):
+                    evaluation = problem.checked(theta, batch, first=iteration == first)
+                result = replace(result, losses=result.losses or (evaluation.total,))
+                if not result.validation_losses:
+                    measured = _measured(validation, problem, theta, first=True)
+                    result = replace(result, validation_losses=measured)
+                found, damping, why = iterate(
+                    problem, evaluation, result.damping, iteration == first, tolerance=gradient_tolerance
+                )
+                if iteration == first and not callable(data) and validation is None and not weight_decay:
+                    _warn_of_few(problem.fitted(evaluation), len(theta))
+                if why is not None:
+                    reason = why
+                    break
+                before, after, now = evaluation.total, found.total, found.theta
+                measured = (*result.validation_losses, *_measured(validation, problem, now))
+                since = len(measured) - 1 - measured.index(min(measured)) if measured else 0
+                now_best = now if since == 0 else best
+                parameters = _kept(names, start=problem.start, last=now, best=now_best)
+                new = GaussNewtonResult(
+                    (*result.losses, after), damping, iteration + 1, "running", measured, parameters
+                )
+                # One statement, so that an interrupt finds all values old or all new.
+                theta, best, evaluation, result = now, now_best, found, new
+                problem.write(theta)
+                progress.update()
+                progress.set_postfix_str(f"loss {after:.2e}, damping {damping:.0e}", refresh=False)
+                called = callback is not None and bool(processes.agreed(callback, result))
+                late = max_seconds is not None and time.perf_counter() - began >= max_seconds
+                interrupted, called, late = processes.any(processes.interrupted, called, late)
+                ends = {
+                    "interrupted": interrupted,
+                    "callback": called,
+                    "validation": patience is not None and since >= patience,
+                    "loss": before - after <= loss_tolerance * abs(before),
+                    "seconds": late,
+                }
+                if any(ends.values()):
+                    reason = next(name for name, holds in ends.items() if holds)
+                    break
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        finally:
+            problem.write(best)  # an exception may have come during a write
+            progress.close()
     return replace(result, reason=reason)
 
 
-def _started(
-    resume_from: Any, damping: float, theta: torch.Tensor, weight_decay: bool, validates: bool
-) -> GaussNewtonResult:
-    """The result from which the fit starts."""
-    names = (["start"] if weight_decay else []) + (["last", "best"] if validates else [])
+def _started(resume_from: Any, damping: float, names: tuple[str, ...], theta: torch.Tensor) -> GaussNewtonResult:
+    """The result from which the fit starts, with these `parameters`."""
     if resume_from is None:
-        return GaussNewtonResult((), damping, 0, "running", (), _kept(dict.fromkeys(names, theta), names))
+        return GaussNewtonResult((), damping, 0, "running", (), _kept(names, start=theta, last=theta, best=theta))
     if not isinstance(resume_from, GaussNewtonResult):
         raise TypeError(f"`resume_from` should be a GaussNewtonResult but the value passed is {resume_from!r}")
     held = {name: len(values) for name, values in resume_from.parameters.items()}
@@ -257,13 +249,31 @@ def _started(
     return resume_from
 
 
-def _kept(values: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, tuple[float, ...]]:
+def _kept(names: tuple[str, ...], **values: torch.Tensor) -> dict[str, tuple[float, ...]]:
     return {name: tuple(values[name].tolist()) for name in names}
 
 
-def _restored(result: GaussNewtonResult, name: str, theta: torch.Tensor) -> torch.Tensor:
-    """The θ that the result holds under this name, or else the θ of the model."""
-    return theta.new_tensor(result.parameters[name]) if name in result.parameters else theta
+def _measured(validation: Any, problem: Problem, theta: torch.Tensor, first: bool = False) -> tuple[float, ...]:
+    """The loss or number at θ as a tuple of one; () without validation. A function finds θ in the model."""
+    if validation is None:
+        return ()
+    if not callable(validation):
+        evaluate = partial(problem.checked, first=False) if first else problem.evaluate
+        return (evaluate(theta, validation, argument="validation").loss,)
+    problem.write(theta)
+    (total,) = problem.processes.totals([problem.processes.agreed(_number, validation, problem.model)])
+    if first and not math.isfinite(total):
+        raise ValueError(f"`validation` should be finite at the start but it gave {total}")
+    return (total / problem.processes.count,)
+
+
+def _number(function: Callable[[nn.Module], Any], model: nn.Module) -> float:
+    value = function(model)
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+        value = value.item()
+    if not isinstance(value, Real):
+        raise TypeError(f"`validation` should return one number (lower is better), but it gave {value!r}")
+    return float(value)
 
 
 def _warn_of_few(fitted: int, numbers: int) -> None:
@@ -274,12 +284,3 @@ def _warn_of_few(fitted: int, numbers: int) -> None:
             "fewer trained numbers, `validation` or `weight_decay`",
             stacklevel=3,
         )
-
-
-def _check_callable(argument: str, function: Any, of: str) -> None:
-    try:
-        signature(function).bind("what it takes")
-    except TypeError:
-        raise TypeError(f"`{argument}` should be a function of {of} but the value passed is {function!r}") from None
-    except ValueError:
-        pass  # some builtins have no signature

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from inspect import signature
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -17,6 +14,8 @@ from ..placement.sharded import check_not_sharded
 from ..preserved import check_model, preserved, preserved_random_state
 from ..standin import adapted_coefficients, replaced
 from ..tucker.decomposition import MODES
+from .checks import check_callable
+from .processes import Processes
 
 METHODS = {"gradient": "o", "gradient_hosvd": MODES}  # the modes whose factors are set
 
@@ -53,8 +52,8 @@ def initialize_lotra_weights(
 
     Raises:
         TypeError: if `model` is not a torch.nn.Module, or `train_step` is not a function without arguments.
-        ValueError: if there is no such adapter or method; if `train_step` returns a loss instead of calling
-            `backward()`; if there is no gradient, or it is zero or not finite; or if the adapter has been trained or
+        ValueError: if there is no such adapter or method; if there is no gradient, as where `train_step` returns a
+            loss instead of calling `backward()`, or it is zero or not finite; or if the adapter has been trained or
             merged already. No factor is changed then.
 
     Source: eq. 8, for r2 > 1 and several samples; "gradient_hosvd" is ours.
@@ -62,13 +61,14 @@ def initialize_lotra_weights(
     check_model(model=model)
     if method not in METHODS:
         raise ValueError(f"`method` should be one of {list(METHODS)}, got {method!r}")
-    _check_train_step(train_step)
+    wanted = "a function without arguments, such as `lambda: loss_of(model, batch).backward()`"
+    check_callable("train_step", train_step, wanted)
     layers = _layers(model, adapter_name)
-    gradients = _gradients(model, layers, adapter_name, train_step)
+    gradients, processes = _gradients(model, layers, adapter_name, train_step), Processes(True)
     new: dict[torch.Tensor, torch.Tensor] = {}
     with preserved_random_state(model):
         for name, layer in tqdm(layers.items(), desc="initialize LoTRA", disable=not progressbar):
-            gradient = _averaged(gradients.pop(name), layer)
+            gradient = _averaged(gradients.pop(name), layer, processes)
             _check_gradient(gradient, name)
             factors = layer.tucker(adapter_name)
             for mode in METHODS[method]:
@@ -79,7 +79,7 @@ def initialize_lotra_weights(
                 vectors = _leading_vectors(unfolded.movedim(MODES.index(mode), 0).flatten(1), factor.shape[1])
                 new[factor] = vectors.to(factor)
             for factor in factors.tensors():
-                new[factor] = _shared(new.get(factor, factor.detach().clone()))
+                new[factor] = processes.of_first(new.get(factor, factor.detach().clone()).contiguous())
     for factor, vectors in new.items():
         factor.data.copy_(vectors)
 
@@ -129,57 +129,16 @@ def _gradients(
             stack.callback(setattr, layer, "_disable_adapters", layer.disable_adapters)
             layer._disable_adapters = True  # `coefficients` have the active updates already
         with torch.enable_grad():
-            returned: Any = train_step()
-    if (
-        isinstance(returned, torch.Tensor)
-        and returned.requires_grad
-        and not any(g is not None for g in gradients.values())
-    ):
-        raise ValueError(
-            "`train_step` returned a loss, and no gradient arrived: it should call `backward()` on the loss, "
-            "as in `lambda: loss_of(model, batch).backward()`"
-        )
+            train_step()
     return gradients
 
 
-def _check_train_step(train_step: Any) -> None:
-    way_out = "a function without arguments, such as `lambda: loss_of(model, batch).backward()`"
-    if not callable(train_step):
-        raise TypeError(f"`train_step` should be {way_out} but the value passed is {train_step!r}")
-    try:
-        parameters = signature(train_step)
-    except ValueError:  # some builtins have no signature
-        return
-    try:
-        parameters.bind()
-    except TypeError:
-        raise TypeError(
-            f"`train_step` should be {way_out} but the value passed takes the arguments {parameters}: {train_step!r}"
-        ) from None
-
-
-def _averaged(gradient: torch.Tensor | None, layer: LoTRALayer) -> torch.Tensor:
+def _averaged(gradient: torch.Tensor | None, layer: LoTRALayer, processes: Processes) -> torch.Tensor:
     """The mean over all processes, on the layer's device."""
-    reference = layer.lotra_core[next(iter(layer.lotra_core))]
-    if gradient is None:  # other processes wait for this one in `all_reduce`
+    if gradient is None:  # other processes wait for this one in the sum
         gradient = torch.zeros(layer.spec.layout.canonical_shape)
-    gradient = gradient.to(reference.device)
-    if _is_distributed():
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-    return gradient
-
-
-def _shared(tensor: torch.Tensor) -> torch.Tensor:
-    """The first process's tensor, in all processes."""
-    tensor = tensor.contiguous()
-    if _is_distributed():
-        dist.broadcast(tensor, src=0)
-    return tensor
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    device = next(iter(layer.lotra_core.values())).device
+    return processes.sum(gradient.to(device)).div_(processes.count)
 
 
 def _check_gradient(gradient: torch.Tensor, name: str) -> None:
@@ -187,8 +146,8 @@ def _check_gradient(gradient: torch.Tensor, name: str) -> None:
         raise ValueError(f"the gradient by the coefficients of {name} is not finite: check `train_step`'s losses")
     if not gradient.any():
         raise ValueError(
-            f"`train_step` gave no gradient by the coefficients of {name}: it should call `backward()` on a loss that "
-            "depends on this layer (leave the layer out with `exclude_modules` if it is not meant to)"
+            f"`train_step` gave no gradient by the coefficients of {name}: it should call `backward()`, not return, "
+            "a loss that depends on this layer (leave the layer out with `exclude_modules` if it is not meant to)"
         )
 
 
@@ -200,10 +159,9 @@ def _leading_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:
     """
     width = min(rank + 8, *matrix.shape)
     vectors, values, _ = torch.svd_lowrank(matrix, q=width, niter=8)
-    known = int((values > 1e-5 * values[0]).sum())  # the rest is rounding
-    vectors = vectors[:, : min(known, rank)]
-    if vectors.shape[1] < rank:
-        missing = torch.randn(len(matrix), rank - vectors.shape[1], dtype=matrix.dtype, device=matrix.device)
-        missing = torch.linalg.qr(missing - vectors @ (vectors.mT @ missing)).Q
-        vectors = torch.cat([vectors, missing], dim=1)
-    return vectors
+    known = min(rank, int((values > 1e-5 * values[0]).sum()))  # the rest is rounding
+    vectors = vectors[:, :known]
+    if known == rank:
+        return vectors
+    others = torch.randn(len(matrix), rank - known, dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.qr(torch.cat([vectors, others], dim=1)).Q

@@ -26,6 +26,7 @@ _RULES: dict[str, Callable[[int, int, int, int], dict[str, float]]] = {
     "adam": lambda n, m, n_d, K: {"i": 1 / n, "o": 1 / m**0.5, "d": 1 / n_d, "k": 1 / K},
 }
 _COMPONENTS = {"core": CORE, **NAMES}
+_NOT_WHOLE = "`orthonormal`=True needs whole factors in every process: leave it out, or use DDP"
 
 
 def create_lotra_optimizer(
@@ -61,20 +62,15 @@ def create_lotra_optimizer(
     groups = lotra_parameter_groups(model, lr=lr, lr_rule=lr_rule, weight_decay=weight_decay)
     optimizer = optimizer_cls(groups, **kwargs)
     if orthonormal:
-        _check_whole(model)
+        check_not_sharded(model, "`model`", _NOT_WHOLE)
         optimizer.register_step_post_hook(lambda *_: _orthonormalize(model))
     return optimizer
-
-
-def _check_whole(model: nn.Module) -> None:
-    instead = "`orthonormal`=True needs whole factors in every process: leave it out, or use DDP"
-    check_not_sharded(model, "`model`", instead)
 
 
 @torch.no_grad()
 def _orthonormalize(model: nn.Module) -> None:
     """U_k ← Q_k, G ← G ×_k R_k for the adapters that are being trained."""
-    _check_whole(model)  # it may have been sharded since
+    check_not_sharded(model, "`model`", _NOT_WHOLE)  # it may have been sharded since
     for layer in adapted_tensors(model).values():
         for name in layer.lotra_core:
             if all(factor.requires_grad for factor in layer.tucker(name).tensors()):
@@ -120,20 +116,18 @@ def lotra_parameter_groups(
     multiplier_of = _multipliers(model, _rule(lr_rule))
     if not any(parameter.requires_grad for parameter in multiplier_of):
         raise ValueError("the model has no trainable LoTRA adapter: add one, or activate it with `set_adapter`")
-    groups: dict[float, dict[str, Any]] = {}
+    members: dict[float, dict[nn.Parameter, str]] = {}
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        component, multiplier = multiplier_of.get(parameter, ("other", 1.0))
-        group = groups.setdefault(multiplier, {"params": [], "lr": lr * multiplier, "name": ""})
-        group["params"].append(parameter)
-        names = set(filter(None, group["name"].split(", "))) | {component}
-        group["name"] = ", ".join(name for name in (*_COMPONENTS, "other") if name in names)
-    for multiplier, group in groups.items():
-        group["name"] += f": lr · {multiplier:g}"
+        if parameter.requires_grad:
+            component, multiplier = multiplier_of.get(parameter, ("other", 1.0))
+            members.setdefault(multiplier, {})[parameter] = component
+    groups = []
+    for multiplier, held in members.items():
+        names = ", ".join(name for name in (*_COMPONENTS, "other") if name in held.values())
+        groups.append({"params": list(held), "lr": lr * multiplier, "name": f"{names}: lr · {multiplier:g}"})
         if weight_decay is not None:
-            group["weight_decay"] = weight_decay
-    return list(groups.values())
+            groups[-1]["weight_decay"] = weight_decay
+    return groups
 
 
 def _rule(lr_rule: str | Multipliers) -> Callable[[int, int, int, int], Multipliers]:

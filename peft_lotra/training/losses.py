@@ -1,7 +1,8 @@
-"""Losses that are convex in a model's outputs: values, gradients and factors of Hessians of each sample, in fp64."""
+"""Losses that are convex in a model's outputs: values, residuals and factors of Hessians of each sample, in fp64."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 
 # The label of a token that does not count, as in torch's cross_entropy.
 IGNORED = -100
-# Second derivatives below this are raised to it. H changes negligibly, and r = L⁻¹g stays finite where H vanishes.
+# Second derivatives below this are raised to it. H changes negligibly, and r stays finite where H vanishes.
 _LEAST_CURVATURE = 1e-30
 
 
@@ -45,12 +46,10 @@ class OutputLoss(Protocol):
 
 
 class ConvexLoss(ABC):
-    """The parts of a loss that the fit needs: ℓ, L, and r with ∂ℓ/∂o = L r, which make it a least-squares problem."""
+    """What makes a loss a least-squares problem: F with ∂²ℓ/∂o² = 2 F Fᵀ, and r with ∂ℓ/∂o = 2 F r."""
 
     def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
         """What is wrong with the outputs or the targets; None if they fit."""
-        if not isinstance(targets, torch.Tensor) or targets.shape != outputs.shape:
-            return f"targets of the outputs' shape, {tuple(outputs.shape)}, but they are {described(targets)}"
         return None
 
     @abstractmethod
@@ -59,7 +58,7 @@ class ConvexLoss(ABC):
 
     @abstractmethod
     def factor(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
-        """L. shape: (N, ..., k, m)"""
+        """F. shape: (N, ..., k, m)"""
 
     @abstractmethod
     def residual(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
@@ -69,71 +68,60 @@ class ConvexLoss(ABC):
         """How many samples the mean is taken over."""
         return len(outputs)
 
-    def fitted(self, outputs: torch.Tensor, targets: Any, residual: torch.Tensor) -> int:
-        """How many numbers are to be fitted."""
-        return residual.numel()
 
+class OfEachOutput(ConvexLoss):
+    """ℓ = Σ_i ℓ_i(o_i, y_i), where `terms` of (o, y) are ℓ_i, ℓ_i' and ℓ_i'', and y is from 0 to `most`."""
 
-class _OfEachOutput(ConvexLoss):
-    """ℓ = Σ_i ℓ_i(o_i, y_i). Its H is diagonal, so it has blocks of 1 × 1."""
+    def __init__(self, terms: Callable[..., tuple[torch.Tensor, ...]], most: float, allowed: str) -> None:
+        self.terms, self.most, self.allowed = terms, most, allowed
 
-    @abstractmethod
-    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """ℓ_i."""
-
-    @abstractmethod
-    def derivatives(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """ℓ_i' and ℓ_i''."""
+    def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
+        if not isinstance(targets, torch.Tensor) or targets.shape != outputs.shape:
+            return f"targets of the outputs' shape, {tuple(outputs.shape)}, but they are {described(targets)}"
+        if not (targets.isfinite() & (targets >= 0) & (targets <= self.most)).all():
+            return f"targets {self.allowed}, but they go from {targets.min()} to {targets.max()}"
+        return None
 
     def value(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.terms(outputs, targets.double()).reshape(len(outputs), -1).sum(dim=1)
+        return self.terms(outputs, targets.double())[0].reshape(len(outputs), -1).sum(dim=1)
 
     def factor(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        _, second = self.derivatives(outputs, targets.double())
-        return second.clamp(min=_LEAST_CURVATURE).sqrt()[..., None, None]
+        _, _, second = self.terms(outputs, targets.double())
+        return (second / 2).clamp(min=_LEAST_CURVATURE).sqrt()[..., None, None]
 
     def residual(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        first, second = self.derivatives(outputs, targets.double())
-        return (first / second.clamp(min=_LEAST_CURVATURE).sqrt()).unsqueeze(-1)
+        _, first, _ = self.terms(outputs, targets.double())
+        return first.unsqueeze(-1) / (2 * self.factor(outputs, targets).squeeze(-1))
 
 
-class Poisson(_OfEachOutput):
+def _poisson(o: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """ℓ = exp(o) − y·o, for counts y of rate exp(o)."""
-
-    def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
-        wrong = super().check(outputs, targets)
-        if not wrong and not (targets.isfinite() & (targets >= 0)).all():
-            wrong = f"targets of at least 0, as counts are, but they go from {targets.min()} to {targets.max()}"
-        return wrong
-
-    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return outputs.exp() - targets * outputs
-
-    def derivatives(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rate = outputs.exp()
-        return rate - targets, rate
+    return o.exp() - y * o, o.exp() - y, o.exp()
 
 
-class Bernoulli(_OfEachOutput):
+def _bernoulli(o: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """ℓ = log(1 + exp(o)) − y·o, for y of 0 or 1 with the probability 1/(1 + exp(−o)) of 1, or between."""
+    value = F.softplus(o, threshold=40) - y * o  # the default's error is 2e-9
+    return value, o.sigmoid() - y, o.sigmoid() * (-o).sigmoid()
 
-    def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
-        wrong = super().check(outputs, targets)
-        if not wrong and not ((targets >= 0) & (targets <= 1)).all():
-            wrong = f"targets from 0 to 1, but they go from {targets.min()} to {targets.max()}"
-        return wrong
 
-    def terms(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return F.softplus(outputs, threshold=40) - targets * outputs  # the default's error is 2e-9
+class LeastSquares(ConvexLoss):
+    """ℓ = ‖o‖². The outputs are the residuals, there are no targets, and F = I."""
 
-    def derivatives(self, outputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return outputs.sigmoid() - targets, outputs.sigmoid() * (-outputs).sigmoid()
+    def value(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        return outputs.square().reshape(len(outputs), -1).sum(dim=1)
+
+    def factor(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        return torch.ones(*outputs.shape, 1, 1, dtype=outputs.dtype, device=outputs.device)
+
+    def residual(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
+        return outputs.unsqueeze(-1)
 
 
 class CrossEntropy(ConvexLoss):
     """ℓ = −Σ_c y_c log p_c with p = softmax(o), over the C classes on the last axis, summed over the other axes.
 
-    H = s(diag(p) − ppᵀ) = L Lᵀ with s = Σ_c y_c and L = √s(diag(√p) − p√pᵀ), and r = (sp − y)/√(sp).
+    H = s(diag(p) − ppᵀ) = 2 F Fᵀ with s = Σ_c y_c and F = √(s/2) · (diag(√p) − p√pᵀ), and r = (sp − y)/√(2sp).
     """
 
     def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
@@ -169,22 +157,17 @@ class CrossEntropy(ConvexLoss):
         total = self._probabilities(outputs, targets).sum(dim=-1)[..., None, None]
         p = outputs.softmax(dim=-1)
         roots = p.clamp(min=_LEAST_CURVATURE).sqrt()
-        return total.sqrt() * (torch.diag_embed(roots) - p.unsqueeze(-1) * roots.unsqueeze(-2))
+        return (total / 2).sqrt() * (torch.diag_embed(roots) - p.unsqueeze(-1) * roots.unsqueeze(-2))
 
     def residual(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         y, p = self._probabilities(outputs, targets), outputs.softmax(dim=-1)
         total = y.sum(dim=-1, keepdim=True)
-        scale = (total.clamp(min=_LEAST_CURVATURE) * p.clamp(min=_LEAST_CURVATURE)).sqrt()
-        return (total * p - y) / scale
+        return (total * p - y) / (2 * total.clamp(min=_LEAST_CURVATURE) * p.clamp(min=_LEAST_CURVATURE)).sqrt()
 
     def counted(self, outputs: torch.Tensor, targets: torch.Tensor) -> int:
         """How many labels are not ignored, as in torch's mean."""
         soft = targets.is_floating_point()
         return targets[..., 0].numel() if soft else int((targets != IGNORED).sum())
-
-    def fitted(self, outputs: torch.Tensor, targets: torch.Tensor, residual: torch.Tensor) -> int:
-        """How many labels count. P numbers separate about 2P labels (Cover, 1965, for two classes)."""
-        return self.counted(outputs, targets)
 
 
 class Given(ConvexLoss):
@@ -192,9 +175,6 @@ class Given(ConvexLoss):
 
     def __init__(self, loss: OutputLoss) -> None:
         self.loss = loss
-
-    def check(self, outputs: torch.Tensor, targets: Any) -> str | None:
-        return None
 
     def value(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
         return self._answer("value", outputs, targets, (len(outputs),))
@@ -205,11 +185,10 @@ class Given(ConvexLoss):
 
     def factor(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
         blocks = tuple(outputs.shape) if outputs.ndim > 1 else (len(outputs), 1)
-        return self._answer("factor", outputs, targets, (*blocks, "m"))
+        return self._answer("factor", outputs, targets, (*blocks, "m")) / 2**0.5
 
     def residual(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
-        columns = self.factor(outputs, targets).shape[-1]
-        return outputs.new_zeros(*(outputs.shape[:-1] if outputs.ndim > 1 else outputs.shape), columns)
+        return torch.zeros_like(self.factor(outputs, targets)[..., 0, :])
 
     def _answer(self, method: str, outputs: torch.Tensor, targets: Any, shape: tuple[Any, ...]) -> torch.Tensor:
         answer = getattr(self.loss, method)(outputs, targets)
@@ -223,34 +202,30 @@ class Given(ConvexLoss):
         return answer.double()
 
 
-_LOSSES: dict[str, Callable[[], ConvexLoss]] = {
-    "cross_entropy": CrossEntropy,
-    "poisson": Poisson,
-    "bernoulli": Bernoulli,
+_LOSSES = {
+    "least_squares": LeastSquares(),
+    "cross_entropy": CrossEntropy(),
+    "poisson": OfEachOutput(_poisson, math.inf, "of at least 0, as counts are"),
+    "bernoulli": OfEachOutput(_bernoulli, 1.0, "from 0 to 1"),
 }
-_NAMES = ["least_squares", *_LOSSES]
 
 
-def checked_losses(loss: Any, names: list[str]) -> dict[str, ConvexLoss | None]:
-    """The loss of every kind of residuals; None for least squares.
-
-    Raises:
-        ValueError, TypeError: if `loss` is not a loss, or has other keys than `names`.
-    """
+def checked_losses(loss: Any, names: list[str]) -> dict[str, ConvexLoss]:
+    """The loss of every kind of residuals. ValueError or TypeError if there is none, or it has other keys."""
     if isinstance(loss, Mapping) and set(loss) != set(names):
         wanted = "be one loss, as `residual_fn` is one function" if names == [""] else f"have the keys {sorted(names)}"
         raise ValueError(f"`loss` should {wanted}, but it has the keys {sorted(loss)}")
     return {name: _checked(loss[name] if isinstance(loss, Mapping) else loss) for name in names}
 
 
-def _checked(loss: Any) -> ConvexLoss | None:
-    if isinstance(loss, str) and loss in _NAMES:
-        return None if loss == "least_squares" else _LOSSES[loss]()
+def _checked(loss: Any) -> ConvexLoss:
+    if isinstance(loss, str) and loss in _LOSSES:
+        return _LOSSES[loss]
     if isinstance(loss, str):
-        raise ValueError(f"`loss` should be one of {_NAMES}, or a `peft_lotra.OutputLoss`, but it is {loss!r}")
+        raise ValueError(f"`loss` should be one of {[*_LOSSES]}, or a `peft_lotra.OutputLoss`, but it is {loss!r}")
     if isinstance(loss, type) or not isinstance(loss, OutputLoss):
         raise TypeError(
-            f"`loss` should be one of {_NAMES}, or an object with the methods `value`, `gradient` and `factor` of "
+            f"`loss` should be one of {[*_LOSSES]}, or an object with the methods `value`, `gradient` and `factor` of "
             f"`peft_lotra.OutputLoss`, but the value passed is {loss!r}"
         )
     return Given(loss)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 # Rows of a block. With fewer, matrix products are slow. With more, more of the upper triangle is computed.
@@ -11,11 +9,9 @@ _ROWS = 256
 
 
 class LowerTriangle:
-    """M, shape (n, n), in `blocks` of rows. A block holds the columns up to the end of its square on the diagonal.
+    """M, shape (n, n) with n = `size`, zero at first, in the dtype and on the device of `like`.
 
-    Args:
-        size: n. M is zero at first.
-        like: M has its dtype and device.
+    It is in `blocks` of rows. A block holds the columns up to the end of its square on the diagonal.
     """
 
     def __init__(self, size: int, like: torch.Tensor) -> None:
@@ -27,22 +23,13 @@ class LowerTriangle:
         """How many numbers the blocks of an n × n matrix hold, n = `size`."""
         return sum((min(start + _ROWS, size) - start) * min(start + _ROWS, size) for start in range(0, size, _ROWS))
 
-    def _ranges(self) -> Iterator[range]:
-        return (range(start, min(start + _ROWS, self.size)) for start in range(0, self.size, _ROWS))
+    def _ranges(self) -> list[range]:
+        return [range(start, min(start + _ROWS, self.size)) for start in range(0, self.size, _ROWS)]
 
     def add_products(self, block: torch.Tensor) -> None:
         """M ← M + BᵀB. shape of B: (k, n)"""
         for rows, part in zip(self._ranges(), self.blocks, strict=True):
             part.addmm_(block[:, rows.start : rows.stop].T, block[:, : rows.stop])
-
-    def diagonal(self) -> torch.Tensor:
-        """The diagonal, a copy. shape: (n,)"""
-        return torch.cat([part.diagonal(rows.start) for rows, part in zip(self._ranges(), self.blocks, strict=True)])
-
-    def add_to_diagonal(self, shift: torch.Tensor | float) -> None:
-        """M ← M + diag(shift)"""
-        for rows, part in zip(self._ranges(), self.blocks, strict=True):
-            part.diagonal(rows.start).add_(shift[rows.start : rows.stop] if isinstance(shift, torch.Tensor) else shift)
 
     def factor(self, shift: torch.Tensor) -> LowerTriangle | None:
         """L with LLᵀ = M + diag(shift); None if that sum is not positive definite in floating point."""

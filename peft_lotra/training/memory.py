@@ -22,28 +22,22 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._alive: dict[int, Any] = {}
+        self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if _has_storage(leaf)}
-        for leaf in tree_leaves(result):
-            if _has_storage(leaf) and leaf.untyped_storage()._cdata not in given:
-                self._follow(leaf.untyped_storage())
+        for storage in (leaf.untyped_storage() for leaf in tree_leaves(result) if _has_storage(leaf)):
+            if storage._cdata not in given and storage._cdata not in self._alive:
+                self._alive.add(storage._cdata)
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.now)
         return result
 
-    def _follow(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-
-        def freed(_: Any) -> None:
-            self._alive.pop(key, None)
-            self.now -= size
-
-        self._alive[key] = weakref.ref(storage, freed)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+    def _freed(self, key: int, size: int) -> None:
+        self._alive.remove(key)
+        self.now -= size
 
 
 def _has_storage(leaf: Any) -> bool:
@@ -51,20 +45,11 @@ def _has_storage(leaf: Any) -> bool:
 
 
 class Chunks:
-    """How many samples each computation takes at a time, measured once for each computation.
-
-    Args:
-        max_memory: the bytes that the whole fit may take.
-    """
+    """How many samples each computation takes at a time, measured once. The whole fit may take `max_memory` bytes."""
 
     def __init__(self, max_memory: int) -> None:
         self.budget = min(_CHUNK_BYTES, max_memory // 4)
         self._found: dict[str, tuple[int, int]] = {}
-
-    @property
-    def bytes(self) -> int:
-        """The bytes that the largest chunk may take: more than `budget` if a single sample takes more."""
-        return max(self.budget, self.of_one)
 
     @property
     def of_one(self) -> int:
@@ -74,14 +59,14 @@ class Chunks:
     def rows(self, key: str, size: int, run: Callable[[int], object]) -> int:
         """How many of the `size` samples to take at a time, at least 1. `run(n)` does the computation for n."""
         if key not in self._found:
-            few, more = (self._measured(run, min(n, size)) for n in (_FEW, _MORE))
-            each = max(1, (more - few) // (_MORE - _FEW)) if size >= _MORE else max(1, more // size)
+            few, more = (_peak(run, min(rows, size)) for rows in (_FEW, _MORE))
+            each = max(1, (more - few) // (_MORE - _FEW) if size >= _MORE else more // size)
             constant = max(0, more - each * min(_MORE, size))
             self._found[key] = max(1, (self.budget - constant) // each), constant + each
         return self._found[key][0]
 
-    @staticmethod
-    def _measured(run: Callable[[int], object], rows: int) -> int:
-        with LiveBytes() as live:
-            run(rows)
-        return live.peak
+
+def _peak(run: Callable[[int], object], rows: int) -> int:
+    with LiveBytes() as live:
+        run(rows)
+    return live.peak

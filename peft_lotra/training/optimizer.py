@@ -10,7 +10,7 @@ from torch import nn
 
 from .answers import Function, Loss
 from .checks import check_numbers
-from .iteration import DampingRule, iterate, total_loss
+from .iteration import iterate
 from .problem import Problem
 
 
@@ -33,8 +33,8 @@ class GaussNewton(torch.optim.Optimizer):
     Trainer take this optimizer like any other; `examples/gauss_newton_trainer.py` shows the Trainer.
 
     Args:
-        model, residual_fn, loss, weight_decay, damping, damping_increase, damping_decrease, max_memory,
-        across_processes: as for `fit_gauss_newton`, which calls a batch `data`.
+        model, residual_fn, loss, weight_decay, damping, max_memory, across_processes: as for `fit_gauss_newton`,
+            which calls a batch `data`.
         lr: α in (0, 1]; 1 is the full Gauss–Newton step. A scheduler may set it to 0: then no parameter changes.
 
     Raises:
@@ -52,19 +52,13 @@ class GaussNewton(torch.optim.Optimizer):
         loss: Loss | Mapping[str, Loss] = "least_squares",
         weight_decay: float = 0.0,
         damping: float = 0.1,
-        damping_increase: float = 5.0,
-        damping_decrease: float = 4.0,
         max_memory: int = 2**32,
         across_processes: bool | None = None,
     ) -> None:
-        check_numbers(
-            lr=(lr, 0), damping=(damping, 0), damping_increase=(damping_increase, 1),
-            damping_decrease=(damping_decrease, 1), weight_decay=(weight_decay, 0), max_memory=(max_memory, 1),
-        )  # fmt: skip
+        check_numbers(lr=(lr, 0), damping=(damping, 0), weight_decay=(weight_decay, 0), max_memory=(max_memory, 1))
         if lr > 1:
             raise ValueError(f"`lr` should be at most 1, the Gauss–Newton step, but the value passed is {lr!r}")
-        self._problem = Problem(model, residual_fn, loss, max_memory, across_processes)
-        self._rule = DampingRule(damping_increase, damping_decrease, 0.0, weight_decay)
+        self._problem = Problem(model, residual_fn, loss, weight_decay, max_memory, across_processes)
         self._checked = False
         super().__init__(list(self._problem.trained.values()), {"lr": lr, "damping": damping})
         if weight_decay:
@@ -93,15 +87,11 @@ class GaussNewton(torch.optim.Optimizer):
             ValueError, TypeError: naming `residual_fn`, `loss` or `data` (the batch). Nothing is changed then.
         """
         problem, group = self._problem, self.param_groups[0]
-        theta = problem.parameters()
-        start = torch.cat([self.state[p].get("start", p.detach()).flatten() for p in problem.trained.values()])
-        evaluation = problem.checked(theta, batch, first=not self._checked)
-        if group["lr"] == 0:  # as schedules begin or end: no λ would give a gain
-            return total_loss(evaluation, theta, start, self._rule.weight_decay)
-        rule = self._rule._replace(rate=group["lr"])
-        done = iterate(problem, theta, batch, evaluation, group["damping"], rule, start, first=not self._checked)
-        self._checked = True
-        if done.reason is None:
-            problem.write(done.theta)
-        group["damping"] = done.damping
-        return done.before
+        if problem.weight_decay:
+            problem.start = torch.cat([self.state[p]["start"].flatten() for p in problem.trained.values()])
+        evaluation = problem.checked(problem.parameters(), batch, first=not self._checked)
+        if group["lr"]:  # schedules may begin or end with 0, where no λ would give a gain
+            found, damping, _ = iterate(problem, evaluation, group["damping"], not self._checked, rate=group["lr"])
+            self._checked, group["damping"] = True, damping
+            problem.write(found.theta)
+        return evaluation.total

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -16,12 +17,7 @@ _T = TypeVar("_T")
 class Processes:
     """Sums over processes, and decisions that are the same in all processes. With one process, nothing is sent.
 
-    Args:
-        across: the argument `across_processes` of `fit_gauss_newton`.
-
-    Raises:
-        ValueError: if there are several processes, and `across` is None.
-        TypeError: if `across` is not a bool.
+    `across` is the argument `across_processes` of `fit_gauss_newton`.
     """
 
     def __init__(self, across: bool | None) -> None:
@@ -38,7 +34,6 @@ class Processes:
         self.count = count if self.several else 1
         self.is_first = not self.several or distributed.get_rank() == 0
         self.interrupted = False
-        self._handler: Any = None
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Σ over all processes, in place."""
@@ -49,15 +44,13 @@ class Processes:
     def totals(self, numbers: Iterable[float]) -> list[float]:
         """Σ over all processes, for each number. Whole numbers up to 2⁵³ are exact."""
         values = list(numbers)
-        return self.sum(self._tensor(values)).tolist() if self.several else values
+        if not self.several:
+            return values
+        return self.sum(torch.tensor(values, dtype=torch.float64, device=_device())).tolist()
 
     def any(self, *conditions: bool) -> list[bool]:
         """Whether each condition holds in some process."""
         return [total > 0 for total in self.totals(map(float, conditions))]
-
-    def mean(self, number: float) -> float:
-        """The mean over the processes."""
-        return self.totals([number])[0] / self.count
 
     def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first process's tensor, written into `tensor`. Other machines may round differently."""
@@ -71,7 +64,7 @@ class Processes:
             return function(*args)
         try:
             result, error = [function(*args)], None
-        except Exception as raised:
+        except (Exception, KeyboardInterrupt) as raised:
             result, error = [], raised
         (failed,) = self.any(error is not None)
         if error is not None:
@@ -84,34 +77,19 @@ class Processes:
         """Raise ValueError unless all processes have the same parameters."""
         if not self.several:
             return
-        sums = [p.detach().double().sum() for p in model.parameters()] + [
-            p.detach().double().square().sum() for p in model.parameters()
-        ]
-        mine = torch.stack([value.to(self._device()) for value in sums])
-        first = self.of_first(mine.clone())
-        if any(self.any(not torch.equal(mine, first))):
+        wide = (p.detach().double() for p in model.parameters())
+        mine = torch.stack([value.to(_device()) for p in wide for value in (p.sum(), p.square().sum())])
+        if any(self.any(not torch.equal(mine, self.of_first(mine.clone())))):
             raise ValueError(
                 "`model` should have the same parameters in all processes, but they differ: set the same seed before "
                 "the model is made, or load the same state dict in all processes"
             )
 
-    def called(self, callback: Callable[[Any], Any] | None, value: Any) -> bool:
-        """Whether the callback returns a true value here. With several processes, Ctrl-C in it sets `interrupted`."""
-        if callback is None or not self.several:
-            return callback is not None and bool(callback(value))
-
-        def call() -> bool:
-            try:
-                return bool(callback(value))
-            except KeyboardInterrupt:
-                self.interrupted = True
-                return False
-
-        return self.agreed(call)
-
-    def keep_interrupts(self) -> None:
-        """Let Ctrl-C set `interrupted`, so that all processes can end together. A second Ctrl-C raises at once."""
+    @contextmanager
+    def interrupts_kept(self) -> Iterator[None]:
+        """Ctrl-C sets `interrupted`, so that all processes can end together. A second Ctrl-C raises at once."""
         if not self.several or threading.current_thread() is not threading.main_thread():
+            yield
             return
 
         def keep(number: int, frame: Any) -> None:
@@ -119,14 +97,12 @@ class Processes:
                 raise KeyboardInterrupt
             self.interrupted = True
 
-        self._handler = signal.signal(signal.SIGINT, keep)
+        before = signal.signal(signal.SIGINT, keep)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
-    def release_interrupts(self) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
 
-    def _device(self) -> torch.device:
-        return torch.device("cuda") if distributed.get_backend() == "nccl" else torch.device("cpu")
-
-    def _tensor(self, values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self._device())
+def _device() -> torch.device:
+    return torch.device("cuda") if distributed.get_backend() == "nccl" else torch.device("cpu")
