@@ -21,7 +21,7 @@ from .operations import CONTRACTIONS, Contraction, Weight
 from .places import running
 from .plan import apply, dense_sum, plan_for
 from .products import PRODUCTS, QUOTIENTS, SUMS, Product, by_number, is_number, summed
-from .views import VIEWS
+from .views import VIEWS, functions
 
 
 class PerformanceWarning(UserWarning):
@@ -85,7 +85,7 @@ class StandIn(torch.Tensor):
         handler, asked = _HANDLERS.get(func), Asked(func, args, kwargs, found[0], meant)
         # `x.view_as(weight)` reads only the shape of the weight.
         is_read = handler is _shown and (len(args) == 0 or args[0] is not found[0])
-        if handler is _told or is_read or not isinstance(meant, _STANDING):
+        if func in _TOLD or is_read or not isinstance(meant, _STANDING):
             return asked.of_tensors(_stored)
         if handler is _requires_grad:
             return _requires_grad(meant)
@@ -239,11 +239,6 @@ def check_recorded(results: Any, coefficients: torch.Tensor, owner: str) -> None
 # Handlers, one for each kind of function. They return tensors, the meaning of new stand-ins, or NotImplemented.
 
 
-def _told(asked: Asked) -> Any:
-    """Shape, dtype and device, which are those of A. The stand-in answers without this call."""
-    raise AssertionError("the stand-in has answered already")
-
-
 def _shown(asked: Asked) -> Any:
     """Views and copies."""
     function, meant = asked.function, asked.meant
@@ -359,24 +354,17 @@ def warn(operation: str, owner: str | None, use: str | None = None) -> None:
     )
 
 
-def _functions(names: str) -> list[Any]:
-    """The functions of these names in torch and in torch.Tensor; for attributes, their getters."""
-    found = [getattr(space, name) for name in names.split() for space in (torch, torch.Tensor) if hasattr(space, name)]
-    return [function if callable(function) else function.__get__ for function in found]
-
-
+_TOLD = set(
+    functions(
+        "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_leaf itemsize nbytes is_quantized "
+        "is_nested is_mps is_xpu names grad grad_fn output_nr _version retains_grad "
+        "size dim numel nelement ndimension element_size stride is_contiguous is_floating_point is_complex "
+        "get_device is_signed is_same_size storage_offset __len__ "
+        "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full"
+    )
+)  # shape, dtype and device are those of A
 _HANDLERS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(
-        _functions(
-            "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_leaf itemsize nbytes is_quantized "
-            "is_nested is_mps is_xpu names grad grad_fn output_nr _version retains_grad "
-            "size dim numel nelement ndimension element_size stride is_contiguous is_floating_point is_complex "
-            "get_device is_signed is_same_size storage_offset __len__ "
-            "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full"
-        ),
-        _told,
-    ),
-    **dict.fromkeys(_functions("requires_grad"), _requires_grad),
+    **dict.fromkeys(functions("requires_grad"), _requires_grad),
     **dict.fromkeys(VIEWS, _shown),
     **dict.fromkeys(CONTRACTIONS, _contracted),
     **dict.fromkeys(PRODUCTS, _multiplied),
