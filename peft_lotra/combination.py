@@ -93,8 +93,8 @@ def copy_trained(model: nn.Module, adapters: Sequence[str], to: str) -> None:
     for wrapper, owners in _trained_copies(model, adapters):
         held, places = wrapper.state_dict(), wrapper.adapter_state_dict_load_map(to)
         for owner in owners:
-            for key, values in wrapper.adapter_state_dict(owner, held).items():
-                held[places[key]].copy_(values)
+            for key, source in wrapper.adapter_state_dict_load_map(owner).items():
+                held[places[key]].copy_(held[source])
 
 
 def _trained_copies(model: nn.Module, adapters: Sequence[str]) -> list[tuple[AuxiliaryTrainingWrapper, list[str]]]:

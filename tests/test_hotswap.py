@@ -397,7 +397,7 @@ def test_alpha_of_the_slot(cheby):
         hotswap_adapter(model, path)
     model = get_peft_model(copy.deepcopy(base).half(), LoTRAConfig(r=2, alpha=1e-6), autocast_adapter_dtype=False)
     before = state(model)
-    with pytest.raises(ValueError, match="in lotra_core of layers.0.cheby_coeffs, too large for the torch.float16"):
+    with pytest.raises(ValueError, match="in base_model.model.layers.0.lotra_core, too large for the torch.float16"):
         hotswap_adapter(model, path)
     assert_unchanged(model, before)
 

@@ -80,7 +80,7 @@ def extract_adapter(
     factors = {target.parameter: decompose(update, target.ranks) for target, update in updates.items()}
     names = {module: name for name, module in base.named_modules()}
     model = get_peft_model(base, config)
-    fill(model, factors)
+    fill(model, model.active_adapter, factors)
     for bias in biases:
         bias.parameter.data.copy_(tensor_at(finetuned, bias.plain))
     for module in model.modules():
@@ -114,9 +114,9 @@ def _fit(model: PeftModel, finetuned: nn.Module, inputs: Any, iterations: int, p
             p.requires_grad_(True)
 
 
-def fill(model: PeftModel, factors: Mapping[str, Tucker]) -> None:
-    """Set the active adapter's update of tensors to G ×₁ U1 ×₂ U2 ×₃ U3. Its core is G / scaling."""
-    layers, adapter = adapted_tensors(model), model.active_adapter
+def fill(model: nn.Module, adapter: str, factors: Mapping[str, Tucker]) -> None:
+    """Set an adapter's update of each named tensor to G ×₁ U1 ×₂ U2 ×₃ U3. Its core is G / scaling."""
+    layers = adapted_tensors(model)
     for parameter, update in factors.items():
         core, scaling = update.core, layers[parameter].scaling[adapter]
         layers[parameter].set_tucker(adapter, update._replace(core=core / scaling if core.any() else core))

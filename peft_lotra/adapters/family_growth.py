@@ -74,8 +74,8 @@ def family_from(
         factors[parameter] = joint._replace(core=joint.core @ torch.linalg.pinv(c).mT)
         miss = mode_product(factors[parameter].dense(), c, -1) - updates
         errors[parameter] = (miss.norm() / updates.norm()).nan_to_num().item()
+    fill(model, adapter_name, factors)
     model.set_adapter(adapter_name)  # type: ignore[operator]
-    fill(model, factors)
     return errors
 
 

@@ -20,7 +20,7 @@ from ..layers.lotra import LoTRALayer, adapted_tensors
 from ..layers.slim import SlimLayer
 from ..model import LoTRAModel, lotra_model
 from ..targets.resolve import resolve_targets
-from ..tucker.decomposition import CONTAINERS, Tucker
+from ..tucker.decomposition import CONTAINERS, CORE, Tucker
 
 
 def hotswap_adapter(
@@ -102,8 +102,12 @@ def hotswap_adapter_from_state_dict(
     new = [(held[name], state_dict[key]) for key, (name, _) in others.items()]
     keys = {target.parameter: f"{PREFIX}{key}" for key, target in config.saved_targets()}
     for target in targets:
-        given = {name: state_dict.get(f"{keys[target.parameter]}.{name}") for name in CONTAINERS}
-        new += _values(layers.pop(target.parameter), adapter_name, target, Tucker.of(given))
+        key, layer = keys[target.parameter], layers.pop(target.parameter)
+        update = Tucker.of({name: state_dict.get(f"{key}.{name}") for name in CONTAINERS})
+        origin = f"the new adapter, with the `alpha` {layer.alpha[adapter_name]} of {adapter_name!r},"
+        for name, values in _values(layer, adapter_name, target, update).items():
+            check_tensor(f"{key}.{name}", values, Slot(values.shape, layer.dtype_in_use(adapter_name)), origin)
+            new.append((layer.tucker(adapter_name).named()[name], values))
     for layer in layers.values():
         new += [(own, torch.zeros(())) for own in layer.tucker(adapter_name).tensors()]
     for own, values in new:
@@ -150,10 +154,8 @@ def _check_layers(layers: Mapping[str, LoTRALayer], adapted: set[str], adapter_n
         )
 
 
-def _values(
-    layer: LoTRALayer, adapter_name: str, target: Target, update: Tucker
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """G and every factor of the slot, with the values that make its update that of the new adapter.
+def _values(layer: LoTRALayer, adapter_name: str, target: Target, update: Tucker) -> dict[str, torch.Tensor]:
+    """The values that make the slot's update that of the new adapter, by the names of G and the factors.
 
     Factors that the slot does not have are multiplied into the core, and those that the update does not have are
     identities. Above the update's ranks, the values are zero.
@@ -170,20 +172,17 @@ def _values(
         update = update.map(lambda factor: factor.to("cpu", torch.float64)).times(ratio)
     # With the positions as one axis, in both cores, they are a mode like the others.
     terms = slot.core.shape[slot.core.dim() - (layer.terms[adapter_name] > 0) :]
-    flat, room = (core.reshape(*core.shape[:3], -1, *terms) for core in (update.core, slot.core))
-    core, factors = update._replace(core=flat).absorb(surplus)
-    if any(size > own for size, own in zip(core.shape, room.shape, strict=True)):
+    update, room = (one._replace(core=one.core.reshape(*one.core.shape[:3], -1, *terms)) for one in (update, slot))
+    core, factors = update.absorb(surplus)
+    if any(size > own for size, own in zip(core.shape, room.core.shape, strict=True)):
         raise ValueError(
             f"the new adapter has ranks {target.ranks} for {target.parameter}, above the {layer.r[adapter_name]} of "
             f"{adapter_name!r}: use `load_adapter`, or make a slot of the largest ranks that will come"
         )
-    given = [(room.shape, core)]
-    given += [(U.shape, factors.get(mode, torch.eye(len(U)))) for mode, U in slot.factors.items()]
-    found = []
-    for (name, own), (shape, part) in zip(slot.named().items(), given, strict=True):
-        values = part.new_zeros(shape)
-        values[tuple(map(slice, part.shape))] = part
-        origin = f"the new adapter, with the `alpha` {alpha} of {adapter_name!r},"
-        check_tensor(f"{name} of {target.parameter}", values, Slot(shape, layer.dtype_in_use(adapter_name)), origin)
-        found.append((own, values.reshape(own.shape)))
+    found = Tucker(core, {mode: factors.get(mode, torch.eye(len(U))) for mode, U in slot.factors.items()}).named()
+    for name, own in room.named().items():
+        values = found[name].new_zeros(own.shape)
+        values[tuple(map(slice, found[name].shape))] = found[name]
+        found[name] = values
+    found[CORE] = found[CORE].reshape(slot.core.shape)
     return found

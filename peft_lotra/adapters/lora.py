@@ -201,7 +201,7 @@ def adapter_from_lora(
     # A self-contained config adapts these tensors and no others.
     chosen = [replace(known[parameter], ranks=ranks[parameter]) for parameter in factors]
     model = get_peft_model(base, LoTRAConfig(r=1).self_contained(chosen))
-    fill(model, factors)
+    fill(model, model.active_adapter, factors)
     return model
 
 
