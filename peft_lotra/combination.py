@@ -12,6 +12,7 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper, merge_utils
 from torch import nn
 
+from .coefficients.target import Target
 from .config.lotra_config import LoTRAConfig
 from .layers.lotra import LoTRALayer, adapted_tensors
 from .placement.offloaded import tensors_in_place
@@ -194,8 +195,11 @@ def _config(
     factors: Mapping[str, Tucker],
 ) -> LoTRAConfig:
     """The first adapter's config, but with the layout and ranks of every tensor by name."""
-    described = {key: value for name in adapters for key, value in configs[name].coefficients.items()}
-    saved = {entry for name in adapters for entry in configs[name].modules_to_save or ()}
+    targets = []
+    for parameter, layer in layers.items():
+        held = factors[parameter].factors
+        ranks = by_mode([held[mode].shape[1] if mode in held else None for mode in MODES])
+        targets.append(Target(parameter.removesuffix(f".{layer.spec.parameter}"), layer.spec, ranks))
     tokens = [configs[name].trainable_token_indices for name in adapters]
     return replace(
         configs[adapters[0]],
@@ -203,15 +207,6 @@ def _config(
         compression_ratio=None,
         alpha=1.0,
         alpha_pattern={},
-        target_modules={key.removesuffix(f".{layer.spec.parameter}") for key, layer in layers.items()},
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        modules_to_save=sorted(saved) or None,
+        modules_to_save=sorted({entry for name in adapters for entry in configs[name].modules_to_save or ()}) or None,
         trainable_token_indices=next((indices for indices in tokens if indices is not None), None),
-        coefficients=described,
-        rank_pattern={
-            parameter: by_mode([U.shape[1] if (U := one.factors.get(mode)) is not None else None for mode in MODES])
-            for parameter, one in factors.items()
-        },
-    )
+    ).self_contained(targets)
