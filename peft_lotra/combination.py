@@ -60,7 +60,7 @@ def combine_adapters(
         ]
         total = weighted_sum(terms) if rule in _SUMS else _pruned_sum(rule, terms, density, majority_sign_method)
         factors[parameter], errors[parameter] = (total, 0.0) if rule == "cat" else compress(total, ranks[parameter])
-    return _config(configs, adapters, layers, factors), factors, errors
+    return _config([configs[name] for name in adapters], layers, factors), factors, errors
 
 
 @torch.no_grad()
@@ -189,24 +189,21 @@ def _pruned_sum(
 
 
 def _config(
-    configs: Mapping[str, LoTRAConfig],
-    adapters: Sequence[str],
-    layers: Mapping[str, LoTRALayer],
-    factors: Mapping[str, Tucker],
+    configs: Sequence[LoTRAConfig], layers: Mapping[str, LoTRALayer], factors: Mapping[str, Tucker]
 ) -> LoTRAConfig:
-    """The first adapter's config, but with the layout and ranks of every tensor by name."""
+    """The first config, but with the layout and ranks of every tensor by name."""
     targets = []
     for parameter, layer in layers.items():
         held = factors[parameter].factors
         ranks = by_mode([held[mode].shape[1] if mode in held else None for mode in MODES])
         targets.append(Target(parameter.removesuffix(f".{layer.spec.parameter}"), layer.spec, ranks))
-    tokens = [configs[name].trainable_token_indices for name in adapters]
+    tokens = [config.trainable_token_indices for config in configs]
     return replace(
-        configs[adapters[0]],
+        configs[0],
         r=None,
         compression_ratio=None,
         alpha=1.0,
         alpha_pattern={},
-        modules_to_save=sorted({entry for name in adapters for entry in configs[name].modules_to_save or ()}) or None,
+        modules_to_save=sorted({entry for config in configs for entry in config.modules_to_save or ()}) or None,
         trainable_token_indices=next((indices for indices in tokens if indices is not None), None),
     ).self_contained(targets)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from typing import Any
 
@@ -20,7 +20,7 @@ from ..layers.lotra import LoTRALayer, adapted_tensors
 from ..layers.slim import SlimLayer
 from ..model import LoTRAModel, lotra_model
 from ..targets.resolve import resolve_targets
-from ..tucker.decomposition import CONTAINERS, CORE, Tucker
+from ..tucker.decomposition import CONTAINERS, Tucker
 
 
 def hotswap_adapter(
@@ -93,9 +93,8 @@ def hotswap_adapter_from_state_dict(
     layers = adapted_tensors(tuner.model, adapter_name)
     _check_slot(tuner, adapter_name, config)
     _check_layers(layers, {target.parameter for target in targets}, adapter_name)
-    places, held = slots_of(tuner.model, adapter_name, tuner.peft_config[adapter_name].bias), tuner.model.state_dict()
-    offloaded = sorted(key for key, (name, _) in places.items() if held[name].is_meta)
-    if offloaded:
+    places, held = slots_of(tuner.model, adapter_name, config.bias), tuner.model.state_dict()
+    if offloaded := sorted(key for key, (name, _) in places.items() if held[name].is_meta):
         raise ValueError(f"{offloaded} of {adapter_name!r} are offloaded (on the meta device): swap before offloading")
     others = {f"{PREFIX}{key}": place for key, place in places.items() if not is_adapter_key(key)}
     check_weights(config.saved_slots() | {key: slot for key, (_, slot) in others.items()}, state_dict, "`state_dict`")
@@ -105,57 +104,50 @@ def hotswap_adapter_from_state_dict(
         key, layer = keys[target.parameter], layers.pop(target.parameter)
         update = Tucker.of({name: state_dict.get(f"{key}.{name}") for name in CONTAINERS})
         origin = f"the new adapter, with the `alpha` {layer.alpha[adapter_name]} of {adapter_name!r},"
-        for name, values in _values(layer, adapter_name, target, update).items():
-            check_tensor(f"{key}.{name}", values, Slot(values.shape, layer.dtype_in_use(adapter_name)), origin)
-            new.append((layer.tucker(adapter_name).named()[name], values))
-    for layer in layers.values():
+        for name, own, values in _values(layer, adapter_name, target, update):
+            check_tensor(f"{key}.{name}", values, Slot(own.shape, layer.dtype_in_use(adapter_name)), origin)
+            new.append((own, values))
+    for layer in layers.values():  # which the new adapter does not adapt
         new += [(own, torch.zeros(())) for own in layer.tucker(adapter_name).tensors()]
     for own, values in new:
         own.copy_(values)
 
 
 def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig) -> None:
-    """Raise ValueError if the slot is merged, or the new adapter has other tensors besides core and factors."""
+    """Raise ValueError if the slot is merged, or differs in what the new adapter has besides core and factors."""
     if any(adapter_name in m.merged_adapters for m in tuner.modules() if isinstance(m, BaseTunerLayer)):
         raise ValueError(f"`adapter_name` {adapter_name!r} is merged into the base: call `unmerge_adapter()` first")
-    ours, theirs = map(_settings, (tuner.peft_config[adapter_name], config))
-    for name, value in theirs.items():
-        if value != ours[name]:
+    own = tuner.peft_config[adapter_name]
+    fields = ["family", "modules_to_save", "trainable_token_indices", "bias"]
+    for name in fields if config.family is None else [*fields, "family_degree"]:
+        ours, theirs = getattr(own, name), getattr(config, name)
+        if name == "modules_to_save":
+            ours, theirs = set(ours or ()), set(theirs or ())
+        if ours != theirs:
             raise ValueError(
-                f"the new adapter has `{name}` {value}, {adapter_name!r} has {ours[name]}: only adapters with the "
-                f"same `{name}` can be swapped; use `load_adapter`"
+                f"the new adapter has `{name}` {theirs}, {adapter_name!r} has {ours}: only adapters with the same "
+                f"`{name}` can be swapped; use `load_adapter`"
             )
 
 
-def _settings(config: LoTRAConfig) -> dict[str, Any]:
-    """The fields that a slot cannot take from another adapter."""
-    return {
-        "family": config.family,
-        "family_degree": config.family and config.family_degree,
-        "modules_to_save": sorted(config.modules_to_save or ()),
-        "trainable_token_indices": config.trainable_token_indices,
-        "bias": config.bias,
-    }
-
-
 def _check_layers(layers: Mapping[str, LoTRALayer], adapted: set[str], adapter_name: str) -> None:
-    """Raise ValueError if the slot has not all layers of the new adapter, or has others that hold nothing else."""
-    missing = sorted(adapted - layers.keys())
-    if missing:
+    """Raise ValueError if the slot lacks a layer of the new adapter, or the adapter lacks a layer of a Slim KAN."""
+    if missing := sorted(adapted - layers.keys()):
         raise ValueError(
             f"the new adapter adapts {missing}, which {adapter_name!r} does not: use `load_adapter`, or make a slot "
             "that adapts every layer that will come"
         )
-    empty = [name for name, layer in layers.items() if isinstance(layer, SlimLayer) and name not in adapted]
-    if empty:
+    if empty := [name for name in layers.keys() - adapted if isinstance(layers[name], SlimLayer)]:
         raise ValueError(
-            f"the new adapter does not adapt {empty}, which in a Slim KAN have no coefficients without an adapter: "
-            "load it onto a dense model"
+            f"the new adapter does not adapt {sorted(empty)}, which in a Slim KAN have no coefficients without an "
+            "adapter: load it onto a dense model"
         )
 
 
-def _values(layer: LoTRALayer, adapter_name: str, target: Target, update: Tucker) -> dict[str, torch.Tensor]:
-    """The values that make the slot's update that of the new adapter, by the names of G and the factors.
+def _values(
+    layer: LoTRALayer, adapter_name: str, target: Target, update: Tucker
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """The name of G and of every factor of the slot, the tensor itself, and its values for the new adapter's update.
 
     Factors that the slot does not have are multiplied into the core, and those that the update does not have are
     identities. Above the update's ranks, the values are zero.
@@ -179,10 +171,8 @@ def _values(layer: LoTRALayer, adapter_name: str, target: Target, update: Tucker
             f"the new adapter has ranks {target.ranks} for {target.parameter}, above the {layer.r[adapter_name]} of "
             f"{adapter_name!r}: use `load_adapter`, or make a slot of the largest ranks that will come"
         )
-    found = Tucker(core, {mode: factors.get(mode, torch.eye(len(U))) for mode, U in slot.factors.items()}).named()
-    for name, own in room.named().items():
-        values = found[name].new_zeros(own.shape)
-        values[tuple(map(slice, found[name].shape))] = found[name]
-        found[name] = values
-    found[CORE] = found[CORE].reshape(slot.core.shape)
-    return found
+    given = [core, *[factors.get(mode, torch.eye(len(U))) for mode, U in slot.factors.items()]]
+    for (name, own), place, part in zip(slot.named().items(), room.tensors(), given, strict=True):
+        values = part.new_zeros(place.shape)
+        values[tuple(map(slice, part.shape))] = part
+        yield name, own, values.reshape(own.shape)

@@ -6,7 +6,6 @@ import math
 import os
 import re
 from dataclasses import replace
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -18,7 +17,6 @@ from torch import nn
 from ..analysis.updates import plain_targets
 from ..coefficients.registry import Descriptions
 from ..coefficients.spec import Layout, owner_of
-from ..coefficients.target import Target
 from ..combination import check_finite, update_of
 from ..config.lotra_config import LoTRAConfig
 from ..files.adapter_file import PREFIX, is_adapter_key
@@ -60,8 +58,7 @@ def convert_to_lora(
             f"`rank` should be a positive integer value, a fraction of ‖Δ‖² in (0, 1] as a float, or None, but the "
             f"value passed is {rank!r}"
         )
-    bias = tuner.peft_config[adapter_name].bias
-    if bias != "none":
+    if (bias := tuner.peft_config[adapter_name].bias) != "none":
         raise ValueError(
             f"{adapter_name!r} has `bias`={bias!r}: LoRA saves biases under other names, and does not save vectors of "
             "normalisations; use `merge_and_unload()` and save the dense model, or LoTRA's own checkpoint"
@@ -128,28 +125,28 @@ def _matrices(update: Tucker, layout: Layout, rank: int | float | None) -> tuple
         return A, B
     (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
     U, values, V = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    k = min(rank, len(values)) if isinstance(rank, int) else _least_rank(values, rank)
+    if isinstance(rank, float):  # the least k with Σ_{j ≤ k} σ_j² ≥ rank · Σ_j σ_j²
+        kept = values.square().cumsum(0)
+        rank = int(torch.searchsorted(kept, rank * kept[-1])) + 1
+    k = min(rank, len(values))
     return V[:k] @ Q_A.T, Q_B @ (U[:, :k] * values[:k])
 
 
-def _least_rank(values: torch.Tensor, fraction: float) -> int:
-    """The least k with Σ_{j ≤ k} σ_j² ≥ fraction · Σ_j σ_j², at least 1."""
-    kept = values.square().cumsum(0)
-    return min(int((kept < fraction * kept[-1]).sum()) + 1, len(values))
-
-
 def _config(tuner: LoTRAModel, adapter_name: str, ranks: dict[str, int]) -> LoraConfig:
-    own = tuner.peft_config[adapter_name]
-    largest = max(ranks.values())
+    own, largest = tuner.peft_config[adapter_name], max(ranks.values())
     # PEFT reads the keys as regular expressions on endings of names, so they are anchored and escaped.
     pattern = {f"^{re.escape(name)}": k for name, k in ranks.items() if k != largest}
-    fields: dict[str, Any] = {"r": largest, "lora_alpha": largest, "rank_pattern": pattern, "alpha_pattern": pattern}
-    names = [name.replace(".base_layer", "") for name, _ in tuner.model.named_modules()]
-    same_ending = [name for name in names if any(name.endswith(f".{linear}") for linear in ranks)]
-    for name in ("base_model_name_or_path", "revision", "task_type", "modules_to_save", "trainable_token_indices"):
-        fields[name] = getattr(own, name)
+    names = {name.replace(".base_layer", "") for name, _ in tuner.model.named_modules()}
+    same_ending = {name for name in names if name.endswith(tuple(f".{linear}" for linear in ranks))}
+    kept = ("base_model_name_or_path", "revision", "task_type", "modules_to_save", "trainable_token_indices")
     return LoraConfig(
-        target_modules=sorted(ranks), exclude_modules=sorted(set(same_ending) - set(ranks)) or None, **fields
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
+        target_modules=sorted(ranks),
+        exclude_modules=sorted(same_ending - ranks.keys()) or None,
+        **{name: getattr(own, name) for name in kept},
     )
 
 
@@ -177,38 +174,34 @@ def adapter_from_lora(
     if not isinstance(config, LoraConfig):
         raise ValueError(f"`path` {str(path)!r} has a {config.peft_type} adapter: only LoRA can be converted")
     weights = load_peft_weights(str(path), device="cpu")
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in weights.items():
-        linear, _, side = key.removeprefix(PREFIX).rpartition(".lora_")
-        if side not in ("A.weight", "B.weight"):
-            raise ValueError(
-                f"{path} has {key}, which is not one of LoRA's pairs of matrices: merge that adapter into the base "
-                "(`merge_and_unload`), or remove this tensor"
-            )
-        pairs.setdefault(linear, {})[side[0]] = value
-    known = {t.parameter: t for t in plain_targets("base", base, LoTRAConfig(r=1, coefficients=coefficients or {}))}
-    unknown = sorted(linear for linear in pairs if f"{linear}.weight" not in known)
-    if unknown:
+    linears = dict.fromkeys(key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in weights)
+    pairs = {linear: [f"{PREFIX}{linear}.lora_{side}.weight" for side in "AB"] for linear in linears}
+    if wrong := sorted(weights.keys() ^ {key for pair in pairs.values() for key in pair}):
+        raise ValueError(
+            f"{path} should have pairs of LoRA's matrices alone, but has or lacks {wrong}: merge that adapter into "
+            "the base (`merge_and_unload`), or remove these tensors"
+        )
+    targets = plain_targets("base", base, LoTRAConfig(r=1, coefficients=coefficients or {}))
+    known = {target.parameter.removesuffix(".weight"): target for target in targets}
+    if unknown := sorted(linears.keys() - known.keys()):
         raise ValueError(
             f"{path} cannot be a LoTRA adapter: {unknown} are not coefficients of `base`, which has {list(known)}; "
             "merge it into the base (`merge_and_unload`)"
         )
-    factors = {}
-    for linear, pair in pairs.items():
-        target = known[f"{linear}.weight"]
-        factors[target.parameter] = _tucker(target, pair["A"], pair["B"] * _scaling(config, linear, len(pair["A"])))
-    ranks = {parameter: (None, one.core.shape[1] if one.factors else None, None) for parameter, one in factors.items()}
+    factors, chosen = {}, []
+    for linear, keys in pairs.items():
+        A, B = (weights[key] for key in keys)
+        target, r = known[linear], len(A)
+        core = _with_rows(target.spec.layout, r).to_canonical(A)
+        update = Tucker(core, {"o": B * _scaling(config, linear, r)})
+        if r >= len(B):  # a rank that fills the outputs
+            update = update.absorb("o")
+        factors[target.parameter] = update
+        chosen.append(replace(target, ranks=(None, r if update.factors else None, None)))
     # A self-contained config adapts these tensors and no others.
-    chosen = [replace(known[parameter], ranks=ranks[parameter]) for parameter in factors]
     model = get_peft_model(base, LoTRAConfig(r=1).self_contained(chosen))
     fill(model, model.active_adapter, factors)
     return model
-
-
-def _tucker(target: Target, A: torch.Tensor, B: torch.Tensor) -> Tucker:
-    core = _with_rows(target.spec.layout, len(A)).to_canonical(A)
-    thin = Tucker(core, {"o": B})
-    return thin.absorb("o") if B.shape[1] >= len(B) else thin  # a rank that fills the outputs
 
 
 def _scaling(config: LoraConfig, linear: str, r: int) -> float:

@@ -11,8 +11,8 @@ failed.
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
+import pkgutil
 import sys
 import tempfile
 import traceback
@@ -93,13 +93,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("factory", metavar="module:factory", help="returns (layer, sample) or (…, coefficients)")
     name = parser.parse_args(argv).factory
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
+    if ":" not in name:
         parser.error(f"argument module:factory: should be like my_module:make, got {name!r}")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        factory = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
         parser.error(f"argument module:factory: {name!r} cannot be imported: {error}")
     try:
         return 0 if report(factory) else 1

@@ -50,8 +50,6 @@ class KANLayerTests:
         """An input for the layer, in fp32 or complex64."""
         raise NotImplementedError
 
-    # Helpers ---------------------------------------------------------------------------------------------------------
-
     def _models(self, dtype: torch.dtype = torch.float64, **config: Any) -> tuple[nn.Module, PeftModel, torch.Tensor]:
         """A base, an adapted copy of it with an update about as large as the coefficients, and an input."""
         torch.manual_seed(0)
@@ -83,8 +81,6 @@ class KANLayerTests:
             pytest.skip(f"the layer takes no part of this batch: {error}")
         if y[:1].shape != part.shape or not torch.allclose(y[:1], part, rtol=1e-9, atol=1e-12):
             pytest.skip("the layer's output for a sample depends on the others")
-
-    # Tests -----------------------------------------------------------------------------------------------------------
 
     def test_layout(self) -> None:
         base, _, x = self._models(torch.float32)
