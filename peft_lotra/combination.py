@@ -34,14 +34,7 @@ def combine_adapters(
     density: float | None,
     majority_sign_method: str,
 ) -> tuple[LoTRAConfig, dict[str, Tucker], dict[str, float]]:
-    """The config, the factors and the relative errors of the new adapter; `model` is not changed.
-
-    Args:
-        model: the base model with the adapters in it.
-        configs: the configs of all adapters, by name.
-
-    `LoTRAModel.add_weighted_adapter` describes the other arguments and the errors.
-    """
+    """The config, the factors and the relative errors of `LoTRAModel.add_weighted_adapter`. `model` is not changed."""
     _check_adapters(model, configs, adapters, weights)
     rule = _checked_rule(combination_type, density, majority_sign_method)
     if rule == "cat" and svd_rank is not None:
@@ -53,11 +46,8 @@ def combine_adapters(
     ranks = {} if rule == "cat" else _ranks(layers, adapters, svd_rank)
     factors, errors = {}, {}
     for parameter, layer in layers.items():
-        terms = [
-            (float(weight), update_of(layer, adapter, parameter))
-            for adapter, weight in zip(adapters, weights, strict=True)
-            if adapter in layer.lotra_core
-        ]
+        own = [(weight, name) for weight, name in zip(weights, adapters, strict=True) if name in layer.lotra_core]
+        terms = [(float(weight), update_of(layer, name, parameter)) for weight, name in own]
         total = weighted_sum(terms) if rule in _SUMS else _pruned_sum(rule, terms, density, majority_sign_method)
         factors[parameter], errors[parameter] = (total, 0.0) if rule == "cat" else compress(total, ranks[parameter])
     return _config([configs[name] for name in adapters], layers, factors), factors, errors
@@ -72,11 +62,7 @@ def whole_tucker(layer: LoTRALayer, adapter: str) -> Tucker:
 
 @torch.no_grad()
 def update_of(layer: LoTRALayer, adapter: str, parameter: str) -> Tucker:
-    """s · Δ in fp64 on the CPU, without memory in common with the layer. G has one axis of positions, maybe of size 1.
-
-    Raises:
-        ValueError: if it is not finite, with the name of the `parameter`.
-    """
+    """s · Δ in fp64 on the CPU, in memory of its own. G has one axis of positions, of size 1 if there are none."""
     update = whole_tucker(layer, adapter).map(lambda factor: factor.to("cpu", torch.float64, copy=True))
     check_finite(update.tensors(), adapter, parameter)
     return update._replace(core=layer.scaling[adapter] * update.core.reshape(*update.core.shape[:3], -1))
@@ -108,16 +94,12 @@ def _check_adapters(
     model: nn.Module, configs: Mapping[str, LoTRAConfig], adapters: Sequence[str], weights: Sequence[float]
 ) -> None:
     if isinstance(adapters, str) or not adapters:
-        raise ValueError(
-            f"`adapters` should be a list of at least one adapter name but the value passed is {adapters!r}"
-        )
-    unknown = [name for name in adapters if name not in configs]
-    if unknown:
+        raise ValueError(f"`adapters` should be a list of at least one adapter name but is {adapters!r}")
+    if unknown := [name for name in adapters if name not in configs]:
         raise ValueError(f"`adapters` names {unknown}, which do not exist: the model has {list(configs)}")
     if len(weights) != len(adapters):
         raise ValueError(f"`weights` should be one number for each of {list(adapters)}, but {weights!r} is passed")
-    wrong = [w for w in weights if not isinstance(w, Real) or isinstance(w, bool) or not math.isfinite(w)]
-    if wrong:
+    if wrong := [w for w in weights if not isinstance(w, Real) or isinstance(w, bool) or not math.isfinite(w)]:
         raise ValueError(f"`weights` should be finite numbers but {wrong} is among the values passed")
     if of_families := [name for name in adapters if configs[name].family is not None]:
         raise ValueError(f"`adapters` {of_families} are for families of tasks: combine those of `adapter_at`")
@@ -129,8 +111,7 @@ def _check_adapters(
             f"`adapters` {biased} have trained biases (`bias`), and only one adapter of a model may have them: merge "
             "that adapter into the model by `merge_and_unload` first, and combine others on top of it"
         )
-    shared = [owners for _, owners in _trained_copies(model, adapters) if len(owners) > 1]
-    if shared:
+    if shared := [owners for _, owners in _trained_copies(model, adapters) if len(owners) > 1]:
         raise ValueError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
             f"{len(shared)} such instance(s). Trained copies are not combined: at most one of {shared[0]} may have one"
@@ -152,10 +133,7 @@ def _checked_rule(combination_type: str, density: float | None, majority_sign_me
     if rule in _SUMS and density is not None:
         raise ValueError(f"`density` {density!r} with `combination_type` {rule!r}, which prunes nothing: leave it out")
     if rule in _PRUNED and not (isinstance(density, Real) and 0 < density <= 1):
-        raise ValueError(
-            f"`density` should be a number in (0, 1] for `combination_type` {rule!r} "
-            f"but the value passed is {density!r}"
-        )
+        raise ValueError(f"`density` should be a number in (0, 1] for `combination_type` {rule!r} but is {density!r}")
     if majority_sign_method not in ("total", "frequency"):
         raise ValueError(
             f"`majority_sign_method` should be 'total' or 'frequency' but the value passed is {majority_sign_method!r}"
@@ -172,8 +150,7 @@ def _ranks(layers: Mapping[str, LoTRALayer], adapters: Sequence[str], svd_rank: 
         by_adapter = [(*layer.r[name], None)[:4] for name in adapters if name in layer.r]
         largest[parameter] = by_mode([None if None in r else max(r) for r in zip(*by_adapter, strict=True)])
     given = {key: check_ranks(r, f"svd_rank[{key!r}]") for key, r in (svd_rank or {}).items()}
-    unknown = sorted(set(given) - set(shapes))
-    if unknown:
+    if unknown := sorted(given.keys() - shapes.keys()):
         raise ValueError(f"`svd_rank` names {unknown}, but the adapted parameters are {list(shapes)}")
     return choose_ranks(shapes, largest | given, None, None)
 

@@ -135,8 +135,7 @@ def _check_the_rest(
             specs[key].part(differing).zero_()
         return bool(differing.any())
 
-    further = [key for key in sorted({*before, *after} - held) if not key.startswith(copied) and differs(key)]
-    if further:
+    if further := [key for key in sorted({*before, *after} - held) if not key.startswith(copied) and differs(key)]:
         raise ValueError(
             f"`base` and `finetuned` differ also in {further}, which an adapter of the coefficients does not hold: "
             'adapt matrices too (`target_modules="all-linear"`), train biases (`bias`), name modules outside the KAN '

@@ -61,8 +61,7 @@ def hotswap_adapter(
         TypeError, ValueError: naming what does not fit: the kind of adapter or model, the base, layers, layouts,
             ranks, other trained tensors, a damaged file, or a merged or offloaded slot. Nothing is changed then.
     """
-    unknown = sorted(kwargs.keys() - signature(hf_hub_download).parameters)
-    if unknown:
+    if unknown := sorted(kwargs.keys() - signature(hf_hub_download).parameters):
         raise TypeError(f"{unknown} are not arguments of this function or of `huggingface_hub.hf_hub_download`")
     lotra_model(model, adapter_name)
     config = LoTRAConfig.from_pretrained(model_name_or_path, **kwargs)

@@ -26,6 +26,8 @@ from ..model import LoTRAModel, lotra_model
 from ..tucker.decomposition import Tucker
 from .extraction import fill
 
+_INSTEAD = "use `merge_and_unload()` and save the dense model, or LoTRA's own checkpoint"
+
 
 def convert_to_lora(
     model: nn.Module, rank: int | float | None = None, adapter_name: str = "default"
@@ -61,7 +63,7 @@ def convert_to_lora(
     if (bias := tuner.peft_config[adapter_name].bias) != "none":
         raise ValueError(
             f"{adapter_name!r} has `bias`={bias!r}: LoRA saves biases under other names, and does not save vectors of "
-            "normalisations; use `merge_and_unload()` and save the dense model, or LoTRA's own checkpoint"
+            f"normalisations; {_INSTEAD}"
         )
     layers = adapted_tensors(tuner.model, adapter_name)
     for parameter, layer in layers.items():
@@ -93,26 +95,20 @@ def save_as_lora(
 
 def _obstacle(layer: LoTRALayer, adapter_name: str) -> str | None:
     spec = layer.spec
-    instead = "use `merge_and_unload()` and save the dense model, or LoTRA's own checkpoint"
     if adapter_name in layer.merged_adapters:
         return "it is merged into the base; call `unmerge_adapter()` first"
     if layer.terms[adapter_name]:
         return "it is for a family of tasks; convert an adapter for one, from `adapter_at`"
     if isinstance(layer, SlimLayer):
-        return f"in a Slim KAN the factors are the coefficients themselves, without a base to add to; {instead}"
+        return f"in a Slim KAN the factors are the coefficients themselves, without a base to add to; {_INSTEAD}"
     owner, name = owner_of(layer.get_base_layer(), spec.parameter)
     if not (isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward and name == "weight"):
-        return f"it is no weight of an nn.Linear, which LoRA would wrap, but of a {type(owner).__name__}; {instead}"
+        return f"it is no weight of an nn.Linear, which LoRA would wrap, but of a {type(owner).__name__}; {_INSTEAD}"
     if spec.scale is not None or spec.slice is not None:
-        return f"its `scale` {spec.scale!r} or `slice` {spec.slice!r} is no part of an nn.Linear; {instead}"
+        return f"its `scale` {spec.scale!r} or `slice` {spec.slice!r} is no part of an nn.Linear; {_INSTEAD}"
     if spec.axes[0] != ("o",) or {axis[0] for axis in spec.axes[1]} != {"i", "d"}:
-        return f"its layout {spec.layout.pattern!r} has other rows than the outputs o; {instead}"
+        return f"its layout {spec.layout.pattern!r} has other rows than the outputs o; {_INSTEAD}"
     return None
-
-
-def _with_rows(layout: Layout, r: int) -> Layout:
-    """The layout of a matrix with r rows in place of the m outputs."""
-    return Layout(layout.pattern, {**layout.sizes, "o": r})
 
 
 def _matrices(update: Tucker, layout: Layout, rank: int | float | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,7 +116,7 @@ def _matrices(update: Tucker, layout: Layout, rank: int | float | None) -> tuple
     r2 = update.core.shape[1]
     B = update.factors.get("o", torch.eye(r2, dtype=update.core.dtype))
     thin = Tucker(update.core[..., 0], {mode: U for mode, U in update.factors.items() if mode != "o"})
-    A = _with_rows(layout, r2).from_canonical(thin.dense())
+    A = replace(layout, sizes={**layout.sizes, "o": r2}).from_canonical(thin.dense())
     if rank is None:
         return A, B
     (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
@@ -188,12 +184,14 @@ def adapter_from_lora(
             f"{path} cannot be a LoTRA adapter: {unknown} are not coefficients of `base`, which has {list(known)}; "
             "merge it into the base (`merge_and_unload`)"
         )
-    factors, chosen = {}, []
+    factors, chosen, alphas = {}, [], config.alpha_pattern or {}
     for linear, keys in pairs.items():
         A, B = (weights[key] for key in keys)
         target, r = known[linear], len(A)
-        core = _with_rows(target.spec.layout, r).to_canonical(A)
-        update = Tucker(core, {"o": B * _scaling(config, linear, r)})
+        alpha = alphas.get(get_pattern_key(list(alphas), linear), config.lora_alpha)
+        layout = replace(target.spec.layout, sizes={**target.spec.layout.sizes, "o": r})
+        scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+        update = Tucker(layout.to_canonical(A), {"o": B * scaling})
         if r >= len(B):  # a rank that fills the outputs
             update = update.absorb("o")
         factors[target.parameter] = update
@@ -202,9 +200,3 @@ def adapter_from_lora(
     model = get_peft_model(base, LoTRAConfig(r=1).self_contained(chosen))
     fill(model, model.active_adapter, factors)
     return model
-
-
-def _scaling(config: LoraConfig, linear: str, r: int) -> float:
-    pattern = config.alpha_pattern or {}
-    alpha = pattern.get(get_pattern_key(list(pattern), linear), config.lora_alpha)
-    return alpha / math.sqrt(r) if config.use_rslora else alpha / r

@@ -33,12 +33,7 @@ from .harness import KANLayerTests
 
 
 def report(factory: Callable[[], Any]) -> bool:
-    """Print how a layer is adapted and which tests it passes. Returns whether no test failed.
-
-    Raises:
-        TypeError: if the factory does not return a layer and a sample.
-        ValueError: if no coefficients are given and none are found. The text gives the reasons.
-    """
+    """Print how a layer is adapted and which tests it passes. Returns whether no test failed."""
     made = factory()
     parts = made if isinstance(made, tuple) else (made,)
     layer, x, given = (*parts, None, None)[:3]
