@@ -6,13 +6,13 @@ import einops
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_different, assert_equal, tucker
+from conftest import assert_different, assert_equal, forced_order, tucker
+from rounding import Rounding
 from torch import nn
 
 from peft_lotra.coefficients import CoefficientSpec
 from peft_lotra.standin import Adapted, PerformanceWarning, Update
 from peft_lotra.standin.cost import DENSE, ORDERS
-from peft_lotra.testing import Rounding, forced_order
 
 N, M, D, G, B = 5, 7, 4, 2, 6  # inputs, outputs, basis, groups, batch
 SIZES = {"i": N, "o": M, "d": D, "g": G, "h": 3, "w": 2, "t": 2}

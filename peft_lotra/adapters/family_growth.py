@@ -74,8 +74,8 @@ def family_from(
         factors[parameter] = joint._replace(core=joint.core @ torch.linalg.pinv(c).mT)
         miss = mode_product(factors[parameter].dense(), c, -1) - updates
         errors[parameter] = (miss.norm() / updates.norm()).nan_to_num().item()
+    fill(model, adapter_name, factors)
     model.set_adapter(adapter_name)  # type: ignore[operator]
-    fill(model, factors)
     return errors
 
 
@@ -108,9 +108,8 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
     Source: ours.
     """
     tuner = lotra_model(model, family)
-    config = tuner.peft_config[family]
-    names = config.family if isinstance(config.family, list) else None
-    if names is None:
+    names = tuner.peft_config[family].family
+    if not isinstance(names, list):
         raise ValueError(f"`family` {family!r} is not a family of named tasks (`LoTRAConfig(family=[...])`)")
     if not isinstance(task, str) or task in names:
         raise ValueError(f"`task` should be a new name but the value passed is {task!r}; there are {names}")
@@ -121,7 +120,7 @@ def add_task(model: nn.Module, task: str, *, family: str = "default", core_from:
         new = core.mean(-1, keepdim=True) if core_from is None else core[..., [names.index(core_from)]]
         return torch.cat([core, new], dim=-1)
 
-    _replace_cores(tuner, family, grown, replace(config, family=[*names, task]), "add the task")
+    _replace_cores(tuner, family, "add the task", grown, family=[*names, task])
 
 
 @torch.no_grad()
@@ -174,29 +173,22 @@ def change_range(
             "`family_from`"
         )
     M = old.in_terms_of(new)
-    wider = replace(config, family=dict(new.ranges), family_degree=new.degree)
-    _replace_cores(tuner, family, lambda core: core.double() @ M.to(core.device), wider, "change the range")
+    fields = {"family": dict(new.ranges), "family_degree": new.degree}
+    _replace_cores(tuner, family, "change the range", lambda core: core.double() @ M.to(core.device), **fields)
 
 
 def _replace_cores(
-    tuner: LoTRAModel,
-    family: str,
-    new_core: Callable[[torch.Tensor], torch.Tensor],
-    config: LoTRAConfig,
-    what: str,
+    tuner: LoTRAModel, name: str, what: str, new_core: Callable[[torch.Tensor], torch.Tensor], **fields: Any
 ) -> None:
-    """Replace a family's cores and its config.
-
-    Raises:
-        ValueError: before anything is changed, if the model is sharded or a core offloaded: do `what` before that.
-    """
+    """Replace the cores and some fields of a family. Raise ValueError where that is too late, saying `what` is."""
     check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
-    layers = adapted_tensors(tuner.model, family)
-    if offloaded := [name for name, layer in layers.items() if layer.lotra_core[family].is_meta]:
-        raise ValueError(f"`family` {family!r} is offloaded at {offloaded}: {what} before offloading")
+    layers = adapted_tensors(tuner.model, name)
+    if offloaded := [parameter for parameter, layer in layers.items() if layer.lotra_core[name].is_meta]:
+        raise ValueError(f"`family` {name!r} is offloaded at {offloaded}: {what} before offloading")
     for layer in layers.values():
-        old = layer.lotra_core[family]
-        layer.lotra_core[family] = nn.Parameter(new_core(old).to(old), requires_grad=old.requires_grad)
-        layer.terms[family] = layer.lotra_core[family].shape[-1]
-    config._copies = tuner.peft_config[family]._copies
-    tuner.peft_config[family] = config
+        old = layer.lotra_core[name]
+        layer.lotra_core[name] = nn.Parameter(new_core(old).to(old), requires_grad=old.requires_grad)
+        layer.terms[name] = layer.lotra_core[name].shape[-1]
+    config = replace(tuner.peft_config[name], **fields)
+    config._copies = tuner.peft_config[name]._copies
+    tuner.peft_config[name] = config
