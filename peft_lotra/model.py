@@ -176,10 +176,12 @@ class LoTRAModel(BaseTuner):
         """Set the active adapters. Unless `inference_mode` is true, they and their biases become trainable.
 
         Raises:
-            ValueError: if an adapter does not exist. Nothing is changed then.
+            ValueError: if an adapter does not exist.
+            RuntimeError: as `unmerge_adapter`, because PEFT unmerges all adapters first. Nothing is changed then.
         """
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             self.peft_config[name]  # raises if it does not exist
+        self._check_unwritten()
         super().set_adapter(adapter_name, inference_mode)
         self._set_biases(not inference_mode)
 
@@ -215,8 +217,15 @@ class LoTRAModel(BaseTuner):
             layer.set_requires_grad(adapter_name, requires_grad)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the coefficients and keep them. With `safe_merge`, all layers are checked first."""
+        """Merge adapters into the coefficients and keep them. With `safe_merge`, all layers are checked first.
+
+        Raises:
+            TypeError, ValueError: if a name is wrong or, with `safe_merge`, if merged coefficients are not all finite.
+            RuntimeError: if a family is at no task, or somebody has written to coefficients that are merged already.
+                In each case nothing is changed.
+        """
         self._check_merge(adapter_names, safe_merge)
+        self._check_unwritten()
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:
