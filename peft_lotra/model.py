@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils.other import _set_adapter
 from torch import nn
 
 from .adapter_names import check_name, check_replaced
@@ -186,9 +187,15 @@ class LoTRAModel(BaseTuner):
         self._set_biases(not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. Its biases keep their values and are frozen."""
+        """Delete an adapter. Its biases keep their values and are frozen. If none is left active, another will be."""
         biases = trained_biases(self.model, adapter_name, self.peft_config[adapter_name].bias)
+        alone = self.active_adapters == [adapter_name]
         super().delete_adapter(adapter_name)
+        if alone and self.peft_config:  # PEFT lets every layer choose among its own adapters
+            self.active_adapter = self.active_adapters or sorted(self.peft_config)[:1]
+            _set_adapter(self.model, self.active_adapter)
+            for layer in adapted_tensors(self.model).values():
+                layer.set_adapter(self.active_adapter)
         for bias in biases:
             bias.parameter.requires_grad_(False)
 
