@@ -111,9 +111,12 @@ class LoTRAModel(BaseTuner):
         After an exception, the model is as it was before, also if the adapter's file was the cause.
         """
         config = self.peft_config[adapter_name]
+        disabled = any(layer.disable_adapters for layer in adapted_tensors(model).values())
         try:
             with naming(config._file), restored_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                if disabled:
+                    self._enable_adapter_layers(False)  # of new layers, too
                 held = slots_of(model, adapter_name, config.bias)
                 slots = {f"{PREFIX}{key}": slot for key, (_, slot) in held.items()}
                 if config._saved is not None:

@@ -159,6 +159,18 @@ def test_after_a_deletion_all_layers_have_the_same_active_adapter(saved, only):
         assert_equal(model(x), expected, 0)
 
 
+def test_layers_that_are_first_adapted_while_adapters_are_disabled(saved):
+    base, x, *_ = saved
+    first, second = (LoTRAConfig(r=1, target_modules=[f"layers.{k}"], init_weights=False) for k in (0, 1))
+    model = get_peft_model(copy.deepcopy(base), first)
+    model.base_model.disable_adapter_layers()
+    model.add_adapter("second", second)
+    model.set_adapter("second")
+    assert_equal(model(x), base(x), 0)
+    model.base_model.enable_adapter_layers()
+    assert_different(model(x), base(x))
+
+
 def test_switching_and_adding_while_merged(saved):
     base, x, y, path = saved
     model = PeftModel.from_pretrained(copy.deepcopy(base), path)
