@@ -58,11 +58,11 @@ def in_context(
                 f"`{TASK}` {task!r}: none of the adapters {list(used)} is for a family of tasks "
                 "(`LoTRAConfig(family=...)`); leave it out, or call `set_adapter` with a family's adapter"
             )
-        tasks = tasks_for(model, kinds, task, axis, TASK if names is None else None)
+        tasks = tasks_for(model, configs, kinds, task, axis, TASK if names is None else None)
         repeated = {n: c if c.dim() == 1 else c.repeat_interleave(repeats, dim=0) for n, c in tasks.weights.items()}
-        entries.append(Tasks(tasks.layers, repeated, axis))
+        entries.append(Tasks(tasks.layers, repeated, axis, configs, tasks.families))
         if encoder:
-            entries.append(Tasks(encoder, tasks.weights, axis))
+            entries.append(Tasks(encoder, tasks.weights, axis, configs, tasks.families))
     for entry in entries:
         for module in (entry.modules or ()) if isinstance(entry, Batch) else ():
             if isinstance(module, AuxiliaryTrainingWrapper):
@@ -71,12 +71,18 @@ def in_context(
 
 
 def tasks_for(
-    model: nn.Module, kinds: Mapping[str, families.Family], task: Any, axis: int, argument: str | None
+    model: nn.Module,
+    configs: Mapping[str, LoTRAConfig],
+    kinds: Mapping[str, families.Family],
+    task: Any,
+    axis: int,
+    argument: str | None,
 ) -> Tasks:
     """What `model` is to have in its context at a task.
 
     Args:
         model: the model with the adapters in it.
+        configs: the configs of all adapters.
         kinds: the families that may be meant, by adapter.
         task: in a form that `Family.named` takes.
         axis: the axis of the samples.
@@ -106,7 +112,8 @@ def tasks_for(
         cores = [layer.lotra_core[name] for layer in found if name in layer.lotra_core]
         if len({(core.dtype, core.device) for core in cores}) == 1 and not cores[0].is_meta:
             weights[name] = c.to(cores[0].device, cores[0].dtype)
-    return Tasks(set(found), weights, axis)
+    meant = {name: (configs[name].family, configs[name].family_degree) for name in weights}
+    return Tasks(set(found), weights, axis, configs, meant)
 
 
 def _batch(model: nn.Module, names: Sequence[str], repeats: int, encoder: set[nn.Module], axis: int) -> Batch:

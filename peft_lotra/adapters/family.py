@@ -71,7 +71,7 @@ def at_task(model: nn.Module, *, batch_axis: int = 0, **task: Any) -> Iterator[N
     if not kinds:
         raise ValueError("`model` has no adapter for a family of tasks (`LoTRAConfig(family=...)`)")
     axis = checked_axis(batch_axis)
-    with entered(tasks_for(tuner.model, kinds, task, axis, "at_task")):
+    with entered(tasks_for(tuner.model, tuner.peft_config, kinds, task, axis, "at_task")):
         yield
 
 
