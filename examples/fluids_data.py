@@ -257,7 +257,7 @@ def is_pure(name: str) -> bool:
     """Whether CoolProp has a fluid of this name that is one substance. Air, for instance, has an equation as if."""
     try:
         return coolprop().CoolProp.get_fluid_param_string(name, "pure") == "true"
-    except (ValueError, RuntimeError):  # of CoolProp 7 and later, and 6
+    except (ValueError, RuntimeError):  # the latter before CoolProp 8
         return False
 
 
