@@ -60,11 +60,11 @@ def in_context(
                 f"`{TASK}` {task!r}: none of the adapters {list(used)} is for a family of tasks "
                 "(`LoTRAConfig(family=...)`); leave it out, or call `set_adapter` with a family's adapter"
             )
-        tasks = tasks_for(model, kinds, task, axis, TASK if names is None else None)
+        tasks = tasks_for(model, configs, kinds, task, axis, TASK if names is None else None)
         repeated = {name: _repeated(c, repeats) for name, c in tasks.weights.items()}
-        entries.append(Tasks(tasks.layers, repeated, axis))
+        entries.append(Tasks(tasks.layers, repeated, axis, configs, tasks.families))
         if encoder:
-            entries.append(Tasks(encoder, tasks.weights, axis))
+            entries.append(Tasks(encoder, tasks.weights, axis, configs, tasks.families))
     for entry in entries:
         for module in (entry.modules or ()) if isinstance(entry, Batch) else ():
             if isinstance(module, AuxiliaryTrainingWrapper):
@@ -73,12 +73,18 @@ def in_context(
 
 
 def tasks_for(
-    model: nn.Module, kinds: Mapping[str, families.Family], task: Any, axis: int, argument: str | None
+    model: nn.Module,
+    configs: Mapping[str, LoTRAConfig],
+    kinds: Mapping[str, families.Family],
+    task: Any,
+    axis: int,
+    argument: str | None,
 ) -> Tasks:
     """What `model` is to have in its context at a task.
 
     Args:
         model: the model with the adapters in it.
+        configs: the configs of all adapters.
         kinds: the families that may be meant, by adapter.
         task: in a form that `Family.named` takes.
         axis: the axis of the samples.
@@ -114,7 +120,8 @@ def tasks_for(
         alike = len({(core.dtype, core.device) for core in cores}) == 1 and not cores[0].is_meta
         if alike and isinstance(c, torch.Tensor):
             weights[name] = c.to(cores[0].device, cores[0].dtype)
-    return Tasks(set(found), weights, axis)
+    meant = {name: (configs[name].family, configs[name].family_degree) for name in weights}
+    return Tasks(set(found), weights, axis, configs, meant)
 
 
 def _repeated(c: Any, repeats: int) -> Any:

@@ -12,6 +12,7 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper, merge_utils
 from torch import nn
 
+from .coefficients.target import Target
 from .config.lotra_config import LoTRAConfig
 from .layers.lotra import LoTRALayer, adapted_tensors
 from .placement.offloaded import tensors_in_place
@@ -33,14 +34,7 @@ def combine_adapters(
     density: float | None,
     majority_sign_method: str,
 ) -> tuple[LoTRAConfig, dict[str, Tucker], dict[str, float]]:
-    """The config, the factors and the relative errors of the new adapter; `model` is not changed.
-
-    Args:
-        model: the base model with the adapters in it.
-        configs: the configs of all adapters, by name.
-
-    `LoTRAModel.add_weighted_adapter` describes the other arguments and the errors.
-    """
+    """The config, the factors and the relative errors of `LoTRAModel.add_weighted_adapter`. `model` is not changed."""
     _check_adapters(model, configs, adapters, weights)
     rule = _checked_rule(combination_type, density, majority_sign_method)
     if rule == "cat" and svd_rank is not None:
@@ -52,14 +46,11 @@ def combine_adapters(
     ranks = {} if rule == "cat" else _ranks(layers, adapters, svd_rank)
     factors, errors = {}, {}
     for parameter, layer in layers.items():
-        terms = [
-            (float(weight), update_of(layer, adapter, parameter))
-            for adapter, weight in zip(adapters, weights, strict=True)
-            if adapter in layer.lotra_core
-        ]
+        own = [(weight, name) for weight, name in zip(weights, adapters, strict=True) if name in layer.lotra_core]
+        terms = [(float(weight), update_of(layer, name, parameter)) for weight, name in own]
         total = weighted_sum(terms) if rule in _SUMS else _pruned_sum(rule, terms, density, majority_sign_method)
         factors[parameter], errors[parameter] = (total, 0.0) if rule == "cat" else compress(total, ranks[parameter])
-    return _config(configs, adapters, layers, factors), factors, errors
+    return _config([configs[name] for name in adapters], layers, factors), factors, errors
 
 
 @torch.no_grad()
@@ -71,11 +62,7 @@ def whole_tucker(layer: LoTRALayer, adapter: str) -> Tucker:
 
 @torch.no_grad()
 def update_of(layer: LoTRALayer, adapter: str, parameter: str) -> Tucker:
-    """s · Δ in fp64 on the CPU, without memory in common with the layer. G has one axis of positions, maybe of size 1.
-
-    Raises:
-        ValueError: if it is not finite, with the name of the `parameter`.
-    """
+    """s · Δ in fp64 on the CPU, in memory of its own. G has one axis of positions, of size 1 if there are none."""
     update = whole_tucker(layer, adapter).map(lambda factor: factor.to("cpu", torch.float64, copy=True))
     check_finite(update.tensors(), adapter, parameter)
     return update._replace(core=layer.scaling[adapter] * update.core.reshape(*update.core.shape[:3], -1))
@@ -93,8 +80,8 @@ def copy_trained(model: nn.Module, adapters: Sequence[str], to: str) -> None:
     for wrapper, owners in _trained_copies(model, adapters):
         held, places = wrapper.state_dict(), wrapper.adapter_state_dict_load_map(to)
         for owner in owners:
-            for key, values in wrapper.adapter_state_dict(owner, held).items():
-                held[places[key]].copy_(values)
+            for key, source in wrapper.adapter_state_dict_load_map(owner).items():
+                held[places[key]].copy_(held[source])
 
 
 def _trained_copies(model: nn.Module, adapters: Sequence[str]) -> list[tuple[Any, list[str]]]:
@@ -107,16 +94,12 @@ def _check_adapters(
     model: nn.Module, configs: Mapping[str, LoTRAConfig], adapters: Sequence[str], weights: Sequence[float]
 ) -> None:
     if isinstance(adapters, str) or not adapters:
-        raise ValueError(
-            f"`adapters` should be a list of at least one adapter name but the value passed is {adapters!r}"
-        )
-    unknown = [name for name in adapters if name not in configs]
-    if unknown:
+        raise ValueError(f"`adapters` should be a list of at least one adapter name but is {adapters!r}")
+    if unknown := [name for name in adapters if name not in configs]:
         raise ValueError(f"`adapters` names {unknown}, which do not exist: the model has {list(configs)}")
     if len(weights) != len(adapters):
         raise ValueError(f"`weights` should be one number for each of {list(adapters)}, but {weights!r} is passed")
-    wrong = [w for w in weights if not isinstance(w, Real) or isinstance(w, bool) or not math.isfinite(w)]
-    if wrong:
+    if wrong := [w for w in weights if not isinstance(w, Real) or isinstance(w, bool) or not math.isfinite(w)]:
         raise ValueError(f"`weights` should be finite numbers but {wrong} is among the values passed")
     if of_families := [name for name in adapters if configs[name].family is not None]:
         raise ValueError(f"`adapters` {of_families} are for families of tasks: combine those of `adapter_at`")
@@ -128,8 +111,7 @@ def _check_adapters(
             f"`adapters` {biased} have trained biases (`bias`), and only one adapter of a model may have them: merge "
             "that adapter into the model by `merge_and_unload` first, and combine others on top of it"
         )
-    shared = [owners for _, owners in _trained_copies(model, adapters) if len(owners) > 1]
-    if shared:
+    if shared := [owners for _, owners in _trained_copies(model, adapters) if len(owners) > 1]:
         raise ValueError(
             "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
             f"{len(shared)} such instance(s). Trained copies are not combined: at most one of {shared[0]} may have one"
@@ -151,10 +133,7 @@ def _checked_rule(combination_type: str, density: float | None, majority_sign_me
     if rule in _SUMS and density is not None:
         raise ValueError(f"`density` {density!r} with `combination_type` {rule!r}, which prunes nothing: leave it out")
     if rule in _PRUNED and not (isinstance(density, Real) and 0 < density <= 1):
-        raise ValueError(
-            f"`density` should be a number in (0, 1] for `combination_type` {rule!r} "
-            f"but the value passed is {density!r}"
-        )
+        raise ValueError(f"`density` should be a number in (0, 1] for `combination_type` {rule!r} but is {density!r}")
     if majority_sign_method not in ("total", "frequency"):
         raise ValueError(
             f"`majority_sign_method` should be 'total' or 'frequency' but the value passed is {majority_sign_method!r}"
@@ -171,8 +150,7 @@ def _ranks(layers: Mapping[str, LoTRALayer], adapters: Sequence[str], svd_rank: 
         by_adapter = [(*layer.r[name], None)[:4] for name in adapters if name in layer.r]
         largest[parameter] = by_mode([None if None in r else max(r) for r in zip(*by_adapter, strict=True)])
     given = {key: check_ranks(r, f"svd_rank[{key!r}]") for key, r in (svd_rank or {}).items()}
-    unknown = sorted(set(given) - set(shapes))
-    if unknown:
+    if unknown := sorted(given.keys() - shapes.keys()):
         raise ValueError(f"`svd_rank` names {unknown}, but the adapted parameters are {list(shapes)}")
     return choose_ranks(shapes, largest | given, None, None)
 
@@ -188,30 +166,21 @@ def _pruned_sum(
 
 
 def _config(
-    configs: Mapping[str, LoTRAConfig],
-    adapters: Sequence[str],
-    layers: Mapping[str, LoTRALayer],
-    factors: Mapping[str, Tucker],
+    configs: Sequence[LoTRAConfig], layers: Mapping[str, LoTRALayer], factors: Mapping[str, Tucker]
 ) -> LoTRAConfig:
-    """The first adapter's config, but with the layout and ranks of every tensor by name."""
-    described = {key: value for name in adapters for key, value in configs[name].coefficients.items()}
-    saved = {entry for name in adapters for entry in configs[name].modules_to_save or ()}
-    tokens = [configs[name].trainable_token_indices for name in adapters]
+    """The first config, but with the layout and ranks of every tensor by name."""
+    targets = []
+    for parameter, layer in layers.items():
+        held = factors[parameter].factors
+        ranks = by_mode([held[mode].shape[1] if mode in held else None for mode in MODES])
+        targets.append(Target(parameter.removesuffix(f".{layer.spec.parameter}"), layer.spec, ranks))
+    tokens = [config.trainable_token_indices for config in configs]
     return replace(
-        configs[adapters[0]],
+        configs[0],
         r=None,
         compression_ratio=None,
         alpha=1.0,
         alpha_pattern={},
-        target_modules={key.removesuffix(f".{layer.spec.parameter}") for key, layer in layers.items()},
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        modules_to_save=sorted(saved) or None,
+        modules_to_save=sorted({entry for config in configs for entry in config.modules_to_save or ()}) or None,
         trainable_token_indices=next((indices for indices in tokens if indices is not None), None),
-        coefficients=described,
-        rank_pattern={
-            parameter: by_mode([U.shape[1] if (U := one.factors.get(mode)) is not None else None for mode in MODES])
-            for parameter, one in factors.items()
-        },
-    )
+    ).self_contained(targets)

@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.utils.other import _set_adapter
 from torch import nn
 
 from .call_arguments import in_context
@@ -112,9 +113,12 @@ class LoTRAModel(BaseTuner):
         After an exception, the model is as it was before, also if the adapter's file was the cause.
         """
         config = self.peft_config[adapter_name]
+        disabled = any(layer.disable_adapters for layer in adapted_tensors(model).values())
         try:
             with naming(config._file), restored_on_error(self):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
+                if disabled:
+                    self._enable_adapter_layers(False)  # of new layers, too
                 held = slots_of(model, adapter_name, config.bias)
                 slots = {f"{PREFIX}{key}": slot for key, (_, slot) in held.items()}
                 if config._saved is not None:
@@ -177,17 +181,25 @@ class LoTRAModel(BaseTuner):
         """Set the active adapters. Unless `inference_mode` is true, they and their biases become trainable.
 
         Raises:
-            ValueError: if an adapter does not exist. Nothing is changed then.
+            ValueError: if an adapter does not exist.
+            RuntimeError: as `unmerge_adapter`, because PEFT unmerges all adapters first. Nothing is changed then.
         """
         for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             self.peft_config[name]  # raises if it does not exist
+        self._check_unwritten()
         super().set_adapter(adapter_name, inference_mode)
         self._set_biases(not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter. Its biases keep their values and are frozen."""
+        """Delete an adapter. Its biases keep their values and are frozen. If none is left active, another will be."""
         biases = trained_biases(self.model, adapter_name, self.peft_config[adapter_name].bias)
+        alone = self.active_adapters == [adapter_name]
         super().delete_adapter(adapter_name)
+        if alone and self.peft_config:  # PEFT lets every layer choose among its own adapters
+            self.active_adapter = self.active_adapters or sorted(self.peft_config)[:1]
+            _set_adapter(self.model, self.active_adapter)
+            for layer in adapted_tensors(self.model).values():
+                layer.set_adapter(self.active_adapter)
         for bias in biases:
             bias.parameter.requires_grad_(False)
 
@@ -216,8 +228,15 @@ class LoTRAModel(BaseTuner):
             layer.set_requires_grad(adapter_name, requires_grad)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the coefficients and keep them. With `safe_merge`, all layers are checked first."""
+        """Merge adapters into the coefficients and keep them. With `safe_merge`, all layers are checked first.
+
+        Raises:
+            TypeError, ValueError: if a name is wrong or, with `safe_merge`, if merged coefficients are not all finite.
+            RuntimeError: if a family is at no task, or somebody has written to coefficients that are merged already.
+                In each case nothing is changed.
+        """
         self._check_merge(adapter_names, safe_merge)
+        self._check_unwritten()
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     def unmerge_adapter(self) -> None:

@@ -36,7 +36,9 @@ def preserved(model: nn.Module, training: bool | None = None, dtype: torch.dtype
             torch.set_default_dtype(dtype or default)
             for p, _ in gradients:
                 p.grad = None
-            for m in _modules(model):
+            for m in model.modules():
+                if isinstance(m, torch.jit.ScriptModule):
+                    continue
                 m.__dict__["training"] = m.training if training is None else training
                 for name, b in m._buffers.items():
                     if b is not None:
@@ -68,7 +70,9 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
 def _restore(model: nn.Module) -> Callable[[], None]:
     """A function that puts back the attributes of now, what the containers among them hold, and parameters' flags."""
-    attributes = [(m.__dict__, dict(m.__dict__)) for m in _modules(model)]
+    # Attributes of TorchScript's modules cannot be put back.
+    modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    attributes = [(m.__dict__, dict(m.__dict__)) for m in modules]
     values = [value for _, own in attributes for value in own.values()]
     containers = [(value, value.copy()) for value in values if type(value) in (dict, OrderedDict, list, set)]
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -81,11 +85,6 @@ def _restore(model: nn.Module) -> Callable[[], None]:
             p.requires_grad_(requires_grad)
 
     return restore
-
-
-def _modules(model: nn.Module) -> list[nn.Module]:
-    """The modules whose attributes can be put back."""
-    return [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
 
 
 @contextmanager

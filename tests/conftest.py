@@ -7,14 +7,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from peft_lotra.testing import assert_close as assert_equal  # noqa: F401
+from peft_lotra.standin import plan
+from peft_lotra.standin.cost import DENSE
+from peft_lotra.testing import assert_close, forget_warnings
 from peft_lotra.testing import assert_differs as assert_different  # noqa: F401
-from peft_lotra.testing import forced_order, forget_warnings, margin
+from peft_lotra.testing.oracle import margin
 from peft_lotra.tucker.decomposition import MODES, Tucker
 
 # Whether adapted layers are traced by torch.compile; before, they run between graphs.
@@ -54,11 +57,41 @@ def _forget_warnings():
     forget_warnings()
 
 
+@contextmanager
+def forced_order(order):
+    """A context in which contractions use this order if they can. Yields an object whose `times` counts such plans.
+
+    Args:
+        order: one of `peft_lotra.standin.cost.ORDERS`, or `DENSE`.
+    """
+    taken, counted = SimpleNamespace(times=0), plan.cheapest_order
+
+    def forced(work, _):
+        possible = order == DENSE or set(order) <= set(work.on_x)
+        taken.times += possible
+        return order if possible else ""
+
+    plan.cheapest_order = forced
+    plan._plan.cache_clear()
+    try:
+        yield taken
+    finally:
+        plan.cheapest_order = counted
+        plan._plan.cache_clear()
+
+
 @pytest.fixture
 def order(request):
     """Force the order of every contraction. "counted" keeps the order that counts as the cheapest."""
     with nullcontext() if request.param == "counted" else forced_order(request.param):
         yield request.param
+
+
+def assert_equal(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-10) -> None:
+    """`assert_close` of values in fp64, or of equal bits. `rounding.Rounding` compares in lower precision."""
+    exact = tolerance == 0 or not (expected.is_floating_point() or expected.is_complex())
+    assert exact or expected.dtype in (torch.float64, torch.complex128), f"{expected.dtype} is compared by `Rounding`"
+    assert_close(actual, expected, tolerance)
 
 
 def assert_mean(draws: list[torch.Tensor], expected: torch.Tensor) -> None:

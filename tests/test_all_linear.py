@@ -15,6 +15,7 @@ from kan import KAN as PyKAN
 from kan_layers import KAN, ChebyKANLayer, ConvKANLayer, FastKAN, FastKANLayer, KANLinear
 from layer_table import randomize
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from rounding import rounding_of
 from safetensors.torch import load_file
 from test_transformers import needs_mixin
 from torch import nn
@@ -25,7 +26,7 @@ from peft_lotra import LoTRAConfig, extract_adapter, hotswap_adapter, register_k
 from peft_lotra.coefficients import registry
 from peft_lotra.layers.linear import LinearLayer
 from peft_lotra.layers.lotra import LoTRALayer, adapted_tensors
-from peft_lotra.testing import dense_model, rounding_of
+from peft_lotra.testing import dense_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from transformer_kan import TransformerKANConfig, TransformerKANForCausalLM

@@ -258,7 +258,7 @@ def test_arguments():
         assert model.state_dict().keys() == before.keys()
 
     refused(r"`adapters` names \['c'\], which .* the model has \['one', 'two'\]", ["one", "c"], [1, 1], "new")
-    refused("`adapters` should be a list of at least one adapter name .* is 'one'", "one", [1, 1], "new")
+    refused("`adapters` should be a list of at least one adapter name but is 'one'", "one", [1, 1], "new")
     refused("`adapters` should be a list of at least one", [], [], "new")
     refused("`weights` should be one number for each of", NAMES, [1], "new")
     refused(r"`weights` should be finite numbers but \[nan\]", NAMES, [1, math.nan], "new")
@@ -267,7 +267,7 @@ def test_arguments():
     refused("`combination_type` should be one of .* but the value passed is 'sum'", ["one"], [1], "new", "sum")
     refused("`density` 0.5 with `combination_type` 'svd', which prunes nothing", ["one"], [1], "new", density=0.5)
     refused(r"`density` should be a number in \(0, 1\] for `combination_type` 'ties'", ["one"], [1], "new", "ties")
-    refused("the value passed is 0", ["one"], [1], "new", "ties_svd", density=0)
+    refused("`density` should be .* but is 0", ["one"], [1], "new", "ties_svd", density=0)
     refused("`majority_sign_method` should be", ["one"], [1], "new", "ties", density=0.5, majority_sign_method="most")
     refused("`svd_rank` 4 with `combination_type` 'cat', where the ranks add up", ["one"], [1], "new", "cat", 4)
     refused("`svd_rank` should be a positive integer value", ["one"], [1], "new", "svd", 0)

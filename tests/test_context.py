@@ -15,7 +15,7 @@ from kan_layers import ChebyKAN
 from peft import get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, adapter_at, at_task
+from peft_lotra import LoTRAConfig, adapter_at, at_task, change_range
 
 VALUES = (1.0, 1.25, 1.6)
 NONE = "'default' is for a family of tasks, and this pass is at none of them"
@@ -306,6 +306,38 @@ def test_of_two_families_one_may_be_merged():
     with pytest.raises(ValueError, match="'default'.*merged"):
         with at_task(model, lam=1.25):
             pass
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "family", [["a", "b", "c", "d", "e"], {"lam": (1.0, 2.0)}, {"lam": (1.0, 1.6), "mu": (0, 1)}, LAM]
+)
+def test_a_task_is_not_for_another_family_of_the_same_name(family, compiled):
+    """P may be the same, and may not."""
+    base, model = kan()
+    net = torch.compile(model, backend="eager") if compiled else model
+    with at_task(model, lam=1.25):
+        assert_equal(net(X), oracle(base, model, 1.25))
+        model.delete_adapter("default")
+        model.add_adapter("default", LoTRAConfig(r=2, family=family))
+        fill(model)
+        model.set_adapter("default")
+        if family is LAM:
+            assert_equal(net(X), oracle(base, model, 1.25))
+        else:
+            with pytest.raises(RuntimeError, match=NONE):
+                net(X)
+
+
+def test_a_task_is_not_for_the_same_family_on_other_ranges():
+    base, model = kan()
+    with at_task(model, lam=1.25):
+        y = model(X)
+        change_range(model, {"lam": (1.0, 2.0)})
+        with pytest.raises(RuntimeError, match=NONE):
+            model(X)
+        with at_task(model, lam=1.25):
+            assert_equal(model(X), y)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -6,13 +6,13 @@ import einops
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_different, assert_equal, tucker
+from conftest import assert_different, assert_equal, forced_order, tucker
+from rounding import Rounding
 from torch import nn
 
 from peft_lotra.coefficients import CoefficientSpec
 from peft_lotra.standin import Adapted, PerformanceWarning, Update
 from peft_lotra.standin.cost import DENSE, ORDERS
-from peft_lotra.testing import Rounding, forced_order
 
 N, M, D, G, B = 5, 7, 4, 2, 6  # inputs, outputs, basis, groups, batch
 SIZES = {"i": N, "o": M, "d": D, "g": G, "h": 3, "w": 2, "t": 2}
@@ -377,3 +377,17 @@ def test_what_is_packed_beside_the_coefficients():
     layer.dense = lambda update: F.pad(inner(update), (0, N))
     x = torch.randn(B, N * D + N, dtype=torch.float64, requires_grad=True)
     _check(layer, x, [layer.update(), layer.update((1, 2, 1))])
+
+
+def test_outputs_that_are_packed_beside_something_else():
+    """No layer keeps its coefficients so; there is no factorised form."""
+    layer = Layer("o (i d)", F.linear)
+    layer.weight = nn.Parameter(torch.randn(M + 2, N * D, dtype=torch.float64), requires_grad=False)
+    layer.spec = CoefficientSpec.resolve(
+        layer, "weight", {"layout": "o (i d)", "sizes": {"d": D}, "slice": f"1:{M + 1}"}
+    )
+    inner = layer.dense
+    layer.dense = lambda update: F.pad(inner(update), (0, 0, 1, 1))
+    x = torch.randn(FLAT, dtype=torch.float64, requires_grad=True)
+    with pytest.warns(PerformanceWarning, match="Layer calls `linear`"):
+        _check(layer, x, [layer.update()])

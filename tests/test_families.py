@@ -23,7 +23,6 @@ from peft_lotra import LoTRAConfig, adapter_at, at_task, fit_gauss_newton, initi
 from peft_lotra.adapters.lora import convert_to_lora
 from peft_lotra.families.family import Family
 from peft_lotra.layers.lotra import adapted_tensors
-from peft_lotra.testing import assert_close
 
 # c(task) -------------------------------------------------------------------------------------------------------------
 
@@ -75,7 +74,7 @@ def test_every_layer_at_one_task_and_at_a_task_per_sample(name):
     x = (torch.rand(row.sample(torch.float64).shape, dtype=torch.float64) * 1.6 - 0.8).requires_grad_()
     with at_task(model, lam=1.3):
         y = model(x)
-    assert_close(y, at(base, model, polynomials(1.3, degree=2))(x))
+    assert_equal(y, at(base, model, polynomials(1.3, degree=2))(x))
     assert_different(y, base(x))
     values = torch.linspace(1, 1.6, len(x), dtype=torch.float64)
     with at_task(model, lam=values):
@@ -87,9 +86,9 @@ def test_every_layer_at_one_task_and_at_a_task_per_sample(name):
         with at_task(model, lam=value):
             single.append(model(x[k : k + 1]))
     single = torch.cat(single)
-    assert_close(y, single)
+    assert_equal(y, single)
     for a, e in zip(gradients, torch.autograd.grad(single.square().sum(), [x, *core]), strict=True):
-        assert_close(a, e, 1e-9)
+        assert_equal(a, e, 1e-9)
 
 
 def test_gradients_by_the_task():

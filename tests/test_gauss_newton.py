@@ -145,6 +145,14 @@ def test_several_kinds_of_residuals_are_summed_as_means():
 
 
 @pytest.mark.parametrize("rows", [5, 60])
+def test_residuals_may_have_further_axes(rows):
+    flat, deep = adapted(), adapted()
+    fit(flat, data=points(rows), iterations=2)
+    fit(deep, lambda net, x: regression(net, x).unflatten(1, (2, 1, 1)), points(rows), iterations=2)
+    assert_equal(trained(deep), trained(flat), 0)
+
+
+@pytest.mark.parametrize("rows", [5, 60])
 def test_chunks_do_not_change_the_result(rows):
     models = adapted(), adapted()
     calls = [0, 0]

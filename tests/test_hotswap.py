@@ -13,12 +13,12 @@ from conftest import FULLGRAPH, assert_different, assert_equal
 from kan_layers import ChebyKAN, ChebyKANLayer, TwoTensorKANLayer
 from layer_table import MODELS, config, lotra_layers, make, randomize
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from rounding import rounding_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_lotra import LoTRAConfig, hotswap_adapter, slim_kan
 from peft_lotra.adapters.hotswap import hotswap_adapter_from_state_dict
-from peft_lotra.testing import rounding_of
 
 WEIGHTS = "adapter_model.safetensors"
 X = torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)
@@ -397,7 +397,7 @@ def test_alpha_of_the_slot(cheby):
         hotswap_adapter(model, path)
     model = get_peft_model(copy.deepcopy(base).half(), LoTRAConfig(r=2, alpha=1e-6), autocast_adapter_dtype=False)
     before = state(model)
-    with pytest.raises(ValueError, match="in lotra_core of layers.0.cheby_coeffs, too large for the torch.float16"):
+    with pytest.raises(ValueError, match="in base_model.model.layers.0.lotra_core, too large for the torch.float16"):
         hotswap_adapter(model, path)
     assert_unchanged(model, before)
 

@@ -8,8 +8,9 @@ import torch
 from conftest import assert_different, assert_equal, within
 from layer_table import LAYERS, MODELS, config, lotra_layers, make, randomize
 from peft import get_peft_model
+from rounding import rounding_of
 
-from peft_lotra.testing import dense_model, rounding_of
+from peft_lotra.testing import dense_model
 
 all_cases = pytest.mark.parametrize("name", MODELS)
 case_and_dtype = pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 import pytest
 from layer_table import LAYERS
+from rounding import rounding_of
 
 from peft_lotra.testing import KANLayerTests
+from peft_lotra.testing.harness import _output
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -18,3 +20,10 @@ class TestLayouts(KANLayerTests):
 
     def make_sample(self):
         return self.row.sample().float()
+
+    def test_values_in_every_dtype(self):
+        for dtype in self.dtypes:
+            base, model, x = self._models(dtype)
+            rounding = rounding_of(base, model, x)
+            rounding.check(_output(model, x))
+            rounding.check(_output(model.merge_and_unload(), x))

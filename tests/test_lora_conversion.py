@@ -12,12 +12,12 @@ from kan_layers import KAN, FastKAN, FastKANLayer
 from launching import launch
 from layer_table import full_factors, lotra_layers, randomize
 from peft import LoraConfig, PeftModel, get_peft_model
+from rounding import rounding_of
 from safetensors.torch import load_file
 from torch import nn
 
 from peft_lotra import LoTRAConfig, slim_kan
 from peft_lotra.adapters.lora import convert_to_lora, save_as_lora
-from peft_lotra.testing import rounding_of
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(8, 3)
 

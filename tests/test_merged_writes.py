@@ -85,6 +85,29 @@ def test_a_write_to_the_same_bits_of_many_entries(factor, dtype):
     model.unmerge_adapter()
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@torch.no_grad()
+def test_what_would_unmerge_or_merge_more_changes_no_layer(which):
+    _, model = models()
+    model.add_adapter("two", LoTRAConfig(r=2, init_weights=False))
+    model.merge_adapter()
+    layers = list(lotra_layers(model).values())
+    layers[which].get_base_layer().cheby_coeffs.mul_(2)
+    y = model(X)
+    steps = {
+        "set_adapter": lambda: model.set_adapter("two"),
+        "merge_adapter": lambda: model.merge_adapter(["two"]),
+        "add_adapter": lambda: model.add_adapter("three", LoTRAConfig(r=1)),
+        "add_weighted_adapter": lambda: model.add_weighted_adapter(["two"], [1.0], "three", "cat"),
+    }
+    for step in steps.values():
+        with pytest.raises(RuntimeError, match=WRITTEN.format("cheby_coeffs")):
+            step()
+        assert list(model.peft_config) == ["default", "two"]
+        assert all(layer.merged_adapters == layer.active_adapters == ["default"] for layer in layers)
+        assert_equal(model(X), y, 0)
+
+
 @torch.no_grad()
 def test_a_write_of_the_same_values_is_none():
     base, model = models()

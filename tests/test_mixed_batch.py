@@ -20,10 +20,10 @@ from kan_layers import (
 )
 from layer_table import MODELS, config, lotra_layers, make, randomize
 from peft import get_peft_model
+from rounding import rounding_of
 from torch import nn
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.testing import rounding_of
 
 NAMES = ["one", "__base__", "two", "one", "three", "two", "one", "__base__"]
 

@@ -141,6 +141,36 @@ def test_adapters_on_different_layers(saved):
     assert_equal(model(x), expected(x), 0)
 
 
+@pytest.mark.parametrize("only", ["layers.0", "layers.1"])
+@pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted")
+def test_after_a_deletion_all_layers_have_the_same_active_adapter(saved, only):
+    """Also those that do not have it. PEFT's layers choose among their own adapters."""
+    base, x, _, path = saved
+    model = PeftModel.from_pretrained(copy.deepcopy(base), path)
+    model.add_adapter("other", LoTRAConfig(r=1, target_modules=[only], init_weights=False))
+    with torch.no_grad():
+        model.set_adapter("other")
+        expected = model(x)
+        assert_different(expected, base(x))
+        model.set_adapter("default")
+        model.delete_adapter("default")
+        assert model.active_adapters == ["other"]
+        assert {tuple(layer.active_adapters) for layer in lotra_layers(model).values()} == {("other",)}
+        assert_equal(model(x), expected, 0)
+
+
+def test_layers_that_are_first_adapted_while_adapters_are_disabled(saved):
+    base, x, *_ = saved
+    first, second = (LoTRAConfig(r=1, target_modules=[f"layers.{k}"], init_weights=False) for k in (0, 1))
+    model = get_peft_model(copy.deepcopy(base), first)
+    model.base_model.disable_adapter_layers()
+    model.add_adapter("second", second)
+    model.set_adapter("second")
+    assert_equal(model(x), base(x), 0)
+    model.base_model.enable_adapter_layers()
+    assert_different(model(x), base(x))
+
+
 def test_switching_and_adding_while_merged(saved):
     base, x, y, path = saved
     model = PeftModel.from_pretrained(copy.deepcopy(base), path)

@@ -6,11 +6,11 @@ from adapted_layers import adapt, adapted, dense, factors_of
 from conftest import assert_different, assert_equal
 from kan_layers import PreActivatedKANLayer
 from layer_table import LAYERS
+from rounding import rounding_of
 from torch import nn
 
 from peft_lotra.standin import PerformanceWarning
 from peft_lotra.standin.cost import DENSE, ORDERS
-from peft_lotra.testing import rounding_of
 
 FLAT = (9, 6)
 all_layers = pytest.mark.parametrize("name", LAYERS)

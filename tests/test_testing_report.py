@@ -53,7 +53,14 @@ def test_a_layer_that_passes(name, capsys):
     code, out = main([f"mine:{name}"]), capsys.readouterr().out
     assert code == 0, out
     assert ("0.weight: 'o (i d)'" in out or "weight: 'o (i d)' (n, m, n_d) = (3, 4, 4)" in out) == (name == "found")
-    for test in ("values", "second derivatives", "whole modes", "family", "mixed batch", "save and load"):
+    for test in (
+        "values and gradients",
+        "second derivatives",
+        "whole modes",
+        "family",
+        "mixed batch",
+        "save and load",
+    ):
         assert re.search(rf"^{test} +passed$", out, re.MULTILINE), out
     assert re.search(r"^\d+ passed, 0 skipped, 0 failed$", out, re.MULTILINE)
 

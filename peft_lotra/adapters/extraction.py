@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ def extract_adapter(
     *,
     inputs: torch.Tensor | Callable[[int], torch.Tensor] | None = None,
     iterations: int = 20,
-    strict: bool = True,
     progressbar: bool = True,
 ) -> tuple[PeftModel, dict[str, float]]:
     """min ‖(A_ft − A_pt) − alpha · G ×₁ U1 ×₂ U2 ×₃ U3‖ for every layer: truncated HOSVD improved by HOOI.
@@ -53,8 +51,6 @@ def extract_adapter(
             values, as transformers' models do, the first tensor is its output. If fixed points give fewer than 2
             outputs for each number of the adapter, the fit learns them by heart, and a UserWarning says so.
         iterations: the most iterations of the fit.
-        strict: whether it is an error if the models differ in something that the adapter cannot hold. Otherwise it is
-            a warning.
         progressbar: whether the fit shows its progress.
 
     Returns:
@@ -62,7 +58,7 @@ def extract_adapter(
 
     Raises:
         ValueError: if the models do not have the same layers, the update is not finite, a rank or alpha does not fit,
-            or, with `strict`, other tensors differ. `base` is then as it was before.
+            or the models differ in something that the adapter cannot hold. `base` is then as it was before.
     """
     if config.family is not None:
         raise ValueError(
@@ -76,11 +72,11 @@ def extract_adapter(
         if target.alpha == 0 and update.any():
             raise ValueError(f"`alpha` is 0 for {target.parameter}: an adapter of this scaling holds no update")
     biases = trained_biases(base, "", config.bias, {target.module for target in updates})
-    _check_the_rest(base, finetuned, list(updates), {bias.plain for bias in biases}, config, strict)
+    _check_the_rest(base, finetuned, list(updates), {bias.plain for bias in biases}, config.modules_to_save or ())
     factors = {target.parameter: decompose(update, target.ranks) for target, update in updates.items()}
     names = {module: name for name, module in base.named_modules()}
     model = get_peft_model(base, config)
-    fill(model, factors)
+    fill(model, model.active_adapter, factors)
     for bias in biases:
         bias.parameter.data.copy_(tensor_at(finetuned, bias.plain))
     for module in model.modules():
@@ -114,23 +110,22 @@ def _fit(model: PeftModel, finetuned: nn.Module, inputs: Any, iterations: int, p
             p.requires_grad_(True)
 
 
-def fill(model: Any, factors: Mapping[str, Tucker]) -> None:
-    """Set the active adapter's update of tensors to G ×₁ U1 ×₂ U2 ×₃ U3. Its core is G / scaling."""
-    layers, adapter = adapted_tensors(model), model.active_adapter
+def fill(model: nn.Module, adapter: str, factors: Mapping[str, Tucker]) -> None:
+    """Set an adapter's update of each named tensor to G ×₁ U1 ×₂ U2 ×₃ U3. Its core is G / scaling."""
+    layers = adapted_tensors(model)
     for parameter, update in factors.items():
         core, scaling = update.core, layers[parameter].scaling[adapter]
         layers[parameter].set_tucker(adapter, update._replace(core=core / scaling if core.any() else core))
 
 
 def _check_the_rest(
-    base: nn.Module, finetuned: nn.Module, targets: list[Target], biases: set[str], config: LoTRAConfig, strict: bool
+    base: nn.Module, finetuned: nn.Module, targets: list[Target], biases: set[str], endings: Sequence[str]
 ) -> None:
-    """Raise, or warn, if the models differ in a tensor that is not in the updates, `biases` or `modules_to_save`."""
+    """Raise if the models differ in a tensor other than coefficients, `biases` and modules with one of the endings."""
     before, after = base.state_dict(), finetuned.state_dict()
     specs = {target.parameter: target.spec for target in targets}
     held = {f"{target.module}.{target.spec.scale}" for target in targets} | biases
-    endings = tuple(config.modules_to_save or ())  # of modules' names, as for PEFT
-    copied = tuple(f"{name}." for name, _ in base.named_modules() if name.endswith(endings))
+    copied = tuple(f"{name}." for name, _ in base.named_modules() if name.endswith(tuple(endings)))  # as for PEFT
 
     def differs(key: str) -> bool:
         if key not in before or key not in after or before[key].shape != after[key].shape:
@@ -140,13 +135,9 @@ def _check_the_rest(
             specs[key].part(differing).zero_()
         return bool(differing.any())
 
-    differing = [key for key in sorted({*before, *after} - held) if not key.startswith(copied) and differs(key)]
-    if differing:
-        message = (
-            f"`base` and `finetuned` differ also in {differing}, which an adapter of the coefficients does not hold: "
+    if further := [key for key in sorted({*before, *after} - held) if not key.startswith(copied) and differs(key)]:
+        raise ValueError(
+            f"`base` and `finetuned` differ also in {further}, which an adapter of the coefficients does not hold: "
             'adapt matrices too (`target_modules="all-linear"`), train biases (`bias`), name modules outside the KAN '
-            "layers in `modules_to_save`, and fine-tune with the rest frozen"
+            "layers in `modules_to_save`, or copy these tensors from `base` if you can do without their change"
         )
-        if strict:
-            raise ValueError(f"{message}; with `strict=False` they stay as in `base`")
-        warnings.warn(f"{message}; they stay as in `base`", stacklevel=3)

@@ -72,7 +72,7 @@ def at_task(model: nn.Module, *, batch_axis: int = 0, **task: Any) -> Iterator[N
     if not kinds:
         raise ValueError("`model` has no adapter for a family of tasks (`LoTRAConfig(family=...)`)")
     axis = checked_axis(batch_axis)
-    with entered(tasks_for(tuner.model, kinds, task, axis, "at_task")):
+    with entered(tasks_for(tuner.model, tuner.peft_config, kinds, task, axis, "at_task")):
         yield
 
 
@@ -117,7 +117,7 @@ def adapter_at(
     copy_trained(tuner.model, [family], adapter_name)
     for layer in adapted_tensors(tuner.model, adapter_name).values():
         layer.set_tucker(adapter_name, whole_tucker(layer, family).at(c))
-        layer.set_scale(adapter_name, layer.scaling[family] / layer.alpha[family] if layer.alpha[family] else 1.0)
+        layer.scaling[adapter_name] = layer.scaling[family]
     model.set_adapter(adapter_name)  # type: ignore[operator]
 
 
@@ -162,8 +162,8 @@ def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
             f"{origin} is for other factors than those of {family!r}: load the family that it was made from"
         )
     layers = adapted_tensors(tuner.model, family)
-    shapes = {f"{name}.{CORE}": tuple(layer.tucker(family).core.shape[:-1]) for name, layer in layers.items()}
-    check_weights({key: Slot(shape) for key, shape in shapes.items()}, cores, origin)
+    slots = {f"{name}.{CORE}": Slot(layer.tucker(family).core.shape[:-1]) for name, layer in layers.items()}
+    check_weights(slots, cores, origin)
     adapter_at(model, adapter_name, family=family)
     for name, layer in layers.items():
         layer.set_tucker(adapter_name, layer.tucker(adapter_name)._replace(core=cores[f"{name}.{CORE}"]))
@@ -179,9 +179,9 @@ def _weights(tuner: LoTRAModel, family: str, kind: Family, task: dict[str, Any])
 
 
 def _mean(kind: Family) -> torch.Tensor:
-    if kind.tasks:
-        return torch.full((kind.size,), 1 / kind.size, dtype=torch.float64)
-    return torch.nn.functional.one_hot(torch.tensor(0), kind.size).double()
+    """c of the mean over named tasks, or of the constant term."""
+    mean = [1 / kind.size] * kind.size if kind.tasks else [1.0] + [0.0] * (kind.size - 1)
+    return torch.tensor(mean, dtype=torch.float64)
 
 
 def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig, Family]:

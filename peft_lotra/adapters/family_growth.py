@@ -74,8 +74,8 @@ def family_from(
         factors[parameter] = joint._replace(core=joint.core @ torch.linalg.pinv(c).mT)
         miss = mode_product(factors[parameter].dense(), c, -1) - updates
         errors[parameter] = (miss.norm() / updates.norm()).nan_to_num().item()
+    fill(model, adapter_name, factors)
     model.set_adapter(adapter_name)  # type: ignore[operator]
-    fill(model, factors)
     return errors
 
 
@@ -117,7 +117,7 @@ def add_task(
     Source: ours.
     """
     tuner = lotra_model(model, family)
-    config, kind = _named(tuner, family)
+    kind = _named(tuner, family)
     names = list(kind.tasks)
     if not isinstance(task, str) or task in names:
         raise ValueError(f"`task` should be a new name but the value passed is {task!r}; there are {shortened(names)}")
@@ -134,14 +134,14 @@ def add_task(
             start = codes.mean(0) if core_from is None else codes[names.index(core_from)]
             return torch.cat([codes, (start if code is None else code.to(codes))[None]])
 
-        _replace_tasks(tuner, family, longer, [*names, task], "add the task")
+        _replace_tasks(tuner, family, "add the task", longer, [*names, task])
         return
 
     def grown(core: torch.Tensor) -> torch.Tensor:
         new = core.mean(-1, keepdim=True) if core_from is None else core[..., [names.index(core_from)]]
         return torch.cat([core, new], dim=-1)
 
-    _replace_cores(tuner, family, grown, replace(config, family=[*names, task]), "add the task")
+    _replace_cores(tuner, family, "add the task", grown, family=[*names, task])
 
 
 @torch.no_grad()
@@ -154,16 +154,16 @@ def remove_task(model: nn.Module, task: str, *, family: str = "default") -> None
         ValueError: if there is no such task, or it is the last one, or the model is sharded. Nothing is changed then.
     """
     tuner = lotra_model(model, family)
-    config, kind = _named(tuner, family)
+    kind = _named(tuner, family)
     _check_task(task, kind)
     kept = [k for k, name in enumerate(kind.tasks) if name != task]
     if len(kept) < max(kind.code, 1):
         raise ValueError(f"`task` {task!r} is needed: a family has at least as many tasks as a code has numbers")
     names = [kind.tasks[k] for k in kept]
     if kind.code:
-        _replace_tasks(tuner, family, lambda codes: codes[kept], names, "remove the task")
+        _replace_tasks(tuner, family, "remove the task", lambda codes: codes[kept], names)
     else:
-        _replace_cores(tuner, family, lambda core: core[..., kept], replace(config, family=names), "remove the task")
+        _replace_cores(tuner, family, "remove the task", lambda core: core[..., kept], family=names)
 
 
 def rename_task(model: nn.Module, task: str, name: str, *, family: str = "default") -> None:
@@ -173,20 +173,20 @@ def rename_task(model: nn.Module, task: str, name: str, *, family: str = "defaul
         ValueError: if there is no such task, or the name is taken. Nothing is changed then.
     """
     tuner = lotra_model(model, family)
-    _, kind = _named(tuner, family)
+    kind = _named(tuner, family)
     _check_task(task, kind)
     if not isinstance(name, str) or name in kind.tasks:
         raise ValueError(f"`name` should be a new name but the value passed is {name!r}")
     tasks = tuple([name if one == task else one for one in kind.tasks])
-    _replace_config(tuner, family, replace(kind, tasks=tasks))
+    _replace_fields(tuner, family, family=replace(kind, tasks=tasks).plain)
 
 
-def _named(tuner: LoTRAModel, family: str) -> tuple[LoTRAConfig, Family]:
-    """The config and the family, if its tasks have names; otherwise raise ValueError."""
-    config = tuner.peft_config[family]
-    if config.kind is None or not config.kind.tasks:
+def _named(tuner: LoTRAModel, family: str) -> Family:
+    """The family, if its tasks have names; otherwise raise ValueError."""
+    kind = tuner.peft_config[family].kind
+    if kind is None or not kind.tasks:
         raise ValueError(f"`family` {family!r} is not a family of named tasks (`LoTRAConfig(family=[...])`)")
-    return config, config.kind
+    return kind
 
 
 def _check_task(task: str, kind: Family) -> None:
@@ -244,53 +244,40 @@ def change_range(
             "`family_from`"
         )
     M = old.in_terms_of(new)
-    wider = replace(config, family=dict(new.ranges), family_degree=new.degree)
-    _replace_cores(tuner, family, lambda core: core.double() @ M.to(core.device), wider, "change the range")
+    fields = {"family": dict(new.ranges), "family_degree": new.degree}
+    _replace_cores(tuner, family, "change the range", lambda core: core.double() @ M.to(core.device), **fields)
 
 
 def _replace_cores(
-    tuner: LoTRAModel,
-    family: str,
-    new_core: Callable[[torch.Tensor], torch.Tensor],
-    config: LoTRAConfig,
-    what: str,
+    tuner: LoTRAModel, name: str, what: str, new_core: Callable[[torch.Tensor], torch.Tensor], **fields: Any
 ) -> None:
-    """Replace a family's cores and its config.
-
-    Raises:
-        ValueError: before anything is changed, if the model is sharded or a core offloaded: do `what` before that.
-    """
+    """Replace the cores and some fields of a family. Raise ValueError where that is too late, saying `what` is."""
     check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
-    layers = adapted_tensors(tuner.model, family)
-    if offloaded := [name for name, layer in layers.items() if layer.lotra_core[family].is_meta]:
-        raise ValueError(f"`family` {family!r} is offloaded at {offloaded}: {what} before offloading")
+    layers = adapted_tensors(tuner.model, name)
+    if offloaded := [parameter for parameter, layer in layers.items() if layer.lotra_core[name].is_meta]:
+        raise ValueError(f"`family` {name!r} is offloaded at {offloaded}: {what} before offloading")
     for layer in layers.values():
-        old = layer.lotra_core[family]
-        layer.lotra_core[family] = nn.Parameter(new_core(old).to(old), requires_grad=old.requires_grad)
-        layer.terms[family] = layer.lotra_core[family].shape[-1]
-    config._copies = tuner.peft_config[family]._copies
-    tuner.peft_config[family] = config
+        old = layer.lotra_core[name]
+        layer.lotra_core[name] = nn.Parameter(new_core(old).to(old), requires_grad=old.requires_grad)
+        layer.terms[name] = layer.lotra_core[name].shape[-1]
+    _replace_fields(tuner, name, **fields)
 
 
 def _replace_tasks(
-    tuner: LoTRAModel,
-    family: str,
-    new_codes: Callable[[torch.Tensor], torch.Tensor],
-    names: list[str],
-    what: str,
+    tuner: LoTRAModel, family: str, what: str, new_codes: Callable[[torch.Tensor], torch.Tensor], names: list[str]
 ) -> None:
     """Replace a family's codes and the names of its tasks. Raises as `_replace_cores`."""
     check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
-    _, kind = _named(tuner, family)
     layers = adapted_tensors(tuner.model, family).values()
     held = next(layer.lotra_codes for layer in layers if family in layer.lotra_codes)
     if held[family].is_meta:
         raise ValueError(f"`family` {family!r} is offloaded: {what} before offloading")
     held[family] = nn.Parameter(new_codes(held[family]), requires_grad=held[family].requires_grad)
-    _replace_config(tuner, family, replace(kind, tasks=tuple(names)))
+    kind = _named(tuner, family)
+    _replace_fields(tuner, family, family=replace(kind, tasks=tuple(names)).plain)
 
 
-def _replace_config(tuner: LoTRAModel, family: str, kind: Family) -> None:
-    config = replace(tuner.peft_config[family], family=kind.plain)
-    config._copies = tuner.peft_config[family]._copies
-    tuner.peft_config[family] = config
+def _replace_fields(tuner: LoTRAModel, name: str, **fields: Any) -> None:
+    config = replace(tuner.peft_config[name], **fields)
+    config._copies = tuner.peft_config[name]._copies
+    tuner.peft_config[name] = config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from inspect import signature
 from typing import Any
 
@@ -61,8 +61,7 @@ def hotswap_adapter(
         TypeError, ValueError: naming what does not fit: the kind of adapter or model, the base, layers, layouts,
             ranks, other trained tensors, a damaged file, or a merged or offloaded slot. Nothing is changed then.
     """
-    unknown = sorted(kwargs.keys() - signature(hf_hub_download).parameters)
-    if unknown:
+    if unknown := sorted(kwargs.keys() - signature(hf_hub_download).parameters):
         raise TypeError(f"{unknown} are not arguments of this function or of `huggingface_hub.hf_hub_download`")
     lotra_model(model, adapter_name)
     config = LoTRAConfig.from_pretrained(model_name_or_path, **kwargs)
@@ -93,67 +92,61 @@ def hotswap_adapter_from_state_dict(
     layers = adapted_tensors(tuner.model, adapter_name)
     _check_slot(tuner, adapter_name, config)
     _check_layers(layers, {target.parameter for target in targets}, adapter_name)
-    places, held = slots_of(tuner.model, adapter_name, tuner.peft_config[adapter_name].bias), tuner.model.state_dict()
-    offloaded = sorted(key for key, (name, _) in places.items() if held[name].is_meta)
-    if offloaded:
+    places, held = slots_of(tuner.model, adapter_name, config.bias), tuner.model.state_dict()
+    if offloaded := sorted(key for key, (name, _) in places.items() if held[name].is_meta):
         raise ValueError(f"{offloaded} of {adapter_name!r} are offloaded (on the meta device): swap before offloading")
     others = {f"{PREFIX}{key}": place for key, place in places.items() if not is_adapter_key(key)}
     check_weights(config.saved_slots() | {key: slot for key, (_, slot) in others.items()}, state_dict, "`state_dict`")
     new = [(held[name], state_dict[key]) for key, (name, _) in others.items()]
     keys = {target.parameter: f"{PREFIX}{key}" for key, target in config.saved_targets()}
     for target in targets:
-        given = {name: state_dict.get(f"{keys[target.parameter]}.{name}") for name in CONTAINERS}
-        new += _values(layers.pop(target.parameter), adapter_name, target, Tucker.of(given))
-    for layer in layers.values():
+        key, layer = keys[target.parameter], layers.pop(target.parameter)
+        update = Tucker.of({name: state_dict.get(f"{key}.{name}") for name in CONTAINERS})
+        origin = f"the new adapter, with the `alpha` {layer.alpha[adapter_name]} of {adapter_name!r},"
+        for name, own, values in _values(layer, adapter_name, target, update):
+            check_tensor(f"{key}.{name}", values, Slot(own.shape, layer.dtype_in_use(adapter_name)), origin)
+            new.append((own, values))
+    for layer in layers.values():  # which the new adapter does not adapt
         new += [(own, torch.zeros(())) for own in layer.tucker(adapter_name).tensors()]
     for own, values in new:
         own.copy_(values)
 
 
 def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig) -> None:
-    """Raise ValueError if the slot is merged, or the new adapter has other tensors besides core and factors."""
+    """Raise ValueError if the slot is merged, or differs in what the new adapter has besides core and factors."""
     if any(adapter_name in m.merged_adapters for m in tuner.modules() if isinstance(m, BaseTunerLayer)):
         raise ValueError(f"`adapter_name` {adapter_name!r} is merged into the base: call `unmerge_adapter()` first")
-    ours, theirs = map(_settings, (tuner.peft_config[adapter_name], config))
-    for name, value in theirs.items():
-        if value != ours[name]:
+    own = tuner.peft_config[adapter_name]
+    fields = ["family", "modules_to_save", "trainable_token_indices", "bias"]
+    for name in fields if config.family is None else [*fields, "family_degree"]:
+        ours, theirs = getattr(own, name), getattr(config, name)
+        if name == "modules_to_save":
+            ours, theirs = set(ours or ()), set(theirs or ())
+        if ours != theirs:
             raise ValueError(
-                f"the new adapter has `{name}` {value}, {adapter_name!r} has {ours[name]}: only adapters with the "
-                f"same `{name}` can be swapped; use `load_adapter`"
+                f"the new adapter has `{name}` {theirs}, {adapter_name!r} has {ours}: only adapters with the same "
+                f"`{name}` can be swapped; use `load_adapter`"
             )
 
 
-def _settings(config: LoTRAConfig) -> dict[str, Any]:
-    """The fields that a slot cannot take from another adapter."""
-    return {
-        "family": config.family,
-        "family_degree": config.family and config.family_degree,
-        "modules_to_save": sorted(config.modules_to_save or ()),
-        "trainable_token_indices": config.trainable_token_indices,
-        "bias": config.bias,
-    }
-
-
 def _check_layers(layers: Mapping[str, LoTRALayer], adapted: set[str], adapter_name: str) -> None:
-    """Raise ValueError if the slot has not all layers of the new adapter, or has others that hold nothing else."""
-    missing = sorted(adapted - layers.keys())
-    if missing:
+    """Raise ValueError if the slot lacks a layer of the new adapter, or the adapter lacks a layer of a Slim KAN."""
+    if missing := sorted(adapted - layers.keys()):
         raise ValueError(
             f"the new adapter adapts {missing}, which {adapter_name!r} does not: use `load_adapter`, or make a slot "
             "that adapts every layer that will come"
         )
-    empty = [name for name, layer in layers.items() if isinstance(layer, SlimLayer) and name not in adapted]
-    if empty:
+    if empty := [name for name in layers.keys() - adapted if isinstance(layers[name], SlimLayer)]:
         raise ValueError(
-            f"the new adapter does not adapt {empty}, which in a Slim KAN have no coefficients without an adapter: "
-            "load it onto a dense model"
+            f"the new adapter does not adapt {sorted(empty)}, which in a Slim KAN have no coefficients without an "
+            "adapter: load it onto a dense model"
         )
 
 
 def _values(
     layer: LoTRALayer, adapter_name: str, target: Target, update: Tucker
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """G and every factor of the slot, with the values that make its update that of the new adapter.
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """The name of G and of every factor of the slot, the tensor itself, and its values for the new adapter's update.
 
     Factors that the slot does not have are multiplied into the core, and those that the update does not have are
     identities. Above the update's ranks, the values are zero.
@@ -170,20 +163,15 @@ def _values(
         update = update.map(lambda factor: factor.to("cpu", torch.float64)).times(ratio)
     # With the positions as one axis, in both cores, they are a mode like the others.
     terms = slot.core.shape[slot.core.dim() - (layer.terms[adapter_name] > 0) :]
-    flat, room = (core.reshape(*core.shape[:3], -1, *terms) for core in (update.core, slot.core))
-    core, factors = update._replace(core=flat).absorb(surplus)
-    if any(size > own for size, own in zip(core.shape, room.shape, strict=True)):
+    update, room = (one._replace(core=one.core.reshape(*one.core.shape[:3], -1, *terms)) for one in (update, slot))
+    core, factors = update.absorb(surplus)
+    if any(size > own for size, own in zip(core.shape, room.core.shape, strict=True)):
         raise ValueError(
             f"the new adapter has ranks {target.ranks} for {target.parameter}, above the {layer.r[adapter_name]} of "
             f"{adapter_name!r}: use `load_adapter`, or make a slot of the largest ranks that will come"
         )
-    given = [(room.shape, core)]
-    given += [(U.shape, factors.get(mode, torch.eye(len(U)))) for mode, U in slot.factors.items()]
-    found = []
-    for (name, own), (shape, part) in zip(slot.named().items(), given, strict=True):
-        values = part.new_zeros(shape)
+    given = [core, *[factors.get(mode, torch.eye(len(U))) for mode, U in slot.factors.items()]]
+    for (name, own), place, part in zip(slot.named().items(), room.tensors(), given, strict=True):
+        values = part.new_zeros(place.shape)
         values[tuple(map(slice, part.shape))] = part
-        origin = f"the new adapter, with the `alpha` {alpha} of {adapter_name!r},"
-        check_tensor(f"{name} of {target.parameter}", values, Slot(shape, layer.dtype_in_use(adapter_name)), origin)
-        found.append((own, values.reshape(own.shape)))
-    return found
+        yield name, own, values.reshape(own.shape)

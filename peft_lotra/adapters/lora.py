@@ -6,7 +6,6 @@ import math
 import os
 import re
 from dataclasses import replace
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -18,7 +17,6 @@ from torch import nn
 from ..analysis.updates import plain_targets
 from ..coefficients.registry import Descriptions
 from ..coefficients.spec import Layout, owner_of
-from ..coefficients.target import Target
 from ..combination import check_finite, update_of
 from ..config.lotra_config import LoTRAConfig
 from ..files.adapter_file import PREFIX, is_adapter_key
@@ -27,6 +25,8 @@ from ..layers.slim import SlimLayer
 from ..model import LoTRAModel, lotra_model
 from ..tucker.decomposition import Tucker
 from .extraction import fill
+
+_INSTEAD = "use `merge_and_unload()` and save the dense model, or LoTRA's own checkpoint"
 
 
 def convert_to_lora(
@@ -60,11 +60,10 @@ def convert_to_lora(
             f"`rank` should be a positive integer value, a fraction of ‖Δ‖² in (0, 1] as a float, or None, but the "
             f"value passed is {rank!r}"
         )
-    bias = tuner.peft_config[adapter_name].bias
-    if bias != "none":
+    if (bias := tuner.peft_config[adapter_name].bias) != "none":
         raise ValueError(
             f"{adapter_name!r} has `bias`={bias!r}: LoRA saves biases under other names, and does not save vectors of "
-            "normalisations; use `merge_and_unload()` and save the dense model, or LoTRA's own checkpoint"
+            f"normalisations; {_INSTEAD}"
         )
     layers = adapted_tensors(tuner.model, adapter_name)
     for parameter, layer in layers.items():
@@ -96,26 +95,20 @@ def save_as_lora(
 
 def _obstacle(layer: LoTRALayer, adapter_name: str) -> str | None:
     spec = layer.spec
-    instead = "use `merge_and_unload()` and save the dense model, or LoTRA's own checkpoint"
     if adapter_name in layer.merged_adapters:
         return "it is merged into the base; call `unmerge_adapter()` first"
     if layer.terms[adapter_name]:
         return "it is for a family of tasks; convert an adapter for one, from `adapter_at`"
     if isinstance(layer, SlimLayer):
-        return f"in a Slim KAN the factors are the coefficients themselves, without a base to add to; {instead}"
+        return f"in a Slim KAN the factors are the coefficients themselves, without a base to add to; {_INSTEAD}"
     owner, name = owner_of(layer.get_base_layer(), spec.parameter)
     if not (isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward and name == "weight"):
-        return f"it is no weight of an nn.Linear, which LoRA would wrap, but of a {type(owner).__name__}; {instead}"
+        return f"it is no weight of an nn.Linear, which LoRA would wrap, but of a {type(owner).__name__}; {_INSTEAD}"
     if spec.scale is not None or spec.slice is not None:
-        return f"its `scale` {spec.scale!r} or `slice` {spec.slice!r} is no part of an nn.Linear; {instead}"
+        return f"its `scale` {spec.scale!r} or `slice` {spec.slice!r} is no part of an nn.Linear; {_INSTEAD}"
     if spec.axes[0] != ("o",) or {axis[0] for axis in spec.axes[1]} != {"i", "d"}:
-        return f"its layout {spec.layout.pattern!r} has other rows than the outputs o; {instead}"
+        return f"its layout {spec.layout.pattern!r} has other rows than the outputs o; {_INSTEAD}"
     return None
-
-
-def _with_rows(layout: Layout, r: int) -> Layout:
-    """The layout of a matrix with r rows in place of the m outputs."""
-    return Layout(layout.pattern, {**layout.sizes, "o": r})
 
 
 def _matrices(update: Tucker, layout: Layout, rank: int | float | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,33 +116,33 @@ def _matrices(update: Tucker, layout: Layout, rank: int | float | None) -> tuple
     r2 = update.core.shape[1]
     B = update.factors.get("o", torch.eye(r2, dtype=update.core.dtype))
     thin = Tucker(update.core[..., 0], {mode: U for mode, U in update.factors.items() if mode != "o"})
-    A = _with_rows(layout, r2).from_canonical(thin.dense())
+    A = replace(layout, sizes={**layout.sizes, "o": r2}).from_canonical(thin.dense())
     if rank is None:
         return A, B
     (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
     U, values, V = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-    k = min(rank, len(values)) if isinstance(rank, int) else _least_rank(values, rank)
+    if isinstance(rank, float):  # the least k with Σ_{j ≤ k} σ_j² ≥ rank · Σ_j σ_j²
+        kept = values.square().cumsum(0)
+        rank = int(torch.searchsorted(kept, rank * kept[-1])) + 1
+    k = min(rank, len(values))
     return V[:k] @ Q_A.T, Q_B @ (U[:, :k] * values[:k])
 
 
-def _least_rank(values: torch.Tensor, fraction: float) -> int:
-    """The least k with Σ_{j ≤ k} σ_j² ≥ fraction · Σ_j σ_j², at least 1."""
-    kept = values.square().cumsum(0)
-    return min(int((kept < fraction * kept[-1]).sum()) + 1, len(values))
-
-
 def _config(tuner: LoTRAModel, adapter_name: str, ranks: dict[str, int]) -> LoraConfig:
-    own = tuner.peft_config[adapter_name]
-    largest = max(ranks.values())
+    own, largest = tuner.peft_config[adapter_name], max(ranks.values())
     # PEFT reads the keys as regular expressions on endings of names, so they are anchored and escaped.
     pattern = {f"^{re.escape(name)}": k for name, k in ranks.items() if k != largest}
-    fields: dict[str, Any] = {"r": largest, "lora_alpha": largest, "rank_pattern": pattern, "alpha_pattern": pattern}
-    names = [name.replace(".base_layer", "") for name, _ in tuner.model.named_modules()]
-    same_ending = [name for name in names if any(name.endswith(f".{linear}") for linear in ranks)]
-    for name in ("base_model_name_or_path", "revision", "task_type", "modules_to_save", "trainable_token_indices"):
-        fields[name] = getattr(own, name)
+    names = {name.replace(".base_layer", "") for name, _ in tuner.model.named_modules()}
+    same_ending = {name for name in names if name.endswith(tuple(f".{linear}" for linear in ranks))}
+    kept = ("base_model_name_or_path", "revision", "task_type", "modules_to_save", "trainable_token_indices")
     return LoraConfig(
-        target_modules=sorted(ranks), exclude_modules=sorted(set(same_ending) - set(ranks)) or None, **fields
+        r=largest,
+        lora_alpha=largest,
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
+        target_modules=sorted(ranks),
+        exclude_modules=sorted(same_ending - ranks.keys()) or None,
+        **{name: getattr(own, name) for name in kept},
     )
 
 
@@ -177,41 +170,33 @@ def adapter_from_lora(
     if not isinstance(config, LoraConfig):
         raise ValueError(f"`path` {str(path)!r} has a {config.peft_type} adapter: only LoRA can be converted")
     weights = load_peft_weights(str(path), device="cpu")
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, value in weights.items():
-        linear, _, side = key.removeprefix(PREFIX).rpartition(".lora_")
-        if side not in ("A.weight", "B.weight"):
-            raise ValueError(
-                f"{path} has {key}, which is not one of LoRA's pairs of matrices: merge that adapter into the base "
-                "(`merge_and_unload`), or remove this tensor"
-            )
-        pairs.setdefault(linear, {})[side[0]] = value
-    known = {t.parameter: t for t in plain_targets("base", base, LoTRAConfig(r=1, coefficients=coefficients or {}))}
-    unknown = sorted(linear for linear in pairs if f"{linear}.weight" not in known)
-    if unknown:
+    linears = dict.fromkeys(key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in weights)
+    pairs = {linear: [f"{PREFIX}{linear}.lora_{side}.weight" for side in "AB"] for linear in linears}
+    if wrong := sorted(weights.keys() ^ {key for pair in pairs.values() for key in pair}):
+        raise ValueError(
+            f"{path} should have pairs of LoRA's matrices alone, but has or lacks {wrong}: merge that adapter into "
+            "the base (`merge_and_unload`), or remove these tensors"
+        )
+    targets = plain_targets("base", base, LoTRAConfig(r=1, coefficients=coefficients or {}))
+    known = {target.parameter.removesuffix(".weight"): target for target in targets}
+    if unknown := sorted(linears.keys() - known.keys()):
         raise ValueError(
             f"{path} cannot be a LoTRA adapter: {unknown} are not coefficients of `base`, which has {list(known)}; "
             "merge it into the base (`merge_and_unload`)"
         )
-    factors = {}
-    for linear, pair in pairs.items():
-        target = known[f"{linear}.weight"]
-        factors[target.parameter] = _tucker(target, pair["A"], pair["B"] * _scaling(config, linear, len(pair["A"])))
-    ranks = {parameter: (None, one.core.shape[1] if one.factors else None, None) for parameter, one in factors.items()}
+    factors, chosen, alphas = {}, [], config.alpha_pattern or {}
+    for linear, keys in pairs.items():
+        A, B = (weights[key] for key in keys)
+        target, r = known[linear], len(A)
+        alpha = alphas.get(get_pattern_key(list(alphas), linear), config.lora_alpha)
+        layout = replace(target.spec.layout, sizes={**target.spec.layout.sizes, "o": r})
+        scaling = alpha / (math.sqrt(r) if config.use_rslora else r)
+        update = Tucker(layout.to_canonical(A), {"o": B * scaling})
+        if r >= len(B):  # a rank that fills the outputs
+            update = update.absorb("o")
+        factors[target.parameter] = update
+        chosen.append(replace(target, ranks=(None, r if update.factors else None, None)))
     # A self-contained config adapts these tensors and no others.
-    chosen = [replace(known[parameter], ranks=ranks[parameter]) for parameter in factors]
     model = get_peft_model(base, LoTRAConfig(r=1).self_contained(chosen))
-    fill(model, factors)
+    fill(model, model.active_adapter, factors)
     return model
-
-
-def _tucker(target: Target, A: torch.Tensor, B: torch.Tensor) -> Tucker:
-    core = _with_rows(target.spec.layout, len(A)).to_canonical(A)
-    thin = Tucker(core, {"o": B})
-    return thin.absorb("o") if B.shape[1] >= len(B) else thin  # a rank that fills the outputs
-
-
-def _scaling(config: LoraConfig, linear: str, r: int) -> float:
-    pattern = config.alpha_pattern or {}
-    alpha = pattern.get(get_pattern_key(list(pattern), linear), config.lora_alpha)
-    return alpha / math.sqrt(r) if config.use_rslora else alpha / r

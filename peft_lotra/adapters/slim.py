@@ -53,5 +53,5 @@ def slim_kan(model: nn.Module, *, init: str = "random", **config: Any) -> PeftMo
                 f"{target.parameter} is zero, so there is no variance to start from: initialise the layer first"
             )
     peft_model = get_peft_model(model, slim)
-    fill(peft_model, factors)
+    fill(peft_model, peft_model.active_adapter, factors)
     return peft_model

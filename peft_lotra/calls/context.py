@@ -32,15 +32,24 @@ class Tasks:
     Attributes:
         weights: c, or a function that returns it, because codes of tasks may change from pass to pass.
         axis: the axis of a layer's first tensor on which the samples are.
+        configs: of the model's adapters as they are now, by name.
+        families: what they said of the families when this was made. c is for adapters of these families.
         owner: the thread, and the task of asyncio, that has entered this.
         left: whether it is over. A copy of the context may outlive it, but its owner's context may not.
     """
 
     layers: Collection[nn.Module]
     weights: Mapping[str, torch.Tensor | Callable[[], torch.Tensor]]
-    axis: int = 0
+    axis: int
+    configs: Mapping[str, Any]
+    families: Mapping[str, Any]
     owner: Any = None
     left: bool = False
+
+    def is_for(self, adapter: str) -> bool:
+        """Whether the adapter of this name is still of the family of which c is."""
+        config = self.configs.get(adapter)
+        return config is not None and self.families[adapter] == (config.family, config.family_degree)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +134,7 @@ class Context(NamedTuple):
                 if isinstance(entry, Shares):
                     if in_pass:
                         return entry.weights[adapter], 0
-                else:
+                elif entry.is_for(adapter):
                     c = entry.weights[adapter]
                     return c if isinstance(c, torch.Tensor) else c(), entry.axis
         return None

@@ -20,7 +20,7 @@ from ..coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from ..placement.draws import check_one_draw, row_sums
 from ..placement.offloaded import tensors_in_place, writable_tensors
 from ..placement.sharded import full_shape, full_tensor, write
-from ..standin import Adapted, Update, adapted_rows, dense_update, run_densely, traced, warn
+from ..standin import Adapted, Update, adapted_rows, dense_update, run_densely, warn
 from ..tucker.decomposition import CODES, CONTAINERS, CORE, NAMES, Ranks, Tucker, tucker_shapes
 from ..tucker.ranks import by_mode, mode_sizes
 from .forwarding import Forwarding
@@ -289,7 +289,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         if not torch.compiler.is_dynamo_compiling() or self._needs_tensor:
             return self._run_eagerly(args, kwargs)
         updates = self._active_updates()
-        with traced(self.get_base_layer(), self.spec, updates, self._base_is_zero) as call:
+        with Adapted(self.get_base_layer(), self.spec, updates, is_zero=self._base_is_zero) as call:
             y = self.base_layer(*args, **kwargs)
         if updates and not call.acted:
             self._check_unread()

@@ -12,7 +12,6 @@ from .placing import (
     is_sharded,
     replaced,
     run_densely,
-    traced,
 )
 from .tensor import PerformanceWarning, warn
 from .update import Update
@@ -27,6 +26,5 @@ __all__ = [
     "is_sharded",
     "replaced",
     "run_densely",
-    "traced",
     "warn",
 ]

@@ -97,32 +97,30 @@ class Adapted(Call):
         is_zero: bool = False,
     ) -> None:
         super().__init__(layer, quiet)
-        self._places = []
-        for owner, name, tensor, meant in _meanings(layer, spec, updates, is_zero):
-            handle = handle_of((owner, name), tensor) if updates else None
-            self._places.append((owner, name, (meant, self), handle))
+        self._meanings: Any = _meanings(layer, spec, updates, is_zero)
 
     def __enter__(self) -> Adapted:
-        self._contexts: Any = enter(self._places)
+        if torch.compiler.is_dynamo_compiling():  # no other thread runs the layer meanwhile
+            for owner, name, _, meant in self._meanings:
+                if not isinstance(meant, torch.Tensor):
+                    owner.__dict__[name] = stand_in(meant, self)
+            return self
+        places = []
+        for owner, name, tensor, meant in self._meanings:
+            handle = None if isinstance(meant, torch.Tensor) else handle_of(owner, name, tensor)
+            places.append((owner, name, (meant, self), handle))
+        self._contexts: Any = enter(places)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        contexts, self._contexts, self._places = self._contexts, (), []  # tensors in reference cycles are freed now
-        leave(*contexts)
-
-
-@contextmanager
-def traced(layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], is_zero: bool) -> Iterator[Call]:
-    """`Adapted` for a pass that torch.compile traces. No other thread runs the layer meanwhile."""
-    call = Call(layer)
-    places = list(_meanings(layer, spec, updates, is_zero)) if updates else []
-    try:
-        for owner, name, _, meant in places:
-            owner.__dict__[name] = stand_in(meant, call)
-        yield call
-    finally:
-        for owner, name, _, _ in places:
-            owner.__dict__.pop(name, None)
+        meanings, self._meanings = self._meanings, ()  # tensors in reference cycles are freed now
+        if torch.compiler.is_dynamo_compiling():
+            for owner, name, _, meant in meanings:
+                if not isinstance(meant, torch.Tensor):
+                    owner.__dict__.pop(name, None)
+        else:
+            contexts, self._contexts = self._contexts, ()
+            leave(*contexts)
 
 
 def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> bool:

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .axes import planned
 from .operations import CONTRACTIONS, Contraction, Weight
 from .places import running
 from .plan import apply, dense_sum, plan_for
 from .products import PRODUCTS, QUOTIENTS, SUMS, Product, by_number, is_number, summed
-from .views import VIEWS
+from .views import VIEWS, functions
 
 
 class PerformanceWarning(UserWarning):
@@ -84,7 +85,7 @@ class StandIn(torch.Tensor):
         handler, asked = _HANDLERS.get(func), Asked(func, args, kwargs, found[0], meant)
         # `x.view_as(weight)` reads only the shape of the weight.
         is_read = handler is _shown and (len(args) == 0 or args[0] is not found[0])
-        if handler is _told or is_read or not isinstance(meant, _STANDING):
+        if func in _TOLD or is_read or not isinstance(meant, _STANDING):
             return asked.of_tensors(_stored)
         if handler is _requires_grad:
             return _requires_grad(meant)
@@ -129,21 +130,27 @@ class EagerStandIn(StandIn):
 _NOT_YET = (*_STANDING, StandIn, tuple)  # results that hold no values of the coefficients
 
 
+# torch's function for a tensor without memory. It has no public name.
+_without_memory: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+
+
 def stand_in(meant: Weight | Product | Ones, call: Call) -> StandIn:
     """The tensor that stands for coefficients, or for a scale, in one pass."""
     like = meant.tensor
     if torch.compiler.is_dynamo_compiling():
         standin = torch.empty(like.shape, dtype=like.dtype, device="meta").as_subclass(StandIn)
-        standin.meant = meant, call
-        return standin
-    return handle_of((meant, call), like)
+    else:
+        kind = {"dtype": like.dtype, "device": like.device, "strides": like.stride()}
+        standin = _without_memory(EagerStandIn, like.shape, **kind)
+    standin.meant = meant, call
+    return standin
 
 
-def handle_of(meaning: Any, like: torch.Tensor) -> StandIn:
-    """A stand-in like a tensor, but without memory. `meaning` is (meant, call) or a place, (owner, name)."""
-    make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]  # it has no public name
-    handle = make(EagerStandIn, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device)
-    handle.meant, handle.place = (None, meaning) if isinstance(meaning[0], nn.Module) else (meaning, None)
+def handle_of(owner: nn.Module, name: str, like: torch.Tensor) -> StandIn:
+    """The tensor that stands, in each thread, for what the thread's running pass has at a place."""
+    kind = {"dtype": like.dtype, "device": like.device, "strides": like.stride()}
+    handle = _without_memory(EagerStandIn, like.shape, **kind)
+    handle.meant, handle.place = None, (owner, name)
     return handle  # type: ignore[no-any-return]
 
 
@@ -232,11 +239,6 @@ def check_recorded(results: Any, coefficients: torch.Tensor, owner: str) -> None
 # Handlers, one for each kind of function. They return tensors, the meaning of new stand-ins, or NotImplemented.
 
 
-def _told(asked: Asked) -> Any:
-    """Shape, dtype and device, which are those of A. The stand-in answers without this call."""
-    raise AssertionError("the stand-in has answered already")
-
-
 def _shown(asked: Asked) -> Any:
     """Views and copies."""
     function, meant = asked.function, asked.meant
@@ -295,9 +297,13 @@ def _by_ones(one: StandIn, other: StandIn) -> Any:
     for weight, ones in ((one, other), (other, one)):
         (a, _), (b, _) = _meaning(weight), _meaning(ones)
         if isinstance(a, Weight) and isinstance(b, Ones):
-            shape = a.tensor.shape
-            return weight if torch.broadcast_shapes(shape, b.tensor.shape) == shape else NotImplemented
+            return weight if _is_broadcast(tuple(b.tensor.shape), tuple(a.tensor.shape)) else NotImplemented
     return NotImplemented
+
+
+@planned
+def _is_broadcast(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) <= len(to) and all([a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False)])
 
 
 def _stored(meant: Meant) -> torch.Tensor:
@@ -348,24 +354,17 @@ def warn(operation: str, owner: str | None, use: str | None = None) -> None:
     )
 
 
-def _functions(names: str) -> list[Any]:
-    """The functions of these names in torch and in torch.Tensor; for attributes, their getters."""
-    found = [getattr(space, name) for name in names.split() for space in (torch, torch.Tensor) if hasattr(space, name)]
-    return [function if callable(function) else function.__get__ for function in found]
-
-
+_TOLD = set(
+    functions(
+        "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_leaf itemsize nbytes is_quantized "
+        "is_nested is_mps is_xpu names grad grad_fn output_nr _version retains_grad "
+        "size dim numel nelement ndimension element_size stride is_contiguous is_floating_point is_complex "
+        "get_device is_signed is_same_size storage_offset __len__ "
+        "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full"
+    )
+)  # shape, dtype and device are those of A
 _HANDLERS: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(
-        _functions(
-            "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_leaf itemsize nbytes is_quantized "
-            "is_nested is_mps is_xpu names grad grad_fn output_nr _version retains_grad "
-            "size dim numel nelement ndimension element_size stride is_contiguous is_floating_point is_complex "
-            "get_device is_signed is_same_size storage_offset __len__ "
-            "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full"
-        ),
-        _told,
-    ),
-    **dict.fromkeys(_functions("requires_grad"), _requires_grad),
+    **dict.fromkeys(functions("requires_grad"), _requires_grad),
     **dict.fromkeys(VIEWS, _shown),
     **dict.fromkeys(CONTRACTIONS, _contracted),
     **dict.fromkeys(PRODUCTS, _multiplied),

@@ -106,30 +106,22 @@ def _parts(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: A
     return _along(weight, dim, *map(slice, [0, *stops], stops))
 
 
-def _table() -> dict[Any, Callable[..., Any]]:
-    handlers: dict[Callable[..., Any], str] = {
-        _reshape: "reshape reshape_as view view_as flatten unflatten ravel squeeze unsqueeze _unsafe_view",
-        _permute: "permute transpose swapaxes swapdims movedim moveaxis t adjoint",
-        _expand: "expand expand_as broadcast_to",
-        _same: "contiguous clone to type type_as float double half bfloat16 cpu cuda",
-        _getitem: "__getitem__",
-        _select: "select",
-        _narrow: "narrow",
-        _parts: "split chunk tensor_split",
-        _unbind: "unbind",
-        _detach: "detach",
-    }
-    table = {
-        getattr(namespace, name): handler
-        for handler, names in handlers.items()
-        for name in names.split()
-        for namespace in (torch, torch.Tensor)
-        if callable(getattr(namespace, name, None))
-    }
-    for name in ("T", "mT", "H", "mH"):
-        table[getattr(torch.Tensor, name).__get__] = _permute
-    table[vars(torch._C.TensorBase)["data"].__get__] = _detach
-    return table
+def functions(names: str) -> list[Any]:
+    """The functions of these names in torch and in torch.Tensor; for attributes, their getters."""
+    found: list[Any] = [getattr(space, name, None) for name in names.split() for space in (torch, torch.Tensor)]
+    return [one if callable(one) else one.__get__ for one in found if callable(one) or hasattr(one, "__get__")]
 
 
-VIEWS = _table()
+_HANDLERS: dict[Callable[..., Any], str] = {
+    _reshape: "reshape reshape_as view view_as flatten unflatten ravel squeeze unsqueeze _unsafe_view",
+    _permute: "permute transpose swapaxes swapdims movedim moveaxis t adjoint T mT H mH",
+    _expand: "expand expand_as broadcast_to",
+    _same: "contiguous clone to type type_as float double half bfloat16 cpu cuda",
+    _getitem: "__getitem__",
+    _select: "select",
+    _narrow: "narrow",
+    _parts: "split chunk tensor_split",
+    _unbind: "unbind",
+    _detach: "detach data",
+}
+VIEWS = {function: handler for handler, names in _HANDLERS.items() for function in functions(names)}

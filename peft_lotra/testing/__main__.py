@@ -11,13 +11,13 @@ failed.
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
+import pkgutil
 import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,64 +28,47 @@ import torch
 from torch import nn
 
 from ..coefficients import known_coefficients
-from ..inference.search import InferredCoefficients, infer_coefficients
+from ..inference.search import infer_coefficients
 from .harness import KANLayerTests
 
 
 def report(factory: Callable[[], Any]) -> bool:
-    """Print how a layer is adapted and which tests it passes. Returns whether no test failed.
-
-    Raises:
-        TypeError: if the factory does not return a layer and a sample.
-        ValueError: if no coefficients are given and none are found. The text gives the reasons.
-    """
-    layer, x, coefficients = _made(factory)
-    print(f"{type(layer).__module__}.{type(layer).__qualname__}, input {tuple(x.shape)} of {x.dtype}")
-    print(f"peft_lotra {version('peft_lotra')}, torch {torch.__version__}, peft {peft.__version__}")
-    if coefficients is None and not known_coefficients(layer):
-        found: InferredCoefficients = infer_coefficients(nn.Sequential(layer), x)
-        print(f"\n{found}\n")
-        coefficients = dict(found)
-    tests = _tests(factory, dict(coefficients or {}))
-    counts = {"passed": 0, "skipped": 0, "failed": 0}
-    for name, _ in inspect.getmembers(KANLayerTests, inspect.isfunction):
-        if name.startswith("test_"):
-            outcome, text = _outcome(tests, name)
-            counts[outcome] += 1
-            print(f"{name.removeprefix('test_').replace('_', ' '):<32}{outcome}{text}")
-    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
-    return not counts["failed"]
-
-
-def _made(factory: Callable[[], Any]) -> tuple[nn.Module, torch.Tensor, Mapping[str, Any] | None]:
+    """Print how a layer is adapted and which tests it passes. Returns whether no test failed."""
     made = factory()
     parts = made if isinstance(made, tuple) else (made,)
-    layer, x, coefficients = (*parts, None, None, None)[:3]
+    layer, x, given = (*parts, None, None)[:3]
     if not isinstance(layer, nn.Module) or not isinstance(x, torch.Tensor) or len(parts) > 3:
         raise TypeError(
             "the factory should return (layer, sample) or (layer, sample, coefficients), a torch.nn.Module and a "
             f"tensor first, but it returned {tuple(type(part).__name__ for part in parts)}"
         )
-    return layer, x, coefficients
+    print(f"{type(layer).__module__}.{type(layer).__qualname__}, input {tuple(x.shape)} of {x.dtype}")
+    print(f"peft_lotra {version('peft_lotra')}, torch {torch.__version__}, peft {peft.__version__}")
+    if given is None and not known_coefficients(layer):
+        given = infer_coefficients(nn.Sequential(layer), x)
+        print(f"\n{given}\n")
 
-
-def _tests(factory: Callable[[], Any], given: dict[str, Any]) -> KANLayerTests:
     class Tests(KANLayerTests):
-        coefficients = given
+        coefficients = dict(given or {})
         ranks = (1, 1, 2)
 
         def make_layer(self) -> nn.Module:
-            return _made(factory)[0]
+            return factory()[0]
 
         def make_sample(self) -> torch.Tensor:
-            return _made(factory)[1]
+            return factory()[1]
 
-    return Tests()
+    counts = {"passed": 0, "skipped": 0, "failed": 0}
+    for name in [name for name in dir(Tests) if name.startswith("test_")]:
+        outcome, text = _outcome(getattr(Tests(), name))
+        counts[outcome] += 1
+        print(f"{name.removeprefix('test_').replace('_', ' '):<32}{outcome}{text}")
+    print(", ".join(f"{count} {outcome}" for outcome, count in counts.items()))
+    return not counts["failed"]
 
 
-def _outcome(tests: KANLayerTests, name: str) -> tuple[str, str]:
+def _outcome(test: Callable[..., None]) -> tuple[str, str]:
     """Runs a test. Returns the outcome, and a text with the warnings or the reason."""
-    test = getattr(tests, name)
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as noted:
             warnings.simplefilter("always")
@@ -105,13 +88,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("factory", metavar="module:factory", help="returns (layer, sample) or (…, coefficients)")
     name = parser.parse_args(argv).factory
-    module, colon, attribute = name.partition(":")
-    if not (module and colon and attribute):
+    if ":" not in name:
         parser.error(f"argument module:factory: should be like my_module:make, got {name!r}")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        factory = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
         parser.error(f"argument module:factory: {name!r} cannot be imported: {error}")
     try:
         return 0 if report(factory) else 1

@@ -94,7 +94,7 @@ def fit_gauss_newton(
     Args:
         model: the model to fit. Tensors that do not require gradients stay as they are, and so does `.grad`. Dropout
             must be off.
-        residual_fn: `residual_fn(net, batch)` returns the residuals of a batch, shape (N,) or (N, k). The residuals of
+        residual_fn: `residual_fn(net, batch)` returns the residuals of a batch, shape (N, ...). The residuals of
             a sample must depend on this sample alone. Call `net` like the model, and take its derivatives with
             `torch.func`, not with `torch.autograd.grad`. For several kinds of residuals, such as those of an equation
             and of its boundary, give a mapping from names to such functions. To weight a kind or a sample by w,
@@ -120,8 +120,8 @@ def fit_gauss_newton(
             other than −100, as in torch. The loss may also be an object with the methods of `OutputLoss`.
         weight_decay: c of the prior, in units of the loss.
         iterations: the most iterations, with those of the fit that is resumed.
-        damping: λ of the first iteration. It grows by 5 after a step that did not reduce the loss, and falls by 4
-            after a good step.
+        damping: λ of the first iteration. A step that did not reduce the loss makes it 5 times larger, a good step 4
+            times smaller.
         gradient_tolerance: stop when no column of J makes a cosine above this with r. For any loss: stop when no
             parameter alone promises to reduce the loss by more than this squared, as a fraction of the loss.
         loss_tolerance: stop when an iteration reduces the loss by at most this fraction.
