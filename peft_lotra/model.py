@@ -21,7 +21,7 @@ from .coefficients.target import Target
 from .combination import combine_adapters, copy_trained
 from .config.lotra_config import LoTRAConfig
 from .files.adapter_file import PREFIX, check_weights, is_adapter_key, naming
-from .files.collected import Collected, warn_of_parts
+from .files.collected import collected, remapped
 from .files.slots import slots_of
 from .layers.biases import trained_biases
 from .layers.linear import LinearLayer, is_linear
@@ -368,18 +368,7 @@ class LoTRAModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, torch.Tensor]:
         assert isinstance(config, LoTRAConfig)
-        slots = slots_of(model, adapter_name, config.bias)
-        tensors = {key: state_dict.get(name) for key, (name, _) in slots.items()}
-        config._written = {PREFIX + key.removeprefix(PREFIX): t for key, t in tensors.items() if t is not None}
-        # Only the first process has a gathered state dict. The others have none, and write nothing.
-        if state_dict or not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
-            config.check_written(adapter_name)
-        warn_of_parts(config._written.values(), adapter_name)
-        # PEFT adds trained copies and token rows itself, and removes the adapter's name from the other keys.
-        biases = {entry.saved for entry in trained_biases(model, adapter_name, config.bias)}
-        named = {f"{key}.{adapter_name}" if is_adapter_key(key) else key: t for key, t in tensors.items()}
-        own = {key: t for key, t in named.items() if t is not None and (is_adapter_key(key) or key in biases)}
-        return Collected(own, model, adapter_name, config.bias)
+        return collected(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -391,12 +380,7 @@ class LoTRAModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         assert isinstance(config, LoTRAConfig)
-        slots = slots_of(model, adapter_name, config.bias)
-        names = {key: name for key, (name, _) in slots.items()}
-        names |= {f"{PREFIX}{key}": name for key, name in names.items()}  # for a model without a PeftModel around it
-        remapped = {names.get(key, key): tensor for key, tensor in state_dict.items()}
-        check_weights(dict(slots.values()), remapped, f"the state dict for the adapter {adapter_name!r}")
-        return remapped
+        return remapped(model, config, adapter_name, state_dict)
 
 
 def lotra_model(model: nn.Module, adapter_name: str | None = None) -> LoTRAModel:

@@ -62,8 +62,8 @@ def extract_adapter(
     """
     if config.family is not None:
         raise ValueError(
-            f"`config` has `family` {config.family!r}, and the update is of one task: extract an adapter for each "
-            "task, and make a family of them by `family_from`"
+            f"`config` has `family` {config.family!r}: extract an adapter for each task, and make a family of them by "
+            "`family_from`"
         )
     updates = dict(updates_between(base, finetuned, config))
     for target, update in updates.items():

@@ -239,9 +239,8 @@ def change_range(
     new = Family.of({**config.family, **ranges}, degree, field="ranges")
     if new.degree < old.degree:
         raise ValueError(
-            f"`family_degree` {family_degree} is below the family's degree {old.degree}, so it cannot hold the "
-            "family: give at least that degree, or make a new family from adapters at chosen parameters, by "
-            "`family_from`"
+            f"`family_degree` {family_degree} is below the family's degree {old.degree}, so it cannot hold it: give "
+            "at least that degree, or make a new family from adapters at some parameters, by `family_from`"
         )
     M = old.in_terms_of(new)
     fields = {"family": dict(new.ranges), "family_degree": new.degree}
@@ -251,7 +250,7 @@ def change_range(
 def _replace_cores(
     tuner: LoTRAModel, name: str, what: str, new_core: Callable[[torch.Tensor], torch.Tensor], **fields: Any
 ) -> None:
-    """Replace the cores and some fields of a family. Raise ValueError where that is too late, saying `what` is."""
+    """Replace a family's cores and fields of its config, or raise ValueError if the model is sharded or offloaded."""
     check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
     layers = adapted_tensors(tuner.model, name)
     if offloaded := [parameter for parameter, layer in layers.items() if layer.lotra_core[name].is_meta]:

@@ -90,8 +90,7 @@ def hotswap_adapter_from_state_dict(
     targets = resolve_targets(tuner.model, config)
     config = config.self_contained(targets)
     layers = adapted_tensors(tuner.model, adapter_name)
-    _check_slot(tuner, adapter_name, config)
-    _check_layers(layers, {target.parameter for target in targets}, adapter_name)
+    _check_slot(tuner, adapter_name, layers, config, {target.parameter for target in targets})
     places, held = slots_of(tuner.model, adapter_name, config.bias), tuner.model.state_dict()
     if offloaded := sorted(key for key, (name, _) in places.items() if held[name].is_meta):
         raise ValueError(f"{offloaded} of {adapter_name!r} are offloaded (on the meta device): swap before offloading")
@@ -112,8 +111,10 @@ def hotswap_adapter_from_state_dict(
         own.copy_(values)
 
 
-def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig) -> None:
-    """Raise ValueError if the slot is merged, or differs in what the new adapter has besides core and factors."""
+def _check_slot(
+    tuner: LoTRAModel, adapter_name: str, layers: Mapping[str, LoTRALayer], config: LoTRAConfig, adapted: set[str]
+) -> None:
+    """Raise ValueError if the slot is merged, is of another kind than the new adapter, or has other layers."""
     if any(adapter_name in m.merged_adapters for m in tuner.modules() if isinstance(m, BaseTunerLayer)):
         raise ValueError(f"`adapter_name` {adapter_name!r} is merged into the base: call `unmerge_adapter()` first")
     own = tuner.peft_config[adapter_name]
@@ -127,10 +128,6 @@ def _check_slot(tuner: LoTRAModel, adapter_name: str, config: LoTRAConfig) -> No
                 f"the new adapter has `{name}` {theirs}, {adapter_name!r} has {ours}: only adapters with the same "
                 f"`{name}` can be swapped; use `load_adapter`"
             )
-
-
-def _check_layers(layers: Mapping[str, LoTRALayer], adapted: set[str], adapter_name: str) -> None:
-    """Raise ValueError if the slot lacks a layer of the new adapter, or the adapter lacks a layer of a Slim KAN."""
     if missing := sorted(adapted - layers.keys()):
         raise ValueError(
             f"the new adapter adapts {missing}, which {adapter_name!r} does not: use `load_adapter`, or make a slot "

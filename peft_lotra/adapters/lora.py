@@ -170,7 +170,7 @@ def adapter_from_lora(
     if not isinstance(config, LoraConfig):
         raise ValueError(f"`path` {str(path)!r} has a {config.peft_type} adapter: only LoRA can be converted")
     weights = load_peft_weights(str(path), device="cpu")
-    linears = dict.fromkeys(key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in weights)
+    linears = [key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in weights]
     pairs = {linear: [f"{PREFIX}{linear}.lora_{side}.weight" for side in "AB"] for linear in linears}
     if wrong := sorted(weights.keys() ^ {key for pair in pairs.values() for key in pair}):
         raise ValueError(
@@ -179,7 +179,7 @@ def adapter_from_lora(
         )
     targets = plain_targets("base", base, LoTRAConfig(r=1, coefficients=coefficients or {}))
     known = {target.parameter.removesuffix(".weight"): target for target in targets}
-    if unknown := sorted(linears.keys() - known.keys()):
+    if unknown := sorted(pairs.keys() - known.keys()):
         raise ValueError(
             f"{path} cannot be a LoTRA adapter: {unknown} are not coefficients of `base`, which has {list(known)}; "
             "merge it into the base (`merge_and_unload`)"

@@ -9,7 +9,10 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..layers.biases import trained_biases
 from ..placement.sharded import any_sharded
+from .adapter_file import PREFIX, check_weights, is_adapter_key
+from .config_file import ConfigFile
 from .slots import slots_of
 
 
@@ -53,3 +56,41 @@ def warn_of_parts(tensors: Iterable[torch.Tensor], adapter_name: str) -> None:
             "first process",
             stacklevel=3,
         )
+
+
+def collected(
+    model: nn.Module, config: ConfigFile, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> Collected:
+    """An adapter's tensors, which the config keeps until it is saved.
+
+    Raises:
+        ValueError: if they are not those that the config names.
+    """
+    slots = slots_of(model, adapter_name, config.bias)
+    tensors = {key: state_dict.get(name) for key, (name, _) in slots.items()}
+    config._written = {PREFIX + key.removeprefix(PREFIX): t for key, t in tensors.items() if t is not None}
+    # Only the first process has a gathered state dict. The others have none, and write nothing.
+    if state_dict or not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        config.check_written(adapter_name)
+    warn_of_parts(config._written.values(), adapter_name)
+    # PEFT adds trained copies and token rows itself, and removes the adapter's name from the other keys.
+    biases = {entry.saved for entry in trained_biases(model, adapter_name, config.bias)}
+    named = {f"{key}.{adapter_name}" if is_adapter_key(key) else key: t for key, t in tensors.items()}
+    own = {key: t for key, t in named.items() if t is not None and (is_adapter_key(key) or key in biases)}
+    return Collected(own, model, adapter_name, config.bias)
+
+
+def remapped(
+    model: nn.Module, config: ConfigFile, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a file by their names in the model.
+
+    Raises:
+        ValueError: if they do not fit the adapter.
+    """
+    slots = slots_of(model, adapter_name, config.bias)
+    names = {key: name for key, (name, _) in slots.items()}
+    names |= {f"{PREFIX}{key}": name for key, name in names.items()}  # for a model without a PeftModel around it
+    found = {names.get(key, key): tensor for key, tensor in state_dict.items()}
+    check_weights(dict(slots.values()), found, f"the state dict for the adapter {adapter_name!r}")
+    return found

@@ -311,10 +311,10 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
                     if updates and not adapted.acted:
                         self._check_unread()
                     return y
-                except Exception:
-                    if not adapted.needs_tensor:
+                except RuntimeError:  # TorchScript makes one of every error
+                    if adapted.refusal is None:
                         raise
-                    in_function = adapted.in_function
+                    in_function = adapted.refusal.in_function
             if spec.layout.flattened:
                 warn("", type(layer).__qualname__, f"keeps its coefficients as {spec.layout.pattern!r}, across axes")
             y = run_densely(layer, spec, updates, partial(inner, *args, **kwargs), in_function)

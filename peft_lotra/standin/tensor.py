@@ -29,7 +29,11 @@ class PerformanceWarning(UserWarning):
 
 
 class TensorNeeded(RuntimeError):
-    """A stand-in was given to code that takes plain tensors only."""
+    """A stand-in was given to code that takes plain tensors only; `in_function`: to a torch.autograd.Function."""
+
+    def __init__(self, what: str, in_function: bool = False) -> None:
+        super().__init__(f"{what} takes plain tensors only, and was given the stand-in of adapted coefficients")
+        self.in_function = in_function
 
 
 class Call:
@@ -38,20 +42,17 @@ class Call:
     Attributes:
         owner: the name of the layer's class, for warnings. With None there are no warnings.
         recorded: whether autograd records the pass.
-        needs_tensor: whether the layer has code that takes plain tensors only.
-        in_function: whether this code is a torch.autograd.Function.
         acted: whether the pass has computed something from the values of the coefficients. Reading their shape or
             taking a view does not count.
+        refusal: that of a stand-in, until another use of a stand-in shows that the layer has found another way.
     """
+
+    refusal: TensorNeeded | None = None
 
     def __init__(self, layer: nn.Module, quiet: bool = False) -> None:
         self.owner = None if quiet else type(layer).__qualname__
         self.recorded = not quiet and torch.is_grad_enabled()
-        self.needs_tensor = self.in_function = self.acted = False
-
-    def refuse(self, what: str, in_function: bool = False) -> TensorNeeded:
-        self.needs_tensor, self.in_function = True, in_function
-        return TensorNeeded(f"{what} takes plain tensors only, and was given the stand-in of adapted coefficients")
+        self.acted = False
 
 
 class Ones(NamedTuple):
@@ -91,7 +92,7 @@ class StandIn(torch.Tensor):
             return _requires_grad(meant)
         if handler is None or (call.recorded and not torch.is_grad_enabled()):
             _check(asked, call)
-        call.needs_tensor = False  # after a refusal, the layer has found another way
+        call.refusal = None
         result = NotImplemented
         if handler is not None and (len(found) == 1 or handler is _shown):
             result = handler(asked)
@@ -124,7 +125,7 @@ class EagerStandIn(StandIn):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         standin = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, StandIn))
-        raise _meaning(standin)[1].refuse(f"`{func}`")
+        raise _refused(_meaning(standin)[1], TensorNeeded(f"`{func}`"))
 
 
 _NOT_YET = (*_STANDING, StandIn, tuple)  # results that hold no values of the coefficients
@@ -203,7 +204,13 @@ def _check(asked: Asked, call: Call) -> None:
             "update and have no memory of their own: use the operation that returns a new tensor"
         )
     if call.recorded and not torch.is_grad_enabled() and _in_function() and _requires_grad(meant):
-        raise call.refuse(f"`{_name(function)}` in a torch.autograd.Function", in_function=True)
+        raise _refused(call, TensorNeeded(f"`{_name(function)}` in a torch.autograd.Function", in_function=True))
+
+
+def _refused(call: Call, refusal: TensorNeeded) -> TensorNeeded:
+    """The refusal, which the call remembers, because TorchScript makes another exception of it."""
+    call.refusal = refusal
+    return refusal
 
 
 def _in_function() -> bool:

@@ -34,11 +34,11 @@ def dense_model(
     oracle = copy.deepcopy(base)
     for path, layer in adapted_tensors(model).items():
         spec = layer.spec
-        plain = oracle.get_submodule(path.removesuffix(spec.parameter).removesuffix("."))
-        owner, _, name = spec.parameter.rpartition(".")
-        holder = plain.get_submodule(owner)
+        owner, _, name = path.rpartition(".")
+        holder, scale = oracle.get_submodule(owner), None
+        if spec.scale is not None:
+            scale = attrgetter(path.removesuffix(spec.parameter) + spec.scale)(oracle).detach()
         coefficients = getattr(holder, name).detach()
-        scale = None if spec.scale is None else attrgetter(spec.scale)(plain).detach()
         total = torch.zeros_like(coefficients)
         for adapter, weight in (weights or dict.fromkeys(layer.active_adapters, 1.0)).items():
             if adapter not in layer.lotra_core:
