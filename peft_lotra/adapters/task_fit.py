@@ -237,22 +237,19 @@ class _Problem:
         if not all(part.isfinite().all() for part in first):
             raise ValueError("`residual` returns NaN or infinity at the mean of the family's tasks: look at `data`")
         sigma = _deviations(noise, first)
-        estimated = noise is None
-        losses = torch.stack([self.loss(centre, prior, sigma) for centre in centres])
+        losses = torch.func.vmap(lambda z: self.loss(z, prior, sigma))(centres)
         chosen = centres[losses.nan_to_num(torch.inf).argsort()[:starts]]
-        best = min((self.descended(start, prior, sigma, iterations) for start in chosen), key=lambda pair: pair[1])
-        for _ in range(3 if estimated else 0):  # of the residuals at the result, and of what the samples leave open
-            parts, J, C = self.linearised(best[0], prior, sigma)
-            sigma = tuple(
-                [
-                    ((part.square().sum(0) + torch.einsum("nok,kl,nol->o", own, C, own)) / len(part)).sqrt()
-                    for part, own in zip(parts, J, strict=True)
-                ]
-            )
-            sigma = tuple([s.clamp(min=1e-12 + 1e-9 * float(s.max())) for s in sigma])
-            best = self.descended(best[0], prior, sigma, iterations)
-        _, _, C = self.linearised(best[0], prior, sigma)
-        return _Found(best[0], C, sigma, float(best[1]))
+        ends, losses = self.descended(chosen, prior, sigma, iterations)
+        code, loss = ends[losses.argmin()], losses.min()
+        for _ in range(
+            3 if noise is None else 0
+        ):  # of the residuals at the result, and of what the samples leave open
+            parts, J, C = self.linearised(code, prior, sigma)
+            sigma = tuple([_estimated(part, own, C) for part, own in zip(parts, J, strict=True)])
+            ends, losses = self.descended(code[None], prior, sigma, iterations)
+            code, loss = ends[0], losses[0]
+        _, _, C = self.linearised(code, prior, sigma)
+        return _Found(code, C, sigma, float(loss))
 
     def loss(self, unknown: torch.Tensor, prior: Prior, sigma: tuple[torch.Tensor, ...]) -> torch.Tensor:
         parts = self.residuals(unknown)
@@ -269,34 +266,44 @@ class _Problem:
             return parts, parts
 
         J, parts = torch.func.jacfwd(twice, has_aux=True)(unknown)
-        H = prior.precision.clone()
+        H = prior.precision
         for own, s in zip(J, sigma, strict=True):
             scaled = (own / s[:, None]).flatten(0, 1)
-            H += scaled.mT @ scaled
+            H = H + scaled.mT @ scaled
         return parts, J, torch.linalg.inv(H)
 
     def descended(
-        self, unknown: torch.Tensor, prior: Prior, sigma: tuple[torch.Tensor, ...], iterations: int
+        self, ends: torch.Tensor, prior: Prior, sigma: tuple[torch.Tensor, ...], iterations: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The end of damped Gauss–Newton steps from a start, and its loss."""
-        loss, damping = self.loss(unknown, prior, sigma), 0.0
-        for _ in range(iterations):
-            parts, J, C = self.linearised(unknown, prior, sigma)
-            slope = prior.precision @ (unknown - prior.mean)
+        """The ends of damped Gauss–Newton steps from several starts, shape (starts, k), and their losses."""
+
+        def step(z: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
+            parts, J, C = self.linearised(z, prior, sigma)
+            slope = prior.precision @ (z - prior.mean)
             for part, own, s in zip(parts, J, sigma, strict=True):
                 slope = slope + torch.einsum("nok,no->k", own / s[:, None].square(), part)
             H = torch.linalg.inv(C)
-            before = loss
-            for _ in range(12):
-                step = torch.linalg.solve(H + damping * torch.diag(H.diagonal()), slope)
-                moved = self.loss(unknown - step, prior, sigma)
-                if moved <= loss:
-                    unknown, loss, damping = unknown - step, moved, damping / 10 if damping > 1e-4 else 0.0
-                    break
-                damping = max(10 * damping, 1e-3)
-            if before - loss <= 1e-9 * before:
+            return z - torch.linalg.solve(H + damping * torch.diag(H.diagonal()), slope)
+
+        loss_of = torch.func.vmap(lambda z: self.loss(z, prior, sigma))
+        losses, damping = loss_of(ends), ends.new_zeros(len(ends))
+        for _ in range(iterations):
+            moved = torch.func.vmap(step)(ends, damping)
+            lower = loss_of(moved)
+            better = lower <= losses  # False for NaN
+            gain = torch.where(better, losses - lower, 0)
+            ends, losses = torch.where(better[:, None], moved, ends), torch.where(better, lower, losses)
+            damping = torch.where(better, damping / 10, (10 * damping).clamp(min=1e-3))
+            if ((better & (gain <= 1e-6 * losses)) | (damping > 1e6)).all():
                 break
-        return unknown, loss
+        return ends, losses
+
+
+def _estimated(part: torch.Tensor, J: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+    """σ of each column, from residuals at the result and from what the posterior leaves open of them."""
+    left_open = torch.einsum("nok,kl,nol->o", J, C, J)
+    sigma = ((part.square().sum(0) + left_open) / len(part)).sqrt()
+    return sigma.clamp(min=1e-12 + 1e-9 * float(sigma.max()))
 
 
 def _deviations(noise: Any, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,7 @@ from ..files.slots import slots_of
 from ..layers.lotra import adapted_tensors
 from ..placement.sharded import full_shape
 from ..preserved import check_model
-from ..tucker.decomposition import Ranks
+from ..tucker.decomposition import CODES, Ranks
 
 
 class SummaryRow(NamedTuple):
@@ -22,7 +22,7 @@ class SummaryRow(NamedTuple):
 
     Attributes:
         adapter: the adapter's name.
-        tensor: the full name of the coefficient parameter, or of a bias, copied module or token row.
+        tensor: the full name of the coefficient parameter, or of codes, a bias, a copied module or a token row.
         layout: the layout of the parameter, such as "o (i d)".
         modes: the sizes (n, m, n_d, ...).
         ranks: (r1, r2, r3, ...), with None for a whole mode.
@@ -81,9 +81,10 @@ def summary(model: nn.Module) -> Summary:
     >>> summary(model)[0].ranks
     (None, 3, 3)
 
-    There is a row for every adapter and tensor, including the biases, copied modules and token rows in the adapter's
-    file. The config determines which numbers count as trained, whether or not the adapter is active or loaded for
-    training. `model.print_trainable_parameters()` counts the parameters that require gradients at this moment.
+    There is a row for every adapter and tensor, including the codes of tasks, biases, copied modules and token rows in
+    the adapter's file. The config determines which numbers count as trained, whether or not the adapter is active or
+    loaded for training. `model.print_trainable_parameters()` counts the parameters that require gradients at this
+    moment.
 
     Args:
         model: any module with LoTRA adapters: a PeftModel, or a module around or inside it.
@@ -114,7 +115,7 @@ def summary(model: nn.Module) -> Summary:
                     SummaryRow(name, tensor, layout.pattern, layout.canonical_shape, layer.r[name], trained, stored)
                 )
         for key, (_, slot) in slots_of(model, name, configs[name].bias if name in configs else "none").items():
-            if not is_adapter_key(key):
+            if not is_adapter_key(key) or key.endswith(CODES):
                 size = prod(slot.shape)
                 rows.append(SummaryRow(name, key.removeprefix(PREFIX), "", (), (), size, size))
     return Summary(rows)
