@@ -359,9 +359,12 @@ class Sequences(RuleBasedStateMachine):
     """
 
     @initialize(
-        kind=st.sampled_from(["ChebyKAN", "FastKAN"]), name=st.sampled_from(NAMES), adapters=st.tuples(KIND, FAMILY)
+        kind=st.sampled_from(["ChebyKAN", "FastKAN"]),
+        name=st.sampled_from(NAMES),
+        first=KIND,
+        second=st.none() | FAMILY,
     )
-    def start(self, kind, name, adapters):
+    def start(self, kind, name, first, second):
         torch.manual_seed(0)
         self.contexts: list[tuple[Any, Task | None]] = []
         self.others: list[tuple[nn.Module, torch.Tensor | None]] = []
@@ -370,11 +373,12 @@ class Sequences(RuleBasedStateMachine):
         layers = {layer: getattr(net, layer) for layer in WIDTHS}
         branches = {n: layer.base_linear for n, layer in layers.items() if kind == "FastKAN"}
         rest = {n: (branch.weight.data, branch.bias.data) for n, branch in branches.items()}
-        self.model = get_peft_model(net, LoTRAConfig(**KINDS[adapters[0]]), adapter_name=name).eval()
+        self.model = get_peft_model(net, LoTRAConfig(**KINDS[first]), adapter_name=name).eval()
         base = {layer: stored(self.model, kind, layer).clone() for layer in WIDTHS}
         self.oracle = Oracle(kind, base, rest, active=[name], primary=name)
-        self.fill(name, adapters[0])
-        self.add(0, adapters[1])
+        self.fill(name, first)
+        if second is not None:
+            self.add(0, second, False)
 
     def there(self, number: int) -> str:
         """The name of an adapter."""
@@ -417,19 +421,23 @@ class Sequences(RuleBasedStateMachine):
 
     # Adapters
 
-    @rule(name=NUMBER, kind=KIND)
-    def add(self, name, kind):
-        self.add_as(self.new(name), kind)
+    @rule(name=NUMBER, kind=KIND, use=st.booleans())
+    def add(self, name, kind, use):
+        self.add_as(self.new(name), kind, use)
 
-    def add_as(self, name, kind):
+    def add_as(self, name, kind, use):
         config = LoTRAConfig(**KINDS[kind])
         if self.done(lambda: self.model.add_adapter(name, config), lambda: self.oracle.new(name)):
             self.fill(name, kind)
+            if use:
+                self.agrees()
+                self.set_to([name])
 
     @rule(names=NUMBERS)
     def set_active(self, names):
-        names = list(dict.fromkeys(map(self.there, names)))
+        self.set_to(list(dict.fromkeys(map(self.there, names))))
 
+    def set_to(self, names):
         def check():
             self.oracle.need(*names)
             if len(names) == 1:
@@ -504,7 +512,7 @@ class Sequences(RuleBasedStateMachine):
                 self.oracle.primary = active[0]
             if again is not None:
                 self.agrees()
-                self.add_as(name, again)
+                self.add_as(name, again, True)
 
     @rule(name=NUMBER, factor=st.sampled_from([-0.8, 1.1]))
     def train(self, name, factor):
