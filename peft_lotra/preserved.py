@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 
 def check_model(**models: Any) -> None:
@@ -94,3 +95,8 @@ def preserved_random_state(model: nn.Module) -> Iterator[None]:
     kind = next((device.type for device in devices), "cuda")
     with torch.random.fork_rng(sorted({device.index or 0 for device in devices}), device_type=kind):
         yield
+
+
+def first_tensor(returned: Any) -> torch.Tensor:
+    """The first tensor of what a layer or a model returns."""
+    return next(leaf for leaf in tree_leaves(returned) if isinstance(leaf, torch.Tensor))

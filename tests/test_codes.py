@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 import warnings
 
 import pytest
@@ -279,6 +280,13 @@ def test_bad_input_changes_nothing(kwargs, message, fitted):
         fit_task(fitted, **given)
     assert fitted.peft_config["default"].family == TASKS
     assert all(torch.equal(value, before[key]) for key, value in fitted.state_dict().items())
+
+
+def test_a_missing_package_is_named(fitted, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.covariance", None)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        fit_task(fitted, "new", difference, (X[:2], torch.zeros(2, 2)))
+    assert fitted.peft_config["default"].family == TASKS
 
 
 def test_what_the_samples_do_not_say_is_told(fitted):

@@ -16,8 +16,9 @@ from ..coefficients.target import Target
 from ..combination import update_of
 from ..config.lotra_config import LoTRAConfig
 from ..layers.biases import trained_biases
-from ..layers.lotra import adapted_tensors, first_tensor
+from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel
+from ..preserved import first_tensor
 from ..training.gauss_newton import fit_gauss_newton
 from ..tucker.decomposition import Tucker, decompose
 

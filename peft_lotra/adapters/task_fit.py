@@ -151,6 +151,7 @@ def fit_task(
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit. The model is then as it was before.
+        ImportError: if the family has codes and scikit-learn is missing.
 
     Source: ours; codes after CoDA (arXiv 2202.01889).
     """
@@ -328,8 +329,10 @@ def _deviations(noise: Any, parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tens
 
 def _prior(codes: torch.Tensor) -> tuple[Prior, torch.Tensor]:
     """The distribution of the tasks' codes, and where to start: their mean and the codes."""
-    from sklearn.covariance import ledoit_wolf
-
+    try:
+        from sklearn.covariance import ledoit_wolf
+    except ImportError as error:
+        raise ImportError("`fit_task` of a family with codes needs scikit-learn: pip install scikit-learn") from error
     mean = codes.mean(0)
     covariance, _ = ledoit_wolf(codes.double().cpu().numpy())
     precision = torch.linalg.inv(torch.as_tensor(covariance)).to(codes)

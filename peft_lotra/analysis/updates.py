@@ -10,8 +10,8 @@ from torch import nn
 from ..coefficients.registry import Descriptions
 from ..coefficients.target import Target
 from ..config.lotra_config import LoTRAConfig
-from ..layers.lotra import adapted_tensors, first_tensor
-from ..preserved import check_model, preserved
+from ..layers.lotra import adapted_tensors
+from ..preserved import check_model, first_tensor, preserved
 from ..standin import adapted_coefficients
 from ..targets.resolve import resolve_targets
 from ..tucker.spectrum import Spectrum

@@ -12,7 +12,6 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from ..calls.context import Shares, now
 from ..calls.samples import run
@@ -79,9 +78,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         terms: int = 0,
         codes: tuple[int, int] | None = None,
     ) -> None:
-        """Add an adapter of the given ranks; `terms` is P of a family of tasks, else 0.
-
-        `codes` is the shape of the codes of the family's tasks, if they are kept here.
+        """Add an adapter; `terms` is P of a family, else 0, and `codes` the shape of its codes, if they are kept here.
 
         Raises:
             ValueError: if a rank is not between 1 and the size of its mode. Nothing is added then.
@@ -98,7 +95,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         coefficients = self._stored(self.spec.parameter)
         self.terms[adapter_name] = terms
         shapes = tucker_shapes(self.spec.layout.canonical_shape, ranks, terms)
-        for name, shape in (shapes if codes is None else {**shapes, CODES: codes}).items():
+        for name, shape in (shapes | ({} if codes is None else {CODES: codes})).items():
             # The adapter gets memory even if the base has none yet, or is offloaded.
             device = None if coefficients.is_meta else coefficients.device
             container = getattr(self, name)
@@ -401,8 +398,3 @@ def adapted_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, L
             path = f"{name}.{module.spec.parameter}".replace("base_layer.", "").removeprefix("base_model.model.")
             found[path.removeprefix(".")] = module
     return found
-
-
-def first_tensor(returned: Any) -> torch.Tensor:
-    """The first tensor of what a layer or a model returns."""
-    return next(leaf for leaf in tree_leaves(returned) if isinstance(leaf, torch.Tensor))

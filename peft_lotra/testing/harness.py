@@ -25,7 +25,8 @@ from torch import nn
 from ..adapters.family import at_task
 from ..config.lotra_config import LoTRAConfig
 from ..inference.verify import verify_coefficients
-from ..layers.lotra import adapted_tensors, first_tensor
+from ..layers.lotra import adapted_tensors
+from ..preserved import first_tensor
 from .oracle import assert_close, assert_differs, dense_model
 
 
