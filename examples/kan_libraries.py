@@ -39,7 +39,7 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, infer_coefficients, verify_coefficients
 from peft_lotra.coefficients import known_coefficients, registry
-from peft_lotra.layers.lotra import first_tensor
+from peft_lotra.preserved import first_tensor
 from peft_lotra.standin import PerformanceWarning
 from peft_lotra.testing import forget_warnings
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_lotra.layers.lotra import first_tensor
+from peft_lotra.preserved import first_tensor
 from peft_lotra.testing import dense_model
 from peft_lotra.testing.oracle import margin
 

@@ -24,7 +24,7 @@ from peft_lotra.coefficients.spec import Layout
 from peft_lotra.inference.layouts import agree
 from peft_lotra.inference.precision import Passes
 from peft_lotra.inference.response import infer_layer
-from peft_lotra.layers.lotra import first_tensor
+from peft_lotra.preserved import first_tensor
 from peft_lotra.testing import dense_model
 
 ROWS = torch.rand(12, 8, generator=torch.Generator().manual_seed(1)) * 1.8 - 0.9
