@@ -234,6 +234,7 @@ def test_in_the_types_of_training(name):
 
 
 @pytest.mark.skipif(not FULLGRAPH, reason="older versions of torch run these layers between graphs")
+@pytest.mark.slow
 def test_compiled():
     base = nn.Sequential(Conv1D(5, 4), nn.Linear(5, 4), FastKANLayer(4, 3))
     model = get_peft_model(base, lotra())

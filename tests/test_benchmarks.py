@@ -30,6 +30,7 @@ def steps(folder, *arguments):
     return json.loads((folder / "step_cost.json").read_text()), done.out
 
 
+@pytest.mark.slow
 def test_step_cost(tmp_path):
     parts = ("--parts", "step", "inference", "slim", "initialization")
     results, _ = steps(tmp_path, "--widths", 16, 32, "--batches", 32, *parts)
@@ -175,6 +176,7 @@ def check_gauss_newton_cost(results):
     assert short_of == pytest.approx(enough, rel=0.01)
 
 
+@pytest.mark.slow
 def test_gauss_newton_cost(tmp_path, monkeypatch):
     monkeypatch.setattr(gauss_newton_cost.multiprocessing, "get_context", InThisProcess)
     parts = ("--parts", "gram", "passes", "size")

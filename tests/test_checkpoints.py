@@ -237,6 +237,7 @@ def test_derivatives_of_derivatives():
 @TOLD
 @pytest.mark.skipif(not FULLGRAPH, reason="before torch 2.13, adapted layers run between graphs")
 @pytest.mark.parametrize("around", [True, False], ids=["of compiled code", "in compiled code"])
+@pytest.mark.slow
 def test_checkpoints_and_compiled_code(around):
     base, model = kan()
     if around:

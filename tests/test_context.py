@@ -251,6 +251,7 @@ def test_a_compiled_outer_model():
 
 
 @pytest.mark.skipif(not FULLGRAPH, reason="before torch 2.13, adapted layers run between graphs")
+@pytest.mark.slow
 def test_a_task_that_compiled_code_enters():
     model, expected = several()
 
@@ -308,7 +309,7 @@ def test_of_two_families_one_may_be_merged():
             pass
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "family", [["a", "b", "c", "d", "e"], {"lam": (1.0, 2.0)}, {"lam": (1.0, 1.6), "mu": (0, 1)}, LAM]
 )

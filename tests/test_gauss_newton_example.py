@@ -37,6 +37,7 @@ def check_results(folder):
     assert [(row["width"], row["part"]) for row in record["widths"]] == [(8, "adapter"), (8, "all")]
 
 
+@pytest.mark.slow
 def test_table_picture_and_second_start(tmp_path, monkeypatch):
     monkeypatch.setattr(gauss_newton.multiprocessing, "get_context", InThisProcess)
     arguments = (*SHORT, "--families", "parabolic", "--output-dir", tmp_path)

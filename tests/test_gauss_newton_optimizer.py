@@ -164,6 +164,7 @@ def test_refusals():
 
 
 @pytest.mark.filterwarnings("ignore:mtime may not be reliable:UserWarning")  # transformers before 5.6
+@pytest.mark.slow
 def test_trainer_takes_it_and_resumes_it(tmp_path):
     def run(folder, epochs):
         done = call("gauss_newton_trainer", "--epochs", epochs, "--output-dir", tmp_path / folder)

@@ -68,6 +68,7 @@ torch.save(outputs, {str(tmp_path / "y.pt")!r})
     return torch.load(tmp_path / "y.pt")
 
 
+@pytest.mark.slow
 def test_exact_and_loaded_without_this_package(tmp_path):
     cases, expected = [], []
     for dtype in (torch.float64, torch.float32):

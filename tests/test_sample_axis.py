@@ -191,6 +191,7 @@ def test_trained_copies_want_samples_first():
 
 @pytest.mark.skipif(not FULLGRAPH, reason="before torch 2.13, adapted layers run between graphs")
 @pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.slow
 def test_compiled(axis):
     base, said = stack("matrix")
     model = with_family(base, **said)

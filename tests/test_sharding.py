@@ -35,6 +35,7 @@ def launched(program, folder, **options):
 
 @pytest.mark.processes
 @has_fsdp2
+@pytest.mark.slow
 def test_fsdp(tmp_path):
     names = [name for name in CHECKS if name not in REPEATED]
     assert_none_failed(fork(report, tmp_path, names), len(names))

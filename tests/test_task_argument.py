@@ -62,6 +62,7 @@ def test_compiled(family, argument):
     assert_equal(torch.compile(model, backend="eager")(X, lotra_task=argument), expected)
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph():
     """Numbers break it, when a second one comes."""
     _, model = kan()

@@ -41,6 +41,7 @@ def _mine(tmp_path, monkeypatch):
         yield
 
 
+@pytest.mark.slow
 def test_from_the_command_line(tmp_path):
     command = [sys.executable, "-W", "error", "-m", "peft_lotra.testing", "mine:wrong"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
