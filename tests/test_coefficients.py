@@ -59,7 +59,7 @@ def test_parts_of_a_mode_are_joined_in_the_order_of_their_numbers():
 def test_scale_is_spread_over_the_other_axes():
     layout = Layout.fit("o (i d)", (M, N * ND), {"d": ND})
     scale = torch.randn(M, N)
-    assert_equal(layout.expand(scale, "o i"), scale.repeat_interleave(ND, dim=1), 0)
+    assert_equal(layout.expansion("o i")(scale), scale.repeat_interleave(ND, dim=1), 0)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 
 from ..placement.sharded import full_shape
+from .arrangement import Arrangement
 
 _MODES = ("i", "o", "d")  # the axes with factors: input, output, basis
 _KERNEL = ("g", "t", "h", "w")  # the other axes: group, and the kernel's time, height and width
@@ -167,9 +168,10 @@ class Layout:
         star = _star(self.pattern)
         return stored if star is None else stored.unflatten(star, self.flattened)
 
-    def expand(self, scale: torch.Tensor, scale_pattern: str) -> torch.Tensor:
-        """Repeat a scale with the layout `scale_pattern` (some of this layout's axes) to the stored shape."""
-        return repeat(scale, f"{scale_pattern} -> {self._stored}", **self.sizes)
+    def expansion(self, scale_pattern: str) -> Arrangement:
+        """Repeats a scale with the layout `scale_pattern` (some of this layout's axes) to the stored shape."""
+        given = [axis for group in _parse(scale_pattern) for axis in group]
+        return Arrangement.of(given, _parse(self.pattern), self.sizes)
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,14 @@ class CoefficientSpec:
     slice: str | None = None
 
     def __post_init__(self) -> None:
-        # The pattern is parsed here, because torch.compile cannot trace a regular expression while the layer runs.
+        # Patterns are parsed here, because torch.compile cannot trace a regular expression while the layer runs.
         self.axes  # noqa: B018
+        self.spread  # noqa: B018
+
+    @cached_property
+    def spread(self) -> Any:
+        """An `Arrangement` that repeats the scale to the parameter's shape; None without a scale."""
+        return None if self.scale_layout is None else self.layout.expansion(self.scale_layout)
 
     @cached_property
     def axes(self) -> tuple[tuple[str, ...], ...]:

@@ -29,7 +29,7 @@ def scale_of(
     (factor,) = probe.gradient(products, [value], list(map(torch.ones_like, products)))
     for other in others:
         for pattern in _scale_patterns(layout, changed[other].shape):
-            expanded = layout.expand(changed[other].detach(), pattern)
+            expanded = layout.expansion(pattern)(changed[other].detach())
             if torch.allclose(expanded, factor, rtol=probe.precision.affine, atol=0):
                 return other, pattern
     return None, None

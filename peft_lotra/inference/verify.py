@@ -106,7 +106,8 @@ def _scale_entries(layer: nn.Module, spec: CoefficientSpec) -> torch.Tensor:
     if spec.scale is None or spec.scale_layout is None:
         return torch.zeros(())
     size = layer.get_parameter(spec.scale).shape
-    return spec.layout.expand(torch.arange(float(size.numel())).view(size), spec.scale_layout)
+    entries: torch.Tensor = spec.spread(torch.arange(float(size.numel())).view(size))
+    return entries
 
 
 def _differing_axes(given: Layout, found: Layout) -> str:

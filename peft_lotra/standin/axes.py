@@ -12,8 +12,8 @@ from functools import lru_cache, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from einops import repeat
 
+from ..coefficients.arrangement import Arrangement
 from ..coefficients.spec import CoefficientSpec, parse_slice, part_number
 
 MODES = ("i", "o", "d", "g", "t", "h", "w")
@@ -78,21 +78,6 @@ class Place(NamedTuple):
 Rows = range | tuple[int, ...] | None  # rows of a factor, in order; None: all rows
 
 
-class Arrangement(NamedTuple):
-    """How a tensor with one axis per mode, in the order of `MODES`, is laid out like a view."""
-
-    pattern: str  # of einops: the atoms of each mode -> the atoms of each axis
-    sizes: tuple[tuple[str, int], ...]  # of the atoms
-    padding: tuple[int, ...]  # by the entries beside the coefficients
-    flat: int | None  # flatten from this axis on
-
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = repeat(tensor, self.pattern, **dict(self.sizes))
-        if self.padding:
-            tensor = torch.nn.functional.pad(tensor, self.padding)
-        return tensor if self.flat is None else tensor.flatten(self.flat)
-
-
 class Axes(NamedTuple):
     """The axes of a view, and for each mode the row of its factor at which the view begins."""
 
@@ -145,7 +130,7 @@ class Axes(NamedTuple):
             ranks: the ranks of modes that the tensor has ranks in place of. A rank takes the place of the first atom.
             flat: flatten the result from this axis on.
         """
-        modes: dict[str, list[str]] = {mode: [] for mode in self.modes()}  # the names of atoms in einops' pattern
+        modes: dict[str, list[str]] = {mode: [] for mode in self.modes()}  # the names of atoms
         axes: list[list[str]] = []
         sizes: dict[str, int] = {}
         padding: list[int] = []
@@ -165,8 +150,7 @@ class Axes(NamedTuple):
             padding = [*((0, 0) if replaced else (axis.before, axis.after)), *padding]
         if flat is not None and not any(padding):
             axes, flat = [*axes[:flat], sum(axes[flat:], [])], None
-        given, wanted = [" ".join([f"({' '.join(names)})" for names in side]) for side in (modes.values(), axes)]
-        return Arrangement(f"{given} -> {wanted}", tuple(sizes.items()), tuple(padding) if any(padding) else (), flat)
+        return Arrangement.of(sum(modes.values(), []), axes, sizes, tuple(padding) if any(padding) else (), flat)
 
     def permuted(self, order: Sequence[int]) -> Axes:
         return self._replace(axes=tuple(self.axes[k] for k in order))

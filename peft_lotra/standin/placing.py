@@ -25,7 +25,7 @@ def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Itera
     """parameter · scale + Σ updates, in the layout of the parameter. Sharded tensors are gathered first."""
     coefficients = full_tensor(_located(layer, spec.parameter)[2])
     if spec.scale is not None:
-        coefficients = coefficients * _spread(spec, full_tensor(_located(layer, spec.scale)[2]))
+        coefficients = coefficients * spec.spread(full_tensor(_located(layer, spec.scale)[2]))
     return _sum(spec, coefficients, tuple(map(_gathered, updates)))
 
 
@@ -43,11 +43,6 @@ def _gathered(update: Update) -> Update:
     return update._replace(tucker=update.tucker.map(full_tensor))
 
 
-def _spread(spec: CoefficientSpec, scale: torch.Tensor) -> torch.Tensor:
-    """The declared scale in the parameter's shape. Its product with A is the effective A."""
-    return spec.layout.expand(scale, spec.scale_layout or "")
-
-
 def _sum(spec: CoefficientSpec, coefficients: torch.Tensor, updates: tuple[Update, ...]) -> torch.Tensor:
     if not updates:
         return coefficients
@@ -63,7 +58,7 @@ def adapted_rows(
         yield slice(None), adapted_coefficients(layer, spec, updates)
         return
     parameter = _located(layer, spec.parameter)[2]
-    scale = None if spec.scale is None else _spread(spec, _located(layer, spec.scale)[2])
+    scale = None if spec.scale is None else spec.spread(_located(layer, spec.scale)[2])
     axes = parameter_axes(spec, parameter.shape)
     first = axes.axes[0]
     block = math.prod([atom.size for atom in first.atoms[1:]])  # a row of the first mode on this axis
@@ -146,7 +141,7 @@ def _meanings(
         holder, path, scale = _located(layer, spec.scale)
         others = ((holder, path, scale, Ones(scale) if updates else scale),)
         if updates and not is_zero:
-            coefficients = parameter * _spread(spec, scale)
+            coefficients = parameter * spec.spread(scale)
     meant = Weight(coefficients, parameter_axes(spec, parameter.shape), updates, is_zero) if updates else parameter
     return (owner, name, parameter, meant), *others
 
