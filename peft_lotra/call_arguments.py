@@ -12,10 +12,11 @@ import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .calls.context import BASE, Batch, Entry, Shares, Tasks, entered, now
+from .calls.context import BASE, Batch, Entry, Shares, Tasks, entered, fields_of_family, now
 from .calls.samples import check_known, checked_axis
 from .config.lotra_config import LoTRAConfig
 from .families import family as families
+from .layers.codes import container_of_codes
 from .layers.lotra import adapted_tensors
 from .placement.sharded import full_tensor
 from .registration import AXIS, TASK
@@ -96,7 +97,7 @@ def tasks_for(
     found = list(adapted_tensors(model).values())
 
     def codes(name: str) -> Callable[[], torch.Tensor]:
-        held: Any = next(layer.lotra_codes for layer in found if name in layer.lotra_codes)
+        held: Any = container_of_codes(found, name)
         return lambda: full_tensor(held._parameters[name])
 
     weights = families.weights_of(kinds, task, codes)
@@ -120,7 +121,7 @@ def tasks_for(
         alike = len({(core.dtype, core.device) for core in cores}) == 1 and not cores[0].is_meta
         if alike and isinstance(c, torch.Tensor):
             weights[name] = c.to(cores[0].device, cores[0].dtype)
-    meant = {name: (configs[name].family, configs[name].family_degree) for name in weights}
+    meant = {name: fields_of_family(configs[name]) for name in weights}
     return Tasks(set(found), weights, axis, configs, meant)
 
 

@@ -1,4 +1,4 @@
-"""Context managers that run a model and leave no trace in it."""
+"""Runs of a model: contexts that leave no trace in it, and what it takes and returns."""
 
 from __future__ import annotations
 

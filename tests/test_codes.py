@@ -20,8 +20,11 @@ from peft_lotra import (
     adapter_at,
     add_task,
     at_task,
+    change_range,
+    family_from,
     fit_gauss_newton,
     fit_task,
+    hotswap_adapter,
     load_task,
     remove_task,
     rename_task,
@@ -354,6 +357,56 @@ def test_a_saved_family_is_the_same(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"family_code": 1}))
     with pytest.raises(ValueError, match="adapter_config.json"):
         PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+
+
+def test_a_swap_brings_the_codes(tmp_path):
+    base, model = family()
+    _, other = family()
+    with torch.no_grad():
+        codes_of(other).mul_(-1.5)
+    with at_task(other, task=TASKS * 2):
+        y = other(X)
+    other.save_pretrained(tmp_path)
+    hotswap_adapter(model, tmp_path, "default")
+    assert_equal(codes_of(model), codes_of(other), 0)
+    with at_task(model, task=TASKS * 2):
+        assert_equal(model(X), y, 0)
+    wider = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=3, family=TASKS, family_code=3))
+    wider.save_pretrained(tmp_path / "wider")
+    with pytest.raises(ValueError, match="the new adapter has `family_code` 3, 'default' has 2"):
+        hotswap_adapter(model, tmp_path / "wider", "default")
+
+
+def test_a_task_is_not_for_other_codes_of_the_same_name():
+    _, model = family(2)
+    with at_task(model, task="water"):
+        model(X)
+        model.delete_adapter("default")
+        model.add_adapter("default", LoTRAConfig(r=3, family=TASKS, family_code=3))
+        model.set_adapter("default")
+        with pytest.raises(RuntimeError, match="this pass is at none of them"):
+            model(X)
+
+
+def test_what_takes_no_codes_says_so():
+    _, model = family(2, {"lam": (1.0, 3.0), "fluid": TASKS})
+    for ranges in ({"lam": (0.5, 4.0)}, {"fluid": (0.0, 1.0)}):
+        with pytest.raises(ValueError, match="is not a family of continuous parameters"):
+            change_range(model, ranges)
+    model.add_adapter("one", LoTRAConfig(r=2))
+    with pytest.raises(ValueError, match="`config` has `family_code` 2: no codes are known of these adapters"):
+        family_from(model, {"one": "water"}, "new", LoTRAConfig(r=2, family=TASKS, family_code=2))
+    assert list(model.peft_config) == ["default", "one"]
+
+
+def test_a_task_file_of_a_family_with_codes_and_parameters(tmp_path):
+    _, model = family(2, {"lam": (1.0, 3.0), "fluid": TASKS})
+    with at_task(model, lam=1.5, fluid="argon"):
+        y = model(X)
+    adapter_at(model, "one", lam=1.5, fluid="argon")
+    save_task(tmp_path / "task", model, "one")
+    load_task(tmp_path / "task", model, "again")
+    assert_equal(model(X), y)
 
 
 def test_an_adapter_at_a_task(tmp_path):

@@ -20,6 +20,7 @@ from ..combination import copy_trained, whole_tucker
 from ..config.lotra_config import LoTRAConfig
 from ..families.family import Family
 from ..files.adapter_file import Slot, check_weights, digest, naming
+from ..layers.codes import container_of_codes
 from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import full_tensor
@@ -58,8 +59,9 @@ def at_task(model: nn.Module, *, batch_axis: int = 0, **task: Any) -> Iterator[N
         model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it.
         batch_axis: the axis of each adapted layer's first tensor that has the samples, if each has a task of its own.
         task: a number, or a tensor of the shape (), (batch,) or (batch, 1), for each parameter of the family; or
-            `task=` a name, or a list with a name for each sample. For a value outside the family's range the adapter
-            extrapolates, with a warning (except under `vmap` and in compiled code).
+            `task=` a name, a list with a name for each sample, or a tensor of their places in the family's list. In a
+            family with codes, `code=` may stand in its place: a tensor, shape (k,) or (batch, k). For a value outside
+            the family's range the adapter extrapolates, with a warning (except under `vmap` and in compiled code).
 
     Raises:
         TypeError, ValueError: if the task does not fit any family adapter of the model, or those that it fits are not
@@ -93,7 +95,8 @@ def adapter_at(
         family: the name of the family adapter.
         train: "core": only the core is trained, and the factors stay those of the family. "all": both are trained.
         task: one task, in the form that `at_task` takes. Without a task, the core is a mean over the family: the
-            constant term for continuous parameters, the mean of the cores for named tasks.
+            constant term for continuous parameters, the mean of the cores for named tasks, the core at the mean code
+            for tasks with codes alone.
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit. Nothing is changed then.
@@ -171,16 +174,17 @@ def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, f
 
 def _weights(tuner: LoTRAModel, family: str, kind: Family, task: dict[str, Any]) -> torch.Tensor:
     """c of the task, or, without one, of the mean over the family."""
-    if not kind.code:
-        return kind.weights(task) if task else _mean(kind)
-    layers = adapted_tensors(tuner.model, family).values()
-    codes = next(full_tensor(layer.lotra_codes[family]).detach() for layer in layers if family in layer.lotra_codes)
-    return kind.weights(task, codes) if task or kind.ranges else kind.at_code({}, codes.mean(0))
-
-
-def _mean(kind: Family) -> torch.Tensor:
-    """c of the mean over named tasks, or of the constant term."""
-    mean = [1 / kind.size] * kind.size if kind.tasks else [1.0] + [0.0] * (kind.size - 1)
+    codes = None
+    if kind.code:
+        held = container_of_codes(adapted_tensors(tuner.model, family).values(), family)
+        codes = full_tensor(held[family]).detach()
+    if task:
+        return kind.weights(task, codes)
+    if codes is not None and not kind.ranges:
+        return kind.at_code({}, codes.mean(0))
+    # The mean over named tasks, or the constant term.
+    named = kind.tasks and codes is None
+    mean = [1 / kind.size] * kind.size if named else [1.0] + [0.0] * (kind.size - 1)
     return torch.tensor(mean, dtype=torch.float64)
 
 

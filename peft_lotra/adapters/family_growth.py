@@ -12,6 +12,7 @@ from torch import nn
 from ..combination import update_of
 from ..config.lotra_config import LoTRAConfig
 from ..families.family import Family, shortened
+from ..layers.codes import container_of_codes
 from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import check_not_sharded
@@ -53,6 +54,11 @@ def family_from(
     tuner = lotra_model(model, next(iter(adapters)))
     if (kind := config.kind) is None:
         raise ValueError("`config` has no `family`: give ranges of parameters, or names of tasks")
+    if kind.code:
+        raise ValueError(
+            f"`config` has `family_code` {kind.code}: no codes are known of these adapters; train such a family, or "
+            "leave `family_code` out"
+        )
     for name in adapters:
         if tuner.peft_config[name].family is not None:
             raise ValueError(f"`adapters` has {name!r}, which is for a family itself")
@@ -99,9 +105,8 @@ def add_task(
 ) -> None:
     """Add a task to a family of named tasks: the core gets one more slice, G[..., P], and everything else stays.
 
-    In a family with codes, the codes get one more row instead.
-
-    If an optimizer holds the core, make a new optimizer afterwards.
+    In a family with codes, the codes get one more row instead. If an optimizer holds what has grown, make a new
+    optimizer afterwards.
 
     Args:
         model: a PeftModel with the family.
@@ -109,6 +114,7 @@ def add_task(
         family: the name of the family adapter.
         core_from: the task whose core, or code, the new task starts from. With None, the new task starts from the
             mean of all tasks.
+        code: the code of the new task, shape (k,), in place of `core_from`.
 
     Raises:
         ValueError: if the family's tasks have no names, a name does not fit, or the model is sharded. Nothing is
@@ -151,7 +157,8 @@ def remove_task(model: nn.Module, task: str, *, family: str = "default") -> None
     If an optimizer holds what was changed, make a new optimizer afterwards.
 
     Raises:
-        ValueError: if there is no such task, or it is the last one, or the model is sharded. Nothing is changed then.
+        ValueError: if there is no such task, the family would have no task left, or fewer than a code has numbers, or
+            the model is sharded or offloaded. Nothing is changed then.
     """
     tuner = lotra_model(model, family)
     kind = _named(tuner, family)
@@ -226,7 +233,7 @@ def change_range(
     """
     tuner = lotra_model(model, family)
     config = tuner.peft_config[family]
-    if not isinstance(config.family, dict):
+    if config.kind is None or config.kind.tasks:
         raise ValueError(
             f"`family` {family!r} is not a family of continuous parameters (`LoTRAConfig(family={{'lam': (1, 2)}})`): "
             "only such a family has ranges"
@@ -267,8 +274,7 @@ def _replace_tasks(
 ) -> None:
     """Replace a family's codes and the names of its tasks. Raises as `_replace_cores`."""
     check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
-    layers = adapted_tensors(tuner.model, family).values()
-    held = next(layer.lotra_codes for layer in layers if family in layer.lotra_codes)
+    held = container_of_codes(adapted_tensors(tuner.model, family).values(), family)
     if held[family].is_meta:
         raise ValueError(f"`family` {family!r} is offloaded: {what} before offloading")
     held[family] = nn.Parameter(new_codes(held[family]), requires_grad=held[family].requires_grad)

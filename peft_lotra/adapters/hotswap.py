@@ -14,7 +14,7 @@ from torch import nn
 
 from ..coefficients.target import Target
 from ..config.lotra_config import LoTRAConfig
-from ..files.adapter_file import PREFIX, Slot, check_tensor, check_weights, is_adapter_key
+from ..files.adapter_file import PREFIX, Slot, check_tensor, check_weights, is_tucker_key
 from ..files.slots import slots_of
 from ..layers.lotra import LoTRALayer, adapted_tensors
 from ..layers.slim import SlimLayer
@@ -94,7 +94,7 @@ def hotswap_adapter_from_state_dict(
     places, held = slots_of(tuner.model, adapter_name, config.bias), tuner.model.state_dict()
     if offloaded := sorted(key for key, (name, _) in places.items() if held[name].is_meta):
         raise ValueError(f"{offloaded} of {adapter_name!r} are offloaded (on the meta device): swap before offloading")
-    others = {f"{PREFIX}{key}": place for key, place in places.items() if not is_adapter_key(key)}
+    others = {f"{PREFIX}{key}": place for key, place in places.items() if not is_tucker_key(key)}
     check_weights(config.saved_slots() | {key: slot for key, (_, slot) in others.items()}, state_dict, "`state_dict`")
     new = [(held[name], state_dict[key]) for key, (name, _) in others.items()]
     keys = {target.parameter: f"{PREFIX}{key}" for key, target in config.saved_targets()}
@@ -119,7 +119,7 @@ def _check_slot(
         raise ValueError(f"`adapter_name` {adapter_name!r} is merged into the base: call `unmerge_adapter()` first")
     own = tuner.peft_config[adapter_name]
     fields = ["family", "modules_to_save", "trainable_token_indices", "bias"]
-    for name in fields if config.family is None else [*fields, "family_degree"]:
+    for name in fields if config.family is None else [*fields, "family_degree", "family_code"]:
         ours, theirs = getattr(own, name), getattr(config, name)
         if name == "modules_to_save":
             ours, theirs = set(ours or ()), set(theirs or ())

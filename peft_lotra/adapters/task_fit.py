@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..families.family import Family
+from ..layers.codes import container_of_codes
 from ..layers.lotra import adapted_tensors
 from ..model import lotra_model
 from ..placement.sharded import full_tensor
@@ -50,7 +51,8 @@ class TaskFit:
     covariance: torch.Tensor
     noise: tuple[torch.Tensor, ...]
     loss: float
-    _net: Callable[..., torch.Tensor]
+    _net: Callable[..., torch.Tensor]  # of a code, and of the model's inputs
+    _widths: Mapping[str, float]  # of the parameters, by which `code` is scaled
 
     @property
     def deviations(self) -> Any:
@@ -59,8 +61,6 @@ class TaskFit:
         if not isinstance(self.task, Mapping):
             return deviations
         return {name: float(d) * width for (name, width), d in zip(self._widths.items(), deviations, strict=True)}
-
-    _widths: Mapping[str, float] = None  # type: ignore[assignment]
 
     def predict(self, *inputs: Any, **parameters: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's outputs at the task, and their standard deviations: sqrt(diag(J C Jᵀ) + σ²).
@@ -169,11 +169,12 @@ def fit_task(
     for argument, value in (("starts", starts), ("iterations", iterations)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{argument}` should be a positive integer but the value passed is {value!r}")
-    layers = adapted_tensors(tuner.model, family)
-    own = next(iter(layers.values()))
-    problem = _Problem(model, kind, residual, data, own.lotra_core[family])
-    codes = [full_tensor(layer.lotra_codes[family]) for layer in layers.values() if family in layer.lotra_codes]
-    prior, centres = _prior(codes[0].detach()) if kind.code else _uninformed(len(kind.ranges), problem.like)
+    layers = list(adapted_tensors(tuner.model, family).values())
+    problem = _Problem(model, kind, residual, data)
+    if kind.code:
+        prior, centres = _prior(full_tensor(container_of_codes(layers, family)[family]).detach())
+    else:
+        prior, centres = _uninformed(len(kind.ranges), layers[0].lotra_core[family])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", ".*is outside of the family's range", UserWarning)
         found = problem.minimised(prior, centres, noise, starts, iterations)
@@ -198,17 +199,16 @@ class _Found(NamedTuple):
 class _Problem:
     """The residuals of one task as a function of what is unknown of it."""
 
-    def __init__(self, model: nn.Module, kind: Family, residual: Residual, data: Any, like: torch.Tensor) -> None:
+    def __init__(self, model: nn.Module, kind: Family, residual: Residual, data: Any) -> None:
         self.model, self.kind, self.residual, self.data = model, kind, residual, data
-        self.like = like.detach().new_zeros(())
 
     def parameters(self, unknown: torch.Tensor) -> dict[str, Any]:
         """The family's parameters, from their values scaled to [-1, 1]."""
         ends = self.kind.ranges.items()
         scaled = unknown.unbind()
         values = {name: a + (b - a) * (x + 1) / 2 for (name, (a, b)), x in zip(ends, scaled, strict=True)}
-        grad = torch._C._functorch.is_functorch_wrapped_tensor(unknown)
-        return values if grad else {name: float(value) for name, value in values.items()}
+        is_transformed = torch._C._functorch.is_functorch_wrapped_tensor(unknown)
+        return values if is_transformed else {name: float(value) for name, value in values.items()}
 
     def net_at(self, unknown: torch.Tensor, *inputs: Any, **others: Any) -> torch.Tensor:
         """The model's outputs at the task. `others` may have the parameters of a family with codes."""
@@ -242,15 +242,13 @@ class _Problem:
         chosen = centres[losses.nan_to_num(torch.inf).argsort()[:starts]]
         ends, losses = self.descended(chosen, prior, sigma, iterations)
         code, loss = ends[losses.argmin()], losses.min()
-        for _ in range(
-            3 if noise is None else 0
-        ):  # of the residuals at the result, and of what the samples leave open
-            parts, J, C = self.linearised(code, prior, sigma)
-            sigma = tuple([_estimated(part, own, C) for part, own in zip(parts, J, strict=True)])
+        parts, J, H = self.linearised(code, prior, sigma)
+        for _ in range(3 if noise is None else 0):
+            sigma = tuple([_estimated(part, own, torch.linalg.inv(H)) for part, own in zip(parts, J, strict=True)])
             ends, losses = self.descended(code[None], prior, sigma, iterations)
             code, loss = ends[0], losses[0]
-        _, _, C = self.linearised(code, prior, sigma)
-        return _Found(code, C, sigma, float(loss))
+            parts, J, H = self.linearised(code, prior, sigma)
+        return _Found(code, torch.linalg.inv(H), sigma, float(loss))
 
     def loss(self, unknown: torch.Tensor, prior: Prior, sigma: tuple[torch.Tensor, ...]) -> torch.Tensor:
         parts = self.residuals(unknown)
@@ -260,7 +258,7 @@ class _Problem:
     def linearised(
         self, unknown: torch.Tensor, prior: Prior, sigma: tuple[torch.Tensor, ...]
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], torch.Tensor]:
-        """Residuals, their derivatives, shape (rows, outputs, k), and the covariance of the Laplace posterior."""
+        """Residuals, their derivatives, shape (rows, outputs, k), and JᵀJ / σ² + Σ⁻¹, shape (k, k)."""
 
         def twice(z: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
             parts = self.residuals(z)
@@ -271,7 +269,7 @@ class _Problem:
         for own, s in zip(J, sigma, strict=True):
             scaled = (own / s[:, None]).flatten(0, 1)
             H = H + scaled.mT @ scaled
-        return parts, J, torch.linalg.inv(H)
+        return parts, J, H
 
     def descended(
         self, ends: torch.Tensor, prior: Prior, sigma: tuple[torch.Tensor, ...], iterations: int
@@ -279,11 +277,10 @@ class _Problem:
         """The ends of damped Gauss–Newton steps from several starts, shape (starts, k), and their losses."""
 
         def step(z: torch.Tensor, damping: torch.Tensor) -> torch.Tensor:
-            parts, J, C = self.linearised(z, prior, sigma)
+            parts, J, H = self.linearised(z, prior, sigma)
             slope = prior.precision @ (z - prior.mean)
             for part, own, s in zip(parts, J, sigma, strict=True):
                 slope = slope + torch.einsum("nok,no->k", own / s[:, None].square(), part)
-            H = torch.linalg.inv(C)
             return z - torch.linalg.solve(H + damping * torch.diag(H.diagonal()), slope)
 
         loss_of = torch.func.vmap(lambda z: self.loss(z, prior, sigma))
@@ -341,8 +338,9 @@ def _prior(codes: torch.Tensor) -> tuple[Prior, torch.Tensor]:
 
 def _uninformed(k: int, like: torch.Tensor) -> tuple[Prior, torch.Tensor]:
     """N(0, 1) of parameters that are scaled to [-1, 1], and where to start: the middle and places around it."""
-    places = torch.quasirandom.SobolEngine(k).draw(15).to(like) * 2 - 1
-    return Prior(like.new_zeros(k), torch.eye(k).to(like)), torch.cat([like.new_zeros(1, k), places])
+    places = torch.quasirandom.SobolEngine(k).draw(15).to(like.device, like.dtype) * 2 - 1
+    middle = torch.zeros(k).to(places)
+    return Prior(middle, torch.eye(k).to(places)), torch.cat([middle[None], places])
 
 
 def _check_found(found: _Found, prior: Prior, kind: Family) -> None:

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..files.adapter_file import PREFIX, is_adapter_key
+from ..files.adapter_file import PREFIX, is_tucker_key
 from ..files.slots import slots_of
 from ..layers.lotra import adapted_tensors
 from ..placement.sharded import full_shape
 from ..preserved import check_model
-from ..tucker.decomposition import CODES, Ranks
+from ..tucker.decomposition import Ranks
 
 
 class SummaryRow(NamedTuple):
@@ -115,7 +115,7 @@ def summary(model: nn.Module) -> Summary:
                     SummaryRow(name, tensor, layout.pattern, layout.canonical_shape, layer.r[name], trained, stored)
                 )
         for key, (_, slot) in slots_of(model, name, configs[name].bias if name in configs else "none").items():
-            if not is_adapter_key(key) or key.endswith(CODES):
+            if not is_tucker_key(key):
                 size = prod(slot.shape)
                 rows.append(SummaryRow(name, key.removeprefix(PREFIX), "", (), (), size, size))
     return Summary(rows)

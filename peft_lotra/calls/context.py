@@ -49,7 +49,12 @@ class Tasks:
     def is_for(self, adapter: str) -> bool:
         """Whether the adapter of this name is still of the family of which c is."""
         config = self.configs.get(adapter)
-        return config is not None and self.families[adapter] == (config.family, config.family_degree)
+        return config is not None and self.families[adapter] == fields_of_family(config)
+
+
+def fields_of_family(config: Any) -> tuple[Any, ...]:
+    """The fields of a config on which c depends."""
+    return config.family, config.family_degree, config.family_code
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,8 +45,13 @@ def naming(file: str | None) -> Iterator[None]:
 
 
 def is_adapter_key(key: str) -> bool:
-    """Whether a state dict's key names a core or factor, and not another trained tensor."""
-    return any(f".{name}" in f".{key}" for name in (*CONTAINERS, CODES))
+    """Whether a state dict's key names a core, a factor or codes, and not another trained tensor."""
+    return is_tucker_key(key) or f".{CODES}" in f".{key}"
+
+
+def is_tucker_key(key: str) -> bool:
+    """Whether a state dict's key names a core or factor."""
+    return any(f".{name}" in f".{key}" for name in CONTAINERS)
 
 
 def check_weights(expected: Mapping[str, Slot], weights: Mapping[str, torch.Tensor], origin: str) -> None:
