@@ -21,7 +21,7 @@ def _once(monkeypatch):
     monkeypatch.setattr(step_cost, "steady", clock)
 
 
-pytestmark = pytest.mark.usefixtures("_once")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_once")]
 
 
 def steps(folder, *arguments):
@@ -30,7 +30,6 @@ def steps(folder, *arguments):
     return json.loads((folder / "step_cost.json").read_text()), done.out
 
 
-@pytest.mark.slow
 def test_step_cost(tmp_path):
     parts = ("--parts", "step", "inference", "slim", "initialization")
     results, _ = steps(tmp_path, "--widths", 16, 32, "--batches", 32, *parts)
@@ -77,7 +76,6 @@ def test_types_of_a_step(tmp_path):
     assert rows[16, "bf16", "eager"]["saved_bytes"] < rows[16, "fp32", "eager"]["saved_bytes"]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_steps(tmp_path):
     """Their time is taken; what they do is not counted."""
@@ -144,7 +142,6 @@ def test_calls_of_small_layers(tmp_path):
     assert all(0 < count <= 80 for count in results["calls"].values())
 
 
-@pytest.mark.slow
 def test_times_of_small_layers(tmp_path):
     results = small_layers(tmp_path, "--parts", "steps", "constants")
     (row,) = results["steps"]
@@ -176,7 +173,6 @@ def check_gauss_newton_cost(results):
     assert short_of == pytest.approx(enough, rel=0.01)
 
 
-@pytest.mark.slow
 def test_gauss_newton_cost(tmp_path, monkeypatch):
     monkeypatch.setattr(gauss_newton_cost.multiprocessing, "get_context", InThisProcess)
     parts = ("--parts", "gram", "passes", "size")
@@ -184,7 +180,6 @@ def test_gauss_newton_cost(tmp_path, monkeypatch):
     check_gauss_newton_cost(json.loads((tmp_path / "gauss_newton_cost.json").read_text()))
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 def test_gauss_newton_cost_in_processes(tmp_path):
     script = EXAMPLES / "benchmarks" / "gauss_newton_cost.py"

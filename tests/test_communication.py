@@ -9,6 +9,8 @@ import torch
 from launching import fork, launch
 from scripts import EXAMPLES, call, restored
 
+pytestmark = pytest.mark.slow
+
 SHORT = ("--layer", "efficient", "--batch", 4, "--steps", 1, "--gpus", 2, "--gbit", 8)
 
 
@@ -46,7 +48,6 @@ def test_what_two_processes_send(tmp_path, capsys):
     check_results(tmp_path, [32], capsys.readouterr().out)
 
 
-@pytest.mark.slow
 @pytest.mark.processes
 def test_it_starts_its_processes(tmp_path):
     script = EXAMPLES / "benchmarks" / "communication.py"

@@ -3,12 +3,16 @@
 import inspect
 import json
 import resource
+import runpy
+import sys
+from contextlib import redirect_stdout
 from importlib import import_module
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from command_line import exit_code
-from launching import launch
+from launching import fork
 from scripts import EXAMPLES, call
 
 SCRIPTS = sorted(path for path in EXAMPLES.rglob("*.py") if '__name__ == "__main__"' in path.read_text())
@@ -25,7 +29,10 @@ def check_results(folder):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--pde", "hyperbolic", "--r", 2, 4, 4), ("--pde", "parabolic", "--r", 4, "--kan", "pykan")],
+    [
+        ("--pde", "hyperbolic", "--r", 2, 4, 4),
+        pytest.param(("--pde", "parabolic", "--r", 4, "--kan", "pykan"), marks=pytest.mark.slow),
+    ],
 )
 def test_pde_transfer(arguments, tmp_path):
     call("pde_transfer", *arguments, *SHORT, "--output-dir", tmp_path)
@@ -98,12 +105,23 @@ def test_a_script_is_its_function_main(path):
     assert list(inspect.signature(import_module(path.stem).main).parameters) == ["argv"]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem != "pde_family")) for path in SCRIPTS],
-    ids=lambda path: path.stem,
-)
+def shows_help(path):
+    """As `python path --help`: of the examples, a script finds what is in its own folder and what it adds itself."""
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, "__file__", None)).startswith(str(EXAMPLES)):
+            del sys.modules[name]
+    ours = (str(EXAMPLES), str(Path(__file__).parent))
+    sys.path[:] = [str(path.parent), *(folder for folder in sys.path if not folder.startswith(ours))]
+    sys.argv = [str(path), "--help"]
+    out = StringIO()
+    with redirect_stdout(out), pytest.raises(SystemExit) as end:
+        runpy.run_path(str(path), run_name="__main__")
+    return end.value.code, out.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_starts_by_itself(path):
-    """The tests' own process has more folders to import from."""
-    env = {"PYTHONPATH": str(EXAMPLES.parent), "PYTHONWARNINGS": "error"}
-    assert "--help" in launch(path, "--help", launcher="python", num_processes=1, env=env).stdout
+    ((code, text),) = fork(shows_help, path, num_processes=1)
+    assert code == 0
+    assert "--help" in text

@@ -133,6 +133,7 @@ def test_a_residual_with_a_task_for_every_sample():
     assert result.losses[-1] < 0.5 * result.losses[0]
 
 
+@pytest.mark.slow
 def test_compiled():
     base, model = kan()
     compiled = torch.compile(model, backend="eager")

@@ -70,7 +70,8 @@ def test_bad_arguments(arguments, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kan", ["chebyshev", pytest.param("pykan", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kan", ["chebyshev", "pykan"])
 def test_main_job_by_lm(kan, tmp_path):
     short = ("--kan", kan, "--base-steps", 3, "--steps", 2, "--optimizer", "lm", "--output-dir", tmp_path)
     call("pde_transfer", *short)

@@ -15,8 +15,11 @@ from peft_lotra.coefficients import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("examples/**/*.md")})
-RUN = ["README.md", pytest.param("examples/transformers.md", marks=needs_mixin), "examples/quickstart.ipynb"]
-SLOW = pytest.param("examples/pykan.md", marks=pytest.mark.slow)  # pykan draws and looks for formulas
+SLOW = [
+    pytest.param("examples/transformers.md", marks=[needs_mixin, pytest.mark.slow]),
+    pytest.param("examples/quickstart.ipynb", marks=pytest.mark.slow),
+    pytest.param("examples/pykan.md", marks=pytest.mark.slow),  # pykan draws and looks for formulas
+]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -28,7 +31,7 @@ def blocks(path):
     return [code for language, code in FENCE.findall(path.read_text()) if language == "python"]
 
 
-@pytest.mark.parametrize("name", [*RUN, SLOW])
+@pytest.mark.parametrize("name", ["README.md", *SLOW])
 @pytest.mark.filterwarnings("ignore")  # libraries warn, which a reader sees too
 def test_the_code_runs(name, tmp_path, capsys):
     path = ROOT / name

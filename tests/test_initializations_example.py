@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
 from scripts import call
+
+pytestmark = pytest.mark.slow
 
 
 def test_initializations(tmp_path):

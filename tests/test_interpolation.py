@@ -5,8 +5,10 @@ import json
 import pytest
 from scripts import call
 
+pytestmark = pytest.mark.slow
 
-@pytest.mark.parametrize("optimizer", ["adam", pytest.param("lm", marks=pytest.mark.slow)])
+
+@pytest.mark.parametrize("optimizer", ["adam", "lm"])
 def test_interpolation(optimizer, tmp_path):
     short = ("--seeds", 1, "--steps", 2, "--r", 2, 2, 2, "--base-steps", 2, "--optimizer", optimizer)
     done = call("interpolation", *short, "--output-dir", tmp_path)

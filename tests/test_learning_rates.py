@@ -5,6 +5,8 @@ import json
 import pytest
 from scripts import call
 
+pytestmark = pytest.mark.slow
+
 
 def test_study_and_its_second_half(tmp_path):
     sizes = ("--widths", 5, "--ratio-width", 5, "--seeds", 1, "--steps", 1, "--output-dir", tmp_path)

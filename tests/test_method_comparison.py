@@ -22,6 +22,8 @@ from launching import launch
 from rows import case_of
 from scripts import EXAMPLES, call
 
+pytestmark = pytest.mark.slow
+
 SUITE = EXAMPLES / "method_comparison"
 EXPERIMENT = {
     "title": "Heat equation",
@@ -77,7 +79,6 @@ def from_the_command_line(names, tmp_path):
     return len(done), len(written.splitlines()), text
 
 
-@pytest.mark.slow
 def test_from_the_command_line(tmp_path, monkeypatch):
     experiments(tmp_path / "experiments")
     for module in (run, report):
@@ -85,7 +86,6 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     assert from_the_command_line(["heat"], tmp_path)[:2] == (2 + 2, 1 + 2)  # rates, runs
 
 
-@pytest.mark.slow
 def test_smoke_in_several_processes(tmp_path):
     arguments = ("--smoke", "pde_elliptic", "--jobs", 2, "--outputs", tmp_path)
     launch(SUITE / "run.py", *arguments, launcher="python", num_processes=1)
@@ -233,8 +233,8 @@ def test_version_is_that_of_the_code(tmp_path):
     assert found[0][1] == ["b"]
 
 
-@pytest.mark.slow  # in a process of its own, which has no other modules
 def test_version_knows_all_modules_of_a_result():
+    """In a process of its own, which has no other modules."""
     code = f"""import sys
 sys.path[:0] = {[str(folder) for folder in lines.FOLDERS]}
 import perform, tasks.pde, tasks.reviews

@@ -21,6 +21,7 @@ from training import Stopwatch, train_by_steps
 from peft_lotra.testing import KANLayerTests
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing:FutureWarning"),  # PEFT's question
     pytest.mark.usefixtures("fp32"),
 ]

@@ -483,6 +483,7 @@ def test_processes_that_know_nothing_of_each_other(monkeypatch, tmp_path):
         accelerate_pde.start(accelerate_pde.parse_arguments(["--output-dir", str(tmp_path)]))
 
 
+@pytest.mark.slow
 def test_accelerate_launch_starts_one_process_with_its_own_cpu_option():
     program = (
         "from accelerate import Accelerator; from processes import check_processes; check_processes(Accelerator())"
@@ -589,6 +590,7 @@ def dies_once():
         dies_in_a_step()
 
 
+@pytest.mark.slow
 def test_torchruns_agent_restarts_a_run_that_loses_a_process(uninterrupted, folder):
     def work():
         example(*SHORT, "--output-dir", folder, patch=dies_once)

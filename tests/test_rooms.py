@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parents[1] / "peft_lotra"
 # From the ground up; a room imports from itself and from those before it.
 ROOMS = ("preserved", "tucker", "placement", "calls", "coefficients", "standin", "families", "layers", "files")
@@ -52,6 +54,7 @@ def test_modules_import_in_no_circle():
     assert not graph
 
 
+@pytest.mark.slow
 def test_the_import_adds_einops_alone_to_what_peft_imports():
     code = "import sys, peft; before = {*sys.modules}; import peft_lotra; print(*sorted({*sys.modules} - before))"
     # The folder of the package is the first place where an interpreter with -c looks for it.

@@ -919,7 +919,7 @@ def in_thread(*functions):
 @pytest.mark.filterwarnings("ignore:Already unmerged")
 @pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
-@pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(500, marks=pytest.mark.slow)])
 def test_sequences(count):
     profile = settings(
         max_examples=count,

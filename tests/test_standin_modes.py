@@ -35,7 +35,7 @@ def quick(rows, *cases):
     return [*cases, *(pytest.param(*row, marks=pytest.mark.slow) for row in others)]
 
 
-@pytest.mark.parametrize("name", quick(LAYERS, "efficient-kan", "ChebyKAN", "convolution, groups"))
+@pytest.mark.parametrize("name", quick(LAYERS, "efficient-kan", "convolution, groups"))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compile(name):
     """In one graph, before any eager call."""
@@ -237,8 +237,9 @@ def test_tensors_for_nested_adapters():
     assert_equal(y, dense(base, model)(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", quick(REGISTERED, "efficient-kan"))
+@pytest.mark.parametrize("name", REGISTERED)
 def test_compile_with_dynamic_shapes(name):
     _, model, x = adapted(name)
     torch._dynamo.reset()
@@ -347,6 +348,7 @@ def test_layers_that_want_real_tensors(what):
         assert_equal(a, e, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not FULLGRAPH, reason="adapted layers are traced from torch 2.13 on")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.parametrize("what", ["einops", "detach", "graph break", "vmap"])

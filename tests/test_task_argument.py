@@ -54,7 +54,9 @@ def test_an_argument_is_at_task_around_the_call(family, task, argument):
         model(X)  # the next call knows nothing of it
 
 
-@pytest.mark.parametrize(("family", "argument"), [(LAM, 1.3), (["a", "b"], NAMES * 2)])
+@pytest.mark.parametrize(
+    ("family", "argument"), [(LAM, 1.3), pytest.param(["a", "b"], NAMES * 2, marks=pytest.mark.slow)]
+)
 def test_compiled(family, argument):
     base, model = kan(family=family)
     expected = model(X, lotra_task=argument)
