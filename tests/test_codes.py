@@ -414,7 +414,6 @@ def test_a_core_from_a_few_samples(fitted):
     ("samples", "error", "message"),
     [
         ([(X, torch.zeros(8, 2))], TypeError, "`samples` should map names of tasks to their data but is a list"),
-        ({"oil": (X, torch.zeros(8, 2))}, ValueError, r"`samples` has \['oil'\], which are no tasks"),
         ({}, ValueError, "`samples` is empty"),
     ],
 )

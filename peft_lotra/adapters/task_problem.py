@@ -68,6 +68,7 @@ class Problem:
         spread: float = 0.0,
     ) -> None:
         self.model, self.kind, self.residual, self.data, self.spread = model, kind, residual, data, spread
+        self.rows: int | None = None  # the first rows of all residuals; None: all
         self.k = kind.code or len(kind.ranges)
         ours = {id(layer.lotra_core[family]): path for path, layer in layers.items()}
         named = {name: core for name, core in model.named_parameters() if id(core) in ours}
@@ -128,7 +129,7 @@ class Problem:
                 "`residual` should return tensors of the shape (rows,) or (rows, outputs), with at least one row, but "
                 f"returns {shapes}"
             )
-        return tuple([part[:, None] if part.dim() == 1 else part for part in parts])
+        return tuple([(part[:, None] if part.dim() == 1 else part)[: self.rows] for part in parts])
 
     def linearised(self, places: torch.Tensor, function: Callable[[torch.Tensor], Parts] | None = None) -> Linear:
         """Residuals, or what another function returns, and their derivatives at places of the shape (S, P).
