@@ -136,8 +136,9 @@ def fit_task(
         model: a PeftModel with a family adapter, which is active.
         name: the new task's name, under which it is added to the family; None adds nothing.
         residual: a function of a net and of `data` that returns residuals, shape (rows,) or (rows, outputs), or a
-            tuple of such tensors. `net` is the model at the task: call it as the model. If the family also has
-            parameters, give them by name: `net(x, T=T)`.
+            tuple of such tensors. `net` is the model at the task: call it as the model. If a family with
+            codes also has parameters, give them by name: `net(x, T=T)`. `net.task` maps the parameters' names to
+            their values (or "code" to the code), for an equation in which they stand.
         data: what `residual` takes.
         noise: σ, the standard deviation of the samples and of the family's misfit together: what `task_noise`
             returns; or a number, or one for each output; a sequence of these for a tuple. None estimates it from the

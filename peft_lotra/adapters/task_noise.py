@@ -74,12 +74,12 @@ def task_noise(
             ends.append(problem.minimised(prior, centres, None, 4, 20).unknown)
             parts.append(problem.residuals(ends[-1]))
             bar.update()
-        total = _in_interval(parts)
+        total = fitted = _in_interval(parts)
         for _ in range(2):  # the covariance of the codes depends on σ
             relative = []
             for problem, prior, centres in problems:
-                for rows in COUNTS:
-                    relative += _beyond(problem, prior, centres, total, rows)
+                each = [_beyond(problem, prior, centres, total, rows) for rows in COUNTS]
+                relative += [tuple(map(torch.cat, zip(*filter(None, each), strict=True)))] * any(each)
                 bar.update()
             if relative:
                 total = tuple([s * factor for s, factor in zip(total, _in_interval(relative), strict=True)])
@@ -87,7 +87,9 @@ def task_noise(
         for (problem, prior, _), z in zip(problems, ends, strict=True):
             terms.append(_terms(problem, prior, z))
             bar.update()
-    deviation = [torch.cat([s.expand_as(part).flatten() for s, part in zip(total, own, strict=True)]) for own in parts]
+    deviation = [
+        torch.cat([s.expand_as(part).flatten() for s, part in zip(fitted, own, strict=True)]) for own in parts
+    ]
     # τ² s² adds as much to the variance as the σ of `rest` lacks of that of `total`.
     size = sum([float(s.square().sum()) for s in deviation]) / sum([float(B.trace()) for *_, B in terms])
 
@@ -102,26 +104,38 @@ def task_noise(
         return found
 
     best = max(RATIOS, key=evidence)
-    return TaskNoise(total, tuple([best * s for s in total]), (size * (1 - best**2)) ** 0.5)
+    larger = float(torch.cat([s / own for s, own in zip(total, fitted, strict=True)]).mean())
+    return TaskNoise(total, tuple([best * s for s in total]), larger * (size * (1 - best**2)) ** 0.5)
 
 
 def _in_interval(of_tasks: list[Parts]) -> Parts:
-    """By which the columns are to be divided for 95 % of them to lie in the interval of a normal distribution."""
-    columns = [torch.cat(own) for own in zip(*of_tasks, strict=True)]
-    return tuple([own.abs().quantile(0.95, 0).clamp(min=1e-12) / 1.96 for own in columns])
+    """By which the columns are to be divided for 95 % of a new task's to lie in the interval of a normal distribution.
+
+    That is the quantile of all tasks, times that of each task in units of the quantile of the others: tasks differ, so
+    that the quantile of a few of them is too low for a new one.
+    """
+    found = []
+    for own in zip(*[[part.abs() for part in parts] for parts in of_tasks], strict=True):
+        quantile = torch.cat(own).quantile(0.95, 0)
+        if len(own) > 2:
+            others = [torch.cat([*own[:k], *own[k + 1 :]]).quantile(0.95, 0) for k in range(len(own))]
+            ratios = torch.cat([part / other for part, other in zip(own, others, strict=True)])
+            quantile = quantile * ratios.quantile(0.95, 0).clamp(min=1)
+        found.append(quantile.clamp(min=1e-12) / 1.96)
+    return tuple(found)
 
 
-def _beyond(problem: Problem, prior: Prior, centres: torch.Tensor, sigma: Parts, rows: int) -> list[Parts]:
+def _beyond(problem: Problem, prior: Prior, centres: torch.Tensor, sigma: Parts, rows: int) -> Parts:
     """Residuals of the rows to which a code was not fitted, in units of the deviation that `predict` states."""
     problem.rows = rows
     found = problem.minimised(prior, centres, sigma, 4, 20)
     problem.rows = None
     at = problem.linearised(found.unknown[None])
     if any(part.shape[1] <= rows for part in at.parts):
-        return []
+        return ()
     variances = [torch.einsum("nok,kl,nol->no", own[0], found.covariance, own[0]) for own in at.J]
     relative = zip(at.parts, variances, sigma, strict=True)
-    return [tuple([(part[0] / (variance + s.square()).sqrt())[rows:] for part, variance, s in relative])]
+    return tuple([(part[0] / (variance + s.square()).sqrt())[rows:] for part, variance, s in relative])
 
 
 def _terms(problem: Problem, prior: Prior, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

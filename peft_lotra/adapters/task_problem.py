@@ -120,6 +120,8 @@ class Problem:
         def net(*inputs: Any, **others: Any) -> torch.Tensor:
             return self.net_at(unknown, *inputs, **others)
 
+        z = unknown[: self.k]
+        net.task = {"code": z} if self.kind.code else self.parameters(z)  # type: ignore[attr-defined]
         assert self.residual is not None
         found = self.residual(net, self.data)
         parts = found if isinstance(found, tuple) else (found,)
@@ -170,8 +172,10 @@ class Problem:
     ) -> tuple[torch.Tensor, Linear, torch.Tensor]:
         """Damped Gauss–Newton steps from several places, shape (S, P): the best end, all there, and its loss.
 
-        A place has arrived when its next step is below 1e-4 standard deviations of the posterior.
+        A place has arrived when its next step is below 1e-4 standard deviations of the posterior, or what it would gain
+        is below the rounding of its loss.
         """
+        rounding = 4 * torch.finfo(places.dtype).eps
         at = self.linearised(places)
         losses, damping = _losses(at.parts, places, prior, sigma), places.new_zeros(len(places))
         for _ in range(iterations):
@@ -181,7 +185,7 @@ class Problem:
                 slope = slope + torch.einsum("snok,sno->sk", own / s[:, None].square(), part)
             damped = H + damping[:, None, None] * torch.diag_embed(H.diagonal(dim1=1, dim2=2))
             step = torch.linalg.solve(damped, slope.unsqueeze(-1)).squeeze(-1)
-            if ((slope * step).sum(1) <= 1e-8).all():
+            if ((slope * step).sum(1) <= (rounding * losses).nan_to_num(torch.inf).clamp(min=1e-8)).all():
                 break
             moved = places - step
             there = self.linearised(moved)
