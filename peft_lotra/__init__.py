@@ -6,10 +6,11 @@ Importing this package registers LoTRA with PEFT, for `get_peft_model`, `PeftMod
 from . import registration as _registration
 from .adapters.extraction import extract_adapter
 from .adapters.family import adapter_at, at_task, load_task, save_task
-from .adapters.family_growth import add_task, change_range, family_from, remove_task, rename_task
+from .adapters.family_growth import add_task, change_range, family_from, normalize_codes, remove_task, rename_task
 from .adapters.hotswap import hotswap_adapter
 from .adapters.slim import slim_kan
 from .adapters.task_fit import fit_task
+from .adapters.task_noise import task_noise
 from .analysis.summary import summary
 from .coefficients import register_kan_layer
 from .config.lotra_config import LoTRAConfig
@@ -46,12 +47,14 @@ __all__ = [
     "infer_coefficients",
     "initialize_lotra_weights",
     "load_task",
+    "normalize_codes",
     "register_kan_layer",
     "remove_task",
     "rename_task",
     "save_task",
     "slim_kan",
     "summary",
+    "task_noise",
     "verify_coefficients",
 ]
 

@@ -26,10 +26,12 @@ from peft_lotra import (
     fit_task,
     hotswap_adapter,
     load_task,
+    normalize_codes,
     remove_task,
     rename_task,
     save_task,
     summary,
+    task_noise,
 )
 from peft_lotra.layers.lotra import adapted_tensors
 
@@ -267,6 +269,8 @@ def test_the_next_sample_is_the_one_that_lowers_the_variance_most(fitted):
     [
         ({"name": "water"}, "`name` should be a new name"),
         ({"name": 3}, "`name` should be a new name"),
+        ({"train": "all"}, "`train` should be 'code' or 'core'"),
+        ({"train": "core", "noise": 0.1}, "give what `task_noise` returns"),
         ({"starts": 0}, "`starts` should be a positive integer"),
         ({"iterations": True}, "`iterations` should be a positive integer"),
         ({"noise": -1.0}, "`noise` should be a positive number"),
@@ -302,6 +306,121 @@ def test_what_the_samples_do_not_say_is_told(fitted):
         y = fitted(x)
     with pytest.warns(UserWarning, match="the task is unlike those of the family: its code is .* standard deviations"):
         fit_task(fitted, None, difference, (x, y), noise=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "degree", "at"), [(TASKS, 1, {}), (TASKS, 3, {}), ({"lam": (1.0, 3.0), "task": TASKS}, 2, {"lam": 1.3})]
+)
+def test_normalized_codes_change_nothing(tasks, degree, at):
+    _, model = family(2, tasks, family_degree=degree, alpha=0.7)
+    expected = [model(X, lotra_task={**at, "task": name}) for name in TASKS]
+    before = codes_of(model).detach().clone()
+    normalize_codes(model)
+    codes = codes_of(model)
+    assert codes.requires_grad
+    assert_different(codes, before)
+    assert codes.mean(0).abs().max() < 1e-9
+    assert_equal(torch.cov(codes.T), torch.eye(2), 1e-9)
+    for name, y in zip(TASKS, expected, strict=True):
+        assert_equal(model(X, lotra_task={**at, "task": name}), y, 1e-9)
+    once = codes.detach().clone()
+    normalize_codes(model)
+    assert_equal(codes_of(model), once, 1e-7)
+
+
+def test_the_first_number_of_a_normalized_code_acts_most():
+    _, model = family(2)
+    normalize_codes(model)
+    gram = sum(
+        torch.einsum("...j,...l->jl", layer.lotra_core["default"][..., 1:], layer.lotra_core["default"][..., 1:])
+        for layer in adapted_tensors(model).values()
+    )
+    assert gram[0, 0] > gram[1, 1]
+    assert abs(gram[0, 1]) < 1e-9 * gram[0, 0]
+
+
+def test_codes_that_cannot_be_normalized():
+    _, model = family(4)
+    with pytest.raises(ValueError, match="there should be more tasks than numbers"):
+        normalize_codes(model)
+    with pytest.raises(ValueError, match="has no codes"):
+        normalize_codes(get_peft_model(ChebyKAN([3, 6, 2]), LoTRAConfig(r=2, family=TASKS)))
+
+
+def crooked(seed=3, noise=0.0, count=40):
+    """Samples of tasks of the fixture's kind whose function has one more term, of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    a = 0.5 + 1.5 * torch.rand(len(TASKS) + 1, generator=generator)
+    own = 0.05 * torch.randn(len(TASKS) + 1, generator=generator)
+    x = torch.rand(count, 3, generator=generator) * 2 - 1
+    y = [torch.sin(x[:, :2] * s) + s * x[:, 1:] + b * x[:, :1] ** 2 for s, b in zip(a, own, strict=True)]
+    return x, [part + noise * torch.randn(part.shape, generator=generator) for part in y]
+
+
+def test_noise_of_a_family(fitted):
+    """The quantile of the residuals at the least-squares codes; and σ and τ, by the dense formula of the evidence."""
+    x, y = crooked()
+    data = {name: (x, part) for name, part in zip(TASKS, y, strict=False)}
+    noise = task_noise(fitted, difference, data, progressbar=False)
+    assert 0 < noise.spread
+    assert (noise.rest[0] <= noise.total[0]).all()
+    fits = [fit_task(fitted, None, difference, part, noise=noise) for part in data.values()]
+    left = torch.cat([fit.predict(x)[0] - part for fit, part in zip(fits, y, strict=False)])
+    below = (left.abs() < 1.96 * noise.total[0]).double().mean(0)
+    assert ((0.93 < below) & (below < 0.97)).all()
+    # as much variance as `rest` lacks is the core's
+    within = [fit._problem.linearised(both(fit))[1][0][0, :, :, 1:].square().sum(-1).mean() for fit in fits]
+    expected = (noise.total[0].square() - noise.rest[0].square()).mean()
+    assert_equal(sum(within) / len(within), expected, 0.05)
+
+
+def both(fit):
+    """The place of a fit of a code alone, in the form of one with the core."""
+    return torch.cat([fit.code, torch.zeros(fit._problem.core_size)])[None]
+
+
+def test_a_core_from_a_few_samples(fitted):
+    """Against the posterior mean of the linear model by a dense formula in the space of samples."""
+    model = copy.deepcopy(fitted)
+    x, y = crooked()
+    noise = task_noise(model, difference, {name: (x, part) for name, part in zip(TASKS, y, strict=False)})
+    code = fit_task(model, None, difference, (x[:20], y[4][:20]), noise=noise)
+    fit = fit_task(model, "new", difference, (x[:20], y[4][:20]), noise=noise, train="core")
+    assert model.peft_config["default"].family == TASKS
+    assert model.active_adapter == "default"
+    mean, std = fit.predict(x)
+    error, before = ((found - y[4]).square().mean().sqrt() for found in (mean, code.predict(x)[0]))
+    assert error < before
+    assert ((mean - y[4]).abs() < 3 * std).double().mean() > 0.9
+    model.set_adapter("new")
+    assert_equal(model(x), mean)
+
+    # at the minimum u: u = C0 Jᵀ (J C0 Jᵀ + σ²)⁻¹ (J u − r), for the prior N(0, C0) of u − μ
+    problem, u = fit._problem, fit._found.unknown
+    model.set_adapter("default")
+    problem.data = x[:20], y[4][:20]
+    at = problem.linearised(u[None])
+    J, r = at.J[0][0].flatten(0, 1), at.parts[0][0].flatten()
+    codes = codes_of(model).detach()
+    C0 = torch.block_diag(torch.as_tensor(LedoitWolf().fit(codes.numpy()).covariance_), torch.eye(len(u) - 1))
+    away = u - torch.cat([codes.mean(0), torch.zeros(len(u) - 1)])
+    K = J @ C0 @ J.T + torch.diag(fit.noise[0].square().repeat(20))
+    gain = torch.linalg.solve(K, J @ C0).T
+    assert_equal(gain @ (J @ away - r), away, 1e-3)
+    assert_equal(fit.covariance, (C0 - gain @ J @ C0)[:1, :1], 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("samples", "error", "message"),
+    [
+        ([(X, torch.zeros(8, 2))], TypeError, "`samples` should map names of tasks to their data but is a list"),
+        ({"oil": (X, torch.zeros(8, 2))}, ValueError, r"`samples` has \['oil'\], which are no tasks"),
+        ({}, ValueError, "`samples` is empty"),
+    ],
+)
+def test_bad_samples_of_a_family(samples, error, message, fitted):
+    with pytest.raises(error, match=message):
+        task_noise(fitted, difference, samples)
 
 
 # Names, files, other functions ---------------------------------------------------------------------------------------

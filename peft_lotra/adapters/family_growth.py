@@ -254,6 +254,56 @@ def change_range(
     _replace_cores(tuner, family, "change the range", lambda core: core.double() @ M.to(core.device), **fields)
 
 
+@torch.no_grad()
+def normalize_codes(model: nn.Module, *, family: str = "default") -> None:
+    """Give the codes of a family's tasks mean 0 and covariance 1; the cores change so that the model stays the same.
+
+    With z = B z' + m, c(z) = M c(z'), since an affine map keeps the total degree of polynomials: G' = G ×₅ Mᵀ. Of the
+    maps B with that covariance, this is the one after which the numbers of a code act on different entries of the
+    cores, the first one most: Σ_layers ‖∂G'/∂z'_j‖² falls with j, and mixed products are 0. So codes can be compared
+    and drawn. If an optimizer holds the codes and cores, make a new one.
+
+    Raises:
+        ValueError: if the family has no codes, or not more tasks than numbers in a code, or the model is sharded or
+            offloaded. Nothing is changed then.
+
+    Source: ours.
+    """
+    tuner = lotra_model(model, family)
+    kind = tuner.peft_config[family].kind
+    if kind is None or not kind.code:
+        raise ValueError(f"`family` {family!r} has no codes (`LoTRAConfig(family=[...], family_code=...)`)")
+    layers = list(adapted_tensors(tuner.model, family).values())
+    check_not_sharded(tuner.model, "`model`", "normalise the codes before it is sharded")
+    codes = container_of_codes(layers, family)[family]
+    z, k = codes.double().cpu(), kind.code
+    if codes.is_meta or len(z) <= k or torch.linalg.matrix_rank(z - z.mean(0)) < k:
+        raise ValueError(
+            f"`family` {family!r} has {len(z)} codes of {k} numbers, whose covariance has no inverse: there should be "
+            "more tasks than numbers, trained, and in memory"
+        )
+    mean, L = z.mean(0), torch.linalg.cholesky(torch.cov(z.mT))
+    middle = {name: (a + b) / 2 for name, (a, b) in kind.ranges.items()}
+    slopes = torch.func.jacfwd(lambda y: kind.at_code(middle, mean + L @ y))(torch.zeros(k).double())
+    effects = [layer.scaling[family] * (layer.lotra_core[family].double().cpu() @ slopes) for layer in layers]
+    _, axes = torch.linalg.eigh(sum([torch.einsum("...j,...l->jl", effect, effect) for effect in effects]))
+    B = L @ axes.flip(1)
+    new = torch.linalg.solve(B, (z - mean).mT).mT
+    signs = new.gather(
+        0, new.abs().argmax(0, keepdim=True)
+    ).sign()  # an axis has no direction: largest numbers are > 0
+    new, B = new * signs, B * signs
+    generator = torch.Generator().manual_seed(0)
+    points = 2 * torch.rand(3 * kind.size + 10, len(middle) + k, generator=generator, dtype=torch.float64) - 1
+    ends = zip(kind.ranges.items(), points.unbind(1), strict=False)
+    given = {name: a + (b - a) * (x + 1) / 2 for (name, (a, b)), x in ends}
+    at = points[:, len(middle) :]
+    old_c, new_c = kind.at_code(given, at @ B.mT + mean), kind.at_code(given, at)
+    M = torch.linalg.lstsq(new_c, old_c).solution.mT
+    _replace_cores(tuner, family, "normalise the codes", lambda core: core.double() @ M.to(core.device))
+    _replace_tasks(tuner, family, "normalise the codes", new.to, list(kind.tasks))
+
+
 def _replace_cores(
     tuner: LoTRAModel, name: str, what: str, new_core: Callable[[torch.Tensor], torch.Tensor], **fields: Any
 ) -> None:
