@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from command_line import check_device, check_seed, exit_code, make_output_dir, new_parser, positive_int, ratio
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pde_family import COEFFICIENTS, DEGREE, RANGES, RANKS, family_points, family_residuals
 from pde_least_squares import EQUATIONS, batch, residual_functions
@@ -234,10 +235,10 @@ def run(args: argparse.Namespace) -> None:
     grid = source.grid().to(args.device)
     start = time.process_time()
     load_base = trained_base(args, source, grid)
-    model = fitted_family(args, family, load_base).requires_grad_(False).double()
+    model = fitted_family(args, family, load_base).requires_grad_(False)
     offline = time.process_time() - start
     known = torch.linspace(low, high, CALIBRATIONS).tolist()
-    misfit, of_equation = misfits(model, family, known, grid.double())
+    misfit, of_equation = misfits(model, family, known, grid)
     noise = math.hypot(args.noise, misfit)
     warnings.filterwarnings("ignore", ".*is outside of the family's range")  # an estimate may be
     print(
@@ -246,7 +247,7 @@ def run(args: argparse.Namespace) -> None:
     )
 
     generator = torch.Generator().manual_seed(args.seed + 2)
-    points = source.sample(generator, args.device, COLLOCATION).interior.double()
+    points = source.sample(generator, args.device, COLLOCATION).interior
     truths = [round(low + (high - low) * (k + 0.5) / TRUTHS, 4) for k in range(TRUTHS)]
     every = max(1, TRUTHS // args.compared)
     compared = truths[every // 2 :: every][: args.compared]
@@ -259,19 +260,20 @@ def run(args: argparse.Namespace) -> None:
     fits = []
     for k, truth in enumerate(truths):
         sensors = measured(family(truth), args, k)
-        exact = Sensors(*(part.double() for part in sensors))
-        fit, seconds = timed(fit_task, model, None, of_sensors, exact, noise=noise)
-        fits.append((family(truth), exact, fit))
+        fit, seconds = timed(fit_task, model, None, of_sensors, sensors, noise=noise)
+        fits.append((family(truth), sensors, fit))
         add(SENSORS, Estimate.of(truth, fit, seconds))
-        add(EQUATION, Estimate.of(truth, *timed(fit_with_equation, model, family, exact, points, noise, of_equation)))
+        add(
+            EQUATION, Estimate.of(truth, *timed(fit_with_equation, model, family, sensors, points, noise, of_equation))
+        )
         for label, pinn in ((ADAM, pinn_by_adam), (LM, pinn_by_lm)) if truth in compared else ():
             value, seconds = timed(pinn, load_base(), family, sensors, args.seed + 3)
             add(label, Estimate(truth, value, None, seconds))
     further = []
     for k in range(TRUTHS, TRUTHS * REPEATS):
         truth = truths[k % TRUTHS]
-        exact = Sensors(*(part.double() for part in measured(family(truth), args, k)))
-        further.append(Estimate.of(truth, *timed(fit_task, model, None, of_sensors, exact, noise=noise)))
+        sensors = measured(family(truth), args, k)
+        further.append(Estimate.of(truth, *timed(fit_task, model, None, of_sensors, sensors, noise=noise)))
     estimates[SENSORS] += further
     report(args, family, estimates, offline, draw(args, family, estimates, *fits[TRUTHS // 2]))
 
@@ -283,15 +285,14 @@ def report(
     offline: float,
     figure: Figure,
 ) -> None:
-    print(f"\nMedians ({offline:.0f} CPU s offline, for the base and the family, if they were not there):")
+    print(f"\nMedians; {offline:.0f} CPU s of this run went to the base and the family:")
     for label, found in estimates.items():
-        text = f"error {median(e.error for e in found):.1e} in {median(e.seconds for e in found):.2f} CPU s"
-        if all(e.deviation is not None for e in found):
+        text = f"error {median(e.error for e in found):.1e} in {median(e.seconds for e in found):.2f} CPU s; "
+        if label in (SENSORS, EQUATION):
             inside = sum(e.inside for e in found)
-            text += f"; {inside} of {len(found)} true {family.symbol} inside (nominal {NOMINAL:.1%})"
+            text += f"{inside} of {len(found)} true {family.symbol} inside (nominal {NOMINAL:.1%})"
         else:
-            own = [e.error for e in estimates[SENSORS][:TRUTHS] if e.truth in [other.truth for other in found]]
-            text += f"; no interval; for the same {len(found)} {family.symbol} the family has {median(own):.1e}"
+            text += "errors " + ", ".join(f"{e.error:.1e}" for e in found) + "; no interval"
         print(f"  {label:30}{text}")
     rows = {label: [asdict(e) | {"inside": e.inside} for e in found] for label, found in estimates.items()}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
@@ -311,40 +312,63 @@ def draw(
     fit: Any,
 ) -> Figure:
     """The errors of the estimates over the truth; one solution through each of its sensors, with its band."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    low, high = RANGES[args.pde]
-    found = estimates[SENSORS]
-    for k, color, label in ((1, "0.8", f"{REPEATS - 1} more draws of sensors each"), (0, "C0", SENSORS)):
-        some = found[TRUTHS:] if k else found[:TRUTHS]
-        shift = (high - low) / TRUTHS / (2 * REPEATS)
-        x = [e.truth + k * shift * (1 + i // TRUTHS) for i, e in enumerate(some)]
-        bars = [WIDTH * (e.deviation or 0) for e in some]
-        left.errorbar(x, [e.value - e.truth for e in some], bars, fmt="o", ms=4, color=color, label=label)
-    for label, marker, color in ((ADAM, "v", "C3"), (LM, "^", "C2")):
-        some = estimates[label]
-        left.plot([e.truth for e in some], [e.value - e.truth for e in some], marker, color=color, label=label)
-    left.axhline(0, color="0.4", lw=0.8)
-    symbol = family.symbol
-    left.set(title=f"{symbol} from {args.sensors} sensors, noise {args.noise:g}", xlabel=f"true {symbol}")
-    left.set(ylabel=f"estimate − true {symbol}, ± {WIDTH} standard deviations", xlim=(low, high))
-    left.legend(fontsize="small")
-    along = torch.linspace(family.lower[1], family.upper[1], 200, dtype=torch.float64, device=sensors.points.device)
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplot_mosaic([["estimates", "solution"], ["estimates", "difference"]], height_ratios=[2, 1])
+    draw_estimates(axes["estimates"], args, family, estimates)
+    low, high = family.lower[1], family.upper[1]
+    along = torch.linspace(low, high, 200, device=sensors.points.device)
     for k, (point, value) in enumerate(zip(sensors.points, sensors.values, strict=True)):
         line = torch.stack([point[0].expand(len(along)), along], dim=1)
-        mean, std = (part.squeeze(1).cpu() for part in fit.predict(line))
-        x = along.cpu()
-        right.plot(x, mean, color=f"C{k}", lw=1.2, label="predicted" if k == 0 else None)
-        right.fill_between(x, mean - WIDTH * std, mean + WIDTH * std, color=f"C{k}", alpha=0.2, lw=0)
-        right.plot(x, pde.exact(line).cpu(), "k:", lw=1, label="exact" if k == 0 else None)
-        right.plot(point[1].cpu(), value.cpu(), "o", color=f"C{k}", mec="k", label="sensor" if k == 0 else None)
-    axis, other = family.axes[1], family.axes[0]
-    right.set(title=f"{family.title}, {symbol} = {pde.parameter:g}, at the {other} of each sensor")
-    right.set(xlabel=axis, ylabel="u")
-    right.legend(fontsize="small")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+        mean, std = (part.cpu() for part in fit.predict(line))
+        exact, at_sensor = pde.exact(line).cpu(), pde.exact(point[None]).cpu()
+        for name, less, less_there in (("solution", 0, 0), ("difference", exact, at_sensor)):
+            x, y = along.cpu(), (mean - less).squeeze(1)
+            bars = WIDTH * std.squeeze(1)
+            axes[name].plot(
+                x, y, color=f"C{k}", lw=1.2, label="" if k else f"predicted, ± {WIDTH} standard deviations"
+            )
+            axes[name].plot(x, torch.stack([y - bars, y + bars], dim=1), color=f"C{k}", lw=0.5)
+            there = (value.cpu() - less_there).squeeze()
+            axes[name].plot(point[1].cpu(), there, "o", color=f"C{k}", mec="k", zorder=3, label="" if k else "sensor")
+    other, axis = family.axes
+    axes["solution"].set(title=f"{family.title}, {family.symbol} = {pde.parameter:g}, at each sensor's {other}")
+    axes["solution"].set(ylabel="u")
+    axes["solution"].legend(fontsize="small")
+    axes["difference"].set(xlabel=axis, ylabel="u − exact")
+    for own in axes.values():
+        own.grid(alpha=0.3)
     return figure
+
+
+def draw_estimates(
+    axes: Axes, args: argparse.Namespace, family: type[PDE], estimates: dict[str, list[Estimate]]
+) -> None:
+    """Estimate − truth over the truth. A PINN that is out of the picture is at its edge, with its estimate."""
+    low, high = RANGES[args.pde]
+    aside = (high - low) / TRUTHS / (REPEATS + 1)  # from draw to draw
+    for some, first, color, label in (
+        (estimates[SENSORS][TRUTHS:], 1, "0.75", f"{REPEATS - 1} more draws of sensors, moved aside"),
+        (estimates[SENSORS][:TRUTHS], 0, "C0", SENSORS),
+    ):
+        x = [e.truth + aside * (first + i // TRUTHS) for i, e in enumerate(some)]
+        bars = [WIDTH * (e.deviation or 0) for e in some]
+        axes.errorbar(x, [e.value - e.truth for e in some], bars, fmt="o", ms=3, lw=1.2, color=color, label=label)
+    edge = max(map(abs, axes.get_ylim()))
+    axes.set_ylim(-1.1 * edge, 1.4 * edge)  # with room for the legend
+    for label, marker, color in ((ADAM, "v", "C3"), (LM, "^", "C2")):
+        some = estimates[label]
+        y = [min(max(e.value - e.truth, -edge), edge) for e in some]
+        axes.plot([e.truth for e in some], y, marker, color=color, label=label, zorder=3)
+        for e, place in zip(some, y, strict=True):
+            if abs(place) == edge:
+                beside = (-6, -4) if label == ADAM else (6, -4)
+                side = "right" if label == ADAM else "left"
+                axes.annotate(f"{e.value:.2f}", (e.truth, place), beside, textcoords="offset points", ha=side)
+    axes.axhline(0, color="0.4", lw=0.8)
+    symbol = family.symbol
+    axes.set(title=f"{symbol} from {args.sensors} sensors, noise {args.noise:g}", xlabel=f"true {symbol}")
+    axes.set(ylabel=f"estimate − true {symbol}, ± {WIDTH} standard deviations", xlim=(low, high))
+    axes.legend(fontsize="small", ncols=2, loc="upper center")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -6,14 +6,14 @@ from importlib import import_module
 import pytest
 from scripts import call
 
-SIZES = {"TRUTHS": 3, "REPEATS": 2, "COLLOCATION": 10, "ADAM_STEPS": 3, "LM_ITERATIONS": 1}
+SIZES = {"TRUTHS": 3, "REPEATS": 2, "COLLOCATION": 5, "ADAM_STEPS": 3, "LM_ITERATIONS": 1}
 
 
 @pytest.mark.slow
 def test_coefficients_with_intervals_beside_a_pinn(tmp_path, monkeypatch):
     for name, value in SIZES.items():
         monkeypatch.setattr(import_module("inverse_pde"), name, value)
-    short = ("--base-steps", 100, "--iterations", 8, "--compared", 1)
+    short = ("--base-steps", 50, "--iterations", 4, "--compared", 1)
     arguments = ("--pde", "parabolic", *short, "--output-dir", tmp_path)
     out = call("inverse_pde", *arguments).out
     found = json.loads((tmp_path / "parabolic_inverse.json").read_text())["estimates"]
