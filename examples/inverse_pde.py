@@ -1,7 +1,7 @@
 """Find an unknown coefficient of a PDE from five noisy sensors, with an interval, beside a PINN that trains it.
 
     python examples/inverse_pde.py
-    python examples/inverse_pde.py --pde parabolic --sensors 10
+    python examples/inverse_pde.py --pde parabolic --sensors 10 --compared 5
 
 The command trains a base at one coefficient and fits one LoTRA adapter to a range of it, as pde_family.py does (or
 loads what an earlier run has left). Then `fit_task` estimates coefficients that the adapter never saw, each from the
@@ -160,6 +160,9 @@ def fit_with_equation(
     model: PeftModel, family: type[PDE], sensors: Sensors, points: Tensor, noise: float, misfit: float
 ) -> Any:
     """`fit_task` with the residuals of the sensors and of the equation at points.
+
+    The family solves the equation at every coefficient, so that these residuals say next to nothing of it. They show
+    how several kinds of residuals are given, with a noise for each.
 
     Args:
         noise: the standard deviation of the sensors.
@@ -379,7 +382,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--noise", type=ratio, default=0.01, help="standard deviation of the sensors; the solutions have the size 1")
     add("--iterations", type=positive_int, default=30, help="of the fit to the whole family")
     add("--base-steps", type=positive_int, default=400, help="Adam steps of the base")
-    add("--compared", type=positive_int, default=2, help="coefficients that a PINN finds, too")
+    add("--compared", type=positive_int, default=1, help="coefficients that a PINN finds, too")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
     add("--output-dir", type=Path, default=Path("outputs/inverse_pde"))
