@@ -19,8 +19,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -137,21 +136,6 @@ def misfits(model: PeftModel, family: type[PDE], coefficients: list[float], poin
     return torch.cat(errors).square().mean().sqrt().item(), torch.cat(equations).square().mean().sqrt().item()
 
 
-@contextmanager
-def noted_coefficient(model: nn.Module) -> Iterator[Callable[[], Any]]:
-    """A function that gives the coefficient of the model's last call. `fit_task` gives residuals the net alone."""
-    seen: dict[str, Any] = {}
-
-    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        seen.update(kwargs["lotra_task"])
-
-    hook = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield lambda: seen["parameter"]
-    finally:
-        hook.remove()
-
-
 def of_sensors(net: Callable[..., Tensor], sensors: Sensors) -> Tensor:
     return net(sensors.points) - sensors.values
 
@@ -168,14 +152,12 @@ def fit_with_equation(
         noise: the standard deviation of the sensors.
         misfit: the root mean square of the equation's residuals in the family.
     """
-    with noted_coefficient(model) as coefficient:
 
-        def residuals(net: Callable[..., Tensor], sensors: Sensors) -> tuple[Tensor, Tensor]:
-            differences = of_sensors(net, sensors)
-            return differences, EQUATIONS[family](family(coefficient()), net, points)
+    def residuals(net: Any, sensors: Sensors) -> tuple[Tensor, Tensor]:
+        return of_sensors(net, sensors), EQUATIONS[family](family(net.task["parameter"]), net, points)
 
-        # The misfit is a smooth function: all points together say no more of the coefficient than one.
-        return fit_task(model, None, residuals, sensors, noise=[noise, misfit * math.sqrt(len(points))])
+    # The misfit is a smooth function: all points together say no more of the coefficient than one.
+    return fit_task(model, None, residuals, sensors, noise=[noise, misfit * math.sqrt(len(points))])
 
 
 class Inverse(nn.Module):

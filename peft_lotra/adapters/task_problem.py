@@ -172,8 +172,8 @@ class Problem:
     ) -> tuple[torch.Tensor, Linear, torch.Tensor]:
         """Damped Gauss–Newton steps from several places, shape (S, P): the best end, all there, and its loss.
 
-        A place has arrived when its next step is below 1e-4 standard deviations of the posterior, or what it would gain
-        is below the rounding of its loss.
+        A place has arrived when its next step is below 1e-4 standard deviations of the posterior, or would gain less
+        than the rounding of its loss.
         """
         rounding = 4 * torch.finfo(places.dtype).eps
         at = self.linearised(places)
