@@ -527,6 +527,54 @@ def test_a_task_file_of_a_family_with_codes_and_parameters(tmp_path):
     assert_equal(model(X), y)
 
 
+def test_a_task_file_with_a_code(tmp_path, fitted):
+    model, other = copy.deepcopy(fitted), copy.deepcopy(fitted)
+    x, y = samples()
+    fit = fit_task(model, "new", difference, (x[:5], y[4, :5]), noise=0.02)
+    save_task(tmp_path / "task", model, "new", covariance=fit.covariance)
+    assert (tmp_path / "task").stat().st_size < 1000
+    assert_equal(load_task(tmp_path / "task", other, "mine"), fit.covariance, 0)
+    assert other.peft_config["default"].family == [*TASKS, "mine"]
+    assert_equal(other(x, lotra_task="mine"), model(x, lotra_task="new"), 0)
+    save_task(tmp_path / "plain", model, "water")
+    assert load_task(tmp_path / "plain", other, "again") is None
+    with pytest.raises(ValueError, match="`task` should be a new name"):
+        load_task(tmp_path / "task", other, "mine")
+    with pytest.raises(ValueError, match=r"`covariance` should have the shape \(1, 1\)"):
+        save_task(tmp_path / "bad", model, "new", covariance=torch.eye(2))
+    adapter_at(model, "one", task="new")
+    with pytest.raises(ValueError, match="`covariance` is for the code of a task"):
+        save_task(tmp_path / "bad", model, "one", covariance=torch.eye(1))
+    assert not (tmp_path / "bad").exists()
+    with torch.no_grad():
+        next(iter(adapted_tensors(other).values())).lotra_core["default"][0] += 1
+    with pytest.raises(ValueError, match="is for another state of 'default', or another family"):
+        load_task(tmp_path / "task", other, "more")
+
+
+@pytest.mark.usefixtures("fp32")
+def test_a_fit_in_single_precision():
+    """It stops at the rounding of its loss, and finds what it finds in double precision."""
+    torch.manual_seed(0)
+    model = get_peft_model(ChebyKAN([3, 6, 2]), LoTRAConfig(r=3, family={"lam": (1.0, 3.0)}, family_degree=2))
+    fill(model)
+    x = X[:5].float()
+    with torch.no_grad():
+        y = model(x, lotra_task={"lam": 1.7})
+    calls = []
+
+    def residual(net, data):
+        calls.append(net.task)
+        return net(data[0]) - data[1]
+
+    fit = fit_task(model, None, residual, (x, y), noise=1e-2, starts=1)
+    assert fit.task["lam"] == pytest.approx(1.7, abs=1e-2)
+    assert len(calls) < 20
+    assert calls[0].keys() == {"lam"}
+    double = fit_task(model.double(), None, difference, (x.double(), y.double()), noise=1e-2)
+    assert fit.deviations["lam"] == pytest.approx(double.deviations["lam"], rel=0.05)
+
+
 def test_an_adapter_at_a_task(tmp_path):
     base, model = family()
     with at_task(model, task="ammonia"):

@@ -89,11 +89,11 @@ def test_a_task_is_a_small_file_beside_the_family(tmp_path):
     x = torch.rand(4, 2)
     assert_equal(loaded(x), model(x), 0)
     _, other = kan()
-    with pytest.raises(ValueError, match="is for other factors than those of 'default'"):
+    with pytest.raises(ValueError, match="is for another state of 'default', or another family"):
         load_task(tmp_path / "task.safetensors", other, "again")
     lotra = adapted_tensors(model)
     next(iter(lotra.values())).lotra_U2["new"].data += 1
-    with pytest.raises(ValueError, match="`adapter_name` 'new' has other factors than 'default'"):
+    with pytest.raises(ValueError, match="`name` 'new' has other factors than 'default'"):
         save_task(tmp_path / "task.safetensors", model, "new")
 
 

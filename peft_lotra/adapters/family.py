@@ -25,6 +25,7 @@ from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import full_tensor
 from ..tucker.decomposition import CORE
+from .family_growth import add_task
 
 
 @contextmanager
@@ -124,52 +125,85 @@ def adapter_at(
     model.set_adapter(adapter_name)  # type: ignore[operator]
 
 
-def save_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, family: str = "default") -> None:
-    """Write the cores of an adapter from `adapter_at`, and the digest of the family's factors: a kilobyte or two.
+def save_task(
+    path: str | os.PathLike,
+    model: nn.Module,
+    name: str,
+    *,
+    family: str = "default",
+    covariance: torch.Tensor | None = None,
+) -> None:
+    """Write one task: the cores of an adapter from `adapter_at`, or the code of a task of the family, in a small file.
 
-    If the model is sharded, all processes must call this, each with its own path.
+    A digest of the family goes with it: of its factors, and for a code of its cores as well. If the model is sharded,
+    all processes must call this, each with its own path.
 
     Args:
         path: the file to write.
-        model: a PeftModel with both adapters.
-        adapter_name: an adapter for one task whose factors are still those of the family.
+        model: a PeftModel with the family and the task.
+        name: an adapter for one task whose factors are still those of the family; or a task of a family with codes.
         family: the name of the family adapter.
+        covariance: that of the code, as `fit_task` finds it, shape (k, k); it is written beside the code.
 
     Raises:
-        ValueError: if the adapter's factors are not those of the family.
+        ValueError: if the adapter's factors are not those of the family, or `covariance` is for no code.
     """
-    tuner, *_ = _family(model, family)
-    tuner.peft_config[adapter_name]  # raises if it does not exist
-    if (meant := _digest(tuner, family)) != _digest(tuner, adapter_name):
+    tuner, config, kind = _family(model, family)
+    if name not in tuner.peft_config and kind.code and name in kind.tasks:
+        with torch.no_grad():
+            code = full_tensor(container_of_codes(adapted_tensors(tuner.model, family).values(), family)[family])
+            tensors = {"code": code[kind.tasks.index(name)].detach()}
+        if covariance is not None:
+            if tuple(covariance.shape) != (kind.code, kind.code):
+                raise ValueError(
+                    f"`covariance` should have the shape {(kind.code, kind.code)} but has {tuple(covariance.shape)}"
+                )
+            tensors["covariance"] = covariance.detach()
+        tensors = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
+        save_file(tensors, path, metadata={"family": _digest(tuner, family, with_cores=True)})
+        return
+    if covariance is not None:
+        raise ValueError(f"`covariance` is for the code of a task of {family!r}, and {name!r} is none")
+    tuner.peft_config[name]  # raises if it does not exist
+    if (meant := _digest(tuner, family)) != _digest(tuner, name):
         raise ValueError(
-            f"`adapter_name` {adapter_name!r} has other factors than {family!r}, so its core alone is not enough: use "
-            "`save_pretrained`"
+            f"`name` {name!r} has other factors than {family!r}, so its core is not enough: use `save_pretrained`"
         )
-    layers = adapted_tensors(tuner.model, adapter_name)
-    cores = {f"{name}.{CORE}": whole_tucker(layer, adapter_name).core for name, layer in layers.items()}
+    layers = adapted_tensors(tuner.model, name)
+    cores = {f"{path}.{CORE}": whole_tucker(layer, name).core for path, layer in layers.items()}
     save_file({key: core.cpu().contiguous() for key, core in cores.items()}, path, metadata={"family": meant})
 
 
-def load_task(path: str | os.PathLike, model: nn.Module, adapter_name: str, *, family: str = "default") -> None:
-    """Add the adapter that `save_task` has written, with the factors of its family, and make it active.
+def load_task(path: str | os.PathLike, model: nn.Module, name: str, *, family: str = "default") -> torch.Tensor | None:
+    """Add what `save_task` has written: an adapter with the factors of its family, which becomes active; or a task.
+
+    Returns:
+        The covariance of the code, if the file has one.
 
     Raises:
         ValueError: if the file is for another family, is damaged, or does not fit. Nothing is changed then.
     """
-    tuner, *_ = _family(model, family)
+    tuner, _, kind = _family(model, family)
     origin = f"the task file {os.fspath(path)}"
     with naming(origin), safe_open(path, "pt") as file:
-        meant, cores = (file.metadata() or {}).get("family"), {key: file.get_tensor(key) for key in file.keys()}
-    if meant != _digest(tuner, family):
+        meant, tensors = (file.metadata() or {}).get("family"), {key: file.get_tensor(key) for key in file.keys()}
+    is_code = "code" in tensors
+    if meant != _digest(tuner, family, with_cores=is_code):
         raise ValueError(
-            f"{origin} is for other factors than those of {family!r}: load the family that it was made from"
+            f"{origin} is for another state of {family!r}, or another family: load the one that it was made from"
         )
+    if is_code:
+        covariance = tensors.pop("covariance", None)
+        check_weights({"code": Slot((kind.code,))}, tensors, origin)
+        add_task(model, name, family=family, code=tensors["code"])
+        return covariance
     layers = adapted_tensors(tuner.model, family)
-    slots = {f"{name}.{CORE}": Slot(layer.tucker(family).core.shape[:-1]) for name, layer in layers.items()}
-    check_weights(slots, cores, origin)
-    adapter_at(model, adapter_name, family=family)
-    for name, layer in layers.items():
-        layer.set_tucker(adapter_name, layer.tucker(adapter_name)._replace(core=cores[f"{name}.{CORE}"]))
+    slots = {f"{path}.{CORE}": Slot(layer.tucker(family).core.shape[:-1]) for path, layer in layers.items()}
+    check_weights(slots, tensors, origin)
+    adapter_at(model, name, family=family)
+    for path, layer in layers.items():
+        layer.set_tucker(name, layer.tucker(name)._replace(core=tensors[f"{path}.{CORE}"]))
+    return None
 
 
 def _weights(tuner: LoTRAModel, family: str, kind: Family, task: dict[str, Any]) -> torch.Tensor:
@@ -196,12 +230,13 @@ def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig, Famil
     return tuner, config, config.kind
 
 
-def _digest(tuner: LoTRAModel, adapter: str) -> str:
-    """The sha256 of an adapter's factors, in fp32, and of its scaling in every layer."""
+def _digest(tuner: LoTRAModel, adapter: str, with_cores: bool = False) -> str:
+    """The sha256 of an adapter's factors (and cores), in fp32, and of its scaling in every layer."""
     layers = adapted_tensors(tuner.model, adapter)
-    factors = {
-        f"{name}.{mode}": U.float()
-        for name, layer in layers.items()
-        for mode, U in whole_tucker(layer, adapter).factors.items()
-    }
-    return digest(factors, {"scaling": {name: layer.scaling[adapter] for name, layer in layers.items()}})
+    tensors: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        tucker = whole_tucker(layer, adapter)
+        tensors |= {f"{name}.{mode}": U.float() for mode, U in tucker.factors.items()}
+        if with_cores:
+            tensors[f"{name}.{CORE}"] = tucker.core.float()
+    return digest(tensors, {"scaling": {name: layer.scaling[adapter] for name, layer in layers.items()}})
