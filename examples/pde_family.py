@@ -226,7 +226,7 @@ def draw(family: type[PDE], bounds: tuple[float, float], rows: list[dict[str, An
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
-    add("--pde", choices=list(PDES), default="elliptic", help="family of PDEs")
+    add("--pde", choices=list(RANGES), default="elliptic", help="family of PDEs")
     add("--iterations", type=positive_int, default=60, help="of the fit to the whole family")
     add("--parameters", type=positive_int, default=10, help="at which errors are measured")
     add("--compared", type=positive_int, default=1, help="of them, at which the other methods run too")

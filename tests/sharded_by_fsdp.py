@@ -534,6 +534,43 @@ def test_adapters_of_a_family():
         add_task(sharded(named), "c")
 
 
+def test_codes(wrapped):
+    """A name for each sample, another set in each process: the table, of a first layer, is needed by all layers."""
+    torch.manual_seed(2)
+    start = get_peft_model(ChebyKAN([3, 6, 2]), LoTRAConfig(r=(2, 3, 2), family=list("abcde"), family_code=2))
+    for layer in lotra_layers(start):
+        nn.init.normal_(layer.lotra_core["default"], std=0.3)
+    single, model = copy.deepcopy(start), sharded(start, wrapped)
+    tasks = torch.tensor([0, 1, 2, 0, 3, 4, 4, 4])
+    for names in (["a"] * 8, [*"abcadeee"], tasks):
+        losses = trained_codes(single, X, Y, names)
+        half = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
+        assert_equal(mean(trained_codes(model, own(X), own(Y), names[half])), losses, 1e-9)
+        assert_same_state(model, single)
+    state = get_model_state_dict(model, options=OPTIONS)
+    if dist.get_rank() == 0:
+        folder = FOLDER / f"codes, {wrapped}"
+        model.save_pretrained(folder, state_dict=state)
+        torch.manual_seed(2)
+        loaded = PeftModel.from_pretrained(ChebyKAN([3, 6, 2]), folder)
+        with torch.no_grad(), at_task(loaded, task=tasks), at_task(single, task=tasks):
+            assert_equal(loaded(X), single(X), 1e-9)
+
+
+def trained_codes(model, x, y, names, steps=2):
+    """The losses of Adam's steps."""
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with at_task(model, task=names):
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
 def test_unequal_batches_of_tasks():
     """Five samples at five tasks in one process, three in the other."""
     x = torch.rand(5 if dist.get_rank() == 0 else 3, 4, 7, 6)
@@ -573,6 +610,7 @@ CHECKS = {
     "Slim in a larger module, DDP": (test_slim_in_a_larger_module_under_ddp,),
     **{f"family, {wrapped}": (test_family, ChebyKAN, wrapped) for wrapped in WRAPPED},
     **{f"family, convolution, {wrapped}": (test_family, "convolution", wrapped) for wrapped in WRAPPED},
+    **{f"codes, {wrapped}": (test_codes, wrapped) for wrapped in WRAPPED},
     "family, unequal batches": (test_unequal_batches_of_tasks,),
     "adapters of a family": (test_adapters_of_a_family,),
     "by accelerate, LoTRALayer": (test_by_accelerate, "LoTRALayer"),

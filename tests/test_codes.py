@@ -144,6 +144,19 @@ def test_codes_are_read_in_every_pass():
         assert_equal(model(X), at_weights(base, model, linear(codes_of(model)[0]))(X))
 
 
+@pytest.mark.slow
+def test_compiled():
+    _, model = family()
+    compiled = torch.compile(model, backend="eager")
+    for task in ("water", [*TASKS] * 2, torch.tensor([0, 1, 2, 3] * 2), {"code": torch.randn(8, 2)}):
+        assert_equal(compiled(X, lotra_task=task), model(X, lotra_task=task))
+    with torch.no_grad():
+        codes_of(model).mul_(2)
+    assert_equal(compiled(X, lotra_task="water"), model(X, lotra_task="water"))
+    slopes = [torch.autograd.grad(net(X, lotra_task=TASKS * 2).sum(), codes_of(model)) for net in (compiled, model)]
+    assert_equal(slopes[0][0], slopes[1][0])
+
+
 def test_thousands_of_tasks():
     names = [f"task {k}" for k in range(5000)]
     base, model = family(3, names)
