@@ -233,6 +233,19 @@ def test_the_minimum_and_the_covariance_are_those_of_a_dense_formula(fitted):
     assert_equal(fit.covariance, torch.linalg.inv(J @ J + precision), 1e-5)
 
 
+def test_a_prior_of_ones_own(fitted):
+    """A narrow one decides; with one like that of the tasks, the result is the same."""
+    x, y = samples()
+    narrow = torch.tensor([0.3]), torch.tensor([[1e-12]])
+    with pytest.warns(UserWarning, match="the samples say nothing"):
+        fit = fit_task(fitted, None, difference, (x, y[4]), noise=1.0, prior=narrow)
+    assert_equal(fit.code, narrow[0], 1e-6)
+    codes = codes_of(fitted).detach()
+    same = codes.mean(0), torch.as_tensor(LedoitWolf().fit(codes.numpy()).covariance_)
+    fits = [fit_task(fitted, None, difference, (x[:4], y[4, :4]), noise=0.05, prior=p) for p in (None, same)]
+    assert_equal(fits[0].code, fits[1].code, 1e-6)
+
+
 def test_parameters_from_sensors():
     """An inverse problem: λ of a family, from values at five points."""
     torch.manual_seed(0)
@@ -282,6 +295,8 @@ def test_the_next_sample_is_the_one_that_lowers_the_variance_most(fitted):
     [
         ({"name": "water"}, "`name` should be a new name"),
         ({"name": 3}, "`name` should be a new name"),
+        ({"prior": (torch.zeros(1), -torch.eye(1))}, "`prior` should be a mean of the shape"),
+        ({"prior": (torch.zeros(2), torch.eye(2))}, r"`prior` should be a mean of the shape \(1,\)"),
         ({"train": "all"}, "`train` should be 'code' or 'core'"),
         ({"train": "core", "noise": 0.1}, "give what `task_noise` returns"),
         ({"starts": 0}, "`starts` should be a positive integer"),

@@ -48,6 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lam": {"r": 2, "family": {"lam": (1.0, 1.6)}, "family_degree": 2, "alpha": 1.3},
     "lam in second": {"r": 1, "family": {"lam": (0.5, 2.0)}, "family_degree": 1, "target_modules": ["second"]},
     "task": {"r": 2, "family": ["x", "y", "z"]},
+    "codes": {"r": 2, "family": ["x", "y", "z"], "family_code": 1, "alpha": 0.9},
 }
 
 
@@ -79,7 +80,7 @@ def polynomials(x: torch.Tensor, degree: int = 2) -> torch.Tensor:
     return torch.stack([x**0, x, x**2], -1) @ POWERS[:, : degree + 1]
 
 
-def weights(kind: str, task: Mapping[str, Any]) -> torch.Tensor | None:
+def weights(kind: str, task: Mapping[str, Any], codes: torch.Tensor | None = None) -> torch.Tensor | None:
     """c, shape (P,) or (samples, P), for a kind of adapter; None if it is not for such tasks."""
     config, ((parameter, value),) = KINDS.get(kind, {}), task.items()
     match config.get("family"), parameter:
@@ -87,7 +88,7 @@ def weights(kind: str, task: Mapping[str, Any]) -> torch.Tensor | None:
             x = torch.as_tensor(value, dtype=torch.float64)
             return polynomials((2 * x - a - b) / (b - a), config["family_degree"])
         case [*names], "task":
-            rows = torch.eye(len(names))
+            rows = torch.eye(len(names)) if codes is None else torch.cat([torch.ones(len(names), 1), codes], 1)
             return rows[names.index(value)] if isinstance(value, str) else rows[[names.index(v) for v in value]]
     return None
 
@@ -104,6 +105,11 @@ class Adapter:
     @property
     def is_family(self) -> bool:
         return "family" in KINDS.get(self.kind, {})
+
+    @property
+    def codes(self) -> torch.Tensor | None:
+        """Those of all tasks, shape (tasks, k), which one layer has for all."""
+        return next((held["lotra_codes"] for held in self.tensors.values() if "lotra_codes" in held), None)
 
     def update(self, layer: str, c: torch.Tensor) -> torch.Tensor:
         """Δ for each row of c, shape (rows, n, m, basis)."""
@@ -191,7 +197,7 @@ class Oracle:
             return torch.ones(1), None
         for task, axis, adapters, layers in reversed(tasks):
             if layer in layers and adapters.get(name) == adapter.kind:
-                c = weights(adapter.kind, task)
+                c = weights(adapter.kind, task, adapter.codes)
                 return c, axis if c.dim() == 2 else None
         raise RefusedError(f"a family at no task in {layer}")
 
@@ -563,7 +569,9 @@ class Sequences(RuleBasedStateMachine):
             own = self.oracle.adapters[family]
             size = {"lam": 3, "lam in second": 2, "task": 3}.get(own.kind, 0)
             mean = torch.full((3,), 1 / 3) if own.kind == "task" else torch.eye(max(size, 1))[0]
-            c = mean if task is None else weights(own.kind, task)
+            if own.codes is not None:
+                mean = torch.cat([torch.ones(1), own.codes.mean(0)])
+            c = mean if task is None else weights(own.kind, task, own.codes)
             if not own.is_family or c is None or c.dim() > 1:
                 raise RefusedError("no family, or not one task of it")
             self.oracle.new(name)

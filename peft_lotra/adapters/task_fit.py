@@ -117,6 +117,7 @@ def fit_task(
     data: Any,
     *,
     noise: float | torch.Tensor | Sequence[float | torch.Tensor] | TaskNoise | None = None,
+    prior: tuple[torch.Tensor, torch.Tensor] | None = None,
     train: str = "code",
     starts: int = 4,
     iterations: int = 20,
@@ -143,6 +144,7 @@ def fit_task(
         noise: σ, the standard deviation of the samples and of the family's misfit together: what `task_noise`
             returns; or a number, or one for each output; a sequence of these for a tuple. None estimates it from the
             residuals at the result, which are small if the samples are few.
+        prior: μ, shape (k,), and Σ, shape (k, k), in place of those above.
         train: "code": z alone. "core": the core as well, G ×₅ c(z) + δ, where δ ~ N(0, τ² s²) has the spread τ of
             `task_noise`; with more samples than the code needs, this is better. The result is an ordinary adapter.
         starts: how many of the mean and of the tasks' codes, those with the lowest losses, to start from.
@@ -171,15 +173,18 @@ def fit_task(
         tuner.check_new(name)
     total, spread = (noise.total, noise.spread) if isinstance(noise, TaskNoise) else (noise, 0.0)
     problem = Problem(model, kind, layers, family, residual, data, spread)
-    prior, centres = prior_of(kind, layers, family)
+    of_tasks, centres = prior_of(kind, layers, family)
+    if prior is not None:
+        of_tasks = _given(prior, of_tasks)
+        centres = torch.cat([of_tasks.mean[None], centres])
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", ".*is outside of the family's range", UserWarning)
-        found = problem.minimised(prior, centres, total, starts, iterations)
+        found = problem.minimised(of_tasks, centres, total, starts, iterations)
         if isinstance(noise, TaskNoise) and train == "core":
-            found = _with_core(problem, prior, found, noise, iterations)
+            found = _with_core(problem, of_tasks, found, noise, iterations)
     k = problem.k
     code, covariance = found.unknown[:k], found.covariance[:k, :k]
-    _check_found(code, covariance, prior, kind)
+    _check_found(code, covariance, of_tasks, kind)
     task: Any = name
     if not kind.code:
         task = problem.parameters(code)
@@ -189,6 +194,19 @@ def fit_task(
     elif name is not None:
         _add_adapter(model, tuner, name, family, {"code": code} if kind.code else task, problem, found)
     return TaskFit(task, code, covariance, found.noise, found.loss, problem, found)
+
+
+def _given(prior: Any, of_tasks: Prior) -> Prior:
+    """The argument `prior`, or ValueError."""
+    k = len(of_tasks.mean)
+    shapes = [tuple(part.shape) for part in prior if isinstance(part, torch.Tensor)]
+    if shapes != [(k,), (k, k)] or torch.linalg.cholesky_ex(prior[1]).info:
+        raise ValueError(
+            f"`prior` should be a mean of the shape {(k,)} and a positive definite covariance of the shape {(k, k)}, but "
+            f"the value passed is {prior!r}"
+        )
+    mean, covariance = (part.to(of_tasks.mean) for part in prior)
+    return Prior(mean, torch.linalg.inv(covariance))
 
 
 def _with_core(problem: Problem, prior: Prior, found: Found, noise: TaskNoise, iterations: int) -> Found:
@@ -220,7 +238,7 @@ def _check_found(code: torch.Tensor, covariance: torch.Tensor, prior: Prior, kin
     if torch.logdet(covariance @ prior.precision) > -1e-3 * k:
         warnings.warn(
             "the samples say nothing of the task: the residuals hardly depend on it, and the result is the mean of "
-            "the family's tasks",
+            "the prior",
             stacklevel=3,
         )
     distance = float(prior.squared_distance(code))
