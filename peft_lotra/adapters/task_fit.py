@@ -202,8 +202,8 @@ def _given(prior: Any, of_tasks: Prior) -> Prior:
     shapes = [tuple(part.shape) for part in prior if isinstance(part, torch.Tensor)]
     if shapes != [(k,), (k, k)] or torch.linalg.cholesky_ex(prior[1]).info:
         raise ValueError(
-            f"`prior` should be a mean of the shape {(k,)} and a positive definite covariance of the shape {(k, k)}, but "
-            f"the value passed is {prior!r}"
+            f"`prior` should be a mean of the shape {(k,)} and a positive definite covariance of the shape {(k, k)}, "
+            f"but the value passed is {prior!r}"
         )
     mean, covariance = (part.to(of_tasks.mean) for part in prior)
     return Prior(mean, torch.linalg.inv(covariance))
