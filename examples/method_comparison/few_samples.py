@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,8 @@ def jobs(name: str, args: argparse.Namespace) -> Iterator[tuple[Line, Callable[[
             def solved(label: str = label, lab: Lab = lab) -> Line:
                 found, once = solve(lab, METHODS[label]), METHODS[label].once
                 for part in found["samples"].values():
-                    for kind in ("errors", "inside", "seconds"):
-                        if kind in part:
-                            value = part[kind]
-                            part[kind] = [*map(rounded, value)] if isinstance(value, list) else rounded(value)
+                    part |= {kind: [*map(rounded, part[kind])] for kind in ("errors", "inside") if kind in part}
+                    part["seconds"] = rounded(part["seconds"])
                 return {
                     **found,
                     "once_seconds": rounded(lab.models[once][1]) if once else 0,
@@ -92,6 +91,9 @@ def run(args: argparse.Namespace) -> None:
     """Does what has no line yet, and adds its line."""
     torch.set_num_threads(1)  # what others do on the machine then hardly changes the seconds
     for name in args.domains:
+        if name == "liquids" and find_spec("chemicals") is None:
+            print("Liquids are left out: their data are those of the package chemicals. pip install chemicals")
+            continue
         for names, compute in jobs(name, args):
             if key(names) not in {key(line) for line in read_lines(args.results)}:
                 start = time.process_time()
