@@ -83,7 +83,7 @@ def test_one_code_for_all_samples(make):
     "ignore:the task is unlike", "ignore:the samples say nothing"
 )  # the family is hardly trained
 def test_own_fit_is_that_of_fit_task(split):
-    model = models.family(split, 2, 1e-2, 0.01).double()
+    model = models.family(split, 2, 1e-2, (0.01, 0.0)).double()
     learned, noise, samples = methods.of_family(model), torch.tensor([0.5, 1.0]), split.samples(split.unseen, 3, 1)
     mean, factor = prior_of(learned.codes)
     starts = torch.linalg.solve_triangular(factor, (learned.codes - mean).mT, upper=False).mT

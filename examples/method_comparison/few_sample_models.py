@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +15,11 @@ from few_sample_tasks import Split
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from peft_lotra import LoTRAConfig, at_task
+from peft_lotra import LoTRAConfig, fit_gauss_newton
 
 HIDDEN, DEGREE = (12, 12), 4
-BATCH = 512  # samples of a step
+BATCH, LARGE_BATCH = 512, 1200  # samples of a step of Adam, and of Levenberg–Marquardt
+Seconds = tuple[float, float]  # of CPU, by Adam and by Levenberg–Marquardt
 
 
 def kan(inputs: int, outputs: int) -> ChebyshevKAN:
@@ -43,11 +45,17 @@ def of_shapes(base: ChebyshevKAN) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class Coded(nn.Module):
-    """f(x, z), with a table of codes of the tasks. shapes: x (*batch, inputs), z (*batch, k) → (*batch, outputs)"""
+    """f(x, z), with a table of codes of the tasks; or the tasks' places in it as z.
+
+    Shapes: x (*batch, inputs), z (*batch, k) or (*batch,) → (*batch, outputs).
+    """
 
     def __init__(self, tasks: int, k: int, size: float = 1.0) -> None:
         super().__init__()
         self.codes = nn.Parameter(size * torch.randn(tasks, k))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.at_codes(x, z if z.is_floating_point() else self.codes[z])
 
     def at(self, z: Tensor, x: Tensor) -> Tensor:
         """The same, of one code for all samples. shapes: z (k,), x (n, inputs)"""
@@ -61,7 +69,7 @@ class CodeAsInputs(Coded):
         super().__init__(tasks, k, 0.5)
         self.kan = kan(inputs + k, outputs)
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+    def at_codes(self, x: Tensor, z: Tensor) -> Tensor:
         return self.kan(torch.cat([x, z], -1))
 
 
@@ -72,7 +80,7 @@ class LearnedBasis(Coded):
         super().__init__(tasks, k)
         self.kan, self.k = kan(inputs, outputs * (k + 1)), k
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+    def at_codes(self, x: Tensor, z: Tensor) -> Tensor:
         basis = self.kan(x).unflatten(-1, (-1, self.k + 1))
         return basis[..., 0] + torch.einsum("...oj,...j->...o", basis[..., 1:], z)
 
@@ -85,7 +93,7 @@ class CoDA(Coded):
         self.base = nn.ParameterList([layer.coefficients for layer in kan(inputs, outputs).layers])
         self.W = nn.ParameterList([0.1 * torch.randn(k, *A.shape) * A.std() for A in self.base])
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+    def at_codes(self, x: Tensor, z: Tensor) -> Tensor:
         weights = torch.cat([torch.ones_like(z[..., :1]), z], -1)
         for A, W in zip(self.base, self.W, strict=True):
             basis = chebyshev_basis(torch.tanh(x), DEGREE)
@@ -105,7 +113,7 @@ class GEPS(Coded):
         self.U = nn.ParameterList([torch.randn(A.shape[0] * A.shape[2], k) * A.std() for A in self.base])
         self.V = nn.ParameterList([0.3 * torch.randn(k, A.shape[1]) for A in self.base])
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+    def at_codes(self, x: Tensor, z: Tensor) -> Tensor:
         for A, U, V in zip(self.base, self.U, self.V, strict=True):
             basis = chebyshev_basis(torch.tanh(x), DEGREE)
             x = torch.einsum("...id,iod->...o", basis, A) + ((basis.flatten(-2) @ U) * z) @ V
@@ -116,24 +124,24 @@ class GEPS(Coded):
         return contracted([A + update for A, update in zip(self.base, updates, strict=True)], x)
 
 
-class Known(nn.Module):
+class Known(Coded):
     """A KAN of x and of what is known of a task."""
 
     def __init__(self, known: Tensor, seen: list[int], inputs: int, outputs: int) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.known, self.codes = known, known[seen]
         self.kan = kan(inputs + known.shape[1], outputs)
 
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+    def at_codes(self, x: Tensor, z: Tensor) -> Tensor:
         return self.kan(torch.cat([x, z], -1))
 
 
-def batch_of(split: Split, source: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Random tasks seen, by their place among them, and a sample of each."""
+def batch_of(split: Split, source: torch.Generator, size: int = BATCH) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs and outputs of random samples of random tasks seen, and the tasks, by their place among those seen."""
     seen = torch.tensor(split.seen)
-    i = torch.randint(len(seen), (BATCH,), generator=source)
-    j = torch.randint(len(split.x), (BATCH,), generator=source)
-    return i, split.x[j], split.y[seen[i], j]
+    i = torch.randint(len(seen), (size,), generator=source)
+    j = torch.randint(len(split.x), (size,), generator=source)
+    return split.x[j], split.y[seen[i], j], i
 
 
 def train(model: nn.Module, loss: Callable[[], Tensor], rate: float, seconds: float) -> None:
@@ -146,61 +154,70 @@ def train(model: nn.Module, loss: Callable[[], Tensor], rate: float, seconds: fl
         optimizer.step()
 
 
-def trained_on_tasks(split: Split, make: Callable[..., nn.Module], rate: float, seconds: float, **sizes: Any) -> Any:
-    """A network f(x, z) with its codes, on the tasks seen."""
-    torch.manual_seed(split.number)
-    source, ends = torch.Generator().manual_seed(split.number), (split.x.shape[1], split.y.shape[2])
-    model = make(**sizes, inputs=ends[0], outputs=ends[1])
+def fitted(
+    split: Split, model: Any, outputs: Callable[[Any, Tensor, Tensor], Tensor], rate: float, seconds: Seconds
+) -> Any:
+    """A network fitted to the tasks seen, by Adam and then by Levenberg–Marquardt on new samples in each iteration.
 
-    def loss() -> Tensor:
-        i, x, y = batch_of(split, source)
-        return (model(x, model.codes[i]) - y).square().mean()
+    Args:
+        outputs: of the network, inputs, and the tasks' places among those seen.
+        seconds: of CPU, of each of the two.
+    """
+    source = torch.Generator().manual_seed(split.number)
 
-    train(model, loss, rate, seconds)
+    def residual(net: Any, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return outputs(net, batch[0], batch[2]) - batch[1]
+
+    train(model, lambda: residual(model, batch_of(split, source)).square().mean(), rate, seconds[0])
+    start = time.process_time()
+    if not seconds[1]:
+        return model
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`data` give")
+        fit_gauss_newton(
+            model,
+            residual,
+            lambda iteration: batch_of(split, source, LARGE_BATCH),
+            iterations=10**6,
+            loss_tolerance=0,
+            progressbar=False,
+            callback=lambda now: time.process_time() - start > seconds[1],
+        )
     return model
 
 
-def coded(make: type[Coded], split: Split, k: int, rate: float, seconds: float) -> Coded:
-    return trained_on_tasks(split, make, rate, seconds, tasks=len(split.seen), k=k)
+def coded(make: Callable[..., nn.Module], split: Split, rate: float, seconds: Seconds, k: int = 0) -> Any:
+    """A network f(x, z) with its codes; of what is known, without k."""
+    torch.manual_seed(split.number)
+    sizes = {"tasks": len(split.seen), "k": k} if k else {"known": split.domain.known, "seen": split.seen}
+    model = make(**sizes, inputs=split.x.shape[1], outputs=split.y.shape[2])
+    return fitted(split, model, lambda net, x, i: net(x, i), rate, seconds)
 
 
-def known(split: Split, rate: float, seconds: float) -> Known:
-    return trained_on_tasks(split, Known, rate, seconds, known=split.domain.known, seen=split.seen)
-
-
-def base(split: Split, rate: float, seconds: float, pooled: bool = True) -> ChebyshevKAN:
+def base(split: Split, rate: float, seconds: Seconds, pooled: bool = True) -> ChebyshevKAN:
     """One KAN on all tasks seen, or on the typical one."""
     torch.manual_seed(split.number)
-    source, model = torch.Generator().manual_seed(split.number), kan(split.x.shape[1], split.y.shape[2])
-
-    def loss() -> Tensor:
-        x, y = batch_of(split, source)[1:] if pooled else (split.x, split.y[split.typical])
-        return (model(x) - y).square().mean()
-
-    train(model, loss, rate, seconds)
-    return model
+    if not pooled:
+        split = copy.copy(split)
+        split.seen = [split.typical]
+    return fitted(split, kan(split.x.shape[1], split.y.shape[2]), lambda net, x, i: net(x), rate, seconds)
 
 
 def family(
-    split: Split, k: int, rate: float, seconds: float, r: Any = (5, 5, None), degree: int = 1, joint: bool = True
+    split: Split, k: int, rate: float, seconds: Seconds, r: Any = (5, 5, None), degree: int = 1, joint: bool = True
 ) -> nn.Module:
     """LoTRA's adapter of the tasks seen, with codes. On a base that was trained on all of them before, in half of the
     seconds, which stays as it is; or that is trained with the adapter from its random start."""
     torch.manual_seed(split.number)
-    start = kan(split.x.shape[1], split.y.shape[2]) if joint else base(split, rate, seconds / 2)
+    half = seconds[0] / 2, seconds[1] / 2
+    start = kan(split.x.shape[1], split.y.shape[2]) if joint else base(split, rate, half)
     names = [split.domain.names[task] for task in split.seen]
     config = LoTRAConfig(
         r=r, coefficients={"coefficients": "i o d"}, family=names, family_code=k, family_degree=degree
     )
-    model, source = get_peft_model(copy.deepcopy(start), config), torch.Generator().manual_seed(split.number)
+    model = get_peft_model(copy.deepcopy(start), config)
     for name, parameter in model.named_parameters():
         if joint and "base_layer" in name:
             parameter.requires_grad_(True)
-
-    def loss() -> Tensor:
-        i, x, y = batch_of(split, source)
-        with at_task(model, task=i):
-            return (model(x) - y).square().mean()
-
-    train(model, loss, rate, seconds if joint else seconds / 2)
+    fitted(split, model, lambda net, x, i: net(x, lotra_task=i), rate, seconds if joint else half)
     return model.requires_grad_(False)

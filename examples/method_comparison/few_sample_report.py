@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from family_report import seconds, times
+from few_sample_methods import METHODS
 from few_sample_tasks import DOMAINS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,7 +19,7 @@ from rows import NONE, table
 
 Line = dict[str, Any]
 
-OURS = ("family, code of 3", "family, code of 5", "family, code of 16")
+OURS = ("family, code of 3", "family, code of 5", "family, code of 8")
 BASES = ("pooled", "one task")
 # What the aims compare with, by the part of a new task's error that a family's code may have.
 AIMS: list[tuple[str, float, tuple[str, ...]]] = [
@@ -46,7 +47,7 @@ AIMS: list[tuple[str, float, tuple[str, ...]]] = [
     (
         "CoDA, GEPS, by our fit",
         1.1,
-        (*(f"CoDA, code of {k}" for k in (3, 5)), *(f"GEPS, code of {k}" for k in (8, 16))),
+        ("CoDA, code of 3", "GEPS, code of 8"),
     ),
     ("CoDA, GEPS, by Adam", 0.7, ("CoDA, code of 3, Adam", "GEPS, code of 8, Adam")),
     ("gappy POD", 1.0, ("gappy POD",)),
@@ -72,7 +73,7 @@ class Case:
         own = [line for line in lines if line["domain"] == name]
         self.rates = {line["method"]: line["tried"] for line in own if "tried" in line}
         self.lines = [line for line in own if "samples" in line]
-        self.methods = list(dict.fromkeys(line["method"] for line in self.lines))
+        self.methods = [method for method in METHODS if self.of(method)]
         self.counts = list(dict.fromkeys(n for line in self.lines for n in line["samples"]))
 
     def of(self, method: str) -> list[Line]:

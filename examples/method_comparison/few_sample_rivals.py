@@ -38,7 +38,9 @@ def meta_batch(split: Split, source: torch.Generator, n: int) -> Samples:
     return Samples(tasks, rows, split.x[rows], split.y[tasks[:, None], rows])
 
 
-def meta_learned(split: Split, start: Start, rate: float, seconds: float, moves: Callable[[Start], Tensor]) -> Start:
+def meta_learned(
+    split: Split, start: Start, rate: float, seconds: models.Seconds, moves: Callable[[Start], Tensor]
+) -> Start:
     """The loss on other samples of a task after three steps of gradient descent on 1 to 20, from `moves(start)`.
 
     All derivatives, as in MAML (arXiv 1703.03400), with rates that are learned, as in Meta-SGD (1707.09835).
@@ -60,11 +62,11 @@ def meta_learned(split: Split, start: Start, rate: float, seconds: float, moves:
 
         return vmap(of_task)(batch.x, batch.y).mean()
 
-    models.train(start, loss, rate, seconds)
+    models.train(start, loss, rate, sum(seconds))
     return start
 
 
-def maml(split: Split, rate: float, seconds: float) -> Start:
+def maml(split: Split, rate: float, seconds: models.Seconds) -> Start:
     """All coefficients move."""
     torch.manual_seed(split.number)
     base = models.kan(split.x.shape[1], split.y.shape[2])
@@ -72,7 +74,7 @@ def maml(split: Split, rate: float, seconds: float) -> Start:
     return meta_learned(split, start, rate, seconds, lambda start: start.u)
 
 
-def cavia(split: Split, rate: float, seconds: float, k: int = 5) -> Start:
+def cavia(split: Split, rate: float, seconds: models.Seconds, k: int = 5) -> Start:
     """CAVIA (arXiv 1810.03642): further inputs, from zero, are all that moves for a task."""
     torch.manual_seed(split.number)
     network = models.kan(split.x.shape[1] + k, split.y.shape[2])
@@ -84,13 +86,13 @@ def cavia(split: Split, rate: float, seconds: float, k: int = 5) -> Start:
     return meta_learned(split, start, rate, seconds, lambda start: torch.zeros(k))
 
 
-def reptile(split: Split, rate: float, seconds: float) -> Start:
+def reptile(split: Split, rate: float, seconds: models.Seconds) -> Start:
     """Reptile (arXiv 1803.02999): towards the mean of what ten steps of Adam on 20 samples of a task make of it."""
     torch.manual_seed(split.number)
     source, base = torch.Generator().manual_seed(split.number), models.kan(split.x.shape[1], split.y.shape[2])
     start, begin = Start(models.of_shapes(base), [layer.coefficients for layer in base.layers]), time.process_time()
     with torch.no_grad():
-        while (left := 1 - (time.process_time() - begin) / seconds) > 0:
+        while (left := 1 - (time.process_time() - begin) / sum(seconds)) > 0:
             moved = descent(start.predict, start.u, rate, meta_batch(split, source, SUPPORT), [10])[10]
             start.u += left * (moved.mean(0) - start.u)
     return start

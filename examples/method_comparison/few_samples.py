@@ -45,7 +45,7 @@ def tuned(split: Split, rate: str, sizes: Sizes, seconds: float) -> Line:
     while True:
         for value in ladder[low : high + 1]:
             if value not in tried:
-                tried[value] = validated(Lab(split, sizes, seconds * sizes.tuning, {rate: value}), method)
+                tried[value] = validated(Lab(split, sizes, (seconds * sizes.tuning, 0.0), {rate: value}), method)
         best = ladder.index(min(tried, key=lambda value: tried[value]))
         wider = max(0, min(low, best - 1)), min(len(ladder) - 1, max(high, best + 1))
         if wider == (low, high):
@@ -68,7 +68,7 @@ def jobs(name: str, args: argparse.Namespace) -> Iterator[tuple[Line, Callable[[
         yield {"domain": name, "split": "rate", "method": rate}, tune
     chosen = {rate: float(min(tried, key=tried.get)) for rate, tried in rates.items()}
     for number in args.splits:
-        lab = Lab(Split(domain, number), sizes, args.seconds, chosen)
+        lab = Lab(Split(domain, number), sizes, (args.seconds / 3, args.seconds * 2 / 3), chosen)
         for label in used:
 
             def solved(label: str = label, lab: Lab = lab) -> Line:
@@ -115,7 +115,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--domains", nargs="+", choices=list(DOMAINS), default=list(DOMAINS))
     add("--splits", nargs="+", type=int, choices=range(1, FOLDS + 1), default=list(range(1, FOLDS + 1)))
     add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="by name, in quotes")
-    add("--seconds", type=float, default=20.0, help="CPU seconds of each method on the tasks seen")
+    add("--seconds", type=float, default=30.0, help="CPU seconds of each method on the tasks seen")
     add("--smoke", action="store_true", help="a second or less of everything on one split, into outputs/")
     add("--results", type=Path, help="file of the lines; default: results/few_samples.jsonl beside this file")
     add("--outputs", type=Path, default=Path("outputs") / "few_samples", help="where --smoke writes")
