@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 
 import few_sample_methods as methods
 import few_sample_models as models
@@ -23,7 +24,7 @@ def toy(count=40, points=30):
     x, a, b = torch.rand(points, 2) * 2 - 1, torch.rand(count, 1), torch.rand(count, 1)
     phase = a * x[:, 0] + b
     names = tuple(map(str, range(count)))
-    return tasks.Domain("Toy", names, x, torch.stack([phase.sin(), phase.cos()], -1), "0", torch.cat([a, b], 1))
+    return tasks.Domain(names, x, torch.stack([phase.sin(), phase.cos()], -1), "0", torch.cat([a, b], 1))
 
 
 @pytest.fixture
@@ -100,6 +101,17 @@ def test_own_fit_is_that_of_fit_task(split):
         assert loss(found[k], x, y) < 1.02 * fit.loss, "from more or other starts, it may only be lower"
 
 
+def test_tasks_seen_at_points_of_their_own(split):
+    sparse = tasks.Split(replace(split.domain, measured=7), 2)
+    x, y, i = models.batch_of(sparse, torch.Generator().manual_seed(0))
+    for place, task in enumerate(sparse.seen):
+        found, points = x[i == place], sparse.x[sparse.rows[task]]
+        assert (found[:, None] == points).all(-1).any(1).all()
+        assert len(points) == 7
+    assert methods.METHODS["gappy POD"].fits(split.domain)
+    assert not methods.METHODS["gappy POD"].fits(sparse.domain)
+
+
 def test_oscillation():
     """u'' + 2 δ u' + u = a cos ω t, by derivatives of the formula."""
     t = torch.linspace(0, 8, 9)
@@ -118,7 +130,7 @@ def test_pod_finds_tasks_of_its_span(split, monkeypatch):
     monkeypatch.setattr(tasks, "NOISE", 1e-6)
     monkeypatch.setattr(rivals, "NOISE", 1e-6)
     basis, weights = torch.randn(2, 30, 2), torch.randn(40, 2)
-    linear = tasks.Domain("Linear", split.domain.names, split.x, torch.einsum("tk,kpo->tpo", weights, basis), "0")
+    linear = tasks.Domain(split.domain.names, split.x, torch.einsum("tk,kpo->tpo", weights, basis), "0")
     exact = tasks.Split(linear, 1)
     samples = exact.samples(exact.unseen, 5, 1)
     assert exact.errors(samples.tasks, rivals.pod(exact, 2, samples)).max() < within(1e-4)
@@ -146,8 +158,7 @@ def test_smoke(domain, tmp_path):
     call("few_samples", *arguments)
     results = tmp_path / "smoke" / "few_samples.jsonl"
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    known = tasks.DOMAINS[domain]().known is not None
-    used = [label for label, method in methods.METHODS.items() if known or not method.needs_known]
+    used = [label for label, method in methods.METHODS.items() if method.fits(tasks.DOMAINS[domain]())]
     assert [line["method"] for line in lines if line["split"] == 1] == used
     for line in lines:
         for part in line.get("samples", {}).values():

@@ -14,7 +14,7 @@ import few_sample_models as models
 import few_sample_rivals as rivals
 import torch
 from few_sample_fits import Predict, curve, descent, deviations, least_squares, prior_of
-from few_sample_tasks import Samples, Split
+from few_sample_tasks import Domain, Samples, Split
 from torch import Tensor, nn
 
 
@@ -273,12 +273,17 @@ class Method(NamedTuple):
 
     Attributes:
         needs_known: whether something has to be known of a task without samples.
+        needs_table: whether the tasks seen have to be known at all points.
     """
 
     once: str
     start: Callable[[Any], Learned]
     fit: Callable[[], Fit]
     needs_known: bool = False
+    needs_table: bool = False
+
+    def fits(self, domain: Domain) -> bool:
+        return not (self.needs_known and domain.known is None or self.needs_table and domain.measured)
 
 
 def from_scratch(split: Split) -> Learned:
@@ -340,7 +345,7 @@ METHODS: dict[str, Method] = {
     "known input, everything, LM": Method("known", of_known, WeightFit, True),
     "known input, everything, Adam": Method("known", of_known, Descent, True),
     "Gaussian process": Method("", of_processes, GPFit),
-    "gappy POD": Method("", of_split, PODFit),
+    "gappy POD": Method("", of_split, PODFit, needs_table=True),
     "from scratch, LM": Method("", from_scratch, WeightFit),
     "from scratch, Adam": Method("", from_scratch, Descent),
 }

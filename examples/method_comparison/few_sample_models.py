@@ -140,8 +140,8 @@ def batch_of(split: Split, source: torch.Generator, size: int = BATCH) -> tuple[
     """Inputs and outputs of random samples of random tasks seen, and the tasks, by their place among those seen."""
     seen = torch.tensor(split.seen)
     i = torch.randint(len(seen), (size,), generator=source)
-    j = torch.randint(len(split.x), (size,), generator=source)
-    return split.x[j], split.y[seen[i], j], i
+    j = split.rows[seen[i], torch.randint(split.rows.shape[1], (size,), generator=source)]
+    return split.x[j], split.seen_y[seen[i], j], i
 
 
 def train(model: nn.Module, loss: Callable[[], Tensor], rate: float, seconds: float) -> None:

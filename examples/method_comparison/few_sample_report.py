@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from family_report import seconds, times
 from few_sample_methods import METHODS
-from few_sample_tasks import DOMAINS
+from few_sample_tasks import TITLES
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from report import updated
@@ -79,19 +79,26 @@ class Case:
     def of(self, method: str) -> list[Line]:
         return [line for line in self.lines if line["method"] == method]
 
-    def errors(self, method: str, n: str) -> list[float]:
-        """Of all unseen tasks of all splits."""
-        return [error for line in self.of(method) for error in line["samples"][n]["errors"]]
+    def errors(self, method: str, n: str, splits: Iterable[int] | None = None) -> list[float]:
+        """Of all unseen tasks of these splits, or of all."""
+        lines = [line for line in self.of(method) if splits is None or line["split"] in splits]
+        return [error for line in lines for error in line["samples"][n]["errors"]]
 
     def median(self, method: str, n: str) -> float:
         return median(self.errors(method, n))
 
-    def best(self, methods: Iterable[str], n: str) -> tuple[float, str]:
-        return min((self.median(method, n), method) for method in methods if method in self.methods)
+    def ratio(self, ours: str, others: Iterable[str], n: str) -> float:
+        """Our median error over that of the best of the others, each on the splits that both have."""
+        ratios = []
+        for other in others:
+            both = {line["split"] for line in self.of(ours)} & {line["split"] for line in self.of(other)}
+            if both:
+                ratios.append(median(self.errors(ours, n, both)) / median(self.errors(other, n, both)))
+        return max(ratios)
 
 
 def table_of(case: Case) -> str:
-    best = {n: case.best(case.methods, n)[0] for n in case.counts}
+    best = {n: min(case.median(method, n) for method in case.methods) for n in case.counts}
     rows = []
     for method in case.methods:
         lines = case.of(method)
@@ -104,11 +111,18 @@ def table_of(case: Case) -> str:
         ]
         middle = case.counts[len(case.counts) // 2]
         spent = median(line["samples"][middle]["seconds"] for line in lines)
-        rows.append([method, f"{once:,}", f"{task:,}" if task else NONE, *marked, seconds(1000 * spent)])
-    header = ["", "numbers once", "for a task", *(f"n = {n}" for n in case.counts), "ms for a task"]
-    splits = sorted({line["split"] for line in case.lines})
-    tasks = len({(line["split"], task) for line in case.lines for task in line["tasks"]})
-    return f"{table(header, rows)}\n\n{tasks} unseen tasks, of {len(splits)} splits. {rates(case)}"
+        rows.append(
+            [
+                method,
+                str(sum(len(line["tasks"]) for line in lines)),
+                f"{once:,}",
+                f"{task:,}" if task else NONE,
+                *marked,
+                seconds(1000 * spent),
+            ]
+        )
+    header = ["", "unseen tasks", "numbers once", "for a task", *(f"n = {n}" for n in case.counts), "ms for a task"]
+    return f"{table(header, rows)}\n\n{rates(case)}"
 
 
 def rates(case: Case) -> str:
@@ -127,7 +141,7 @@ def aims(case: Case) -> str:
             continue
         for ours in OURS:
             if ours in case.methods:
-                ratios = [case.median(ours, n) / case.best(group, n)[0] for n in case.counts]
+                ratios = [case.ratio(ours, group, n) for n in case.counts]
                 few = [ratio for ratio, n in zip(ratios, case.counts, strict=True) if n in ("1", "3", "5")]
                 reached = "yes" if max(few) <= limit else "**no**"
                 rows.append([ours, label, *map(times, ratios), f"≤ {limit:g} ×", reached])
@@ -164,9 +178,7 @@ def draw_case(axes: Axes, case: Case) -> None:
             if method in OURS:
                 quarters = np.array([np.quantile(case.errors(method, n), (0.25, 0.75)) for n in case.counts])
                 axes.fill_between(counts, *quarters.T, color=colour, alpha=0.15, lw=0)
-    axes.set(
-        xscale="log", yscale="log", xlabel="noisy samples of a new task", title=DOMAINS[case.name].__name__.title()
-    )
+    axes.set(xscale="log", yscale="log", xlabel="noisy samples of a new task", title=TITLES[case.name])
     axes.set_ylabel("RMS error / spread of the task")
     axes.set_xticks(counts, counts, minor=False)
     axes.set_xticks([], minor=True)
@@ -175,7 +187,7 @@ def draw_case(axes: Axes, case: Case) -> None:
 
 def report(lines: list[Line], page: Path) -> list[Path]:
     """Writes what there are lines of; returns the files written."""
-    cases = [case for name in DOMAINS if (case := Case(name, lines)).lines]
+    cases = [case for name in TITLES if (case := Case(name, lines)).lines]
     if not cases:
         raise SystemExit("There are no results yet: run few_samples.py first")
     text, images = page.read_text() if page.exists() else "# Few samples of a new task\n", page.parent / "images"
@@ -185,7 +197,7 @@ def report(lines: list[Line], page: Path) -> list[Path]:
     seen = f"![Errors over the number of samples of a new task](images/{picture.name})"
     text = updated(text, "overview", "Errors over samples", seen)
     for case in cases:
-        title = DOMAINS[case.name].__name__.title()
+        title = TITLES[case.name]
         content = "\n\n".join((table_of(case), aims(case), intervals(case)))
         text = updated(text, case.name, title, content)
     write_atomically(page, lambda partial: partial.write_text(text.rstrip() + "\n"))

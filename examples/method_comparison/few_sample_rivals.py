@@ -34,8 +34,9 @@ class Start(nn.Module):
 
 def meta_batch(split: Split, source: torch.Generator, n: int) -> Samples:
     tasks = torch.tensor(split.seen)[torch.randint(len(split.seen), (TASKS,), generator=source)]
-    rows = torch.stack([torch.randperm(len(split.x), generator=source)[:n] for _ in tasks])
-    return Samples(tasks, rows, split.x[rows], split.y[tasks[:, None], rows])
+    count = split.rows.shape[1]
+    rows = torch.stack([split.rows[task, torch.randperm(count, generator=source)[:n]] for task in tasks])
+    return Samples(tasks, rows, split.x[rows], split.seen_y[tasks[:, None], rows])
 
 
 def meta_learned(
@@ -127,8 +128,8 @@ class GaussianProcesses:
         self.split, known = split, split.domain.known
         self.known = known if known is not None else torch.zeros(len(split.y), 0)
         tasks = torch.tensor(split.seen)[torch.randint(len(split.seen), (size,), generator=source)]
-        rows = torch.randint(len(split.x), (size,), generator=source)
-        self.inputs, self.outputs = self.columns(tasks, split.x[rows]), split.y[tasks, rows].double().numpy()
+        rows = split.rows[tasks, torch.randint(split.rows.shape[1], (size,), generator=source)]
+        self.inputs, self.outputs = self.columns(tasks, split.x[rows]), split.seen_y[tasks, rows].double().numpy()
         n, w, free, without, one = split.x.shape[1], self.known.shape[1], (0.1, 100.0), (1e5, 1e5), (1e-3, 1e-3)
 
         def kernel(of_known: tuple[float, float], of_task: tuple[float, float]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import fluids_data
@@ -21,22 +21,22 @@ class Domain:
     """Tasks f: inputs → outputs, known at the same points.
 
     Attributes:
-        title: what the tasks are.
         names: of the tasks.
         x: the points, each input in [−1, 1]. shape: (points, inputs)
         y: shape: (tasks, points, outputs)
         typical: the name of the task for a base that is fitted to one task.
         known: what is known of each task without samples, scaled to [−1, 1]. shape: (tasks, numbers)
-        known_title: what that is.
+                measured: how many points of each task seen are known, with noise; None for all of them, without.
+        rates_of: the domain whose rates of Adam are taken; None for its own.
     """
 
-    title: str
     names: tuple[str, ...]
     x: Tensor
     y: Tensor
     typical: str
     known: Tensor | None = None
-    known_title: str = ""
+    measured: int | None = None
+    rates_of: str | None = None
 
 
 class Samples(NamedTuple):
@@ -68,6 +68,15 @@ class Split:
         of_seen = domain.y[self.seen]
         self.x, self.y = domain.x, (domain.y - of_seen.mean((0, 1))) / of_seen.std((0, 1))
         self.spread = self.y.std(1)  # shape: (tasks, outputs)
+        self.rows, self.seen_y = (
+            torch.arange(len(self.x)).expand(len(self.y), -1),
+            self.y,
+        )  # shape of rows: (tasks, points)
+        if domain.measured:
+            source = torch.Generator().manual_seed(1)
+            orders = [torch.randperm(len(self.x), generator=source)[: domain.measured] for _ in domain.names]
+            noise = torch.randn(self.y.shape, generator=source, dtype=self.y.dtype)
+            self.rows, self.seen_y = torch.stack(orders), self.y + NOISE * self.spread[:, None] * noise
 
     def samples(self, tasks: list[int], n: int, repeats: int) -> Samples:
         """The first n noisy samples, in an order that is drawn for each task and repeat."""
@@ -93,13 +102,11 @@ def fluids() -> Domain:
     table = fluids_data.load()
     acentric = torch.tensor([[table.constants[name].acentric_factor] for name in table.names])
     return Domain(
-        "Fluids",
         table.names,
         table.x[table.names[0]],
         torch.stack([table.y[name] for name in table.names]),
         "Nitrogen",
         scaled(acentric),
-        "acentric factor",
     )
 
 
@@ -120,7 +127,7 @@ def oscillators() -> Domain:
     t, position, speed = 4 * (x[:, 0] + 1), x[:, 1], x[:, 2]
     y = oscillation(damping, frequency, drive, t, position, speed)
     names = tuple(f"δ = {a:.2f}, ω = {b:.2f}, a = {c:.2f}" for (a, b, c) in torch.cat([damping, frequency, drive], 1))
-    return Domain("Oscillators", names, x.float(), y.float()[..., None], names[0])
+    return Domain(names, x.float(), y.float()[..., None], names[0])
 
 
 def oscillation(
@@ -187,14 +194,23 @@ def liquids() -> Domain:
             known.append(torch.tensor([rho.MW, p.Tc, p.Pc]).log())
     chosen = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:120].sort().values
     return Domain(
-        "Liquids",
         tuple(names[k] for k in chosen),
         torch.linspace(-1, 1, len(reduced))[:, None],
         torch.stack(values)[chosen].float(),
         names[chosen[0]],
         scaled(torch.stack(known)[chosen].float()),
-        "molar mass, T_c, p_c",
     )
 
 
-DOMAINS: dict[str, Callable[[], Domain]] = {"fluids": fluids, "oscillators": oscillators, "liquids": liquids}
+DOMAINS: dict[str, Callable[[], Domain]] = {
+    "fluids": fluids,
+    "sparse_fluids": lambda: replace(fluids(), measured=40, rates_of="fluids"),
+    "oscillators": oscillators,
+    "liquids": liquids,
+}
+TITLES = {
+    "fluids": "Fluids",
+    "sparse_fluids": "Fluids of which 40 noisy points each are known",
+    "oscillators": "Oscillators",
+    "liquids": "Saturated liquids",
+}

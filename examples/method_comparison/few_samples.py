@@ -56,9 +56,18 @@ def tuned(split: Split, rate: str, sizes: Sizes, seconds: float) -> Line:
 def jobs(name: str, args: argparse.Namespace) -> Iterator[tuple[Line, Callable[[], Line]]]:
     """What is done for a domain, in order: what names each line, and what computes the rest of it."""
     sizes, domain = SMOKE if args.smoke else Sizes(), DOMAINS[name]()
-    used = [label for label in args.methods if domain.known is not None or not METHODS[label].needs_known]
-    rates = {line["method"]: line["tried"] for line in read_lines(args.results) if key(line)[:2] == (name, "rate")}
-    for rate in dict.fromkeys(ONCE[METHODS[label].once].rate for label in used if METHODS[label].once):
+    used = [label for label in args.methods if METHODS[label].fits(domain)]
+    rates = {
+        line["method"]: line["tried"]
+        for line in read_lines(args.results)
+        if key(line)[:2] == (domain.rates_of or name, "rate")
+    }
+    missing = (
+        {}
+        if domain.rates_of
+        else dict.fromkeys(ONCE[METHODS[label].once].rate for label in used if METHODS[label].once)
+    )
+    for rate in missing:
 
         def tune(rate: str = rate) -> Line:
             line = tuned(Split(domain, 1), rate, sizes, args.seconds)
@@ -79,7 +88,7 @@ def jobs(name: str, args: argparse.Namespace) -> Iterator[tuple[Line, Callable[[
                 return {
                     **found,
                     "once_seconds": rounded(lab.models[once][1]) if once else 0,
-                    "rate": chosen[ONCE[once].rate] if once else None,
+                    "rate": chosen.get(ONCE[once].rate) if once else None,
                     "tasks": [domain.names[task] for task in lab.split.unseen],
                     "environment": {"torch": torch.__version__, "threads": torch.get_num_threads()},
                 }
