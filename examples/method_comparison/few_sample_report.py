@@ -122,7 +122,7 @@ def table_of(case: Case) -> str:
             ]
         )
     header = ["", "unseen tasks", "numbers once", "for a task", *(f"n = {n}" for n in case.counts), "ms for a task"]
-    return f"{table(header, rows)}\n\n{rates(case)}"
+    return "\n\n".join(filter(None, (table(header, rows), rates(case))))
 
 
 def rates(case: Case) -> str:
