@@ -1,0 +1,391 @@
+"""The methods of `few_samples.py`: what each learns from the tasks seen, and how it takes in a new task's samples."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import geometric_mean, median
+from typing import Any, NamedTuple
+
+import few_sample_models as models
+import few_sample_rivals as rivals
+import torch
+from few_sample_fits import Predict, curve, descent, deviations, least_squares, prior_of
+from few_sample_tasks import Domain, Samples, Split
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything is done.
+
+    Attributes:
+        samples: numbers of samples of a new task.
+        repeats: draws of them, for tasks of validation and for those reported.
+        rates: of Adam on the tasks seen. The three in the middle are tried, and more while the best is at an edge.
+        tuning: the part of the seconds with which rates are tried, by Adam alone.
+        widths: standard deviations of the prior of a network's numbers, for Levenberg–Marquardt.
+        steep: rates of Adam on a new task.
+        factors: of the rates that meta-learners learn.
+        vectors: of the basis of gappy POD.
+        marks: steps of Adam on a new task, after which it may stop.
+        iterations: of Levenberg–Marquardt.
+    """
+
+    samples: tuple[int, ...] = (1, 2, 3, 5, 10, 20, 50)
+    repeats: tuple[int, int] = (1, 3)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+    tuning: float = 0.2
+    widths: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+    steep: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
+    factors: tuple[float, ...] = (0.3, 1.0, 3.0)
+    vectors: tuple[int, ...] = (2, 3, 5, 8, 12, 20, 30)
+    marks: tuple[int, ...] = (0, 3, 10, 30, 100, 300)
+    iterations: int = 10
+
+
+SMOKE = Sizes((1, 3), (1, 1), (3e-3, 1e-2, 3e-2), 0.5, (0.01, 0.1), (1e-3, 1e-2), (1.0,), (2, 3), (0, 3), 2)
+Chosen = dict[str, float]  # rates by what is learned
+
+
+class Learned(NamedTuple):
+    """What a method knows before the samples of a new task.
+
+    Attributes:
+        predict: f(u, x), u what the samples decide.
+        centre: u without samples. shape: (K,)
+        once: how many numbers were learned from the tasks seen.
+        codes: u of each task seen, if it is a code. shape: (tasks, K)
+        known: columns that go before the new task's inputs, by task. shape: (all tasks, numbers)
+        rates: of gradient descent, that were learned. shape: (K,)
+        other: what is not of this form.
+    """
+
+    predict: Predict
+    centre: Tensor
+    once: int
+    codes: Tensor | None = None
+    known: Tensor | None = None
+    rates: Tensor | None = None
+    other: Any = None
+
+    def extended(self, tasks: Tensor, x: Tensor) -> Tensor:
+        """x, shape (B, n, inputs), with what is known of its tasks."""
+        if self.known is None:
+            return x
+        columns = self.known[tasks].double()[:, None].expand(-1, x.shape[1], -1)
+        return torch.cat([x, columns], -1)
+
+
+def numbers(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def of_codes(model: nn.Module) -> Learned:
+    once, model = numbers(model), model.double().requires_grad_(False)
+    codes = model.codes.detach()
+    return Learned(model.at, codes.mean(0), once, codes)
+
+
+def of_family(model: nn.Module) -> Learned:
+    once, model = numbers(model), model.double()
+    (codes,) = [p.detach() for name, p in model.named_parameters() if "lotra_codes" in name]
+    return Learned(lambda z, x: model(x, lotra_task={"code": z}), codes.mean(0), once, codes)
+
+
+def of_weights(base: nn.Module, once: int | None = None, known: Tensor | None = None) -> Learned:
+    """All coefficients."""
+    flat = torch.cat([layer.coefficients.detach().double().flatten() for layer in base.layers])
+    return Learned(models.of_shapes(base), flat, numbers(base) if once is None else once, known=known)
+
+
+def of_start(start: rivals.Start) -> Learned:
+    """What a meta-learner moves; its rates are those of the descent."""
+    once, start = numbers(start), start.double().requires_grad_(False)
+    centre = start.u if start.further is None else torch.zeros_like(start.u)
+    return Learned(start.predict, centre, once, rates=start.rates)
+
+
+def of_adapter(base: nn.Module, r: int = 2) -> Learned:
+    """G ×₁ U1 ×₂ U2 in every layer, the basis whole; G = 0 at the start, as in LoTRA."""
+    tensors = [layer.coefficients.detach().double() for layer in base.layers]
+    source, start, shapes = torch.Generator().manual_seed(0), [], []
+    for n, m, n_d in (A.shape for A in tensors):
+        r1, r2 = min(r, n), min(r, m)
+        shapes += [(r1, r2, n_d), (n, r1), (m, r2)]
+        start += [torch.zeros(r1, r2, n_d)]
+        start += [torch.randn(size, rank, generator=source) / math.sqrt(size) for size, rank in ((n, r1), (m, r2))]
+    centre = torch.cat([part.flatten() for part in start]).double()
+
+    def predict(u: Tensor, x: Tensor) -> Tensor:
+        parts = [p.reshape(shape) for p, shape in zip(u.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+        updates = [torch.einsum("abd,ia,ob->iod", *parts[k : k + 3]) for k in range(0, len(parts), 3)]
+        return models.contracted([A + update for A, update in zip(tensors, updates, strict=True)], x)
+
+    return Learned(predict, centre, numbers(base))
+
+
+class Lab:
+    """A split, what was learned from its tasks, and the rates for it."""
+
+    def __init__(self, split: Split, sizes: Sizes, seconds: models.Seconds, rates: Mapping[str, float]) -> None:
+        self.split, self.sizes, self.seconds, self.rates = split, sizes, seconds, rates
+        self.models: dict[str, tuple[Any, float]] = {}
+        self.noise: dict[str, Tensor] = {}
+
+    def once(self, name: str) -> Any:
+        """What is learned from the tasks seen."""
+        if name not in self.models:
+            start, what = time.process_time(), ONCE[name]
+            found = what.learn(self.split, rate=self.rates.get(what.rate, 1e-2), seconds=self.seconds)
+            self.models[name] = found, time.process_time() - start
+        return self.models[name][0]
+
+    def learned(self, method: Method) -> Learned:
+        return method.start(self.once(method.once)) if method.once else method.start(self.split)
+
+    def predicted(self, learned: Learned, u: Tensor, samples: Samples) -> Tensor:
+        x = self.split.x.double().expand(len(samples.tasks), -1, -1)
+        return curve(learned.predict, u, learned.extended(samples.tasks, x))
+
+
+Outcome = dict[tuple[float, int | None], Tensor]  # predictions, shape (B, points, outputs), by value and step
+
+
+class Fit:
+    """How a new task's samples are taken in, with a setting that is chosen on tasks of validation for each n."""
+
+    def grid(self, sizes: Sizes) -> Sequence[float]:
+        return (1.0,)
+
+    def prepare(self, lab: Lab, learned: Learned) -> None:
+        """Before all samples."""
+
+    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
+        raise NotImplementedError
+
+
+class CodeFit(Fit):
+    """Gauss–Newton with the prior of the codes, from several starts: what `fit_task` does, for all tasks at once.
+
+    The noise of each output is the median over the tasks of validation of what remains of them after 50 samples.
+    """
+
+    def prepare(self, lab: Lab, learned: Learned) -> None:
+        samples = lab.split.samples(lab.split.validation, max(lab.sizes.samples), 1)
+        self.sigma = torch.full((lab.split.y.shape[-1],), 0.02).double()
+        for _ in range(2):
+            away = self.run(lab, learned, samples, [1.0])[1.0, None] - lab.split.y[samples.tasks]
+            self.sigma = away.square().mean(1).sqrt().median(0).values.clamp(min=1e-3)
+
+    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
+        mean, factor = prior_of(learned.codes)
+        near = torch.linalg.solve_triangular(factor, (learned.codes - mean).mT, upper=False).mT
+        starts = torch.cat([torch.zeros_like(near[:1]), near])
+        u = least_squares(learned.predict, mean, factor, self.sigma, samples, lab.sizes.iterations, starts)
+        predicted = lab.predicted(learned, u, samples)
+        std = deviations(learned.predict, u, factor, self.sigma, samples, lab.split.x.double())
+        self.inside = ((predicted - lab.split.y[samples.tasks]).abs() < 1.96 * std).double().mean((1, 2))
+        return {(1.0, None): predicted}
+
+
+class Descent(Fit):
+    """Adam from the start, without a prior; the rate and when it stops are chosen."""
+
+    def __init__(self, by: float = 1.0) -> None:
+        self.by = by
+
+    def grid(self, sizes: Sizes) -> Sequence[float]:
+        return [self.by * rate for rate in sizes.steep]
+
+    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
+        of = samples._replace(x=learned.extended(samples.tasks, samples.x))
+        many = Samples(*(part.repeat(len(values), *[1] * (part.dim() - 1)) for part in of))
+        rates = torch.tensor(values).double().repeat_interleave(len(samples.x))[:, None]
+        found = descent(learned.predict, learned.centre, rates, many, lab.sizes.marks)
+        return {
+            (value, mark): lab.predicted(learned, part, samples)
+            for mark, u in found.items()
+            for value, part in zip(values, u.chunk(len(values)), strict=True)
+        }
+
+
+class LearnedDescent(Fit):
+    """Gradient descent at the rates that were learned, times a factor; factor and steps are chosen."""
+
+    def grid(self, sizes: Sizes) -> Sequence[float]:
+        return sizes.factors
+
+    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
+        return {
+            (value, mark): lab.predicted(learned, u, samples)
+            for value in values
+            for mark, u in descent(
+                learned.predict, learned.centre, value * learned.rates, samples, lab.sizes.marks, adam=False
+            ).items()
+        }
+
+
+class PODFit(Fit):
+    """The number of vectors is chosen."""
+
+    def grid(self, sizes: Sizes) -> Sequence[float]:
+        return sizes.vectors
+
+    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
+        return {(value, None): rivals.pod(lab.split, int(value), samples) for value in values}
+
+
+class GPFit(Fit):
+    """No setting is chosen: the kernels were fitted to the tasks seen."""
+
+    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
+        return {(1.0, None): learned.other.predicted(samples)}
+
+
+class WeightFit(Fit):
+    """Levenberg–Marquardt with the prior N(start, width²); the width is chosen."""
+
+    def grid(self, sizes: Sizes) -> Sequence[float]:
+        return sizes.widths
+
+    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
+        of = samples._replace(x=learned.extended(samples.tasks, samples.x))
+        found = {}
+        for width in values:
+            u = least_squares(learned.predict, learned.centre, width, 0.01, of, lab.sizes.iterations)
+            found[width, None] = lab.predicted(learned, u, samples)
+        return found
+
+
+class Once(NamedTuple):
+    """What is learned from the tasks seen, and under which name its rate is tuned."""
+
+    rate: str
+    learn: Callable[..., Any]
+
+
+class Method(NamedTuple):
+    """A start for new tasks, from what was learned once or from nothing, and how their samples are taken in.
+
+    Attributes:
+        needs_known: whether something has to be known of a task without samples.
+        needs_table: whether the tasks seen have to be known at all points.
+    """
+
+    once: str
+    start: Callable[[Any], Learned]
+    fit: Callable[[], Fit]
+    needs_known: bool = False
+    needs_table: bool = False
+
+    def fits(self, domain: Domain) -> bool:
+        return not (self.needs_known and domain.known is None or self.needs_table and domain.measured)
+
+
+def from_scratch(split: Split) -> Learned:
+    torch.manual_seed(split.number)
+    return of_weights(models.kan(split.x.shape[1], split.y.shape[2]), 0)
+
+
+def of_known(model: models.Known) -> Learned:
+    return of_weights(model.kan, known=model.known)
+
+
+def of_processes(split: Split) -> Learned:
+    processes = rivals.GaussianProcesses(split)
+    once = sum(len(kernel.theta) for kernel in processes.kernels) + processes.inputs.size + processes.outputs.size
+    return Learned(models.contracted, torch.empty(0), once, other=processes)
+
+
+def of_split(split: Split) -> Learned:
+    return Learned(models.contracted, torch.empty(0), split.y[split.seen].numel())
+
+
+ONCE = {
+    **{f"family {k}": Once("family", partial(models.family, k=k)) for k in (3, 5, 8)},
+    "family 3, frozen": Once("family", partial(models.family, k=3, joint=False)),
+    "pooled": Once("base", models.base),
+    "one": Once("base", partial(models.base, pooled=False)),
+    **{f"inputs {k}": Once("inputs", partial(models.coded, models.CodeAsInputs, k=k)) for k in (3, 5)},
+    **{f"basis {k}": Once("basis", partial(models.coded, models.LearnedBasis, k=k)) for k in (5, 16)},
+    **{f"CoDA {k}": Once("CoDA", partial(models.coded, models.CoDA, k=k)) for k in (3,)},
+    **{f"GEPS {k}": Once("GEPS", partial(models.coded, models.GEPS, k=k)) for k in (8,)},
+    "known": Once("known", partial(models.coded, models.Known)),
+    "MAML": Once("MAML", rivals.maml),
+    "CAVIA": Once("CAVIA", rivals.cavia),
+    "Reptile": Once("Reptile", rivals.reptile),
+}
+OURS = "family, code of 3"
+METHODS: dict[str, Method] = {
+    OURS: Method("family 3", of_family, CodeFit),
+    "family, code of 5": Method("family 5", of_family, CodeFit),
+    "family, code of 8": Method("family 8", of_family, CodeFit),
+    "family on a frozen base, code of 3": Method("family 3, frozen", of_family, CodeFit),
+    **{f"CoDA, code of {k}": Method(f"CoDA {k}", of_codes, CodeFit) for k in (3,)},
+    **{f"GEPS, code of {k}": Method(f"GEPS {k}", of_codes, CodeFit) for k in (8,)},
+    **{f"code as inputs, {k}": Method(f"inputs {k}", of_codes, CodeFit) for k in (3, 5)},
+    **{f"learned basis, {k}": Method(f"basis {k}", of_codes, CodeFit) for k in (5, 16)},
+    "CoDA, code of 3, Adam": Method("CoDA 3", of_codes, partial(Descent, 30)),
+    "GEPS, code of 8, Adam": Method("GEPS 8", of_codes, partial(Descent, 30)),
+    "pooled, own adapter, LM": Method("pooled", of_adapter, WeightFit),
+    "pooled, own adapter, Adam": Method("pooled", of_adapter, Descent),
+    "pooled, everything, LM": Method("pooled", of_weights, WeightFit),
+    "pooled, everything, Adam": Method("pooled", of_weights, Descent),
+    "one task, own adapter, LM": Method("one", of_adapter, WeightFit),
+    "one task, own adapter, Adam": Method("one", of_adapter, Descent),
+    "one task, everything, LM": Method("one", of_weights, WeightFit),
+    "one task, everything, Adam": Method("one", of_weights, Descent),
+    "CAVIA": Method("CAVIA", of_start, LearnedDescent),
+    "MAML": Method("MAML", of_start, LearnedDescent),
+    "Reptile": Method("Reptile", of_start, Descent),
+    "known input, everything, LM": Method("known", of_known, WeightFit, True),
+    "known input, everything, Adam": Method("known", of_known, Descent, True),
+    "Gaussian process": Method("", of_processes, GPFit),
+    "gappy POD": Method("", of_split, PODFit, needs_table=True),
+    "from scratch, LM": Method("", from_scratch, WeightFit),
+    "from scratch, Adam": Method("", from_scratch, Descent),
+}
+
+
+def choices(lab: Lab, learned: Learned, fit: Fit, n: int) -> dict[tuple[float, int | None], float]:
+    """For each setting the geometric mean of the errors of the tasks of validation."""
+    samples = lab.split.samples(lab.split.validation, n, lab.sizes.repeats[0])
+    return {
+        setting: geometric_mean(lab.split.errors(samples.tasks, predicted).clamp(1e-6, 100).tolist())
+        for setting, predicted in fit.run(lab, learned, samples, fit.grid(lab.sizes)).items()
+    }
+
+
+def validated(lab: Lab, method: Method) -> float:
+    """The geometric mean of the errors of the tasks of validation at a few and some more samples."""
+    fit, learned = method.fit(), lab.learned(method)
+    fit.prepare(lab, learned)
+    return geometric_mean(
+        min(choices(lab, learned, fit, n).values()) for n in lab.sizes.samples[2:5:2] or lab.sizes.samples[-1:]
+    )
+
+
+def solve(lab: Lab, method: Method) -> dict[str, Any]:
+    """Errors of the unseen tasks for each number of samples, and what was chosen for it."""
+    fit, learned = method.fit(), lab.learned(method)
+    fit.prepare(lab, learned)
+    found, repeats = {}, lab.sizes.repeats[1]
+    for n in lab.sizes.samples:
+        tried = choices(lab, learned, fit, n) if not isinstance(fit, (CodeFit, GPFit)) else {(1.0, None): 0.0}
+        value, mark = min(tried, key=lambda setting: tried[setting])
+        samples = lab.split.samples(lab.split.unseen, n, repeats)
+        start = time.process_time()
+        errors = lab.split.errors(samples.tasks, fit.run(lab, learned, samples, [value])[value, mark])
+        spent = (time.process_time() - start) / len(samples.tasks)
+        found[n] = {
+            "errors": [median(part) for part in errors.reshape(-1, repeats).tolist()],
+            "setting": [value, mark],
+            "seconds": spent,
+        }
+        if isinstance(fit, CodeFit):
+            found[n]["inside"] = [sum(part) / repeats for part in fit.inside.reshape(-1, repeats).tolist()]
+    return {"numbers": [learned.once, len(learned.centre)], "samples": found}
