@@ -159,17 +159,17 @@ def rivals(
     adam(pooled, loss, args.steps // 4, "one KAN for all", 1e-2)
     pooled.double()
     adapted = get_peft_model(pooled, LoTRAConfig(r=RANKS, coefficients={"coefficients": "i o d"}))
-    found = {"an adapter of its own": tuned(adapted, split, samples, args)}
+    found = {"an adapter of its own": tuned(adapted, split, samples)}
     plain = adapted.unload()
     plain.requires_grad_(True)
-    found["full fine-tuning"] = tuned(plain, split, samples, args)
-    found["from scratch"] = tuned(ChebyshevKAN(sizes, DEGREE).double().to(args.device), split, samples, args)
+    found["full fine-tuning"] = tuned(plain, split, samples)
+    found["from scratch"] = tuned(ChebyshevKAN(sizes, DEGREE).double().to(args.device), split, samples)
     if isinstance(tasks, Fluids):
         found["acentric factor"] = dict.fromkeys(COUNTS, corresponding_states(tasks, split, samples, args))
     return found
 
 
-def tuned(model: nn.Module, split: Split, samples: Samples, args: argparse.Namespace) -> dict[int, list[float]]:
+def tuned(model: nn.Module, split: Split, samples: Samples) -> dict[int, list[float]]:
     """Adam on each task's samples from the same start: all tasks, numbers of samples and rates side by side.
 
     The rate and the number of steps are those with the lowest median error on the tasks for calibration, for each
@@ -240,9 +240,7 @@ def corresponding_states(fluids: Fluids, split: Split, samples: Samples, args: a
         ]
 
 
-def fits(
-    model: nn.Module, split: Split, samples: Samples, counts: tuple[int, ...], args: argparse.Namespace
-) -> dict[str, Any]:
+def fits(model: nn.Module, split: Split, samples: Samples, counts: tuple[int, ...]) -> dict[str, Any]:
     """The new tasks from their first samples, by the code alone and with the core: errors, intervals, codes."""
     calibration = {name: samples.first(name, CALIBRATION_SAMPLES) for name in split.calibration}
     noise = task_noise(model, residual, calibration)
@@ -280,7 +278,7 @@ def run(args: argparse.Namespace) -> None:
     model = trained_family(tasks, split, args)
     numbers = model.get_nb_trainable_parameters()[1]
     print(f"Family: {numbers:,} numbers, {time.perf_counter() - start:.0f} s")
-    found = fits(model, split, samples, counts, args)
+    found = fits(model, split, samples, counts)
     others = rivals(tasks, split, samples, args) if args.samples is None and not new else {}
     print(table(found, others, counts, split, float(median(found["seconds"]))))
     if args.suggest:

@@ -148,7 +148,7 @@ def save_task(
     Raises:
         ValueError: if the adapter's factors are not those of the family, or `covariance` is for no code.
     """
-    tuner, config, kind = _family(model, family)
+    tuner, _, kind = _family(model, family)
     if name not in tuner.peft_config and kind.code and name in kind.tasks:
         with torch.no_grad():
             code = full_tensor(container_of_codes(adapted_tensors(tuner.model, family).values(), family)[family])
@@ -170,7 +170,7 @@ def save_task(
             f"`name` {name!r} has other factors than {family!r}, so its core is not enough: use `save_pretrained`"
         )
     layers = adapted_tensors(tuner.model, name)
-    cores = {f"{path}.{CORE}": whole_tucker(layer, name).core for path, layer in layers.items()}
+    cores = {f"{tensor}.{CORE}": whole_tucker(layer, name).core for tensor, layer in layers.items()}
     save_file({key: core.cpu().contiguous() for key, core in cores.items()}, path, metadata={"family": meant})
 
 
@@ -198,11 +198,11 @@ def load_task(path: str | os.PathLike, model: nn.Module, name: str, *, family: s
         add_task(model, name, family=family, code=tensors["code"])
         return covariance
     layers = adapted_tensors(tuner.model, family)
-    slots = {f"{path}.{CORE}": Slot(layer.tucker(family).core.shape[:-1]) for path, layer in layers.items()}
+    slots = {f"{tensor}.{CORE}": Slot(layer.tucker(family).core.shape[:-1]) for tensor, layer in layers.items()}
     check_weights(slots, tensors, origin)
     adapter_at(model, name, family=family)
-    for path, layer in layers.items():
-        layer.set_tucker(name, layer.tucker(name)._replace(core=tensors[f"{path}.{CORE}"]))
+    for tensor, layer in layers.items():
+        layer.set_tucker(name, layer.tucker(name)._replace(core=tensors[f"{tensor}.{CORE}"]))
     return None
 
 

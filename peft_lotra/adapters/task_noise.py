@@ -75,13 +75,14 @@ def task_noise(
             parts.append(problem.residuals(ends[-1]))
             bar.update()
         total = fitted = _in_interval(parts)
+        fewest = min([len(part) for own in parts for part in own])
         for _ in range(2):  # the covariance of the codes depends on σ
             relative = []
             for problem, prior, centres in problems:
-                each = [_beyond(problem, prior, centres, total, rows) for rows in COUNTS]
-                relative += [tuple(map(torch.cat, zip(*filter(None, each), strict=True)))] * any(each)
+                left = [_beyond(problem, prior, centres, total, rows) for rows in COUNTS if rows < fewest]
+                relative.append(tuple([torch.cat(own) for own in zip(*left, strict=True)]))
                 bar.update()
-            if relative:
+            if fewest > COUNTS[0]:
                 total = tuple([s * factor for s, factor in zip(total, _in_interval(relative), strict=True)])
         terms = []
         for (problem, prior, _), z in zip(problems, ends, strict=True):
@@ -131,8 +132,6 @@ def _beyond(problem: Problem, prior: Prior, centres: torch.Tensor, sigma: Parts,
     found = problem.minimised(prior, centres, sigma, 4, 20)
     problem.rows = None
     at = problem.linearised(found.unknown[None])
-    if any(part.shape[1] <= rows for part in at.parts):
-        return ()
     variances = [torch.einsum("nok,kl,nol->no", own[0], found.covariance, own[0]) for own in at.J]
     relative = zip(at.parts, variances, sigma, strict=True)
     return tuple([(part[0] / (variance + s.square()).sqrt())[rows:] for part, variance, s in relative])
