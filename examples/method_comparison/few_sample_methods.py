@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ import torch
 from few_sample_fits import Predict, curve, descent, deviations, least_squares, prior_of
 from few_sample_tasks import Domain, Samples, Split
 from torch import Tensor, nn
+
+from peft_lotra import fit_task, task_noise
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def of_codes(model: nn.Module) -> Learned:
 def of_family(model: nn.Module) -> Learned:
     once, model = numbers(model), model.double()
     (codes,) = [p.detach() for name, p in model.named_parameters() if "lotra_codes" in name]
-    return Learned(lambda z, x: model(x, lotra_task={"code": z}), codes.mean(0), once, codes)
+    return Learned(lambda z, x: model(x, lotra_task={"code": z}), codes.mean(0), once, codes, other=model)
 
 
 def of_weights(base: nn.Module, once: int | None = None, known: Tensor | None = None) -> Learned:
@@ -156,7 +159,13 @@ Outcome = dict[tuple[float, int | None], Tensor]  # predictions, shape (B, point
 
 
 class Fit:
-    """How a new task's samples are taken in, with a setting that is chosen on tasks of validation for each n."""
+    """How a new task's samples are taken in, with a setting that is chosen on tasks of validation for each n.
+
+    Attributes:
+        further: how many numbers of a new task are fitted besides `Learned.centre`.
+    """
+
+    further = 0
 
     def grid(self, sizes: Sizes) -> Sequence[float]:
         return (1.0,)
@@ -190,6 +199,31 @@ class CodeFit(Fit):
         std = deviations(learned.predict, u, factor, self.sigma, samples, lab.split.x.double())
         self.inside = ((predicted - lab.split.y[samples.tasks]).abs() < 1.96 * std).double().mean((1, 2))
         return {(1.0, None): predicted}
+
+
+class CoreFit(Fit):
+    """`fit_task(..., train="core")`, with the `task_noise` of 50 samples of the tasks of validation."""
+
+    def residual(self, net: Callable[..., Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
+        return net(data[0]) - data[1]
+
+    def prepare(self, lab: Lab, learned: Learned) -> None:
+        held = lab.split.samples(lab.split.validation, max(lab.sizes.samples), 1)
+        data = {str(int(task)): (x, y) for task, _, x, y in zip(*held, strict=True)}
+        self.noise = task_noise(learned.other, self.residual, data, progressbar=False)
+        self.further = sum(p[..., 0].numel() for name, p in learned.other.named_parameters() if "lotra_core" in name)
+
+    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
+        means, inside = [], []
+        for task, _, x, y in zip(*samples, strict=True):
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "the task is unlike|the samples say nothing")
+                fit = fit_task(learned.other, None, self.residual, (x, y), noise=self.noise, train="core")
+            mean, std = fit.predict(lab.split.x.double())
+            means.append(mean)
+            inside.append(((mean - lab.split.y[task]).abs() < 1.96 * std).double().mean())
+        self.inside = torch.stack(inside)
+        return {(1.0, None): torch.stack(means)}
 
 
 class Descent(Fit):
@@ -274,6 +308,7 @@ class Method(NamedTuple):
     Attributes:
         needs_known: whether something has to be known of a task without samples.
         needs_table: whether the tasks seen have to be known at all points.
+        needs_tasks: how many tasks have to be seen.
     """
 
     once: str
@@ -281,9 +316,11 @@ class Method(NamedTuple):
     fit: Callable[[], Fit]
     needs_known: bool = False
     needs_table: bool = False
+    needs_tasks: int = 1
 
     def fits(self, domain: Domain) -> bool:
-        return not (self.needs_known and domain.known is None or self.needs_table and domain.measured)
+        lacks = self.needs_known and domain.known is None or self.needs_table and domain.measured
+        return not lacks and (domain.count is None or self.needs_tasks <= domain.count)
 
 
 def from_scratch(split: Split) -> Learned:
@@ -306,7 +343,9 @@ def of_split(split: Split) -> Learned:
 
 
 ONCE = {
-    **{f"family {k}": Once("family", partial(models.family, k=k)) for k in (3, 5, 8)},
+    **{f"family {k}": Once("family", partial(models.family, k=k)) for k in (1, 2, 3, 5, 8)},
+    "family 3, degree 2": Once("family", partial(models.family, k=3, degree=2)),
+    "family 5, POD": Once("family", partial(models.family, k=5, pod=True)),
     "family 3, frozen": Once("family", partial(models.family, k=3, joint=False)),
     "pooled": Once("base", models.base),
     "one": Once("base", partial(models.base, pooled=False)),
@@ -323,7 +362,13 @@ OURS = "family, code of 3"
 METHODS: dict[str, Method] = {
     OURS: Method("family 3", of_family, CodeFit),
     "family, code of 5": Method("family 5", of_family, CodeFit),
-    "family, code of 8": Method("family 8", of_family, CodeFit),
+    "family, code of 8": Method("family 8", of_family, CodeFit, needs_tasks=8),
+    "family, code of 3, then its core": Method("family 3", of_family, CoreFit),
+    "family, code of 5, then its core": Method("family 5", of_family, CoreFit),
+    "family, code of 1": Method("family 1", of_family, CodeFit),
+    "family, code of 2": Method("family 2", of_family, CodeFit),
+    "family, code of 3, degree 2": Method("family 3, degree 2", of_family, CodeFit),
+    "family, codes of 5 that start at those of POD": Method("family 5, POD", of_family, CodeFit, needs_table=True),
     "family on a frozen base, code of 3": Method("family 3, frozen", of_family, CodeFit),
     **{f"CoDA, code of {k}": Method(f"CoDA {k}", of_codes, CodeFit) for k in (3,)},
     **{f"GEPS, code of {k}": Method(f"GEPS {k}", of_codes, CodeFit) for k in (8,)},
@@ -375,7 +420,7 @@ def solve(lab: Lab, method: Method) -> dict[str, Any]:
     fit.prepare(lab, learned)
     found, repeats = {}, lab.sizes.repeats[1]
     for n in lab.sizes.samples:
-        tried = choices(lab, learned, fit, n) if not isinstance(fit, (CodeFit, GPFit)) else {(1.0, None): 0.0}
+        tried = choices(lab, learned, fit, n) if not isinstance(fit, (CodeFit, CoreFit, GPFit)) else {(1.0, None): 0.0}
         value, mark = min(tried, key=lambda setting: tried[setting])
         samples = lab.split.samples(lab.split.unseen, n, repeats)
         start = time.process_time()
@@ -386,6 +431,6 @@ def solve(lab: Lab, method: Method) -> dict[str, Any]:
             "setting": [value, mark],
             "seconds": spent,
         }
-        if isinstance(fit, CodeFit):
+        if isinstance(fit, (CodeFit, CoreFit)):
             found[n]["inside"] = [sum(part) / repeats for part in fit.inside.reshape(-1, repeats).tolist()]
-    return {"numbers": [learned.once, len(learned.centre)], "samples": found}
+    return {"numbers": [learned.once, len(learned.centre) + fit.further], "samples": found}

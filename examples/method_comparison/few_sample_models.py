@@ -204,20 +204,29 @@ def base(split: Split, rate: float, seconds: Seconds, pooled: bool = True) -> Ch
 
 
 def family(
-    split: Split, k: int, rate: float, seconds: Seconds, r: Any = (5, 5, None), degree: int = 1, joint: bool = True
+    split: Split, k: int, rate: float, seconds: Seconds, degree: int = 1, joint: bool = True, pod: bool = False
 ) -> nn.Module:
-    """LoTRA's adapter of the tasks seen, with codes. On a base that was trained on all of them before, in half of the
-    seconds, which stays as it is; or that is trained with the adapter from its random start."""
+    """LoTRA's adapter of the tasks seen, with codes.
+
+    Args:
+        joint: whether the base is trained with the adapter from its random start. If not, it is trained on all tasks
+            seen before, in half of the seconds, and then stays as it is.
+        pod: whether codes start as those of POD, from the singular vectors of the tasks' tables; at random if not.
+    """
     torch.manual_seed(split.number)
     half = seconds[0] / 2, seconds[1] / 2
     start = kan(split.x.shape[1], split.y.shape[2]) if joint else base(split, rate, half)
     names = [split.domain.names[task] for task in split.seen]
     config = LoTRAConfig(
-        r=r, coefficients={"coefficients": "i o d"}, family=names, family_code=k, family_degree=degree
+        r=(5, 5, None), coefficients={"coefficients": "i o d"}, family=names, family_code=k, family_degree=degree
     )
     model = get_peft_model(copy.deepcopy(start), config)
     for name, parameter in model.named_parameters():
         if joint and "base_layer" in name:
             parameter.requires_grad_(True)
+        if pod and "lotra_codes" in name:
+            table = split.seen_y.flatten(1)[split.seen]
+            vectors = torch.linalg.svd(table - table.mean(0), full_matrices=False).U[:, :k]
+            parameter.data = (len(names) ** 0.5 * vectors).to(parameter)
     fitted(split, model, lambda net, x, i: net(x, lotra_task=i), rate, seconds if joint else half)
     return model.requires_grad_(False)

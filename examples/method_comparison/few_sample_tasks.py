@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import fluids_data
@@ -26,7 +27,8 @@ class Domain:
         y: shape: (tasks, points, outputs)
         typical: the name of the task for a base that is fitted to one task.
         known: what is known of each task without samples, scaled to [−1, 1]. shape: (tasks, numbers)
-                measured: how many points of each task seen are known, with noise; None for all of them, without.
+        measured: how many points of each task seen are known, with noise; None for all of them, without.
+        count: how many tasks are seen; None for all that can be.
         rates_of: the domain whose rates of Adam are taken; None for its own.
     """
 
@@ -36,6 +38,7 @@ class Domain:
     typical: str
     known: Tensor | None = None
     measured: int | None = None
+    count: int | None = None
     rates_of: str | None = None
 
 
@@ -55,16 +58,15 @@ class Split:
 
     Args:
         number: from 1 to 5.
-        seen: how many of the tasks are seen; None for all that can be.
     """
 
-    def __init__(self, domain: Domain, number: int, seen: int | None = None) -> None:
+    def __init__(self, domain: Domain, number: int) -> None:
         self.domain, self.number, self.typical = domain, number, domain.names.index(domain.typical)
         drawn = torch.randperm(len(domain.names), generator=torch.Generator().manual_seed(0)).tolist()
         drawn.remove(self.typical)
         self.validation, rest = drawn[:VALIDATION], drawn[VALIDATION:]
         self.unseen = rest[number - 1 :: FOLDS]
-        self.seen = [self.typical, *(task for task in rest if task not in self.unseen)][:seen]
+        self.seen = [self.typical, *(task for task in rest if task not in self.unseen)][: domain.count]
         of_seen = domain.y[self.seen]
         self.x, self.y = domain.x, (domain.y - of_seen.mean((0, 1))) / of_seen.std((0, 1))
         self.spread = self.y.std(1)  # shape: (tasks, outputs)
@@ -205,12 +207,17 @@ def liquids() -> Domain:
 DOMAINS: dict[str, Callable[[], Domain]] = {
     "fluids": fluids,
     "sparse_fluids": lambda: replace(fluids(), measured=40, rates_of="fluids"),
+    **{
+        f"fluids_{count}": partial(lambda count: replace(fluids(), count=count, rates_of="fluids"), count)
+        for count in (5, 10, 20)
+    },
     "oscillators": oscillators,
     "liquids": liquids,
 }
 TITLES = {
     "fluids": "Fluids",
     "sparse_fluids": "Fluids of which 40 noisy points each are known",
+    **{f"fluids_{count}": f"Fluids, {count} of which are known" for count in (5, 10, 20)},
     "oscillators": "Oscillators",
     "liquids": "Saturated liquids",
 }
