@@ -433,7 +433,7 @@ def test_a_loss_without_curvature_is_refused_unless_there_is_a_prior():
     ("method", "answer", "message"),
     [
         ("value", lambda o, y: (o - y).sum(), r"`loss.value` should give a tensor of shape \(8,\) .* of shape \(\)"),
-        ("gradient", lambda o, y: 3, r"`loss.gradient` should give a tensor of shape \(8, 4\) .* gave a int"),
+        ("gradient", lambda o, y: 3, r"`loss.gradient` should give a tensor of shape \(4, 4\) .* gave a int"),
         ("factor", lambda o, y: o, r"`loss.factor` should give a tensor of shape \(8, 4, m\) .* of shape \(8, 4\)"),
     ],
 )

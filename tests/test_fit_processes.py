@@ -156,9 +156,42 @@ def failing(rank):
 
 def test_an_error_in_one_process_ends_all():
     first, second = fork(fit, 0, callback=failing, iterations=3)
-    assert "failed in another process" in str(first[1])
+    assert "failed in process 1, so it ends in all of them: RuntimeError: no luck" in str(first[1])
     assert "no luck" in str(second[1])
     assert_equal(first[0], second[0], 0)
+
+
+def breaks(rank, where):
+    """Residuals that fail in process 1, only where they are differentiated: by rows of J, or by its products."""
+
+    def residual(net, batch):
+        found = net(batch[0]) - batch[1]
+        traced = torch._C._functorch.is_functorch_wrapped_tensor(found) and len(batch[0]) == 1
+        if rank == 1 and (traced if where == "rows" else found.requires_grad):
+            raise ArithmeticError("no derivative here")
+        return found
+
+    return residual
+
+
+@pytest.mark.parametrize(("where", "max_memory"), [("rows", 2**32), ("products", 130_000)])
+def test_an_error_in_the_derivatives_of_one_process_ends_all(where, max_memory):
+    first, second = fork(broken, where, max_memory)
+    assert "failed in process 1, so it ends in all of them: ArithmeticError: no derivative here" in first
+    assert "no derivative here" in second
+
+
+def broken(where, max_memory):
+    accelerator = Accelerator(cpu=True)
+    rank = accelerator.process_index
+    data = part((points(60), reals(60, 4)), rank)
+    try:
+        fit_gauss_newton(
+            adapted(), breaks(rank, where), data, across_processes=True, max_memory=max_memory, iterations=3,
+            progressbar=False,
+        )  # fmt: skip
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        return str(error)
 
 
 def test_a_process_by_itself():

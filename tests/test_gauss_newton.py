@@ -388,6 +388,13 @@ BAD = [
     ({"max_seconds": 0}, ValueError, "`max_seconds`"),
     ({"max_memory": True}, ValueError, "`max_memory`"),
     ({"resume_from": 3}, TypeError, "`resume_from`"),
+    ({"data": X.numpy()}, TypeError, r"`data` should be made of tensors.*'ndarray'.*torch\.as_tensor"),
+    ({"data": X.float()}, ValueError, r"`data` has tensors of torch.float32 beside a model of torch.float64: convert"),
+    (
+        {"residual_fn": lambda net, x: net(x)[:, :1] - target(x)[:, 0]},
+        ValueError,
+        r"\(4, 4\) for 4 .*\(1, 1\) for one",
+    ),
 ]
 
 
@@ -405,10 +412,43 @@ def test_a_model_without_trainable_parameters_is_refused():
         fit(adapted().requires_grad_(False))
 
 
-def test_dropout_is_refused():
-    model = nn.Sequential(nn.Linear(3, 2), nn.Dropout()).double()
-    with pytest.raises(ValueError, match="dropout"):
+@pytest.mark.parametrize("layer", [nn.Dropout(), nn.BatchNorm1d(2)])
+def test_layers_that_do_not_repeat_are_refused_before_they_run(layer):
+    model = nn.Sequential(nn.Linear(3, 2), layer).double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"{type(layer).__name__} in train mode, 1, .*call `model.eval\(\)`"):
         fit(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    fit(model.eval(), iterations=1)
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_data_that_are_not_finite_end_a_fit_at_its_last_good_state(raises):
+    def data(iteration):
+        return {"good": points(60), "bad": points(60) * (float("nan") if iteration == 2 else 1)}
+
+    model, expected = adapted(), adapted()
+    functions = {"good": regression, "bad": regression}
+    good = fit_gauss_newton(expected, functions, lambda _: data(0), iterations=2, progressbar=False)
+    message = r"the residuals of `data\['bad'\]` are not finite in iteration 3"
+    with pytest.raises(ValueError, match=message) if raises else pytest.warns(UserWarning, match=message):
+        result = fit_gauss_newton(model, functions, data, iterations=5, raise_on_nan=raises, progressbar=False)
+        assert (result.reason, result.iterations, result.losses) == ("not finite", 2, good.losses)
+    assert_equal(trained(model), trained(expected), 0)
+
+
+def test_steps_that_are_not_finite_are_told_from_steps_that_do_not_help():
+    model = nn.Linear(1, 1, bias=False).double()
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+
+    def residual(net, x):  # finite at zero only
+        return (net(x) - 1) / (net(x) == 0)
+
+    with pytest.warns(UserWarning, match="the residuals of `data` are not finite in iteration 1"):
+        result = fit_gauss_newton(model, residual, torch.ones(3, 1).double(), iterations=3, progressbar=False)
+    assert (result.reason, model.weight.item()) == ("not finite", 0.0)
 
 
 def test_rounding_errors_of_a_fitted_base_are_no_batch_mean():

@@ -9,6 +9,8 @@ from typing import Any
 
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 
 def check_numbers(**arguments: tuple[Any, float]) -> None:
@@ -35,6 +37,17 @@ def check_callable(argument: str, function: Any, wanted: str, *given: object) ->
         raise TypeError(f"`{argument}` should be {wanted} but the value passed is {function!r}{takes}") from None
     except ValueError:
         pass  # some builtins have no signature
+
+
+def check_repeatable(model: nn.Module) -> None:
+    """Raise ValueError if a layer gives other outputs when it is called again, or with other samples in the batch."""
+    for name, module in model.named_modules():
+        dropout = isinstance(module, _DropoutNd) and module.p > 0
+        if module.training and (dropout or isinstance(module, _BatchNorm)):
+            raise ValueError(
+                f"`model` has a {type(module).__name__} in train mode, {name}, whose outputs depend on "
+                f"{'chance' if dropout else 'the other samples of the batch'}: call `model.eval()` before"
+            )
 
 
 def check_differentiable(model: nn.Module) -> None:

@@ -43,13 +43,13 @@ class ConjugateGradients(DampedSystem):
 
     def step(self, damping: float) -> torch.Tensor:
         shift = damping * self.diagonal + self.decay
-        precondition = self._preconditioner(shift, damping)
+        precondition = self.processes.agreed(self._preconditioner, shift, damping)
         step, rest = torch.zeros_like(self.gradient), -self.gradient
         direction = torch.zeros_like(rest)
         gains: list[float] = []  # by which δᵀAδ grows
         before = 1.0  # the squared preconditioned norm of `rest`, one product ago
         for number in range(_MOST_PRODUCTS):
-            conditioned = self.processes.of_first(precondition(rest))
+            conditioned = self.processes.of_first(self.processes.agreed(precondition, rest))
             now = (rest @ conditioned).item()
             direction = conditioned + (now / before if number else 0.0) * direction
             image = self.processes.sum(self.product(direction)) + shift * direction

@@ -50,14 +50,19 @@ class DampedSystem(ABC):
 
     def __init__(self, equation: Equation) -> None:
         blocks, self.residuals, self.rest, self.decay, _, self.processes = equation
-        gradient, squares, done = torch.zeros_like(self.rest), torch.zeros_like(self.rest), 0
-        for block in blocks:
-            rows = slice(done, done + len(block))
-            gradient.addmv_(block.T, self.residuals[rows])
-            for part in block.split(64):  # a few rows: squares of a block would take as much memory as the block
-                squares += part.square().sum(dim=0)
-            self._keep(block, rows)
-            done = rows.stop
+        gradient, squares = torch.zeros_like(self.rest), torch.zeros_like(self.rest)
+
+        def read() -> None:
+            done = 0
+            for block in blocks:
+                rows = slice(done, done + len(block))
+                gradient.addmv_(block.T, self.residuals[rows])
+                for part in block.split(64):  # a few rows: squares of a block would take as much memory as the block
+                    squares.add_(part.square().sum(dim=0))
+                self._keep(block, rows)
+                done = rows.stop
+
+        self.processes.agreed(read)
         self.processes.sum(gradient)
         self.scale = self.processes.sum(squares).mean().item()
         self.gradient, self.squares = gradient + self.rest, squares + self.decay
@@ -97,11 +102,11 @@ class NormalEquations(DampedSystem):
         self.matrix.add_products(block)
 
     def step(self, damping: float) -> torch.Tensor:
-        step = torch.zeros_like(self.gradient)
-        if self.processes.is_first:
-            factor = self.matrix.factor(damping * self.diagonal + self.decay)
-            step = step if factor is None else -factor.solved(self.gradient)
-        return self.processes.of_first(step)
+        def solved() -> torch.Tensor:
+            factor = self.matrix.factor(damping * self.diagonal + self.decay) if self.processes.is_first else None
+            return torch.zeros_like(self.gradient) if factor is None else -factor.solved(self.gradient)
+
+        return self.processes.of_first(self.processes.agreed(solved))
 
 
 class Rows:

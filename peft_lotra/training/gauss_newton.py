@@ -31,7 +31,8 @@ class GaussNewtonResult:
         damping: λ for the next iteration.
         iterations: the number of iterations done, with those of the fit that was resumed.
         reason: why the fit ended: "iterations", "gradient", "loss", "damping" (no step reduces the loss any more),
-            "seconds", "callback", "validation" or "interrupted". In a callback it is "running".
+            "not finite" (residuals or derivatives after the first iteration), "seconds", "callback", "validation" or
+            "interrupted". In a callback it is "running".
         validation_losses: what `validation` gives at the start and after every iteration.
         parameters: values of θ that a resumed fit needs and the model does not hold: "start" with `weight_decay`,
             "last" and "best" with validation.
@@ -61,6 +62,7 @@ def fit_gauss_newton(
     patience: int | None = None,
     max_memory: int = 2**32,
     across_processes: bool | None = None,
+    raise_on_nan: bool = False,
     progressbar: bool = True,
     callback: Callable[[GaussNewtonResult], Any] | None = None,
     resume_from: GaussNewtonResult | None = None,
@@ -93,7 +95,7 @@ def fit_gauss_newton(
 
     Args:
         model: the model to fit. Tensors that do not require gradients stay as they are, and so does `.grad`. Dropout
-            must be off.
+            and BatchNorm must be in eval mode.
         residual_fn: `residual_fn(net, batch)` returns the residuals of a batch, shape (N, ...). The residuals of
             a sample must depend on this sample alone. Call `net` like the model, and take its derivatives with
             `torch.func`, not with `torch.autograd.grad`. For several kinds of residuals, such as those of an equation
@@ -138,6 +140,8 @@ def fit_gauss_newton(
         across_processes: this must be given if torch.distributed (or accelerate) runs several processes. True: all
             processes make one fit. `data` is then this process's part, which may differ in size from others, means are
             over all samples, and all processes end with the same parameters. False: this process makes its own fit.
+        raise_on_nan: whether residuals or derivatives that are not finite, after the first iteration, are an error. If
+            not, the fit ends with a warning. In the first iteration they are always an error.
         callback: a function that is called after every iteration with the result so far. The model then holds the new
             parameters. If it returns a true value, the fit ends.
         resume_from: the result of an earlier call, which this call continues, bit for bit as if that call had not
@@ -152,10 +156,11 @@ def fit_gauss_newton(
     Raises:
         ValueError, TypeError: naming the argument, the value and the way out. The first iteration checks before it
             changes anything.
+        RuntimeError: if another process of the fit raised an error, which is quoted.
 
     Warns:
-        UserWarning: if fixed data give less than 2 residuals (or labels) for each trained number, and neither
-            validation nor `weight_decay` is given.
+        UserWarning: if the fit ends because something is not finite; if fixed data give less than 2 residuals (or
+            labels) for each trained number, and neither validation nor `weight_decay` is given.
 
     Source: ours; generalised Gauss–Newton is Schraudolph's (2002), the damping is Levenberg's and Marquardt's.
     """
@@ -187,7 +192,8 @@ def fit_gauss_newton(
             for iteration in range(first, iterations):
                 batch = processes.agreed(data, iteration) if callable(data) else data
                 if evaluation is None or callable(data):
-                    evaluation = problem.checked(theta, batch, first=iteration == first)
+                    is_first = iteration == first
+                    evaluation = problem.checked(theta, batch, True) if is_first else problem.evaluate(theta, batch)
                 result = replace(result, losses=result.losses or (evaluation.total,))
                 if not result.validation_losses:
                     measured = _measured(validation, problem, theta, first=True)
@@ -199,6 +205,8 @@ def fit_gauss_newton(
                     _warn_of_few(problem.fitted(evaluation), len(theta))
                 if why is not None:
                     reason = why
+                    if why == "not finite":
+                        _tell(problem.not_finite(found), iteration, raise_on_nan)
                     break
                 before, after, now = evaluation.total, found.total, found.theta
                 measured = (*result.validation_losses, *_measured(validation, problem, now))
@@ -274,6 +282,16 @@ def _number(function: Callable[[nn.Module], Any], model: nn.Module) -> float:
     if not isinstance(value, Real):
         raise TypeError(f"`validation` should return one number (lower is better), but it gave {value!r}")
     return float(value)
+
+
+def _tell(what: str, iteration: int, is_error: bool) -> None:
+    text = (
+        f"{what} are not finite in iteration {iteration + 1}, so the fit ends there. The model holds its last good "
+        "parameters. Look at the data of that iteration, and at roots and quotients in `residual_fn`"
+    )
+    if is_error:
+        raise ValueError(text)
+    warnings.warn(text, stacklevel=3)
 
 
 def _warn_of_few(fitted: int, numbers: int) -> None:

@@ -34,30 +34,36 @@ def iterate(
         tolerance: the cosine between a column of J and r at which θ stays.
 
     Returns:
-        The Evaluation of θ + αδ, λ for the next iteration, and None; or `point`, λ, and why θ stays, "gradient" or
-        "damping".
+        The Evaluation of θ + αδ, λ for the next iteration, and None; or an Evaluation, λ, and why θ stays: "gradient",
+        "damping" (no λ reduces the loss), or "not finite" (derivatives at θ, or residuals after each step).
     """
+    if not math.isfinite(point.total):
+        return point, damping, "not finite"
     system = damped_system(problem, point)
-    _check(system, first)
+    if first:
+        _check(system)
+    if not math.isfinite(system.scale):
+        return point, damping, "not finite"
     if system.cosine(point.total) <= tolerance:
         return point, damping, "gradient"
-    tried = damping
+    tried, found, any_finite = damping, point, False
     while tried <= _MOST_DAMPING:
         step = system.step(tried)
         found = problem.evaluate(point.theta + rate * step.to(point.theta), point.batch)
         gain = point.total - found.total
+        any_finite = any_finite or math.isfinite(gain)
         if gain > 0:  # false for NaN
             if gain > system.predicted_gain(step, tried, rate) / 4:
                 tried = max(tried / _DECREASE, _LEAST_DAMPING)
             return found, tried, None
         tried = max(tried, _LEAST_DAMPING) * _INCREASE
-    return point, damping, "damping"
+    return (point, damping, "damping") if any_finite else (found, damping, "not finite")
 
 
-def _check(system: DampedSystem, first: bool) -> None:
+def _check(system: DampedSystem) -> None:
     if not math.isfinite(system.scale):
         raise ValueError("`residual_fn` has derivatives that are not finite at the present parameters of `model`")
-    if not first or system.scale:
+    if system.scale:
         return
     if not system.gradient.any():
         raise ValueError(
@@ -86,7 +92,7 @@ def damped_system(problem: Problem, point: Evaluation) -> DampedSystem:
         ValueError: if `max_memory` is less than every form needs.
     """
     size, count, dtype, processes = len(point.theta), len(point.residuals), point.theta.dtype, problem.processes
-    rows, rest = problem.rows(point), problem.rest(point)
+    rows, rest = processes.agreed(problem.rows, point), problem.rest(point)
     equation = Equation(rows, point.residuals, rest, problem.weight_decay, dtype, processes)
     vectors = 8 * (_OF_PARAMETERS * size + _OF_RESIDUALS * count)
     held = vectors + max(problem.chunks.budget, problem.chunks.of_one)
@@ -100,7 +106,7 @@ def damped_system(problem: Problem, point: Evaluation) -> DampedSystem:
 
     def product(vector: torch.Tensor) -> torch.Tensor:
         try:
-            return problem.product(point, vector)
+            return processes.agreed(problem.product, point, vector)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # residuals and their gradients have been computed before

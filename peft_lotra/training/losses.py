@@ -190,6 +190,22 @@ class Given(ConvexLoss):
     def residual(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
         return torch.zeros_like(self.factor(outputs, targets)[..., 0, :])
 
+    def check_gradient(self, outputs: torch.Tensor, targets: Any) -> None:
+        """Raise ValueError if `gradient` is not the derivative of `value`, where autograd can differentiate that."""
+        with torch.enable_grad():
+            own = outputs.detach().clone().requires_grad_()
+            value = self.value(own, targets).sum()
+        if not value.requires_grad:
+            return
+        (expected,) = torch.autograd.grad(value, own)
+        found = self.gradient(outputs, targets)
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()):
+            raise ValueError(
+                "`loss.gradient` should be the derivative of `loss.value` by the outputs of each sample, without a "
+                f"mean over samples, but it gives {found[0].tolist()} for the first one, and autograd "
+                f"{expected[0].tolist()}"
+            )
+
     def _answer(self, method: str, outputs: torch.Tensor, targets: Any, shape: tuple[Any, ...]) -> torch.Tensor:
         answer = getattr(self.loss, method)(outputs, targets)
         found = tuple(answer.shape) if isinstance(answer, torch.Tensor) else ()

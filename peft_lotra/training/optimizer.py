@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,7 +92,10 @@ class GaussNewton(torch.optim.Optimizer):
             problem.start = torch.cat([self.state[p]["start"].flatten() for p in problem.trained.values()])
         evaluation = problem.checked(problem.parameters(), batch, first=not self._checked)
         if group["lr"]:  # schedules may begin or end with 0, where no λ would give a gain
-            found, damping, _ = iterate(problem, evaluation, group["damping"], not self._checked, rate=group["lr"])
+            found, damping, why = iterate(problem, evaluation, group["damping"], not self._checked, rate=group["lr"])
             self._checked, group["damping"] = True, damping
+            if why == "not finite":
+                warnings.warn(f"{problem.not_finite(found)} are not finite: the parameters stay", stacklevel=2)
+                return evaluation.total
             problem.write(found.theta)
         return evaluation.total

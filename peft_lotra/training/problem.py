@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..placement.sharded import check_not_sharded
 from ..preserved import check_model
 from .answers import Kind, Net, at, weighted
-from .checks import check_differentiable
+from .checks import check_differentiable, check_repeatable
 from .losses import CrossEntropy, Given, checked_losses
 from .memory import Chunks
 from .processes import Processes
@@ -136,7 +136,12 @@ class Problem:
             leaves = tree_leaves(part)
             shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             if not all(isinstance(leaf, torch.Tensor) and leaf.ndim for leaf in leaves):
-                raise TypeError(f"`{argument}{at(name)}` should be made of tensors with a batch axis, not {shapes}")
+                arrays = any(hasattr(leaf, "__array__") and not isinstance(leaf, torch.Tensor) for leaf in leaves)
+                cure = ": convert arrays by `torch.as_tensor`" if arrays else ""
+                given = [leaf if isinstance(leaf, float | int | tuple) else type(leaf).__name__ for leaf in shapes]
+                raise TypeError(
+                    f"`{argument}{at(name)}` should be made of tensors with a batch axis, not {given}{cure}"
+                )
             rows = {len(leaf) for leaf in leaves}
             if len(rows) != 1 or rows == {0}:
                 raise ValueError(f"`{argument}{at(name)}` should have one number of rows, above zero, not {shapes}")
@@ -177,17 +182,35 @@ class Problem:
         return found
 
     def _explained(self, theta: torch.Tensor, batch: Any, argument: str) -> dict[str, Values]:
-        """`_values`, with an error that says so if autograd's recording is all that `residual_fn` lacks."""
+        """`_values`, with an error that says what `residual_fn` lacks: autograd's recording, or one dtype."""
         try:
             return self._values(theta, batch, argument)
         except RuntimeError as error:
             with suppress(RuntimeError), torch.enable_grad():
                 self._values(theta, batch, argument)
                 raise ValueError("`residual_fn` should take derivatives of `net` with `torch.func`") from error
+            given = {leaf.dtype for leaf in tree_leaves(batch) if leaf.is_floating_point()}
+            if given - {theta.dtype}:
+                (dtype,) = list(given - {theta.dtype})[:1]
+                raise ValueError(
+                    f"`residual_fn` fails ({error}), and `{argument}` has tensors of {dtype} beside a model of "
+                    f"{theta.dtype}: convert one of them, as by `x.to({theta.dtype})` or `model.to({dtype})`"
+                ) from error
             raise
+
+    def not_finite(self, found: Evaluation) -> str:
+        """What is not finite at θ, or in which data, for an error or a warning."""
+        parts = found.residuals.split(found.kinds)
+        lacking = self.processes.any(*[not part.isfinite().all().item() for part in parts])
+        named = [f"`data{at(name)}`" for name, lacks in zip(found.counts, lacking, strict=True) if lacks]
+        if named:
+            return f"the residuals of {' and of '.join(named)}"
+        return "the derivatives of the residuals" if math.isfinite(found.total) else "the loss"
 
     def checked(self, theta: torch.Tensor, batch: Any, first: bool, argument: str = "data") -> Evaluation:
         """`evaluate`, checked: the result is finite. If `first`, samples alone also give the same as in a batch."""
+        if first:
+            check_repeatable(self.model)
         found = self.evaluate(theta, batch, argument)
         self.processes.agreed(self._check, found, first, argument)
         return found
@@ -206,7 +229,10 @@ class Problem:
             # fresh adapter is zero.
             net = self._net(self._named(1.1 * found.theta + 0.1 * found.theta.abs().mean()))
             for kind in self._kinds(found.batch, argument):
-                _check_separate(kind._replace(batch=kind.first(4)), net)
+                few = kind._replace(batch=kind.first(4))
+                _check_separate(few, net)
+                if isinstance(kind.loss, Given):
+                    kind.loss.check_gradient(*few.answer(net, few.batch)[:2])
 
     def rows(self, point: Evaluation) -> Iterator[torch.Tensor]:
         """Blocks of rows of R, in the order of r, in fp64. shape: (rows, P)"""
@@ -258,9 +284,10 @@ class Problem:
             return weighted(weights / 2, kind.loss.gradient(outputs_now, targets))
 
         given = [kind for kind in self._kinds(point.batch) if isinstance(kind.loss, Given)]
-        found = self._pulled_back(point, "gradient", given, of_outputs)
         if given:
-            self.processes.sum(found)
+            found = self.processes.sum(self.processes.agreed(self._pulled_back, point, "gradient", given, of_outputs))
+        else:
+            found = torch.zeros_like(point.theta, dtype=torch.float64)
         return found + self.weight_decay * self.away(point.theta) if self.weight_decay else found
 
     def _pulled_back(self, point: Evaluation, what: str, kinds: list[Kind], of_outputs: OfOutputs) -> torch.Tensor:
@@ -293,7 +320,14 @@ def _values(kind: Kind, net: Net, part: Any) -> Values:
 @torch.no_grad()
 def _check_separate(kind: Kind, net: Net) -> None:
     together = kind.outputs(net, kind.batch)
-    alone = torch.cat([kind.outputs(net, row) for row in kind.chunks(1)])
+    singles = [kind.outputs(net, row) for row in kind.chunks(1)]
+    if singles[0].shape[1:] != together.shape[1:]:
+        raise ValueError(
+            f"`residual_fn{at(kind.name)}` gives {kind.noun} of the shape {tuple(together.shape)} for "
+            f"{len(together)} samples and {tuple(singles[0].shape)} for one. A difference of the shapes (N, 1) and "
+            "(N,) has the shape (N, N): give both the same axes, as by `y[:, None]`"
+        )
+    alone = torch.cat(singles)
     if not torch.allclose(together, alone, rtol=1e-2, atol=1e-2 * together.abs().max().item()):
         raise ValueError(
             f"`residual_fn{at(kind.name)}` should compute the {kind.noun} of a sample from this sample alone, but the "

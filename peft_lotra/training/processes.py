@@ -66,11 +66,13 @@ class Processes:
             result, error = [function(*args)], None
         except (Exception, KeyboardInterrupt) as raised:
             result, error = [], raised
-        (failed,) = self.any(error is not None)
-        if error is not None:
-            raise error
-        if failed:
-            raise RuntimeError("`fit_gauss_newton` failed in another process, whose error says why")
+        if any(self.any(error is not None)):
+            told: list[Any] = [None] * self.count
+            distributed.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
+            if error is not None:
+                raise error
+            rank = next(rank for rank, text in enumerate(told) if text is not None)
+            raise RuntimeError(f"the fit failed in process {rank}, so it ends in all of them: {told[rank]}")
         return result[0]
 
     def check_same(self, model: nn.Module) -> None:
