@@ -186,7 +186,7 @@ def oracle_step(model, mean_loss, x, targets, damping, decay=0.0):
     H_o = torch.autograd.functional.hessian(in_outputs, o.flatten())
     g = J.T @ torch.autograd.functional.jacobian(in_outputs, o.flatten())
     H = J.T @ H_o @ J
-    D = torch.diag(H.diagonal() + 1e-3 * H.diagonal().mean() + 2 * decay)
+    D = torch.diag(H.diagonal() + 1e-2 * H.diagonal().mean() + 2 * decay)
     return -torch.linalg.solve(H + 2 * decay * torch.eye(len(H)) + damping * D, g)
 
 

@@ -87,7 +87,7 @@ def oracle_step(model, residual_fn, data, damping):
     J = torch.autograd.functional.jacobian(residuals, trained(model)).numpy()
     r = residuals(trained(model)).detach().numpy()
     squares = (J**2).sum(axis=0)
-    damped = np.diag(np.sqrt(damping * (squares + 1e-3 * squares.mean())))
+    damped = np.diag(np.sqrt(damping * (squares + 1e-2 * squares.mean())))
     return np.linalg.lstsq(np.vstack([J, damped]), np.concatenate([-r, np.zeros(J.shape[1])]), rcond=None)[0]
 
 
@@ -340,11 +340,6 @@ def test_the_first_loss_is_known_where_the_first_step_is_interrupted(monkeypatch
     result = fit(model)
     loss = regression(model, points(60)).square().sum().item() / 60
     assert (result.reason, result.iterations, result.losses) == ("interrupted", 0, (approx(loss, rel=1e-12),))
-
-
-def test_progress_bar(capfd):
-    fit_gauss_newton(adapted(), regression, points(60), iterations=2)
-    assert "2/2" in capfd.readouterr().err
 
 
 X = points(8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +82,17 @@ class Kind(NamedTuple):
         if not (weight.isfinite() & (weight >= 0)).all():
             raise ValueError(f"{should} weights of at least 0, but they go from {weight.min()} to {weight.max()}")
         return outputs.double(), targets, weight.double()
+
+
+def is_batches(data: Any) -> bool:
+    """Whether the data are an iterable of batches, such as a DataLoader, and not a batch or a function."""
+    batch = isinstance(data, torch.Tensor | tuple | list | Mapping | str) or hasattr(data, "__array__")
+    return isinstance(data, Iterable) and not batch and not callable(data)
+
+
+def first_of(data: Any) -> Any:
+    """The batch, or the first of several."""
+    return next(iter(data)) if is_batches(data) else data
 
 
 def weighted(weights: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

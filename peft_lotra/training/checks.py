@@ -16,7 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 def check_numbers(**arguments: tuple[Any, float]) -> None:
     """Raise ValueError unless each argument, given by name as (value, bound), is a number that respects its bound."""
     for name, (value, bound) in arguments.items():
-        whole = name in ("iterations", "patience", "max_memory")
+        whole = name in ("iterations", "patience", "max_memory", "every")
         above = not whole and not name.endswith(("tolerance", "decay"))
         if value is None and name in ("max_seconds", "patience"):
             continue

@@ -17,7 +17,7 @@ from .processes import Processes
 # How many numbers of J are converted to fp64 at one time: 16 MiB.
 COLUMN_NUMBERS = 2**21
 # D = diag(JᵀJ + cI) + _FLOOR · (mean of diag(JᵀJ)) · I
-_FLOOR = 1e-3
+_FLOOR = 1e-2
 
 
 class Equation(NamedTuple):
@@ -41,7 +41,7 @@ class Equation(NamedTuple):
 
 
 class DampedSystem(ABC):
-    """(JᵀJ + cI + λD) δ = −(Jᵀr + v) with D = diag(JᵀJ + cI) + 10⁻³ · (mean of diag(JᵀJ)) · I.
+    """(JᵀJ + cI + λD) δ = −(Jᵀr + v) with D = diag(JᵀJ + cI) + 10⁻² · (mean of diag(JᵀJ)) · I.
 
     Attributes:
         scale: the mean of diag(JᵀJ).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from .answers import Function, Loss
 from .checks import check_callable, check_numbers
 from .iteration import iterate
 from .problem import Problem
+from .progress import Progress
+from .resuming import Checkpoint, check_same_fit, fingerprint, of_parameters
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class GaussNewtonResult:
         validation_losses: what `validation` gives at the start and after every iteration.
         parameters: values of θ that a resumed fit needs and the model does not hold: "start" with `weight_decay`,
             "last" and "best" with validation.
+        fingerprint: of the model, the data and the other arguments, by name: what has to be the same to go on.
     """
 
     losses: tuple[float, ...]
@@ -44,6 +47,7 @@ class GaussNewtonResult:
     reason: str
     validation_losses: tuple[float, ...] = ()
     parameters: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
 
 
 def fit_gauss_newton(
@@ -66,11 +70,13 @@ def fit_gauss_newton(
     progressbar: bool = True,
     callback: Callable[[GaussNewtonResult], Any] | None = None,
     resume_from: GaussNewtonResult | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    every: int = 10,
 ) -> GaussNewtonResult:
     """θ ← θ + δ with (JᵀJ + λD) δ = −Jᵀr, for the loss Σ_kinds mean over samples of ‖residual‖².
 
     This is Gauss–Newton with Levenberg–Marquardt damping. θ are the P parameters of the model that require gradients:
-    those of the trainable adapter, or of a plain KAN. r holds the R residuals, J = ∂r/∂θ, and D = diag(JᵀJ) + 10⁻³ ·
+    those of the trainable adapter, or of a plain KAN. r holds the R residuals, J = ∂r/∂θ, and D = diag(JᵀJ) + 10⁻² ·
     (its mean) · I. If R < P, the same δ is computed as −D⁻¹Jᵀ(JD⁻¹Jᵀ + λI)⁻¹r. Sums of squares and the solution are in
     fp64, whatever the dtype of the model. λ grows until a step reduces the loss. It falls after a step that gains at
     least a quarter of what was predicted. The Tucker form is redundant: J is zero along some directions, and λ keeps θ
@@ -108,7 +114,9 @@ def fit_gauss_newton(
             number of the iteration to such data: fresh points in every iteration keep a fit from learning its points
             by heart. A step still fits the points of its iteration by heart if they give fewer than 2 residuals for
             each trained number. That is cheap, and good enough at first. Use four times as many points in the last
-            fifth of the iterations.
+            fifth of the iterations. Or an iterable of batches, such as a DataLoader with `shuffle=False`, for data
+            that do not fit into memory: they are read once for J and once for each λ that is tried, and count as one
+            batch.
         loss: the loss of all kinds, or a mapping from the same names:
 
             | loss | ℓ(o, y) | outputs | targets |
@@ -143,10 +151,16 @@ def fit_gauss_newton(
         raise_on_nan: whether residuals or derivatives that are not finite, after the first iteration, are an error. If
             not, the fit ends with a warning. In the first iteration they are always an error.
         callback: a function that is called after every iteration with the result so far. The model then holds the new
-            parameters. If it returns a true value, the fit ends.
+            parameters. If it returns a true value, the fit ends. For accelerate's trackers: `lambda now:
+            accelerator.log({"loss": now.losses[-1]}, step=now.iterations)`.
         resume_from: the result of an earlier call, which this call continues, bit for bit as if that call had not
-            ended. The model must be as that call left it, and the other arguments must be the same. The result holds
-            θ₀ and the parameters of the last iteration if they are needed.
+            ended. The model must be as that call left it, and the other arguments must be the same: model, data,
+            names of functions and losses are compared. The result holds θ₀ and the parameters of the last iteration if
+            they are needed.
+        checkpoint_dir: a folder for `gauss_newton.pt`, which holds the state of the fit: the trained numbers, λ,
+            losses and the states of random generators. If it is there, the fit goes on from it, to the same bits. It
+            is complete or absent, whenever the process is killed.
+        every: the iterations between two checkpoints. There is one at the end, too.
 
     Returns:
         Losses, damping, the number of iterations, and why the fit ended. Ctrl-C ends it, too
@@ -167,26 +181,26 @@ def fit_gauss_newton(
     check_numbers(
         iterations=(iterations, 1), damping=(damping, 0), gradient_tolerance=(gradient_tolerance, 0),
         loss_tolerance=(loss_tolerance, 0), weight_decay=(weight_decay, 0), max_seconds=(max_seconds, 0),
-        patience=(patience, 1), max_memory=(max_memory, 1),
+        patience=(patience, 1), max_memory=(max_memory, 1), every=(every, 1),
     )  # fmt: skip
-    if callback is not None:
-        check_callable("callback", callback, "a function of one GaussNewtonResult", "a result")
-    if callable(validation):
-        check_callable("validation", validation, "data, or a function of one model", "a model")
-    if patience is not None and validation is None:
-        raise ValueError(f"`patience` is {patience!r}, but there is no `validation` to wait for: give it, too")
+    _check_together(callback, validation, patience, resume_from, checkpoint_dir)
     problem = Problem(model, residual_fn, loss, weight_decay, max_memory, across_processes)
     processes = problem.processes
     names = ("start",) * bool(weight_decay) + ("last", "best") * (validation is not None)
-    result = _started(resume_from, damping, names, problem.start)
+    prints = fingerprint(problem, data, validation)
+    checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, every, problem)
+    loaded = None if checkpoint is None else checkpoint.load(prints)
+    if loaded is None:
+        result, theta = _started(resume_from, damping, names, problem.start, prints), problem.start
+    else:
+        result, theta = GaussNewtonResult(**loaded[0]), loaded[1]
     held = {name: problem.start.new_tensor(values) for name, values in result.parameters.items()}
-    theta = held.get("last", problem.start)
+    theta = held.get("last", theta)
     best, problem.start = held.get("best", theta), held.get("start", problem.start)
     first, evaluation, reason = result.iterations, None, "iterations"
 
     began = time.perf_counter()
-    shown = progressbar and processes.is_first
-    progress = tqdm(total=iterations, initial=first, disable=not shown, unit="iteration", dynamic_ncols=True)
+    progress = Progress(progressbar and processes.is_first, first, iterations)
     with processes.interrupts_kept():
         try:
             for iteration in range(first, iterations):
@@ -214,13 +228,14 @@ def fit_gauss_newton(
                 now_best = now if since == 0 else best
                 parameters = _kept(names, start=problem.start, last=now, best=now_best)
                 new = GaussNewtonResult(
-                    (*result.losses, after), damping, iteration + 1, "running", measured, parameters
+                    (*result.losses, after), damping, iteration + 1, "running", measured, parameters, prints
                 )
                 # One statement, so that an interrupt finds all values old or all new.
                 theta, best, evaluation, result = now, now_best, found, new
                 problem.write(theta)
-                progress.update()
-                progress.set_postfix_str(f"loss {after:.2e}, damping {damping:.0e}", refresh=False)
+                progress.update(iteration + 1, after, damping)
+                if checkpoint is not None:
+                    checkpoint.after(result, theta)
                 called = callback is not None and bool(processes.agreed(callback, result))
                 late = max_seconds is not None and time.perf_counter() - began >= max_seconds
                 interrupted, called, late = processes.any(processes.interrupted, called, late)
@@ -239,13 +254,31 @@ def fit_gauss_newton(
         finally:
             problem.write(best)  # an exception may have come during a write
             progress.close()
-    return replace(result, reason=reason)
+    if checkpoint is not None and result.iterations > first:
+        checkpoint.save(result, theta)
+    # Without "last", a fit that goes on finds θ in the model.
+    own = {} if "last" in names else {"parameters": of_parameters(theta)}
+    return replace(result, reason=reason, fingerprint={**prints, **own})
 
 
-def _started(resume_from: Any, damping: float, names: tuple[str, ...], theta: torch.Tensor) -> GaussNewtonResult:
+def _check_together(callback: Any, validation: Any, patience: Any, resume_from: Any, checkpoint_dir: Any) -> None:
+    if callback is not None:
+        check_callable("callback", callback, "a function of one GaussNewtonResult", "a result")
+    if callable(validation):
+        check_callable("validation", validation, "data, or a function of one model", "a model")
+    if patience is not None and validation is None:
+        raise ValueError(f"`patience` is {patience!r}, but there is no `validation` to wait for: give it, too")
+    if checkpoint_dir is not None and resume_from is not None:
+        raise ValueError("`resume_from` and `checkpoint_dir` both say where to go on: give one of them")
+
+
+def _started(
+    resume_from: Any, damping: float, names: tuple[str, ...], theta: torch.Tensor, prints: dict[str, str]
+) -> GaussNewtonResult:
     """The result from which the fit starts, with these `parameters`."""
     if resume_from is None:
-        return GaussNewtonResult((), damping, 0, "running", (), _kept(names, start=theta, last=theta, best=theta))
+        kept = _kept(names, start=theta, last=theta, best=theta)
+        return GaussNewtonResult((), damping, 0, "running", (), kept, prints)
     if not isinstance(resume_from, GaussNewtonResult):
         raise TypeError(f"`resume_from` should be a GaussNewtonResult but the value passed is {resume_from!r}")
     held = {name: len(values) for name, values in resume_from.parameters.items()}
@@ -254,6 +287,7 @@ def _started(resume_from: Any, damping: float, names: tuple[str, ...], theta: to
             "`resume_from` should come from a call with the same `model`, `weight_decay` and `validation`: these need "
             f"the numbers of parameters {dict.fromkeys(names, len(theta))}, but this result holds {held}"
         )
+    check_same_fit("resume_from", resume_from.fingerprint, {**prints, "parameters": of_parameters(theta)})
     return resume_from
 
 

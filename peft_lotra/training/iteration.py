@@ -128,7 +128,7 @@ def damped_system(problem: Problem, point: Evaluation) -> DampedSystem:
             f"trained numbers and {count} residuals, and {needed(_normal_equations_bytes(size))} for steps without "
             f"conjugate gradients, but the value passed is {problem.max_memory}: give more, or take fewer of either"
         )
-    return ConjugateGradients(equation, product, drawn, point.kinds)
+    return ConjugateGradients(equation, product, drawn, [number for _, number in point.kinds])
 
 
 def _normal_equations_bytes(size: int) -> int:

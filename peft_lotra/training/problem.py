@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..placement.sharded import check_not_sharded
 from ..preserved import check_model
-from .answers import Kind, Net, at, weighted
+from .answers import Kind, Net, at, first_of, is_batches, weighted
 from .checks import check_differentiable, check_repeatable
 from .losses import CrossEntropy, Given, checked_losses
 from .memory import Chunks
@@ -36,7 +36,8 @@ class Evaluation(NamedTuple):
         loss: the sum over all kinds, in all processes.
         total: the loss with the prior.
         residuals: r of this process, shape (R,).
-        kinds: how many of these residuals belong to each kind, in their order.
+        kinds: the kinds of these residuals in their order, with how many belong to each; again for each of several
+            batches.
         counts: over how many samples each kind's mean is taken, in all processes.
     """
 
@@ -45,7 +46,7 @@ class Evaluation(NamedTuple):
     loss: float
     total: float
     residuals: torch.Tensor
-    kinds: list[int]
+    kinds: list[tuple[str, int]]
     counts: dict[str, int]
 
 
@@ -126,6 +127,10 @@ class Problem:
         return net
 
     def _kinds(self, batch: Any, argument: str = "data") -> Iterator[Kind]:
+        if is_batches(batch):
+            for part in batch:
+                yield from self._kinds(part, argument)
+            return
         if self.several and not (isinstance(batch, Mapping) and set(batch) == set(self.functions)):
             raise ValueError(
                 f"`{argument}` should be a mapping with the keys of `residual_fn`, {sorted(self.functions)}, but it "
@@ -155,33 +160,36 @@ class Problem:
     @torch.no_grad()
     def evaluate(self, theta: torch.Tensor, batch: Any, argument: str = "data") -> Evaluation:
         found = self.processes.agreed(self._explained, theta, batch, argument)
-        counts = dict(zip(found, map(int, self.processes.totals(n for _, _, n in found.values())), strict=True))
+        own = {name: sum(n for key, (_, _, n) in found if key == name) for name in self.functions}
+        counts = dict(zip(own, map(int, self.processes.totals(own.values())), strict=True))
         for name, count in counts.items():
             if not count:
                 raise ValueError(f"every label in `{argument}{at(name)}` is ignored: give labels to fit")
-        (loss,) = self.processes.totals([sum(total / counts[name] for name, (total, _, _) in found.items())])
+        (loss,) = self.processes.totals([sum(total / counts[name] for name, (total, _, _) in found)])
         decay = self.weight_decay
         prior = decay * self.away(theta).square().sum().item() if decay else 0.0
-        residuals = [roots / math.sqrt(counts[name]) for name, (_, roots, _) in found.items()]
-        return Evaluation(theta, batch, loss, loss + prior, torch.cat(residuals), list(map(len, residuals)), counts)
+        residuals = [roots / math.sqrt(counts[name]) for name, (_, roots, _) in found]
+        kinds = [(name, len(part)) for (name, _), part in zip(found, residuals, strict=True)]
+        return Evaluation(theta, batch, loss, loss + prior, torch.cat(residuals), kinds, counts)
 
     def fitted(self, point: Evaluation) -> int:
         """How many numbers are to be fitted, in all processes: residuals, outputs that have a target, or labels."""
-        numbers = dict(zip(point.counts, self.processes.totals(point.kinds), strict=True))
+        own = [sum(n for key, n in point.kinds if key == name) for name in point.counts]
+        numbers = dict(zip(point.counts, self.processes.totals(own), strict=True))
         for name, loss in self.losses.items():
             if isinstance(loss, CrossEntropy):  # P numbers separate about 2P labels (Cover, 1965, for two classes)
                 numbers[name] = point.counts[name]
         return int(sum(numbers.values()))
 
-    def _values(self, theta: torch.Tensor, batch: Any, argument: str) -> dict[str, Values]:
-        net, found = self._net(self._named(theta)), {}
+    def _values(self, theta: torch.Tensor, batch: Any, argument: str) -> list[tuple[str, Values]]:
+        net, found = self._net(self._named(theta)), []
         for kind in self._kinds(batch, argument):
             parts = self._by_chunks(kind, "values", partial(_values, kind, net))
             totals, roots, counted = zip(*parts, strict=True)
-            found[kind.name] = sum(totals), torch.cat(roots), sum(counted)
+            found.append((kind.name, (sum(totals), torch.cat(roots), sum(counted))))
         return found
 
-    def _explained(self, theta: torch.Tensor, batch: Any, argument: str) -> dict[str, Values]:
+    def _explained(self, theta: torch.Tensor, batch: Any, argument: str) -> list[tuple[str, Values]]:
         """`_values`, with an error that says what `residual_fn` lacks: autograd's recording, or one dtype."""
         try:
             return self._values(theta, batch, argument)
@@ -189,7 +197,8 @@ class Problem:
             with suppress(RuntimeError), torch.enable_grad():
                 self._values(theta, batch, argument)
                 raise ValueError("`residual_fn` should take derivatives of `net` with `torch.func`") from error
-            given = {leaf.dtype for leaf in tree_leaves(batch) if leaf.is_floating_point()}
+            leaves = tree_leaves(first_of(batch))
+            given = {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()}
             if given - {theta.dtype}:
                 (dtype,) = list(given - {theta.dtype})[:1]
                 raise ValueError(
@@ -200,8 +209,9 @@ class Problem:
 
     def not_finite(self, found: Evaluation) -> str:
         """What is not finite at θ, or in which data, for an error or a warning."""
-        parts = found.residuals.split(found.kinds)
-        lacking = self.processes.any(*[not part.isfinite().all().item() for part in parts])
+        parts = found.residuals.split([n for _, n in found.kinds])
+        own = {name for (name, _), part in zip(found.kinds, parts, strict=True) if not part.isfinite().all()}
+        lacking = self.processes.any(*[name in own for name in found.counts])
         named = [f"`data{at(name)}`" for name, lacks in zip(found.counts, lacking, strict=True) if lacks]
         if named:
             return f"the residuals of {' and of '.join(named)}"
@@ -228,11 +238,23 @@ class Problem:
             # Not at θ itself: the residuals of a fitted model may be rounding errors, which differ, and the core of a
             # fresh adapter is zero.
             net = self._net(self._named(1.1 * found.theta + 0.1 * found.theta.abs().mean()))
-            for kind in self._kinds(found.batch, argument):
+            for kind in self._kinds(first_of(found.batch), argument):
                 few = kind._replace(batch=kind.first(4))
                 _check_separate(few, net)
                 if isinstance(kind.loss, Given):
                     kind.loss.check_gradient(*few.answer(net, few.batch)[:2])
+            if is_batches(found.batch):
+                again = [roots for _, (_, roots, _) in self._values(found.theta, found.batch, argument)]
+                before = values.split([n for _, n in found.kinds])
+                same = len(again) == len(before) and all(
+                    len(a) == len(b) and torch.equal(a / math.sqrt(found.counts[name]), b)
+                    for a, b, (name, _) in zip(again, before, found.kinds, strict=True)
+                )
+                if not same:
+                    raise ValueError(
+                        f"`{argument}` should give the same batches whenever it is read, but the second reading gave "
+                        "others: use a DataLoader with `shuffle=False` and without random transforms"
+                    )
 
     def rows(self, point: Evaluation) -> Iterator[torch.Tensor]:
         """Blocks of rows of R, in the order of r, in fp64. shape: (rows, P)"""
@@ -257,9 +279,11 @@ class Problem:
             columns = [rows[name].detach().reshape(-1, p.numel()) for name, p in parameters.items()]
             return torch.cat(columns, dim=1).double().div_(math.sqrt(point.counts[kind.name]))
 
-        # A list: all kinds are measured before the first block is made.
-        parts = [self._by_chunks(kind, "rows", partial(of_chunk, kind)) for kind in self._kinds(point.batch)]
-        return chain.from_iterable(parts)
+        def parts(batch: Any) -> Iterator[Iterator[torch.Tensor]]:
+            return (self._by_chunks(kind, "rows", partial(of_chunk, kind)) for kind in self._kinds(batch))
+
+        list(parts(first_of(point.batch)))  # all kinds are measured before the first block is made
+        return chain.from_iterable(parts(point.batch))
 
     def product(self, point: Evaluation, vector: torch.Tensor) -> torch.Tensor:
         """RᵀR v by a forward and a reverse pass, without R, in fp64, with the rows of this process. shapes: (P,)"""
@@ -273,7 +297,7 @@ class Problem:
             wide = along.double().reshape(*factors.shape[:-1], 1)
             return (factors @ (factors.mT @ wide)).reshape(along.shape)
 
-        return self._pulled_back(point, "product", list(self._kinds(point.batch)), of_outputs)
+        return self._pulled_back(point, "product", self._kinds(point.batch), of_outputs)
 
     def rest(self, point: Evaluation) -> torch.Tensor:
         """The part of g/2 that Rᵀr lacks: of the prior, and of losses whose r is zero; in fp64. shape: (P,)"""
@@ -283,14 +307,14 @@ class Problem:
             outputs_now, targets, weights = kind.answer(self._net(self._named(point.theta)), chunk)
             return weighted(weights / 2, kind.loss.gradient(outputs_now, targets))
 
-        given = [kind for kind in self._kinds(point.batch) if isinstance(kind.loss, Given)]
-        if given:
+        if any(isinstance(loss, Given) for loss in self.losses.values()):
+            given = (kind for kind in self._kinds(point.batch) if isinstance(kind.loss, Given))
             found = self.processes.sum(self.processes.agreed(self._pulled_back, point, "gradient", given, of_outputs))
         else:
             found = torch.zeros_like(point.theta, dtype=torch.float64)
         return found + self.weight_decay * self.away(point.theta) if self.weight_decay else found
 
-    def _pulled_back(self, point: Evaluation, what: str, kinds: list[Kind], of_outputs: OfOutputs) -> torch.Tensor:
+    def _pulled_back(self, point: Evaluation, what: str, kinds: Iterable[Kind], of_outputs: OfOutputs) -> torch.Tensor:
         """Σ (∂outputs/∂θ)ᵀ · `of_outputs` / M over all samples of this process, in fp64. shape: (P,)"""
         parameters = self._named(point.theta)
         total = torch.zeros_like(point.theta, dtype=torch.float64)

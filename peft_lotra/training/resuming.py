@@ -1,0 +1,161 @@
+"""What a later call needs to go on with a fit: which fit it was, and a file of its state."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import distributed
+from torch.utils._pytree import tree_leaves
+
+from ..files.adapter_file import digest
+from .answers import first_of
+from .losses import Given
+from .problem import Problem
+
+if TYPE_CHECKING:
+    from .gauss_newton import GaussNewtonResult
+
+NAME = "gauss_newton.pt"
+_SOME = 2**12  # entries of each frozen tensor that are compared
+
+
+def fingerprint(problem: Problem, data: Any, validation: Any) -> dict[str, str]:
+    """What has to be the same for a fit to go on, by the name of the argument. Plain text, the same in all processes.
+
+    Of frozen parameters and buffers and of the data it takes some entries at equal distances, so that it costs little.
+    """
+    model = problem.model
+    others = {name: p for name, p in (*model.named_parameters(), *model.named_buffers()) if not p.requires_grad}
+    shapes = {name: list(p.shape) for name, p in problem.trained.items()}
+    losses = {
+        name: type(loss.loss if isinstance(loss, Given) else loss).__qualname__
+        for name, loss in problem.losses.items()
+    }
+    functions = {name: getattr(f, "__qualname__", type(f).__qualname__) for name, f in problem.functions.items()}
+    return {
+        "model": digest({name: _some(value) for name, value in others.items()}, shapes),
+        "residual_fn": str(functions),
+        "loss": str(losses),
+        "weight_decay": str(problem.weight_decay),
+        "data": _of_data(data),
+        "validation": _of_data(validation),
+    }
+
+
+def _of_data(data: Any) -> str:
+    if data is None or callable(data):
+        return "none" if data is None else "a function"
+    leaves = tree_leaves(first_of(data))
+    return digest({str(k): _some(leaf) for k, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}, {})
+
+
+def _some(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // _SOME)].cpu()
+
+
+def of_parameters(theta: torch.Tensor) -> str:
+    return digest({"": theta}, {})
+
+
+def check_same_fit(argument: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise ValueError, with what differs, unless both are of the same fit."""
+    other = [name for name in now if name in before and before[name] != now[name]]
+    if other:
+        differences = "; ".join(f"`{name}` was {before[name][:40]} and is {now[name][:40]}" for name in other)
+        raise ValueError(
+            f"`{argument}` is of another fit, and going on would mix the two: {differences}. Give what that fit had, "
+            f"or start a new one without its `{argument}`"
+        )
+
+
+class Checkpoint:
+    """The state of a fit in a folder, in one file that is complete or absent. The first process writes it."""
+
+    def __init__(self, folder: str | os.PathLike[str], every: int, problem: Problem) -> None:
+        self.path, self.every, self.problem, self.processes = Path(folder) / NAME, every, problem, problem.processes
+        self.processes.agreed(self.path.parent.mkdir, 0o777, True, True)
+
+    def after(self, result: GaussNewtonResult, theta: torch.Tensor) -> None:
+        """Write it if this iteration's turn has come."""
+        if result.iterations % self.every == 0:
+            self.save(result, theta)
+
+    def save(self, result: GaussNewtonResult, theta: torch.Tensor) -> None:
+        """Write it. Every process has to call this."""
+        own = _random_states()
+        states: list[Any] = [own] * self.processes.count
+        if self.processes.several:
+            distributed.all_gather_object(states, own)
+
+        def write() -> None:
+            if self.processes.is_first:
+                partial = self.path.with_name(f".{os.getpid()}-{NAME}")
+                try:
+                    torch.save({"result": asdict(result), "theta": theta.cpu(), "random": states}, partial)
+                    partial.replace(self.path)
+                finally:
+                    partial.unlink(missing_ok=True)
+
+        self.processes.agreed(write)
+
+    def load(self, fingerprint: Mapping[str, str]) -> tuple[dict[str, Any], torch.Tensor] | None:
+        """The fields of the result, and θ; None without a file. Random generators are set to where they were.
+
+        Raises:
+            ValueError: if the file is broken or of another fit. Nothing is set then.
+        """
+        return self.processes.agreed(self._load, fingerprint)
+
+    def _load(self, fingerprint: Mapping[str, str]) -> tuple[dict[str, Any], torch.Tensor] | None:
+        if not self.path.exists():
+            return None
+        try:
+            found = torch.load(self.path, weights_only=True)
+            fields, theta, states = found["result"], found["theta"], found["random"]
+        except Exception as error:  # pickle and zip raise types of their own
+            raise ValueError(
+                f"`checkpoint_dir`: {self.path} cannot be read ({error}): delete it to start anew"
+            ) from error
+        if len(states) != self.processes.count:
+            raise ValueError(
+                f"`checkpoint_dir`: {self.path} is of {len(states)} processes, but {self.processes.count} run now: "
+                "start as many, or delete it to start anew"
+            )
+        check_same_fit("checkpoint_dir", fields["fingerprint"], fingerprint)
+        start = self.problem.parameters()
+        if theta.shape != start.shape or theta.dtype != start.dtype:
+            raise ValueError(
+                f"`checkpoint_dir`: {self.path} has {len(theta)} numbers of {theta.dtype}, but `model` has "
+                f"{len(start)} of {start.dtype} to train: give the model of that fit, or another folder"
+            )
+        _set_random_states(states[distributed.get_rank() if self.processes.several else 0])
+        return fields, theta.to(start.device)
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Of torch on the CPU and the present accelerator, of Python, and of NumPy."""
+    import numpy as np
+
+    name, keys, *rest = np.random.get_state(legacy=True)
+    device = torch.accelerator.current_accelerator()
+    own = None if device is None else getattr(torch, device.type).get_rng_state()
+    return torch.get_rng_state(), own, random.getstate(), (name, np.asarray(keys).tolist(), *rest)
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    import numpy as np
+
+    of_torch, own, of_python, of_numpy = states
+    torch.set_rng_state(of_torch)
+    device = torch.accelerator.current_accelerator()
+    if own is not None and device is not None:
+        getattr(torch, device.type).set_rng_state(own)
+    random.setstate(of_python)
+    np.random.set_state(of_numpy)
