@@ -62,6 +62,19 @@ def test_budget_takes_the_largest_rank_that_fits(budget):
             assert total([*chosen[:k], at(shape, levels[k] + 1), *chosen[k + 1 :]]) > budget
 
 
+def test_small_layers_get_rank_four_unless_said_otherwise():
+    shapes = {"first": (2, 8, 8), "middle": (8, 8, 8), "last": (8, 1, 8), "tiny": (2, 5, 4)}
+    found = choose_ranks(shapes, {}, None, None)
+    assert found["first"] == (None, 4, None)
+    assert found["middle"] == (4, 4, None)
+    assert found["last"] == (None, None, None)
+    assert found["tiny"] == (None, None, None)
+    wide = shapes | {"wide": (128, 128, 8)}
+    assert min(choose_ranks(wide, {}, None, None)["wide"][:2]) > 4
+    assert choose_ranks(shapes, {"middle": (1, 1, 1)}, None, None)["middle"] == (1, 1, 1)
+    assert max(r or 0 for r in choose_ranks(shapes, {}, None, 0.2)["middle"]) < 4
+
+
 def test_short_modes_keep_a_rank():
     """Ranks in proportion to the modes would be (1, 6, 1), (6, 6, 1), (6, 1, 1) here."""
     ranks = choose_ranks(SHAPES, {}, None, 0.1)

@@ -82,7 +82,9 @@ def classes(other: bool) -> Task:
     x = points(800, 2)
     turned = torch.atan2(x[:, 1], x[:, 0]) / torch.pi + x.norm(dim=1) * (2.0 if other else 1.5)
     labels = (turned * 1.5).floor().long() % 3
-    wrong = torch.rand(len(x), generator=torch.Generator().manual_seed(101)) < 0.2  # no fit should reach a loss of zero
+    wrong = (
+        torch.rand(len(x), generator=torch.Generator().manual_seed(101)) < 0.2
+    )  # no fit should reach a loss of zero
     labels = torch.where(wrong, (labels + 1) % 3, labels)
     return Task(lambda net, data: (net(data[0]), data[1]), (x, labels), "cross_entropy")
 

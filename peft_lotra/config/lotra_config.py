@@ -33,8 +33,9 @@ class LoTRAConfig(ConfigFile):
         compression_ratio: a budget c in (0, 1] in place of `r`, for all adapted layers together: trained adapter
             parameters ≤ c · (number of coefficients). The ranks are the largest `r` that fits; then the lowest ranks
             are raised in turn while they fit. It is 0.1 if neither `r` nor `compression_ratio` is given and
-            `rank_pattern` does not name every layer. On a KAN that is too small for 0.1, the smallest adapter is taken
-            if there is no `rank_pattern`, with a warning.
+            `rank_pattern` does not name every layer; a layer whose rank of inputs or outputs would then be below 4
+            gets (4, 4, None), since with less a small layer learns little. If the adapter is above 0.2, a warning says
+            how large it is.
         alpha: a factor on the update. Unlike LoRA's `lora_alpha`, it is not divided by the rank. If it is 0, there is
             no update, and a warning says so.
         target_modules: the KAN layers to adapt: names or name endings, or a regular expression on the full name. None

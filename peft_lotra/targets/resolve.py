@@ -299,11 +299,12 @@ def warn_of_no_effect(config: LoTRAConfig, targets: list[Target]) -> None:
         count = core_count if config.freeze_factors else parameter_count
         trained = sum(count(shapes[target.parameter], target.ranks, config.terms) for target in targets)
         total = sum(map(math.prod, shapes.values()))
-        if trained > DEFAULT_COMPRESSION_RATIO * total:
+        if trained > 2 * DEFAULT_COMPRESSION_RATIO * total:
             warnings.warn(
-                f"a tenth of the {total} coefficients is less than any adapter of these {len(targets)} tensors: the "
-                f"smallest has {trained} numbers and is taken. For such a small KAN it is better to train all "
-                "coefficients, by `fit_gauss_newton` on the KAN itself",
+                f"the adapter has {trained} numbers, {trained / total:.0%} of the {total} coefficients of these "
+                f"{len(targets)} tensors: with less than the ranks (4, 4, whole), small layers learn little. Give `r` "
+                "or `compression_ratio` for another size; such a small KAN may also be trained as a whole, by "
+                "`fit_gauss_newton` on the KAN itself",
                 stacklevel=2,
             )
     idle = [target.parameter for target in targets if target.alpha == 0]

@@ -17,6 +17,7 @@ from .decomposition import Ranks, core_count, parameter_count
 from .spectrum import Spectrum
 
 DEFAULT_COMPRESSION_RATIO = 0.1  # "ten times fewer parameters", as in the source
+_LEAST_RANK = 4  # of inputs and outputs, without a budget of the caller's: with less, a small layer learns nothing
 
 
 def check_ranks(r: Any, name: str) -> int | Ranks:
@@ -64,7 +65,8 @@ def choose_ranks(
         fixed: ranks of some of the tensors.
         r: an upper bound, clipped to the modes of each tensor.
         compression_ratio: the budget for all tensors together, with those in `fixed`, as a fraction of the
-            coefficients. With None it is a tenth, or the smallest adapter if that is more and `fixed` is empty.
+            coefficients. With None it is a tenth, and a tensor whose rank of inputs or outputs would be below 4 gets
+            (4, 4, whole) instead, clipped to its modes, or is whole if that has fewer numbers.
         freeze_factors: whether only the cores count.
         terms: P of a family of tasks; else 0.
         slim: whether the factors replace the coefficients. A budget is then spent by `slim_ranks`.
@@ -120,8 +122,8 @@ def _budgeted(
     least = spent + sum(count(shape, ranks_at(shape, 1)) for shape in free.values())
     ratio = DEFAULT_COMPRESSION_RATIO if compression_ratio is None else compression_ratio
     budget = int(ratio * total + 1e-6)  # 0.29 · 100 is a little less than 29
-    if least > budget and compression_ratio is None and not fixed:
-        budget = least
+    if compression_ratio is None:
+        budget = max(budget, least)
     if least > budget:
         needed = "the ranks of `rank_pattern`, and rank 1 elsewhere, need" if fixed else "rank 1 needs"
         enough = math.ceil(1000 * least / total) / 1000
@@ -130,7 +132,15 @@ def _budgeted(
             f"`compression_ratio`={ratio} allows {budget} parameters for the {total} coefficients of "
             f"{len(shapes)} tensors, but {needed} {least}; {instead}"
         )
-    return dict(zip(free, ranks_for_budget(list(free.values()), budget - spent, ranks_at, count), strict=True))
+    chosen = dict(zip(free, ranks_for_budget(list(free.values()), budget - spent, ranks_at, count), strict=True))
+    return chosen if compression_ratio is not None else {name: _raised(r, shapes[name]) for name, r in chosen.items()}
+
+
+def _raised(ranks: Ranks, shape: Sequence[int]) -> Ranks:
+    if not any(rank is not None and rank < _LEAST_RANK for rank in ranks[:2]):
+        return ranks
+    raised = clipped((_LEAST_RANK, _LEAST_RANK, None), shape)
+    return raised if parameter_count(shape, raised) < math.prod(shape) else (None, None, None)
 
 
 def equal_ranks(shape: Sequence[int], r: int, count: Callable[[Sequence[int], Ranks], int] = parameter_count) -> Ranks:
