@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from tqdm import tqdm
 
-from peft_lotra import LoTRAConfig, at_task, fit_task, normalize_codes, task_noise
+from peft_lotra import LoTRAConfig, at_task, base_state_dict, fit_task, normalize_codes, task_noise
 
 WIDTH, DEGREE, RANKS, CODE = 12, 4, (5, 5, None), 3
 BATCH, RATE = 256, 2e-2
@@ -339,11 +339,7 @@ def suggestions(tasks: Tasks, split: Split, samples: Samples, found: dict[str, A
 def save(model: nn.Module, folder: Path) -> None:
     """The adapter, and the KAN without it: `PeftModel.from_pretrained(kan, folder / "family")` puts them together."""
     model.save_pretrained(folder / "family")
-    names = {name: name.replace("base_layer.", "") for name, _ in model.get_base_model().named_parameters()}
-    kan = {
-        names[name]: p.detach().cpu() for name, p in model.get_base_model().named_parameters() if "lotra_" not in name
-    }
-    write_atomically(folder / "kan.pt", lambda path: torch.save(kan, path))
+    write_atomically(folder / "kan.pt", lambda path: torch.save(base_state_dict(model), path))
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

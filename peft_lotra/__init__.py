@@ -4,6 +4,7 @@ Importing this package registers LoTRA with PEFT, for `get_peft_model`, `PeftMod
 """
 
 from . import registration as _registration
+from .adapters.base import base_state_dict
 from .adapters.extraction import extract_adapter
 from .adapters.family import adapter_at, at_task, load_task, save_task
 from .adapters.family_growth import add_task, change_range, family_from, normalize_codes, remove_task, rename_task
@@ -37,6 +38,7 @@ __all__ = [
     "adapter_at",
     "add_task",
     "at_task",
+    "base_state_dict",
     "change_range",
     "create_lotra_optimizer",
     "extract_adapter",

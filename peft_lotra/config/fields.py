@@ -36,6 +36,9 @@ def check_names(config: Any) -> None:
         )
     if not isinstance(config.digest, str | None):
         raise TypeError(f"`digest` should be a str but the value passed is {config.digest!r}: leave it out")
+    for name, marks in checked_mapping("base_marks", config.base_marks).items():
+        if not isinstance(marks, list) or len(marks) != 2 or not all(isinstance(x, Real) for x in marks):
+            raise TypeError(f"`base_marks[{name!r}]` should be a list of two numbers but is {marks!r}: leave it out")
 
 
 def _is_list_of(kind: type, value: Any) -> bool:

@@ -86,6 +86,8 @@ class LoTRAConfig(ConfigFile):
         digest: the sha256 of the saved tensors and of the fields that give them their meaning. `save_pretrained` sets
             it. An adapter file that does not fit it is not loaded. If you edit tensors or config by hand, remove this
             field from `adapter_config.json`; the adapter then loads with a warning.
+        base_marks: a norm and a checksum of the coefficients under the adapter, by full parameter name.
+            `save_pretrained` sets it. Loading on other coefficients gives a warning.
 
     Raises:
         ValueError, TypeError: naming the field, the value and what is allowed.
@@ -112,6 +114,7 @@ class LoTRAConfig(ConfigFile):
     init_weights: bool = True
     slim: bool = False
     digest: str | None = None
+    base_marks: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:

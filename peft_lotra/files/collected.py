@@ -12,6 +12,7 @@ from torch import nn
 from ..layers.biases import trained_biases
 from ..placement.sharded import any_sharded
 from .adapter_file import PREFIX, check_weights, is_adapter_key
+from .base_marks import marks_of, warn_of_a_trained_base, warn_of_another_base
 from .config_file import ConfigFile
 from .slots import slots_of
 
@@ -73,6 +74,8 @@ def collected(
     if state_dict or not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
         config.check_written(adapter_name)
     warn_of_parts(config._written.values(), adapter_name)
+    warn_of_a_trained_base(model, adapter_name)
+    config.base_marks = marks_of(model, adapter_name)
     # PEFT adds trained copies and token rows itself, and removes the adapter's name from the other keys.
     biases = {entry.saved for entry in trained_biases(model, adapter_name, config.bias)}
     named = {f"{key}.{adapter_name}" if is_adapter_key(key) else key: t for key, t in tensors.items()}
@@ -93,4 +96,5 @@ def remapped(
     names |= {f"{PREFIX}{key}": name for key, name in names.items()}  # for a model without a PeftModel around it
     found = {names.get(key, key): tensor for key, tensor in state_dict.items()}
     check_weights(dict(slots.values()), found, f"the state dict for the adapter {adapter_name!r}")
+    warn_of_another_base(model, adapter_name, config.base_marks)
     return found

@@ -44,6 +44,7 @@ class ConfigFile(PeftConfig):
 
     alpha: float
     alpha_pattern: dict[str, Any]
+    base_marks: Mapping[str, Any]
     bias: str
     coefficients: Mapping[str, Any]
     digest: str | None

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -20,34 +20,8 @@ from .checks import check_callable, check_numbers
 from .iteration import iterate
 from .problem import Problem
 from .progress import Progress
+from .result import GaussNewtonResult
 from .resuming import Checkpoint, check_same_fit, fingerprint, of_parameters
-
-
-@dataclass(frozen=True)
-class GaussNewtonResult:
-    """The result of a fit, in plain values that JSON can hold. `resume_from=` continues from it.
-
-    Attributes:
-        losses: the loss at the start, and after every iteration on the points of that iteration. It is empty if the
-            fit was interrupted before the first loss was known.
-        damping: λ for the next iteration.
-        iterations: the number of iterations done, with those of the fit that was resumed.
-        reason: why the fit ended: "iterations", "gradient", "loss", "damping" (no step reduces the loss any more),
-            "not finite" (residuals or derivatives after the first iteration), "seconds", "callback", "validation" or
-            "interrupted". In a callback it is "running".
-        validation_losses: what `validation` gives at the start and after every iteration.
-        parameters: values of θ that a resumed fit needs and the model does not hold: "start" with `weight_decay`,
-            "last" and "best" with validation.
-        fingerprint: of the model, the data and the other arguments, by name: what has to be the same to go on.
-    """
-
-    losses: tuple[float, ...]
-    damping: float
-    iterations: int
-    reason: str
-    validation_losses: tuple[float, ...] = ()
-    parameters: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    fingerprint: Mapping[str, str] = field(default_factory=dict)
 
 
 def fit_gauss_newton(

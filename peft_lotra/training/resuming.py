@@ -7,7 +7,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import distributed
@@ -17,9 +17,7 @@ from ..files.adapter_file import digest
 from .answers import first_of
 from .losses import Given
 from .problem import Problem
-
-if TYPE_CHECKING:
-    from .gauss_newton import GaussNewtonResult
+from .result import GaussNewtonResult
 
 NAME = "gauss_newton.pt"
 _SOME = 2**12  # entries of each frozen tensor that are compared
