@@ -2,12 +2,14 @@
 
     python examples/pde_family.py --pde elliptic
     python examples/pde_family.py --pde hyperbolic
+    python examples/pde_family.py --joint
 
 The command trains a base at one parameter (or loads the base of an earlier run). It fits one LoTRA adapter to the
 whole range by Gauss–Newton with Levenberg–Marquardt damping, on points and parameters that are drawn together. It
 prints the adapter's errors at parameters that it never saw, as it is and after 1, 2 and 5 iterations on the core
 alone. For comparison, it trains an adapter for one parameter from the base, by the same optimizer, and fully
-fine-tunes the base by Adam. It writes the adapter, a table as JSON and a picture.
+fine-tunes the base by Adam. It writes the adapter, a table as JSON and a picture. With --joint, the base is fitted
+together with the adapter, then frozen, and written beside it.
 """
 
 from __future__ import annotations
@@ -33,10 +35,13 @@ from pictures import band, by_step, plain_log
 from reporting import write_atomically
 from torch import Tensor, nn
 
-from peft_lotra import LoTRAConfig, adapter_at, at_task, fit_gauss_newton
+from peft_lotra import LoTRAConfig, adapter_at, at_task, base_state_dict, fit_gauss_newton
 
 RANGES = {"elliptic": (1.0, 1.6), "parabolic": (1.0, 2.0), "hyperbolic": (2.0, 3.0)}
 RANKS = (6, 6, 6)
+# Points of an iteration, (interior, per side), and by which factor they grow in the last fifth of the iterations. Fits
+# of the base as well have four times as many numbers, and so fewer points, to take as long.
+POINTS = {False: (1000, 80, GROWTH), True: (700, 50, 2)}
 DEGREE = 4  # of the polynomials in the parameter
 CORE_ITERATIONS = (1, 2, 5)
 TASK_ITERATIONS = 30  # of an adapter for one parameter, from the base
@@ -63,8 +68,7 @@ def family_points(
     bounds: tuple[float, float],
     seed: int,
     device: str,
-    interior: int = 1000,
-    per_side: int = 80,
+    joint: bool = False,
     grows_at: float = math.inf,
 ) -> Callable[[int], dict[str, tuple[Tensor, Tensor]]]:
     """Fresh points for each kind of residual, with a parameter drawn for each point.
@@ -72,12 +76,14 @@ def family_points(
     An iteration learns a few points by heart, which is cheap and good enough at first. More points average this out.
 
     Args:
-        grows_at: the iteration from which on there are `GROWTH` times as many points.
+        joint: whether the points are for a fit of the base as well.
+        grows_at: the iteration from which on there are more points.
     """
+    interior, per_side, growth = POINTS[joint]
 
     def fresh(iteration: int) -> dict[str, tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(seed + 1_000_003 * iteration)
-        times = GROWTH if iteration >= grows_at else 1
+        times = growth if iteration >= grows_at else 1
         points = family(bounds[0]).sample(generator, "cpu", times * interior, times * per_side)
         parts = batch(family(bounds[0]), points)
         low, high = bounds
@@ -104,20 +110,26 @@ def run(args: argparse.Namespace) -> None:
 
     config = LoTRAConfig(r=RANKS, coefficients=COEFFICIENTS, family={"parameter": bounds}, family_degree=DEGREE)
     model = get_peft_model(load_base(), config)
+    if args.joint:
+        model.requires_grad_(True)
     numbers = model.get_nb_trainable_parameters()[0]
     print(f"Family: {family.title}, {family.symbol} in {list(bounds)}; {numbers:,} numbers")
     start = time.process_time()
     result = fit_gauss_newton(
         model,
         family_residuals(model, family),
-        family_points(family, bounds, args.seed + 1, args.device, grows_at=0.8 * args.iterations),
+        family_points(family, bounds, args.seed + 1, args.device, args.joint, 0.8 * args.iterations),
         iterations=args.iterations,
         loss_tolerance=0,
     )
     if result.reason == "interrupted":
         raise KeyboardInterrupt
     offline = time.process_time() - start
-    model.save_pretrained(args.output_dir / f"{args.pde}_family")
+    name = f"{args.pde}_joint" if args.joint else f"{args.pde}_family"
+    if args.joint:
+        model.requires_grad_(False)
+        write_atomically(args.output_dir / f"{name}_base.pt", lambda path: torch.save(base_state_dict(model), path))
+    model.save_pretrained(args.output_dir / name)
 
     low, high = bounds
     parameters = [round(low + (high - low) * (k + 0.5) / args.parameters, 4) for k in range(args.parameters)]
@@ -135,7 +147,7 @@ def run(args: argparse.Namespace) -> None:
             row |= separate(args, load_base, pde, args.seed + 2 + k, grid)
         rows.append(row)
         print(format_row(family, row))
-    report(args, family, bounds, rows, numbers, offline)
+    report(args, family, bounds, rows, numbers, offline, name)
 
 
 def separate(
@@ -169,6 +181,7 @@ def report(
     rows: list[dict[str, Any]],
     numbers: int,
     offline: float,
+    label: str,
 ) -> None:
     zero_shot = median(row["family"][0][1] for row in rows)
     cores = median(row["family"][-1][1] for row in rows)
@@ -176,12 +189,12 @@ def report(
         f"\nMedians over {len(rows)} parameters never trained on ({numbers:,} numbers, {offline:.0f} CPU s offline):"
     )
     print(f"  family as it is {zero_shot:.1e}; after {max(CORE_ITERATIONS)} iterations on its core {cores:.1e}")
-    for label in ("LoTRA alone", "full, Adam"):
-        found = [row[label][-1] for row in rows if label in row]
+    for method in ("LoTRA alone", "full, Adam"):
+        found = [row[method][-1] for row in rows if method in row]
         if found:
-            print(f"  {label}: {median(e for _, e in found):.1e} in {median(s for s, _ in found):.1f} CPU s each")
+            print(f"  {method}: {median(e for _, e in found):.1e} in {median(s for s, _ in found):.1f} CPU s each")
     record = {"pde": args.pde, "range": bounds, "numbers": numbers, "offline_seconds": offline, "rows": rows}
-    name = args.output_dir / f"{args.pde}_family"
+    name = args.output_dir / label
     write_atomically(name.with_suffix(".json"), lambda p: p.write_text(json.dumps(record) + "\n"))
     figure = draw(family, bounds, rows)
     write_atomically(name.with_suffix(".png"), lambda p: figure.savefig(p, dpi=120, format="png"))
@@ -232,6 +245,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compared", type=positive_int, default=1, help="of them, at which the other methods run too")
     add("--base-steps", type=positive_int, default=600, help="Adam steps of the base")
     add("--full-steps", type=positive_int, default=1000, help="Adam steps of full fine-tuning")
+    add("--joint", action="store_true", help="fit the base together with the adapter")
     add("--seed", type=int, default=0)
     add("--device", default="cpu")
     add("--output-dir", type=Path, default=Path("outputs/pde_family"))

@@ -167,6 +167,7 @@ def test_family_cost(tmp_path):
 
 def check_gauss_newton_cost(results):
     assert 0.5 < results["gram"][0]["memory"] < 0.7
+    assert results["chunks"][0]["ratio"] > 0
     assert results["passes"][0].keys() == {"numbers", "problem", "rows", "gram", "product"}
     assert [row["form"] for row in results["size"]] == ["ConjugateGradients", "NormalEquations"]
     short_of, enough = (row["losses"][-1] for row in results["size"])
@@ -175,7 +176,7 @@ def check_gauss_newton_cost(results):
 
 def test_gauss_newton_cost(tmp_path, monkeypatch):
     monkeypatch.setattr(gauss_newton_cost.multiprocessing, "get_context", InThisProcess)
-    parts = ("--parts", "gram", "passes", "size")
+    parts = ("--parts", "gram", "passes", "chunks", "size")
     call("gauss_newton_cost", "--smoke", "--threads", 1, *parts, "--output-dir", tmp_path)
     check_gauss_newton_cost(json.loads((tmp_path / "gauss_newton_cost.json").read_text()))
 

@@ -386,7 +386,7 @@ def crooked(seed=3, noise=0.0, count=40):
 
 
 def test_noise_of_a_family(fitted):
-    """At least some 95 % of the residuals lie within 1.96 σ; where tasks have a term of their own, a part of σ is the core's."""
+    """Some 95 % of the residuals lie within 1.96 σ, or more; a part of σ is the core's, where tasks differ by more."""
     x, y = crooked()
     data = {name: (x, part) for name, part in zip(TASKS, y, strict=False)}
     noise = task_noise(fitted, difference, data, progressbar=False)

@@ -3,7 +3,23 @@
 import json
 
 import pytest
+import torch
+from pde_transfer import build_kan
+from peft import PeftModel
 from scripts import call
+
+
+@pytest.mark.slow
+def test_base_and_family_together(tmp_path):
+    sizes = {"iterations": 2, "parameters": 1, "base-steps": 20, "full-steps": 5}
+    arguments = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    call("pde_family", "--joint", *arguments, "--output-dir", tmp_path)
+    record = json.loads((tmp_path / "elliptic_joint.json").read_text())
+    assert record["numbers"] == 8960 + 2532
+    assert record["rows"][0]["core"] == 324
+    base = build_kan("chebyshev", 0)
+    base.load_state_dict(torch.load(tmp_path / "elliptic_joint_base.pt"))
+    PeftModel.from_pretrained(base, tmp_path / "elliptic_joint")  # a warning would be an error
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ A Chebyshev KAN of widths (2, W, W, 1) and degree 7 has P = 8W(W + 3) numbers: 1
 - gram: the time of JᵀJ and its factorisation by the lower triangle, relative to the whole matrix; also JᵀJ in fp32.
 - passes: CPU seconds for J, for JᵀJ, and for a product with JᵀJ by a pass over the data, which conjugate gradients
   need; measured with few samples.
+- chunks: the time of J with 2²⁸ and 2²⁶ bytes for a chunk of samples, interleaved, as a ratio.
 - size: for each bound `max_memory`, the median seconds of an iteration, its CPU seconds (which a busy machine does not
   change), and how far the memory of the process rises during the fit. If there is no room for P² numbers, conjugate
   gradients solve the equation.
@@ -47,13 +48,13 @@ from torch import distributed
 from torch.distributed.run import main as torchrun
 
 from peft_lotra import fit_gauss_newton
-from peft_lotra.training import iteration
+from peft_lotra.training import iteration, memory
 from peft_lotra.training.conjugate_gradients import ConjugateGradients
 from peft_lotra.training.damped_system import NormalEquations, ResidualSpace
 from peft_lotra.training.lower_triangle import LowerTriangle
 from peft_lotra.training.problem import Problem
 
-PARTS = ("gram", "passes", "size", "processes")
+PARTS = ("gram", "passes", "chunks", "size", "processes")
 FORMS = {form.__name__: form for form in (NormalEquations, ResidualSpace, ConjugateGradients)}
 PART = "processes.json"  # from the processes to the one that started them
 PDE = PDES["elliptic"](1.3)
@@ -140,6 +141,25 @@ def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
                 f"JᵀJ {rows[-1]['gram']:.1f} s, a product {rows[-1]['product']:.1f} s",
                 flush=True,
             )
+    return rows
+
+
+def chunks(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows, points = [], drawn(args.samples)
+    for width in args.widths:
+        for name in args.problems:
+            torch.manual_seed(0)
+            runs = {}
+            for size in (2**28, memory._CHUNK_BYTES):
+                problem = Problem(
+                    ChebyshevKAN((2, width, width, 1), 7), PROBLEMS[name], "least_squares", 0.0, 2**32, False
+                )
+                problem.chunks.budget = size
+                point = problem.evaluate(problem.parameters(), points)
+                runs[str(size)] = lambda problem=problem, point=point: sum(map(len, problem.rows(point)))
+            large, small = timed(runs, args.rounds).values()
+            rows.append({"width": width, "problem": name, "ratio": median_ratio(small, large)})
+            print(f"{name}, width {width}: J takes {rows[-1]['ratio']:.2f} × the time with 2²⁶ bytes", flush=True)
     return rows
 
 
@@ -266,6 +286,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         results["gram"] = gram([8 * width * (width + 3) for width in args.widths], args.rounds)
     if "passes" in args.parts:
         results["passes"] = passes(args)
+    if "chunks" in args.parts:
+        results["chunks"] = chunks(args)
     if "size" in args.parts:
         results["size"] = size(args)
     if "processes" in args.parts:

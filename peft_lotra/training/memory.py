@@ -10,8 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# The bytes that a chunk of samples may take, if a quarter of `max_memory` is not less. More of them save no time.
-_CHUNK_BYTES = 2**28
+# The bytes that a chunk of samples may take, if a quarter of `max_memory` is not less. With four times as many, J of a
+# wide KAN takes longer: the system takes large blocks back after each use, and clears them for the next one
+# (`examples/benchmarks/gauss_newton_cost.py --parts chunks`).
+_CHUNK_BYTES = 2**26
 # Numbers of samples at which memory is measured.
 _FEW, _MORE = 16, 64
 
