@@ -165,6 +165,28 @@ def test_family_cost(tmp_path):
     assert 1 < row["thin_ratio"] < row["terms"]
 
 
+def test_robust_fit(tmp_path):
+    arguments = ("--problems", "fronts", "classes", "--starts", "merged", "cores at 0.1", "--seeds", 1)
+    done = call("robust_fit", *arguments, "--seconds", 0.1, "--output-dir", tmp_path)
+    rows = json.loads((tmp_path / "robust_fit.json").read_text())
+    assert [len(row["losses"]) for row in rows] == [5, 5, 3, 3]
+    assert all(0 < loss < 1e3 for row in rows for loss in row["losses"].values())
+    assert "fronts: medians of 2 starts: ours " in done.out
+
+
+def test_default_ranks(tmp_path):
+    call("default_ranks", "--cases", "Chebyshev [2, 8, 8, 1], values", "--seeds", 1, "--output-dir", tmp_path)
+    (row,) = json.loads((tmp_path / "default_ranks.json").read_text())
+    assert row["a tenth"]["share"] <= 0.1 < row["default"]["share"]
+    assert row["default"]["error"] < row["a tenth"]["error"]
+
+
+def test_few_labels(tmp_path):
+    call("few_labels", "--seeds", 1, "--output-dir", tmp_path)
+    (row,) = json.loads((tmp_path / "few_labels.json").read_text())
+    assert row["before"]["accuracy"] < 0.5 < min(row[label]["accuracy"] for label in row if label != "before")
+
+
 def check_gauss_newton_cost(results):
     assert 0.5 < results["gram"][0]["memory"] < 0.7
     assert results["chunks"][0]["ratio"] > 0

@@ -152,7 +152,9 @@ def run(args: argparse.Namespace) -> None:
             for option, values in OPTIONS.items():
                 case = CASES[name](seed)
                 torch.manual_seed(seed)
-                model = get_peft_model(case.base, LoTRAConfig(coefficients=case.coefficients, **values))
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "the adapter has")
+                    model = get_peft_model(case.base, LoTRAConfig(coefficients=case.coefficients, **values))
                 numbers, total = model.get_nb_trainable_parameters()
                 case.fit(model)
                 found[option].append((numbers, numbers / (total - numbers), case.error(model)))

@@ -34,7 +34,7 @@ class LowerTriangle:
     def factor(self, shift: torch.Tensor) -> LowerTriangle | None:
         """L with LLᵀ = M + diag(shift); None if that sum is not positive definite in floating point."""
         found = LowerTriangle(0, shift)
-        found.size = self.size
+        found.size, failures = self.size, []
         for rows, part in zip(self._ranges(), self.blocks, strict=True):
             factor = part.clone()
             factor.diagonal(rows.start).add_(shift[rows.start : rows.stop])
@@ -48,10 +48,10 @@ class LowerTriangle:
                     )
                     continue
                 factor[:, here], failed = torch.linalg.cholesky_ex(factor[:, here])
-                if failed:
-                    return None
+                failures.append(failed)
             found.blocks.append(factor)
-        return found
+        # Once at the end: on an accelerator, each look at a value waits for it.
+        return None if failures and torch.stack(failures).any() else found
 
     def solved(self, right: torch.Tensor) -> torch.Tensor:
         """(LLᵀ)⁻¹ b, where L is this matrix. shape: (n,)"""
