@@ -129,7 +129,7 @@ def test_bad_checkpoints(tmp_path):
         fit(adapted(), checkpoint_dir=tmp_path)
 
 
-def of_processes(folder, kill):
+def of_processes(folder, kill, fixed):
     accelerator = Accelerator(cpu=True)
     seeded()
     if kill is None:
@@ -140,19 +140,19 @@ def of_processes(folder, kill):
         if now.iterations == kill:
             os.kill(os.getpid(), signal.SIGINT)
 
-    result = fit(
-        model, lambda k: noisy(k)[accelerator.process_index :: 2], across_processes=True, checkpoint_dir=folder,
-        every=2, callback=callback,
-    )  # fmt: skip
+    part = slice(accelerator.process_index, None, 2)
+    data = points(60)[part] if fixed else lambda k: noisy(k)[part]
+    result = fit(model, data, across_processes=True, checkpoint_dir=folder, every=2, callback=callback)
     return trained(model), result
 
 
 @pytest.mark.processes
-def test_checkpoints_of_several_processes(tmp_path):
-    (expected, whole), _ = fork(of_processes, tmp_path / "whole", -1)
-    (_, part), _ = fork(of_processes, tmp_path / "parts", 3)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_checkpoints_of_several_processes(fixed, tmp_path):
+    (expected, whole), _ = fork(of_processes, tmp_path / "whole", -1, fixed)
+    (_, part), _ = fork(of_processes, tmp_path / "parts", 3, fixed)
     assert (part.reason, part.iterations) == ("interrupted", 3)
-    first, second = fork(of_processes, tmp_path / "parts", None)
+    first, second = fork(of_processes, tmp_path / "parts", None, fixed)
     assert first[1] == second[1] == whole
     assert_equal(first[0], expected, 0)
     with pytest.raises(ValueError, match="is of 2 processes, but 1 run now"):

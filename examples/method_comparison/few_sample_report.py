@@ -19,7 +19,7 @@ from rows import NONE, table
 
 Line = dict[str, Any]
 
-OURS = ("family, code of 3", "family, code of 5", "family, code of 8")
+OURS = ("family, code of 3", "family, code of 5", "family, code of 8", "family, code of 5, then its core")
 BASES = ("pooled", "one task")
 # What the aims compare with, by the part of a new task's error that a family's code may have.
 AIMS: list[tuple[str, float, tuple[str, ...]]] = [
@@ -54,6 +54,7 @@ AIMS: list[tuple[str, float, tuple[str, ...]]] = [
 ]
 DRAWN = {
     "family, code of 5": ("C3", "o-"),
+    "family, code of 5, then its core": ("C2", "o-"),
     "GEPS, code of 8": ("C1", "v--"),
     "code as inputs, 5": ("C4", "^--"),
     "learned basis, 16": ("C5", "<--"),

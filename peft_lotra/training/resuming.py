@@ -17,6 +17,7 @@ from ..files.adapter_file import digest
 from .answers import first_of
 from .losses import Given
 from .problem import Problem
+from .processes import Processes
 from .result import GaussNewtonResult
 
 NAME = "gauss_newton.pt"
@@ -41,16 +42,22 @@ def fingerprint(problem: Problem, data: Any, validation: Any) -> dict[str, str]:
         "residual_fn": str(functions),
         "loss": str(losses),
         "weight_decay": str(problem.weight_decay),
-        "data": _of_data(data),
-        "validation": _of_data(validation),
+        "data": _of_data(data, problem.processes),
+        "validation": _of_data(validation, problem.processes),
     }
 
 
-def _of_data(data: Any) -> str:
+def _of_data(data: Any, processes: Processes) -> str:
+    """Of the parts of all processes."""
     if data is None or callable(data):
         return "none" if data is None else "a function"
-    leaves = tree_leaves(first_of(data))
-    return digest({str(k): _some(leaf) for k, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}, {})
+    leaves = processes.agreed(lambda: tree_leaves(first_of(data)))
+    own = digest({str(k): _some(leaf) for k, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}, {})
+    if not processes.several:
+        return own
+    parts: list[Any] = [None] * processes.count
+    distributed.all_gather_object(parts, own)
+    return digest({}, {"parts": parts})
 
 
 def _some(tensor: torch.Tensor) -> torch.Tensor:
