@@ -146,6 +146,27 @@ def oscillation(
     return free + in_phase * (frequency * t).cos() + behind * (frequency * t).sin()
 
 
+def digits() -> Domain:
+    """±1 for 400 images of scikit-learn's digits, 4 × 4 pixels: whether they show one of a group of digits.
+
+    60 of the groups of three to five digits, and {0, 1, 2, 3, 4} as the typical one.
+    """
+    from itertools import combinations
+
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.as_tensor(data.images[:400]).unfold(1, 2, 2).unfold(2, 2, 2).mean((3, 4)).flatten(1)
+    groups = [group for size in (3, 4, 5) for group in combinations(range(10), size)]
+    drawn = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
+    typical = (0, 1, 2, 3, 4)
+    chosen = [typical, *[groups[k] for k in drawn if groups[k] != typical][:60]]
+    labels = torch.as_tensor(data.target[:400])
+    y = torch.stack([torch.isin(labels, torch.tensor(group)) for group in chosen]).float() * 2 - 1
+    names = tuple("".join(map(str, group)) for group in chosen)
+    return Domain(names, (images / 8 - 1).float(), y[..., None], names[0])
+
+
 def liquids() -> Domain:
     """Saturated liquids, six measured properties over T / T_c ∈ [0.55, 0.9], by the equations of the VDI Heat Atlas.
 
@@ -212,6 +233,7 @@ DOMAINS: dict[str, Callable[[], Domain]] = {
         for count in (5, 10, 20)
     },
     "oscillators": oscillators,
+    "digits": digits,
     "liquids": liquids,
 }
 TITLES = {
@@ -219,5 +241,6 @@ TITLES = {
     "sparse_fluids": "Fluids of which 40 noisy points each are known",
     **{f"fluids_{count}": f"Fluids, {count} of which are known" for count in (5, 10, 20)},
     "oscillators": "Oscillators",
+    "digits": "Groups of digits",
     "liquids": "Saturated liquids",
 }
