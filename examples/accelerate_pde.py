@@ -136,7 +136,7 @@ def family_batch(
 ) -> list[tuple[dict[str, tuple[Tensor, Tensor]]]]:
     """The same as `batch`, by kind of residual, with a parameter for each point."""
     bounds = RANGES[type(pde).__name__.lower()]
-    whole = family_points(type(pde), bounds, seed, str(accelerator.device), INTERIOR, PER_SIDE)(step)
+    whole = family_points(type(pde), bounds, seed, str(accelerator.device), (INTERIOR, PER_SIDE, 1))(step)
     rank, processes = accelerator.process_index, accelerator.num_processes
     parts = processes * accelerator.gradient_accumulation_steps
     own = range(rank, parts, processes)

@@ -68,7 +68,7 @@ def family_points(
     bounds: tuple[float, float],
     seed: int,
     device: str,
-    joint: bool = False,
+    sizes: tuple[int, int, int] = POINTS[False],
     grows_at: float = math.inf,
 ) -> Callable[[int], dict[str, tuple[Tensor, Tensor]]]:
     """Fresh points for each kind of residual, with a parameter drawn for each point.
@@ -76,10 +76,10 @@ def family_points(
     An iteration learns a few points by heart, which is cheap and good enough at first. More points average this out.
 
     Args:
-        joint: whether the points are for a fit of the base as well.
+        sizes: of interior points, of points per side, and the factor of their growth.
         grows_at: the iteration from which on there are more points.
     """
-    interior, per_side, growth = POINTS[joint]
+    interior, per_side, growth = sizes
 
     def fresh(iteration: int) -> dict[str, tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(seed + 1_000_003 * iteration)
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     result = fit_gauss_newton(
         model,
         family_residuals(model, family),
-        family_points(family, bounds, args.seed + 1, args.device, args.joint, 0.8 * args.iterations),
+        family_points(family, bounds, args.seed + 1, args.device, POINTS[args.joint], 0.8 * args.iterations),
         iterations=args.iterations,
         loss_tolerance=0,
     )

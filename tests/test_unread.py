@@ -102,6 +102,7 @@ def test_coefficients_that_a_layer_keeps_in_eval_mode_are_an_error():
     assert_different(y, torch.zeros(5, 3))
 
 
+@pytest.mark.filterwarnings("ignore:.*was trained on other coefficients")
 def test_a_layer_with_branches_says_so(tmp_path):
     """The config is saved, so that the adapter loads as it was."""
     branch = Layer(lambda layer: layer.coef if layer.training else torch.zeros(4, 3, 5))
