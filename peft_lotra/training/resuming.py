@@ -144,12 +144,17 @@ class Checkpoint:
         return fields, theta.to(start.device)
 
 
+def _accelerator() -> torch.device | None:
+    # torch names one that it was built for, whether or not it is there.
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+
+
 def _random_states() -> tuple[Any, ...]:
     """Of torch on the CPU and the present accelerator, of Python, and of NumPy."""
     import numpy as np
 
     name, keys, *rest = np.random.get_state(legacy=True)
-    device = torch.accelerator.current_accelerator()
+    device = _accelerator()
     own = None if device is None else getattr(torch, device.type).get_rng_state()
     return torch.get_rng_state(), own, random.getstate(), (name, np.asarray(keys).tolist(), *rest)
 
@@ -159,7 +164,7 @@ def _set_random_states(states: tuple[Any, ...]) -> None:
 
     of_torch, own, of_python, of_numpy = states
     torch.set_rng_state(of_torch)
-    device = torch.accelerator.current_accelerator()
+    device = _accelerator()
     if own is not None and device is not None:
         getattr(torch, device.type).set_rng_state(own)
     random.setstate(of_python)
