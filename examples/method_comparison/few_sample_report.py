@@ -161,9 +161,14 @@ def intervals(case: Case) -> str:
 
 def draw(cases: list[Case]) -> Figure:
     """The median over the samples, and the middle half of the tasks of the first of `DRAWN`."""
-    figure = Figure(figsize=(4.6 * len(cases) + 2.8, 4.6), layout="constrained")
+    columns = min(4, len(cases))
+    rows = -(-len(cases) // columns)
+    figure = Figure(figsize=(3.6 * columns + 2.8, 3.6 * rows), layout="constrained")
     drawn: dict[str, Any] = {}
-    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False).flat, cases, strict=True):
+    every = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in every[len(cases) :]:
+        axes.set_axis_off()
+    for axes, case in zip(every, cases, strict=False):
         draw_case(axes, case)
         drawn = {line.get_label(): line for line in axes.get_lines()} | drawn
     order = [label for label in DRAWN if label in drawn]
