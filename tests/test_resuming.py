@@ -180,6 +180,11 @@ def test_batches_equal_the_whole(which, max_memory):
     assert_equal(trained(parts), trained(whole), tolerance)
 
 
+def test_an_iterator_is_refused():
+    with pytest.raises(TypeError, match="`data` is a generator, which can be read only once"):
+        fit(adapted(), (points(20) for _ in range(2)))
+
+
 def test_batches_that_change_are_refused():
     model = adapted()
     before = trained(model)

@@ -14,8 +14,14 @@ from ..placement.sharded import any_sharded
 
 Marks = dict[str, list[float]]
 
-_SOME = 2**12  # entries that are taken of each tensor
+_SOME = 2**12  # entries that are taken of each tensor, or nearly so
 _SAME = 0.03  # of the norm: the rounding of a base in bf16 or fp16 stays far below
+
+
+def some_entries(tensor: torch.Tensor) -> torch.Tensor:
+    """Up to some thousand entries at equal distances, on the CPU. Expanded tensors, as of Slim KANs, stay as small."""
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach()[:1].reshape(-1)
+    return flat[:: max(1, len(flat) // _SOME)].cpu()
 
 
 def _coefficients(model: nn.Module, adapter_name: str) -> dict[str, torch.Tensor]:
@@ -32,8 +38,7 @@ def marks_of(model: nn.Module, adapter_name: str) -> Marks:
     """‖a‖ and Σ_k ± a_k, for some entries a of each coefficient tensor under an adapter, with fixed signs."""
     found = {}
     for name, tensor in _coefficients(model, adapter_name).items():
-        entries = tensor.reshape(-1)
-        entries = entries[:: max(1, len(entries) // _SOME)].double().cpu()
+        entries = some_entries(tensor).double()
         signs = 1 - 2 * (torch.arange(len(entries)) * 2654435761 // 2**16 % 2)
         found[name] = [float(f"{value:.4g}") for value in (entries.norm().item(), (signs * entries).sum().item())]
     return found

@@ -85,7 +85,16 @@ class Kind(NamedTuple):
 
 
 def is_batches(data: Any) -> bool:
-    """Whether the data are an iterable of batches, such as a DataLoader, and not a batch or a function."""
+    """Whether the data are an iterable of batches, such as a DataLoader, and not a batch or a function.
+
+    Raises:
+        TypeError: for an iterator, which can be read only once.
+    """
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"`data` is a {type(data).__name__}, which can be read only once: give what can be read again, such as a "
+            "DataLoader, or a function of the iteration"
+        )
     batch = isinstance(data, torch.Tensor | tuple | list | Mapping | str) or hasattr(data, "__array__")
     return isinstance(data, Iterable) and not batch and not callable(data)
 

@@ -14,6 +14,7 @@ from torch import distributed
 from torch.utils._pytree import tree_leaves
 
 from ..files.adapter_file import digest
+from ..files.base_marks import some_entries
 from .answers import first_of
 from .losses import Given
 from .problem import Problem
@@ -21,7 +22,6 @@ from .processes import Processes
 from .result import GaussNewtonResult
 
 NAME = "gauss_newton.pt"
-_SOME = 2**12  # entries of each frozen tensor that are compared
 
 
 def fingerprint(problem: Problem, data: Any, validation: Any) -> dict[str, str]:
@@ -38,7 +38,7 @@ def fingerprint(problem: Problem, data: Any, validation: Any) -> dict[str, str]:
     }
     functions = {name: getattr(f, "__qualname__", type(f).__qualname__) for name, f in problem.functions.items()}
     return {
-        "model": digest({name: _some(value) for name, value in others.items()}, shapes),
+        "model": digest({name: some_entries(value) for name, value in others.items() if not value.is_meta}, shapes),
         "residual_fn": str(functions),
         "loss": str(losses),
         "weight_decay": str(problem.weight_decay),
@@ -52,17 +52,12 @@ def _of_data(data: Any, processes: Processes) -> str:
     if data is None or callable(data):
         return "none" if data is None else "a function"
     leaves = processes.agreed(lambda: tree_leaves(first_of(data)))
-    own = digest({str(k): _some(leaf) for k, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}, {})
+    own = digest({str(k): some_entries(leaf) for k, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)}, {})
     if not processes.several:
         return own
     parts: list[Any] = [None] * processes.count
     distributed.all_gather_object(parts, own)
     return digest({}, {"parts": parts})
-
-
-def _some(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // _SOME)].cpu()
 
 
 def of_parameters(theta: torch.Tensor) -> str:
