@@ -154,7 +154,7 @@ def separate(
     args: argparse.Namespace, load_base: Callable[[], nn.Module], pde: PDE, seed: int, grid: Tensor
 ) -> dict[str, Any]:
     """An adapter for this parameter alone, with a tenth of the numbers, by LM, and full fine-tuning by Adam."""
-    adapted: PeftModel = get_peft_model(load_base(), LoTRAConfig(coefficients=COEFFICIENTS))
+    adapted: PeftModel = get_peft_model(load_base(), LoTRAConfig(compression_ratio=0.1, coefficients=COEFFICIENTS))
     alone = course(adapted, pde, min(TASK_ITERATIONS, args.iterations), seed, grid, "LoTRA alone")
     full = load_base()
     start = time.process_time()

@@ -43,6 +43,7 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
 
         def model(name: str) -> nn.Module:
+            torch.manual_seed(0)  # another base would be told from the adapter's own
             return nn.Sequential(*(kinds[name][0]() for _ in range(args.layers))).to(args.device)
 
         def load(name: str) -> list[float]:

@@ -123,7 +123,22 @@ def table_of(case: Case) -> str:
             ]
         )
     header = ["", "unseen tasks", "numbers once", "for a task", *(f"n = {n}" for n in case.counts), "ms for a task"]
-    return "\n\n".join(filter(None, (table(header, rows), rates(case))))
+    return "\n\n".join(filter(None, (table(header, rows), rates(case), hardest(case))))
+
+
+def hardest(case: Case) -> str:
+    """The unseen tasks with the largest errors of the code of 5 with its core, from a middle number of samples on."""
+    ours = "family, code of 5, then its core"
+    if ours not in case.methods:
+        return ""
+    n = case.counts[len(case.counts) // 2]
+    errors: dict[str, list[float]] = {}
+    for line in case.of(ours):
+        for k, task in enumerate(line["tasks"]):
+            errors[task] = [line["samples"][count]["errors"][k] for count in (n, case.counts[-1])]
+    worst = sorted(errors, key=lambda task: -errors[task][0])[:5]
+    found = ", ".join(f"{task} {errors[task][0]:.2g} and {errors[task][1]:.2g}" for task in worst)
+    return f"Hardest for the code of 5 with its core, n = {n} and {case.counts[-1]}: {found}."
 
 
 def rates(case: Case) -> str:
