@@ -58,6 +58,20 @@ def make_output_dir(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"argument --output-dir: {error}")
 
 
+def training_arguments(
+    parser: argparse.ArgumentParser, argv: list[str] | None, folder: str, **values: object
+) -> argparse.Namespace:
+    """The arguments of a parser and --seed, --device and --output-dir, checked; `values` are added to them."""
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs") / folder)
+    args = parser.parse_args(argv, argparse.Namespace(**values))
+    check_seed(parser, args)
+    check_device(parser, args)
+    make_output_dir(parser, args)
+    return args
+
+
 def benchmark_arguments(
     argv: list[str] | None, docstring: str, name: str, rounds: int, **sizes: tuple[list[int], str]
 ) -> argparse.Namespace:

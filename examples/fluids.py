@@ -46,7 +46,6 @@ CALIBRATION_SAMPLES = 40
 # Of the rivals, Adam's rates and the numbers of steps among which the fluids for calibration choose.
 RIVAL_RATES, RIVAL_MARKS = (1e-3, 3e-3, 1e-2), (0, 10, 30, 100, 300)
 
-
 Outputs = Callable[[Any, Tensor, Tensor], Tensor]  # of a network, inputs, and the tasks' places among those seen
 
 

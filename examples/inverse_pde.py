@@ -26,7 +26,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from command_line import check_device, check_seed, exit_code, make_output_dir, new_parser, positive_int, ratio
+from command_line import exit_code, new_parser, positive_int, ratio, training_arguments
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pde_family import COEFFICIENTS, DEGREE, RANGES, RANKS, family_points, family_residuals
@@ -365,15 +365,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--iterations", type=positive_int, default=30, help="of the fit to the whole family")
     add("--base-steps", type=positive_int, default=400, help="Adam steps of the base")
     add("--compared", type=positive_int, default=1, help="coefficients that a PINN finds, too")
-    add("--seed", type=int, default=0)
-    add("--device", default="cpu")
-    add("--output-dir", type=Path, default=Path("outputs/inverse_pde"))
-    args = parser.parse_args(argv)
-    args.kan = "chebyshev"
-    check_seed(parser, args)
-    check_device(parser, args)
-    make_output_dir(parser, args)
-    return args
+    return training_arguments(parser, argv, "inverse_pde", kan="chebyshev")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from chebyshev_kan import ChebyshevKAN
-from command_line import check_device, check_seed, exit_code, make_output_dir, new_parser, positive_int, ratio
+from command_line import exit_code, new_parser, positive_int, ratio, training_arguments
 from pde_transfer import LEARNING_RATES, WIDTHS, train, trained_base
 from pdes import PDES, relative_l2_error
 from reporting import write_atomically
@@ -208,15 +208,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fit-iterations", type=positive_int, default=20, help="of each fit to the fine-tuned model's outputs")
     add("--steps", type=positive_int, default=2000, help="training steps on the target")
     add("--base-steps", type=positive_int, default=1500, help="training steps of the base")
-    add("--seed", type=int, default=0, help="of weights and points")
-    add("--output-dir", type=Path, default=Path("outputs/pde_transfer"), help="that of pde_transfer.py")
-    add("--device", default="cpu", help="torch device for training")
-    parser.set_defaults(kan="chebyshev")
-    args = parser.parse_args(argv)
-    check_seed(parser, args)
-    check_device(parser, args)
-    make_output_dir(parser, args)
-    return args
+    return training_arguments(parser, argv, "pde_transfer", kan="chebyshev")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,12 +20,11 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from command_line import check_device, check_seed, exit_code, make_output_dir, new_parser, positive_int
+from command_line import exit_code, new_parser, positive_int, training_arguments
 from matplotlib.figure import Figure
 from pde_least_squares import GROWTH, batch, fit, residual_functions
 from pde_transfer import LEARNING_RATES, train, trained_base
@@ -246,15 +245,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--base-steps", type=positive_int, default=600, help="Adam steps of the base")
     add("--full-steps", type=positive_int, default=1000, help="Adam steps of full fine-tuning")
     add("--joint", action="store_true", help="fit the base together with the adapter")
-    add("--seed", type=int, default=0)
-    add("--device", default="cpu")
-    add("--output-dir", type=Path, default=Path("outputs/pde_family"))
-    args = parser.parse_args(argv)
-    args.kan = "chebyshev"
-    check_seed(parser, args)
-    check_device(parser, args)
-    make_output_dir(parser, args)
-    return args
+    return training_arguments(parser, argv, "pde_family", kan="chebyshev")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -395,7 +395,9 @@ def test_noise_of_a_family(fitted):
     fits = [fit_task(fitted, None, difference, part, noise=noise) for part in data.values()]
     left = torch.cat([fit.predict(x)[0] - part for fit, part in zip(fits, y, strict=False)])
     below = (left.abs() < 1.96 * noise.total[0]).double().mean(0)
-    assert (below > 0.9).all(), below
+    assert (below > 0.9).all()
+    # Not much wider than that either: the correction for few tasks makes them wider, not narrower.
+    assert (noise.total[0] < 2 * left.abs().quantile(0.95, 0) / 1.96).all()
     ratios = noise.rest[0] / noise.total[0]
     assert_equal(ratios, ratios[:1].expand(2))
     assert ratios[0] < 1

@@ -24,6 +24,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 from chebyshev_kan import ChebyshevKAN
 from command_line import exit_code, make_output_dir, new_parser, positive_int
+from few_labels import Part, accuracy, adam, digits
 from pde_least_squares import batch, residual_functions
 from pdes import PDES, relative_l2_error
 from peft import get_peft_model
@@ -40,7 +41,7 @@ class Case(NamedTuple):
     """A base that was fitted to one task, how an adapter is fitted to another, and its error there."""
 
     base: nn.Module
-    fit: Callable[[nn.Module], None]
+    fit: Callable[[nn.Module], object]
     error: Callable[[nn.Module], float]
     coefficients: dict[str, str] = {}
 
@@ -104,42 +105,30 @@ def poisson(width: int, seed: int) -> Case:
     return Case(base, lambda model: fit(model, 1.3), lambda model: relative_l2_error(model, other, grid), COEFFICIENTS)
 
 
-def digits(seed: int) -> Case:
-    from scipy.ndimage import rotate
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits().images, torch.as_tensor(load_digits().target)
-    upright, turned = (
-        torch.as_tensor(rotate(images, angle, (1, 2), reshape=False, order=1) / 8 - 1).float().flatten(1)
-        for angle in (0, 30)
-    )
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+def turned_digits(seed: int) -> Case:
+    upright, turned = digits(0), digits(30)
+    order = torch.randperm(len(upright[1]), generator=torch.Generator().manual_seed(seed))
     train, test = order[:1000], order[1000:]
+
+    def rows(part: Part, chosen: Tensor) -> Part:
+        return part[0][chosen], part[1][chosen]
+
     torch.manual_seed(seed)
     base = ChebyshevKAN((64, 32, 10), 4)
-
-    def adam(model: nn.Module, x: Tensor, rows: Tensor, steps: int, rate: float) -> None:
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], rate)
-        source = torch.Generator().manual_seed(seed)
-        for _ in range(steps):
-            part = rows[torch.randint(len(rows), (128,), generator=source)]
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[part]), labels[part]).backward()
-            optimizer.step()
-
-    def error(model: nn.Module) -> float:
-        with torch.no_grad():
-            return (model(turned[test]).argmax(1) != labels[test]).double().mean().item()
-
-    adam(base, upright, train, 400, 3e-3)
-    return Case(base, lambda model: adam(model, turned, train, 300, 1e-2), error, COEFFICIENTS)
+    adam(base, rows(upright, train), 3e-3, seed)
+    return Case(
+        base,
+        lambda model: adam(model, rows(turned, train), 1e-2, seed),
+        lambda model: 1 - accuracy(model, rows(turned, test)),
+        COEFFICIENTS,
+    )
 
 
 CASES: dict[str, Callable[[int], Case]] = {
     "pykan [2, 8, 8, 1]": pykan,
     **{f"Chebyshev [2, {w}, {w}, 1], values": lambda seed, w=w: chebyshev(w, seed) for w in (8, 16, 32)},
     **{f"Chebyshev [2, {w}, {w}, 1], Poisson": lambda seed, w=w: poisson(w, seed) for w in (8, 16, 32)},
-    "Chebyshev [64, 32, 10], digits": digits,
+    "Chebyshev [64, 32, 10], digits": turned_digits,
 }
 
 

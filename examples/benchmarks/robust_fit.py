@@ -278,7 +278,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
     add("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="in quotes")
     add("--seeds", type=positive_int, default=6, help="of each start")
-    add("--seconds", type=float, default=4.0, help="of the processor, for each fit")
+    add("--seconds", type=float, default=2.0, help="of the processor, for each fit")
     add("--output-dir", type=Path, default=Path("outputs/robust_fit"))
     args = parser.parse_args(argv)
     if args.seconds <= 0:

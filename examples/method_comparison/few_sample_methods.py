@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +13,10 @@ from typing import Any, NamedTuple
 import few_sample_models as models
 import few_sample_rivals as rivals
 import torch
-from few_sample_fits import Predict, curve, descent, deviations, least_squares, prior_of
+from few_sample_fits import curve, descent, deviations, least_squares, prior_of
+from few_sample_models import Learned, numbers, of_adapter, of_codes, of_family, of_weights
 from few_sample_tasks import Domain, Samples, Split
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_lotra import fit_task, task_noise
 
@@ -54,81 +54,11 @@ SMOKE = Sizes((1, 3), (1, 1), (3e-3, 1e-2, 3e-2), 0.5, (0.01, 0.1), (1e-3, 1e-2)
 Chosen = dict[str, float]  # rates by what is learned
 
 
-class Learned(NamedTuple):
-    """What a method knows before the samples of a new task.
-
-    Attributes:
-        predict: f(u, x), u what the samples decide.
-        centre: u without samples. shape: (K,)
-        once: how many numbers were learned from the tasks seen.
-        codes: u of each task seen, if it is a code. shape: (tasks, K)
-        known: columns that go before the new task's inputs, by task. shape: (all tasks, numbers)
-        rates: of gradient descent, that were learned. shape: (K,)
-        other: what is not of this form.
-    """
-
-    predict: Predict
-    centre: Tensor
-    once: int
-    codes: Tensor | None = None
-    known: Tensor | None = None
-    rates: Tensor | None = None
-    other: Any = None
-
-    def extended(self, tasks: Tensor, x: Tensor) -> Tensor:
-        """x, shape (B, n, inputs), with what is known of its tasks."""
-        if self.known is None:
-            return x
-        columns = self.known[tasks].double()[:, None].expand(-1, x.shape[1], -1)
-        return torch.cat([x, columns], -1)
-
-
-def numbers(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def of_codes(model: nn.Module) -> Learned:
-    once, model = numbers(model), model.double().requires_grad_(False)
-    codes = model.codes.detach()
-    return Learned(model.at, codes.mean(0), once, codes)
-
-
-def of_family(model: nn.Module) -> Learned:
-    once, model = numbers(model), model.double()
-    (codes,) = [p.detach() for name, p in model.named_parameters() if "lotra_codes" in name]
-    return Learned(lambda z, x: model(x, lotra_task={"code": z}), codes.mean(0), once, codes, other=model)
-
-
-def of_weights(base: nn.Module, once: int | None = None, known: Tensor | None = None) -> Learned:
-    """All coefficients."""
-    flat = torch.cat([layer.coefficients.detach().double().flatten() for layer in base.layers])
-    return Learned(models.of_shapes(base), flat, numbers(base) if once is None else once, known=known)
-
-
 def of_start(start: rivals.Start) -> Learned:
     """What a meta-learner moves; its rates are those of the descent."""
     once, start = numbers(start), start.double().requires_grad_(False)
     centre = start.u if start.further is None else torch.zeros_like(start.u)
     return Learned(start.predict, centre, once, rates=start.rates)
-
-
-def of_adapter(base: nn.Module, r: int = 2) -> Learned:
-    """G ×₁ U1 ×₂ U2 in every layer, the basis whole; G = 0 at the start, as in LoTRA."""
-    tensors = [layer.coefficients.detach().double() for layer in base.layers]
-    source, start, shapes = torch.Generator().manual_seed(0), [], []
-    for n, m, n_d in (A.shape for A in tensors):
-        r1, r2 = min(r, n), min(r, m)
-        shapes += [(r1, r2, n_d), (n, r1), (m, r2)]
-        start += [torch.zeros(r1, r2, n_d)]
-        start += [torch.randn(size, rank, generator=source) / math.sqrt(size) for size, rank in ((n, r1), (m, r2))]
-    centre = torch.cat([part.flatten() for part in start]).double()
-
-    def predict(u: Tensor, x: Tensor) -> Tensor:
-        parts = [p.reshape(shape) for p, shape in zip(u.split([math.prod(s) for s in shapes]), shapes, strict=True)]
-        updates = [torch.einsum("abd,ia,ob->iod", *parts[k : k + 3]) for k in range(0, len(parts), 3)]
-        return models.contracted([A + update for A, update in zip(tensors, updates, strict=True)], x)
-
-    return Learned(predict, centre, numbers(base))
 
 
 class Lab:
@@ -163,9 +93,12 @@ class Fit:
 
     Attributes:
         further: how many numbers of a new task are fitted besides `Learned.centre`.
+        is_chosen: whether there is a setting to choose.
+        inside: after `run`, which part of the points lies in the interval of 95 %, if there are intervals. shape: (B,)
     """
 
-    further = 0
+    further, is_chosen = 0, True
+    inside: Tensor | None = None
 
     def grid(self, sizes: Sizes) -> Sequence[float]:
         return (1.0,)
@@ -182,6 +115,8 @@ class CodeFit(Fit):
 
     The noise of each output is the median over the tasks of validation of what remains of them after 50 samples.
     """
+
+    is_chosen = False
 
     def prepare(self, lab: Lab, learned: Learned) -> None:
         samples = lab.split.samples(lab.split.validation, max(lab.sizes.samples), 1)
@@ -203,6 +138,8 @@ class CodeFit(Fit):
 
 class CoreFit(Fit):
     """`fit_task(..., train="core")`, with the `task_noise` of 50 samples of the tasks of validation."""
+
+    is_chosen = False
 
     def residual(self, net: Callable[..., Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
         return net(data[0]) - data[1]
@@ -274,7 +211,9 @@ class PODFit(Fit):
 
 
 class GPFit(Fit):
-    """No setting is chosen: the kernels were fitted to the tasks seen."""
+    """The kernels were fitted to the tasks seen."""
+
+    is_chosen = False
 
     def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
         return {(1.0, None): learned.other.predicted(samples)}
@@ -420,7 +359,7 @@ def solve(lab: Lab, method: Method) -> dict[str, Any]:
     fit.prepare(lab, learned)
     found, repeats = {}, lab.sizes.repeats[1]
     for n in lab.sizes.samples:
-        tried = choices(lab, learned, fit, n) if not isinstance(fit, (CodeFit, CoreFit, GPFit)) else {(1.0, None): 0.0}
+        tried = choices(lab, learned, fit, n) if fit.is_chosen else {(1.0, None): 0.0}
         value, mark = min(tried, key=lambda setting: tried[setting])
         samples = lab.split.samples(lab.split.unseen, n, repeats)
         start = time.process_time()
@@ -431,6 +370,6 @@ def solve(lab: Lab, method: Method) -> dict[str, Any]:
             "setting": [value, mark],
             "seconds": spent,
         }
-        if isinstance(fit, (CodeFit, CoreFit)):
+        if fit.inside is not None:
             found[n]["inside"] = [sum(part) / repeats for part in fit.inside.reshape(-1, repeats).tolist()]
     return {"numbers": [learned.once, len(learned.centre) + fit.further], "samples": found}

@@ -1,4 +1,4 @@
-"""Networks for many tasks, which differ by a code z, and how they are trained on the tasks seen."""
+"""Networks for many tasks, which differ by a code z; how they are trained on tasks, and what they know of new ones."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from chebyshev_kan import ChebyshevKAN, chebyshev_basis
+from few_sample_fits import Predict
 from few_sample_tasks import Split
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -230,3 +231,73 @@ def family(
             parameter.data = (len(names) ** 0.5 * vectors).to(parameter)
     fitted(split, model, lambda net, x, i: net(x, lotra_task=i), rate, seconds if joint else half)
     return model.requires_grad_(False)
+
+
+class Learned(NamedTuple):
+    """What a method knows before the samples of a new task.
+
+    Attributes:
+        predict: f(u, x), u what the samples decide.
+        centre: u without samples. shape: (K,)
+        once: how many numbers were learned from the tasks seen.
+        codes: u of each task seen, if it is a code. shape: (tasks, K)
+        known: columns that go before the new task's inputs, by task. shape: (all tasks, numbers)
+        rates: of gradient descent, that were learned. shape: (K,)
+        other: what is not of this form.
+    """
+
+    predict: Predict
+    centre: Tensor
+    once: int
+    codes: Tensor | None = None
+    known: Tensor | None = None
+    rates: Tensor | None = None
+    other: Any = None
+
+    def extended(self, tasks: Tensor, x: Tensor) -> Tensor:
+        """x, shape (B, n, inputs), with what is known of its tasks."""
+        if self.known is None:
+            return x
+        columns = self.known[tasks].double()[:, None].expand(-1, x.shape[1], -1)
+        return torch.cat([x, columns], -1)
+
+
+def numbers(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def of_codes(model: nn.Module) -> Learned:
+    once, model = numbers(model), model.double().requires_grad_(False)
+    codes = model.codes.detach()
+    return Learned(model.at, codes.mean(0), once, codes)
+
+
+def of_family(model: nn.Module) -> Learned:
+    once, model = numbers(model), model.double()
+    (codes,) = [p.detach() for name, p in model.named_parameters() if "lotra_codes" in name]
+    return Learned(lambda z, x: model(x, lotra_task={"code": z}), codes.mean(0), once, codes, other=model)
+
+
+def of_weights(base: nn.Module, once: int | None = None, known: Tensor | None = None) -> Learned:
+    """All coefficients."""
+    flat = torch.cat([layer.coefficients.detach().double().flatten() for layer in base.layers])
+    return Learned(of_shapes(base), flat, numbers(base) if once is None else once, known=known)
+
+
+def of_adapter(base: nn.Module, r: int = 2) -> Learned:
+    """G ×₁ U1 ×₂ U2 in every layer, the basis whole; G = 0 at the start, as in LoTRA."""
+    tensors = [layer.coefficients.detach().double() for layer in base.layers]
+    source, start, shapes = torch.Generator().manual_seed(0), [], []
+    for n, m, n_d in (A.shape for A in tensors):
+        r1, r2 = min(r, n), min(r, m)
+        shapes += [(r1, r2, n_d), (n, r1), (m, r2)]
+        start += [torch.zeros(r1, r2, n_d)]
+        start += [torch.randn(size, rank, generator=source) / math.sqrt(size) for size, rank in ((n, r1), (m, r2))]
+    centre = torch.cat([part.flatten() for part in start]).double()
+
+    def predict(u: Tensor, x: Tensor) -> Tensor:
+        parts = [p.reshape(shape) for p, shape in zip(u.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+        updates = [torch.einsum("abd,ia,ob->iod", *parts[k : k + 3]) for k in range(0, len(parts), 3)]
+        return contracted([A + update for A, update in zip(tensors, updates, strict=True)], x)
+
+    return Learned(predict, centre, numbers(base))

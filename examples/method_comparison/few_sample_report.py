@@ -127,7 +127,7 @@ def table_of(case: Case) -> str:
 
 
 def hardest(case: Case) -> str:
-    """The unseen tasks with the largest errors of the code of 5 with its core, from a middle number of samples on."""
+    """The unseen tasks with the largest errors of the code of 5 with its core, at a middle and at the last number."""
     ours = "family, code of 5, then its core"
     if ours not in case.methods:
         return ""
@@ -137,8 +137,8 @@ def hardest(case: Case) -> str:
         for k, task in enumerate(line["tasks"]):
             errors[task] = [line["samples"][count]["errors"][k] for count in (n, case.counts[-1])]
     worst = sorted(errors, key=lambda task: -errors[task][0])[:5]
-    found = ", ".join(f"{task} {errors[task][0]:.2g} and {errors[task][1]:.2g}" for task in worst)
-    return f"Hardest for the code of 5 with its core, n = {n} and {case.counts[-1]}: {found}."
+    found = "; ".join(f"{task}: {errors[task][0]:.2g}, {errors[task][1]:.2g}" for task in worst)
+    return f"Hardest for the code of 5 with its core, errors at n = {n} and {case.counts[-1]}: {found}."
 
 
 def rates(case: Case) -> str:

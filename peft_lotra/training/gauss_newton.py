@@ -161,11 +161,11 @@ def fit_gauss_newton(
     problem = Problem(model, residual_fn, loss, weight_decay, max_memory, across_processes)
     processes = problem.processes
     names = ("start",) * bool(weight_decay) + ("last", "best") * (validation is not None)
-    prints = fingerprint(problem, data, validation)
+    identity = fingerprint(problem, data, validation)
     checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, every, problem)
-    loaded = None if checkpoint is None else checkpoint.load(prints)
+    loaded = None if checkpoint is None else checkpoint.load(identity)
     if loaded is None:
-        result, theta = _started(resume_from, damping, names, problem.start, prints), problem.start
+        result, theta = _started(resume_from, damping, names, problem.start, identity), problem.start
     else:
         result, theta = GaussNewtonResult(**loaded[0]), loaded[1]
     held = {name: problem.start.new_tensor(values) for name, values in result.parameters.items()}
@@ -194,7 +194,7 @@ def fit_gauss_newton(
                 if why is not None:
                     reason = why
                     if why == "not finite":
-                        _tell(problem.not_finite(found), iteration, raise_on_nan)
+                        _report_not_finite(problem.not_finite(found), iteration, raise_on_nan)
                     break
                 before, after, now = evaluation.total, found.total, found.theta
                 measured = (*result.validation_losses, *_measured(validation, problem, now))
@@ -202,7 +202,7 @@ def fit_gauss_newton(
                 now_best = now if since == 0 else best
                 parameters = _kept(names, start=problem.start, last=now, best=now_best)
                 new = GaussNewtonResult(
-                    (*result.losses, after), damping, iteration + 1, "running", measured, parameters, prints
+                    (*result.losses, after), damping, iteration + 1, "running", measured, parameters, identity
                 )
                 # One statement, so that an interrupt finds all values old or all new.
                 theta, best, evaluation, result = now, now_best, found, new
@@ -232,7 +232,7 @@ def fit_gauss_newton(
         checkpoint.save(result, theta)
     # Without "last", a fit that goes on finds θ in the model.
     own = {} if "last" in names else {"parameters": of_parameters(theta)}
-    return replace(result, reason=reason, fingerprint={**prints, **own})
+    return replace(result, reason=reason, fingerprint={**identity, **own})
 
 
 def _check_together(callback: Any, validation: Any, patience: Any, resume_from: Any, checkpoint_dir: Any) -> None:
@@ -247,12 +247,12 @@ def _check_together(callback: Any, validation: Any, patience: Any, resume_from: 
 
 
 def _started(
-    resume_from: Any, damping: float, names: tuple[str, ...], theta: torch.Tensor, prints: dict[str, str]
+    resume_from: Any, damping: float, names: tuple[str, ...], theta: torch.Tensor, identity: dict[str, str]
 ) -> GaussNewtonResult:
     """The result from which the fit starts, with these `parameters`."""
     if resume_from is None:
         kept = _kept(names, start=theta, last=theta, best=theta)
-        return GaussNewtonResult((), damping, 0, "running", (), kept, prints)
+        return GaussNewtonResult((), damping, 0, "running", (), kept, identity)
     if not isinstance(resume_from, GaussNewtonResult):
         raise TypeError(f"`resume_from` should be a GaussNewtonResult but the value passed is {resume_from!r}")
     held = {name: len(values) for name, values in resume_from.parameters.items()}
@@ -261,7 +261,7 @@ def _started(
             "`resume_from` should come from a call with the same `model`, `weight_decay` and `validation`: these need "
             f"the numbers of parameters {dict.fromkeys(names, len(theta))}, but this result holds {held}"
         )
-    check_same_fit("resume_from", resume_from.fingerprint, {**prints, "parameters": of_parameters(theta)})
+    check_same_fit("resume_from", resume_from.fingerprint, {**identity, "parameters": of_parameters(theta)})
     return resume_from
 
 
@@ -292,7 +292,7 @@ def _number(function: Callable[[nn.Module], Any], model: nn.Module) -> float:
     return float(value)
 
 
-def _tell(what: str, iteration: int, is_error: bool) -> None:
+def _report_not_finite(what: str, iteration: int, is_error: bool) -> None:
     text = (
         f"{what} are not finite in iteration {iteration + 1}, so the fit ends there. The model holds its last good "
         "parameters. Look at the data of that iteration, and at roots and quotients in `residual_fn`"

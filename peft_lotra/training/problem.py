@@ -168,9 +168,8 @@ class Problem:
         (loss,) = self.processes.totals([sum(total / counts[name] for name, (total, _, _) in found)])
         decay = self.weight_decay
         prior = decay * self.away(theta).square().sum().item() if decay else 0.0
-        residuals = [roots / math.sqrt(counts[name]) for name, (_, roots, _) in found]
-        kinds = [(name, len(part)) for (name, _), part in zip(found, residuals, strict=True)]
-        return Evaluation(theta, batch, loss, loss + prior, torch.cat(residuals), kinds, counts)
+        kinds = [(name, len(roots)) for name, (_, roots, _) in found]
+        return Evaluation(theta, batch, loss, loss + prior, _residuals(found, counts), kinds, counts)
 
     def fitted(self, point: Evaluation) -> int:
         """How many numbers are to be fitted, in all processes: residuals, outputs that have a target, or labels."""
@@ -244,13 +243,8 @@ class Problem:
                 if isinstance(kind.loss, Given):
                     kind.loss.check_gradient(*few.answer(net, few.batch)[:2])
             if is_batches(found.batch):
-                again = [roots for _, (_, roots, _) in self._values(found.theta, found.batch, argument)]
-                before = values.split([n for _, n in found.kinds])
-                same = len(again) == len(before) and all(
-                    len(a) == len(b) and torch.equal(a / math.sqrt(found.counts[name]), b)
-                    for a, b, (name, _) in zip(again, before, found.kinds, strict=True)
-                )
-                if not same:
+                again = _residuals(self._values(found.theta, found.batch, argument), found.counts)
+                if not torch.equal(again, values):
                     raise ValueError(
                         f"`{argument}` should give the same batches whenever it is read, but the second reading gave "
                         "others: use a DataLoader with `shuffle=False` and without random transforms"
@@ -333,6 +327,11 @@ class Problem:
             for pulled in self._by_chunks(kind, what, partial(of_chunk, kind)):
                 total += pulled
         return total
+
+
+def _residuals(found: list[tuple[str, Values]], counts: Mapping[str, int]) -> torch.Tensor:
+    """r of all kinds and batches, from `Problem._values`. shape: (R,)"""
+    return torch.cat([roots / math.sqrt(counts[name]) for name, (_, roots, _) in found])
 
 
 def _values(kind: Kind, net: Net, part: Any) -> Values:
