@@ -82,7 +82,7 @@ class LoTRAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> LoTRAConfig:
         # A copy becomes self-contained. The user's object stays as it is, and can be used for other models.
         adapter_name = next(name for name, config in self.peft_config.items() if config is peft_config)
-        check_name(adapter_name)
+        check_name(adapter_name, self.model)
         task = peft_config.task_type
         if task in HEADS:  # PEFT would add them to the user's object, after the copy is made
             peft_config = replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or ()), *HEADS[task]])
@@ -125,6 +125,7 @@ class LoTRAModel(BaseTuner):
                     check_weights(slots, config._saved.weights, config._saved.origin)
                 if config.bias != "none" and not trained_biases(model, adapter_name, config.bias):
                     warnings.warn(f"`bias`={config.bias!r} has no effect: the model has no such bias", stacklevel=2)
+                self._self_contained._saved = config._saved  # until PEFT loads it
                 self._self_contained._copies = frozenset(key for key in slots if not is_adapter_key(key))
                 self.peft_config[adapter_name] = self._self_contained
         except BaseException:

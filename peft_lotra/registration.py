@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .coefficients.registry import qualified_name
+from .files.transaction import with_whole_adapters
 
 
 def extend_peft_type(name: str) -> PeftType:
@@ -50,16 +51,17 @@ TASK = "lotra_task"  # the argument of a call that sets the task
 AXIS = "batch_axis"  # the argument of a call that says on which axis samples are
 
 
-def _take_out(model_cls: type) -> None:
-    """Let PeftModels of this method remove our arguments from a call, as they do with `adapter_names`.
+def _prepare_peft_models(model_cls: type) -> None:
+    """Give PeftModels of this method what a tuner, which cannot see the PeftModel around it, has no access to.
 
-    Each PeftModel has a set of such names, and a tuner cannot see the PeftModel around it. torch tells us when a
-    PeftModel gets its tuner.
+    They remove our arguments from a call, as they do with `adapter_names`, and their class becomes one that writes and
+    loads adapters as a whole. torch tells us when a PeftModel gets its tuner.
     """
 
     def add(module: nn.Module, _: str, child: nn.Module | None) -> None:
         if isinstance(child, model_cls) and isinstance(module, PeftModel):
             module.special_peft_forward_args |= {TASK, AXIS}
+            module.__class__ = with_whole_adapters(type(module))
 
     register_module_module_registration_hook(add)
 
@@ -80,4 +82,4 @@ def register(config_cls: type, model_cls: type) -> None:
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         mapping.pop(LOTRA, None)
     register_peft_method(name="lotra", config_cls=config_cls, model_cls=model_cls)
-    _take_out(model_cls)
+    _prepare_peft_models(model_cls)

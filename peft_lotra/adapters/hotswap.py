@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import load_peft_weights
 from torch import nn
 
 from ..coefficients.target import Target
@@ -70,7 +69,9 @@ def hotswap_adapter(
             f"`model_name_or_path` {model_name_or_path!r} is a {config.peft_type.value} adapter: only LoTRA adapters "
             "can be swapped in here"
         )
-    weights = load_peft_weights(model_name_or_path, device=torch_device or "cpu", **kwargs)
+    if config._saved is None:
+        raise ValueError(f"`model_name_or_path` {model_name_or_path!r} has no adapter file")
+    weights = {key: tensor.to(torch_device or "cpu") for key, tensor in config._saved.weights.items()}
     hotswap_adapter_from_state_dict(model, weights, adapter_name, config)
 
 

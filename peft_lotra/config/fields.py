@@ -9,6 +9,7 @@ from typing import Any
 
 from ..families.family import Family, check_degree
 
+FORMAT = 1  # of saved adapters; one that an earlier version would read wrongly has a greater number
 BIASES = ("none", "all", "lotra_only")
 
 # The fields that are lists: name, type of an entry, whether a single entry may replace the list, words for errors.
@@ -33,6 +34,12 @@ def check_names(config: Any) -> None:
         raise TypeError(
             "`trainable_token_indices` should be a list of indices, or a mapping from names of embeddings to such "
             f"lists, but the value passed is {tokens!r}"
+        )
+    if type(config.file_format) is not int or not 1 <= config.file_format <= FORMAT:
+        newer = type(config.file_format) is int and config.file_format > FORMAT
+        raise ValueError(
+            f"`file_format` is {config.file_format!r}, and this version of peft_lotra reads formats up to {FORMAT}: "
+            + ("`pip install -U peft-lotra`" if newer else "leave it out")
         )
     if not isinstance(config.digest, str | None):
         raise TypeError(f"`digest` should be a str but the value passed is {config.digest!r}: leave it out")

@@ -13,7 +13,7 @@ from ..files.config_file import ConfigFile
 from ..registration import LOTRA
 from ..tucker.decomposition import Ranks
 from ..tucker.ranks import check_ranks
-from .fields import check_choices, check_family, check_names, check_numbers, checked_mapping
+from .fields import FORMAT, check_choices, check_family, check_names, check_numbers, checked_mapping
 from .patterns import INDEXED, check_expressions
 
 
@@ -86,6 +86,7 @@ class LoTRAConfig(ConfigFile):
         digest: the sha256 of the saved tensors and of the fields that give them their meaning. `save_pretrained` sets
             it. An adapter file that does not fit it is not loaded. If you edit tensors or config by hand, remove this
             field from `adapter_config.json`; the adapter then loads with a warning.
+        file_format: the number of the format of saved adapters. A number that is not known yet is refused.
         base_marks: a norm and a checksum of the coefficients under the adapter, by full parameter name.
             `save_pretrained` sets it. Loading on other coefficients gives a warning.
 
@@ -114,6 +115,7 @@ class LoTRAConfig(ConfigFile):
     init_weights: bool = True
     slim: bool = False
     digest: str | None = None
+    file_format: int = FORMAT
     base_marks: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 
 from ..tucker.decomposition import CODES, CONTAINERS
 
 PREFIX = "base_model.model."  # every name in a file that PEFT writes begins with it
+CONFIG_KEY = "lotra_config"  # the entry in the header of an adapter file that is the text of its config
 
 
 class Slot(NamedTuple):
@@ -29,6 +31,7 @@ class SavedAdapter(NamedTuple):
 
     origin: str  # the file, as errors name it
     weights: Mapping[str, torch.Tensor]
+    config: str | None  # the text of the config that was saved with them, if the file has it
 
 
 @contextmanager
@@ -111,8 +114,16 @@ def read_adapter(directory: str) -> SavedAdapter | None:
     file = next(filter(os.path.isfile, files), None)
     if file is None:
         return None
+    config = None
     try:
-        weights = load_peft_weights(directory, device="cpu")
+        if file == files[0]:
+            with open(file, "rb") as opened:  # once, so that header and tensors are of one save
+                content = opened.read()
+            weights: Any = safetensors.torch.load(content)
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+            config = header.get("__metadata__", {}).get(CONFIG_KEY)
+        else:
+            weights = load_peft_weights(directory, device="cpu")
     except Exception as error:  # safetensors, pickle and zip raise types of their own
         raise ValueError(
             f"the adapter file {file} cannot be read ({error}): it is corrupt or truncated; copy or save it again"
@@ -124,4 +135,4 @@ def read_adapter(directory: str) -> SavedAdapter | None:
                 f"the adapter file {file} should hold dense tensors by name, but {key!r} is a {type(thing).__name__}: "
                 "save the adapter again by `save_pretrained`"
             )
-    return SavedAdapter(f"the adapter file {file}", weights)
+    return SavedAdapter(f"the adapter file {file}", weights, config)

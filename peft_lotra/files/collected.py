@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
@@ -15,6 +16,9 @@ from .adapter_file import PREFIX, check_weights, is_adapter_key
 from .base_marks import marks_of, warn_of_a_trained_base, warn_of_another_base
 from .config_file import ConfigFile
 from .slots import slots_of
+
+# Whether a PeftModel loads an adapter's file just now; otherwise a state dict is a user's own.
+loads_a_file: ContextVar[bool] = ContextVar("loads_a_file", default=False)
 
 
 class Collected(dict):
@@ -91,6 +95,9 @@ def remapped(
     Raises:
         ValueError: if they do not fit the adapter.
     """
+    if loads_a_file.get() and config._saved is not None:  # what was checked, and not what PEFT has read after it
+        devices = {tensor.device for tensor in state_dict.values()}
+        state_dict = {key: t.to(devices.pop()) if len(devices) == 1 else t for key, t in config._saved.weights.items()}
     slots = slots_of(model, adapter_name, config.bias)
     names = {key: name for key, (name, _) in slots.items()}
     names |= {f"{PREFIX}{key}": name for key, name in names.items()}  # for a model without a PeftModel around it

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from ..coefficients.spec import CoefficientSpec, Layout
 from ..coefficients.target import Target
@@ -30,6 +35,8 @@ from .adapter_file import (
 )
 
 # These fields had their effect when the adapter was made.
+UNFINISHED = ".saving-"  # begins the name of a folder in which a save is prepared
+
 _NONE: dict[str, Any] = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
 
 Config = TypeVar("Config", bound="ConfigFile")
@@ -95,15 +102,39 @@ class ConfigFile(PeftConfig):
         directory = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
         with naming(os.path.join(directory, CONFIG_NAME)):
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-            return config._checked(directory) if isinstance(config, ConfigFile) else config
+            if not isinstance(config, ConfigFile):
+                return config
+            if not os.path.isdir(directory):
+                given = cls._split_kwargs(kwargs)[0]
+                directory = _downloaded(pretrained_model_name_or_path, subfolder=subfolder, **given) or directory
+            saved = read_adapter(directory)
+            return config._of_adapter(saved, directory)._checked(directory, saved)
 
-    def _checked(self: Config, directory: str) -> Config:
+    def _of_adapter(self: Config, saved: SavedAdapter | None, directory: str) -> Config:
+        """This config, or that in the adapter file if this one is of another save."""
+        if saved is None or saved.config is None:
+            return self
+        try:
+            own = type(self).from_peft_type(**json.loads(saved.config))
+        except Exception as error:
+            raise ValueError(
+                f"{saved.origin} has a config that cannot be read ({error}): use an earlier save"
+            ) from error
+        if not isinstance(own, type(self)) or own.digest is None or self.digest in (None, own.digest):
+            return self  # one that was changed on purpose has no digest
+        warnings.warn(
+            f"{CONFIG_NAME} in {directory} is of another save than {saved.origin} beside it, as if a save was "
+            "interrupted: the config in the adapter file is used. Save the adapter again to replace both",
+            stacklevel=5,
+        )
+        return own
+
+    def _checked(self: Config, directory: str, saved: SavedAdapter | None) -> Config:
         """This config with the adapter file of its directory, after all checks."""
         modules = {target.module for _, target in self.saved_targets()}
         alphas = {module: self.alpha_pattern.get(module, self.alpha) for module in modules if self.alpha_pattern}
         fields = {**_NONE, "alpha_pattern": self.alpha_pattern | alphas}
         config = replace(self, **fields)
-        saved = read_adapter(directory)
         obstacle = config._obstacle()
         if saved is None:
             if os.path.isdir(directory) and not obstacle:
@@ -133,11 +164,29 @@ class ConfigFile(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, with the `digest` of the tensors that PEFT collected last."""
+        """Write `adapter_config.json` by one step, with the `digest` of the tensors that PEFT collected last."""
         written, self._written = self._written, {}
         plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta for t in written.values())
         self.digest = digest(written, self._meaning()) if written and plain else None
-        super().save_pretrained(save_directory, **kwargs)
+        os.makedirs(save_directory, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=save_directory) as folder:
+            super().save_pretrained(folder, **kwargs)
+            os.replace(os.path.join(folder, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+
+    def take_saved(self, other: ConfigFile) -> None:
+        """Take the checked tensors of a saved adapter that has the same meaning.
+
+        Raises:
+            ValueError: with the fields that differ.
+        """
+        mine, theirs = self._meaning(), other._meaning()
+        fields = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+        if fields and other._saved is not None:
+            raise ValueError(
+                f"{other._saved.origin} differs in {fields} from the adapter whose weights it should replace: load it "
+                "under a name that the model does not have"
+            )
+        self._saved = other._saved
 
     def check_written(self, adapter_name: str) -> None:
         """Raise ValueError if the tensors that are being saved are not those that the config names."""
@@ -241,6 +290,14 @@ class ConfigFile(PeftConfig):
 
 def _by_module(targets: list[Target]) -> Iterator[tuple[str, list[Target]]]:
     return ((module, list(group)) for module, group in groupby(targets, key=lambda target: target.module))
+
+
+def _downloaded(repository: str, **given: Any) -> str | None:
+    """The directory in the cache with the Hub's adapter file, which PEFT is about to download; None without one."""
+    for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        with suppress(EntryNotFoundError):
+            return os.path.dirname(hf_hub_download(repository, name, **given))
+    return None
 
 
 def _one_or_many(by_parameter: dict[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from peft.config import PeftConfig
@@ -13,11 +14,16 @@ from ..calls.context import BASE
 from ..config.lotra_config import LoTRAConfig
 from ..files.adapter_file import PREFIX
 from ..layers.lotra import adapted_tensors
+from ..tucker.decomposition import CODES, CONTAINERS
 from .resolve import NAMES_OF_HEADS, resolve_targets
 
+# Names in the way to an adapter's tensors that are PEFT's or this package's.
+_TAKEN = {*CONTAINERS, CODES, "base_layer", "base_model", "model", "modules_to_save", "original_module"}
+_TAKEN |= {"token_adapter", "trainable_tokens_delta", "trainable_tokens_original", "weight", "bias"}
 
-def check_name(adapter_name: str) -> None:
-    """Raise unless the name can be a module's, a directory's and a sample's in a mixed batch."""
+
+def check_name(adapter_name: str, model: nn.Module) -> None:
+    """Raise unless the name can be a module's, a directory's and a sample's in a mixed batch, and is no module's."""
     if not isinstance(adapter_name, str):
         raise TypeError(f"`adapter_name` should be a str but the value passed is {adapter_name!r}")
     if not adapter_name or "." in adapter_name or hasattr(nn.ParameterDict(), adapter_name):
@@ -32,6 +38,17 @@ def check_name(adapter_name: str) -> None:
         )
     if adapter_name == BASE:
         raise ValueError(f"`adapter_name` {adapter_name!r} stands for no adapter in a mixed batch: choose another")
+    if adapted_tensors(model, adapter_name):
+        return  # the adapter is replaced, and its name is in the names of its tensors
+    tensors = (name for name, _ in chain(model.named_parameters(), model.named_buffers()))
+    holder = adapter_name if adapter_name in _TAKEN else None
+    holder = holder or next((name for name in tensors if adapter_name in name.split(".")), None)
+    if holder:
+        raise ValueError(
+            f"`adapter_name` {adapter_name!r} is in names of tensors, such as {holder!r}. When PEFT saves an adapter, it "
+            "leaves out tensors whose names have that of another adapter in them, and would leave out these: choose "
+            f"another, for example {f'adapter_{adapter_name}'!r} or {f'{adapter_name}_task'!r}"
+        )
 
 
 def check_replaced(model: nn.Module, peft_config: Any, adapter_name: str, earlier: PeftConfig) -> None:

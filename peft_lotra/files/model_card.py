@@ -1,0 +1,119 @@
+"""The README.md that is written beside an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import metadata
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import peft
+from huggingface_hub import ModelCard
+from peft import PeftModel
+
+from ..tucker.decomposition import CORE
+from .adapter_file import is_tucker_key
+from .slots import slots_of
+
+CARD = "README.md"
+_TAGS = ("kan", "lotra", "peft")
+_OURS = "<!-- peft_lotra replaces this text with each save. Remove this line to keep it as you changed it. -->"
+_TEXT = """\
+{ours}
+
+# LoTRA adapter for {base}
+
+A low tensor-rank update of the coefficient tensors of a Kolmogorov–Arnold network,
+A + alpha · G ×₁ U1 ×₂ U2 ×₃ U3, for the library [PEFT](https://github.com/huggingface/peft).
+
+- **License:** [More Information Needed]
+- **Base model:** {base}
+
+{adapters}## How to load it
+
+```
+pip install "peft-lotra>={version}"
+```
+
+```python
+import peft_lotra  # tells PEFT what LoTRA is; without it, PEFT raises KeyError: 'LOTRA'
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, {directory!r}{name})  # base: the {cls} that the adapter was trained on
+```
+
+A base with other coefficients gives a warning. The file's tensors are checked against a digest. `load_adapter` of
+transformers models does not check it.
+
+## Citation
+
+```bibtex
+@article{{lotra,
+  title = {{Low Tensor-Rank Adaptation of Kolmogorov--Arnold Networks}},
+  journal = {{arXiv preprint arXiv:2502.06153}},
+  year = {{2025}}
+}}
+```
+
+### Framework versions
+
+- PEFT {peft}
+- peft-lotra {version}
+"""
+
+
+def write_card(model: PeftModel, directory: str, names: Iterable[str]) -> None:
+    """Write a card of the adapters that were saved. A user's own card only gets the tags."""
+    path = Path(directory, CARD)
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    if _OURS in card.text or _is_template(card.text):
+        card.text = _text(model, list(names))
+    card.data["tags"] = sorted({*(card.data.get("tags") or ()), *_TAGS})
+    card.save(path)
+
+
+def _is_template(text: str) -> bool:
+    return text.count("[More Information Needed]") > 20 and "# Model Card for Model ID" in text
+
+
+def _text(model: PeftModel, names: list[str]) -> str:
+    base = model.get_base_model()
+    kind, known_as = type(base).__name__, getattr(base, "name_or_path", None) or ""
+    try:
+        version = metadata.version("peft-lotra")
+    except metadata.PackageNotFoundError:  # the package is not installed, but on the path
+        version = "0"
+    return _TEXT.format(
+        ours=_OURS,
+        base=f"`{known_as}`" if known_as else f"a `{kind}`",
+        cls=kind,
+        adapters="".join(_lines(model, name) for name in names),
+        directory="." if "default" in names else names[0],
+        name="" if "default" in names else f", {names[0]!r}",
+        peft=peft.__version__,
+        version=version,
+    )
+
+
+def _lines(model: PeftModel, name: str) -> str:
+    """What an adapter is, for people."""
+    config: Any = model.peft_config[name]
+    targets = [target for _, target in config.saved_targets()]
+    sizes = {key: prod(slot.shape) for key, (_, slot) in slots_of(model, name, config.bias).items()}
+    frozen = sum(size for key, size in sizes.items() if is_tucker_key(key) and f".{CORE}" not in f".{key}")
+    trained = sum(sizes.values()) - (frozen if config.freeze_factors else 0)
+    ranks = sorted({str(target.ranks) for target in targets})
+    lines = [
+        f"**{name}**: {len(targets)} coefficient tensors with "
+        f"{sum(prod(target.spec.layout.canonical_shape) for target in targets):,} coefficients; ranks "
+        + ", ".join([*ranks[:4], *(["…"] if len(ranks) > 4 else [])]),
+        f"{trained:,} trained and {sum(sizes.values()):,} stored numbers",
+    ]
+    if (family := config.kind) is not None:
+        lines += [f"a family: {parameter} from {a:g} to {b:g}" for parameter, (a, b) in family.ranges.items()]
+        if family.tasks:
+            some = ", ".join([*family.tasks[:20], *(["…"] if len(family.tasks) > 20 else [])])
+            codes = f" with codes of {family.code}" if family.code else ""
+            lines.append(f"a family of {len(family.tasks)} tasks{codes}: {some}")
+    return "\n".join([lines[0], "", *(f"- {line}" for line in lines[1:]), "", ""])

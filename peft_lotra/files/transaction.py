@@ -1,0 +1,150 @@
+"""A PeftModel with LoTRA adapters writes each adapter as a whole, and loads the bytes that it has checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from json import JSONDecodeError
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+
+from .adapter_file import CONFIG_KEY
+from .collected import loads_a_file
+from .config_file import UNFINISHED
+from .model_card import CARD, write_card
+
+_OLD = 3600.0  # seconds after which such a folder is left over from a process that was killed
+
+
+class WholeAdapters:
+    """`save_pretrained` and `load_adapter` of a PeftModel, for adapters in files.
+
+    PEFT writes the adapter file and then the config. Here, both are written into a hidden folder first, and the
+    adapter file has a copy of the config in its header. Renaming the adapter file is the one step that replaces the
+    earlier adapter: a process that is killed before it leaves the earlier adapter, and one that is killed after it
+    leaves the new one, both complete. (A .bin file has no header: `safe_serialization=False` has two such steps.)
+    """
+
+    _of: type[PeftModel]  # the class of the PeftModel, without these methods
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _restored, (self._of,), self.__dict__  # the class itself has no name that could be imported
+
+    def save_pretrained(self: Any, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, of which it takes all arguments. See the class for what differs.
+
+        Raises:
+            OSError: if the directory cannot be written to. What was there is as it was.
+        """
+        save = super().save_pretrained  # type: ignore[misc]
+        if not kwargs.get("is_main_process", True) or os.path.isfile(save_directory):
+            save(save_directory, *args, **kwargs)  # which collects tensors with the first process, or raises
+            return
+        with _said(save_directory):
+            os.makedirs(save_directory, exist_ok=True)
+            _remove_old(Path(save_directory))
+            with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=save_directory) as folder:
+                card = Path(save_directory, CARD)
+                if card.exists():
+                    shutil.copyfile(card, Path(folder, CARD))  # PEFT keeps a user's text
+                save(folder, *args, **kwargs)
+                written = [path.parent for path in sorted(Path(folder).rglob(CONFIG_NAME))]
+                write_card(self, folder, [part.name if part != Path(folder) else "default" for part in written])
+                for part in written:
+                    _replace(part, Path(save_directory, part.relative_to(folder)))
+                _move(Path(folder, CARD), card)
+
+    def load_adapter(self: Any, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's, of which it takes all arguments; what is loaded is what was checked, and not read again.
+
+        Raises:
+            ValueError: also if the model has an adapter of this name that means something else.
+        """
+        config = self.peft_config.get(adapter_name)
+        # `PeftModel.from_pretrained` has just read the file, and gives a key mapping. For any other adapter that the
+        # model has already, PEFT would not look at the saved config.
+        is_read = config is not None and config._saved is not None and kwargs.get("key_mapping") is not None
+        if config is not None and not is_read:
+            given = {key: kwargs[key] for key in self._split_kwargs(kwargs)[0]}
+            config.take_saved(type(config).from_pretrained(os.fspath(model_id), **given))
+        token = loads_a_file.set(True)
+        try:
+            return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+        except (JSONDecodeError, UnicodeDecodeError, KeyError) as error:  # PEFT looks for the `peft_type` first
+            file = os.path.join(model_id, kwargs.get("subfolder") or "", CONFIG_NAME)
+            raise ValueError(
+                f"{file} is no config of an adapter ({error!r}): copy or save the adapter again"
+            ) from error
+        finally:
+            loads_a_file.reset(token)
+            if adapter_name in self.peft_config:
+                self.peft_config[adapter_name]._saved = None
+
+
+def with_whole_adapters(cls: Any) -> Any:
+    """The subclass of a PeftModel's class with these methods, under its name."""
+    return cls if issubclass(cls, WholeAdapters) else _subclass(cls)
+
+
+@cache
+def _subclass(cls: Any) -> Any:
+    return type(cls.__name__, (WholeAdapters, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__, "_of": cls})
+
+
+def _restored(cls: type[PeftModel]) -> Any:
+    made = with_whole_adapters(cls)
+    return made.__new__(made)
+
+
+@contextmanager
+def _said(directory: str | os.PathLike) -> Iterator[None]:
+    """Errors of the file system name the directory. safetensors has a type of its own for them."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise OSError(
+            f"`save_directory` {os.fspath(directory)!r}: the adapter cannot be saved there ({error}). What was there "
+            "is as it was: make room, or choose another directory"
+        ) from error
+
+
+def _remove_old(directory: Path) -> None:
+    for folder in directory.glob(f"{UNFINISHED}*"):
+        try:
+            if time.time() - folder.stat().st_mtime > _OLD:
+                shutil.rmtree(folder, ignore_errors=True)
+        except FileNotFoundError:  # another process has just removed it
+            continue
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Replace the adapter of a directory by the one that was written into the folder `new`."""
+    target.mkdir(exist_ok=True)
+    weights = new / SAFETENSORS_WEIGHTS_NAME
+    if weights.exists():
+        text = (new / CONFIG_NAME).read_text()
+        save_file(load_file(weights), weights, metadata={"format": "pt", CONFIG_KEY: text})
+    else:
+        weights = new / WEIGHTS_NAME
+    for path in (weights, new / CONFIG_NAME):  # both are on the disk before one of them has its name
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    _move(weights, target / weights.name)
+    _move(new / CONFIG_NAME, target / CONFIG_NAME)
+    other = {SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME} - {weights.name}
+    (target / other.pop()).unlink(missing_ok=True)  # of an earlier save, which would be loaded in place of this one
+
+
+def _move(path: Path, target: Path) -> None:
+    os.replace(path, target)  # a link is replaced, not followed
