@@ -483,7 +483,7 @@ def test_lora_on_attention_and_lotra_on_the_kan_of_a_plain_module(tmp_path):
     base, x, _ = make("ViT-KAN")
     fresh = copy.deepcopy(base)
     get_peft_model(base, LoraConfig(target_modules=["qkv", "proj"], init_lora_weights=False), adapter_name="attention")
-    model = get_peft_model(base, LoTRAConfig(r=2, init_weights=False), adapter_name="mlp")
+    model = get_peft_model(base, LoTRAConfig(r=2, init_weights=False), adapter_name="kan")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name.split(".")[-2].partition("_")[0] for name in trained if "lotra" in name} == {"lotra"}
     assert len(trained) == 4 * 2 + 2 * 4
@@ -496,7 +496,7 @@ def test_lora_on_attention_and_lotra_on_the_kan_of_a_plain_module(tmp_path):
     model.save_pretrained(tmp_path)
     again = copy.deepcopy(fresh)
     PeftModel.from_pretrained(again, tmp_path / "attention", adapter_name="attention", is_trainable=True)
-    again = PeftModel.from_pretrained(again, tmp_path / "mlp", adapter_name="mlp", is_trainable=True)
+    again = PeftModel.from_pretrained(again, tmp_path / "kan", adapter_name="kan", is_trainable=True)
     assert_different(y, fresh(x))
     assert_equal(again(x), y, 0)
     assert {name for name, p in again.named_parameters() if p.requires_grad} == trained

@@ -131,6 +131,13 @@ def test_serving(tmp_path):
     assert all(result["difference"] < within(64 * EPS) for result in results["mixed"].values())
 
 
+def test_saving(tmp_path):
+    call("saving", "--seconds", 1, "--kills", 3, "--rounds", 2, "--output-dir", tmp_path)
+    results = json.loads((tmp_path / "saving.json").read_text())
+    for found in (*results["race"].values(), results["kills"]):
+        assert [*found] == ["one of the two"]
+
+
 def small_layers(folder, *arguments):
     call("small_layers", "--widths", 8, "--batch", 8, "--seconds", 1, *arguments, "--output-dir", folder)
     return json.loads((folder / "small_layers.json").read_text())

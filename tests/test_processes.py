@@ -376,7 +376,7 @@ def dies_with_half_an_adapter():
 
     def patched(self, folder, **kwargs):
         save_pretrained(self, folder, **kwargs)
-        file = folder / "adapter_model.safetensors"
+        file = Path(folder, "adapter_model.safetensors")
         file.write_bytes(file.read_bytes()[:-100])
         die(0)
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -104,6 +105,22 @@ def digest(weights: Mapping[str, torch.Tensor], meaning: Mapping[str, Any]) -> s
     return total.hexdigest()
 
 
+def _header(content: bytes) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, which is JSON after its length in 8 bytes, and where the tensors begin."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), end
+
+
+def set_metadata(path: Path, key: str, text: str) -> None:
+    """Add an entry to the header of a safetensors file. The library would read and write every tensor for that."""
+    content = path.read_bytes()
+    header, end = _header(content)
+    header["__metadata__"] = {**header.get("__metadata__", {}), key: text}
+    said = json.dumps(header).encode()
+    said += b" " * (-len(said) % 8)  # tensors begin at a multiple of 8
+    path.write_bytes(len(said).to_bytes(8, "little") + said + content[end:])
+
+
 def read_adapter(directory: str) -> SavedAdapter | None:
     """The adapter file in a local directory, or None if the directory has no such file.
 
@@ -120,8 +137,7 @@ def read_adapter(directory: str) -> SavedAdapter | None:
             with open(file, "rb") as opened:  # once, so that header and tensors are of one save
                 content = opened.read()
             weights: Any = safetensors.torch.load(content)
-            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-            config = header.get("__metadata__", {}).get(CONFIG_KEY)
+            config = _header(content)[0].get("__metadata__", {}).get(CONFIG_KEY)
         else:
             weights = load_peft_weights(directory, device="cpu")
     except Exception as error:  # safetensors, pickle and zip raise types of their own

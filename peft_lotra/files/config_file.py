@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, TypeVar
@@ -65,6 +66,7 @@ class ConfigFile(PeftConfig):
     _copies: frozenset[str] = frozenset()  # the names of saved tensors other than core and factors
     _saved: SavedAdapter | None = None  # the adapter file beside the config's file, if it was read from one
     _file: str | None = None  # the config's own file in that case
+    _named: tuple[tuple[Any, Any], list[tuple[str, Target]]] | None = None  # the fields, and the targets in them
     _kind: tuple[tuple[Any, int, int], Family | None] | None = None  # the fields of which it was made, and the family
 
     @property
@@ -86,7 +88,7 @@ class ConfigFile(PeftConfig):
         return (len(self.kind.tasks), self.kind.code) if self.kind is not None and self.kind.code else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_written": {}, "_saved": None}  # copies have no tensors
+        return vars(self) | {"_written": {}, "_saved": None, "_named": None}  # copies have no tensors
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any):
@@ -168,6 +170,9 @@ class ConfigFile(PeftConfig):
         written, self._written = self._written, {}
         plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta for t in written.values())
         self.digest = digest(written, self._meaning()) if written and plain else None
+        if os.path.basename(save_directory).startswith(UNFINISHED):
+            super().save_pretrained(save_directory, **kwargs)  # a PeftModel renames it
+            return
         os.makedirs(save_directory, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=save_directory) as folder:
             super().save_pretrained(folder, **kwargs)
@@ -205,12 +210,12 @@ class ConfigFile(PeftConfig):
 
     def _meaning(self) -> dict[str, Any]:
         """The fields that give the adapter's tensors their meaning."""
-        fields = ("alpha", "alpha_pattern", "coefficients", "rank_pattern", "slim", "modules_to_save")
-        said = self.to_dict()
-        others = {} if self.bias == "none" else {"bias": self.bias}
-        others |= {} if self.family is None else {name: said[name] for name in ("family", "family_degree")}
-        others |= {} if self.family_code is None else {"family_code": said["family_code"]}
-        return {name: said[name] for name in (*fields, "trainable_token_indices")} | others
+        fields: tuple[str, ...] = ("alpha", "alpha_pattern", "coefficients", "rank_pattern", "slim", "modules_to_save")
+        fields += ("trainable_token_indices", *(() if self.bias == "none" else ("bias",)))
+        fields += () if self.family is None else ("family", "family_degree")
+        fields += () if self.family_code is None else ("family_code",)
+        said = {name: getattr(self, name) for name in fields}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in said.items()}
 
     def self_contained(self: Config, targets: list[Target]) -> Config:
         """A copy that names every target with its layout, ranks and `alpha`, so that it loads without a registry."""
@@ -258,6 +263,12 @@ class ConfigFile(PeftConfig):
 
     def saved_targets(self) -> list[tuple[str, Target]]:
         """The targets of a self-contained config, each with the name of its LoTRALayer; [] for any other config."""
+        given = self.coefficients, self.rank_pattern
+        if self._named is None or self._named[0] != given:
+            self._named = deepcopy(given), self._targets()
+        return self._named[1]
+
+    def _targets(self) -> list[tuple[str, Target]]:
         targets = []
         for parameter, description in self.coefficients.items():
             if not isinstance(description, Mapping) or not description.get("sizes"):

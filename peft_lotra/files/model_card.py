@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import peft
-from huggingface_hub import ModelCard
 from peft import PeftModel
 
 from ..tucker.decomposition import CORE
 from .adapter_file import is_tucker_key
+from .config_file import ConfigFile
 from .slots import slots_of
 
 CARD = "README.md"
-_TAGS = ("kan", "lotra", "peft")
+_TAGS = ("- kan\n", "- lotra\n", "- peft\n")
 _OURS = "<!-- peft_lotra replaces this text with each save. Remove this line to keep it as you changed it. -->"
 _TEXT = """\
 {ours}
@@ -63,27 +64,42 @@ transformers models does not check it.
 """
 
 
-def write_card(model: PeftModel, directory: str, names: Iterable[str]) -> None:
-    """Write a card of the adapters that were saved. A user's own card only gets the tags."""
-    path = Path(directory, CARD)
-    card = ModelCard.load(path, ignore_metadata_errors=True)
-    if _OURS in card.text or _is_template(card.text):
-        card.text = _text(model, list(names))
-    card.data["tags"] = sorted({*(card.data.get("tags") or ()), *_TAGS})
-    card.save(path)
+def begin_card(model: Any, earlier: Path, path: Path, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Write the card to which PEFT adds: a user's own, as it is, or one of the adapters that are about to be saved.
+
+    `args` and `kwargs` are those of `save_pretrained`.
+    """
+    try:
+        text = earlier.read_text()
+    except FileNotFoundError:
+        text = _OURS
+    if _OURS in text:
+        names = kwargs.get("selected_adapters", args[1] if len(args) > 1 else None)
+        own = [name for name, config in model.peft_config.items() if isinstance(config, ConfigFile)]
+        known = [name for name in names or () if name in own] or own
+        text = f"---\nlibrary_name: peft\ntags:\n{''.join(_TAGS)}---\n{_text(model, known)}"
+    path.write_text(text)
 
 
-def _is_template(text: str) -> bool:
-    return text.count("[More Information Needed]") > 20 and "# Model Card for Model ID" in text
+def add_tags(path: Path) -> None:
+    """Add this method's tags. PEFT, which replaces tags by those of the model, has just written one tag to a line."""
+    begin, end, rest = path.read_text().partition("\n---")
+    if missing := [tag for tag in _TAGS if tag not in f"{begin}\n"]:
+        begin, _, others = begin.partition("\ntags:")
+        path.write_text(f"{begin}\ntags:\n{''.join(missing).rstrip()}{others}{end}{rest}")
+
+
+@cache
+def _version() -> str:
+    try:
+        return metadata.version("peft-lotra")
+    except metadata.PackageNotFoundError:  # the package is not installed, but on the path
+        return "0"
 
 
 def _text(model: PeftModel, names: list[str]) -> str:
     base = model.get_base_model()
     kind, known_as = type(base).__name__, getattr(base, "name_or_path", None) or ""
-    try:
-        version = metadata.version("peft-lotra")
-    except metadata.PackageNotFoundError:  # the package is not installed, but on the path
-        version = "0"
     return _TEXT.format(
         ours=_OURS,
         base=f"`{known_as}`" if known_as else f"a `{kind}`",
@@ -92,7 +108,7 @@ def _text(model: PeftModel, names: list[str]) -> str:
         directory="." if "default" in names else names[0],
         name="" if "default" in names else f", {names[0]!r}",
         peft=peft.__version__,
-        version=version,
+        version=_version(),
     )
 
 

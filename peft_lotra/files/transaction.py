@@ -9,19 +9,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 
-from .adapter_file import CONFIG_KEY
+from .adapter_file import CONFIG_KEY, set_metadata
 from .collected import loads_a_file
 from .config_file import UNFINISHED
-from .model_card import CARD, write_card
+from .model_card import CARD, add_tags, begin_card
 
+_ATTEMPTS = 4
 _OLD = 3600.0  # seconds after which such a folder is left over from a process that was killed
 
 
@@ -53,15 +53,12 @@ class WholeAdapters:
             os.makedirs(save_directory, exist_ok=True)
             _remove_old(Path(save_directory))
             with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=save_directory) as folder:
-                card = Path(save_directory, CARD)
-                if card.exists():
-                    shutil.copyfile(card, Path(folder, CARD))  # PEFT keeps a user's text
+                begin_card(self, Path(save_directory, CARD), Path(folder, CARD), args, kwargs)
                 save(folder, *args, **kwargs)
-                written = [path.parent for path in sorted(Path(folder).rglob(CONFIG_NAME))]
-                write_card(self, folder, [part.name if part != Path(folder) else "default" for part in written])
-                for part in written:
+                add_tags(Path(folder, CARD))
+                for part in [path.parent for path in sorted(Path(folder).rglob(CONFIG_NAME))]:
                     _replace(part, Path(save_directory, part.relative_to(folder)))
-                _move(Path(folder, CARD), card)
+                _move(Path(folder, CARD), Path(save_directory, CARD))
 
     def load_adapter(self: Any, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's, of which it takes all arguments; what is loaded is what was checked, and not read again.
@@ -78,12 +75,21 @@ class WholeAdapters:
             config.take_saved(type(config).from_pretrained(os.fspath(model_id), **given))
         token = loads_a_file.set(True)
         try:
-            return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
-        except (JSONDecodeError, UnicodeDecodeError, KeyError) as error:  # PEFT looks for the `peft_type` first
-            file = os.path.join(model_id, kwargs.get("subfolder") or "", CONFIG_NAME)
-            raise ValueError(
-                f"{file} is no config of an adapter ({error!r}): copy or save the adapter again"
-            ) from error
+            for left in reversed(range(_ATTEMPTS)):
+                try:
+                    return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+                except (RuntimeError, OSError, SafetensorError):
+                    # PEFT reads a file again that is checked already, by its name twice, and it may be replaced then.
+                    config = self.peft_config.get(adapter_name)
+                    if not left or config is None or config._saved is None:
+                        raise
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            directory = os.path.join(model_id, kwargs.get("subfolder") or "")
+            if directory in str(error):
+                raise
+            # PEFT looks for the `peft_type` in the config before it asks this package.
+            kind, said = (type(error), error) if type(error) in (ValueError, TypeError) else (ValueError, repr(error))
+            raise kind(f"the adapter in {directory}: {said}") from error
         finally:
             loads_a_file.reset(token)
             if adapter_name in self.peft_config:
@@ -111,7 +117,7 @@ def _said(directory: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+        if not isinstance(error, OSError | SafetensorError):
             raise
         raise OSError(
             f"`save_directory` {os.fspath(directory)!r}: the adapter cannot be saved there ({error}). What was there "
@@ -133,8 +139,7 @@ def _replace(new: Path, target: Path) -> None:
     target.mkdir(exist_ok=True)
     weights = new / SAFETENSORS_WEIGHTS_NAME
     if weights.exists():
-        text = (new / CONFIG_NAME).read_text()
-        save_file(load_file(weights), weights, metadata={"format": "pt", CONFIG_KEY: text})
+        set_metadata(weights, CONFIG_KEY, (new / CONFIG_NAME).read_text())
     else:
         weights = new / WEIGHTS_NAME
     for path in (weights, new / CONFIG_NAME):  # both are on the disk before one of them has its name

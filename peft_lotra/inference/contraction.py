@@ -10,7 +10,18 @@ import torch
 
 from ..coefficients import CoefficientSpec, Layout
 from ..coefficients.spec import parse_slice
-from .layouts import UNCHANGED, NoOutputs, Pair, Refused, Responses, bears_out, find_layout, mapped
+from .layouts import (
+    ONE_FUNCTION,
+    UNCHANGED,
+    NoOutputs,
+    Pair,
+    Refused,
+    Responses,
+    bears_out,
+    find_layout,
+    functions_differ,
+    mapped,
+)
 from .precision import FINITE_DIFFERENCES, Precision
 from .probe import Inputs, Probe, Underivable, uniform
 
@@ -82,6 +93,8 @@ class Contraction:
                 responses = mapped(responses, itemgetter(parse_slice(region)))
             try:
                 layout, part = find_layout(responses, features, self._precision, whole=region is not None)
+                if not self._functions_differ(path, layout, part or region, features):
+                    raise Refused(ONE_FUNCTION, linear=True, mixing=True)
             except Refused as refused:
                 failure = failure or refused.with_traceback(None)  # its frames would keep tensors alive
                 if feature == FLAT:  # otherwise a row of the input could pass for functions of its columns
@@ -91,6 +104,18 @@ class Contraction:
             at = (probe.precision, probe.which, self._frontier, self._inputs, out_axis, out_joined, feature)
             return layout, region or part, Place(*at, self._finite, probe.base.trace)
         raise failure or Refused("its entries cannot be told apart by input feature")
+
+    def _functions_differ(self, path: str, layout: Layout, part: str | None, features: int) -> bool:
+        """Whether an input has several functions. One sample cannot show it, and is believed."""
+        if sum(u.numel() for u in self._u) <= features:
+            return True
+        key = ("noise", self._finite)
+        if key not in self._gradients:
+            random = [torch.randn(u.shape, generator=_seeded(20), dtype=torch.float64) for u in self._u]
+            t = [own.to(u) for own, u in zip(random, self._u, strict=True)]
+            self._gradients[key] = self._slopes(t, self._weights(), True)
+        slopes = self._slope(path), self._gradients[key][path]
+        return functions_differ(layout, [s[parse_slice(part)] if part else s for s in slopes], self._precision)
 
     def bears_out(self, specs: list[CoefficientSpec], place: Place) -> bool:
         """Whether the slope of some outputs along some inputs fits the layouts, and is zero for all other entries."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -29,6 +29,10 @@ Factor = tuple[str, int]  # (mode, size)
 
 UNCHANGED = (
     "its response does not change with the input: it is added, as a bias is, or its functions are flat on this sample"
+)
+ONE_FUNCTION = (
+    "every input has one function only, up to factors: this is a linear layer whose outputs are arranged on several "
+    'axes, and no KAN layer (`target_modules="all-linear"` adapts linear layers)'
 )
 UNMIXED = "it has functions of one input for one output each, and mixes nothing"
 
@@ -204,6 +208,19 @@ def _share_functions(response: torch.Tensor, precision: Precision) -> bool:
     curves = response.permute(0, 3, 1, 2)  # (i, k, o, d)
     strongest = curves.square().sum(-1).argmax(-1)[..., None, None].expand(*curves.shape[:2], 1, curves.shape[3])
     return _proportional(curves, curves.gather(2, strongest).expand_as(curves), (3,), precision.product)
+
+
+def functions_differ(layout: Layout, slopes: Sequence[torch.Tensor], precision: Precision) -> bool:
+    """Whether φ_d(x_i) are not c_d · φ(x_i) for most inputs i. Affine functions of one input are such multiples.
+
+    Each of the slopes, of the parameter's shape, is Σ_b t_b ∂φ_d/∂x(x_ib) for other directions t over the samples b.
+    """
+    curves = torch.stack([layout.to_canonical(slope) for slope in slopes], -1)
+    curves = curves.reshape(*curves.shape[:3], -1, len(slopes)).movedim(3, 2).flatten(1, 2)  # (i, o k, d, slopes)
+    strongest = curves.square().sum((2, 3)).argmax(1)[:, None, None, None].expand(-1, 1, *curves.shape[2:])
+    values = torch.linalg.svdvals(curves.gather(1, strongest)[:, 0])
+    alive = values[:, 0] > precision.zero * values.max()
+    return bool((values[alive, 1] > 10 * precision.ratio * values[alive, 0]).double().mean() >= 0.5)
 
 
 def bears_out(layout: Layout, response: torch.Tensor, inputs: int, outputs: int, precision: Precision) -> bool:

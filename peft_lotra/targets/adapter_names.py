@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 from peft.config import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..calls.context import BASE
@@ -40,14 +41,16 @@ def check_name(adapter_name: str, model: nn.Module) -> None:
         raise ValueError(f"`adapter_name` {adapter_name!r} stands for no adapter in a mixed batch: choose another")
     if adapted_tensors(model, adapter_name):
         return  # the adapter is replaced, and its name is in the names of its tensors
-    tensors = (name for name, _ in chain(model.named_parameters(), model.named_buffers()))
-    holder = adapter_name if adapter_name in _TAKEN else None
-    holder = holder or next((name for name in tensors if adapter_name in name.split(".")), None)
+    tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    theirs = {name for tuner in tuners for name in (*tuner.adapter_layer_names, *tuner.other_param_names)}
+    tensors = (name.split(".") for name, _ in chain(model.named_parameters(), model.named_buffers()))
+    holders = (".".join(parts) for parts in tensors if adapter_name in parts and not theirs.intersection(parts))
+    holder = adapter_name if adapter_name in _TAKEN else next(holders, None)
     if holder:
         raise ValueError(
-            f"`adapter_name` {adapter_name!r} is in names of tensors, such as {holder!r}. When PEFT saves an adapter, it "
-            "leaves out tensors whose names have that of another adapter in them, and would leave out these: choose "
-            f"another, for example {f'adapter_{adapter_name}'!r} or {f'{adapter_name}_task'!r}"
+            f"`adapter_name` {adapter_name!r} is in names of tensors, such as {holder!r}. When PEFT saves an adapter, "
+            "it leaves out all tensors whose names have that of another adapter in them, these too: choose another, "
+            f"for example {f'adapter_{adapter_name}'!r} or {f'{adapter_name}_task'!r}"
         )
 
 
