@@ -387,7 +387,7 @@ def test_a_model_and_its_report(tmp_path):
     report = str(coefficients)
     for line in (
         "first (FastKANLayer)\n    spline_linear.weight: 'o (i d)' (n, m, n_d) = (3, 4, 8); registered",
-        "twice (MatrixKANLayer)\n    weight: 'o (d i)' (n, m, n_d) = (4, 4, 4); inferred, 4 forward and 6 backward",
+        "twice (MatrixKANLayer)\n    weight: 'o (d i)' (n, m, n_d) = (4, 4, 4); inferred, 4 forward and 8 backward",
         "    unused.weight: left out, no output responds to it",
         f"one pass of the model; {coefficients.forwards} forward and {coefficients.backwards} backward passes of",
     ):
@@ -634,7 +634,7 @@ def test_cost_does_not_depend_on_the_size(name):
         spent.append(passes)
     assert spent[0] == spent[1]
     assert spent[0].forward <= 10
-    assert spent[0].backward <= 12
+    assert spent[0].backward <= 14
 
 
 # Layers alike --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -110,6 +110,8 @@ def copy_of(layer: nn.Module) -> Copy | None:
         except Exception as error:  # a function may read attributes that only the original has
             problem = problem or str(error)
             continue
+        if specs[0] and (other := contradiction(layer, specs[0])):
+            return Copy(original, [], [], other)
         if specs[0] and not any(specs == [other.coefficients, other.matrices] for other in found):
             found.append(Copy(original, specs[0], specs[1]))
     if len(found) == 1:
@@ -117,6 +119,27 @@ def copy_of(layer: nn.Module) -> Copy | None:
     if found:
         problem = f"it fits several that differ, {[other.original for other in found]}"
     return Copy(originals[0], [], [], problem)
+
+
+# Attributes in which layers keep the numbers of their inputs and outputs.
+_INPUTS = ("in_features", "input_dim", "inputdim", "in_dim", "n_in", "in_size")
+_OUTPUTS = ("out_features", "output_dim", "outdim", "out_dim", "n_out", "out_size")
+
+
+def contradiction(layer: nn.Module, specs: Iterable[CoefficientSpec]) -> str:
+    """How the layer's own attributes contradict the inputs and outputs of its coefficient tensors, or ""."""
+    if type(layer).__module__.startswith("torch.nn."):  # its inputs may be basis functions
+        return ""
+    for spec in specs:
+        shape = spec.layout.canonical_shape
+        for what, names, size in (("inputs", _INPUTS, shape[0]), ("outputs", _OUTPUTS, shape[1])):
+            said = {name: value for name in names if type(value := getattr(layer, name, None)) is int}
+            if len(shape) == 3 and said and size not in said.values():  # with positions, inputs may be patches
+                return (
+                    f"`{spec.parameter}` as {spec.layout.pattern!r} has {size} {what}, and the layer has "
+                    f"{', '.join(f'{name}={value}' for name, value in said.items())}"
+                )
+    return ""
 
 
 def _registered(layer: nn.Module) -> str | None:

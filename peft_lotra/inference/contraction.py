@@ -53,7 +53,7 @@ class Contraction:
         self._probe, self._paths, self._frontier = probe, paths, frontier
         self._z = [probe.base.tensors[k].detach() for k in frontier]
         self._gradients: dict[tuple, dict[str, torch.Tensor]] = {}
-        self._towards_u: dict[bool, tuple[torch.Tensor, ...]] = {}
+        self._towards_u: dict[bool | None, tuple[torch.Tensor, ...]] = {}
         self._set(inputs, finite)
 
     def _set(self, inputs: Inputs, finite: bool) -> None:
@@ -109,12 +109,16 @@ class Contraction:
         """Whether an input has several functions. One sample cannot show it, and is believed."""
         if sum(u.numel() for u in self._u) <= features:
             return True
-        key = ("noise", self._finite)
-        if key not in self._gradients:
-            random = [torch.randn(u.shape, generator=_seeded(20), dtype=torch.float64) for u in self._u]
-            t = [own.to(u) for own, u in zip(random, self._u, strict=True)]
-            self._gradients[key] = self._slopes(t, self._weights(), True)
-        slopes = self._slope(path), self._gradients[key][path]
+        slopes = []
+        for k in range(2):
+            key = ("noise", k, self._finite)
+            if key not in self._gradients:
+                random = [torch.randn(u.shape, generator=_seeded(20 + k), dtype=torch.float64) for u in self._u]
+                t = [own.to(u) for own, u in zip(random, self._u, strict=True)]
+                # All entries of z count alike: x_i at several places of the output would seem to be several functions.
+                weights = [torch.full_like(z, 1 + 1j if z.is_complex() else 1) for z in self._z]
+                self._gradients[key] = self._slopes(t, weights, None)
+            slopes.append(self._gradients[key][path])
         return functions_differ(layout, [s[parse_slice(part)] if part else s for s in slopes], self._precision)
 
     def bears_out(self, specs: list[CoefficientSpec], place: Place) -> bool:
@@ -186,18 +190,21 @@ class Contraction:
             self._gradients[key] = self._slopes(t, weights, keep is None)
         return self._gradients[key][path]
 
-    def _slopes(self, t: list[torch.Tensor], weights: list[torch.Tensor], everywhere: bool) -> dict[str, torch.Tensor]:
+    def _slopes(
+        self, t: list[torch.Tensor], weights: list[torch.Tensor], kind: bool | None
+    ) -> dict[str, torch.Tensor]:
+        """∂g/∂u · t by path; the weights of one `kind` have to be the same."""
         if self._finite:
             plus, minus = (
                 self._by_path([run.tensors[k] for k in self._frontier], weights) for run in self._probe.moved(t[0])
             )
             return {path: plus[path] - minus[path] for path in self._paths}
         run = self._probe.base
-        if everywhere not in self._towards_u:
+        if kind not in self._towards_u:
             z = [run.tensors[k] for k in self._frontier]
             u = [run.x if k == 0 else run.tensors[k] for k in self._inputs.numbers]
-            self._towards_u[everywhere] = self._probe.gradient(z, u, weights, again=True)
-        moving = [(g, own) for g, own in zip(self._towards_u[everywhere], t, strict=True) if g.requires_grad]
+            self._towards_u[kind] = self._probe.gradient(z, u, weights, again=True)
+        moving = [(g, own) for g, own in zip(self._towards_u[kind], t, strict=True) if g.requires_grad]
         if not moving:
             raise Refused(UNCHANGED)
         return self._by_path(*zip(*moving, strict=True))

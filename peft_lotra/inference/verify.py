@@ -98,7 +98,7 @@ def _disagreement(layer: nn.Module, given: CoefficientSpec, finding: Finding) ->
     if found.slice != given.slice or not agree(given.layout, found.layout):
         return f"found {described(found)}{_differing_axes(given.layout, found.layout)}"
     same = given.scale == found.scale and _scale_entries(layer, given).equal(_scale_entries(layer, found))
-    return "" if given.scale is None or same else f"found the scale {found.scale} {found.scale_layout or ''}".rstrip()
+    return "" if same else f"found the scale {found.scale} {found.scale_layout or ''}".rstrip()
 
 
 def _scale_entries(layer: nn.Module, spec: CoefficientSpec) -> torch.Tensor:

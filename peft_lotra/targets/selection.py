@@ -8,7 +8,6 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from ..coefficients import registered_kan_layers
 from ..coefficients.registry import qualified_name
 from ..coefficients.target import Target
 from ..config.lotra_config import LoTRAConfig
@@ -32,13 +31,15 @@ def select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRACo
     """
     if not known:
         classes = dict.fromkeys(qualified_name(type(layer)) for layer in layers.values())
+        own = sorted(classes, key=lambda name: name.startswith("torch.nn."))
+        named = f", nor are {sorted(config.coefficients)} tensors of it" if config.coefficients else ""
         raise NoMatchingPeftModuleError(
-            f"no KAN layer found. Looked for the classes {registered_kan_layers()} and, by `coefficients`, for "
-            f"{sorted(config.coefficients) or 'nothing else'}. This model has {shortened(list(classes))}"
-            f"{misfits(layers)}; "
-            "let `peft_lotra.infer_coefficients(model, *sample)` find the layouts by running the model on a sample, "
-            f"and pass the result as `LoTRAConfig(coefficients=...)`; or {_HOW_TO_DECLARE}, and check it by "
-            "`peft_lotra.verify_coefficients(model, *sample, coefficients=...)`"
+            f"no KAN layer found{misfits(layers)}. "
+            "Let `coefficients = peft_lotra.infer_coefficients(model, *sample)` find the layouts on a sample, and "
+            f"pass them as `LoTRAConfig(coefficients=coefficients)`.\nOr {_HOW_TO_DECLARE}, and check it by "
+            "`verify_coefficients(model, *sample, coefficients=...)`. Linear layers and convolutions, KAN or not, are "
+            'adapted by `target_modules="all-linear"`.\n'
+            f"No class of this model is registered{named}: {shortened(own, 5)}"
         )
     kan_layers = chosen = list(dict.fromkeys(target.module for target in known))
     if config.target_modules is not None and not config.is_all_linear:
