@@ -16,6 +16,7 @@ from peft.utils.other import _set_adapter
 from torch import nn
 
 from .call_arguments import in_context
+from .calls.exclusion import calling
 from .coefficients.spec import tensor_at
 from .coefficients.target import Target
 from .combination import combine_adapters, copy_trained
@@ -58,7 +59,6 @@ class LoTRAModel(BaseTuner):
     prefix = "lotra_"
     tuner_layer_cls = LoTRALayer
     target_module_mapping: dict[str, list[str]] = {}
-
     peft_config: dict[str, Any]  # LoTRAConfigs, by name
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -345,7 +345,7 @@ class LoTRAModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """While this is entered, `adapter_names`, `lotra_task` and `batch_axis` reach every adapted layer."""
-        with in_context(self.model, self.peft_config, self.active_adapters, kwargs):
+        with calling(self.model), in_context(self.model, self.peft_config, self.active_adapters, kwargs):
             yield
 
     @property

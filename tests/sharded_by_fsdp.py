@@ -46,6 +46,7 @@ from peft_lotra import (
     save_task,
     slim_kan,
 )
+from peft_lotra.adapters.hotswap import hotswap_adapter_from_state_dict
 from peft_lotra.layers.lotra import adapted_tensors
 
 WRAPPED = ("root", "block", "adapted layer", "base layer", "owner", "containers")
@@ -575,12 +576,48 @@ def test_unequal_batches_of_tasks():
     """Five samples at five tasks in one process, three in the other."""
     x = torch.rand(5 if dist.get_rank() == 0 else 3, 4, 7, 6)
     model = sharded(family("convolution"), "base layer")
-    message = "5 tasks in one process and a batch of 3 in another, a sharded .* cannot make equally many passes"
+    message = "5 updates in one process and a batch of 3 in another, a sharded .* cannot make equally many passes"
     with at_task(model, lam=torch.linspace(1, 1.6, len(x))), pytest.raises(ValueError, match=message):
         model(x)
     model, single = sharded(family("convolution"), "adapted layer"), family("convolution")
     with at_task(model, lam=torch.linspace(1, 1.6, len(x))), at_task(single, lam=torch.linspace(1, 1.6, len(x))):
         assert_equal(model(x), single(x), 1e-9)
+
+
+def test_swapping_is_refused():
+    model = sharded(adapted(ChebyKAN))
+    other = adapted(ChebyKAN)
+    message = "'default' is sharded .* before `fully_shard`"
+    with pytest.raises(ValueError, match=message):
+        hotswap_adapter_from_state_dict(
+            model, get_peft_model_state_dict(other), "default", other.peft_config["default"]
+        )
+
+
+def test_unequal_adapters(wrapped, names):
+    """Mixed batches, of another number of adapters in each process, through layers that need a pass for each."""
+    row = LAYERS["convolution"]
+    torch.manual_seed(1)
+    start = get_peft_model(nn.Sequential(row.make()).double(), LoTRAConfig(r=2, coefficients=row.declared))
+    for name in ("one", "two"):
+        start.add_adapter(name, LoTRAConfig(r=2, coefficients=row.declared))
+    for layer in lotra_layers(start):
+        for core in layer.lotra_core.values():
+            nn.init.normal_(core, std=0.3)
+    single, model = copy.deepcopy(start).eval(), sharded(start, wrapped).eval()
+    x = torch.rand(4, 4, 7, 6)
+    own_names = names[dist.get_rank()]
+    given = {} if own_names is None else {"adapter_names": own_names}
+    for _ in range(2):
+        with torch.no_grad():
+            assert_equal(model(x, **given), single(x, **given), 1e-12)
+
+
+UNEQUAL = {
+    "three and one": (["default", "one", "two", "__base__"], ["one"] * 4),
+    "none and two": (None, ["default", "one", "default", "one"]),
+    "two and four": (["one", "two", "two", "one"], ["default", "one", "two", "__base__"]),
+}
 
 
 # Every kind of group with one layer, and for the others those in which the parameter's group is not the layer's.
@@ -612,6 +649,9 @@ CHECKS = {
     **{f"family, convolution, {wrapped}": (test_family, "convolution", wrapped) for wrapped in WRAPPED},
     **{f"codes, {wrapped}": (test_codes, wrapped) for wrapped in WRAPPED},
     "family, unequal batches": (test_unequal_batches_of_tasks,),
+    **{f"unequal adapters, {name}": (test_unequal_adapters, "base layer", names) for name, names in UNEQUAL.items()},
+    "swapping is refused": (test_swapping_is_refused,),
+    "unequal adapters, adapted layer": (test_unequal_adapters, "adapted layer", UNEQUAL["three and one"]),
     "adapters of a family": (test_adapters_of_a_family,),
     "by accelerate, LoTRALayer": (test_by_accelerate, "LoTRALayer"),
     "by accelerate, ChebyKANLayer": (test_by_accelerate, "ChebyKANLayer"),

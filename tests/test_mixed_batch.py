@@ -197,6 +197,7 @@ def test_modules_to_save_and_gradients():
 
 
 @pytest.mark.filterwarnings("ignore:std")  # of pykan, which takes deviations over the batch
+@pytest.mark.filterwarnings("ignore:the layout that is declared:UserWarning")  # "packed" is that of the first layer
 @pytest.mark.parametrize("name", ["pykan", "ChebyKAN", "o (d i)", "FourierKAN", "packed", "two tensors"])
 def test_a_batch_of_no_samples(name):
     base, x = make(name, torch.float64)

@@ -18,6 +18,7 @@ from ..files.slots import slots_of
 from ..layers.lotra import LoTRALayer, adapted_tensors
 from ..layers.slim import SlimLayer
 from ..model import LoTRAModel, lotra_model
+from ..placement.sharded import any_sharded
 from ..targets.resolve import resolve_targets
 from ..tucker.decomposition import CONTAINERS, Tucker
 
@@ -93,6 +94,11 @@ def hotswap_adapter_from_state_dict(
     layers = adapted_tensors(tuner.model, adapter_name)
     _check_slot(tuner, adapter_name, layers, config, {target.parameter for target in targets})
     places, held = slots_of(tuner.model, adapter_name, config.bias), tuner.model.state_dict()
+    if any_sharded(held[name] for name, _ in places.values()):
+        raise ValueError(
+            f"{adapter_name!r} is sharded (FSDP2): each process has a part of its tensors, and none can be swapped in "
+            "alone; load the new adapter into the model before `fully_shard`, or by `set_model_state_dict`"
+        )
     if offloaded := sorted(key for key, (name, _) in places.items() if held[name].is_meta):
         raise ValueError(f"{offloaded} of {adapter_name!r} are offloaded (on the meta device): swap before offloading")
     others = {f"{PREFIX}{key}": place for key, place in places.items() if not is_tucker_key(key)}

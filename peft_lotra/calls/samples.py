@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from ..placement.sharded import largest
+from ..placement.sharded import gathers_inside, largest, reshard_inside
 from .context import BASE, Batch, Context, Samples, Shares, entered
 
 # An adapter's name, or None for the active adapters; the rows that see the same update; c by family.
@@ -52,11 +52,12 @@ def run(layer: Any, kind: type, context: Context, args: Any, kwargs: Any) -> Any
     while isinstance(layers[-1].base_layer, kind):
         layers.append(layers[-1].base_layer)
     tasks = _tasks(context, layers, names)
-    if names is None and not tasks:
+    together = bool(gathers_inside(layer.base_layer))
+    if names is None and not tasks and not together:
         return layer._run_once(args, kwargs)
     layers = [module for module in layer.modules() if isinstance(module, kind)]
     tasks = _tasks(context, layers, names)
-    axis = {axis for _, axis in tasks.values()} | ({batch.axis} if isinstance(batch, Batch) else set())
+    axis = {axis for _, axis in tasks.values()} | ({batch.axis} if isinstance(batch, Batch) else set()) or {0}
     tasks_of = {name: c for name, (c, _) in tasks.items()}
     first = next((leaf for leaf in tree_leaves((args, kwargs)) if _is_batched(leaf)), torch.empty(0))
     samples = _samples(first, axis, names, [len(c) for c in tasks_of.values()], layer.get_base_layer())
@@ -69,21 +70,29 @@ def run(layer: Any, kind: type, context: Context, args: Any, kwargs: Any) -> Any
                 inner._had_names = True
         adapters = {name for inner in layers for name in inner.lotra_core}
         names = tuple([name if name in adapters else BASE for name in names])
+    count = first.shape[samples.axis]
+    groups = _groups(names, tasks_of, count) if together else []
+    passes = _passes_everywhere(groups, count, layer) if together else 1
     if not any(inner._needs_tensor for inner in layers):
-        shares = Shares(set(layers), _masks(names, first.device), tasks_of, samples)
+        masks = _masks(names, first.device)
+        if passes > 1:
+            masks = _for_each_sample(masks or dict.fromkeys(layer.active_adapters), layers, count, first.device)
         try:
-            with entered(shares):
+            with entered(Shares(set(layers), masks, tasks_of, samples)):
                 return layer._run_once(args, kwargs)
         except SampleAxisUnknown:
-            pass
-    groups = _groups(names, tasks_of, first.shape[samples.axis])
-    if names is None:
-        groups = _as_many_everywhere(groups, first.shape[samples.axis], layer)
+            reshard_inside(layer.base_layer)
+    groups = _cut(groups or _groups(names, tasks_of, count), passes)
     results = []
     for name, rows, weights in groups:
         with entered(Shares(set(layers), None if name is None else {name: None}, weights)):
-            results.append(layer._run_once(*_rows_of((args, kwargs), rows, first.shape[samples.axis], samples.axis)))
+            results.append(layer._run_once(*_rows_of((args, kwargs), rows, count, samples.axis)))
     return _joined(results, [rows for _, rows, _ in groups], samples.axis, first.dim())
+
+
+def may_pass_again(layer: Any) -> bool:
+    """Whether another process, with samples that differ, may need several passes of a layer, and this one as many."""
+    return not layer.training and bool(gathers_inside(layer.base_layer))
 
 
 def checked_axis(axis: Any) -> int:
@@ -161,6 +170,18 @@ def _masks(names: Sequence[str] | None, device: torch.device) -> dict[str, torch
     return {name: owners == k for k, name in enumerate(every)}
 
 
+def _for_each_sample(
+    masks: Mapping[str, torch.Tensor | None], layers: Sequence[Any], count: int, device: torch.device
+) -> dict[str, torch.Tensor | None]:
+    """Masks that mean the same, and with which a pass fails if one with other masks fails in another process."""
+    every = torch.ones(count, 1, dtype=torch.bool, device=device)
+    found: dict[str, torch.Tensor | None] = {name: every if m is None else m for name, m in masks.items()}
+    held = {name: terms for inner in layers for name, terms in inner.terms.items()}
+    if not found.keys() & held.keys():  # these samples have no adapter; take one for none of them
+        found |= {name: ~every for name in sorted(held, key=lambda name: held[name])[:1]}
+    return found
+
+
 def _groups(names: Sequence[str] | None, tasks: Mapping[str, torch.Tensor], count: int) -> list[Group]:
     """The samples that see the same update; one group without samples if there are none."""
     by_name: dict[str | None, list[int]] = {}
@@ -187,8 +208,8 @@ def _with_equal_tasks(c: torch.Tensor, rows: list[int]) -> list[list[int]]:
     return [[row for row, k in zip(rows, owners, strict=True) if k == part] for part in range(len(distinct))]
 
 
-def _as_many_everywhere(groups: list[Group], count: int, layer: Any) -> list[Group]:
-    """The groups, of which some are cut, so that all processes that share a sharded layer make as many passes.
+def _passes_everywhere(groups: list[Group], count: int, layer: Any) -> int:
+    """The largest number of groups in one of the processes that share the parts of a sharded layer.
 
     Raises:
         ValueError: if a process has fewer samples than another has groups.
@@ -196,10 +217,15 @@ def _as_many_everywhere(groups: list[Group], count: int, layer: Any) -> list[Gro
     passes, shortest = largest([len(groups), -count], layer.base_layer)
     if passes > max(-shortest, 1):
         raise ValueError(
-            f"a task for each sample: with {passes} tasks in one process and a batch of {-shortest} in another, a "
+            f"samples that differ: with {passes} updates in one process and a batch of {-shortest} in another, a "
             f"sharded {type(layer.get_base_layer()).__qualname__} cannot make equally many passes in both: give "
             "`fully_shard` the LoTRALayer, or use equal batches"
         )
+    return passes
+
+
+def _cut(groups: list[Group], passes: int) -> list[Group]:
+    """The groups, of which some are cut into as many as there are passes."""
     while len(groups) < passes:
         name, rows, weights = max(groups, key=lambda group: len(group[1]))
         groups.append((name, [rows.pop() for _ in range(len(rows) // 2)], weights))

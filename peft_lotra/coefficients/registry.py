@@ -134,7 +134,8 @@ def contradiction(layer: nn.Module, specs: Iterable[CoefficientSpec]) -> str:
         shape = spec.layout.canonical_shape
         for what, names, size in (("inputs", _INPUTS, shape[0]), ("outputs", _OUTPUTS, shape[1])):
             said = {name: value for name in names if type(value := getattr(layer, name, None)) is int}
-            if len(shape) == 3 and said and size not in said.values():  # with positions, inputs may be patches
+            # With positions, inputs may be patches. Inputs may also be counted with their functions.
+            if len(shape) == 3 and said and not {size, size * shape[2]} & {*said.values()}:
                 return (
                     f"`{spec.parameter}` as {spec.layout.pattern!r} has {size} {what}, and the layer has "
                     f"{', '.join(f'{name}={value}' for name, value in said.items())}"

@@ -16,6 +16,7 @@ from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError
 
+from ..calls.exclusion import changing
 from .adapter_file import CONFIG_KEY, set_metadata
 from .collected import loads_a_file
 from .config_file import UNFINISHED
@@ -60,12 +61,33 @@ class WholeAdapters:
                     _replace(part, Path(save_directory, part.relative_to(folder)))
                 _move(Path(folder, CARD), Path(save_directory, CARD))
 
+    def add_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, between the calls of other threads."""
+        with changing(self.base_model.model):
+            super().add_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def delete_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, between the calls of other threads."""
+        with changing(self.base_model.model):
+            super().delete_adapter(*args, **kwargs)  # type: ignore[misc]
+
+    def set_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, between the calls of other threads."""
+        with changing(self.base_model.model):
+            super().set_adapter(*args, **kwargs)  # type: ignore[misc]
+
     def load_adapter(self: Any, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's, of which it takes all arguments; what is loaded is what was checked, and not read again.
+
+        Calls of other threads see the adapter when it is loaded.
 
         Raises:
             ValueError: also if the model has an adapter of this name that means something else.
         """
+        with changing(self.base_model.model):
+            return self._load_adapter(model_id, adapter_name, *args, **kwargs)
+
+    def _load_adapter(self: Any, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         config = self.peft_config.get(adapter_name)
         # `PeftModel.from_pretrained` has just read the file, and gives a key mapping. For any other adapter that the
         # model has already, PEFT would not look at the saved config.

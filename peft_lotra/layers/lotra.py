@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
 from ..calls.context import Shares, now
-from ..calls.samples import run
+from ..calls.samples import may_pass_again, run
 from ..coefficients.spec import CoefficientSpec, owner_of, tensor_at
 from ..placement.draws import check_one_draw, row_sums
 from ..placement.offloaded import tensors_in_place, writable_tensors
@@ -39,6 +39,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
     """
 
     adapter_layer_names = (*CONTAINERS, CODES)
+    _has_company = False  # whether other processes may have parts of this layer
     other_param_names = ("r", "alpha", "scaling", "terms", "_drawn")
 
     def __init__(self, base_layer: nn.Module, spec: CoefficientSpec) -> None:
@@ -63,9 +64,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self._names_of_base = frozenset(names.difference(vars(self), self._modules, dir(nn.Module)))
         self._had_names = False  # whether a pass had `adapter_names`
         self._allows_unread = False  # whether the base layer need not use its coefficients in every pass
-        # Whether the base layer accepts its coefficients as a plain tensor only. A layout with a star needs a plain
-        # tensor, too, because a stand-in cannot follow it.
-        self._needs_tensor = bool(spec.layout.flattened)
+        self._needs_tensor = bool(spec.layout.flattened)  # whether the layer's coefficients have to be a plain tensor
 
     def update_layer(
         self,
@@ -105,6 +104,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         self.reset_lotra_parameters(adapter_name, init_weights)
         if sums := row_sums(self.tucker(adapter_name).tensors()):
             self._drawn[adapter_name] = sums
+            self._has_company = True
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
@@ -278,7 +278,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         if self._drawn and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             check_one_draw(self, CONTAINERS, self._active_here())
         context = now()
-        if self.disable_adapters or (context.known and not context.entries):
+        alone = context.known and not context.entries and not (self._has_company and may_pass_again(self))
+        if self.disable_adapters or alone:
             return self._run_once(args, kwargs)
         return run(self, LoTRALayer, context, args, kwargs)
 
@@ -325,10 +326,9 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         if not self._allows_unread:
             raise RuntimeError(
                 f"a forward pass of {type(self.get_base_layer()).__qualname__} did not use `{self.spec.parameter}`, "
-                "so its adapter had no effect: the layer uses another tensor, does not read this one as an "
-                "attribute, keeps a copy of it, or uses it after the pass. `verify_coefficients(model, *sample)` says "
-                "whether it is the right tensor; `LoTRAConfig(allow_unread=True)` is for layers that do not use it in "
-                "every pass"
+                "so its adapter had no effect: the layer uses another tensor, does not read this one as an attribute, "
+                "keeps a copy, or uses it after the pass. `verify_coefficients(model, *sample)` says whether it is the "
+                "right tensor; `LoTRAConfig(allow_unread=True)` is for layers that do not use it in every pass"
             )
 
     def _active_updates(self, besides: str | None = None) -> tuple[Update, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -114,21 +115,40 @@ def gathered_for_writing(layer: nn.Module) -> Iterator[None]:
         yield
 
 
-def largest(numbers: Sequence[int], module: nn.Module) -> Sequence[int]:
-    """The largest of each number over the processes that hold parts of something in `module` that FSDP2 shards.
+_meshes: WeakKeyDictionary[nn.Module, tuple[int, list[Any]]] = WeakKeyDictionary()  # with the number of groups
 
-    All of these processes must call this. If FSDP2 shards nothing in `module` as a group of its own, the result is
-    `numbers`.
+
+def gathers_inside(module: nn.Module) -> list[Any]:
+    """The meshes of the processes that hold parts of what FSDP2 shards in `module` as groups of its own.
+
+    A pass of the module gathers these parts, so all of these processes have to make equally many passes.
     """
-    groups = [inner for inner in module.modules() if isinstance(inner, FSDPModule)]
+    if not dist.is_available() or not dist.is_initialized():
+        return []
+    groups: list[Any] = [inner for inner in module.modules() if isinstance(inner, FSDPModule)]
     groups = [inner for inner in groups if not isinstance(inner, nn.ParameterDict)]  # has no forward
-    if not groups:
-        return numbers
-    # torch.func's levels hide which tensors are parts.
+    if groups and _meshes.get(module, (0, []))[0] != len(groups):
+        # torch.func's levels hide which tensors are parts.
+        with temporarily_clear_interpreter_stack(), torch.no_grad():
+            # During a pass, parameters are whole. `state_dict` puts the parts back.
+            tensors = [tensor for group in groups for tensor in group.state_dict().values()]
+        meshes = dict.fromkeys([tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)])
+        _meshes[module] = len(groups), list(meshes)
+    return _meshes[module][1] if groups else []
+
+
+def reshard_inside(module: nn.Module) -> None:
+    """After a pass that has failed: the next one has to gather the parts again, as it does in other processes."""
+    for inner in module.modules() if dist.is_available() and dist.is_initialized() else ():
+        if isinstance(inner, FSDPModule):
+            inner.reshard()
+
+
+def largest(numbers: Sequence[int], module: nn.Module) -> Sequence[int]:
+    """The largest of each number over the processes of `gathers_inside`. All of these processes must call this."""
+    # torch.func's levels would wrap the numbers.
     with temporarily_clear_interpreter_stack(), torch.no_grad():
-        # During a pass, parameters are whole. `state_dict` puts the parts back.
-        tensors = [tensor for group in groups for tensor in group.state_dict().values()]  # type: ignore[attr-defined]
-        for mesh in dict.fromkeys([tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)]):
+        for mesh in gathers_inside(module):
             found = torch.tensor(numbers, device=mesh.device_type)
             for dim in range(mesh.ndim):
                 dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group(dim))
