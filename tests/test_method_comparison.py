@@ -549,10 +549,10 @@ def test_drawn_methods_are_methods(tmp_path):
         experiments(tmp_path / "experiments", drawn=["LoRA"])
 
 
-def test_overview_of_the_readme(tmp_path):
+def test_overview_of_the_results(tmp_path):
     readme, picture = tmp_path / "README.md", tmp_path / "overview.png"
     readme.write_text("# Title\n<!-- begin overview -->\nold\n<!-- end overview -->\n")
-    call("overview", "--readme", readme, "--picture", picture)
+    call("overview", "--page", readme, "--picture", picture)
     assert picture.stat().st_size > 10_000
     found = overview.points(SUITE / "results")
     assert {method for method, _ in found} == {
@@ -563,8 +563,8 @@ def test_overview_of_the_readme(tmp_path):
         "family, its core",
     }
     assert all(len(runs) >= 3 for own in found.values() for runs in own.values())
-    text, own = readme.read_text(), (SUITE.parents[1] / "README.md").read_text()
+    text, own = readme.read_text(), (SUITE.parent / "results.md").read_text()
     assert "old" not in text
     table = text[text.index("<!-- begin") : text.index("<!-- end")]
     assert table.count("\n") == 2 + 3 + 1
-    assert table in own  # README.md has what results/ have
+    assert table in own  # the page has what results/ have

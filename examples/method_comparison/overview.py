@@ -1,4 +1,4 @@
-"""The picture and the table of the repository's README: error over trained numbers on one target, from results/.
+"""The picture and the table of examples/results.md: error over trained numbers on one target, from results/.
 
     python examples/method_comparison/overview.py
 
@@ -113,14 +113,14 @@ def table_of(found: Found) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the .jsonl files")
-    parser.add_argument("--readme", type=Path, default=HERE.parents[1] / "README.md", help="with the table's markers")
+    parser.add_argument("--page", type=Path, default=HERE.parent / "results.md", help="with the table's markers")
     parser.add_argument("--picture", type=Path, default=HERE / "images" / "overview.png", help="to write")
     args = parser.parse_args(argv)
     found = points(args.results)
-    figure, text = draw(found), updated(args.readme.read_text(), "overview", "Overview", table_of(found))
+    figure, text = draw(found), updated(args.page.read_text(), "overview", "Overview", table_of(found))
     write_atomically(args.picture, lambda partial: figure.savefig(partial, dpi=110, format="png"))
-    write_atomically(args.readme, lambda partial: partial.write_text(text))
-    print(f"Written: {args.picture}, {args.readme}")
+    write_atomically(args.page, lambda partial: partial.write_text(text))
+    print(f"Written: {args.picture}, {args.page}")
     return 0
 
 

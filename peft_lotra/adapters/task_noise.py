@@ -89,7 +89,8 @@ def task_noise(
             terms.append(_terms(problem, prior, z))
             bar.update()
     deviation = [
-        torch.cat([s.expand_as(part).flatten() for s, part in zip(fitted, own, strict=True)]) for own in parts
+        torch.cat([s.expand_as(part).flatten() for s, part in zip(fitted, own, strict=True)]).to("cpu", torch.float64)
+        for own in parts
     ]
     # τ² s² adds as much to the variance as the σ of `rest` lacks of that of `total`.
     size = sum([float(s.square().sum()) for s in deviation]) / sum([float(B.trace()) for *_, B in terms])
@@ -141,6 +142,10 @@ def _terms(problem: Problem, prior: Prior, z: torch.Tensor) -> tuple[torch.Tenso
     """Residuals at the prior's mean by linearisation, and their covariances by the code and by e, for τ = 1."""
     parts, J = problem.linearised(torch.cat([z, z.new_zeros(problem.core_size)])[None])
     r, derivatives = torch.cat([part.flatten() for part in parts]), torch.cat([own[0].flatten(0, 1) for own in J])
+    # In fp32 a code that acts much more than σ would leave the covariance of the residuals indefinite.
+    r, derivatives, away, precision = (
+        t.to("cpu", torch.float64) for t in (r, derivatives, prior.mean - z, prior.precision)
+    )
     by_code, by_core = derivatives.split([problem.k, problem.core_size], 1)
-    A = by_code @ torch.linalg.solve(prior.precision, by_code.mT)
-    return r + by_code @ (prior.mean - z), A, by_core @ by_core.mT
+    half = torch.linalg.solve_triangular(torch.linalg.cholesky(precision), by_code.mT, upper=False)
+    return r + by_code @ away, half.mT @ half, by_core @ by_core.mT

@@ -92,7 +92,7 @@ def run(layer: Any, kind: type, context: Context, args: Any, kwargs: Any) -> Any
 
 def may_pass_again(layer: Any) -> bool:
     """Whether another process, with samples that differ, may need several passes of a layer, and this one as many."""
-    return not layer.training and bool(gathers_inside(layer.base_layer))
+    return not layer.training and not layer.disable_adapters and bool(gathers_inside(layer.base_layer))
 
 
 def checked_axis(axis: Any) -> int:

@@ -278,9 +278,9 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         if self._drawn and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             check_one_draw(self, CONTAINERS, self._active_here())
         context = now()
-        alone = context.known and not context.entries and not (self._has_company and may_pass_again(self))
-        if self.disable_adapters or alone:
-            return self._run_once(args, kwargs)
+        if self.disable_adapters or (context.known and not context.entries):
+            if not (self._has_company and may_pass_again(self)):
+                return self._run_once(args, kwargs)
         return run(self, LoTRALayer, context, args, kwargs)
 
     def _run_once(self, args: Any, kwargs: Any) -> Any:
@@ -327,7 +327,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             raise RuntimeError(
                 f"a forward pass of {type(self.get_base_layer()).__qualname__} did not use `{self.spec.parameter}`, "
                 "so its adapter had no effect: the layer uses another tensor, does not read this one as an attribute, "
-                "keeps a copy, or uses it after the pass. `verify_coefficients(model, *sample)` says whether it is the "
+                "keeps a copy, or uses it after the pass. `verify_coefficients(model, *sample)` says if it is the "
                 "right tensor; `LoTRAConfig(allow_unread=True)` is for layers that do not use it in every pass"
             )
 
