@@ -29,6 +29,7 @@ class Form(NamedTuple):
     terms: int  # products that are summed in one entry of y
     depth: int  # entries of x for each position; a position is an entry of y without its output axis
     is_linear: bool = False  # y has the axes of x that are not summed, in order, and one output axis among them
+    kept: Pairs = ()  # axis of x -> the axis of y that it becomes, where this is known and `is_linear` is false
 
 
 class Contraction(NamedTuple):
@@ -97,7 +98,9 @@ def einsum_form(equation: str, where: int, ndim: int, shape: tuple[int, ...]) ->
     is_linear = len(carried) == 1 and [c for c in output if c not in ours] == [c for c in theirs if c not in ours]
     is_linear = is_linear and len(carried) + len(summed) == len(ours)
     terms = math.prod([shape[k] for k, _ in summed])
-    return Form(tuple(carried), tuple(summed), terms, terms, is_linear)
+    is_plain = len(carried) == 1 and "..." not in equation and not is_linear
+    kept = [(k, output.index(c)) for k, c in enumerate(theirs) if c in output] if is_plain else []
+    return Form(tuple(carried), tuple(summed), terms, terms, is_linear, tuple(kept))
 
 
 def _axis(letter: str, subscripts: str) -> int:

@@ -86,7 +86,10 @@ def plan_for(c: Contraction, weight: Weight) -> Plan | None:
     for update in weight.updates:
         shapes.append(_shapes(update))
         if update.weights is not None:
-            sample_shape = _sample_shape(update.samples, tuple(c.x.shape[: c.x.dim() - len(c.form.summed)]))
+            if c.form.kept:
+                sample_shape = _kept_sample_shape(update.samples, tuple(c.x.shape), c.form)
+            else:
+                sample_shape = _sample_shape(update.samples, tuple(c.x.shape[: c.x.dim() - len(c.form.summed)]))
     # While a graph is compiled, the batch size may be open. A plan that depended on it would bind the graph to it.
     positions = None if torch.compiler.is_compiling() else c.x.numel() // c.form.depth
     transformed = positions is not None and _functorch.peek_interpreter_stack() is not None
@@ -118,6 +121,22 @@ def _sample_shape(samples: Samples | None, sizes: tuple[int, ...]) -> tuple[int,
     return tuple([size if size == count else 1 for size in sizes])
 
 
+def _kept_sample_shape(samples: Samples | None, sizes: tuple[int, ...], form: Form) -> tuple[int, ...]:
+    """The same for the axes of y but for that of outputs, where x, with these sizes, keeps the axis of samples.
+
+    That is clear if x begins with the axes of the layer's first tensor but the last, as a basis of inputs does, and
+    no other axis that x keeps has as many entries.
+    """
+    kept, ((_, output),) = dict(form.kept), form.carried
+    if samples is None or samples.axis not in kept or sizes[: len(samples.sizes)] != samples.sizes:
+        return ()
+    count, place = sizes[samples.axis], kept[samples.axis]
+    if [sizes[axis] for axis in kept].count(count) != 1:
+        return ()
+    shape = [count if axis == place else 1 for axis in range(len(kept) + 1)]
+    return tuple(shape[:output] + shape[output + 1 :])
+
+
 def _gradients_per_sample(weight: Weight) -> bool:
     """Whether torch.func differentiates by a factor inside `torch.func.vmap`, so that each sample has a gradient."""
     tensors = [tensor for update in weight.updates for tensor in update.tucker.tensors()]
@@ -136,7 +155,8 @@ def _plan(form: Form, axes: Axes, shapes: tuple[Shapes, ...], x: Operand) -> Pla
         return None
     rows, cores = _rows(axes, shapes[0]), tuple([_core(axes, own) for own in shapes])
     if x.sample_shape is not None:
-        if not (roles.matrix and x.sample_shape):
+        is_kept = bool(form.kept) and roles.outputs[1] * roles.outputs[2] == 1
+        if not (x.sample_shape and (roles.matrix or is_kept)):
             raise SampleAxisUnknown
         order = ""
     else:
@@ -243,6 +263,8 @@ def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torc
     axis, before, after = plan.roles.outputs
     if not plan.roles.matrix:
         y = c.apply(x, B)
+        if plan.sample_shape:
+            y = _weighted(y.movedim(axis, -1), updates, plan.sample_shape).movedim(-1, axis)
         return y if U2 is None else flat_mode_product(y, U2.to(y.dtype), axis, before, after)
     # One matrix product whose thin side is the rows of B. This is also fast for gradients.
     lead = x.shape[: x.dim() - len(c.form.summed)]
