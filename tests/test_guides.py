@@ -50,12 +50,12 @@ def shows(out, table):
     )
 
 
-@pytest.mark.parametrize("name", ["README.md", "examples/families.md", *SLOW])
+@pytest.mark.parametrize("name", ["README.md", "examples/families.md", "examples/serving.md", *SLOW])
 @pytest.mark.filterwarnings("ignore")  # libraries warn, which a reader sees too
 def test_the_code_runs(name, tmp_path, capsys):
     path = ROOT / name
     code = blocks(path)
-    assert len(code) > 1
+    assert code
     with restored(), patch.dict(registry._REGISTRY):  # guides register layers
         matplotlib.use("Agg")  # there are no windows here
         os.chdir(tmp_path)

@@ -12,6 +12,7 @@ from conftest import assert_equal
 from kan_layers import ChebyKAN
 from layer_table import randomize
 from peft import get_peft_model
+from scripts import call
 
 from peft_lotra import LoTRAConfig
 from peft_lotra.calls.exclusion import calling, changing
@@ -86,6 +87,11 @@ def test_requests_beside_changes(adapters):
 @pytest.mark.slow
 def test_many_requests_beside_changes(adapters):
     assert {*serve(adapters, 20_000)} == {"right", "gone"}
+
+
+def test_the_example(tmp_path):
+    out = call("serve", "--requests", 30, "--adapters", 6, "--held", 3, "--output-dir", tmp_path).out
+    assert "30 requests of 8 samples, 4 threads: 30 right" in out
 
 
 def test_a_thread_may_change_adapters_in_a_call_of_its_own(adapters):
