@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import FULLGRAPH, assert_different, assert_equal
 from family_models import LAM, X, fill, kan, polynomials
-from kan_layers import ChebyKANLayer
+from kan_layers import ChebyKANLayer, chebyshev
 from layer_table import lotra_layers
 from peft import get_peft_model
 from torch import nn
@@ -397,3 +397,45 @@ def test_gradient_checkpointing_of_transformers(reentrant):
             loss = model(input_ids=tokens, labels=tokens).loss
     if not reentrant:
         assert_all_equal(accumulated(model, loss.backward), other)
+
+
+class Checkpointing(nn.Module):
+    """Has a checkpoint in its own forward, and gives it its coefficients in one of several ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.c = how, nn.Parameter(torch.randn(3, 4, 5))
+
+    def contract(self, x, c=None):
+        return torch.einsum("bid,iod->bo", chebyshev(torch.tanh(x), 4), self.c if c is None else c)
+
+    def forward(self, x):
+        if self.how == "reads them inside":
+            return once(self.contract, x)
+        if self.how == "takes them as an argument":
+            return once(self.contract, x, self.c)
+        if self.how == "in another checkpoint":
+            return once(lambda x: once(self.contract, x) + self.contract(x), x) / 2
+        return self.contract(x)
+
+
+@TOLD
+@pytest.mark.parametrize("r", [2, None])
+@pytest.mark.parametrize("family", [None, LAM])
+@pytest.mark.parametrize("how", ["reads them inside", "takes them as an argument", "in another checkpoint"])
+def test_layers_that_checkpoint_their_own_code(how, family, r):
+    found = []
+    for own in ("plain", how):
+        torch.manual_seed(0)
+        fields = {"r": (r, r, r), "coefficients": {"c": "i o d"}, "family": family}
+        model = get_peft_model(nn.Sequential(Checkpointing(own)), LoTRAConfig(**fields, init_weights=False))
+        x = torch.rand(6, 3, requires_grad=True)
+        if family:
+            with at_task(model, lam=torch.linspace(1, 1.6, 6)):
+                y = model(x)
+        else:
+            y = model(x)
+        y.sin().sum().backward()
+        found.append([y, x.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for one, other in zip(*found, strict=True):
+        assert_equal(one, other)

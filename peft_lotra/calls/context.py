@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -172,7 +172,7 @@ class _Seen:
 _traced, _seen = _Traced(), _Seen()
 _backward = torch._C._current_graph_task_id
 # Before torch 2.8, nobody can ask for the hooks of saved tensors, by which checkpoints are found.
-_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
+hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
 
 def now() -> Context:
@@ -188,8 +188,8 @@ def _now() -> Context:  # guards call it, so it is not the function that torch.c
         context = _traced.context or _present()
     if backward not in (-1, context.backward):
         return Context((), context.passes, backward, False)
-    if _hooks(True) is not None:
-        _tell_checkpoints(context)
+    if hooks(True) is not None:
+        tell_checkpoints(context)
     return context
 
 
@@ -254,7 +254,7 @@ def _owner() -> Any:
 
 
 @torch.compiler.disable
-def _tell_checkpoints(context: Context) -> None:
+def tell_checkpoints(context: Context) -> None:
     """Let the checkpoints in which the code is running repeat it at this context, whenever they do.
 
     A checkpoint catches the tensors that autograd saves by hooks, which hold its frame. The first adapted layer, or
@@ -265,8 +265,8 @@ def _tell_checkpoints(context: Context) -> None:
     entries = tuple([replace(entry) if isinstance(entry, Tasks) else entry for entry in context.entries])
     outer = []
     try:
-        while (hooks := _hooks(True)) is not None:
-            pack: Any = hooks[0]
+        while (held_by := hooks(True)) is not None:
+            pack: Any = held_by[0]
             if getattr(pack, "__qualname__", "").startswith("_recomputation_hook"):
                 break  # what is around it belongs to the code that called the backward pass
             held = getattr(getattr(pack, "__code__", None), "co_freevars", ())
@@ -277,16 +277,19 @@ def _tell_checkpoints(context: Context) -> None:
             if frame is not None and recompute is not None:
                 frame.recompute_fn = partial(_repeat, context._replace(entries=entries), recompute)
             autograd._pop_saved_tensors_default_hooks()
-            outer.append(hooks)
+            outer.append(held_by)
     finally:
-        for hooks in reversed(outer):
-            autograd._push_saved_tensors_default_hooks(*hooks)
+        for held_by in reversed(outer):
+            autograd._push_saved_tensors_default_hooks(*held_by)
 
 
 def _repeat(context: Context, function: Any, *args: Any) -> Any:
     before = variable.get()
     variable.set(Context(context.entries, before.passes, _backward(), context.known))
     try:
-        return function(*args)
+        with ExitStack() as stack:
+            for one in context.passes:  # a layer's own code has this checkpoint in it
+                stack.enter_context(one.again())
+            return function(*args)
     finally:
         variable.set(before)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..calls.context import Context, left, variable
+from ..calls.context import Context, hooks, left, tell_checkpoints, variable
 
 
 class _Place:
@@ -41,6 +41,15 @@ class Pass(NamedTuple):
     places: Sequence[tuple[nn.Module, str, Any, Any]]
     thread: int
 
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """While this is entered, a part of the pass runs again."""
+        own, before = enter(self.places)
+        try:
+            yield
+        finally:
+            leave(own, before)
+
 
 def running(owner: nn.Module, name: str) -> Any:
     """What the running forward pass has put at a place, as `enter` was given it.
@@ -48,7 +57,10 @@ def running(owner: nn.Module, name: str) -> Any:
     Raises:
         RuntimeError: if the running code is in no pass of the layer.
     """
-    for one in reversed(variable.get().passes):
+    context = variable.get()
+    if hooks(True) is not None:
+        tell_checkpoints(context)  # those that the layer's own code makes
+    for one in reversed(context.passes):
         for module, path, meant, _ in one.places:
             if module is owner and path == name:
                 return meant
