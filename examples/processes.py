@@ -10,19 +10,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 
 def check_processes(accelerator: Accelerator) -> None:
     """Print how many processes work together.
 
     Raises:
-        SystemExit: if this is not the number that the launcher was asked for, as far as that can be known.
+        SystemExit: if this is not the number that the launcher was asked for, as far as that can be known, or they
+            should shard and do not.
     """
     processes = accelerator.num_processes
     if processes == 1 and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise SystemExit(
             "The launcher was asked for several processes and has started one, as `accelerate launch --cpu` does: use "
             "torchrun or a file from examples/accelerate/, and put --cpu after the script's name."
+        )
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and accelerator.distributed_type != DistributedType.FSDP:
+        raise SystemExit(
+            f"The launcher was asked for FSDP, and accelerate gives {accelerator.distributed_type.value} here: it shards "
+            "on accelerators only, and not with --cpu. Use examples/accelerate/cpu_2_processes.yaml"
         )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if processes != launched:

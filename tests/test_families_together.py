@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import assert_different, assert_equal, within
+from conftest import FULLGRAPH, assert_different, assert_equal, within
 from family_models import LAM, X, at, fill, kan, polynomials
 from kan_layers import ChebyKAN
 from layer_table import LAYERS, lotra_layers
@@ -200,3 +200,31 @@ def test_budgets_of_cores_alone_and_of_families_of_small_kans():
 def test_names_that_cannot_be_parameters():
     with pytest.raises(ValueError, match=re.escape("`family` names ['train'], which are arguments of `at_task`")):
         LoTRAConfig(r=2, family={"train": (0, 1)})
+
+
+class AtTask(nn.Module):
+    """A family whose task is an input."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, lam):
+        with at_task(self.model, lam=lam):
+            return self.model(x)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FULLGRAPH, reason="before torch 2.13, adapted layers are not traced")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(("strict", "each"), [(True, True), (True, False), (False, False)])
+def test_exports_have_an_open_batch(strict, each):
+    base, model = kan(r=(2, None, 2))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    lam = VALUES if each else torch.tensor(1.2, dtype=torch.float64)
+    sizes = ({0: batch}, {0: batch} if each else None)
+    exported = torch.export.export(AtTask(model.eval()), (X, lam), dynamic_shapes=sizes, strict=strict).module()
+    for count in (8, 3):
+        x, own = X[:count], lam.flip(0)[:count] if each else lam + 0.1
+        with at_task(model, lam=own):
+            assert_equal(exported(x, own), model(x))

@@ -8,6 +8,7 @@ import signal
 import sys
 import types
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -624,6 +625,15 @@ def test_the_kill_test_counts_adapters_that_should_have_been_refused(base, tmp_p
     new_network(1).save_pretrained(tmp_path / "other")
     (tmp_path / "cut" / kill_recovery.WEIGHTS).unlink()
     assert kill_recovery.offer(tmp_path, base, expected) == (2, 1)
+
+
+def test_fsdp_without_an_accelerator_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    accelerator = SimpleNamespace(num_processes=2, distributed_type=DistributedType.MULTI_CPU)
+    with pytest.raises(
+        SystemExit, match="asked for FSDP, and accelerate gives MULTI_CPU here: .*cpu_2_processes.yaml"
+    ):
+        processes.check_processes(accelerator)
 
 
 @pytest.mark.parametrize("name", ["cpu_2_processes", "multi_gpu_ddp", "fsdp2", "deepspeed_zero3"])
