@@ -29,8 +29,8 @@ def check_processes(accelerator: Accelerator) -> None:
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if asked and accelerator.distributed_type != DistributedType.FSDP:
         raise SystemExit(
-            f"The launcher was asked for FSDP, and accelerate gives {accelerator.distributed_type.value} here: it shards "
-            "on accelerators only, and not with --cpu. Use examples/accelerate/cpu_2_processes.yaml"
+            f"The launcher was asked for FSDP, and accelerate gives {accelerator.distributed_type.value} here: it "
+            "shards on accelerators only, and not with --cpu. Use examples/accelerate/cpu_2_processes.yaml"
         )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if processes != launched:
