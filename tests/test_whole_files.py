@@ -23,7 +23,7 @@ import saved_adapters
 import torch
 from conftest import assert_different, assert_equal
 from layer_table import randomize
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from test_files import (
     CONFIG,
     VALUES,
@@ -270,6 +270,14 @@ def test_an_adapter_that_means_something_else_is_not_loaded_over_another(two, tm
     with pytest.raises(ValueError, match=r"differs in \['alpha'\] from the adapter whose weights it should replace"):
         first.load_adapter(tmp_path, "default")
     assert_equal(first(X), before, 0)
+
+
+def test_an_adapter_of_another_method_is_not_loaded_over_another(two, tmp_path):
+    LoraConfig(r=2, target_modules=["head"]).save_pretrained(tmp_path)
+    with pytest.raises(
+        TypeError, match="the adapter in .* it is a LoraConfig, and the adapter of this name a LoTRACon"
+    ):
+        two[1].load_adapter(tmp_path, "default")
 
 
 def test_a_users_own_tensors_are_loaded_after_a_config_from_a_file(two, tmp_path):

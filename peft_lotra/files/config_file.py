@@ -178,12 +178,14 @@ class ConfigFile(PeftConfig):
             super().save_pretrained(folder, **kwargs)
             os.replace(os.path.join(folder, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
 
-    def take_saved(self, other: ConfigFile) -> None:
+    def take_saved(self, other: PeftConfig) -> None:
         """Take the checked tensors of a saved adapter that has the same meaning.
 
         Raises:
-            ValueError: with the fields that differ.
+            TypeError, ValueError: if it is of another method, or with the fields that differ.
         """
+        if not isinstance(other, ConfigFile):
+            raise TypeError(f"it is a {type(other).__name__}, and the adapter of this name a {type(self).__name__}")
         mine, theirs = self._meaning(), other._meaning()
         fields = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
         if fields and other._saved is not None:

@@ -70,7 +70,7 @@ def begin_card(model: Any, earlier: Path, path: Path, args: Sequence[Any], kwarg
     `args` and `kwargs` are those of `save_pretrained`.
     """
     try:
-        text = earlier.read_text()
+        text = earlier.read_text(encoding="utf-8")
     except FileNotFoundError:
         text = _OURS
     if _OURS in text:
@@ -78,15 +78,15 @@ def begin_card(model: Any, earlier: Path, path: Path, args: Sequence[Any], kwarg
         own = [name for name, config in model.peft_config.items() if isinstance(config, ConfigFile)]
         known = [name for name in names or () if name in own] or own
         text = f"---\nlibrary_name: peft\ntags:\n{''.join(_TAGS)}---\n{_text(model, known)}"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def add_tags(path: Path) -> None:
     """Add this method's tags. PEFT, which replaces tags by those of the model, has just written one tag to a line."""
-    begin, end, rest = path.read_text().partition("\n---")
+    begin, end, rest = path.read_text(encoding="utf-8").partition("\n---")
     if missing := [tag for tag in _TAGS if tag not in f"{begin}\n"]:
         begin, _, others = begin.partition("\ntags:")
-        path.write_text(f"{begin}\ntags:\n{''.join(missing).rstrip()}{others}{end}{rest}")
+        path.write_text(f"{begin}\ntags:\n{''.join(missing).rstrip()}{others}{end}{rest}", encoding="utf-8")
 
 
 @cache

@@ -92,11 +92,11 @@ class WholeAdapters:
         # `PeftModel.from_pretrained` has just read the file, and gives a key mapping. For any other adapter that the
         # model has already, PEFT would not look at the saved config.
         is_read = config is not None and config._saved is not None and kwargs.get("key_mapping") is not None
-        if config is not None and not is_read:
-            given = {key: kwargs[key] for key in self._split_kwargs(kwargs)[0]}
-            config.take_saved(type(config).from_pretrained(os.fspath(model_id), **given))
         token = loads_a_file.set(True)
         try:
+            if config is not None and not is_read:
+                given = {key: kwargs[key] for key in self._split_kwargs(kwargs)[0]}
+                config.take_saved(type(config).from_pretrained(os.fspath(model_id), **given))
             for left in reversed(range(_ATTEMPTS)):
                 try:
                     return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
