@@ -380,16 +380,13 @@ class CheckpointingKANLayer(ChebyKANLayer):
         return checkpoint(super().forward, x, use_reentrant=self.use_reentrant)
 
 
-def test_checkpointing_inside_of_a_layer_is_loud():
+def test_reentrant_checkpoints_inside_of_a_layer_are_loud():
     """The backward pass reads the layer's parameter when the stand-in is gone."""
     _, model, x = adapt(CheckpointingKANLayer(True), {"cheby_coeffs": "i o d"}, FLAT, torch.float64, r=2)
     message = r"`checkpoint\(use_reentrant=True\)` in its own forward.*the adapted layer"
     for _ in range(2):
         with pytest.raises(RuntimeError, match=message):
             model(x)
-    _, model, x = adapt(CheckpointingKANLayer(False), {"cheby_coeffs": "i o d"}, FLAT, torch.float64, r=2)
-    with pytest.raises(Exception, match="different number of tensors was saved"):
-        model(x).sum().backward()
 
 
 def test_every_parameter_may_be_differentiated():
