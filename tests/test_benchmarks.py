@@ -132,7 +132,7 @@ def test_serving(tmp_path):
 
 
 def test_saving(tmp_path):
-    call("saving", "--seconds", 1, "--kills", 3, "--rounds", 2, "--output-dir", tmp_path)
+    call("saving", "--seconds", 1, "--kills", 12, "--rounds", 2, "--output-dir", tmp_path)
     results = json.loads((tmp_path / "saving.json").read_text())
     for found in (*results["race"].values(), results["kills"]):
         assert [*found] == ["one of the two"]

@@ -96,42 +96,6 @@ def test_a_save_that_ends_at_any_step_leaves_the_old_or_the_new_adapter(two, ste
     assert not ended or {file.name for file in tmp_path.iterdir()} == {"README.md", CONFIG, WEIGHTS}
 
 
-KILLED = """
-import sys
-from test_files import Model, adapted
-import torch
-torch.manual_seed(0)
-base = Model()
-first, second = adapted(base, r=2), adapted(base, r=3, alpha=0.5)
-first.save_pretrained(sys.argv[1])
-torch.save([base.state_dict(), first, second], sys.argv[2])
-print("ready", flush=True)
-while True:
-    second.save_pretrained(sys.argv[1])
-    first.save_pretrained(sys.argv[1])
-"""
-
-
-@pytest.mark.slow
-@another_save
-def test_kills_leave_one_of_the_two(tmp_path):
-    """Of a process that does nothing but save, at times that no step knows; `benchmarks/saving.py` has 200."""
-    for k in range(8):
-        path, kept = tmp_path / str(k), tmp_path / f"{k}.pt"
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, path, kept], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True
-        )
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.003 * (k + 1))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        weights, *models = torch.load(kept, weights_only=False)
-        base = Model()
-        base.load_state_dict(weights)
-        y = loaded(base, path)
-        assert any(torch.equal(y, model(X)) for model in models)
-
-
 def test_a_new_adapter_file_beside_an_old_config_is_the_new_adapter(two, tmp_path):
     base, first, second = two
     first.save_pretrained(tmp_path / "first")
