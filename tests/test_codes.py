@@ -538,6 +538,8 @@ def test_what_takes_no_codes_says_so():
     model.add_adapter("one", LoTRAConfig(r=2))
     with pytest.raises(ValueError, match="`config` has `family_code` 2: no codes are known of these adapters"):
         family_from(model, {"one": "water"}, "new", LoTRAConfig(r=2, family=TASKS, family_code=2))
+    with pytest.raises(ValueError, match="`config` has an `alpha` of 0"):
+        family_from(model, {"one": "water"}, "new", LoTRAConfig(r=2, family=TASKS, alpha=0))
     assert list(model.peft_config) == ["default", "one"]
 
 

@@ -59,6 +59,8 @@ def family_from(
             f"`config` has `family_code` {kind.code}: no codes are known of these adapters; train such a family, or "
             "leave `family_code` out"
         )
+    if config.alpha == 0 or 0 in config.alpha_pattern.values():
+        raise ValueError("`config` has an `alpha` of 0: a family of this scaling holds no update of the adapters")
     for name in adapters:
         if tuner.peft_config[name].family is not None:
             raise ValueError(f"`adapters` has {name!r}, which is for a family itself")
