@@ -35,7 +35,7 @@ NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def shows(out, table):
-    """Whether the lines of a table are in the output, with numbers that another processor may round otherwise."""
+    """Whether the lines of a table are in the output, with numbers within a factor of 3: fits end where they end."""
 
     def split(line):
         return NUMBER.sub("#", line), [float(number.replace(",", "")) for number in NUMBER.findall(line)]
@@ -55,7 +55,7 @@ def shows(out, table):
 def test_the_code_runs(name, tmp_path, capsys):
     path = ROOT / name
     code = blocks(path)
-    assert code
+    assert len(code) > 1
     with restored(), patch.dict(registry._REGISTRY):  # guides register layers
         matplotlib.use("Agg")  # there are no windows here
         os.chdir(tmp_path)
@@ -63,7 +63,7 @@ def test_the_code_runs(name, tmp_path, capsys):
     out = capsys.readouterr().out
     tables = [text for language, text in FENCE.findall(path.read_text()) if not language and path.suffix == ".md"]
     for table in tables:  # what a page shows as output
-        assert shows(out, table)
+        assert table in out or (name == "README.md" and shows(out, table))
 
 
 def test_the_front_page_is_short():

@@ -1,6 +1,7 @@
 """Adapters are added, replaced and deleted while other threads call the model."""
 
 import copy
+import multiprocessing
 import random
 import threading
 from collections import Counter
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import assert_equal
 from kan_layers import ChebyKAN
+from launching import limited
 from layer_table import randomize
 from peft import get_peft_model
 from scripts import call
@@ -92,6 +94,26 @@ def test_many_requests_beside_changes(adapters):
 def test_the_example(tmp_path):
     out = call("serve", "--requests", 30, "--adapters", 6, "--held", 3, "--output-dir", tmp_path).out
     assert "30 requests of 8 samples, 4 threads: 30 right" in out
+
+
+def test_a_fork_waits_for_no_call_of_another_thread(adapters):
+    inner, entered, over = copy.deepcopy(adapters[0]), threading.Event(), threading.Event()
+
+    def call():
+        with calling(inner):
+            entered.set()
+            over.wait()
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    entered.wait()
+    child = multiprocessing.get_context("fork").Process(target=lambda: changing(inner).__enter__())
+    child.start()
+    with limited("a fork"):
+        child.join()
+    over.set()
+    thread.join()
+    assert child.exitcode == 0
 
 
 def test_a_thread_may_change_adapters_in_a_call_of_its_own(adapters):

@@ -41,6 +41,7 @@ from test_files import (
 from torch import nn
 
 from peft_lotra import LoTRAConfig, hotswap_adapter
+from peft_lotra.files.collected import loads_a_file, remapped
 
 another_save = pytest.mark.filterwarnings("ignore:.*is of another save than:UserWarning")
 
@@ -196,6 +197,21 @@ def replaced_between(two, tmp_path, monkeypatch):
 @pytest.mark.parametrize("meta", [False, True])
 def test_what_was_checked_is_loaded(two, meta, replaced_between):
     assert_equal(loaded(two[0], replaced_between, low_cpu_mem_usage=meta), two[1](X), 0)
+
+
+def test_what_was_checked_is_moved_to_the_device_of_what_peft_has_read(two, tmp_path):
+    base, first, _ = two
+    first.save_pretrained(tmp_path)
+    config = first.peft_config["default"]
+    config.take_saved(LoTRAConfig.from_pretrained(tmp_path))
+    read = {key: tensor.to("meta") for key, tensor in get_peft_model_state_dict(first).items()}
+    token = loads_a_file.set(True)
+    try:
+        found = remapped(first, config, "default", read)
+    finally:
+        loads_a_file.reset(token)
+    assert {tensor.device.type for tensor in found.values()} == {"meta"}
+    assert len(found) > 2
 
 
 def test_what_was_checked_is_loaded_beside_another_adapter(two, replaced_between):

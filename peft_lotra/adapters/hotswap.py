@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..calls.exclusion import changing
 from ..coefficients.target import Target
 from ..config.lotra_config import LoTRAConfig
 from ..files.adapter_file import PREFIX, Slot, check_tensor, check_weights, is_tucker_key
@@ -114,8 +115,9 @@ def hotswap_adapter_from_state_dict(
             new.append((own, values))
     for layer in layers.values():  # which the new adapter does not adapt
         new += [(own, torch.zeros(())) for own in layer.tucker(adapter_name).tensors()]
-    for own, values in new:
-        own.copy_(values)
+    with changing(tuner.model):
+        for own, values in new:
+            own.copy_(values)
 
 
 def _check_slot(

@@ -258,7 +258,8 @@ def tell_checkpoints(context: Context) -> None:
     """Let the checkpoints in which the code is running repeat it at this context, whenever they do.
 
     A checkpoint catches the tensors that autograd saves by hooks, which hold its frame. The first adapted layer, or
-    the first `entered`, in a checkpoint comes here before anything changes the context.
+    the first `entered`, in a checkpoint comes here before anything changes the context. If a layer's own forward makes
+    the checkpoint, the first operation with the coefficients comes here, and the pass is then a part of the context.
     """
     autograd: Any = torch._C._autograd  # type: ignore[attr-defined]
     # Copies of tasks, which are not over when the tasks are left.

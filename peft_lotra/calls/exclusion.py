@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -73,6 +74,8 @@ class _Exclusion:
 
 _made: WeakKeyDictionary[nn.Module, _Exclusion] = WeakKeyDictionary()
 _making = threading.Lock()
+if hasattr(os, "register_at_fork"):  # the calls of other threads never end in a fork
+    os.register_at_fork(after_in_child=_made.clear)
 
 
 def _of(model: nn.Module) -> _Exclusion:

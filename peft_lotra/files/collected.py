@@ -96,8 +96,8 @@ def remapped(
         ValueError: if they do not fit the adapter.
     """
     if loads_a_file.get() and config._saved is not None:  # what was checked, and not what PEFT has read after it
-        devices = {tensor.device for tensor in state_dict.values()}
-        state_dict = {key: t.to(devices.pop()) if len(devices) == 1 else t for key, t in config._saved.weights.items()}
+        device = next((tensor.device for tensor in state_dict.values()), None)
+        state_dict = {key: tensor.to(device) for key, tensor in config._saved.weights.items()}
     slots = slots_of(model, adapter_name, config.bias)
     names = {key: name for key, (name, _) in slots.items()}
     names |= {f"{PREFIX}{key}": name for key, name in names.items()}  # for a model without a PeftModel around it
