@@ -64,7 +64,7 @@ def _groups(pattern):
     return parts
 
 
-FLAT, CUBE = (B, N * D), (B, N, D)
+FLAT, CUBE, BACK = (B, N * D), (B, N, D), torch.tensor([1, 0, 2, 3, 4, 5, 6, 7])
 OPERATIONS = {
     "linear": ("o (i d)", FLAT, F.linear),
     "linear, bias, keywords": ("o (i d)", FLAT, lambda x, w: F.linear(input=x, weight=w, bias=torch.ones(M).to(x))),
@@ -92,6 +92,13 @@ OPERATIONS = {
     "addmm, a method": ("(i d) o", FLAT, lambda x, w: torch.ones(B, M).to(x).addmm(x, mat2=w)),
     "bmm": ("g (i d) o", (G, *FLAT), lambda x, w: torch.bmm(x, w)),
     "bmm, weight first": ("g o (i d)", (G, N * D, B), lambda x, w: torch.bmm(w, x)),
+    "baddbmm": ("g (i d) o", (G, *FLAT), lambda x, w: torch.baddbmm(torch.ones(1, 1, M).to(x), x, w)),
+    "baddbmm, a method": ("g (i d) o", (G, *FLAT), lambda x, w: torch.ones(G, B, M).to(x).baddbmm(x, batch2=w)),
+    "einsum, a scale": ("i o d", CUBE, lambda x, w: torch.einsum("bid,i,iod->bo", x, torch.arange(N).to(x), w)),
+    "einsum, two bases": ("i o d", CUBE, lambda x, w: torch.einsum("iod,bi,bid->bo", w, x[..., 0], x)),
+    "index_select": ("i o d", CUBE, lambda x, w: torch.einsum("bid,iod->bo", x, w.index_select(0, BACK[:N]))),
+    "index_select, twice": ("i o d", CUBE, lambda x, w: torch.einsum("bid,iod->bo", x, w[:, :, BACK[:D]][BACK[:N]])),
+    "an index, outputs": ("o (i d)", FLAT, lambda x, w: F.linear(x, w[torch.tensor([2, 0, 0, 1])])),
     "tensordot": ("i o d", CUBE, lambda x, w: torch.tensordot(x, w, dims=([1, 2], [0, 2]))),
     "tensordot, weight first": ("o d i", (D, N, B), lambda x, w: torch.tensordot(w, x, 2)),
     "conv1d": ("o (i d) w", (B, N * D, 8), lambda x, w: F.conv1d(x, w, torch.ones(M).to(x), stride=2)),
@@ -296,7 +303,8 @@ def test_one_output_of_many():
         (lambda x, w: F.linear(x, w * torch.arange(M).to(x)[:, None]), "linear"),
         (lambda x, w: F.linear(x[:, :M], w.T), "linear"),
         (lambda x, w: torch.addmm(x[:, :M], x, w.T, alpha=2), "addmm"),
-        (lambda x, w: F.linear(x, w[torch.arange(M)]), "getitem"),
+        (lambda x, w: F.linear(x, w[torch.arange(M)[None]][0]), "getitem"),
+        (lambda x, w: F.linear(x, w[:, torch.arange(N * D)]), "getitem"),
         (lambda x, w: F.bilinear(x, x[:, :1], w[:, :, None]), "bilinear"),
         (lambda x, w: torch.einsum("bk,ok,o->bo", x, w, torch.ones(M).to(x)), "einsum"),
         (lambda x, w: torch.einsum("bo,ok->bo", x[:, :M], w), "einsum"),

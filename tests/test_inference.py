@@ -20,7 +20,7 @@ from torch import nn
 
 from peft_lotra import LoTRAConfig, infer_coefficients, register_kan_layer, verify_coefficients
 from peft_lotra.coefficients import registry
-from peft_lotra.coefficients.spec import Layout
+from peft_lotra.coefficients.layout import Layout
 from peft_lotra.inference.layouts import agree
 from peft_lotra.inference.precision import Passes
 from peft_lotra.inference.response import infer_layer

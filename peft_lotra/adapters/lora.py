@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..analysis.updates import plain_targets
+from ..coefficients.layout import Layout
 from ..coefficients.registry import Descriptions
-from ..coefficients.spec import Layout, owner_of
+from ..coefficients.spec import owner_of
 from ..combination import check_finite, update_of
 from ..config.lotra_config import LoTRAConfig
 from ..files.adapter_file import PREFIX, is_adapter_key

@@ -19,7 +19,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from ..coefficients.spec import CoefficientSpec, Layout
+from ..coefficients.layout import Layout, unstacked
+from ..coefficients.spec import CoefficientSpec
 from ..coefficients.target import Target
 from ..families.family import Family
 from ..tucker.decomposition import CODES, tucker_shapes
@@ -277,7 +278,7 @@ class ConfigFile(PeftConfig):
                 return []
             module = description.get("layer") or parameter.rpartition(".")[0]
             path = parameter.removeprefix(f"{module}.")
-            spec = CoefficientSpec(path, Layout(description["layout"], description["sizes"]))
+            spec = CoefficientSpec(path, Layout(unstacked(description["layout"]), description["sizes"]))
             ranks = self.rank_pattern.get(module)
             ranks = ranks.get(path) if isinstance(ranks, Mapping) else ranks
             if ranks is None or {axis for group in spec.axes for axis in group} != description["sizes"].keys():

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from ..coefficients import Layout
-from ..coefficients.spec import GROUP
+from ..coefficients.layout import GROUP
 from .precision import Precision
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # (numbered, plain) responses, each with the parameter's shape

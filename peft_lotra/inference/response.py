@@ -12,6 +12,7 @@ multiplies: t is the direction of the slope of g, ∂/∂P Σ t · ∂/∂u Σ w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -22,6 +23,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from ..coefficients import CoefficientSpec, Layout
+from ..coefficients.spec import owner_of, parts_of, tensor_at
 from .contraction import Contraction, Place
 from .layouts import UNMIXED, NoOutputs, Refused
 from .precision import PRECISIONS, Passes
@@ -39,6 +41,7 @@ class Finding:
     # Whether the parameter is a linear weight on the layer's input. It may still be the coefficient tensor of a module
     # around the layer, if that feeds the layer basis functions.
     linear: bool = False
+    one_function: bool = False  # whether the parameter multiplies one function of each input
     of_class: bool = False  # whether the reason holds for all layers alike, for any sample and parameter values
     place: Place | None = field(default=None, repr=False)  # where in the run the response was measured
     like: str | None = None  # the tested layer, if this layer only confirmed its finding
@@ -113,7 +116,9 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
                 refused.with_traceback(None)
                 linear = refused.linear and probe.sees_x(path, z)
                 reason = _reason(refused, probe, path, z)
-                findings[path] = Finding(reason=reason, linear=linear, of_class=refused.of_class)
+                findings[path] = Finding(
+                    reason=reason, linear=linear, one_function=refused.linear, of_class=refused.of_class
+                )
                 if refused.mixing:
                     weights.append(path)
     return findings | _inner_layers(probe, findings, weights)
@@ -171,6 +176,53 @@ def _layout(
     raise failure
 
 
+class _Stack(nn.Module):
+    """A layer in which several parameters are the rows of one, `stacked`."""
+
+    def __init__(self, layer: nn.Module, path: str):
+        super().__init__()
+        self.layer, self.parts = layer, parts_of(layer, path)
+        with torch.no_grad():
+            self.stacked = nn.Parameter(tensor_at(layer, path))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        places = [owner_of(self.layer, part) for part in self.parts]
+        before = [owner.__dict__.get(name) for owner, name in places]
+        for (owner, name), row in zip(places, self.stacked, strict=True):
+            owner.__dict__[name] = row
+        try:
+            return self.layer(*args, **kwargs)
+        finally:
+            for (owner, name), own in zip(places, before, strict=True):
+                owner.__dict__.pop(name, None) if own is None else owner.__dict__.update({name: own})
+
+
+def stacks(layer: nn.Module, findings: Mapping[str, Finding]) -> dict[str, tuple[str, ...]]:
+    """Names with a star for parameters of one shape that multiply one function of each input, and what they mean."""
+    found = {}
+    for path, finding in findings.items():
+        for number in re.finditer("[0-9]+", path) if finding.one_function else ():
+            name = f"{path[: number.start()]}*{path[number.end() :]}"
+            parts = parts_of(layer, name)
+            shapes = {layer.get_parameter(part).shape for part in parts}
+            if len(parts) > 1 == len(shapes) and not any(findings[part].spec for part in parts if part in findings):
+                found[name] = parts
+    return found
+
+
+def _of_stack(layer: nn.Module, call: Call, path: str, passes: Passes) -> Finding:
+    """The finding for several parameters together, one for each basis function."""
+    finding = infer_layer(_Stack(layer, path), call, ["stacked"], passes)["stacked"]
+    spec = finding.spec
+    if spec is None:
+        return finding
+    if spec.scale or spec.slice or spec.layout.flattened or not re.match(r"d\b|\(d\)", spec.layout.pattern):
+        return Finding(
+            reason=f"as a stack it is {spec.layout.pattern!r}, and not one basis function for each parameter"
+        )
+    return Finding(replace(spec, parameter=path, parts=parts_of(layer, path)), place=None)
+
+
 @dataclass
 class LayerTests:
     """The findings of the layers of one model. A layer that is like a tested one only confirms its findings."""
@@ -192,7 +244,8 @@ class LayerTests:
         for other, of, findings in known:
             if _equal(other, likeness) and _confirms(layer, call, findings, passes):
                 return {path: replace(finding, like=of) for path, finding in findings.items()}
-        findings = infer_layer(layer, call, paths, passes, region)
+        findings = {path: _of_stack(layer, call, path, passes) for path in paths if "*" in path}
+        findings |= infer_layer(layer, call, [path for path in paths if "*" not in path], passes, region)
         found = any(finding.spec for finding in findings.values())
         if found or all(finding.of_class for finding in findings.values()):
             known.append((likeness, name, findings))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..coefficients import Layout
-from ..coefficients.spec import GROUP
+from ..coefficients.layout import GROUP
 from .probe import Probe, uniform
 
 

@@ -14,7 +14,7 @@ from ..preserved import check_model, preserved
 from ..standin.placing import is_used
 from .precision import Passes
 from .recording import Call
-from .response import Finding, LayerTests
+from .response import Finding, LayerTests, stacks
 from .walk import walk
 
 _MOST_TESTS = 2  # a linear weight is tested in the two innermost modules around it that are not plain torch layers
@@ -110,7 +110,7 @@ def result(
 def described(spec: CoefficientSpec) -> str:
     """Text like "'o i d' (n, m, n_d) = (3, 5, 8), scale spline_scaler 'o i'"."""
     shape = spec.layout.canonical_shape
-    text = f"{spec.layout.pattern!r} (n, m, n_d) = {shape[:3]}" + (f" × {shape[3:]}" if shape[3:] else "")
+    text = f"{spec.pattern!r} (n, m, n_d) = {shape[:3]}" + (f" × {shape[3:]}" if shape[3:] else "")
     text += f", slice {spec.slice!r}" if spec.slice else ""
     return text + (f", scale {spec.scale} {spec.scale_layout!r}" if spec.scale else "")
 
@@ -170,6 +170,13 @@ class _Search:
         prefix, passes = inside(name), Passes()
         paths = [full.removeprefix(prefix) for full in self.open if full.startswith(prefix)]
         findings = self._tests.findings(name, layer, call, paths, passes)
+        for stack, parts in stacks(layer, findings).items():
+            together = self._tests.findings(name, layer, call, [stack], passes)
+            if together[stack].spec:
+                findings = {path: finding for path, finding in findings.items() if path not in parts} | together
+                for full in [prefix + part for part in parts]:
+                    self.open.pop(full, None)
+                    self.left_out.pop(full, None)
         if any(finding.spec for finding in findings.values()):
             findings |= self._inner(name, layer, call, findings, passes)
         cost = f"{passes.forward} forward and {passes.backward} backward passes"

@@ -36,7 +36,8 @@ class Forwarding(nn.Module):
 
     @property
     def _paths(self) -> list[str]:
-        return [path for path in (self.spec.parameter, self.spec.scale) if path is not None]
+        paths: list[str] = self.spec.paths
+        return paths
 
     @property
     def weight(self) -> torch.Tensor:
@@ -97,8 +98,9 @@ class Forwarding(nn.Module):
                 f"`{self.spec.parameter}`, and would show those of the base, without the update: call the layer "
                 f"itself, adapt `{name}` instead of it, or read `base_layer.{name}` if the base is meant"
             )
-        if name == self.spec.parameter and (updates := self._active_updates()):
-            return read_only(adapted_coefficients(self.get_base_layer(), self.spec, updates))
+        if name in (self.spec.parameter, *self.spec.parts) and (updates := self._active_updates()):
+            adapted = adapted_coefficients(self.get_base_layer(), self.spec, updates)
+            return read_only(adapted[self.spec.parts.index(name)] if self.spec.parts else adapted)
         if name == self.spec.scale and self._active_updates():
             return read_only(torch.ones_like(value))
         if not ismethod(value):

@@ -224,8 +224,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
                 self._check_unwritten()
             elif keep:
                 self._before_merge = {path: self._stored(path).data.clone() for path in self._paths}
-            for rows, values in adapted_rows(self.get_base_layer(), self.spec, tuple(map(self._update, names))):
-                write(self._stored(self.spec.parameter), values, rows)
+            for path, rows, values in adapted_rows(self.get_base_layer(), self.spec, tuple(map(self._update, names))):
+                write(self._stored(path), values, rows)
             if self.spec.scale is not None:
                 self._stored(self.spec.scale).data.fill_(1)
             self._merged_sums = self._sums() if keep else []
@@ -235,7 +235,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
     def _check_finite(self, adapter_names: list[str]) -> None:
         """Raise ValueError if A + Σ updates is not all finite."""
         merged = adapted_rows(self.get_base_layer(), self.spec, tuple(map(self._update, adapter_names)))
-        if not all(torch.isfinite(values).all() for _, values in merged):
+        if not all(torch.isfinite(values).all() for *_, values in merged):
             broken = [name for name in adapter_names if not torch.isfinite(self.get_delta_weight(name)).all()]
             names = ", ".join(broken or adapter_names)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names} seems to be broken")

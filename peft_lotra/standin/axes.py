@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from ..coefficients.arrangement import Arrangement
-from ..coefficients.spec import CoefficientSpec, parse_slice, part_number
+from ..coefficients.layout import part_number
+from ..coefficients.spec import CoefficientSpec, parse_slice
 
 MODES = ("i", "o", "d", "g", "t", "h", "w")
 NEW = ""  # the mode of an axis that a view added

@@ -23,6 +23,8 @@ from .update import Update
 
 def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> torch.Tensor:
     """parameter · scale + Σ updates, in the layout of the parameter. Sharded tensors are gathered first."""
+    if spec.parts:
+        return torch.stack([adapted_coefficients(layer, piece, own) for piece, own in _pieces(spec, updates)])
     coefficients = full_tensor(_located(layer, spec.parameter)[2])
     if spec.scale is not None:
         coefficients = coefficients * spec.spread(full_tensor(_located(layer, spec.scale)[2]))
@@ -39,6 +41,14 @@ def dense_update(spec: CoefficientSpec, update: Update, shape: torch.Size) -> to
     return _sum(spec, update.tucker.core.new_zeros(shape), (update,))
 
 
+def _pieces(spec: CoefficientSpec, updates: Iterable[Update]) -> Iterator[tuple[CoefficientSpec, tuple[Update, ...]]]:
+    """Each parameter of a stack with the updates of its basis function."""
+    updates = tuple(updates)
+    for k, piece in enumerate(spec.pieces):
+        rows = (None, None, range(k, k + 1))
+        yield piece, tuple([update.shown(rows) for update in updates]) if spec.parts else updates
+
+
 def _gathered(update: Update) -> Update:
     return update._replace(tucker=update.tucker.map(full_tensor))
 
@@ -52,10 +62,14 @@ def _sum(spec: CoefficientSpec, coefficients: torch.Tensor, updates: tuple[Updat
 
 def adapted_rows(
     layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...]
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """A + Σ updates, as blocks of rows of the parameter's first axis. No second copy of the parameter is formed."""
+) -> Iterator[tuple[str, slice, torch.Tensor]]:
+    """A + Σ updates, as paths of parameters and blocks of rows of their first axis, without a second copy of one."""
+    if spec.parts:
+        for piece, own in _pieces(spec, updates):
+            yield from adapted_rows(layer, piece, own)
+        return
     if is_sharded(layer, spec, updates) or spec.layout.flattened:
-        yield slice(None), adapted_coefficients(layer, spec, updates)
+        yield spec.parameter, slice(None), adapted_coefficients(layer, spec, updates)
         return
     parameter = _located(layer, spec.parameter)[2]
     scale = None if spec.scale is None else spec.spread(_located(layer, spec.scale)[2])
@@ -68,7 +82,7 @@ def adapted_rows(
         part = parameter[start:stop] if scale is None else parameter[start:stop] * scale[start:stop]
         shown = indexed(axes, ((start, stop, None),))
         assert shown is not None  # whole rows of the first mode
-        yield slice(start, stop), dense_sum(Weight(part, shown, updates))
+        yield spec.parameter, slice(start, stop), dense_sum(Weight(part, shown, updates))
 
 
 class Adapted(Call):
@@ -134,6 +148,10 @@ def _meanings(
     layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], is_zero: bool
 ) -> Iterable[tuple[nn.Module, str, torch.Tensor, Any]]:
     """(owner, name, tensor, meaning) for coefficients and scale: their place, the tensor there, and what to find."""
+    if spec.parts:
+        return tuple(
+            [place for piece, own in _pieces(spec, updates) for place in _meanings(layer, piece, own, is_zero)]
+        )
     owner, name, parameter = _located(layer, spec.parameter)
     coefficients: torch.Tensor = parameter
     others: tuple[Any, ...] = ()
@@ -153,7 +171,10 @@ def replaced(layer: nn.Module, spec: CoefficientSpec, coefficients: torch.Tensor
     All threads see the tensor, so no other thread runs the layer meanwhile.
     """
     with ExitStack() as stack:
-        stack.enter_context(held(*_located(layer, spec.parameter)[:2], coefficients))
+        for path, tensor in zip(
+            spec.parts or [spec.parameter], coefficients if spec.parts else [coefficients], strict=True
+        ):
+            stack.enter_context(held(*_located(layer, path)[:2], tensor))
         if spec.scale is not None:
             owner, name, scale = _located(layer, spec.scale)
             ones = torch.ones(full_shape(scale), dtype=scale.dtype, device=scale.device)
@@ -179,7 +200,7 @@ def run_densely(
 
 def is_sharded(layer: nn.Module, spec: CoefficientSpec, updates: Iterable[Update]) -> bool:
     """Whether coefficients or factors are in parts now: a method was called outside of forward, which gathers them."""
-    tensors = [_located(layer, path)[2] for path in (spec.parameter, spec.scale) if path is not None]
+    tensors = [_located(layer, path)[2] for path in spec.paths]
     return any_sharded([*tensors, *[tensor for update in updates for tensor in update.tucker.tensors()]])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ from peft.utils.other import _get_input_embeddings_name, get_pattern_key
 from torch import nn
 
 from ..coefficients import CoefficientSpec, known_coefficients
-from ..coefficients.spec import owner_of, tensor_at
+from ..coefficients.spec import is_stacked, numbered, owner_of, tensor_at
 from ..coefficients.target import Target
 from ..config.lotra_config import LoTRAConfig
 from ..config.patterns import ENDING, check_expressions, means, pattern_value
@@ -86,7 +87,8 @@ def _known_targets(base: BaseModel, config: LoTRAConfig) -> list[Target]:
         description = config.coefficients[key]
         given = description.get("layer") if isinstance(description, Mapping) else None
         own = _linear_layer_of(parameter, description, layers, registered)
-        module = (own or _layer_of(parameter, key, layers)) if given is None else given
+        literal = re.escape(key) if is_stacked(description) else key
+        module = (own or _layer_of(parameter, literal, layers)) if given is None else given
         if module not in layers or not parameter.startswith(f"{module}." if module else ""):
             raise ValueError(
                 f"`coefficients[{key!r}]` gives the layer {module!r}, which is not a module around {parameter} "
@@ -123,10 +125,18 @@ def _in_order(base: BaseModel, targets: list[Target]) -> list[Target]:
 
 def _given_parameters(parameters: list[str], config: LoTRAConfig) -> list[tuple[str, str]]:
     """Each parameter that `config.coefficients` means, with its key: the full name, or else the first pattern."""
+    stacks = [key for key, description in config.coefficients.items() if is_stacked(description)]
     full_names = set(config.coefficients) & set(parameters)
-    patterns = [key for key in config.coefficients if key not in full_names and not config.is_self_contained]
+    patterns = [key for key in config.coefficients if key not in full_names.union(stacks)]
+    patterns = [] if config.is_self_contained else patterns
     check_expressions("coefficients", patterns, ENDING)
     given = []
+    for key in stacks:
+        matches = [match for parameter in parameters if (match := numbered(key).fullmatch(parameter))]
+        matches = [match for match in matches if match[1] is None] or matches  # a full name means one stack
+        found = [key if match[1] is None else f"{match[1]}.{key}" for match in matches]
+        parameters = [parameter for parameter in parameters if parameter not in {match[0] for match in matches}]
+        given += [(stack, key) for stack in dict.fromkeys(found)]
     for parameter in parameters:
         key = parameter if parameter in full_names else get_pattern_key(patterns, parameter)
         if key in config.coefficients:
@@ -167,7 +177,7 @@ def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
         if found is not None and found[1] is not None:
             return found[1].removesuffix(".")
     module = parameter.rpartition(".")[0]
-    while isinstance(layers.get(module), _CONTAINERS):
+    while isinstance(layers.get(module), _CONTAINERS) or ("*" in module and module not in layers):
         module = module.rpartition(".")[0]
     return module
 
@@ -176,7 +186,7 @@ def _check_stored(layers: Mapping[str, nn.Module], targets: list[Target]) -> Non
     """Refuse a tensor that its module computes (weight_norm, pruning, LoRA), because no stand-in could replace it."""
     for target in targets:
         layer, spec = layers[target.module], target.spec
-        for path in filter(None, (spec.parameter, spec.scale)):
+        for path in spec.paths:
             owner, name = owner_of(layer, path)
             if name not in owner._parameters and name not in owner._buffers:
                 raise ValueError(
@@ -198,7 +208,7 @@ def _check_not_shared(model: nn.Module, layers: Mapping[str, nn.Module], targets
         names.setdefault(id(thing), []).append(name)
     for target in targets:
         layer = layers[target.module]
-        for thing in (layer, tensor_at(layer, target.spec.parameter)):
+        for thing in (layer, *[tensor_at(layer, path) for path in target.spec.parts or [target.spec.parameter]]):
             if len(names[id(thing)]) > 1:
                 raise ValueError(
                     f"{target.parameter} cannot be adapted: the model has the same object under the names "
@@ -247,10 +257,11 @@ def _check_not_inside(layers: Mapping[str, nn.Module], config: LoTRAConfig, targ
 
 def _check_slim(config: LoTRAConfig, targets: list[Target]) -> None:
     for target in targets:
-        if config.slim and target.spec.slice is not None:
+        if config.slim and (target.spec.slice is not None or target.spec.parts):
+            what = f"holds more than coefficients (slice {target.spec.slice!r})" if target.spec.slice else "is a stack"
             raise ValueError(
-                f"`slim`=True: {target.parameter} holds more than coefficients (slice {target.spec.slice!r}), so it "
-                "cannot be left out of memory; leave the layer out by `exclude_modules`"
+                f"`slim`=True: {target.parameter} {what}, so it cannot be left out of memory; leave the layer out by "
+                "`exclude_modules`"
             )
         if config.slim and target.alpha == 0:
             raise ValueError(f"`slim`=True with `alpha` 0 for {target.parameter}: its coefficients would stay zero")

@@ -34,11 +34,10 @@ def dense_model(
     oracle = copy.deepcopy(base)
     for path, layer in adapted_tensors(model).items():
         spec = layer.spec
-        owner, _, name = path.rpartition(".")
-        holder, scale = oracle.get_submodule(owner), None
+        scale = None
         if spec.scale is not None:
             scale = attrgetter(path.removesuffix(spec.parameter) + spec.scale)(oracle).detach()
-        coefficients = getattr(holder, name).detach()
+        coefficients = _coefficients(oracle, path, spec)
         total = torch.zeros_like(coefficients)
         for adapter, weight in (weights or dict.fromkeys(layer.active_adapters, 1.0)).items():
             if adapter not in layer.lotra_core:
@@ -51,9 +50,19 @@ def dense_model(
             part = parse_slice(spec.slice or ":")
             whole[part] = update.reshape(whole[part].shape)
             total = total + whole
-        del holder._parameters[name]
-        setattr(holder, name, (coefficients + total).to(coefficients.dtype))
+        values = (coefficients + total).to(coefficients.dtype)
+        for place, value in zip(spec.parts, values, strict=True) if spec.parts else [(spec.parameter, values)]:
+            owner, _, name = (path.removesuffix(spec.parameter) + place).rpartition(".")
+            holder = oracle.get_submodule(owner)
+            del holder._parameters[name]
+            setattr(holder, name, value)
     return oracle
+
+
+def _coefficients(model: nn.Module, path: str, spec: CoefficientSpec) -> torch.Tensor:
+    layer = path.removesuffix(spec.parameter)
+    values = [model.get_parameter(layer + place).detach() for place in spec.parts or [spec.parameter]]
+    return torch.stack(values) if spec.parts else values[0]
 
 
 def _update(

@@ -1,0 +1,245 @@
+"""One parameter for each basis function: several parameters together are one coefficient tensor."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_lotra import LoTRAConfig, at_task, infer_coefficients, register_kan_layer, verify_coefficients
+from peft_lotra.analysis import coefficient_updates
+from peft_lotra.coefficients import registry
+from peft_lotra.testing import assert_close, assert_differs
+
+STACKED = {"c.*": "d | o i"}
+
+
+class Degrees(nn.Module):
+    """Σ_d T_d(x) c_d, with a list of the c_d, shape (m, n)."""
+
+    def __init__(self, n: int, m: int, degree: int = 4) -> None:
+        super().__init__()
+        self.c = nn.ParameterList([nn.Parameter(torch.randn(m, n) / n) for _ in range(degree + 1)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(x)
+        T = [torch.ones_like(x), x]
+        while len(T) < len(self.c):
+            T.append(2 * x * T[-1] - T[-2])
+        return sum(t @ c.T for t, c in zip(T, self.c, strict=True))
+
+
+class Linears(nn.Module):
+    """Σ_k W_k sin(k x), with a linear layer for each k."""
+
+    def __init__(self, n: int, m: int, number: int = 3) -> None:
+        super().__init__()
+        self.lin = nn.ModuleList([nn.Linear(n, m, bias=False) for _ in range(number)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(layer(torch.sin((k + 1) * x)) for k, layer in enumerate(self.lin))
+
+
+class Powers(nn.Module):
+    """Σ_k x^k P_k, with parameters coef_8 … coef_11."""
+
+    def __init__(self, n: int, m: int) -> None:
+        super().__init__()
+        for k in range(1, 5):
+            self.register_parameter(f"coef_{k + 7}", nn.Parameter(torch.randn(n, m) / n))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(x)
+        return sum(x**k @ getattr(self, f"coef_{k + 7}") for k in range(1, 5))
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Degrees(3, 5), nn.Sequential(Degrees(5, 4))).double()
+
+
+def adapted(net: nn.Module, **fields) -> PeftModel:
+    fields = {"r": [2, 3, 2], "coefficients": STACKED, "init_weights": False} | fields
+    return get_peft_model(copy.deepcopy(net), LoTRAConfig(**fields))
+
+
+def by_hand(net: nn.Sequential, model: PeftModel, name: str = "default") -> nn.Sequential:
+    """The network with A + Δ, Δ by a sum over all ranks."""
+    dense = copy.deepcopy(net)
+    layers = [model.base_model.model[0], model.base_model.model[1][0]]
+    for layer, own in zip(layers, [dense[0], dense[1][0]], strict=True):
+        core, U = layer.lotra_core[name], layer.tucker(name).factors
+        m, n = own.c[0].shape
+        whole = {"i": torch.eye(n), "o": torch.eye(m), "d": torch.eye(len(own.c))}
+        Ui, Uo, Ud = (U.get(mode, whole[mode].to(core)) for mode in "iod")
+        for d, c in enumerate(own.c):
+            delta = sum(
+                core[a, b, e] * Ud[d, e] * torch.outer(Uo[:, b], Ui[:, a])
+                for a in range(core.shape[0])
+                for b in range(core.shape[1])
+                for e in range(core.shape[2])
+            )
+            c.data = c.data + layer.scaling[name] * delta.detach()
+    return dense
+
+
+X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(8, 3)
+
+
+@pytest.mark.parametrize("ranks", [[2, 3, 2], [2, 3, None], [None, 2, 2]])
+def test_outputs_and_gradients_are_those_of_the_dense_sum(net, ranks):
+    model = adapted(net, r=ranks, alpha=0.7)
+    dense = by_hand(net, model)
+    x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
+    assert_close(model(x), dense(y))
+    assert_differs(model(x), net(x))
+    (one,), (two,) = (torch.autograd.grad(f(z).sin().sum(), z, create_graph=True) for f, z in ((model, x), (dense, y)))
+    assert_close(one, two)
+    for a in (one, two):
+        a.square().sum().backward()
+    assert_close(x.grad, y.grad)
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_gradients_by_the_factors_are_those_of_finite_differences(net):
+    model = adapted(net)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model(X).square().sum().backward()
+    for p in trained:
+        direction = torch.randn_like(p)
+        values = []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                p.add_(step * direction)
+                values.append(model(X).square().sum())
+                p.sub_(step * direction)
+        assert_close((p.grad * direction).sum(), (values[0] - values[1]) / 2e-6, 1e-6)
+
+
+def test_merge_unmerge_save_and_load(net, tmp_path):
+    model = adapted(net)
+    expected, before = model(X), copy.deepcopy(net.state_dict())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path)
+    assert torch.equal(loaded(X), expected)
+    assert loaded.peft_config["default"].coefficients["1.0.c.*"]["layout"] == "d | o i"
+    model.merge_adapter()
+    assert_close(model(X), expected)
+    model.unmerge_adapter()
+    assert torch.equal(model(X), expected)
+    base = model.unload()
+    assert all(torch.equal(value, before[key]) for key, value in base.state_dict().items())
+    merged = loaded.merge_and_unload()
+    assert_close(merged(X), expected)
+    assert list(merged.state_dict()) == list(before)
+
+
+def test_other_adapters_and_mixed_batches(net):
+    model = adapted(net)
+    model.add_adapter("other", LoTRAConfig(r=2, coefficients=STACKED, init_weights=False))
+    names = ["default", "other", "__base__", "default"] * 2
+    y = model.eval()(X, adapter_names=names)
+    expected = [by_hand(net, model, name) if name != "__base__" else net for name in names]
+    assert_close(y, torch.stack([dense(x[None])[0] for dense, x in zip(expected, X, strict=True)]))
+
+
+def test_families_have_a_task_for_each_sample(net):
+    model = adapted(net, family={"lam": (0, 1)}, family_degree=1)
+    lam = torch.linspace(0, 1, len(X), dtype=torch.float64)
+    with at_task(model, lam=lam):
+        y = model(X)
+    for k, value in enumerate(lam):
+        with at_task(model, lam=value.item()):
+            assert_close(y[k], model(X[k : k + 1])[0])
+    assert_differs(y[0], y[1])
+
+
+def test_the_layer_shows_adapted_coefficients():
+    torch.manual_seed(0)
+    net = nn.Sequential(Powers(3, 2)).double()
+    model = adapted(net, r=2, coefficients={"coef_*": "d | i o"})
+    layer = model.base_model.model[0]
+    delta = layer.get_delta_weight("default")
+    assert delta.shape == (4, 3, 2)
+    assert_close(layer.coef_9, net[0].coef_9 + delta[1])
+    with pytest.raises(RuntimeError, match="holds its adapted coefficients `c"):
+        adapted(nn.Sequential(Degrees(3, 2)), r=2).base_model.model[0].c  # noqa: B018
+
+
+def test_a_registered_class(net, monkeypatch):
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    register_kan_layer(Degrees, STACKED)
+    model = get_peft_model(copy.deepcopy(net), LoTRAConfig(r=2, target_modules=["1.0"]))
+    assert model.targeted_module_names == ["1.0"]
+    assert model.base_model.model[1][0].spec.layout.canonical_shape == (5, 4, 5)
+
+
+def test_inference_finds_them_and_verification_checks_them():
+    torch.manual_seed(0)
+    net = nn.Sequential(Degrees(3, 4), Linears(4, 5), Powers(5, 2))
+    x = torch.randn(32, 3)
+    found = infer_coefficients(net, x)
+    assert {key: d["layout"] for key, d in found.items()} == {
+        "0.c.*": "d | o i", "1.lin.*.weight": "d | o i", "2.coef_*": "d | i o"
+    }  # fmt: skip
+    verify_coefficients(net, x, coefficients=found)
+    verify_coefficients(net, x, coefficients={"c.*": "d | o i", "lin.*.weight": "d | o i", "coef_*": "d | i o"})
+    model = get_peft_model(net, LoTRAConfig(r=2, coefficients=found))
+    assert model.targeted_module_names == ["0", "1", "2"]
+
+
+def test_a_wrong_layout_that_fits_is_found():
+    torch.manual_seed(0)
+    net = nn.Sequential(Degrees(4, 4))
+    with pytest.raises(ValueError, match="declared is 'd | i o'.*found 'd | o i'"):
+        verify_coefficients(net, torch.randn(32, 4), coefficients={"c.*": "d | i o"})
+
+
+def test_layers_of_one_function_are_not_stacked():
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(3)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum(head(x) for head in self.heads)
+
+    with pytest.raises(ValueError, match="no KAN coefficient tensor"):
+        infer_coefficients(nn.Sequential(Heads()), torch.randn(32, 4))
+
+
+def test_updates_of_finetuned_networks(net):
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other[0].c[2] += 1
+    updates = coefficient_updates(net, other, STACKED)
+    assert_close(updates["0.c.*"][:, :, 2], torch.ones(3, 5, dtype=torch.float64))
+    assert not updates["0.c.*"][:, :, 1].any()
+    assert not updates["1.0.c.*"].any()
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "text"),
+    [
+        ({"c.*": "d o i"}, "has 3 axes, the tensor has shape"),
+        ({"0.c.1": "d | o i"}, r"begins with 'd \|' is for several parameters"),
+        ({"b.*": "d | o i"}, r"names \['b.\*'\], which match no parameter"),
+        ({"c.*": "o | d i"}, "has unknown axes"),
+        ({"c.*": {"layout": "d | o i", "slice": ":2"}}, "a layout with a bar goes with no `slice`"),
+        ({"c.*": "d | (o i)*"}, "not both"),
+    ],
+)
+def test_descriptions_that_do_not_fit(net, coefficients, text):
+    with pytest.raises((ValueError, TypeError), match=text):
+        get_peft_model(net, LoTRAConfig(r=2, coefficients=coefficients))
+    assert not any("lotra" in name for name, _ in net.named_modules())
+
+
+def test_shapes_that_differ_and_slim(net):
+    net[0].c[1] = nn.Parameter(torch.zeros(5, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="means parameters of several shapes"):
+        get_peft_model(net, LoTRAConfig(r=2, coefficients=STACKED))
+    with pytest.raises(ValueError, match="is a stack, so it cannot be left out of memory"):
+        get_peft_model(nn.Sequential(Degrees(3, 5)), LoTRAConfig(r=2, coefficients=STACKED, slim=True))
