@@ -274,9 +274,7 @@ class LoTRAModel(BaseTuner):
         for name in adapter_names or ():
             self.peft_config[name]  # raises if it does not exist
         for layer in adapted_tensors(self.model).values() if merge else ():
-            for name in layer.active_adapters if adapter_names is None else adapter_names:
-                if name in layer.lotra_core and layer.terms[name] and name not in layer.merged_adapters:
-                    layer._update(name).check_common()
+            layer.check_mergeable(layer.active_adapters if adapter_names is None else adapter_names)
         for layer in adapted_tensors(self.model).values() if safe_merge else ():
             names = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in names if name in layer.lotra_core and name not in layer.merged_adapters]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..placement.quantized import is_quantized, shape_of_linear
 from ..placement.sharded import full_shape
 from .layout import Layout, check_layout, check_sizes, parse, solve_sizes, unstacked
 
@@ -100,13 +101,13 @@ class CoefficientSpec:
         parts = parts_of(layer, parameter) if is_stacked(description) else ()
         if is_stacked(description) and not parts:
             raise _no_tensor(layer, parameter)
-        shapes = [full_shape(tensor_at(layer, path)) for path in parts or [parameter]]
+        shapes = [shape_at(layer, path) for path in parts or [parameter]]
         if len({*shapes}) > 1:
             raise ValueError(
                 f"`{parameter}` means parameters of several shapes, {dict(zip(parts, shapes, strict=True))}"
             )
         tensor = tensor_at(layer, parameter)
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() and not is_quantized_at(layer, parameter):
             raise TypeError(f"`{parameter}` has dtype {tensor.dtype}: LoTRA adapts real floating-point tensors only")
         region = description.get("slice")
         shape = torch.Size((len(parts), *shapes[0])) if parts else shapes[0]
@@ -219,9 +220,30 @@ def tensor_at(layer: torch.nn.Module, path: str) -> torch.Tensor:
         return torch.stack([tensor_at(layer, part) for part in parts])
     owner, name = owner_of(layer, path)
     tensor = getattr(owner, name, None)
+    if callable(tensor):  # a packed weight, which its layer unpacks when asked
+        raise ValueError(
+            f"`{path}` is packed by torch's quantization of a {type(owner).__name__}, "
+            "which has no gradients: adapt the model before it is quantized, or quantize its weights by torchao"
+        )
     if not isinstance(tensor, torch.Tensor):
         raise _no_tensor(layer, path)
     return tensor
+
+
+def is_quantized_at(layer: torch.nn.Module, path: str) -> bool:
+    """Whether `path` is the quantized weight of a linear layer."""
+    if path.rpartition(".")[2] != "weight" or "*" in path:
+        return False
+    owner, name = owner_of(layer, path)
+    weight = owner._parameters.get(name)
+    return weight is not None and shape_of_linear(owner) is not None and is_quantized(weight)
+
+
+def shape_at(layer: torch.nn.Module, path: str) -> torch.Size:
+    """The shape of the values at a dotted path, also where a tensor is sharded or quantized."""
+    if is_quantized_at(layer, path) and (shape := shape_of_linear(owner_of(layer, path)[0])):
+        return shape
+    return full_shape(tensor_at(layer, path))
 
 
 def owner_of(layer: torch.nn.Module, path: str) -> tuple[torch.nn.Module, str]:

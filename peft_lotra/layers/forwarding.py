@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from functools import wraps
 from inspect import ismethod
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..coefficients.spec import is_quantized_at, tensor_at
 from ..placement.sharded import checksum
-from ..standin import Adapted, adapted_coefficients, is_sharded, replaced
+from ..standin import Adapted, adapted_coefficients, check_dense, is_sharded, replaced
 from ..standin.reading import read_only
 
 # The beginnings of the names of methods of KAN layers that rewrite coefficients.
@@ -25,7 +27,9 @@ class Forwarding(nn.Module):
     base_layer: Any
     get_base_layer: Any
     _active_updates: Any
-    _stored: Any
+    _update: Any
+    lotra_core: Any
+    terms: Any
     _merged_sums: list[int]
     merged_adapters: list[str]
 
@@ -40,6 +44,11 @@ class Forwarding(nn.Module):
         return paths
 
     @property
+    def is_quantized(self) -> bool:
+        """Whether the layer itself computes with the coefficients, and their update is added to its output."""
+        return is_quantized_at(self.get_base_layer(), self.spec.parameter)
+
+    @property
     def weight(self) -> torch.Tensor:
         """The base layer's `weight`, adapted if it holds the coefficients. (PEFT's class would return the base's.)"""
         value: torch.Tensor = self.__getattr__("weight")
@@ -52,6 +61,16 @@ class Forwarding(nn.Module):
             return replaced(layer, self.spec, adapted_coefficients(layer, self.spec, updates).contiguous())
         # A regulariser needs the dense coefficients, so no warning is due.
         return Adapted(layer, self.spec, updates, quiet=True, is_zero=self._base_is_zero)
+
+    def _stored(self, path: str) -> torch.Tensor:
+        return tensor_at(self.get_base_layer(), path)
+
+    def check_mergeable(self, adapter_names: Iterable[str]) -> None:
+        """Raise if the update of an adapter cannot be added to the coefficients, and nothing is changed."""
+        check_dense(self.get_base_layer(), self.spec)
+        for name in adapter_names:
+            if name in self.lotra_core and self.terms[name] and name not in self.merged_adapters:
+                self._update(name).check_common()
 
     def _sums(self) -> list[int]:
         return [checksum(self._stored(path)) for path in self._paths]

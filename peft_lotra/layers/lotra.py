@@ -15,10 +15,10 @@ from torch import nn
 
 from ..calls.context import Shares, now
 from ..calls.samples import may_pass_again, run
-from ..coefficients.spec import CoefficientSpec, owner_of, tensor_at
+from ..coefficients.spec import CoefficientSpec, owner_of, shape_at
 from ..placement.draws import check_one_draw, row_sums
 from ..placement.offloaded import tensors_in_place, writable_tensors
-from ..placement.sharded import full_shape, full_tensor, write
+from ..placement.sharded import full_tensor, write
 from ..standin import Adapted, Update, adapted_rows, dense_update, run_densely, warn
 from ..tucker.decomposition import CODES, CONTAINERS, CORE, NAMES, Ranks, Tucker, tucker_shapes
 from ..tucker.ranks import by_mode, mode_sizes
@@ -94,13 +94,14 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         coefficients = self._stored(self.spec.parameter)
         self.terms[adapter_name] = terms
         shapes = tucker_shapes(self.spec.layout.canonical_shape, ranks, terms)
+        dtype = torch.float32 if coefficients.dtype.itemsize == 1 else coefficients.dtype
         for name, shape in (shapes | ({} if codes is None else {CODES: codes})).items():
             # The adapter gets memory even if the base has none yet, or is offloaded.
             device = None if coefficients.is_meta else coefficients.device
             container = getattr(self, name)
             if hasattr(container, "_hf_hook"):  # accelerate has offloaded the earlier adapters
                 remove_hook_from_module(container)
-            container[adapter_name] = nn.Parameter(torch.empty(shape, dtype=coefficients.dtype, device=device))
+            container[adapter_name] = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         self.reset_lotra_parameters(adapter_name, init_weights)
         if sums := row_sums(self.tucker(adapter_name).tensors()):
             self._drawn[adapter_name] = sums
@@ -151,8 +152,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     def dtype_in_use(self, adapter_name: str) -> torch.dtype:
         """The dtype of the factors or of the coefficients, whichever has the smaller range."""
-        dtypes = self.lotra_core[adapter_name].dtype, self._stored(self.spec.parameter).dtype
-        return min(dtypes, key=lambda dtype: torch.finfo(dtype).max)
+        tensors = self.lotra_core[adapter_name], self._stored(self.spec.parameter)
+        return min([t.dtype for t in tensors if t.dtype.itemsize > 1], key=lambda dtype: torch.finfo(dtype).max)
 
     def _update(self, adapter_name: str) -> Update:
         factors = self.tucker(adapter_name)
@@ -199,7 +200,9 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """s · G ×₁ U1 ×₂ U2 ×₃ U3 in the layout of the parameter."""
-        return dense_update(self.spec, self._update(adapter_name), full_shape(self._stored(self.spec.parameter)))
+        return dense_update(
+            self.spec, self._update(adapter_name), shape_at(self.get_base_layer(), self.spec.parameter)
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """parameter ← parameter · scale + Σ updates, scale ← 1, for the given adapters, or the active ones if None.
@@ -284,7 +287,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return run(self, LoTRALayer, context, args, kwargs)
 
     def _run_once(self, args: Any, kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling() or self._needs_tensor:
+        if not torch.compiler.is_dynamo_compiling() or self._needs_tensor or self.is_quantized:
             return self._run_eagerly(args, kwargs)
         updates = self._active_updates()
         with Adapted(self.get_base_layer(), self.spec, updates, is_zero=self._base_is_zero) as call:
@@ -353,9 +356,6 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
     def _writing(self) -> AbstractContextManager[None]:
         """While this is entered, parameter and scale are in place, and values written to them are kept."""
         return writable_tensors(self, [owner_of(self.get_base_layer(), path)[0] for path in self._paths])
-
-    def _stored(self, path: str) -> torch.Tensor:
-        return tensor_at(self.get_base_layer(), path)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # The base class would look for a `weight`, round fp32 factors to the base's 16 bits and make them trainable.

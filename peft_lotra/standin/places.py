@@ -57,6 +57,17 @@ def running(owner: nn.Module, name: str) -> Any:
     Raises:
         RuntimeError: if the running code is in no pass of the layer.
     """
+    meant = meant_at(owner, name)
+    if meant is not None:
+        return meant
+    raise RuntimeError(
+        f"`{name}` of a {type(owner).__qualname__} is read in a thread that runs no forward pass of its adapted "
+        "layer, while another thread runs one: call the model, not the layer inside the adapter"
+    )
+
+
+def meant_at(owner: nn.Module, name: str) -> Any:
+    """What the running forward pass has put at a place; None if the running code is in no such pass."""
     context = variable.get()
     if hooks(True) is not None:
         tell_checkpoints(context)  # those that the layer's own code makes
@@ -64,10 +75,7 @@ def running(owner: nn.Module, name: str) -> Any:
         for module, path, meant, _ in one.places:
             if module is owner and path == name:
                 return meant
-    raise RuntimeError(
-        f"`{name}` of a {type(owner).__qualname__} is read in a thread that runs no forward pass of its adapted "
-        "layer, while another thread runs one: call the model, not the layer inside the adapter"
-    )
+    return None
 
 
 def enter(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> tuple[Context, Context]:

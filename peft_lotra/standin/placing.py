@@ -8,14 +8,16 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ..coefficients.spec import CoefficientSpec
+from ..coefficients.spec import CoefficientSpec, is_quantized_at, owner_of, shape_at
+from ..placement.quantized import is_quantized, refuse_dense
 from ..placement.sharded import any_sharded, full_shape, full_tensor
 from ..tucker.decomposition import Tucker, tucker_shapes
 from .axes import indexed, parameter_axes
 from .operations import Weight
-from .places import enter, held, leave
+from .places import enter, held, leave, meant_at
 from .plan import dense_sum
 from .tensor import Call, Ones, check_recorded, handle_of, stand_in
 from .update import Update
@@ -25,10 +27,17 @@ def adapted_coefficients(layer: nn.Module, spec: CoefficientSpec, updates: Itera
     """parameter · scale + Σ updates, in the layout of the parameter. Sharded tensors are gathered first."""
     if spec.parts:
         return torch.stack([adapted_coefficients(layer, piece, own) for piece, own in _pieces(spec, updates)])
+    check_dense(layer, spec)
     coefficients = full_tensor(_located(layer, spec.parameter)[2])
     if spec.scale is not None:
         coefficients = coefficients * spec.spread(full_tensor(_located(layer, spec.scale)[2]))
     return _sum(spec, coefficients, tuple(map(_gathered, updates)))
+
+
+def check_dense(layer: nn.Module, spec: CoefficientSpec) -> None:
+    """Raise RuntimeError if the layer's coefficients are quantized, so that A + Δ cannot be formed."""
+    if is_quantized_at(layer, spec.parameter):
+        raise refuse_dense(spec.parameter, owner_of(layer, spec.parameter)[0])
 
 
 def dense_update(spec: CoefficientSpec, update: Update, shape: torch.Size) -> torch.Tensor:
@@ -68,6 +77,7 @@ def adapted_rows(
         for piece, own in _pieces(spec, updates):
             yield from adapted_rows(layer, piece, own)
         return
+    check_dense(layer, spec)
     if is_sharded(layer, spec, updates) or spec.layout.flattened:
         yield spec.parameter, slice(None), adapted_coefficients(layer, spec, updates)
         return
@@ -116,7 +126,8 @@ class Adapted(Call):
             return self
         places = []
         for owner, name, tensor, meant in self._meanings:
-            handle = None if isinstance(meant, torch.Tensor) else handle_of(owner, name, tensor)
+            is_tensor = isinstance(meant, torch.Tensor) or name == _OUTPUT
+            handle = None if is_tensor else handle_of(owner, name, tensor)
             places.append((owner, name, (meant, self), handle))
         self._contexts: Any = enter(places)
         return self
@@ -130,6 +141,30 @@ class Adapted(Call):
         else:
             contexts, self._contexts = self._contexts, ()
             leave(*contexts)
+
+
+_OUTPUT = "output of its forward"  # a place that is no tensor
+
+
+def _beside(
+    owner: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...]
+) -> Iterable[tuple[nn.Module, str, torch.Tensor, Any]]:
+    """The place of the update of a linear layer with a quantized weight, whose output `_add_update` changes."""
+    if _add_update not in owner._forward_hooks.values():
+        owner.register_forward_hook(_add_update, with_kwargs=True)
+    shape = shape_at(owner, "weight")
+    nothing = updates[0].tucker.core.new_zeros(()).expand(shape)
+    return ((owner, _OUTPUT, nothing, Weight(nothing, parameter_axes(spec, shape), updates, is_zero=True)),)
+
+
+def _add_update(owner: nn.Module, args: Any, kwargs: Any, y: torch.Tensor) -> torch.Tensor:
+    """y + x Δᵀ, where the running pass has a Δ for the layer. Without adapters, the hook changes nothing."""
+    found = meant_at(owner, _OUTPUT)
+    if found is None:
+        return y
+    meant, call = found
+    x = next(iter((*args, *kwargs.values())))
+    return y + F.linear(x.to(meant.tensor), stand_in(meant, call)).to(y)
 
 
 def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> bool:
@@ -153,6 +188,8 @@ def _meanings(
             [place for piece, own in _pieces(spec, updates) for place in _meanings(layer, piece, own, is_zero)]
         )
     owner, name, parameter = _located(layer, spec.parameter)
+    if name == "weight" and is_quantized(parameter):
+        return _beside(owner, spec, updates) if updates else ()
     coefficients: torch.Tensor = parameter
     others: tuple[Any, ...] = ()
     if spec.scale is not None:

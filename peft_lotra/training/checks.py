@@ -7,6 +7,7 @@ from inspect import signature
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -48,6 +49,28 @@ def check_repeatable(model: nn.Module) -> None:
                 f"`model` has a {type(module).__name__} in train mode, {name}, whose outputs depend on "
                 f"{'chance' if dropout else 'the other samples of the batch'}: call `model.eval()` before"
             )
+
+
+def followed(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, with a gradient if it can have one, so that autograd records what is computed from it."""
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def check_functions(outputs: torch.Tensor) -> None:
+    """Raise ValueError if outputs come from a torch.autograd.Function that torch.func does not differentiate."""
+    nodes, seen = [outputs.grad_fn], {None}
+    while nodes:
+        node: Any = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            function = getattr(type(node), "_forward_cls", None)
+            if function is not None and function.setup_context is torch.autograd.Function.setup_context:
+                raise ValueError(
+                    f"`model` computes by {function.__qualname__}, a torch.autograd.Function without `setup_context`, "
+                    "which `torch.func` does not differentiate. Layers of bitsandbytes have such functions: train "
+                    "this model by Adam"
+                )
 
 
 def check_differentiable(model: nn.Module) -> None:

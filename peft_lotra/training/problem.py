@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 from torch.func import functional_call, jvp, vjp, vmap
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from ..placement.sharded import check_not_sharded
 from ..preserved import check_model
 from .answers import Kind, Net, at, first_of, is_batches, weighted
-from .checks import check_differentiable, check_repeatable
+from .checks import check_differentiable, check_functions, check_repeatable, followed
 from .losses import CrossEntropy, Given, checked_losses
 from .memory import Chunks
 from .processes import Processes
@@ -240,6 +240,7 @@ class Problem:
             for kind in self._kinds(first_of(found.batch), argument):
                 few = kind._replace(batch=kind.first(4))
                 _check_separate(few, net)
+                check_functions(few.outputs(net, tree_map_only(torch.Tensor, followed, few.batch)))
                 if isinstance(kind.loss, Given):
                     kind.loss.check_gradient(*few.answer(net, few.batch)[:2])
             if is_batches(found.batch):
