@@ -23,6 +23,7 @@ from .combination import combine_adapters, copy_trained
 from .config.lotra_config import LoTRAConfig
 from .files.adapter_file import PREFIX, check_weights, is_adapter_key, naming
 from .files.collected import collected, remapped
+from .files.foreign import refuse_foreign_saving
 from .files.slots import slots_of
 from .layers.biases import trained_biases
 from .layers.linear import LinearLayer, is_linear
@@ -78,6 +79,7 @@ class LoTRAModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         if not isinstance(self.peft_config, _Configs):  # a model with an adapter injected has one already
             self.peft_config = _Configs(self.peft_config)
+        refuse_foreign_saving(model)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> LoTRAConfig:
         # A copy becomes self-contained. The user's object stays as it is, and can be used for other models.
