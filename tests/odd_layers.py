@@ -239,3 +239,239 @@ class SharingKANLayer(nn.Module):
         x = torch.einsum("bi,o->boi", x, x.new_ones(self.m)).reshape(len(x), -1).T
         y = torch.einsum("ij,ijk->ik", self.coef[self.weight_sharing], gaussians(x, self.points).transpose(1, 2))
         return y.T.reshape(-1, self.m, self.n).sum(2)
+
+
+# Found ---------------------------------------------------------------------------------------------------------------
+
+
+class DegreesKANLayer(nn.Module):
+    """y = Σ_d T_d(tanh x) c_dᵀ, the c_d in a ParameterList."""
+
+    def __init__(self, n, m, degree=3):
+        super().__init__()
+        self.c = nn.ParameterList([nn.Parameter(torch.randn(m, n) / n) for _ in range(degree + 1)])
+
+    def forward(self, x):
+        basis = chebyshev(torch.tanh(x), len(self.c) - 1)
+        return sum(F.linear(basis[..., d], c) for d, c in enumerate(self.c))
+
+
+class FrequenciesKANLayer(nn.Module):
+    """y = Σ_k linear_k(sin(k x)): a linear layer for each function."""
+
+    def __init__(self, n, m, number=3):
+        super().__init__()
+        self.waves = nn.ModuleList([nn.Linear(n, m, bias=False) for _ in range(number)])
+
+    def forward(self, x):
+        return sum(wave(torch.sin((k + 1) * x)) for k, wave in enumerate(self.waves))
+
+
+class PowersKANLayer(nn.Module):
+    """y = Σ_k tanh(x)^k P_k, in parameters p1, p2, p3."""
+
+    def __init__(self, n, m):
+        super().__init__()
+        self.p1, self.p2, self.p3 = (nn.Parameter(torch.randn(n, m) / n) for _ in range(3))
+
+    def forward(self, x):
+        x = torch.tanh(x)
+        return x @ self.p1 + x**2 @ self.p2 + x**3 @ self.p3
+
+
+class BatchedProductKANLayer(nn.Module):
+    """Per group of inputs: y_g = bias_g + φ_g W_g by baddbmm."""
+
+    def __init__(self, n, m, groups=2, points=4):
+        super().__init__()
+        self.groups = groups
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.weight = nn.Parameter(torch.randn(groups, n // groups * points, m // groups) / n)
+        self.bias = nn.Parameter(torch.zeros(groups, 1, m // groups))
+
+    def forward(self, x):
+        basis = gaussians(x, self.points).flatten(-2).view(len(x), self.groups, -1).transpose(0, 1)
+        return torch.baddbmm(self.bias, basis, self.weight).transpose(0, 1).flatten(1)
+
+
+class ReorderedKANLayer(nn.Module):
+    """y = Σ_i Σ_d coef[order[i], o, d]·φ_d(x_order[i]): inputs in an order of their own."""
+
+    def __init__(self, n, m, points=5):
+        super().__init__()
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.order = torch.arange(n).flip(0)
+        self.coef = nn.Parameter(torch.randn(n, m, points) / n)
+
+    def forward(self, x):
+        basis = gaussians(x.index_select(1, self.order), self.points)
+        return torch.einsum("bid,iod->bo", basis, self.coef.index_select(0, self.order))
+
+
+class WindowedKANLayer(nn.Module):
+    """y = Σ_i Σ_d coef[i, o, d]·w_d·φ_d(x_i), an einsum of three operands."""
+
+    def __init__(self, n, m, points=5):
+        super().__init__()
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.register_buffer("window", torch.hann_window(points + 2)[1:-1])
+        self.coef = nn.Parameter(torch.randn(n, m, points) / n)
+
+    def forward(self, x):
+        return torch.einsum("bid,d,iod->bo", gaussians(x, self.points), self.window, self.coef)
+
+
+class GatedKANLayer(nn.Module):
+    """y = a·sigmoid(b), where (a, b) are the outputs of one KAN layer."""
+
+    def __init__(self, n, m, points=4):
+        super().__init__()
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.weight = nn.Parameter(torch.randn(2 * m, n * points) / n)
+
+    def forward(self, x):
+        return F.glu(F.linear(gaussians(x, self.points).flatten(-2), self.weight), dim=-1)
+
+
+class EvenKANLayer(nn.Module):
+    """y = f(x) + f(-x): the coefficients are used twice."""
+
+    def __init__(self, n, m, points=5):
+        super().__init__()
+        self.register_buffer("points", torch.linspace(-1, 2, points))
+        self.weight = nn.Parameter(torch.randn(m, n * points) / n)
+
+    def forward(self, x):
+        return sum(F.linear(gaussians(sign * x, self.points).flatten(-2), self.weight) for sign in (1, -1))
+
+
+class TokensKANLayer(nn.Module):
+    """A KAN over the tokens of each channel: y[b, t, c] = Σ_s Σ_d coef[s, t, d]·φ_d(x[b, s, c])."""
+
+    def __init__(self, n, m, points=4):
+        super().__init__()
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.coef = nn.Parameter(torch.randn(n, m, points) / n)
+
+    def forward(self, x):
+        return torch.einsum("bscd,std->btc", gaussians(x, self.points), self.coef)
+
+
+class FlatKANLayer(nn.Module):
+    """All coefficients in one vector, which forward views as (n, m, n_d)."""
+
+    def __init__(self, n, m, points=4):
+        super().__init__()
+        self.sizes = n, m, points
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.vector = nn.Parameter(torch.randn(n * m * points) / n)
+
+    def forward(self, x):
+        return torch.einsum("bid,iod->bo", gaussians(x, self.points), self.vector.view(self.sizes))
+
+
+class TransposedConvKANLayer(nn.Module):
+    """y = conv_transpose2d(gaussians(x), weight): `(i d) o h w`."""
+
+    def __init__(self, n, m, points=4):
+        super().__init__()
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.weight = nn.Parameter(torch.randn(n * points, m, 3, 3) / n)
+
+    def forward(self, x):
+        basis = gaussians(x, self.points).movedim(-1, 2).flatten(1, 2)
+        return F.conv_transpose2d(basis, self.weight, padding=1)
+
+
+class InterpolatingKANLayer(nn.Module):
+    """Linear interpolation in tables of values[i, k, o], whose rows an index for each sample picks."""
+
+    def __init__(self, n, m, points=6):
+        super().__init__()
+        self.points = points
+        self.values = nn.Parameter(torch.randn(n, points, m) / n)
+
+    def forward(self, x):
+        place = (x.clamp(-0.99, 0.99) + 1) / 2 * (self.points - 1)
+        k = place.floor().long()
+        t, i = (place - k).unsqueeze(-1), torch.arange(x.shape[1])
+        return ((1 - t) * self.values[i, k] + t * self.values[i, k + 1]).sum(1)
+
+
+# Refused -------------------------------------------------------------------------------------------------------------
+
+
+class NormalizedKANLayer(nn.Module):
+    """The coefficients are divided by their norm, so the layer is not affine in them."""
+
+    def __init__(self, n, m, points=4):
+        super().__init__()
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.coef = nn.Parameter(torch.randn(n, m, points))
+
+    def forward(self, x):
+        return torch.einsum("bid,iod->bo", gaussians(x, self.points), self.coef / self.coef.norm())
+
+
+class RecurrentKANLayer(nn.Module):
+    """h ← KAN(h), three times by the same coefficients."""
+
+    def __init__(self, n, m, points=4):
+        super().__init__()
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.coef = nn.Parameter(torch.randn(n, n, points) / n)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = torch.einsum("bid,iod->bo", gaussians(x, self.points), self.coef)
+        return x
+
+
+class OneCurveKANLayer(nn.Module):
+    """y_o = Σ_i mix[i, o] f(x_i), one function f for all edges."""
+
+    def __init__(self, n, m, points=6):
+        super().__init__()
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.curve = nn.Parameter(torch.randn(points))
+        self.mix = nn.Parameter(torch.randn(n, m))
+
+    def forward(self, x):
+        return (gaussians(x, self.points) @ self.curve) @ self.mix
+
+
+class FactorisedKANLayer(nn.Module):
+    """A = Σ_r a_r ∘ b_r ∘ c_r, as a small KAN of low rank: no factor is a coefficient tensor."""
+
+    def __init__(self, n, m, points=5, rank=3):
+        super().__init__()
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.a, self.b, self.c = (nn.Parameter(torch.randn(size, rank)) for size in (n, m, points))
+
+    def forward(self, x):
+        return torch.einsum("bid,ir,dr,or->bo", gaussians(x, self.points), self.a, self.c, self.b)
+
+
+class ExpertsKANLayer(nn.Module):
+    """y = Σ_e p_e(x) Σ_i Σ_d coef[e, i, o, d]·φ_d(x_i): the weight of an expert depends on all inputs."""
+
+    def __init__(self, n, m, experts=2, points=4):
+        super().__init__()
+        self.register_buffer("points", torch.linspace(-1.5, 1.5, points))
+        self.route = nn.Linear(n, experts)
+        self.coef = nn.Parameter(torch.randn(experts, n, m, points) / n)
+
+    def forward(self, x):
+        share = self.route(x).softmax(-1)
+        return torch.einsum("be,bid,eiod->bo", share, gaussians(x, self.points), self.coef)
+
+
+class RootsKANLayer(nn.Module):
+    """y_o = Σ_i Π_k (x_i - roots[i, o, k]): polynomials by their roots."""
+
+    def __init__(self, n, m, degree=3):
+        super().__init__()
+        self.roots = nn.Parameter(torch.randn(n, m, degree))
+
+    def forward(self, x):
+        return (x[:, :, None, None] - self.roots).prod(-1).sum(1)

@@ -285,7 +285,7 @@ WAVELET = "wavelet_weights: left out, every input and output has one function, s
         (lambda: nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 4)), ROWS[:, :1], "the layer of a network"),
         (lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), IMAGES, "a linear weight, no basis"),
         (lambda: nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4)), torch.arange(5), "no floating-point tensor"),
-        (lambda: Attention(8), ROWS.view(2, 6, 8), "it is a vector along one axis"),
+        (lambda: Attention(8), ROWS.view(2, 6, 8), "it is a vector no longer than an axis"),
         (lambda: nn.LSTM(4, 4), ROWS[:, :4], "weight_ih_l0"),
     ],
 )

@@ -8,17 +8,35 @@ import torch
 from conftest import assert_different, assert_equal
 from kan_layers import ConvKANLayer, GroupedPolyConvKANLayer, MatrixKANLayer
 from odd_layers import (
+    BatchedProductKANLayer,
     ComplexBasisKANLayer,
     ComplexInputKANLayer,
     CumulativeKANLayer,
+    DegreesKANLayer,
+    EvenKANLayer,
+    ExpertsKANLayer,
+    FactorisedKANLayer,
+    FlatKANLayer,
+    FrequenciesKANLayer,
+    GatedKANLayer,
     GramConvLayer,
     GroupedFastConvLayer,
     GroupNormalizedConvLayer,
+    InterpolatingKANLayer,
+    NormalizedKANLayer,
+    OneCurveKANLayer,
+    PowersKANLayer,
+    RecurrentKANLayer,
     ReLUKANLayer,
+    ReorderedKANLayer,
+    RootsKANLayer,
     SharingKANLayer,
     StackedKANLayer,
+    TokensKANLayer,
+    TransposedConvKANLayer,
     TwoBasesKANLayer,
     VmapKANLayer,
+    WindowedKANLayer,
 )
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -108,6 +126,48 @@ LAYERS = {
     "vmap": (lambda: VmapKANLayer(4, 5), ROWS, {"values": ("i o d", {"i": 4, "o": 5, "d": 5})}),
     "cumsum": (lambda: CumulativeKANLayer(4, 5), ROWS, {"steps": ("i d o", {"i": 4, "d": 5, "o": 5})}),
     "picked rows": (lambda: SharingKANLayer(4, 5), ROWS, {"coef": ("(o i) d", {"o": 5, "i": 4, "d": 5})}),
+    "a list of degrees": (lambda: DegreesKANLayer(4, 5), ROWS, {"c.*": ("d | o i", {"d": 4, "o": 5, "i": 4})}),
+    "a linear layer for each frequency": (
+        lambda: FrequenciesKANLayer(4, 5),
+        ROWS,
+        {"waves.*.weight": ("d | o i", {"d": 3, "o": 5, "i": 4})},
+    ),
+    "a parameter for each power": (lambda: PowersKANLayer(4, 5), ROWS, {"p*": ("d | i o", {"d": 3, "i": 4, "o": 5})}),
+    "products of batches": (
+        lambda: BatchedProductKANLayer(4, 6),
+        ROWS,
+        {"weight": ("g (i d) o", {"g": 2, "i": 2, "d": 4, "o": 3})},
+    ),
+    "inputs in another order": (lambda: ReorderedKANLayer(4, 5), ROWS, {"coef": ("i o d", {"i": 4, "o": 5, "d": 5})}),
+    "a window": (lambda: WindowedKANLayer(4, 5), ROWS, {"coef": ("i o d", {"i": 4, "o": 5, "d": 5})}),
+    "a gate": (lambda: GatedKANLayer(4, 5), ROWS, {"weight": ("o (i d)", {"o": 10, "i": 4, "d": 4})}),
+    "even functions": (lambda: EvenKANLayer(4, 5), ROWS, {"weight": ("o (i d)", {"o": 5, "i": 4, "d": 5})}),
+    "tokens": (lambda: TokensKANLayer(4, 5), (3, 4, 6), {"coef": ("i o d", {"i": 4, "o": 5, "d": 4})}),
+    "a vector": (lambda: FlatKANLayer(4, 5), ROWS, {"vector": ("(i o d)", {"i": 4, "o": 5, "d": 4})}),
+    "a transposed convolution": (
+        lambda: TransposedConvKANLayer(4, 5),
+        IMAGE,
+        {"weight": ("(i d) o h w", {"i": 4, "d": 4, "o": 5} | KERNEL)},
+    ),
+    "tables of values": (lambda: InterpolatingKANLayer(4, 5), ROWS, {"values": ("i d o", {"i": 4, "d": 6, "o": 5})}),
+}
+LINEAR = "it has one function per input (n_d = 1): a linear weight, no basis axis"
+REFUSED = {  # layers with no coefficient tensor, or none that an adapter could take the place of, and the reasons
+    "coefficients over their norm": (NormalizedKANLayer, {"coef": "the layer is not affine in it"}),
+    "the same coefficients three times": (RecurrentKANLayer, {"coef": "the layer is not affine in it"}),
+    "one curve for all": (OneCurveKANLayer, {"curve": "it is a vector", "mix": LINEAR}),
+    "a product of factors": (
+        FactorisedKANLayer,
+        {
+            "a, c": "its entries cannot be told apart by output",
+            "b": "its entries cannot be told apart by input feature",
+        },
+    ),
+    "experts": (
+        ExpertsKANLayer,
+        {"coef": "its entries cannot be told apart by input feature", "route.weight": LINEAR},
+    ),
+    "roots": (RootsKANLayer, {"roots": "its response does not change with the input: it is added"}),
 }
 DENSE = {  # operations on the coefficients without a factorised form, which the warning names
     "complex functions": "`to`",
@@ -115,6 +175,8 @@ DENSE = {  # operations on the coefficients without a factorised form, which the
     "vmap": "torch.vmap",
     "cumsum": "`cumsum`",
     "picked rows": "`__getitem__`",
+    "a transposed convolution": "`conv_transpose2d`",
+    "tables of values": "`__getitem__`",
 }
 
 
@@ -143,6 +205,20 @@ def test_found_without_a_declaration(name):
     assert str(verify_coefficients(base, x, coefficients=found)).count("; verified") == len(found)
     model = get_peft_model(base, LoTRAConfig(r=1, coefficients=found))
     assert str(verify_coefficients(model, x)).count("; verified") == len(found)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_the_reason(name):
+    torch.manual_seed(3)
+    make, reasons = REFUSED[name]
+    with pytest.raises(ValueError, match="no KAN coefficient tensor found") as error:
+        infer_coefficients(nn.Sequential(make(4, 5)), torch.rand(ROWS) * 1.8 - 0.9)
+    for parameters, reason in reasons.items():
+        assert f"    {parameters}: left out, {reason}" in str(error.value)
+
+
+def test_thirty_odd_layers():
+    assert len(LAYERS) + len(REFUSED) >= 30
 
 
 @pytest.mark.parametrize(

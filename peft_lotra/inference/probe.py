@@ -18,7 +18,7 @@ from .recording import Call, Run, is_numeric, reached, tensors_in
 Tensors = Sequence[torch.Tensor]
 Test = tuple[tuple[str, ...], tuple[int, ...]]  # parameters that are tested together, and their tensors z
 
-VECTOR = "it is a vector along one axis of the input or output"
+VECTOR = "it is a vector no longer than an axis of the input or output"
 
 
 class Inputs(NamedTuple):
