@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..placement.quantized import is_quantized, shape_of_linear
+from ..placement.quantized import has_quantized_weight, shape_of_linear
 from ..placement.sharded import full_shape
 from .layout import Layout, check_layout, check_sizes, parse, solve_sizes, unstacked
 
@@ -232,11 +232,7 @@ def tensor_at(layer: torch.nn.Module, path: str) -> torch.Tensor:
 
 def is_quantized_at(layer: torch.nn.Module, path: str) -> bool:
     """Whether `path` is the quantized weight of a linear layer."""
-    if path.rpartition(".")[2] != "weight" or "*" in path:
-        return False
-    owner, name = owner_of(layer, path)
-    weight = owner._parameters.get(name)
-    return weight is not None and shape_of_linear(owner) is not None and is_quantized(weight)
+    return path.rpartition(".")[2] == "weight" and "*" not in path and has_quantized_weight(owner_of(layer, path)[0])
 
 
 def shape_at(layer: torch.nn.Module, path: str) -> torch.Size:

@@ -56,8 +56,9 @@ class LoTRAConfig(ConfigFile):
             input embedding, or a mapping from names of embedding modules to indices.
         coefficients: coefficient tensors that are not registered. It maps a parameter's full name, or a regular
             expression on its ending, to a layout such as `"i o d"` or `"o (i d)"`. `{"coef.*": "d | o i"}` means
-            parameters coef.0, coef.1, …, one for each basis function. The value may also be a mapping with `layout`, `sizes` (of flattened axes), `slice` (the part of a packed parameter), `scale` and
-            `scale_layout` (a factor before the contraction), and `layer` (the module whose forward uses the parameter,
+            parameters coef.0, coef.1, …, one for each basis function. The value may also be a mapping with `layout`,
+            `sizes` (of flattened axes), `slice` (the part of a packed parameter), `scale` and `scale_layout` (a factor
+            before the contraction), and `layer` (the module whose forward uses the parameter,
             if it is not the one that the key suggests).
         bias: which biases are trained and saved with the adapter. "none": no biases. "lotra_only": those of adapted
             layers, with the vectors of normalisations in them. "all": these and all other biases of the model. As with

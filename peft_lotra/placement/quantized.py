@@ -19,6 +19,15 @@ def is_quantized(tensor: torch.Tensor) -> bool:
     return tensor.dtype.itemsize == 1 or tensor.is_quantized or type(tensor).dequantize is not _PLAIN
 
 
+def has_quantized_weight(layer: nn.Module) -> bool:
+    """Whether this is a linear layer that computes with a quantized weight."""
+    weight = layer._parameters.get("weight")
+    if weight is None or not is_quantized(weight) or shape_of_linear(layer) is None:
+        return False
+    # nn.Linear itself does not compute with plain tensors in these dtypes.
+    return type(layer).forward is not nn.Linear.forward or type(weight).dequantize is not _PLAIN
+
+
 def shape_of_linear(layer: nn.Module) -> torch.Size | None:
     """(m, n) of a linear layer, whatever the shape of its stored weight; None for other layers."""
     sizes: Any = getattr(layer, "out_features", None), getattr(layer, "in_features", None)
