@@ -5,12 +5,12 @@
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --standalone --nproc-per-node 2 --max-restarts 3 \
         examples/accelerate_pde.py --cpu
 
-Every step has one batch of points, whatever the number of processes. Each process takes its share, so 2 processes
-train what 1 process trains, up to rounding. With --family, one adapter is for a range of the PDE's parameter, and
-every point has its own parameter. After an interruption, the same command goes on from the last checkpoint in
---output-dir, which all machines should share. The last of the commands above restarts by itself (without the variable,
-new processes often meet addresses of dead ones). Mixed precision is an option of the launcher: `--mixed_precision
-bf16`.
+Every step has one batch of points, whatever the number of processes. Each process takes its share, with what is left
+over by an uneven number, so 2 or 3 processes train what 1 process trains, up to rounding. With --family, one adapter
+is for a range of the PDE's parameter, and every point has its own parameter. After an interruption, the same command
+goes on from the last checkpoint in --output-dir, which all machines should share; it holds what is trained, not the
+frozen base. The last of the commands above restarts by itself (without the variable, new processes often meet
+addresses of dead ones). Mixed precision is an option of the launcher: `--mixed_precision bf16`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration, tqdm
 from command_line import check_seed, exit_code, make_output_dir, new_parser, positive_int, ratio
 from filelock import FileLock, Timeout
 from pde_family import RANGES, family_points, family_residuals
+from pde_least_squares import batch as kinds
 from pde_transfer import LEARNING_RATES, attach_lotra, build_kan, trained_base
 from pdes import PDE, PDES, Points, relative_l2_error
 from peft import PeftModel
@@ -41,7 +42,7 @@ from torch import Tensor, nn
 
 from peft_lotra import at_task, initialize_lotra_weights
 
-INTERIOR, PER_SIDE = 256, 32  # points of a step
+PER_SIDE = 8  # interior points of a step for each point on a side
 
 
 class Problem(nn.Module):
@@ -56,9 +57,11 @@ class Problem(nn.Module):
         super().__init__()
         self.network, self.pde = network, pde
 
-    def forward(self, points: Tensor, boundary: Tensor | None = None) -> Tensor:
+    def forward(
+        self, points: Tensor, boundary: Tensor | None = None, weights: tuple[float, float] = (1.0, 1.0)
+    ) -> Tensor:
         if boundary is not None:
-            return self.pde.loss(self.network, Points(points, boundary))
+            return self.pde.loss(self.network, Points(points, boundary), weights)
         with torch.autocast(points.device.type, enabled=False):
             return torch.tensor(relative_l2_error(self.network, self.pde, points))
 
@@ -70,10 +73,13 @@ class FamilyProblem(nn.Module):
         super().__init__()
         self.network, self.family = network, type(pde)
 
-    def forward(self, points: dict[str, tuple[Tensor, Tensor]] | Tensor) -> Tensor:
+    def forward(self, points: dict[str, tuple[Tensor, Tensor, float]] | Tensor) -> Tensor:
         if isinstance(points, dict):
             residuals = family_residuals(self.network, self.family)
-            losses = [residuals[kind](self.network, part).square().mean() for kind, part in points.items()]
+            losses = [
+                weight * residuals[kind](self.network, (x, values)).square().mean()
+                for kind, (x, values, weight) in points.items()
+            ]
             return torch.stack(losses).sum()
         with torch.autocast(points.device.type, enabled=False):
             return torch.tensor([error for _, error in family_errors(self.network, self.family, points)])
@@ -111,36 +117,52 @@ def start(args: argparse.Namespace) -> Accelerator:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise SystemExit("DeepSpeed's ZeRO-3 frees parameters that second derivatives still need: use DDP or FSDP2.")
     processes, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
-    if PER_SIDE % (processes * accumulation):
+    if args.points // PER_SIDE < processes * accumulation:
         raise SystemExit(
-            f"The {PER_SIDE} points of a side cannot be shared equally by {processes} processes × {accumulation} "
-            f"accumulation steps: their product should divide {PER_SIDE}."
+            f"--points {args.points} has {args.points // PER_SIDE} points for each side, fewer than {processes} "
+            f"processes × {accumulation} accumulation steps: take {PER_SIDE * processes * accumulation} or more."
         )
     return accelerator
 
 
-def batch(accelerator: Accelerator, pde: PDE, seed: int, step: int) -> list[Points]:
+Part = tuple[Tensor, Tensor, tuple[float, float]]
+
+
+def batch(accelerator: Accelerator, pde: PDE, seed: int, step: int, number: int) -> list[Part]:
     """This process's share of a step's points, one part for each accumulation step.
 
-    The points depend on the seed and the step alone, so there is no state to save. Every part has the same number of
-    points of every side, so the mean of the parts' losses is the loss of the whole batch.
+    The points depend on the seed and the step alone, so there is no state to save. A part's weights say how many of
+    the whole batch's residuals it has, times the number of parts, so the mean of the parts' losses is the loss of the
+    whole batch.
     """
-    points = pde.sample(torch.Generator().manual_seed(1_000_003 * seed + step), "cpu", INTERIOR, PER_SIDE)
+    points = pde.sample(torch.Generator().manual_seed(1_000_003 * seed + step), "cpu", number, number // PER_SIDE)
+
+    def counts(points: Points) -> tuple[int, int]:
+        equation, *conditions = map(len, kinds(pde, points).values())
+        return equation, sum(conditions)
+
     rank, processes = accelerator.process_index, accelerator.num_processes
     parts = processes * accelerator.gradient_accumulation_steps
-    return [Points(*(p[i::parts].to(accelerator.device) for p in points)) for i in range(rank, parts, processes)]
+    own = [Points(*(p[i::parts] for p in points)) for i in range(rank, parts, processes)]
+    weights = [[parts * k / n for k, n in zip(counts(part), counts(points), strict=True)] for part in own]
+    device = accelerator.device
+    return [(p.interior.to(device), p.boundary.to(device), (a, b)) for p, (a, b) in zip(own, weights, strict=True)]
 
 
 def family_batch(
-    accelerator: Accelerator, pde: PDE, seed: int, step: int
-) -> list[tuple[dict[str, tuple[Tensor, Tensor]]]]:
-    """The same as `batch`, by kind of residual, with a parameter for each point."""
+    accelerator: Accelerator, pde: PDE, seed: int, step: int, number: int
+) -> list[tuple[dict[str, tuple[Tensor, Tensor, float]]]]:
+    """The same as `batch`, by kind of residual, with a parameter and a weight for each point."""
     bounds = RANGES[type(pde).__name__.lower()]
-    whole = family_points(type(pde), bounds, seed, str(accelerator.device), (INTERIOR, PER_SIDE, 1))(step)
+    whole = family_points(type(pde), bounds, seed, str(accelerator.device), (number, number // PER_SIDE, 1))(step)
     rank, processes = accelerator.process_index, accelerator.num_processes
     parts = processes * accelerator.gradient_accumulation_steps
-    own = range(rank, parts, processes)
-    return [({kind: (x[i::parts], values[i::parts]) for kind, (x, values) in whole.items()},) for i in own]
+
+    def part(i: int) -> dict[str, tuple[Tensor, Tensor, float]]:
+        shown = {kind: (x[i::parts], values[i::parts], len(x)) for kind, (x, values) in whole.items()}
+        return {kind: (x, values, parts * len(x) / n) for kind, (x, values, n) in shown.items()}
+
+    return [(part(i),) for i in range(rank, parts, processes)]
 
 
 def train(
@@ -157,7 +179,7 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     problem, optimizer, schedule = accelerator.prepare(problem, optimizer, schedule)
     share = family_batch if args.family else batch
-    names = ("pde", "steps", "base_steps", "seed", "r", "compression_ratio", "init")
+    names = ("pde", "steps", "points", "base_steps", "seed", "r", "compression_ratio", "init")
     settings = {name: getattr(args, name) for name in names}
     folder = args.output_dir / f"{args.pde}{'_family' * args.family}_checkpoints"
     progress = load_checkpoint(accelerator, folder, settings) or {"settings": settings, "step": 0, "course": []}
@@ -165,7 +187,7 @@ def train(
     steps = range(progress["step"] + 1, args.steps + 1)
     for step in tqdm(steps, desc="LoTRA", unit="step", initial=progress["step"], total=args.steps, dynamic_ncols=True):
         loss = torch.zeros((), device=accelerator.device)
-        for part in share(accelerator, pde, args.seed + 1, step):
+        for part in share(accelerator, pde, args.seed + 1, step, args.points):
             with accelerator.accumulate(problem):
                 part_loss = problem(*part)
                 accelerator.backward(part_loss)
@@ -198,7 +220,7 @@ def run(accelerator: Accelerator, args: argparse.Namespace) -> None:
     network = attach_lotra(load_base(), args.r, args.compression_ratio, **family_settings(args))
     problem = FamilyProblem(network, target) if args.family else Problem(network, target)
     if args.init == "gradient":  # before DDP wraps the network; each process adds its share of the gradient
-        parts = (family_batch if args.family else batch)(accelerator, target, args.seed + 1, 0)
+        parts = (family_batch if args.family else batch)(accelerator, target, args.seed + 1, 0, args.points)
 
         def train_step() -> None:
             for part in parts:
@@ -256,6 +278,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--family", action="store_true", help="one adapter for a range of the PDE's parameter")
     add("--init", choices=["random", "gradient"], default="random", help="of the adapter's factors")
     add("--steps", type=positive_int, default=2000, help="training steps on the target")
+    add("--points", type=positive_int, default=256, help="of a step inside; an eighth as many on each side")
     add("--base-steps", type=positive_int, default=1500, help="training steps of the base")
     add("--gradient-accumulation-steps", type=positive_int, default=1, help="parts of a process's share of a batch")
     add("--checkpoint-every", type=positive_int, default=200, help="steps between checkpoints")

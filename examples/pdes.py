@@ -69,10 +69,11 @@ class PDE:
         """The differences between the model and the prescribed values on the boundary. shape: (M, 2) → (≥ M, 1)"""
         return model(points) - self.exact(points)
 
-    def loss(self, model: nn.Module, points: Points) -> Tensor:
-        residual = self.residual(model, points.interior.detach().requires_grad_())
-        conditions = self.conditions(model, points.boundary)
-        return residual.square().mean() + self.condition_weight * conditions.square().mean()
+    def loss(self, model: nn.Module, points: Points, weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+        """The loss; `weights` are factors of its two terms, for points that are a part of a larger batch."""
+        residual = self.residual(model, points.interior.detach().requires_grad_()).square().mean()
+        conditions = self.conditions(model, points.boundary).square().mean()
+        return weights[0] * residual + weights[1] * self.condition_weight * conditions
 
     def sample(
         self,

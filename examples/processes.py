@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 
 def check_processes(accelerator: Accelerator) -> None:
@@ -61,12 +64,16 @@ def complete_directory(accelerator: Accelerator, path: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: dict) -> None:
-    """Save everything that is prepared (models with their bases) and `progress`, a dict for JSON that has "step".
+    """Save everything that is prepared, of models what is trained, and `progress`, a dict for JSON that has "step".
+
+    Under FSDP, accelerate writes the shards of the whole model.
 
     Earlier checkpoints are removed when this one is complete. (accelerate's own limit would remove them before.)
     """
     with complete_directory(accelerator, folder / f"step_{progress['step']:07d}") as partial:
+        hook = accelerator.register_save_state_pre_hook(_leave_out_frozen)
         accelerator.save_state(partial)
+        hook.remove()
         if accelerator.is_main_process:
             (partial / "progress.json").write_text(json.dumps(progress))
     if accelerator.is_main_process:
@@ -90,10 +97,39 @@ def load_checkpoint(accelerator: Accelerator, folder: Path, settings: dict) -> d
                 f"{checkpoints[-1]} was made with {name}={progress['settings'][name]}, not {value}: choose another "
                 f"--output-dir, or remove {folder}."
             )
+    hook = accelerator.register_load_state_pre_hook(_load_trained)
     accelerator.load_state(checkpoints[-1])
+    hook.remove()
     accelerator.step = 0  # backward passes since the last whole step; their number per step may have changed
     accelerator.print(f"Goes on after step {progress['step']}, from {checkpoints[-1]}")
     return progress
+
+
+def _leave_out_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], _: str) -> None:
+    """Of the states that are about to be saved, keep what `_load_trained` wants, by names without wrappers."""
+    for k, state in enumerate(weights):
+        wanted = _trained(models[k])
+        weights[k] = {
+            short: value for name, value in state.items() if (short := name.removeprefix("module.")) in wanted
+        }
+
+
+def _load_trained(models: list[nn.Module], folder: str) -> None:
+    """Load what `_leave_out_frozen` has left. accelerate then finds no models, and asks for no frozen tensors."""
+    for k, model in enumerate(models):
+        state = load_file(Path(folder) / f"model{f'_{k}' * (k > 0)}.safetensors")
+        own = _trained(model)
+        if own.keys() != state.keys():
+            raise SystemExit(f"{folder} is of another model: {sorted(own.keys() ^ state.keys())[:5]}")
+        with torch.no_grad():
+            for name, value in state.items():
+                own[name].copy_(value)
+    models.clear()
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    held = [item for item in model.named_parameters() if item[1].requires_grad]
+    return {name.removeprefix("module."): tensor for name, tensor in held}
 
 
 def _checkpoints(folder: Path) -> list[Path]:

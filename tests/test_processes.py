@@ -21,7 +21,7 @@ from conftest import approx, assert_different, assert_equal
 from filelock import FileLock
 from launching import HAS_FSDP2, ROOT, fork, fork_by_torchrun, has_fsdp2, launch, running
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.multiprocessing import ProcessExitedException
 
@@ -35,7 +35,7 @@ import accelerate_pde  # noqa: E402
 import kill_recovery  # noqa: E402
 import processes  # noqa: E402
 from pde_transfer import attach_lotra, build_kan  # noqa: E402
-from pdes import PDES  # noqa: E402
+from pdes import PDES, Points  # noqa: E402
 
 pytestmark = pytest.mark.processes
 SCRIPT = EXAMPLES / "accelerate_pde.py"
@@ -123,25 +123,26 @@ def assert_same(run, expected, tolerance):
 # Shares --------------------------------------------------------------------------------------------------------------
 
 
-def points_of(rank, processes, accumulation, step=1):
+def points_of(rank, processes, accumulation, step=1, number=256):
     accelerator = types.SimpleNamespace(
         process_index=rank, num_processes=processes, gradient_accumulation_steps=accumulation, device="cpu"
     )
     pde = PDES["hyperbolic"](2.0)
-    return accelerate_pde.batch(accelerator, pde, 0, step)
+    return accelerate_pde.batch(accelerator, pde, 0, step, number)
 
 
-def test_a_batch_is_shared_out_completely():
-    (whole,) = points_of(0, 1, 1)
-    assert_different(whole.interior, points_of(0, 1, 1, step=2)[0].interior)
-    parts = [part for rank in range(4) for part in points_of(rank, 4, 2)]
-    assert len(parts) == 8
-    for one, many in zip(whole, zip(*parts, strict=True), strict=True):
-        assert {len(part) for part in many} == {len(one) // 8}
+@pytest.mark.parametrize(("processes", "accumulation", "number"), [(4, 2, 256), (3, 1, 256), (5, 2, 100)])
+def test_a_batch_is_shared_out_completely(processes, accumulation, number):
+    (whole,) = points_of(0, 1, 1, number=number)
+    assert_different(whole[0], points_of(0, 1, 1, step=2, number=number)[0][0])
+    parts = [part for rank in range(processes) for part in points_of(rank, processes, accumulation, number=number)]
+    assert len(parts) == processes * accumulation
+    for one, many in list(zip(whole, zip(*parts, strict=True), strict=True))[:2]:
+        assert max(map(len, many)) - min(map(len, many)) <= 1
         assert sorted(torch.cat(many).tolist()) == sorted(one.tolist())
     pde = PDES["hyperbolic"](2.0)
     kan = build_kan("chebyshev", 0).double()
-    losses = [pde.loss(kan, double(part)) for part in [whole, *parts]]
+    losses = [pde.loss(kan, double(Points(*part[:2])), part[2]) for part in [whole, *parts]]
     assert_different(losses[1], losses[0])
     assert_equal(torch.stack(losses[1:]).mean(), losses[0])
 
@@ -154,7 +155,7 @@ def alone(base, tmp_path_factory):
     return trained(folder)
 
 
-@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (2, 2)])
+@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (2, 2), (3, 1)])
 def test_any_number_of_processes_trains_the_same(alone, folder, processes, accumulation):
     arguments = (*COMMON, "--steps", 10, "--output-dir", folder)
     arguments += ("--gradient-accumulation-steps", accumulation)
@@ -196,7 +197,7 @@ def pde_gradients(wrapped):
     """Gradients of two identical steps of DDP with a static graph, the PDE's loss inside or outside."""
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(static_graph=True)])
     pde = PDES["hyperbolic"](2.5)
-    network, share = new_network(0).double(), double(accelerate_pde.batch(accelerator, pde, 0, 1)[0])
+    network, share = new_network(0).double(), double(Points(*accelerate_pde.batch(accelerator, pde, 0, 1, 256)[0][:2]))
     model = accelerator.prepare(accelerate_pde.Problem(network, pde) if wrapped else network)
     for _ in range(2):
         network.zero_grad()
@@ -221,7 +222,7 @@ def new_network(seed):
 
 def test_the_loss_belongs_inside_what_ddp_wraps():
     network, pde = new_network(0).double(), PDES["hyperbolic"](2.5)
-    whole = double(accelerate_pde.batch(types.SimpleNamespace(**ONE_PROCESS), pde, 0, 1)[0])
+    whole = double(Points(*accelerate_pde.batch(types.SimpleNamespace(**ONE_PROCESS), pde, 0, 1, 256)[0][:2]))
     pde.loss(network, whole).backward()
     expected = [p.grad for p in network.parameters() if p.requires_grad]
     inside, outside = fork(pde_gradients, True)[0], fork(pde_gradients, False)[0]
@@ -246,7 +247,7 @@ def adapters_by_rank(init):
     kan = build_kan("chebyshev", 0).double()
     torch.manual_seed(accelerator.process_index)
     network = attach_lotra(kan, None, 0.1)
-    share = double(accelerate_pde.batch(accelerator, pde, 0, 0)[0])
+    share = double(Points(*accelerate_pde.batch(accelerator, pde, 0, 0, 256)[0][:2]))
     kinds = ("lotra_core", "lotra_U1", "lotra_U2", "lotra_U3")
     factors = {kind: [p for name, p in network.named_parameters() if kind in name] for kind in kinds}
     drawn = {kind: [tensor.detach().clone() for tensor in tensors] for kind, tensors in factors.items()}
@@ -272,7 +273,7 @@ def test_all_processes_start_from_the_same_factors(init):
 def test_gradient_initialisation_sees_the_whole_batch():
     pde, kan = PDES["elliptic"](1.3), build_kan("chebyshev", 0).double()
     network = attach_lotra(kan, None, 0.1)
-    whole = double(accelerate_pde.batch(types.SimpleNamespace(**ONE_PROCESS), pde, 0, 0)[0])
+    whole = double(Points(*accelerate_pde.batch(types.SimpleNamespace(**ONE_PROCESS), pde, 0, 0, 256)[0][:2]))
     half = type(whole)(*(p[::2] for p in whole))
     spans = {}
     for name, points in {"whole": whole, "half": half}.items():
@@ -406,7 +407,7 @@ def test_a_killed_run_goes_on_to_the_same_end(death, uninterrupted, folder):
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [CHECKPOINTS, ADAPTER]
 
 
-@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 2), (4, 1)])
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 2), (3, 1), (4, 1)])
 def test_another_number_of_processes_goes_on(processes, accumulation, uninterrupted_double, stopped, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(stopped, folder)
@@ -429,6 +430,24 @@ def stopped(base, tmp_path_factory):
     return folder
 
 
+def test_checkpoints_hold_no_frozen_base(stopped):
+    (folder,) = (stopped / CHECKPOINTS).glob("step_*4")
+    state = load_file(folder / "model.safetensors")
+    assert {key.split(".")[-2] for key in state} == {"lotra_core", "lotra_U1", "lotra_U2", "lotra_U3"}
+    assert (folder / "optimizer.bin").exists()
+    assert list(folder.glob("random_states_*"))
+
+
+def test_a_checkpoint_of_another_model_is_refused(stopped, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(stopped, folder)
+    (path,) = (folder / CHECKPOINTS).glob("step_*4/model.safetensors")
+    state = load_file(path)
+    save_file({key: value for key, value in state.items() if "U3" not in key}, path)
+    (refusal,) = fork(example, *SHORT, "--output-dir", folder, num_processes=1, double=True)
+    assert "is of another model: [" in refusal
+
+
 # Refusals ------------------------------------------------------------------------------------------------------------
 
 
@@ -436,7 +455,11 @@ def stopped(base, tmp_path_factory):
     ("arguments", "processes", "message"),
     [
         (("--steps", 30), 1, "step_0000004 was made with steps=6, not 30: choose another --output-dir, or remove"),
-        (("--gradient-accumulation-steps", 3), 2, "cannot be shared equally by 2 processes × 3 accumulation steps"),
+        (
+            ("--gradient-accumulation-steps", 20),
+            2,
+            "points for each side, fewer than 2 processes × 20 accumulation steps",
+        ),
     ],
 )
 def test_a_run_that_cannot_go_on(arguments, processes, message, stopped, tmp_path):

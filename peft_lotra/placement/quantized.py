@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-_PLAIN = torch.Tensor.dequantize
+PLAIN = torch.Tensor.dequantize
+ONE_BYTE = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:
     """Whether the tensor's stored numbers are not its values."""
-    return tensor.dtype.itemsize == 1 or tensor.is_quantized or type(tensor).dequantize is not _PLAIN
+    return tensor.dtype in ONE_BYTE or type(tensor).dequantize is not PLAIN
 
 
 def has_quantized_weight(layer: nn.Module) -> bool:
@@ -25,7 +26,7 @@ def has_quantized_weight(layer: nn.Module) -> bool:
     if weight is None or not is_quantized(weight) or shape_of_linear(layer) is None:
         return False
     # nn.Linear itself does not compute with plain tensors in these dtypes.
-    return type(layer).forward is not nn.Linear.forward or type(weight).dequantize is not _PLAIN
+    return type(layer).forward is not nn.Linear.forward or type(weight).dequantize is not PLAIN
 
 
 def shape_of_linear(layer: nn.Module) -> torch.Size | None:

@@ -51,23 +51,12 @@ class Pass(NamedTuple):
             leave(own, before)
 
 
-def running(owner: nn.Module, name: str) -> Any:
-    """What the running forward pass has put at a place, as `enter` was given it.
+def running(owner: nn.Module, name: str, optional: bool = False) -> Any:
+    """What the running forward pass has put at a place, as `enter` was given it; None if `optional` and nothing.
 
     Raises:
         RuntimeError: if the running code is in no pass of the layer.
     """
-    meant = meant_at(owner, name)
-    if meant is not None:
-        return meant
-    raise RuntimeError(
-        f"`{name}` of a {type(owner).__qualname__} is read in a thread that runs no forward pass of its adapted "
-        "layer, while another thread runs one: call the model, not the layer inside the adapter"
-    )
-
-
-def meant_at(owner: nn.Module, name: str) -> Any:
-    """What the running forward pass has put at a place; None if the running code is in no such pass."""
     context = variable.get()
     if hooks(True) is not None:
         tell_checkpoints(context)  # those that the layer's own code makes
@@ -75,7 +64,12 @@ def meant_at(owner: nn.Module, name: str) -> Any:
         for module, path, meant, _ in one.places:
             if module is owner and path == name:
                 return meant
-    return None
+    if optional:
+        return None
+    raise RuntimeError(
+        f"`{name}` of a {type(owner).__qualname__} is read in a thread that runs no forward pass of its adapted "
+        "layer, while another thread runs one: call the model, not the layer inside the adapter"
+    )
 
 
 def enter(places: Sequence[tuple[nn.Module, str, Any, Any]]) -> tuple[Context, Context]:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..coefficients.spec import CoefficientSpec, is_quantized_at, owner_of, shape_at
-from ..placement.quantized import is_quantized, refuse_dense
+from ..placement.quantized import ONE_BYTE, PLAIN, refuse_dense
 from ..placement.sharded import any_sharded, full_shape, full_tensor
 from ..tucker.decomposition import Tucker, tucker_shapes
 from .axes import indexed, parameter_axes
 from .operations import Weight
-from .places import enter, held, leave, meant_at
+from .places import enter, held, leave, running
 from .plan import dense_sum
 from .tensor import Call, Ones, check_recorded, handle_of, stand_in
 from .update import Update
@@ -159,7 +159,7 @@ def _beside(
 
 def _add_update(owner: nn.Module, args: Any, kwargs: Any, y: torch.Tensor) -> torch.Tensor:
     """y + x Δᵀ, where the running pass has a Δ for the layer. Without adapters, the hook changes nothing."""
-    found = meant_at(owner, _OUTPUT)
+    found = running(owner, _OUTPUT, optional=True)
     if found is None:
         return y
     meant, call = found
@@ -188,7 +188,9 @@ def _meanings(
             [place for piece, own in _pieces(spec, updates) for place in _meanings(layer, piece, own, is_zero)]
         )
     owner, name, parameter = _located(layer, spec.parameter)
-    if name == "weight" and is_quantized(parameter):
+    if (
+        type(parameter).dequantize is not PLAIN or parameter.dtype in ONE_BYTE
+    ):  # no calls, which take time in each pass
         return _beside(owner, spec, updates) if updates else ()
     coefficients: torch.Tensor = parameter
     others: tuple[Any, ...] = ()
