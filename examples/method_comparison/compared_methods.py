@@ -31,7 +31,7 @@ COMMON = ("method", "optimizer", "weight_decay", "lr", "lr_of", "steps", "cases"
 RANKS = ("ratio", "r", "rank_pattern")
 METHODS: dict[str, tuple[str, ...]] = {
     "full": (),
-    "scratch": (),
+    "scratch": ("width",),  # of a smaller KAN, with as many numbers as an adapter
     "last_layer": (),
     "base_weights": (),
     "lotra": (*RANKS, "rule", "layers", "freeze_factors", "alpha", "init", "lr_rule", "orthonormal"),

@@ -20,7 +20,8 @@ FOLDERS = (HERE, HERE.parent, HERE.parent / "benchmarks")  # where modules of th
 # Which runs there are, and where; their settings are in every line. How files and pictures are written.
 NOT_OF_A_RESULT = {"experiments", "lines", "reporting"}
 # Of the library: which layers are found, what only shows or tests, and what only imports.
-NO_RESULT_OF = ("analysis/plots.py", "analysis/summary.py", "coefficients/registry.py", "inference/", "testing/")
+NO_RESULT_OF = ("advise.py", "analysis/plots.py", "analysis/summary.py", "coefficients/registry.py", "files/")
+NO_RESULT_OF += ("inference/", "testing/")
 Line = dict[str, Any]
 
 

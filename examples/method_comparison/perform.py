@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,11 @@ def perform(run: Run, cache: Path, bases: Path) -> None:
     device, task = Accelerator().device, run.make_task()
     objective, watch = task.objective("target", run.seed, device), Stopwatch(device)
     method, fresh = run.method, task.build(run.seed)
+    coefficients = count_coefficients(fresh, task, method)
+    if "width" in method:
+        fresh = replace(task, width=method["width"]).build(run.seed)
     scratch = method["method"] in FROM_SCRATCH
     model = (fresh if scratch else trained_base(run, bases, device)).to(device)
-    coefficients = count_coefficients(model, task, method)
     numbers, zero_shot = trainable(model), None if scratch else measured(model, objective)
     with watch:
         model = apply_method(model, method, task, objective, run.seed + 1)
