@@ -330,10 +330,10 @@ def dies_in(drawing):
     """A process dies where the example draws the points of a step, by the function of this name."""
     batch = getattr(accelerate_pde, drawing)
 
-    def patched(accelerator, pde, seed, step):
+    def patched(accelerator, pde, seed, step, *others):
         if step == 5:
             die(1)
-        return batch(accelerator, pde, seed, step)
+        return batch(accelerator, pde, seed, step, *others)
 
     setattr(accelerate_pde, drawing, patched)
 
