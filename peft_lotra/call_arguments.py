@@ -98,7 +98,17 @@ def tasks_for(
 
     def codes(name: str) -> Callable[[], torch.Tensor]:
         held: Any = container_of_codes(found, name)
-        return lambda: full_tensor(held._parameters[name])
+
+        def table() -> torch.Tensor:
+            try:
+                return full_tensor(held._parameters[name])
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"the codes of {name!r} are in parts here, as by ZeRO-3: give the task to the call, as in "
+                    f"`model(x, lotra_task={task!r})`, where they are gathered"
+                ) from error
+
+        return table
 
     weights = families.weights_of(kinds, task, codes)
     active = {name for layer in found for name in layer.active_adapters if name in layer.lotra_core}

@@ -378,20 +378,20 @@ class LoTRAModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        assert isinstance(config, LoTRAConfig)
         return remapped(model, config, adapter_name, state_dict)
 
 
 def lotra_model(model: nn.Module, adapter_name: str | None = None) -> LoTRAModel:
-    """The LoTRAModel of a PeftModel, compiled or not.
+    """The LoTRAModel of a PeftModel, which may be compiled, or wrapped by DDP or DeepSpeed.
 
     Raises:
         TypeError: if `model` is not a PeftModel with LoTRA adapters.
         ValueError: if it has no adapter of the given name.
     """
-    model = getattr(model, "_orig_mod", model)
+    while not isinstance(model, PeftModel) and (inner := getattr(model, "_orig_mod", getattr(model, "module", None))):
+        model = inner
     tuner = getattr(model, "base_model", None)
     if not isinstance(model, PeftModel) or not isinstance(tuner, LoTRAModel):
         raise TypeError(f"`model` should be a PeftModel with LoTRA adapters but a {type(model).__name__} is passed")

@@ -368,3 +368,13 @@ def test_further_errors():
         pytest.raises(ValueError, match="a task for each of 5 samples"),
     ):
         model(X)
+
+
+def test_a_wrapped_model_is_looked_into():
+    model = get_peft_model(ChebyKAN([3, 2]), LoTRAConfig(r=2, family={"lam": (0, 1)}, init_weights=False))
+    wrapped = nn.Module()
+    wrapped.module = model
+    with at_task(model, lam=0.5):
+        expected = model(torch.ones(2, 3))
+    with at_task(wrapped, lam=0.5):
+        assert torch.equal(model(torch.ones(2, 3)), expected)

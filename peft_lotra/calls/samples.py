@@ -56,6 +56,7 @@ def run(layer: Any, kind: type, context: Context, args: Any, kwargs: Any) -> Any
     if names is None and not tasks and not together:
         return layer._run_once(args, kwargs)
     layers = [module for module in layer.modules() if isinstance(module, kind)]
+    _read_all(layers if together else ())
     tasks = _tasks(context, layers, names)
     axis = {axis for _, axis in tasks.values()} | ({batch.axis} if isinstance(batch, Batch) else set()) or {0}
     tasks_of = {name: c for name, (c, _) in tasks.items()}
@@ -88,6 +89,13 @@ def run(layer: Any, kind: type, context: Context, args: Any, kwargs: Any) -> Any
         with entered(Shares(set(layers), None if name is None else {name: None}, weights)):
             results.append(layer._run_once(*_rows_of((args, kwargs), rows, count, samples.axis)))
     return _joined(results, [rows for _, rows, _ in groups], samples.axis, first.dim())
+
+
+def _read_all(layers: Sequence[Any]) -> None:
+    """Read the tensors of every adapter. ZeRO-3 gathers what is read, and other processes may read other adapters."""
+    for layer in layers:
+        for name in layer.lotra_core:
+            layer.tucker(name)
 
 
 def may_pass_again(layer: Any) -> bool:

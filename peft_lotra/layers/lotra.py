@@ -134,8 +134,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         held: Any = self._modules  # attribute access would look on the base layer, too
         factors = {}  # a comprehension would be one more call in every pass
         for mode, name in NAMES.items():
-            if (U := held[name]._parameters.get(adapter_name)) is not None:
-                factors[mode] = U
+            if adapter_name in (own := held[name]._parameters):
+                factors[mode] = own[adapter_name]  # by indexing, because `get` does not tell ZeRO-3
         return Tucker(held[CORE]._parameters[adapter_name], factors)
 
     def parameters_of(self, adapter_name: str) -> dict[str, torch.Tensor]:

@@ -118,13 +118,17 @@ def gathered_for_writing(layer: nn.Module) -> Iterator[None]:
 _meshes: WeakKeyDictionary[nn.Module, tuple[int, list[Any]]] = WeakKeyDictionary()  # with the number of groups
 
 
-def gathers_inside(module: nn.Module) -> list[Any]:
-    """The meshes of the processes that hold parts of what FSDP2 shards in `module` as groups of its own.
+def gathers_inside(module: nn.Module) -> list[tuple[Any, str]]:
+    """The groups of processes that hold parts of `module`, and the kind of their devices: where FSDP2 shards something
+    in it as a group of its own, and with ZeRO-3.
 
     A pass of the module gathers these parts, so all of these processes have to make equally many passes.
     """
     if not dist.is_available() or not dist.is_initialized():
         return []
+    for parameter in module.parameters():
+        if hasattr(parameter, "ds_process_group"):
+            return [(parameter.ds_process_group, parameter.device.type)]
     groups: list[Any] = [inner for inner in module.modules() if isinstance(inner, FSDPModule)]
     groups = [inner for inner in groups if not isinstance(inner, nn.ParameterDict)]  # has no forward
     if groups and _meshes.get(module, (0, []))[0] != len(groups):
@@ -133,7 +137,8 @@ def gathers_inside(module: nn.Module) -> list[Any]:
             # During a pass, parameters are whole. `state_dict` puts the parts back.
             tensors = [tensor for group in groups for tensor in group.state_dict().values()]
         meshes = dict.fromkeys([tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)])
-        _meshes[module] = len(groups), list(meshes)
+        every = [(mesh.get_group(dim), mesh.device_type) for mesh in meshes for dim in range(mesh.ndim)]
+        _meshes[module] = len(groups), every
     return _meshes[module][1] if groups else []
 
 
@@ -148,10 +153,9 @@ def largest(numbers: Sequence[int], module: nn.Module) -> Sequence[int]:
     """The largest of each number over the processes of `gathers_inside`. All of these processes must call this."""
     # torch.func's levels would wrap the numbers.
     with temporarily_clear_interpreter_stack(), torch.no_grad():
-        for mesh in gathers_inside(module):
-            found = torch.tensor(numbers, device=mesh.device_type)
-            for dim in range(mesh.ndim):
-                dist.all_reduce(found, dist.ReduceOp.MAX, group=mesh.get_group(dim))
+        for group, device in gathers_inside(module):
+            found = torch.tensor(numbers, device=device)
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
             numbers = found.tolist()
     return numbers
 
