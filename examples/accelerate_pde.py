@@ -19,6 +19,7 @@ import argparse
 import gc
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -66,6 +67,15 @@ class Problem(nn.Module):
             return torch.tensor(relative_l2_error(self.network, self.pde, points))
 
 
+class Values(Problem):
+    """The same with the mean squared error of the network's values as the loss, which has no derivatives in it."""
+
+    def forward(self, points: Tensor, boundary: Tensor | None = None, weights: Any = (1.0, 1.0)) -> Tensor:
+        if boundary is not None:
+            return weights[0] * (self.network(points) - self.pde.exact(points)).square().mean()
+        return super().forward(points)
+
+
 class FamilyProblem(nn.Module):
     """The same for a family: the loss for points with a parameter each, or the errors at a few parameters."""
 
@@ -105,8 +115,9 @@ def start(args: argparse.Namespace) -> Accelerator:
     Raises:
         SystemExit: if the processes cannot train together.
     """
+    sharded = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"  # DeepSpeed finds the device itself
     accelerator = Accelerator(
-        cpu=args.cpu or not torch.accelerator.is_available(),
+        cpu=args.cpu or not (torch.accelerator.is_available() or sharded),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         # A step has the same batch for any number of processes. Otherwise the schedule takes a step for each process.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
@@ -115,7 +126,11 @@ def start(args: argparse.Namespace) -> Accelerator:
     )
     check_processes(accelerator)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise SystemExit("DeepSpeed's ZeRO-3 frees parameters that second derivatives still need: use DDP or FSDP2.")
+        if not args.values:
+            raise SystemExit(
+                "DeepSpeed's ZeRO-3 frees parameters that second derivatives still need: use DDP, FSDP2 or --values."
+            )
+        accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # there is no DataLoader
     processes, accumulation = accelerator.num_processes, accelerator.gradient_accumulation_steps
     if args.points // PER_SIDE < processes * accumulation:
         raise SystemExit(
@@ -179,7 +194,7 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     problem, optimizer, schedule = accelerator.prepare(problem, optimizer, schedule)
     share = family_batch if args.family else batch
-    names = ("pde", "steps", "points", "base_steps", "seed", "r", "compression_ratio", "init")
+    names = ("pde", "values", "steps", "points", "base_steps", "seed", "r", "compression_ratio", "init")
     settings = {name: getattr(args, name) for name in names}
     folder = args.output_dir / f"{args.pde}{'_family' * args.family}_checkpoints"
     progress = load_checkpoint(accelerator, folder, settings) or {"settings": settings, "step": 0, "course": []}
@@ -205,7 +220,7 @@ def train(
             accelerator.log(dict(zip(("loss", "error"), values, strict=True)), step)
         if step % args.checkpoint_every == 0 or step == args.steps:
             save_checkpoint(accelerator, folder, progress)
-    state = accelerator.get_state_dict(problem)
+    state = accelerator.get_state_dict(problem) or {}  # with ZeRO-3, the first process alone has it
     return {name.removeprefix("network."): value for name, value in state.items()}, progress["course"]
 
 
@@ -218,7 +233,7 @@ def run(accelerator: Accelerator, args: argparse.Namespace) -> None:
     with accelerator.main_process_first(), redirect_stdout(sys.stdout if accelerator.is_main_process else None):
         load_base = trained_base(args, source, grid)  # the main process trains it, the others find its file
     network = attach_lotra(load_base(), args.r, args.compression_ratio, **family_settings(args))
-    problem = FamilyProblem(network, target) if args.family else Problem(network, target)
+    problem = (FamilyProblem if args.family else Values if args.values else Problem)(network, target)
     if args.init == "gradient":  # before DDP wraps the network; each process adds its share of the gradient
         parts = (family_batch if args.family else batch)(accelerator, target, args.seed + 1, 0, args.points)
 
@@ -276,6 +291,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     size.add_argument("--compression-ratio", type=ratio, default=0.1, help="adapter parameters per coefficient")
     size.add_argument("--r", type=positive_int, nargs="+", help="Tucker rank, or three: input output basis")
     add("--family", action="store_true", help="one adapter for a range of the PDE's parameter")
+    add("--values", action="store_true", help="fit values of the solution, not the equation; for ZeRO-3")
     add("--init", choices=["random", "gradient"], default="random", help="of the adapter's factors")
     add("--steps", type=positive_int, default=2000, help="training steps on the target")
     add("--points", type=positive_int, default=256, help="of a step inside; an eighth as many on each side")
@@ -288,6 +304,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output-dir", type=Path, default=Path("outputs/accelerate_pde"), help="where everything is written")
     args = parser.parse_args(argv)
     args.kan = "chebyshev"
+    if args.family and args.values:
+        parser.error("argument --values: not with --family")
     if args.r and len(args.r) not in (1, 3):
         parser.error(f"argument --r: one or three numbers, got {len(args.r)}")
     check_seed(parser, args)

@@ -37,7 +37,8 @@ def check_processes(accelerator: Accelerator) -> None:
         )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if processes != launched:
-        raise SystemExit(f"{launched} processes were started, but each would train alone: is --cpu missing?")
+        missing = "is --cpu missing, or, for DeepSpeed, an accelerator?"
+        raise SystemExit(f"{launched} processes were started, but each would train alone: {missing}")
     accelerator.print(
         f"Processes: {processes} ({accelerator.distributed_type.value}), device {accelerator.device}, "
         f"mixed precision {accelerator.mixed_precision}"

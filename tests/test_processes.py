@@ -1,12 +1,14 @@
 """Several processes and their deaths: examples/accelerate_pde.py and what it rests on."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import sys
 import types
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -26,6 +28,7 @@ from torch import nn
 from torch.multiprocessing import ProcessExitedException
 
 from peft_lotra import initialize_lotra_weights
+from peft_lotra.testing import assert_close
 
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -107,6 +110,13 @@ def uninterrupted_double(base, tmp_path_factory):
     folder = new_folder(base, tmp_path_factory.mktemp("double") / "run")
     fork(example, *SHORT, "--output-dir", folder, double=True)
     return trained(folder)
+
+
+def assert_near(run, expected, tolerance):
+    """In fp32."""
+    for key, value in expected[0].items():
+        assert_close(run[0][key], value, tolerance)
+    torch.testing.assert_close(torch.tensor(run[1]), torch.tensor(expected[1]), rtol=tolerance, atol=0)
 
 
 def assert_same(run, expected, tolerance):
@@ -316,6 +326,56 @@ def sharded():
 def test_fsdp2_trains_the_same_and_saves_whole_tensors(uninterrupted_double, folder):
     fork(example, *SHORT, "--output-dir", folder, double=True, patch=sharded)
     assert_same(trained(folder), uninterrupted_double, 1e-9)
+
+
+def by_zero():
+    """accelerate leaves DeepSpeed out on the CPU, too."""
+    from accelerate.utils import DeepSpeedPlugin
+    from deepspeed import comm
+
+    warnings.simplefilter("ignore")  # DeepSpeed's own
+
+    def make(**kwargs):
+        accelerator = Accelerator(**kwargs)
+        comm.init_distributed("gloo")
+        plugin = DeepSpeedPlugin(
+            zero_stage=3, zero3_save_16bit_model=True, zero3_init_flag=False, gradient_clipping=1e9
+        )
+        plugin.deepspeed_config |= {
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        plugin.select(_from_accelerator_state=True)
+        for state in (AcceleratorState, PartialState):
+            state._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+        AcceleratorState._shared_state["deepspeed_plugins"] = {"default": plugin}
+        accelerator.deepspeed_engine_wrapped = None
+        prepare = accelerator.prepare
+
+        def checked(*args):
+            prepared = prepare(*args)
+            assert all(hasattr(p, "ds_id") for p in prepared[0].parameters())
+            return prepared
+
+        accelerator.prepare = checked
+        return accelerator
+
+    accelerate_pde.Accelerator = make
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed")
+def test_zero_3_trains_the_same_on_values(base, tmp_path, monkeypatch):
+    """Also from a checkpoint. DeepSpeed takes no fp64."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    runs = {}
+    for name, change in {"ddp": None, "zero": by_zero}.items():
+        folder = new_folder(base, tmp_path / name)
+        for steps in (4, 4):  # the second run finds the last checkpoint
+            fork(example, *COMMON, "--values", "--steps", steps, "--output-dir", folder, patch=change)
+        runs[name] = trained(folder)
+    assert runs["ddp"][1][-1][1] < runs["ddp"][1][0][1]
+    assert_near(runs["zero"], runs["ddp"], 1e-4)
 
 
 # Killed --------------------------------------------------------------------------------------------------------------
@@ -671,4 +731,4 @@ def test_the_config_files_are_read_as_they_are_meant(name):
     if args.use_fsdp:
         assert (args.fsdp_version, args.fsdp_auto_wrap_policy) == (2, "NO_WRAP")
     if args.use_deepspeed:
-        assert (args.zero_stage, args.zero3_save_16bit_model, args.gradient_clipping) == (3, True, 0.0)
+        assert (args.zero_stage, args.zero3_save_16bit_model, args.gradient_clipping) == (3, True, 1e9)
