@@ -160,7 +160,7 @@ def failing(rank):
 
 def test_an_error_in_one_process_ends_all():
     first, second = fork(fit, 0, callback=failing, iterations=3)
-    assert "failed in process 1, so it ends in all of them: RuntimeError: no luck" in str(first[1])
+    assert "process 1 failed, so that all of them end: RuntimeError: no luck" in str(first[1])
     assert "no luck" in str(second[1])
     assert_equal(first[0], second[0], 0)
 
@@ -181,7 +181,7 @@ def breaks(rank, where):
 @pytest.mark.parametrize(("where", "max_memory"), [("rows", 2**32), ("products", 130_000)])
 def test_an_error_in_the_derivatives_of_one_process_ends_all(where, max_memory):
     first, second = fork(broken, where, max_memory)
-    assert "failed in process 1, so it ends in all of them: ArithmeticError: no derivative here" in first
+    assert "process 1 failed, so that all of them end: ArithmeticError: no derivative here" in first
     assert "no derivative here" in second
 
 

@@ -55,6 +55,7 @@ def initialize_lotra_weights(
         ValueError: if there is no such adapter or method; if there is no gradient, as where `train_step` returns a
             loss instead of calling `backward()`, or it is zero or not finite; or if the adapter has been trained or
             merged already. No factor is changed then.
+        RuntimeError: in the other processes, if `train_step` raises in one.
 
     Source: eq. 8, for r2 > 1 and several samples; "gradient_hosvd" is ours.
     """
@@ -64,7 +65,8 @@ def initialize_lotra_weights(
     wanted = "a function without arguments, such as `lambda: loss_of(model, batch).backward()`"
     check_callable("train_step", train_step, wanted)
     layers = _layers(model, adapter_name)
-    gradients, processes = _gradients(model, layers, adapter_name, train_step), Processes(True)
+    processes = Processes(True)
+    gradients = processes.agreed(_gradients, model, layers, adapter_name, train_step)
     new: dict[torch.Tensor, torch.Tensor] = {}
     with preserved_random_state(model):
         for name, layer in tqdm(layers.items(), desc="initialize LoTRA", disable=not progressbar):

@@ -193,6 +193,12 @@ class Problem:
         try:
             return self._values(theta, batch, argument)
         except RuntimeError as error:
+            comes_back = True
+            with suppress(RuntimeError):
+                self._values(theta, batch, argument)
+                comes_back = False
+            if not comes_back:
+                raise
             with suppress(RuntimeError), torch.enable_grad():
                 self._values(theta, batch, argument)
                 raise ValueError("`residual_fn` should take derivatives of `net` with `torch.func`") from error

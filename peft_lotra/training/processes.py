@@ -72,7 +72,7 @@ class Processes:
             if error is not None:
                 raise error
             rank = next(rank for rank, text in enumerate(told) if text is not None)
-            raise RuntimeError(f"the fit failed in process {rank}, so it ends in all of them: {told[rank]}")
+            raise RuntimeError(f"process {rank} failed, so that all of them end: {told[rank]}")
         return result[0]
 
     def check_same(self, model: nn.Module) -> None:
