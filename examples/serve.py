@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 sys.path.append(str(Path(__file__).parent))
@@ -107,12 +108,14 @@ def run(args: argparse.Namespace) -> None:
         expected = torch.stack([outputs[name][row] for row, name in enumerate(names)])
         return "right" if torch.allclose(y, expected, rtol=1e-4, atol=1e-5) else "wrong"
 
-    found, start = Counter[str](), time.perf_counter()
+    found, start, resident = Counter[str](), time.perf_counter(), []
     with ThreadPoolExecutor(args.threads) as pool:
         for outcome in tqdm(
             pool.map(request, range(args.requests)), total=args.requests, desc="requests", leave=False
         ):
             found[outcome] += 1
+            if found.total() in (args.requests // 4, args.requests):
+                resident.append(psutil.Process().memory_info().rss / 2**20)
     seconds = time.perf_counter() - start
     print(
         f"{args.requests} requests of {args.batch} samples, {args.threads} threads: "
@@ -122,6 +125,7 @@ def run(args: argparse.Namespace) -> None:
         f"{args.adapters} adapters, at most {args.held} and those in use in memory; {adapters.loaded} times one was "
         f"loaded; {args.requests / seconds:.0f} requests per second"
     )
+    print(f"memory: {resident[0]:.0f} MiB after a quarter of the requests, {resident[-1]:.0f} MiB at the end")
     if {*found} != {"right"}:
         raise SystemExit(1)
 

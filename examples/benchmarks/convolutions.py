@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,16 +26,50 @@ from command_line import benchmark_arguments, exit_code
 from kans import ConvKANLayer
 from measuring import clock, count_flops, interleaved, median_ratio, saved_bytes
 from peft import LoraConfig, get_peft_model
-from rank_rules import RULES
 from reporting import write_atomically
 from torch import nn
 
 from peft_lotra import LoTRAConfig
-from peft_lotra.tucker.ranks import ranks_for_budget
+from peft_lotra.tucker.decomposition import Ranks, parameter_count
+from peft_lotra.tucker.ranks import clipped, equal_ranks, ranks_for_budget
 
 BASIS, TENTH, BATCH, SIZE = 8, 0.1, 8, 12
 FULL, LORA = "every coefficient", "PEFT's LoRA"
 TITLES = {"equal": "positions whole", "positions": "a third of them", "basis": "basis whole", "lora": "LoRA's shape"}
+
+
+def _basis(shape: Sequence[int], r: int) -> Ranks:
+    """The basis whole, one rank for inputs and outputs, which are whole where that takes no more numbers."""
+    return _least(shape, r, "d")
+
+
+def _lora(shape: Sequence[int], r: int) -> Ranks:
+    """Inputs and basis whole: LoRA of the flattened coefficients."""
+    return _least(shape, r, "id")
+
+
+def _least(shape: Sequence[int], r: int, whole: str) -> Ranks:
+    """Rank r in the modes that are not `whole`, but those whole too where that takes no more numbers."""
+    choices = [clipped(tuple([None if mode in whole else r for mode in "iod"]), shape)]
+    for ranks in choices:
+        for mode in range(3):
+            if ranks[mode] is not None:
+                choices.append((*ranks[:mode], None, *ranks[mode + 1 :]))
+    return min(reversed(choices), key=lambda ranks: parameter_count(shape, ranks))
+
+
+def _positions(shape: Sequence[int], r: int) -> Ranks:
+    """Equal ranks, and of a kernel's positions a third."""
+    ranks = equal_ranks(shape, r)
+    return (*ranks, max(1, math.prod(shape[3:]) // 3)) if len(shape) > 3 else ranks
+
+
+RULES: dict[str, Callable[[Sequence[int], int], Ranks]] = {
+    "equal": equal_ranks,
+    "basis": _basis,
+    "lora": _lora,
+    "positions": _positions,
+}
 
 
 def models(channels: int, kernel: int, device: torch.device) -> dict[str, nn.Module]:

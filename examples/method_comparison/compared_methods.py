@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from objectives import Objective
 from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from rank_rules import NAMES, ranks_by_rule
 from tasks import Task
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -34,8 +33,8 @@ METHODS: dict[str, tuple[str, ...]] = {
     "scratch": ("width",),  # of a smaller KAN, with as many numbers as an adapter
     "last_layer": (),
     "base_weights": (),
-    "lotra": (*RANKS, "rule", "layers", "freeze_factors", "alpha", "init", "lr_rule", "orthonormal"),
-    "slim": (*RANKS, "rule", "lr_rule", "orthonormal"),
+    "lotra": (*RANKS, "layers", "freeze_factors", "alpha", "init", "lr_rule", "orthonormal"),
+    "slim": (*RANKS, "lr_rule", "orthonormal"),
     "lora": ("ratio",),
     "lora_parameters": ("ratio", "layers"),
     "loha": ("ratio",),
@@ -59,7 +58,7 @@ def check_method(label: str, settings: Settings) -> None:
     allowed = (*COMMON, *METHODS[name])
     if unknown := sorted(set(settings) - set(allowed)):
         raise ValueError(f"{label!r}: the method {name!r} should have some of {list(allowed)} but has {unknown}")
-    for key, values in {"optimizer": OPTIMIZERS, "init": INITIALISATIONS, "rule": NAMES, "layers": LAYERS}.items():
+    for key, values in {"optimizer": OPTIMIZERS, "init": INITIALISATIONS, "layers": LAYERS}.items():
         if settings.get(key, values[0]) not in values:
             raise ValueError(f"{label!r}: `{key}` should be one of {list(values)} but the value is {settings[key]!r}")
     if "weight_decay" in settings and settings.get("optimizer") != "lm":
@@ -138,15 +137,13 @@ def _base_weights(model: nn.Module, settings: Settings, task: Task, *_: Any) -> 
     return _only(model, lambda name: name not in coefficients, "weights beside its coefficients")
 
 
-def _ranks(settings: Settings, model: nn.Module, task: Task, objective: Objective) -> dict[str, Any]:
-    if "rule" in settings:
-        return {"rank_pattern": ranks_by_rule(settings["rule"], model, task, objective, settings["ratio"])}
+def _ranks(settings: Settings) -> dict[str, Any]:
     ranks = {key: settings[key] for key in ("r", "rank_pattern") if key in settings}
     return ranks or {"compression_ratio": settings["ratio"]}
 
 
 def _lotra(model: nn.Module, settings: Settings, task: Task, objective: Objective, *_: Any) -> nn.Module:
-    ranks = _ranks(settings, model, task, objective)
+    ranks = _ranks(settings)
     others = {key: settings[key] for key in ("alpha", "freeze_factors") if key in settings}
     if settings.get("layers") == "all-linear":
         others["target_modules"] = "all-linear"
@@ -167,7 +164,7 @@ def _slim(model: nn.Module, settings: Settings, task: Task, objective: Objective
     coefficients = effective_coefficients(model, task.coefficients(model))
     # What is not a coefficient is trained as in the dense KAN.
     others = [p for name, p in model.named_parameters() if p.requires_grad and name not in coefficients]
-    slim = slim_kan(model, coefficients=task.coefficients(model), **_ranks(settings, model, task, objective))
+    slim = slim_kan(model, coefficients=task.coefficients(model), **_ranks(settings))
     for parameter in others:
         parameter.requires_grad_(True)
     return slim

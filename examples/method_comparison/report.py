@@ -6,7 +6,7 @@
 
 Every experiment has a page, pages/<experiment>.md, with a row for each method. The first method of an experiment is
 the reference that the others are compared with. Only the lines of results/*.jsonl are read. If no experiment is named,
-README.md gets the overview and the aims, between its markers, and pages/learning_rates.md what every search has found.
+README.md gets the overview and the aims, between its markers.
 
 A missing result is an error, and so is one by older code: every line names the version of what it depends on.
 `run.py --stale` does these runs again. With --older they are reported, and the page says how many they are.
@@ -27,7 +27,6 @@ from command_line import new_parser
 from drawings import PICTURES
 from experiments import Experiment, experiment_names, load_experiments
 from lines import Results, is_older
-from rates import ABOUT, rates
 from reporting import write_atomically
 from rows import NONE, Case, Row, case_of, table
 
@@ -216,7 +215,7 @@ def report(
 ) -> list[Path]:
     """Writes the pages and their pictures, and returns the files.
 
-    `whole`: also overview and aims in the README, and the page of learning rates.
+    `whole`: also overview and aims in the README.
 
     Args:
         options: those of run.py that it has run with.
@@ -251,10 +250,6 @@ def report(
         write_atomically(path, lambda p, content=content: p.write_text(content))
         written += [*pictures, path]
     if whole:
-        path, content = pages / "learning_rates.md", rates(experiments, results)
-        content = f"# Learning rates\n\n{ABOUT}\n\n{content}\n\n[All experiments](../README.md)\n"
-        write_atomically(path, lambda p: p.write_text(content))
-        written.append(path)
         write_atomically(readme, lambda p: p.write_text(text.rstrip() + "\n"))
         written.append(readme)
     return written

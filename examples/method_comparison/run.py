@@ -2,7 +2,7 @@
 
     python examples/method_comparison/run.py
     python examples/method_comparison/run.py --smoke
-    python examples/method_comparison/run.py pde_elliptic slim_functions --jobs 2
+    python examples/method_comparison/run.py pde_elliptic images_kan --jobs 2
     python examples/method_comparison/run.py --confirm
     python examples/method_comparison/run.py pde_elliptic --stale
 

@@ -155,8 +155,7 @@ def slim_ranks(shape: Sequence[int], r: int, count: Callable[[Sequence[int], Ran
     """Rank r in the modes i and o, clipped to them, and half of the basis; for r = 1 as `equal_ranks`.
 
     The ranks decide how long a layer of factors alone takes. At width 512 and a tenth of the numbers, these ranks take
-    0.24 × the FLOPs of the dense layer, and equal ranks 0.33 ×. They are also better on digits (experiment
-    `slim_images` of examples/method_comparison).
+    0.24 × the FLOPs of the dense layer, and equal ranks 0.33 ×.
     """
     if r == 1:
         return equal_ranks(shape, 1, count)
@@ -172,9 +171,8 @@ def ranks_for_budget(
     """The largest r, the same for all modes and tensors, that fits; then the lowest r is raised in turn while it fits.
 
     Ranks in proportion to the modes would leave short modes (the basis, few inputs) with rank 1, where one more costs
-    little. Which rule is best depends on the optimizer and the task. With the whole basis, Adam ended at 4.2 and 1.4 ×
-    the error of equal ranks on two PDEs, SOAP at 1.0 and 1.1 ×, and Levenberg–Marquardt at 0.38 to 1.8 × on six tasks,
-    below 1 on four (medians of three seeds; experiments `ranks_adam` and `ranks_lm` of examples/method_comparison).
+    little. Which rule is best depends on the optimizer and the task: by Levenberg–Marquardt the whole basis is often
+    better than equal ranks, by Adam worse.
 
     Args:
         shapes: the canonical shapes (n, m, n_d, ...) of the coefficient tensors.
