@@ -175,7 +175,7 @@ def test_any_number_of_processes_trains_the_same(alone, folder, processes, accum
     for key, value in alone[0].items():
         if "core" in key:
             assert_different(value, torch.zeros_like(value))  # trained
-    assert_same(trained(folder), alone, 1e-9)
+    assert_same(trained(folder), alone, 1e-12)
 
 
 def test_processes_fit_one_family(tmp_path):
