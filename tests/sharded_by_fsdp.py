@@ -25,6 +25,7 @@ from adapted_layers import First
 from conftest import assert_different, assert_equal
 from kan_layers import KAN, ChebyKAN, FastKAN
 from layer_table import LAYERS
+from odd_layers import DegreesKANLayer
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
@@ -620,6 +621,20 @@ def test_a_process_that_gathers_alone_says_so():
     assert "`merge_and_unload`" in told[0]
 
 
+def test_stack(wrapped):
+    """One parameter for each basis function."""
+    torch.manual_seed(1)
+    base = nn.Sequential(DegreesKANLayer(3, 6), DegreesKANLayer(6, 2)).to(X.dtype)
+    start = get_peft_model(base, LoTRAConfig(r=2, coefficients={"c.*": "d | o i"}, init_weights=False))
+    single, model = copy.deepcopy(start), sharded(start, wrapped)
+    assert_equal(mean(trained(model, own(X), own(Y))), trained(single, X, Y), 1e-9)
+    assert_same_state(model, single)
+    model.merge_adapter()
+    single.merge_adapter()
+    with torch.no_grad():
+        assert_equal(model(X), single(X), 1e-9)
+
+
 def test_unequal_adapters(wrapped, names):
     """Mixed batches, of another number of adapters in each process, through layers that need a pass for each."""
     row = LAYERS["convolution"]
@@ -676,6 +691,7 @@ CHECKS = {
     **{f"codes, {wrapped}": (test_codes, wrapped) for wrapped in WRAPPED},
     "family, unequal batches": (test_unequal_batches_of_tasks,),
     **{f"unequal adapters, {name}": (test_unequal_adapters, "base layer", names) for name, names in UNEQUAL.items()},
+    **{f"stack, {wrapped}": (test_stack, wrapped) for wrapped in ("root", "adapted layer", "base layer")},
     "swapping is refused": (test_swapping_is_refused,),
     "a process that gathers alone says so": (test_a_process_that_gathers_alone_says_so,),
     "unequal adapters, adapted layer": (test_unequal_adapters, "adapted layer", UNEQUAL["three and one"]),

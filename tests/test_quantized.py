@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from peft_lotra import LoTRAConfig, at_task, fit_gauss_newton
 from peft_lotra.layers.lotra import adapted_tensors
@@ -238,3 +239,12 @@ def test_torchao(dtype):
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
     with pytest.raises(RuntimeError, match="is quantized"):
         model.merge_and_unload()
+
+
+def test_a_checkpoint_repeats_the_pass(net):
+    model = get_peft_model(net, LoTRAConfig(r=2, init_weights=False, coefficients=KAN))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    found = [
+        torch.autograd.grad(y.sin().sum(), trained) for y in (model(X), checkpoint(model, X, use_reentrant=False))
+    ]
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from peft_lotra import LoTRAConfig, at_task, infer_coefficients, register_kan_layer, verify_coefficients
 from peft_lotra.analysis import coefficient_updates
@@ -243,3 +244,23 @@ def test_shapes_that_differ_and_slim(net):
         get_peft_model(net, LoTRAConfig(r=2, coefficients=STACKED))
     with pytest.raises(ValueError, match="is a stack, so it cannot be left out of memory"):
         get_peft_model(nn.Sequential(Degrees(3, 5)), LoTRAConfig(r=2, coefficients=STACKED, slim=True))
+
+
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="before torch 2.13, adapted layers are not traced")
+def test_exported_and_checkpointed(net):
+    model = adapted(net)
+    expected = model(X)
+    program = torch.export.export(model.get_base_model().eval(), (X,))
+    assert_close(program.module()(X), expected)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    results = model(X), checkpoint(model, X, use_reentrant=False)
+    one, two = (torch.autograd.grad(y.sin().sum(), trained) for y in results)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < (2, 13), reason="before torch 2.13, adapted layers are not traced")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled(net):
+    model = adapted(net)
+    assert_close(torch.compile(model)(X), model(X))
