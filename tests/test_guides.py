@@ -31,7 +31,16 @@ def blocks(path):
     return [code for language, code in FENCE.findall(path.read_text()) if language == "python"]
 
 
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
+def shown(path):
+    """What a page shows as printed."""
+    if path.suffix == ".ipynb":
+        outputs = [output for cell in json.loads(path.read_text())["cells"] for output in cell.get("outputs", [])]
+        assert {output["output_type"] for output in outputs} == {"stream", "display_data"}  # with a picture
+        return ["".join(output["text"]) for output in outputs if output["output_type"] == "stream"]
+    return [text for language, text in FENCE.findall(path.read_text()) if not language]
+
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?")
 
 
 def shows(out, table):
@@ -61,9 +70,8 @@ def test_the_code_runs(name, tmp_path, capsys):
         os.chdir(tmp_path)
         exec(compile("\n".join(code), name, "exec"), {"__name__": "guide"})
     out = capsys.readouterr().out
-    tables = [text for language, text in FENCE.findall(path.read_text()) if not language and path.suffix == ".md"]
-    for table in tables:  # what a page shows as output
-        assert table in out or (name == "README.md" and shows(out, table))
+    for table in shown(path):  # what a page shows as output
+        assert table in out or (name in ("README.md", "examples/quickstart.ipynb") and shows(out, table))
 
 
 def test_the_front_page_is_short():
