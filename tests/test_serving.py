@@ -16,7 +16,7 @@ from layer_table import randomize
 from peft import get_peft_model
 from scripts import call
 
-from peft_lotra import LoTRAConfig
+from peft_lotra import LoTRAConfig, add_task, remove_task, rename_task
 from peft_lotra.calls.exclusion import calling, changing
 
 X = torch.linspace(-0.9, 0.9, 12).reshape(4, 3)
@@ -154,3 +154,39 @@ def inner_waits(inner):
     from peft_lotra.calls import exclusion
 
     return exclusion._of(inner)._queue
+
+
+def test_tasks_come_and_go_beside_requests():
+    """Codes of named tasks are added and removed while other threads call the model at others."""
+    torch.manual_seed(0)
+    config = LoTRAConfig(r=2, family=["kept", "also kept"], family_code=2, init_weights=False)
+    model = get_peft_model(ChebyKAN([3, 6, 2]).double(), config).eval()
+    x = X.double()
+    with torch.no_grad():
+        expected = {name: model(x, lotra_task=name) for name in ("kept", "also kept")}
+    over, found = threading.Event(), Counter()
+
+    def change():
+        while not over.is_set():
+            add_task(model, "guest", code=torch.randn(2))
+            rename_task(model, "guest", "friend")
+            remove_task(model, "friend")
+
+    def request(number):
+        name = ("kept", "also kept")[number % 2]
+        try:
+            with torch.no_grad():
+                y = model(x, lotra_task=name)
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return "right" if torch.equal(y, expected[name]) else "wrong"
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    try:
+        with limited("requests"), ThreadPoolExecutor(4) as pool:
+            found.update(pool.map(request, range(300)))
+    finally:
+        over.set()
+        changer.join()
+    assert found == {"right": 300}

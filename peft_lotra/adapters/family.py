@@ -15,6 +15,7 @@ from torch import nn
 
 from ..call_arguments import tasks_for
 from ..calls.context import entered
+from ..calls.exclusion import changing
 from ..calls.samples import checked_axis
 from ..combination import copy_trained, whole_tucker
 from ..config.lotra_config import LoTRAConfig
@@ -25,6 +26,7 @@ from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import full_tensor
 from ..tucker.decomposition import CORE
+from .beside_calls import beside_calls
 from .family_growth import add_task
 
 
@@ -79,6 +81,7 @@ def at_task(model: nn.Module, *, batch_axis: int = 0, **task: Any) -> Iterator[N
         yield
 
 
+@beside_calls
 def adapter_at(
     model: nn.Module, adapter_name: str, *, family: str = "default", train: str = "core", **task: Any
 ) -> None:
@@ -200,9 +203,10 @@ def load_task(path: str | os.PathLike, model: nn.Module, name: str, *, family: s
     layers = adapted_tensors(tuner.model, family)
     slots = {f"{tensor}.{CORE}": Slot(layer.tucker(family).core.shape[:-1]) for tensor, layer in layers.items()}
     check_weights(slots, tensors, origin)
-    adapter_at(model, name, family=family)
-    for tensor, layer in layers.items():
-        layer.set_tucker(name, layer.tucker(name)._replace(core=tensors[f"{tensor}.{CORE}"]))
+    with changing(tuner.model):
+        adapter_at(model, name, family=family)
+        for tensor, layer in layers.items():
+            layer.set_tucker(name, layer.tucker(name)._replace(core=tensors[f"{tensor}.{CORE}"]))
     return None
 
 

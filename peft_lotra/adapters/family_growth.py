@@ -18,10 +18,12 @@ from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import check_not_sharded
 from ..tucker.decomposition import Ranks, Tucker, decompose, mode_product
 from ..tucker.ranks import mode_sizes
+from .beside_calls import beside_calls
 from .extraction import fill
 
 
 @torch.no_grad()
+@beside_calls
 def family_from(
     model: nn.Module, adapters: Mapping[str, Any], adapter_name: str, config: LoTRAConfig
 ) -> dict[str, float]:
@@ -97,6 +99,7 @@ def _decomposed(updates: torch.Tensor, ranks: Ranks) -> Tucker:
 
 
 @torch.no_grad()
+@beside_calls
 def add_task(
     model: nn.Module,
     task: str,
@@ -153,6 +156,7 @@ def add_task(
 
 
 @torch.no_grad()
+@beside_calls
 def remove_task(model: nn.Module, task: str, *, family: str = "default") -> None:
     """Remove a task from a family of named tasks, with its slice of the core, or its code.
 
@@ -175,6 +179,7 @@ def remove_task(model: nn.Module, task: str, *, family: str = "default") -> None
         _replace_cores(tuner, family, "remove the task", lambda core: core[..., kept], family=names)
 
 
+@beside_calls
 def rename_task(model: nn.Module, task: str, name: str, *, family: str = "default") -> None:
     """Give a task of a family another name. Its core, or code, stays.
 
@@ -204,6 +209,7 @@ def _check_task(task: str, kind: Family) -> None:
 
 
 @torch.no_grad()
+@beside_calls
 def change_range(
     model: nn.Module,
     ranges: Mapping[str, tuple[float, float]],
@@ -257,6 +263,7 @@ def change_range(
 
 
 @torch.no_grad()
+@beside_calls
 def normalize_codes(model: nn.Module, *, family: str = "default") -> None:
     """Give the codes of a family's tasks mean 0 and covariance 1; the cores change so that the model stays the same.
 
