@@ -190,3 +190,33 @@ def test_tasks_come_and_go_beside_requests():
         over.set()
         changer.join()
     assert found == {"right": 300}
+
+
+def test_merges_beside_requests():
+    torch.manual_seed(0)
+    model = get_peft_model(ChebyKAN([3, 6, 2]).double(), LoTRAConfig(r=2, init_weights=False)).eval()
+    x = X.double()
+    with torch.no_grad():
+        expected = model(x)
+    over, wrong = threading.Event(), []
+
+    def change():
+        while not over.is_set():
+            model.merge_adapter()
+            model.unmerge_adapter()
+
+    def request(_):
+        with torch.no_grad():
+            y = model(x)
+        if not torch.allclose(y, expected, rtol=1e-10, atol=1e-12):
+            wrong.append((y - expected).abs().max())
+
+    changer = threading.Thread(target=change)
+    changer.start()
+    try:
+        with limited("requests"), ThreadPoolExecutor(4) as pool:
+            list(pool.map(request, range(300)))
+    finally:
+        over.set()
+        changer.join()
+    assert not wrong

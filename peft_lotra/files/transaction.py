@@ -76,6 +76,16 @@ class WholeAdapters:
         with changing(self.base_model.model):
             super().set_adapter(*args, **kwargs)  # type: ignore[misc]
 
+    def merge_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As the tuner's, between the calls of other threads."""
+        with changing(self.base_model.model):
+            self.base_model.merge_adapter(*args, **kwargs)
+
+    def unmerge_adapter(self: Any) -> None:
+        """As the tuner's, between the calls of other threads."""
+        with changing(self.base_model.model):
+            self.base_model.unmerge_adapter()
+
     def load_adapter(self: Any, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's, of which it takes all arguments; what is loaded is what was checked, and not read again.
 
