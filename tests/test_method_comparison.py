@@ -562,3 +562,11 @@ def test_overview_of_the_results(tmp_path):
     table = text[text.index("<!-- begin") : text.index("<!-- end")]
     assert table.count("\n") == 2 + 3 + 1
     assert table in own  # the page has what results/ have
+
+
+def test_labels_that_do_not_exist_stop_the_drawing(tmp_path):
+    for name in overview.CASES:
+        text = (SUITE / "results" / f"{name}.jsonl").read_text()
+        (tmp_path / f"{name}.jsonl").write_text(text.replace('"full, LM"', '"full, renamed"'))
+    with pytest.raises(ValueError, match=r"has the labels \['full, LM'\]: they have been renamed"):
+        overview.points(tmp_path)

@@ -5,7 +5,7 @@
 The Poisson equation at λ = 1.3. All methods begin with a Chebyshev KAN of width 32 that solves it at λ = 1; the
 family is one adapter for 1 ≤ λ ≤ 1.6 that has not been trained at 1.3. Medians and ranges over the seeds.
 LoTRA with half as many numbers as the KAN is left out: by Adam two of three seeds diverge. LoRA is PEFT's on bare
-parameters, which has no form with a tenth of the numbers.
+parameters, which has no form with a tenth of the numbers. By Adam LoTRA keeps its factors orthonormal.
 """
 
 from __future__ import annotations
@@ -29,18 +29,22 @@ HERE = Path(__file__).parent
 TARGET = 1.3
 CASES = {"pde_elliptic": "λ = 1.3", "compression": "elliptic"}  # experiments with this target, and its name there
 LOTRA, FULL, LORA, FAMILY, CORE = "LoTRA", "full fine-tuning", "LoRA", "family, as it is", "family, its core"
+SMALL = "small KAN from scratch"
 LABELS = {
     "full, Adam": (FULL, "Adam"),
     "full, LM": (FULL, "LM"),
+    "small KAN from scratch, LM": (SMALL, "LM"),
     "LoRA target_parameters 1/10, Adam": (LORA, "Adam"),
-    **{f"LoTRA 1/{k}, Adam": (LOTRA, "Adam") for k in (4, 8, 10, 16)},
+    **{f"LoTRA 1/{k}, Adam, orthonormal": (LOTRA, "Adam") for k in (4, 8, 10, 16)},
     **{f"LoTRA 1/{k}, LM": (LOTRA, "LM") for k in (4, 10, 16)},
 }
-COLOURS = {FULL: "0.3", LORA: "C1", LOTRA: "C0", FAMILY: "C2", CORE: "C3"}
+COLOURS = {FULL: "0.3", LORA: "C1", SMALL: "C5", LOTRA: "C0", FAMILY: "C2", CORE: "C3"}
 MARKERS = {"Adam": "o", "LM": "s"}
-LEFT = {LOTRA, FULL}  # their names stand to the left of their points
+LEFT = {LOTRA, FULL, SMALL}  # their names stand to the left of their points
 TABLE = {
     "full fine-tuning, Adam": (FULL, "Adam"),
+    "full fine-tuning, LM": (FULL, "LM"),
+    "a small KAN from scratch, LM": (SMALL, "LM"),
     "an adapter, LM": (LOTRA, "LM"),
     "a family's core, LM": (CORE, "LM"),
 }
@@ -51,11 +55,16 @@ Found = dict[tuple[str, str], dict[int, list[tuple[float, float]]]]  # by method
 
 def results(folder: Path) -> Iterator[tuple[tuple[str, str], int, int, float, float]]:
     """((method, optimizer), trained numbers, seed, error, CPU seconds) of every run with the target."""
+    labels: set[str] = set()  # of the experiments before, whose runs go before those of the same method
     for name, case in CASES.items():
-        for line in map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines()):
-            if line["case"] == case and line["label"] in LABELS and "marks" in line:
+        lines = [*map(json.loads, (folder / f"{name}.jsonl").read_text().splitlines())]
+        labels, earlier = labels | {line["label"] for line in lines}, labels
+        for line in lines:
+            if line["case"] == case and line["label"] in LABELS.keys() - earlier and "marks" in line:
                 _, seconds, error = line["marks"][-1]
                 yield LABELS[line["label"]], line["trainable"], line["seed"], error, seconds
+    if lacking := LABELS.keys() - labels:
+        raise ValueError(f"no line of {list(CASES)} has the labels {sorted(lacking)}: they have been renamed")
     for line in map(json.loads, (folder / "families.jsonl").read_text().splitlines()):
         if (line["case"], line["method"]) == ("elliptic", "family"):
             (marks,) = (task["marks"] for task in line["tasks"] if task["parameters"] == [TARGET])
