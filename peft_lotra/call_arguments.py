@@ -18,7 +18,7 @@ from .config.lotra_config import LoTRAConfig
 from .families import family as families
 from .layers.codes import container_of_codes
 from .layers.lotra import adapted_tensors
-from .placement.sharded import full_tensor
+from .placement.sharded import full_tensor, is_released
 from .registration import AXIS, TASK
 
 
@@ -100,13 +100,13 @@ def tasks_for(
         held: Any = container_of_codes(found, name)
 
         def table() -> torch.Tensor:
-            try:
-                return full_tensor(held._parameters[name])
-            except RuntimeError as error:
+            codes = held._parameters[name]
+            if is_released(codes):
                 raise RuntimeError(
-                    f"the codes of {name!r} are in parts here, as by ZeRO-3: give the task to the call, as in "
-                    f"`model(x, lotra_task={task!r})`, where they are gathered"
-                ) from error
+                    f"ZeRO-3 keeps the codes of {name!r} in parts outside of forward: give the task to the call, "
+                    f"as in `model(x, lotra_task={task!r})`, where they are gathered"
+                )
+            return full_tensor(codes)
 
         return table
 

@@ -276,7 +276,7 @@ class LoTRAModel(BaseTuner):
         for name in adapter_names or ():
             self.peft_config[name]  # raises if it does not exist
         for layer in adapted_tensors(self.model).values() if merge else ():
-            layer.check_mergeable(layer.active_adapters if adapter_names is None else adapter_names)
+            layer._check_mergeable(layer.active_adapters if adapter_names is None else adapter_names)
         for layer in adapted_tensors(self.model).values() if safe_merge else ():
             names = layer.active_adapters if adapter_names is None else adapter_names
             names = [name for name in names if name in layer.lotra_core and name not in layer.merged_adapters]
@@ -384,14 +384,13 @@ class LoTRAModel(BaseTuner):
 
 
 def lotra_model(model: nn.Module, adapter_name: str | None = None) -> LoTRAModel:
-    """The LoTRAModel of a PeftModel, which may be compiled, or wrapped by DDP or DeepSpeed.
+    """The LoTRAModel of a PeftModel, compiled or not.
 
     Raises:
         TypeError: if `model` is not a PeftModel with LoTRA adapters.
         ValueError: if it has no adapter of the given name.
     """
-    while not isinstance(model, PeftModel) and (inner := getattr(model, "_orig_mod", getattr(model, "module", None))):
-        model = inner
+    model = getattr(model, "_orig_mod", model)
     tuner = getattr(model, "base_model", None)
     if not isinstance(model, PeftModel) or not isinstance(tuner, LoTRAModel):
         raise TypeError(f"`model` should be a PeftModel with LoTRA adapters but a {type(model).__name__} is passed")

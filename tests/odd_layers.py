@@ -268,15 +268,15 @@ class FrequenciesKANLayer(nn.Module):
 
 
 class PowersKANLayer(nn.Module):
-    """y = Σ_k tanh(x)^k P_k, in parameters p1, p2, p3."""
+    """y = Σ_k tanh(x)^k P_k, in parameters p8, p9, p10: their numbers are in another order than their names."""
 
     def __init__(self, n, m):
         super().__init__()
-        self.p1, self.p2, self.p3 = (nn.Parameter(torch.randn(n, m) / n) for _ in range(3))
+        self.p8, self.p9, self.p10 = (nn.Parameter(torch.randn(n, m) / n) for _ in range(3))
 
     def forward(self, x):
         x = torch.tanh(x)
-        return x @ self.p1 + x**2 @ self.p2 + x**3 @ self.p3
+        return x @ self.p8 + x**2 @ self.p9 + x**3 @ self.p10
 
 
 class BatchedProductKANLayer(nn.Module):

@@ -635,16 +635,22 @@ def test_stack(wrapped):
         assert_equal(model(X), single(X), 1e-9)
 
 
-def test_unequal_adapters(wrapped, names):
-    """Mixed batches, of another number of adapters in each process, through layers that need a pass for each."""
+def of_three_adapters(dtype=torch.float64):
+    """A layer that needs a pass for each adapter of a mixed batch."""
     row = LAYERS["convolution"]
     torch.manual_seed(1)
-    start = get_peft_model(nn.Sequential(row.make()).double(), LoTRAConfig(r=2, coefficients=row.declared))
+    model = get_peft_model(nn.Sequential(row.make()).to(dtype), LoTRAConfig(r=2, coefficients=row.declared))
     for name in ("one", "two"):
-        start.add_adapter(name, LoTRAConfig(r=2, coefficients=row.declared))
-    for layer in lotra_layers(start):
+        model.add_adapter(name, LoTRAConfig(r=2, coefficients=row.declared))
+    for layer in lotra_layers(model):
         for core in layer.lotra_core.values():
             nn.init.normal_(core, std=0.3)
+    return model
+
+
+def test_unequal_adapters(wrapped, names):
+    """Mixed batches, of another number of adapters in each process, through layers that need a pass for each."""
+    start = of_three_adapters()
     single, model = copy.deepcopy(start).eval(), sharded(start, wrapped).eval()
     x = torch.rand(4, 4, 7, 6)
     own_names = names[dist.get_rank()]

@@ -18,9 +18,21 @@ import torch
 import torch.distributed as dist
 from conftest import assert_different
 from kan_layers import KAN, ChebyKAN, FastKAN
-from layer_table import LAYERS
 from peft import PeftModel, get_peft_model
-from sharded_by_fsdp import U1, UNEQUAL, X, Y, adapted, family, fresh, lotra_layers, mean, own, trained
+from sharded_by_fsdp import (
+    U1,
+    UNEQUAL,
+    X,
+    Y,
+    adapted,
+    family,
+    fresh,
+    lotra_layers,
+    mean,
+    of_three_adapters,
+    own,
+    trained,
+)
 from torch import nn
 
 from peft_lotra import (
@@ -237,21 +249,14 @@ def test_codes():
         optimizer.step()
     assert_equal(mean(trained_by_engine(engine, own(X), half, loss_of=loss_of)), torch.stack(losses))
     assert_same_state(engine, single)
-    with pytest.raises(RuntimeError, match="in parts here, as by ZeRO-3: give the task to the call"):
+    with pytest.raises(RuntimeError, match="in parts outside of forward: give the task to the call"):
         at_task(engine, task="a").__enter__()
 
 
 def test_mixed_batches(names):
     """Of another number of adapters in each process, through layers that need a pass for each."""
-    row = LAYERS["convolution"]
-    torch.manual_seed(1)
-    start = get_peft_model(nn.Sequential(row.make()).float(), LoTRAConfig(r=2, coefficients=row.declared))
-    for name in ("one", "two"):
-        start.add_adapter(name, LoTRAConfig(r=2, coefficients=row.declared))
-    for layer in lotra_layers(start):
-        for core in layer.lotra_core.values():
-            nn.init.normal_(core, std=0.3)
-    single, engine = copy.deepcopy(start).float().eval(), partitioned(start.float())
+    start = of_three_adapters(torch.float32)
+    single, engine = copy.deepcopy(start).eval(), partitioned(start)
     engine.eval()
     x = torch.rand(4, 4, 7, 6)
     own_names = names[dist.get_rank()]

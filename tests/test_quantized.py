@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from peft_lotra import LoTRAConfig, at_task, fit_gauss_newton
+from peft_lotra.coefficients import CoefficientSpec
 from peft_lotra.layers.lotra import adapted_tensors
 from peft_lotra.testing import assert_close, assert_differs
 
@@ -159,7 +160,9 @@ def test_adapters_are_switched_saved_loaded_and_copied(net, tmp_path):
         model.set_adapter(name)
         rows = [k for k, own in enumerate(names) if own == name]
         assert_close(mixed[rows], model(X[rows]), 1e-5)
-    assert torch.equal(model.unload()(X), net(X))
+    base = model.unload()
+    assert torch.equal(base(X), net(X))
+    assert not any(module._forward_hooks for module in base.modules())
 
 
 def test_a_task_for_each_sample(net):
@@ -208,6 +211,8 @@ def test_packed_weights_are_refused():
     net[0].spline_linear = Packed()
     with pytest.raises(ValueError, match="match no parameter of this model"):
         get_peft_model(net, LoTRAConfig(coefficients=KAN))
+    with pytest.raises(ValueError, match="`spline_linear.weight` is packed by torch's quantization of a Packed"):
+        CoefficientSpec.resolve(net[0], "spline_linear.weight", KAN["spline_linear.weight"])
 
 
 def test_second_order_fits_are_refused_where_a_layer_has_first_order_gradients_only(net):

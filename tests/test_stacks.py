@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from odd_layers import DegreesKANLayer, FrequenciesKANLayer, PowersKANLayer
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -12,53 +13,27 @@ from peft_lotra import LoTRAConfig, at_task, infer_coefficients, register_kan_la
 from peft_lotra.analysis import coefficient_updates
 from peft_lotra.coefficients import registry
 from peft_lotra.testing import assert_close, assert_differs
+from peft_lotra.testing.oracle import dense_model
 
 STACKED = {"c.*": "d | o i"}
 
 
-class Degrees(nn.Module):
-    """Σ_d T_d(x) c_d, with a list of the c_d, shape (m, n)."""
-
-    def __init__(self, n: int, m: int, degree: int = 4) -> None:
-        super().__init__()
-        self.c = nn.ParameterList([nn.Parameter(torch.randn(m, n) / n) for _ in range(degree + 1)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(x)
-        T = [torch.ones_like(x), x]
-        while len(T) < len(self.c):
-            T.append(2 * x * T[-1] - T[-2])
-        return sum(t @ c.T for t, c in zip(T, self.c, strict=True))
-
-
-class Linears(nn.Module):
-    """Σ_k W_k sin(k x), with a linear layer for each k."""
-
-    def __init__(self, n: int, m: int, number: int = 3) -> None:
-        super().__init__()
-        self.lin = nn.ModuleList([nn.Linear(n, m, bias=False) for _ in range(number)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return sum(layer(torch.sin((k + 1) * x)) for k, layer in enumerate(self.lin))
-
-
-class Powers(nn.Module):
-    """Σ_k x^k P_k, with parameters coef_8 … coef_11."""
+class PairsKANLayer(nn.Module):
+    """Two functions of each input, cos and sin of k x, in each parameter."""
 
     def __init__(self, n: int, m: int) -> None:
         super().__init__()
-        for k in range(1, 5):
-            self.register_parameter(f"coef_{k + 7}", nn.Parameter(torch.randn(n, m) / n))
+        self.c = nn.ParameterList([nn.Parameter(torch.randn(m, n, 2) / n) for _ in range(3)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.tanh(x)
-        return sum(x**k @ getattr(self, f"coef_{k + 7}") for k in range(1, 5))
+        waves = [torch.stack([(k * x).cos(), (k * x).sin()], dim=-1) for k in (1, 2, 3)]
+        return sum(torch.einsum("bid,oid->bo", wave, c) for wave, c in zip(waves, self.c, strict=True))
 
 
 @pytest.fixture
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(Degrees(3, 5), nn.Sequential(Degrees(5, 4))).double()
+    return nn.Sequential(DegreesKANLayer(3, 5), nn.Sequential(DegreesKANLayer(5, 4))).double()
 
 
 def adapted(net: nn.Module, **fields) -> PeftModel:
@@ -159,41 +134,41 @@ def test_families_have_a_task_for_each_sample(net):
 
 def test_the_layer_shows_adapted_coefficients():
     torch.manual_seed(0)
-    net = nn.Sequential(Powers(3, 2)).double()
-    model = adapted(net, r=2, coefficients={"coef_*": "d | i o"})
+    net = nn.Sequential(PowersKANLayer(3, 2)).double()
+    model = adapted(net, r=2, coefficients={"p*": "d | i o"})
     layer = model.base_model.model[0]
     delta = layer.get_delta_weight("default")
-    assert delta.shape == (4, 3, 2)
-    assert_close(layer.coef_9, net[0].coef_9 + delta[1])
+    assert delta.shape == (3, 3, 2)
+    assert_close(layer.p9, net[0].p9 + delta[1])
     with pytest.raises(RuntimeError, match="holds its adapted coefficients `c"):
-        adapted(nn.Sequential(Degrees(3, 2)), r=2).base_model.model[0].c  # noqa: B018
+        adapted(nn.Sequential(DegreesKANLayer(3, 2)), r=2).base_model.model[0].c  # noqa: B018
 
 
 def test_a_registered_class(net, monkeypatch):
     monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-    register_kan_layer(Degrees, STACKED)
+    register_kan_layer(DegreesKANLayer, STACKED)
     model = get_peft_model(copy.deepcopy(net), LoTRAConfig(r=2, target_modules=["1.0"]))
     assert model.targeted_module_names == ["1.0"]
-    assert model.base_model.model[1][0].spec.layout.canonical_shape == (5, 4, 5)
+    assert model.base_model.model[1][0].spec.layout.canonical_shape == (5, 4, 4)
 
 
 def test_inference_finds_them_and_verification_checks_them():
     torch.manual_seed(0)
-    net = nn.Sequential(Degrees(3, 4), Linears(4, 5), Powers(5, 2))
+    net = nn.Sequential(DegreesKANLayer(3, 4), FrequenciesKANLayer(4, 5), PowersKANLayer(5, 2))
     x = torch.randn(32, 3)
     found = infer_coefficients(net, x)
     assert {key: d["layout"] for key, d in found.items()} == {
-        "0.c.*": "d | o i", "1.lin.*.weight": "d | o i", "2.coef_*": "d | i o"
+        "0.c.*": "d | o i", "1.waves.*.weight": "d | o i", "2.p*": "d | i o"
     }  # fmt: skip
     verify_coefficients(net, x, coefficients=found)
-    verify_coefficients(net, x, coefficients={"c.*": "d | o i", "lin.*.weight": "d | o i", "coef_*": "d | i o"})
+    verify_coefficients(net, x, coefficients={"c.*": "d | o i", "waves.*.weight": "d | o i", "p*": "d | i o"})
     model = get_peft_model(net, LoTRAConfig(r=2, coefficients=found))
     assert model.targeted_module_names == ["0", "1", "2"]
 
 
 def test_a_wrong_layout_that_fits_is_found():
     torch.manual_seed(0)
-    net = nn.Sequential(Degrees(4, 4))
+    net = nn.Sequential(DegreesKANLayer(4, 4))
     with pytest.raises(ValueError, match="declared is 'd | i o'.*found 'd | o i'"):
         verify_coefficients(net, torch.randn(32, 4), coefficients={"c.*": "d | i o"})
 
@@ -243,7 +218,7 @@ def test_shapes_that_differ_and_slim(net):
     with pytest.raises(ValueError, match="means parameters of several shapes"):
         get_peft_model(net, LoTRAConfig(r=2, coefficients=STACKED))
     with pytest.raises(ValueError, match="is a stack, so it cannot be left out of memory"):
-        get_peft_model(nn.Sequential(Degrees(3, 5)), LoTRAConfig(r=2, coefficients=STACKED, slim=True))
+        get_peft_model(nn.Sequential(DegreesKANLayer(3, 5)), LoTRAConfig(r=2, coefficients=STACKED, slim=True))
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="before torch 2.13, adapted layers are not traced")
@@ -264,3 +239,25 @@ def test_exported_and_checkpointed(net):
 def test_compiled(net):
     model = adapted(net)
     assert_close(torch.compile(model)(X), model(X))
+
+
+def test_several_functions_in_each_parameter():
+    torch.manual_seed(0)
+    net = nn.Sequential(PairsKANLayer(3, 4)).double()
+    model = adapted(net, coefficients={"c.*": "d | o i d2"})
+    layer = model.base_model.model[0]
+    assert layer.spec.layout.canonical_shape == (3, 4, 6)
+    assert_close(model(X), dense_model(net, model)(X))
+    expected = model(X)
+    delta = layer.get_delta_weight("default")
+    for c, own in zip(net[0].c, delta, strict=True):
+        c.data += own.detach()
+    assert_close(expected, net(X))
+    assert_close(model.merge_and_unload()(X), expected)
+
+
+def test_alike_layers_are_tested_one_by_one():
+    torch.manual_seed(0)
+    net = nn.Sequential(DegreesKANLayer(4, 4), DegreesKANLayer(4, 4))
+    report = str(infer_coefficients(net, torch.randn(32, 4)))
+    assert report.count("'d | o i'") == report.count("; inferred, ") == 2

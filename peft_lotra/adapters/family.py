@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -59,7 +60,7 @@ def at_task(model: nn.Module, *, batch_axis: int = 0, **task: Any) -> Iterator[N
     backward pass raises RuntimeError. A merge inside this context merges the update at this task.
 
     Args:
-        model: a PeftModel with LoTRA adapters, or what `torch.compile` makes of it.
+        model: a PeftModel with LoTRA adapters, or what `torch.compile`, DDP or DeepSpeed makes of it.
         batch_axis: the axis of each adapted layer's first tensor that has the samples, if each has a task of its own.
         task: a number, or a tensor of the shape (), (batch,) or (batch, 1), for each parameter of the family; or
             `task=` a name, a list with a name for each sample, or a tensor of their places in the family's list. In a
@@ -72,6 +73,8 @@ def at_task(model: nn.Module, *, batch_axis: int = 0, **task: Any) -> Iterator[N
 
     Source: ours.
     """
+    while not isinstance(model, PeftModel) and isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner  # in DDP, or DeepSpeed's engine
     tuner = lotra_model(model)
     kinds = {name: config.kind for name, config in tuner.peft_config.items() if config.kind is not None}
     if not kinds:

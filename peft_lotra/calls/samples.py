@@ -56,7 +56,6 @@ def run(layer: Any, kind: type, context: Context, args: Any, kwargs: Any) -> Any
     if names is None and not tasks and not together:
         return layer._run_once(args, kwargs)
     layers = [module for module in layer.modules() if isinstance(module, kind)]
-    _read_all(layers if together else ())
     tasks = _tasks(context, layers, names)
     axis = {axis for _, axis in tasks.values()} | ({batch.axis} if isinstance(batch, Batch) else set()) or {0}
     tasks_of = {name: c for name, (c, _) in tasks.items()}
@@ -73,7 +72,7 @@ def run(layer: Any, kind: type, context: Context, args: Any, kwargs: Any) -> Any
         names = tuple([name if name in adapters else BASE for name in names])
     count = first.shape[samples.axis]
     groups = _groups(names, tasks_of, count) if together else []
-    passes = _passes_everywhere(groups, count, layer) if together else 1
+    passes = _passes_everywhere(groups, count, layers) if together else 1
     if not any(inner._needs_tensor for inner in layers):
         masks = _masks(names, first.device)
         if passes > 1:
@@ -89,13 +88,6 @@ def run(layer: Any, kind: type, context: Context, args: Any, kwargs: Any) -> Any
         with entered(Shares(set(layers), None if name is None else {name: None}, weights)):
             results.append(layer._run_once(*_rows_of((args, kwargs), rows, count, samples.axis)))
     return _joined(results, [rows for _, rows, _ in groups], samples.axis, first.dim())
-
-
-def _read_all(layers: Sequence[Any]) -> None:
-    """Read the tensors of every adapter. ZeRO-3 gathers what is read, and other processes may read other adapters."""
-    for layer in layers:
-        for name in layer.lotra_core:
-            layer.tucker(name)
 
 
 def may_pass_again(layer: Any) -> bool:
@@ -216,12 +208,16 @@ def _with_equal_tasks(c: torch.Tensor, rows: list[int]) -> list[list[int]]:
     return [[row for row, k in zip(rows, owners, strict=True) if k == part] for part in range(len(distinct))]
 
 
-def _passes_everywhere(groups: list[Group], count: int, layer: Any) -> int:
+def _passes_everywhere(groups: list[Group], count: int, layers: Sequence[Any]) -> int:
     """The largest number of groups in one of the processes that share the parts of a sharded layer.
 
     Raises:
         ValueError: if a process has fewer samples than another has groups.
     """
+    for inner in layers:  # ZeRO-3 gathers what is read, and other processes may read other adapters
+        for name in inner.lotra_core:
+            inner.tucker(name)
+    layer = layers[0]
     passes, shortest = largest([len(groups), -count], layer.base_layer)
     if passes > max(-shortest, 1):
         raise ValueError(

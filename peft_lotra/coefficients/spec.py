@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import ismethod
 from typing import Any
 
 import torch
@@ -59,9 +60,14 @@ class CoefficientSpec:
         return tuple([CoefficientSpec(part, layout) for part in self.parts])
 
     @property
+    def parameters(self) -> list[str]:
+        """The path of the parameter, or of each parameter of a stack."""
+        return [*self.parts] or [self.parameter]
+
+    @property
     def paths(self) -> list[str]:
         """The paths of the parameters, and of the scale."""
-        return [*(self.parts or [self.parameter]), *([] if self.scale is None else [self.scale])]
+        return [*self.parameters, *([] if self.scale is None else [self.scale])]
 
     @property
     def pattern(self) -> str:
@@ -220,7 +226,7 @@ def tensor_at(layer: torch.nn.Module, path: str) -> torch.Tensor:
         return torch.stack([tensor_at(layer, part) for part in parts])
     owner, name = owner_of(layer, path)
     tensor = getattr(owner, name, None)
-    if callable(tensor):  # a packed weight, which its layer unpacks when asked
+    if ismethod(tensor):  # a packed weight, which its layer unpacks when asked
         raise ValueError(
             f"`{path}` is packed by torch's quantization of a {type(owner).__name__}, "
             "which has no gradients: adapt the model before it is quantized, or quantize its weights by torchao"

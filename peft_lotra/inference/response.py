@@ -216,7 +216,7 @@ def _of_stack(layer: nn.Module, call: Call, path: str, passes: Passes) -> Findin
     spec = finding.spec
     if spec is None:
         return finding
-    if spec.scale or spec.slice or spec.layout.flattened or not re.match(r"d\b|\(d\)", spec.layout.pattern):
+    if spec.scale or spec.slice or spec.layout.flattened or not re.match(r"d\b", spec.layout.pattern):
         return Finding(
             reason=f"as a stack it is {spec.layout.pattern!r}, and not one basis function for each parameter"
         )
@@ -234,22 +234,25 @@ class LayerTests:
     ) -> dict[str, Finding]:
         """The findings of a tested layer that is like `layer`, if `layer` confirms them; else those of `infer_layer`.
 
-        Findings without a coefficient tensor are reused only if their reasons hold for the whole class.
+        Findings without a coefficient tensor are reused only if their reasons hold for the whole class. A stack of
+        parameters is tested in every layer.
         """
         paths = list(paths)
+        stacks_of = [path for path in paths if "*" in path and parts_of(layer, path)]
+        stacked = {path: _of_stack(layer, call, path, passes) for path in stacks_of}
+        paths = [path for path in paths if path not in stacked]
         if not paths:
-            return {}
+            return stacked
         known = self._known.setdefault(type(layer), [])
         likeness = [_likeness(layer, call), paths, region]
         for other, of, findings in known:
             if _equal(other, likeness) and _confirms(layer, call, findings, passes):
-                return {path: replace(finding, like=of) for path, finding in findings.items()}
-        findings = {path: _of_stack(layer, call, path, passes) for path in paths if "*" in path}
-        findings |= infer_layer(layer, call, [path for path in paths if "*" not in path], passes, region)
+                return stacked | {path: replace(finding, like=of) for path, finding in findings.items()}
+        findings = infer_layer(layer, call, paths, passes, region)
         found = any(finding.spec for finding in findings.values())
         if found or all(finding.of_class for finding in findings.values()):
             known.append((likeness, name, findings))
-        return findings
+        return stacked | findings
 
 
 def _likeness(layer: nn.Module, call: Call) -> Any:

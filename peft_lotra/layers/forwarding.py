@@ -44,7 +44,7 @@ class Forwarding(nn.Module):
         return paths
 
     @property
-    def is_quantized(self) -> bool:
+    def _is_quantized(self) -> bool:
         """Whether the layer itself computes with the coefficients, and their update is added to its output."""
         return is_quantized_at(self.get_base_layer(), self.spec.parameter)
 
@@ -65,7 +65,7 @@ class Forwarding(nn.Module):
     def _stored(self, path: str) -> torch.Tensor:
         return tensor_at(self.get_base_layer(), path)
 
-    def check_mergeable(self, adapter_names: Iterable[str]) -> None:
+    def _check_mergeable(self, adapter_names: Iterable[str]) -> None:
         """Raise if the update of an adapter cannot be added to the coefficients, and nothing is changed."""
         check_dense(self.get_base_layer(), self.spec)
         for name in adapter_names:

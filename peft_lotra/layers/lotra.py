@@ -19,7 +19,7 @@ from ..coefficients.spec import CoefficientSpec, owner_of, shape_at
 from ..placement.draws import check_one_draw, row_sums
 from ..placement.offloaded import tensors_in_place, writable_tensors
 from ..placement.sharded import full_tensor, write
-from ..standin import Adapted, Update, adapted_rows, dense_update, run_densely, warn
+from ..standin import Adapted, Update, adapted_rows, dense_update, forget, run_densely, warn
 from ..tucker.decomposition import CODES, CONTAINERS, CORE, NAMES, Ranks, Tucker, tucker_shapes
 from ..tucker.ranks import by_mode, mode_sizes
 from .forwarding import Forwarding
@@ -200,9 +200,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """s · G ×₁ U1 ×₂ U2 ×₃ U3 in the layout of the parameter."""
-        return dense_update(
-            self.spec, self._update(adapter_name), shape_at(self.get_base_layer(), self.spec.parameter)
-        )
+        shape = shape_at(self.get_base_layer(), self.spec.parameter)
+        return dense_update(self.spec, self._update(adapter_name), shape)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """parameter ← parameter · scale + Σ updates, scale ← 1, for the given adapters, or the active ones if None.
@@ -267,6 +266,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         while isinstance(layer, LoTRALayer):
             if merge:
                 layer._merge(safe_merge, adapter_names, keep=False)
+            forget(layer.get_base_layer(), layer.spec)
             layer = layer.base_layer
         return layer
 
@@ -287,7 +287,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         return run(self, LoTRALayer, context, args, kwargs)
 
     def _run_once(self, args: Any, kwargs: Any) -> Any:
-        if not torch.compiler.is_dynamo_compiling() or self._needs_tensor or self.is_quantized:
+        if not torch.compiler.is_dynamo_compiling() or self._needs_tensor or self._is_quantized:
             return self._run_eagerly(args, kwargs)
         updates = self._active_updates()
         with Adapted(self.get_base_layer(), self.spec, updates, is_zero=self._base_is_zero) as call:

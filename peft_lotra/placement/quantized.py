@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 PLAIN = torch.Tensor.dequantize
-ONE_BYTE = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def is_quantized(tensor: torch.Tensor) -> bool:
     """Whether the tensor's stored numbers are not its values."""
-    return tensor.dtype in ONE_BYTE or type(tensor).dequantize is not PLAIN
+    return tensor.dtype.itemsize == 1 or type(tensor).dequantize is not PLAIN
 
 
 def has_quantized_weight(layer: nn.Module) -> bool:

@@ -36,7 +36,7 @@ def full_shape(tensor: torch.Tensor) -> torch.Size:
 
 def any_sharded(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether this process has, at this moment, only a part of some of these tensors."""
-    return any(isinstance(tensor, DTensor) or _is_released(tensor) for tensor in tensors)
+    return any(isinstance(tensor, DTensor) or is_released(tensor) for tensor in tensors)
 
 
 @contextmanager
@@ -56,7 +56,8 @@ def _telling_who_waits() -> Iterator[None]:
         timer.cancel()
 
 
-def _is_released(tensor: Any) -> bool:
+def is_released(tensor: Any) -> bool:
+    """Whether ZeRO-3 keeps a part of the tensor in each process at this moment."""
     return not torch.compiler.is_compiling() and hasattr(tensor, "ds_shape") and tensor.numel() != tensor.ds_numel
 
 
@@ -82,7 +83,7 @@ def full_tensor(tensor: Any) -> torch.Tensor:
         if gathered.requires_grad:
             gathered.register_hook(lambda gradient: gradient / mesh.size())
         return gathered
-    if _is_released(tensor):
+    if is_released(tensor):
         raise RuntimeError(
             f"coefficients or factors of shape {tuple(tensor.ds_shape)} are read outside of forward, where ZeRO-3 "
             "keeps a part of them in each process: read them in the model's forward, or, if no gradients are needed, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..coefficients.spec import CoefficientSpec, is_quantized_at, owner_of, shape_at
-from ..placement.quantized import ONE_BYTE, PLAIN, refuse_dense
+from ..placement.quantized import PLAIN, refuse_dense
 from ..placement.sharded import any_sharded, full_shape, full_tensor
 from ..tucker.decomposition import Tucker, tucker_shapes
 from .axes import indexed, parameter_axes
@@ -52,9 +53,9 @@ def dense_update(spec: CoefficientSpec, update: Update, shape: torch.Size) -> to
 
 def _pieces(spec: CoefficientSpec, updates: Iterable[Update]) -> Iterator[tuple[CoefficientSpec, tuple[Update, ...]]]:
     """Each parameter of a stack with the updates of its basis function."""
-    updates = tuple(updates)
+    updates, step = tuple(updates), spec.layout.canonical_shape[2] // len(spec.pieces)
     for k, piece in enumerate(spec.pieces):
-        rows = (None, None, range(k, k + 1))
+        rows = (None, None, range(k * step, (k + 1) * step))
         yield piece, tuple([update.shown(rows) for update in updates]) if spec.parts else updates
 
 
@@ -144,14 +145,16 @@ class Adapted(Call):
 
 
 _OUTPUT = "output of its forward"  # a place that is no tensor
+_hooking = threading.Lock()
 
 
 def _beside(
     owner: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...]
 ) -> Iterable[tuple[nn.Module, str, torch.Tensor, Any]]:
     """The place of the update of a linear layer with a quantized weight, whose output `_add_update` changes."""
-    if _add_update not in owner._forward_hooks.values():
-        owner.register_forward_hook(_add_update, with_kwargs=True)
+    with _hooking:  # two threads would add the update twice
+        if _add_update not in owner._forward_hooks.values():
+            owner.register_forward_hook(_add_update, with_kwargs=True)
     shape = shape_at(owner, "weight")
     nothing = updates[0].tucker.core.new_zeros(()).expand(shape)
     return ((owner, _OUTPUT, nothing, Weight(nothing, parameter_axes(spec, shape), updates, is_zero=True)),)
@@ -165,6 +168,13 @@ def _add_update(owner: nn.Module, args: Any, kwargs: Any, y: torch.Tensor) -> to
     meant, call = found
     x = next(iter((*args, *kwargs.values())))
     return y + F.linear(x.to(meant.tensor), stand_in(meant, call)).to(y)
+
+
+def forget(layer: nn.Module, spec: CoefficientSpec) -> None:
+    """Take back what passes have left on the layer."""
+    hooks = owner_of(layer, spec.parameters[0])[0]._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _add_update]:
+        del hooks[key]
 
 
 def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> bool:
@@ -188,9 +198,7 @@ def _meanings(
             [place for piece, own in _pieces(spec, updates) for place in _meanings(layer, piece, own, is_zero)]
         )
     owner, name, parameter = _located(layer, spec.parameter)
-    if (
-        type(parameter).dequantize is not PLAIN or parameter.dtype in ONE_BYTE
-    ):  # no calls, which take time in each pass
+    if type(parameter).dequantize is not PLAIN or parameter.dtype.itemsize == 1:  # no calls: they take time
         return _beside(owner, spec, updates) if updates else ()
     coefficients: torch.Tensor = parameter
     others: tuple[Any, ...] = ()
@@ -210,9 +218,7 @@ def replaced(layer: nn.Module, spec: CoefficientSpec, coefficients: torch.Tensor
     All threads see the tensor, so no other thread runs the layer meanwhile.
     """
     with ExitStack() as stack:
-        for path, tensor in zip(
-            spec.parts or [spec.parameter], coefficients if spec.parts else [coefficients], strict=True
-        ):
+        for path, tensor in zip(spec.parameters, coefficients if spec.parts else [coefficients], strict=True):
             stack.enter_context(held(*_located(layer, path)[:2], tensor))
         if spec.scale is not None:
             owner, name, scale = _located(layer, spec.scale)

@@ -135,7 +135,8 @@ def _given_parameters(parameters: list[str], config: LoTRAConfig) -> list[tuple[
         matches = [match for parameter in parameters if (match := numbered(key).fullmatch(parameter))]
         matches = [match for match in matches if match[1] is None] or matches  # a full name means one stack
         found = [key if match[1] is None else f"{match[1]}.{key}" for match in matches]
-        parameters = [parameter for parameter in parameters if parameter not in {match[0] for match in matches}]
+        stacked = {match[0] for match in matches}
+        parameters = [parameter for parameter in parameters if parameter not in stacked]
         given += [(stack, key) for stack in dict.fromkeys(found)]
     for parameter in parameters:
         key = parameter if parameter in full_names else get_pattern_key(patterns, parameter)
@@ -208,7 +209,7 @@ def _check_not_shared(model: nn.Module, layers: Mapping[str, nn.Module], targets
         names.setdefault(id(thing), []).append(name)
     for target in targets:
         layer = layers[target.module]
-        for thing in (layer, *[tensor_at(layer, path) for path in target.spec.parts or [target.spec.parameter]]):
+        for thing in (layer, *[tensor_at(layer, path) for path in target.spec.parameters]):
             if len(names[id(thing)]) > 1:
                 raise ValueError(
                     f"{target.parameter} cannot be adapted: the model has the same object under the names "

@@ -51,7 +51,7 @@ def dense_model(
             whole[part] = update.reshape(whole[part].shape)
             total = total + whole
         values = (coefficients + total).to(coefficients.dtype)
-        for place, value in zip(spec.parts, values, strict=True) if spec.parts else [(spec.parameter, values)]:
+        for place, value in zip(spec.parameters, values if spec.parts else [values], strict=True):
             owner, _, name = (path.removesuffix(spec.parameter) + place).rpartition(".")
             holder = oracle.get_submodule(owner)
             del holder._parameters[name]
@@ -61,7 +61,7 @@ def dense_model(
 
 def _coefficients(model: nn.Module, path: str, spec: CoefficientSpec) -> torch.Tensor:
     layer = path.removesuffix(spec.parameter)
-    values = [model.get_parameter(layer + place).detach() for place in spec.parts or [spec.parameter]]
+    values = [model.get_parameter(layer + place).detach() for place in spec.parameters]
     return torch.stack(values) if spec.parts else values[0]
 
 
