@@ -92,7 +92,7 @@ def test_many_requests_beside_changes(adapters):
 
 
 def test_the_example(tmp_path):
-    out = call("serve", "--requests", 30, "--adapters", 6, "--held", 3, "--output-dir", tmp_path).out
+    out = call("serve", "--requests", 30, "--adapters", 6, "--codes", 6, "--held", 3, "--output-dir", tmp_path).out
     assert "30 requests of 8 samples, 4 threads: 30 right" in out
 
 
