@@ -149,6 +149,12 @@ def test_calls_of_small_layers(tmp_path):
     assert all(0 < count <= 80 for count in results["calls"].values())
 
 
+def test_an_adapter_needs_fewer_kernels_than_its_dense_form(tmp_path):
+    for row in small_layers(tmp_path, "--parts", "kernels")["kernels"]:
+        count = row["kernels"]
+        assert count["frozen layer"] < count["full fine-tuning"] < count[LOTRA] < count["dense A + Δ"]
+
+
 def test_times_of_small_layers(tmp_path):
     results = small_layers(tmp_path, "--parts", "steps", "constants")
     (row,) = results["steps"]

@@ -95,6 +95,17 @@ class _LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+class CountedKernels(TorchDispatchMode):
+    """Counts the operations that compute: no views, no memory that is only set aside, no marks for a profiler."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        idle = ("empty", "detach", "_unsafe_view", "_record_function")
+        self.number += not (func.is_view or func.overloadpacket.__name__.startswith(idle))
+        return func(*args, **(kwargs or {}))
+
+
 def synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

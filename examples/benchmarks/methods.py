@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 
 from peft_lotra import LoTRAConfig, slim_kan
 
-FLOOR, FULL, LOTRA, LOTRA_8 = "frozen layer", "full fine-tuning", "LoTRA", "LoTRA, 8 adapters"
+FLOOR, FULL, DENSE = "frozen layer", "full fine-tuning", "dense A + Δ"
+LOTRA, LOTRA_8 = "LoTRA", "LoTRA, 8 adapters"
 LORA_RANK = 8
 
 
@@ -117,7 +118,7 @@ def training_methods(
     owner, name = owner_of_coefficients(dense, kind)
     update = _DenseUpdate(kind.axes, getattr(owner, name), sizes, r)
     parametrize.register_parametrization(owner, name, update)
-    methods["dense A + Δ"] = Trained(OneLayer(dense))
+    methods[DENSE] = Trained(OneLayer(dense))
     methods[LOTRA] = Trained(with_lotra(_sharing(layer), kind, r=r))
     methods[LOTRA_8] = Trained(with_lotra(_sharing(layer), kind, adapters=8, r=r))
     if kind.lora_target is not None:

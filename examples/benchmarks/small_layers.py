@@ -1,9 +1,11 @@
-"""The cost of LoTRA on small KANs, where calls cost more than arithmetic: calls, instructions, steps of a PINN.
+"""The cost of LoTRA on small KANs, where calls cost more than arithmetic: calls, kernels, instructions, PINN steps.
 
     python examples/benchmarks/small_layers.py
     python examples/benchmarks/small_layers.py --parts steps --widths 64
 
 calls         calls of Python functions of peft_lotra in a layer's forward pass, by the interpreter's profiling hook.
+kernels       operations of torch that compute in a forward and backward pass of a layer of each width: frozen, full
+              fine-tuning, A + Δ by hand, LoTRA.
 instructions  instructions of a forward pass beyond those of the frozen base layer, by valgrind's callgrind. This takes
               ten minutes, and is left out if valgrind is not installed.
 steps         time of Adam on a PDE with second derivatives, relative to full fine-tuning. "last layer": only the
@@ -31,8 +33,8 @@ sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 from chebyshev_kan import ChebyshevKAN
 from command_line import check_device, exit_code, make_output_dir, new_parser, positive_int
 from layers import KINDS, OneLayer
-from measuring import interleaved, median_ratio, steady
-from methods import FULL, LOTRA, with_lotra
+from measuring import CountedKernels, interleaved, median_ratio, steady
+from methods import DENSE, FLOOR, FULL, LOTRA, training_methods, with_lotra
 from pdes import Elliptic, Points
 from peft import get_peft_model
 from reporting import write_atomically
@@ -75,6 +77,33 @@ def calls(args: argparse.Namespace) -> dict[str, int]:
         counts[kind] = count
         print(f"{KINDS[kind].title}: {count} calls of Python functions in a forward pass")
     return counts
+
+
+def kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each is a kernel on an accelerator, or a few of them. Views and the optimizer are not counted."""
+    rows = []
+    for kind in LAYERS:
+        for width in args.widths:
+            torch.manual_seed(0)
+            layer, sizes, x = (
+                KINDS[kind].build(width, width, BASIS),
+                (width, width, BASIS),
+                torch.rand(args.batch, width),
+            )
+            methods = training_methods(layer, KINDS[kind], sizes, (RANK, RANK, RANK))
+            counts = {
+                name: _kernels(methods[name], x.clone().requires_grad_()) for name in (FLOOR, FULL, DENSE, LOTRA)
+            }
+            rows.append({"layer": kind, "width": width, "kernels": counts})
+            print(f"{KINDS[kind].title}, width {width}: {', '.join(f'{name} {n}' for name, n in counts.items())}")
+    return rows
+
+
+def _kernels(trained: Any, x: torch.Tensor) -> int:
+    trained.forward_backward(x, torch.ones_like(x))  # makes the plan
+    with CountedKernels() as counted:
+        trained.forward_backward(x, torch.ones_like(x))
+    return counted.number
 
 
 def instructions(args: argparse.Namespace) -> dict[str, int]:
@@ -170,7 +199,7 @@ def _median(args: argparse.Namespace, run: Callable[[], object]) -> float:
     return statistics.median(first for (first,) in seconds)
 
 
-PARTS = {part.__name__: part for part in (calls, instructions, steps, constants)}
+PARTS = {part.__name__: part for part in (calls, kernels, instructions, steps, constants)}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -188,7 +217,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
-    add("--widths", type=positive_int, nargs="+", default=[8, 32, 64, 128, 256], help="of the PINN's hidden layers")
+    add(
+        "--widths",
+        type=positive_int,
+        nargs="+",
+        default=[8, 32, 64, 128, 256],
+        help="of layers whose kernels are counted, and of the PINN",
+    )
     add("--batch", type=positive_int, default=256, help="points inside of the PINN's domain")
     add("--seconds", type=positive_int, default=20, help="of the timed rounds for each width")
     add("--threads", type=positive_int, default=1, help="of the CPU")
