@@ -221,7 +221,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     try:
         attach_lotra(build_kan(args.kan, args.seed), args.r, args.compression_ratio)
     except ImportError as error:
-        parser.error(f"argument --kan: {args.kan} cannot be imported ({error}); pip install {args.kan}")
+        parser.error(f"argument --kan: {args.kan} cannot be imported ({error}); pip install 'peft-lotra[pykan]'")
     except ValueError as error:  # ranks that do not fit this KAN
         parser.error(str(error))
     make_output_dir(parser, args)

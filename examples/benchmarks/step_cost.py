@@ -301,7 +301,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         kan_layers = [kind for kind in KINDS if KINDS[kind].basis is None]
         args.layers = [kind for kind in kan_layers if kind != "pykan" or importlib.util.find_spec("kan")]
     elif "pykan" in args.layers and not importlib.util.find_spec("kan"):
-        parser.error("argument --layers: pykan cannot be imported; pip install pykan")
+        parser.error("argument --layers: pykan cannot be imported; pip install 'peft-lotra[pykan]'")
     if not 0 <= args.seconds < math.inf:
         parser.error(f"argument --seconds: should be a number from 0 on, got {args.seconds}")
     check_device(parser, args)
