@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from typing import NamedTuple
 
 import torch
 
@@ -21,10 +22,30 @@ _INCREASE, _DECREASE = 5.0, 4.0
 _OF_PARAMETERS, _OF_RESIDUALS = 16, 6
 
 
+class Iteration(NamedTuple):
+    """What an iteration has found.
+
+    Attributes:
+        point: the Evaluation of θ + αδ, or the last that was looked at, if θ stays.
+        before, after: the loss of θ and that of `point`.
+        damping: λ for the next iteration.
+        reason: why θ stays: "gradient", "damping" (no λ reduces the loss), or "not finite" (derivatives at θ, or
+            residuals after each step). None if it does not.
+    """
+
+    point: Evaluation
+    before: float
+    after: float
+    damping: float
+    reason: str | None
+
+
 def iterate(
     problem: Problem, point: Evaluation, damping: float, first: bool, rate: float = 1.0, tolerance: float = 0.0
-) -> tuple[Evaluation, float, str | None]:
+) -> Iteration:
     """θ + αδ with the first λ whose δ reduces the loss on the batch of `point`. The model is not changed.
+
+    On an accelerator, the host waits for values once, and once for each λ that is tried by an exact form.
 
     Args:
         point: the Evaluation of θ.
@@ -32,45 +53,38 @@ def iterate(
         first: whether to make the checks that one iteration makes for all.
         rate: α.
         tolerance: the cosine between a column of J and r at which θ stays.
-
-    Returns:
-        The Evaluation of θ + αδ, λ for the next iteration, and None; or an Evaluation, λ, and why θ stays: "gradient",
-        "damping" (no λ reduces the loss), or "not finite" (derivatives at θ, or residuals after each step).
     """
-    if not math.isfinite(point.total):
-        return point, damping, "not finite"
     system = damped_system(problem, point)
+    before, scale, cosine = torch.stack([point.total, system.scale, system.cosine(point.total)]).tolist()
     if first:
-        _check(system)
-    if not math.isfinite(system.scale):
-        return point, damping, "not finite"
-    if system.cosine(point.total) <= tolerance:
-        return point, damping, "gradient"
+        _check(system, scale)
+    if not math.isfinite(before + scale):
+        return Iteration(point, before, before, damping, "not finite")
+    if cosine <= tolerance:
+        return Iteration(point, before, before, damping, "gradient")
     tried, found, any_finite = damping, point, False
     while tried <= _MOST_DAMPING:
         step = system.step(tried)
         found = problem.evaluate(point.theta + rate * step.to(point.theta), point.batch)
-        gain = point.total - found.total
-        any_finite = any_finite or math.isfinite(gain)
-        if gain > 0:  # false for NaN
-            if gain > system.predicted_gain(step, tried, rate) / 4:
-                tried = max(tried / _DECREASE, _LEAST_DAMPING)
-            return found, tried, None
+        after, predicted = torch.stack([found.total, system.predicted_gain(step, tried, rate)]).tolist()
+        if after < before:  # false for NaN
+            good = before - after > predicted / 4
+            return Iteration(found, before, after, max(tried / _DECREASE, _LEAST_DAMPING) if good else tried, None)
+        any_finite = any_finite or math.isfinite(after)
         tried = max(tried, _LEAST_DAMPING) * _INCREASE
-    return (point, damping, "damping") if any_finite else (found, damping, "not finite")
+    point, reason = (point, "damping") if any_finite else (found, "not finite")
+    return Iteration(point, before, before, damping, reason)
 
 
-def _check(system: DampedSystem) -> None:
-    if not math.isfinite(system.scale):
+def _check(system: DampedSystem, scale: float) -> None:
+    if not math.isfinite(scale):
         raise ValueError("`residual_fn` has derivatives that are not finite at the present parameters of `model`")
-    if system.scale:
-        return
-    if not system.gradient.any():
+    if not scale and not system.gradient.any():
         raise ValueError(
             "`residual_fn` does not depend on the trainable parameters of `model`: every derivative is zero. "
             "Does it call `net`? Is the trainable adapter active, enabled and not merged?"
         )
-    if not system.decay:
+    if not scale and not system.decay:
         raise ValueError(
             "`loss` has no curvature at any sample, so there is no second-order step: use a loss with curvature, or "
             "give `weight_decay`"

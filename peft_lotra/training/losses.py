@@ -64,7 +64,7 @@ class ConvexLoss(ABC):
     def residual(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
         """r. shape: (N, ..., m)"""
 
-    def counted(self, outputs: torch.Tensor, targets: Any) -> int:
+    def counted(self, outputs: torch.Tensor, targets: Any) -> int | torch.Tensor:
         """How many samples the mean is taken over."""
         return len(outputs)
 
@@ -164,10 +164,9 @@ class CrossEntropy(ConvexLoss):
         total = y.sum(dim=-1, keepdim=True)
         return (total * p - y) / (2 * total.clamp(min=_LEAST_CURVATURE) * p.clamp(min=_LEAST_CURVATURE)).sqrt()
 
-    def counted(self, outputs: torch.Tensor, targets: torch.Tensor) -> int:
+    def counted(self, outputs: torch.Tensor, targets: torch.Tensor) -> int | torch.Tensor:
         """How many labels are not ignored, as in torch's mean."""
-        soft = targets.is_floating_point()
-        return targets[..., 0].numel() if soft else int((targets != IGNORED).sum())
+        return targets[..., 0].numel() if targets.is_floating_point() else (targets != IGNORED).sum()
 
 
 class Given(ConvexLoss):
