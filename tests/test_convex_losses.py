@@ -360,7 +360,7 @@ def test_fp32_model():
 X, Y = points(8), labels(8)
 ONES = torch.ones(8, CLASSES, **FP64)
 BAD = [
-    ("entropy", {}, ValueError, r"`loss` should be one of \['least_squares', 'cross_entropy', .* it is 'entropy'"),
+    ("entropy", {}, ValueError, r"`loss` should be one of \['least_squares', 'cross_entropy', .* passed is 'entropy'"),
     (3, {}, TypeError, "`loss` should be one of .* methods `value`, `gradient` and `factor` .* passed is 3"),
     (Quartic, {}, TypeError, "`loss` .*class"),
     ({"a": "poisson"}, {}, ValueError, r"`loss` should be one loss, .* but it has the keys \['a'\]"),

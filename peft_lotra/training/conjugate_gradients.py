@@ -81,6 +81,6 @@ def _drawn(kinds: Sequence[int], number: int) -> tuple[torch.Tensor, torch.Tenso
         share = min(kinds[index], max(1, left // (len(kinds) - done)))
         left -= share
         chosen.append(sum(kinds[:index]) + torch.randperm(kinds[index], generator=generator)[:share])
-        scales.append(torch.full((share,), (kinds[index] / share) ** 0.5))
+        scales.append(torch.full((share,), (kinds[index] / share) ** 0.5, dtype=torch.float64))
     rows, order = torch.cat(chosen).sort()
     return rows, torch.cat(scales)[order]
