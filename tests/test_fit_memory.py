@@ -124,8 +124,8 @@ def regression(net, x):
     return net(x)[:, :2] - x[:, :2].sin()
 
 
-def test_a_fit_by_conjugate_gradients(forms):
-    """Of several kinds, to the tolerance that is built in: as good as exact steps."""
+def test_a_fit_by_conjugate_gradients(forms, fp32):
+    """Of several kinds, to the tolerance that is built in, under torch's own default dtype: as good as exact steps."""
     kinds = {"inside": regression, "edge": lambda net, x: 10 * regression(net, x)}
     data = {"inside": points(100).float(), "edge": points(6, seed=4).float()}
     models, results = [adapted(torch.float32) for _ in range(2)], []

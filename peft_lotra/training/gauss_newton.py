@@ -20,8 +20,7 @@ from .checks import check_callable, check_numbers
 from .iteration import iterate
 from .problem import Problem
 from .progress import Progress
-from .result import GaussNewtonResult
-from .resuming import Checkpoint, check_same_fit, fingerprint, of_parameters
+from .resuming import Checkpoint, GaussNewtonResult, check_same_fit, fingerprint, of_parameters
 
 
 def fit_gauss_newton(
@@ -215,8 +214,8 @@ def fit_gauss_newton(
                     "loss": found.before - found.after <= loss_tolerance * abs(found.before),
                     "seconds": late,
                 }
-                if any(ends.values()):
-                    reason = next(name for name, holds in ends.items() if holds)
+                reason = next((name for name, holds in ends.items() if holds), reason)
+                if ends.get(reason):
                     break
         except KeyboardInterrupt:
             reason = "interrupted"

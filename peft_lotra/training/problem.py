@@ -236,15 +236,12 @@ class Problem:
         return found
 
     def _check_finite(self, found: Evaluation, argument: str) -> None:
-        if found.loss.isfinite():
-            return
-        lacking, now = ~found.residuals.isfinite(), f"on `{argument}` and with the parameters that `model` has now"
-        if lacking.any():
+        if not found.loss.isfinite():
+            lacking = ~found.residuals.isfinite()
             raise ValueError(
                 f"`residual_fn` should give finite residuals, but {lacking.sum().item()} of {len(lacking)} are not, "
-                f"{now}"
+                f"and the loss is {found.loss}, on `{argument}` and with the parameters that `model` has now"
             )
-        raise ValueError(f"the loss should be finite but it is {found.loss}, {now}")
 
     def _check_samples(self, found: Evaluation, argument: str) -> None:
         # Not at θ itself: the residuals of a fitted model may be rounding errors, which differ, and the core of a
@@ -313,12 +310,11 @@ class Problem:
             found = self.processes.sum(self.processes.agreed(self._pulled_back, point, "gradient", given, of_outputs))
         else:
             found = torch.zeros_like(point.theta, dtype=torch.float64)
-        return found + self.weight_decay * self.away(point.theta) if self.weight_decay else found
+        return found + self.weight_decay * self.away(point.theta)
 
     def _pulled_back(self, point: Evaluation, what: str, kinds: Iterable[Kind], of_outputs: OfOutputs) -> torch.Tensor:
         """Σ (∂outputs/∂θ)ᵀ · `of_outputs` / M over all samples of this process, in fp64. shape: (P,)"""
-        parameters = self._named(point.theta)
-        total = torch.zeros_like(point.theta, dtype=torch.float64)
+        parameters, total = self._named(point.theta), torch.zeros_like(point.theta, dtype=torch.float64)
 
         def of_chunk(kind: Kind, chunk: Any) -> torch.Tensor:
             def outputs(p: Parameters) -> torch.Tensor:
@@ -326,8 +322,8 @@ class Problem:
 
             with torch.no_grad():
                 cotangent = of_outputs(kind, chunk, outputs) / point.counts[kind.name]
-            of_parameters, pull_back = vjp(outputs, parameters)[:2]
-            (pulled,) = pull_back(cotangent.to(of_parameters.dtype))
+            now, pull_back = vjp(outputs, parameters)[:2]
+            (pulled,) = pull_back(cotangent.to(now.dtype))
             return torch.cat([pulled[name].detach().flatten() for name in parameters]).double()
 
         for kind in kinds:
