@@ -94,11 +94,11 @@ def _check(system: DampedSystem, scale: float) -> None:
 def damped_system(problem: Problem, point: Evaluation) -> DampedSystem:
     """`ResidualSpace` if R < P, `NormalEquations` otherwise, and `ConjugateGradients` if neither fits into the memory.
 
-    Normal equations take P² operations for each residual. Conjugate gradients take 15 to 60 passes over the data.
-    For 10⁵ residuals on one core, J and JᵀJ take 50 s if the residuals are values of a KAN with P = 5,184, and 64 s
-    if they are its Laplacian; a pass takes 2.6 and 19 s. With P = 20,384, J and JᵀJ take 590 and 630 s, a pass 4.2
-    and 39 s. So conjugate gradients are cheaper from P ≈ 5,000 on for values, and from 20,000 on for the Laplacian.
-    (`examples/benchmarks/gauss_newton_cost.py --parts passes`, on a busy machine.)
+    Conjugate gradients are for lack of memory alone, although a product with JᵀJ costs less than its share of JᵀJ if P
+    is large. How many products they take depends on λ, which falls during a fit. For values of a KAN with P = 5,184 at
+    5,000 points, they take 21 products and 0.7 × the time of an exact step at λ = 0.3. At λ = 10⁻⁴, 200 products and
+    4 × the time are not enough, and the step raises the loss. (`examples/benchmarks/gauss_newton_cost.py --parts
+    steps`, on a busy machine.)
 
     `ResidualSpace` is for one process, and for losses whose gradient is 2Jᵀr.
 
@@ -109,10 +109,10 @@ def damped_system(problem: Problem, point: Evaluation) -> DampedSystem:
     rows, rest = processes.agreed(problem.rows, point), problem.rest(point)
     equation = Equation(rows, point.residuals, rest, problem.weight_decay, dtype, processes)
     vectors = 8 * (_OF_PARAMETERS * size + _OF_RESIDUALS * count)
-    held = vectors + max(problem.chunks.budget, problem.chunks.of_one)
+    room = problem.max_memory - vectors - max(problem.chunks.budget, problem.chunks.of_one)
 
     def fits(form: int) -> bool:
-        return not any(processes.any(held + form > problem.max_memory))
+        return not any(processes.any(form > room))
 
     def needed(form: int) -> int:
         besides = form + vectors
@@ -134,8 +134,8 @@ def damped_system(problem: Problem, point: Evaluation) -> DampedSystem:
         return ResidualSpace(equation)
     if fits(_normal_equations_bytes(size)):
         return NormalEquations(equation)
-    most, room = min(size, count), problem.max_memory - held
-    drawn = bisect_right(range(1, most + 1), room, key=lambda rows: _residual_space_bytes(size, dtype, rows))
+    numbers = range(1, min(size, count) + 1)
+    drawn = bisect_right(numbers, room, key=lambda rows: _residual_space_bytes(size, dtype, rows))
     if any(processes.any(drawn < 1)):
         raise ValueError(
             f"`max_memory` should be at least {needed(_residual_space_bytes(size, dtype, 1))} bytes for {size} "
