@@ -116,8 +116,9 @@ def fit_gauss_newton(
             with the best parameters.
         max_memory: the bytes of tensors that the fit may hold besides the model and the data, 4 GiB by default. A
             block of rows of J takes at most a quarter of it. If there is no room for 8P² bytes nor (with R < P) for J
-            and 8R² bytes, conjugate gradients solve the equation. They need many more passes over the data, and leave
-            an error of about 10⁻³ of the step, in the norm of the matrix.
+            and 8R² bytes, conjugate gradients solve the equation. They need many more passes over the data, the more
+            the smaller λ is, and leave an error of about 10⁻³ of the step, in the norm of the matrix. They end after
+            200 products with JᵀJ, so that the error is larger where λ is very small.
         across_processes: this must be given if torch.distributed (or accelerate) runs several processes. True: all
             processes make one fit. `data` is then this process's part, which may differ in size from others, means are
             over all samples, and all processes end with the same parameters. False: this process makes its own fit.
