@@ -224,9 +224,10 @@ class Problem:
             check_repeatable(self.model)
         found = self.evaluate(theta, batch, argument, fresh=True)
         self.processes.agreed(self._check_finite, found, argument)
-        if first:
-            self.processes.agreed(self._check_samples, found, argument)
-        if first and is_batches(batch):
+        if not first:
+            return found
+        self.processes.agreed(self._check_samples, found, argument)
+        if any(self.processes.any(is_batches(batch))):
             again = self.evaluate(theta, batch, argument).residuals
             if any(self.processes.any(not torch.equal(again, found.residuals))):
                 raise ValueError(
