@@ -117,9 +117,8 @@ def advise(
         raise ValueError(f"`data` should be tensors with N rows each, N ≥ 4, but has {sorted(rows)} rows")
     order = torch.randperm(*rows, generator=torch.Generator().manual_seed(0))
     count = min(max(1, round(held_out * len(order))), len(order) - 1)
-    kept, measured = (
-        tree_map(lambda t, part=part: t[part.to(t.device)], data) for part in (order[count:], order[:count])
-    )
+    measured, kept = (tree_map(lambda t, p=p: t[p.to(t.device)], data) for p in (order[:count], order[count:]))
+    config = LoTRAConfig() if config is None else config
 
     def error(net: nn.Module) -> float:
         with torch.no_grad():
@@ -127,35 +126,28 @@ def advise(
         found = float(torch.cat(parts).mean().sqrt())
         return found if math.isfinite(found) else math.inf
 
-    config = LoTRAConfig() if config is None else config
-    adapter = f"model = get_peft_model(model, {_written(config)})\n"
-    by_lm = "fit_gauss_newton(model, residual, data)"
-    tools: list[tuple[str, bool, bool, str]] = [
-        ("the KAN itself, LM", False, True, by_lm),
-        ("an adapter, LM", True, True, adapter + by_lm),
-        ("the KAN itself, Adam", False, False, "torch.optim.Adam(model.parameters(), lr=RATE)"),
-        ("an adapter, Adam", True, False, adapter + "torch.optim.Adam(model.parameters(), lr=RATE)"),
-    ]
+    def trial(tool: str, adapter: str, rate: float | None) -> Trial:
+        net = copy.deepcopy(model).eval()
+        net = get_peft_model(net, config).eval() if adapter else net
+        trained = [p for p in net.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError("`model` has no parameter that requires a gradient: call `model.requires_grad_(True)`")
+        start = time.perf_counter()
+        if rate is None:
+            fit_gauss_newton(net, residual, kept, iterations=1000, max_seconds=seconds, progressbar=False)
+            code = "fit_gauss_newton(model, residual, data)"
+        else:
+            _by_adam(net, trained, residual, kept, rate, seconds / len(_RATES))
+            code = f"torch.optim.Adam(model.parameters(), lr={rate})"
+        spent, numbers = time.perf_counter() - start, sum(p.numel() for p in trained)
+        size = sum(p.numel() * p.element_size() for p in trained)
+        return Trial(tool, error(net), numbers, size, spent, adapter + code)
+
+    tools = {"the KAN itself": "", "an adapter": f"model = get_peft_model(model, {_written(config)})\n"}
+    runs = [(name, tool, rates) for name, rates in (("LM", (None,)), ("Adam", _RATES)) for tool in tools]
     trials = [Trial("as it is", error(copy.deepcopy(model).eval()), 0, 0, 0.0, "")]
-    for tool, adapts, second_order, code in tqdm(tools, desc="advise", disable=not progressbar, leave=False):
-        found = []
-        for rate in (None,) if second_order else _RATES:
-            net = copy.deepcopy(model).eval()
-            net = get_peft_model(net, config).eval() if adapts else net
-            trained = [p for p in net.parameters() if p.requires_grad]
-            if not trained:
-                raise ValueError(
-                    "`model` has no parameter that requires a gradient: call `model.requires_grad_(True)`"
-                )
-            start = time.perf_counter()
-            if rate is None:
-                fit_gauss_newton(net, residual, kept, iterations=1000, max_seconds=seconds, progressbar=False)
-            else:
-                _by_adam(net, trained, residual, kept, rate, seconds / len(_RATES))
-            numbers = sum(p.numel() for p in trained)
-            size = sum(p.numel() * p.element_size() for p in trained)
-            spent = time.perf_counter() - start
-            found.append(Trial(tool, error(net), numbers, size, spent, code.replace("RATE", str(rate))))
+    for name, tool, rates in tqdm(runs, desc="advise", disable=not progressbar, leave=False):
+        found = [trial(f"{tool}, {name}", tools[tool], rate) for rate in rates]
         trials.append(min(found, key=lambda trial: trial.error))
     return Advice(trials)
 
@@ -172,11 +164,9 @@ def _by_adam(
 
 def _written(config: LoTRAConfig) -> str:
     """The config as code, with the fields that are not the default's."""
-    plain = LoTRAConfig()
-    names = [
-        name for name in vars(plain) if not name.startswith("_") and getattr(plain, name) != getattr(config, name)
-    ]
-    return f"LoTRAConfig({', '.join(f'{name}={getattr(config, name)!r}' for name in names)})"
+    default = {name: value for name, value in vars(LoTRAConfig()).items() if not name.startswith("_")}
+    given = {name: getattr(config, name) for name, value in default.items() if getattr(config, name) != value}
+    return f"LoTRAConfig({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
 
 def main(argv: list[str] | None = None) -> int:

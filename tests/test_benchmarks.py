@@ -204,6 +204,9 @@ def check_gauss_newton_cost(results):
     assert 0.5 < results["gram"][0]["memory"] < 0.7
     assert results["chunks"][0]["ratio"] > 0
     assert results["passes"][0].keys() == {"numbers", "problem", "rows", "gram", "product"}
+    large, small = results["steps"][0], results["steps"][-1]
+    assert large["NormalEquations"]["loss"] == pytest.approx(large["ConjugateGradients"]["loss"], rel=0.01)
+    assert 0 < large["ConjugateGradients"]["products"] < small["ConjugateGradients"]["products"]
     assert [row["form"] for row in results["size"]] == ["ConjugateGradients", "NormalEquations"]
     short_of, enough = (row["losses"][-1] for row in results["size"])
     assert short_of == pytest.approx(enough, rel=0.01)
@@ -211,7 +214,7 @@ def check_gauss_newton_cost(results):
 
 def test_gauss_newton_cost(tmp_path, monkeypatch):
     monkeypatch.setattr(gauss_newton_cost.multiprocessing, "get_context", InThisProcess)
-    parts = ("--parts", "gram", "passes", "chunks", "size")
+    parts = ("--parts", "gram", "passes", "steps", "chunks", "size")
     call("gauss_newton_cost", "--smoke", "--threads", 1, *parts, "--output-dir", tmp_path)
     check_gauss_newton_cost(json.loads((tmp_path / "gauss_newton_cost.json").read_text()))
 

@@ -1,5 +1,7 @@
 """`fit_gauss_newton` under losses other than least squares, against dense formulas and torch's own losses."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from layer_table import config, make, randomize
 from peft import get_peft_model
 from torch import nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_lotra import OutputLoss, fit_gauss_newton
 
@@ -357,10 +360,41 @@ def test_fp32_model():
     assert (moved - other).norm() < 0.05 * moved.norm()  # the rounding of J is amplified by the solution
 
 
+class Looks(TorchDispatchMode):
+    """How often the host looks at a value, and would wait for an accelerator."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count, tolist = 0, torch.Tensor.tolist
+
+        def noted(tensor):
+            self.count += 1
+            return tolist(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", noted)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("case", ["least squares", "ignored labels", "poisson", "huber"])
+def test_an_iteration_looks_at_values_twice(case, rows, monkeypatch):
+    loss, _, targets, _ = CASES.get(case, ("least_squares", (), lambda n: reals(n, CLASSES), None))
+    function = pair if case in CASES else lambda net, batch: net(batch[0]) - batch[1]
+    seen = []
+    with Looks(monkeypatch) as looks:
+        data, arguments = (points(rows), targets(rows)), {"iterations": 4, "damping": 1e4, "loss_tolerance": 0}
+        fit(adapted(), data, loss, function, callback=lambda _: seen.append(looks.count), **arguments)
+    # Each iteration takes the first λ that it tries.
+    assert [after - before for before, after in pairwise(seen)] == [2, 2, 2]
+
+
 X, Y = points(8), labels(8)
 ONES = torch.ones(8, CLASSES, **FP64)
 BAD = [
-    ("entropy", {}, ValueError, r"`loss` should be one of \['least_squares', 'cross_entropy', .* it is 'entropy'"),
+    ("entropy", {}, ValueError, r"`loss` should be one of \['least_squares', 'cross_entropy', .* passed is 'entropy'"),
     (3, {}, TypeError, "`loss` should be one of .* methods `value`, `gradient` and `factor` .* passed is 3"),
     (Quartic, {}, TypeError, "`loss` .*class"),
     ({"a": "poisson"}, {}, ValueError, r"`loss` should be one loss, .* but it has the keys \['a'\]"),

@@ -9,6 +9,8 @@ A Chebyshev KAN of widths (2, W, W, 1) and degree 7 has P = 8W(W + 3) numbers: 1
 - gram: the time of JᵀJ and its factorisation by the lower triangle, relative to the whole matrix; also JᵀJ in fp32.
 - passes: CPU seconds for J, for JᵀJ, and for a product with JᵀJ by a pass over the data, which conjugate gradients
   need; measured with few samples.
+- steps: CPU seconds of J and δ by each form of the solver at several λ, and how many products conjugate gradients
+  take, after six iterations on the first 1,000 points.
 - chunks: the time of J with 2²⁸ and 2²⁶ bytes for a chunk of samples, interleaved, as a ratio.
 - size: for each bound `max_memory`, the median seconds of an iteration, its CPU seconds (which a busy machine does not
   change), and how far the memory of the process rises during the fit. If there is no room for P² numbers, conjugate
@@ -50,11 +52,12 @@ from torch.distributed.run import main as torchrun
 from peft_lotra import fit_gauss_newton
 from peft_lotra.training import iteration, memory
 from peft_lotra.training.conjugate_gradients import ConjugateGradients
-from peft_lotra.training.damped_system import NormalEquations, ResidualSpace
+from peft_lotra.training.damped_system import Equation, NormalEquations, ResidualSpace
 from peft_lotra.training.lower_triangle import LowerTriangle
-from peft_lotra.training.problem import Problem
+from peft_lotra.training.problem import Evaluation, Problem
 
-PARTS = ("gram", "passes", "chunks", "size", "processes")
+PARTS = ("gram", "passes", "steps", "chunks", "size", "processes")
+SAMPLE = 800  # rows of J in the preconditioner of conjugate gradients
 FORMS = {form.__name__: form for form in (NormalEquations, ResidualSpace, ConjugateGradients)}
 PART = "processes.json"  # from the processes to the one that started them
 PDE = PDES["elliptic"](1.3)
@@ -142,6 +145,51 @@ def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
                 flush=True,
             )
     return rows
+
+
+def steps(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The CPU seconds for J, the matrix and δ by each form, and the loss at θ + δ."""
+    rows, function = [], PROBLEMS[args.problems[0]]
+    for width in args.widths:
+        torch.manual_seed(0)
+        kan = ChebyshevKAN((2, width, width, 1), 7)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # few points
+            fit_gauss_newton(kan, function, drawn(1000), iterations=6, loss_tolerance=0, progressbar=False)
+        problem = Problem(kan, function, "least_squares", 0.0, 2**32, False)
+        for count in args.residuals:
+            point = problem.evaluate(problem.parameters(), drawn(count))
+            size = len(point.theta)
+            for damping in args.damping:
+                row = {"numbers": size, "residuals": count, "damping": damping, "before": point.total.item()}
+                forms = [form for form in FORMS if form != "ResidualSpace" or count < size]
+                rows.append(row | {form: one_step(problem, point, form, damping) for form in forms})
+                told = "; ".join(
+                    f"{form} {rows[-1][form]['seconds']:.2f} s, loss {rows[-1][form]['loss']:.2e}" for form in forms
+                )
+                products = rows[-1]["ConjugateGradients"]["products"]
+                print(
+                    f"P = {size:,}, R = {count:,}, λ = {damping:g}, loss {row['before']:.2e}: {told}, "
+                    f"{products} products",
+                    flush=True,
+                )
+    return rows
+
+
+def one_step(problem: Problem, point: Evaluation, form: str, damping: float) -> dict[str, float]:
+    products = []
+
+    def product(vector: torch.Tensor) -> torch.Tensor:
+        products.append(1)
+        return problem.product(point, vector)
+
+    start = time.process_time()
+    equation = Equation(problem.rows(point), point.residuals, problem.rest(point), dtype=point.theta.dtype)
+    further = (product, SAMPLE, [len(point.residuals)]) if form == "ConjugateGradients" else ()
+    step = FORMS[form](equation, *further).step(damping)
+    seconds = time.process_time() - start
+    loss = problem.evaluate(point.theta + step.to(point.theta), point.batch).total.item()
+    return {"seconds": seconds, "loss": loss, "products": len(products)}
 
 
 def chunks(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -286,6 +334,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
         results["gram"] = gram([8 * width * (width + 3) for width in args.widths], args.rounds)
     if "passes" in args.parts:
         results["passes"] = passes(args)
+    if "steps" in args.parts:
+        results["steps"] = steps(args)
     if "chunks" in args.parts:
         results["chunks"] = chunks(args)
     if "size" in args.parts:
@@ -315,6 +365,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--residuals", type=positive_int, nargs="+", default=[10_000, 100_000], help="R; processes have the last")
     add("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="processes have the last")
     add("--max-memory", type=number_of_bytes, nargs="+", default=[2 * 10**9, 8 * 10**9], help="bytes, as 2e9")
+    add("--damping", type=float, nargs="+", default=[0.3, 1e-2, 1e-4], help="λ of steps")
     add("--iterations", type=positive_int, default=3, help="of each fit; the first is not timed where there are more")
     add("--rounds", type=positive_int, default=5, help="of gram, interleaved")
     add("--samples", type=positive_int, default=1000, help="of passes")

@@ -170,7 +170,7 @@ class Run:
 
         def residuals(theta: Any) -> Any:
             found = self.problem.evaluate(torch.as_tensor(theta), self.task.data)
-            self.see(found.loss)
+            self.see(found.loss.item())
             return found.residuals.numpy()
 
         def jacobian(theta: Any) -> Any:

@@ -6,15 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from .losses import ConvexLoss, LeastSquares, OutputLoss, described
 
 Function = Callable[[Callable[..., Any], Any], Any]
 Loss = str | OutputLoss
 Net = Callable[..., Any]
-# The outputs in fp64 (residuals, for least squares), the targets, and the weights of the samples
-Answer = tuple[torch.Tensor, Any, torch.Tensor]
 
 
 class Kind(NamedTuple):
@@ -35,10 +33,6 @@ class Kind(NamedTuple):
         leaves, spec = tree_flatten(self.batch)
         return (spec.unflatten(chunk) for chunk in zip(*(leaf.split(rows) for leaf in leaves), strict=True))
 
-    def first(self, rows: int) -> Any:
-        """The first rows of the batch."""
-        return tree_map(lambda leaf: leaf[:rows], self.batch)
-
     def outputs(self, net: Net, part: Any) -> torch.Tensor:
         """The outputs for a part of the batch, as `residual_fn` returns them."""
         given = self.function(net, part)
@@ -51,13 +45,21 @@ class Kind(NamedTuple):
         outputs, targets, weights = self.answer(net, part)
         return weighted(weights.sqrt(), self.loss.factor(outputs, targets))
 
-    def answer(self, net: Net, part: Any) -> Answer:
-        """What `residual_fn` returns for a part of the batch, or ValueError or TypeError if that cannot be used."""
-        given, rows = self.function(net, part), len(tree_leaves(part)[0])
-        should = f"`residual_fn{at(self.name)}` should give"
+    def answer(self, net: Net, part: Any, check: bool = False) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """The outputs in fp64 (residuals, for least squares), the targets, and the weights of the samples."""
+        given = self.function(net, part)
         if isinstance(self.loss, LeastSquares):
             given = (given, None)
-        elif not isinstance(given, tuple) or len(given) not in (2, 3):
+        if check:
+            self._check(given, len(tree_leaves(part)[0]))
+        outputs, targets, *weights = given
+        weight = weights[0] if weights else outputs.new_ones(len(outputs))
+        return outputs.double(), targets, weight.double()
+
+    def _check(self, given: Any, rows: int) -> None:
+        """Raise ValueError or TypeError if what `residual_fn` returns for so many samples cannot be used."""
+        should = f"`residual_fn{at(self.name)}` should give"
+        if not isinstance(given, tuple) or len(given) not in (2, 3):
             raise TypeError(
                 f"{should} a pair, (outputs, targets), or (outputs, targets, weights), for a `loss` other than "
                 f"'least_squares', but it gave {described(given)}"
@@ -76,12 +78,11 @@ class Kind(NamedTuple):
             )
         if wrong := self.loss.check(outputs, targets):
             raise ValueError(f"{should} {wrong}")
-        weight = weights[0] if weights else outputs.new_ones(rows)
-        if not isinstance(weight, torch.Tensor) or weight.shape != (rows,):
-            raise ValueError(f"{should} weights of shape ({rows},), one for each sample, not {described(weight)}")
-        if not (weight.isfinite() & (weight >= 0)).all():
-            raise ValueError(f"{should} weights of at least 0, but they go from {weight.min()} to {weight.max()}")
-        return outputs.double(), targets, weight.double()
+        for weight in weights:
+            if not isinstance(weight, torch.Tensor) or weight.shape != (rows,):
+                raise ValueError(f"{should} weights of shape ({rows},), one for each sample, not {described(weight)}")
+            if not (weight.isfinite() & (weight >= 0)).all():
+                raise ValueError(f"{should} weights of at least 0, but they go from {weight.min()} to {weight.max()}")
 
 
 def is_batches(data: Any) -> bool:

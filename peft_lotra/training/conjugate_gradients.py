@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .damped_system import DampedSystem, Equation, Rows
+from .damped_system import DampedSystem, Equation, Inverse, Rows
 
 # Estimated error at which the iteration ends, as a fraction of the step in the norm of the matrix. The predicted gain
 # lacks the square of it.
@@ -42,47 +42,35 @@ class ConjugateGradients(DampedSystem):
         self.sample.matrix[here] = drawn.mul_(self.scales[here].unsqueeze(1))
 
     def step(self, damping: float) -> torch.Tensor:
-        shift = damping * self.diagonal + self.decay
-        precondition = self.processes.agreed(self._preconditioner, shift, damping)
+        shift, processes = damping * self.diagonal + self.decay, self.processes
+        none = torch.zeros_like(self.scales)
+        condition = processes.agreed(self._inverse, damping)
         step, rest = torch.zeros_like(self.gradient), -self.gradient
-        direction = torch.zeros_like(rest)
+        direction, before = torch.zeros_like(rest), torch.ones_like(self.scale)
         gains: list[float] = []  # by which δᵀAδ grows
-        before = 1.0  # the squared preconditioned norm of `rest`, one product ago
-        for number in range(_MOST_PRODUCTS):
-            conditioned = self.processes.of_first(self.processes.agreed(precondition, rest))
-            now = (rest @ conditioned).item()
-            direction = conditioned + (now / before if number else 0.0) * direction
-            image = self.processes.sum(self.product(direction)) + shift * direction
-            curvature = (direction @ image).item()
-            if not (now > 0 and curvature > 0):  # solved, or only rounding is left
+        while len(gains) < _MOST_PRODUCTS:
+            conditioned = processes.of_first(processes.agreed(condition, none, rest))
+            now = rest @ conditioned
+            direction = conditioned + (now / before) * direction
+            image = processes.sum(self.product(direction)) + shift * direction
+            length = now / (direction @ image)
+            gain, of_length = torch.stack([length * now, length]).tolist()
+            if not (gain > 0 and of_length > 0):  # solved, or only rounding is left
                 break
-            length = now / curvature
-            step.add_(direction, alpha=length)
-            rest.sub_(image, alpha=length)
-            gains.append(length * now)
+            step += length * direction
+            rest -= length * image
+            gains.append(gain)
             before = now
             # All gains add up to δᵀAδ of the solution. The last few gains estimate what is missing.
-            if number > _LAST and sum(gains[-_LAST:]) <= self.tolerance**2 * sum(gains):
+            if len(gains) > _LAST + 1 and sum(gains[-_LAST:]) <= self.tolerance**2 * sum(gains):
                 break
         self.missing = rest
-        return self.processes.of_first(step)
+        return processes.of_first(step)
 
-    def predicted_gain(self, step: torch.Tensor, damping: float, rate: float = 1.0) -> float:
-        """The same for the δ that `step` returned last, whose equation has an error, `missing`, on the right side."""
-        return super().predicted_gain(step, damping, rate) + rate**2 * (self.missing @ step).item()
-
-    def _preconditioner(self, shift: torch.Tensor, damping: float) -> _Map:
+    def _inverse(self, damping: float) -> Inverse:
         if not self.processes.is_first:  # the first process's is taken
-            return torch.empty_like
-        factor = self.sample.factor(self.diagonal, damping, self.decay)
-        if factor is None:
-            return lambda vector: vector / shift
-
-        def precondition(vector: torch.Tensor) -> torch.Tensor:
-            weights = factor.solved(self.sample.times(vector / shift))
-            return (vector - damping * self.sample.transposed_times(weights)) / shift
-
-        return precondition
+            return lambda _, rest: torch.empty_like(rest)
+        return self.sample.inverse(self.diagonal, damping, self.decay)
 
 
 def _drawn(kinds: Sequence[int], number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,6 +81,6 @@ def _drawn(kinds: Sequence[int], number: int) -> tuple[torch.Tensor, torch.Tenso
         share = min(kinds[index], max(1, left // (len(kinds) - done)))
         left -= share
         chosen.append(sum(kinds[:index]) + torch.randperm(kinds[index], generator=generator)[:share])
-        scales.append(torch.full((share,), (kinds[index] / share) ** 0.5))
+        scales.append(torch.full((share,), (kinds[index] / share) ** 0.5, dtype=torch.float64))
     rows, order = torch.cat(chosen).sort()
     return rows, torch.cat(scales)[order]

@@ -6,7 +6,7 @@ JᵀJ and Jᵀr are half the (generalised Gauss–Newton) Hessian and half the g
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from .processes import Processes
 COLUMN_NUMBERS = 2**21
 # D = diag(JᵀJ + cI) + _FLOOR · (mean of diag(JᵀJ)) · I
 _FLOOR = 1e-2
+Inverse = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Equation(NamedTuple):
@@ -46,6 +47,7 @@ class DampedSystem(ABC):
     Attributes:
         scale: the mean of diag(JᵀJ).
         gradient: Jᵀr + v, half the gradient of the loss.
+        missing: what the last δ leaves over on the right side; zero in exact forms.
     """
 
     def __init__(self, equation: Equation) -> None:
@@ -63,9 +65,9 @@ class DampedSystem(ABC):
                 done = rows.stop
 
         self.processes.agreed(read)
-        self.processes.sum(gradient)
-        self.scale = self.processes.sum(squares).mean().item()
-        self.gradient, self.squares = gradient + self.rest, squares + self.decay
+        self.gradient = self.processes.sum(gradient) + self.rest
+        self.scale = self.processes.sum(squares).mean()
+        self.squares, self.missing = squares + self.decay, torch.zeros_like(self.rest)
         # While a core is zero, its factors have zero derivatives. The second term damps them all the same.
         self.diagonal = self.squares + _FLOOR * self.scale
 
@@ -75,18 +77,20 @@ class DampedSystem(ABC):
 
     @abstractmethod
     def step(self, damping: float) -> torch.Tensor:
-        """δ; zero if the matrix is not positive definite in floating point. shape: (P,)"""
+        """δ, shape (P,). It may be any vector, such as 0, if the matrix is not positive definite in floating point."""
 
-    def cosine(self, loss: float) -> float:
+    def cosine(self, loss: torch.Tensor) -> torch.Tensor:
         """The largest |cosine| between a column of J and r. The loss is ‖r‖², or takes its place."""
-        cosines = self.gradient.abs() / (self.squares.sqrt() * abs(loss) ** 0.5)
-        return cosines.nan_to_num(0.0).max().item()  # 0 for a zero column
+        cosines = self.gradient.abs() / (self.squares * loss.abs()).sqrt()
+        return cosines.nan_to_num(0.0).max()  # 0 for a zero column
 
-    def predicted_gain(self, step: torch.Tensor, damping: float, rate: float = 1.0) -> float:
-        """‖r‖² − ‖r + αJδ‖² = −(2α − α²)·rᵀJδ + α²λ·δᵀDδ, for the rate α and the δ that solves the equation. The gains
-        of the prior and of v are included."""
-        linear, quadratic = -self.gradient @ step, damping * (self.diagonal @ step.square())
-        return ((2 * rate - rate**2) * linear + rate**2 * quadratic).item()
+    def predicted_gain(self, step: torch.Tensor, damping: float, rate: float = 1.0) -> torch.Tensor:
+        """‖r‖² − ‖r + αJδ‖² for the rate α and the last δ, with the gains of the prior and of v.
+
+        This is −(2α − α²)·gᵀδ + α²(λDδ + m)ᵀδ, for the gradient g and what is missing, m.
+        """
+        linear = -(2 * rate - rate**2) * self.gradient
+        return (linear + rate**2 * (damping * self.diagonal * step + self.missing)) @ step
 
 
 class NormalEquations(DampedSystem):
@@ -103,8 +107,9 @@ class NormalEquations(DampedSystem):
 
     def step(self, damping: float) -> torch.Tensor:
         def solved() -> torch.Tensor:
-            factor = self.matrix.factor(damping * self.diagonal + self.decay) if self.processes.is_first else None
-            return torch.zeros_like(self.gradient) if factor is None else -factor.solved(self.gradient)
+            if not self.processes.is_first:
+                return torch.empty_like(self.gradient)  # the first process's is taken
+            return -self.matrix.factor(damping * self.diagonal + self.decay).solved(self.gradient)
 
         return self.processes.of_first(self.processes.agreed(solved))
 
@@ -116,37 +121,37 @@ class Rows:
         self.matrix = matrix
         self._gram: LowerTriangle | None = None
 
-    def columns(self) -> Iterator[tuple[slice, torch.Tensor]]:
+    def _columns(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Blocks of columns in fp64. All columns in fp64 may be twice as large as J itself."""
         width = max(1, COLUMN_NUMBERS // len(self.matrix))
         for start in range(0, self.matrix.shape[1], width):
             yield slice(start, start + width), self.matrix[:, start : start + width].double()
 
-    def factor(self, diagonal: torch.Tensor, damping: float, decay: float) -> LowerTriangle | None:
-        """L with LLᵀ = λ(JE⁻¹Jᵀ + I) for E = λD + cI; None if it is not positive definite. D and c never change."""
+    def inverse(self, diagonal: torch.Tensor, damping: float, decay: float) -> Inverse:
+        """(r, v) ↦ (JᵀJ + E)⁻¹(Jᵀr + v) = E⁻¹(v + λJᵀ(λJE⁻¹Jᵀ + λI)⁻¹(r − JE⁻¹v)) for E = λD + cI; E⁻¹v if that fails.
+
+        D and c are the same in all calls.
+        """
         if self._gram is None or decay:
             self._gram, roots = LowerTriangle(len(self.matrix), diagonal), (diagonal + decay / damping).rsqrt()
-            for columns, block in self.columns():
+            for columns, block in self._columns():
                 self._gram.add_products((block * roots[columns]).T)
-        return self._gram.factor(diagonal.new_full((len(self.matrix),), damping))
+        factor, shift = self._gram.factor(diagonal.new_full((len(self.matrix),), damping)), damping * diagonal + decay
 
-    def times(self, vector: torch.Tensor) -> torch.Tensor:
-        """J v. shape: (R,)"""
-        found = vector.new_zeros(len(self.matrix))
-        for columns, block in self.columns():
-            found.addmv_(block, vector[columns])
-        return found
+        def inverse(residuals: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+            right, scaled = residuals.clone(), rest / shift
+            for columns, block in self._columns():
+                right.addmv_(block, scaled[columns], alpha=-1)
+            weights = factor.solved(right)
+            return (rest + damping * torch.cat([block.T @ weights for _, block in self._columns()])) / shift
 
-    def transposed_times(self, vector: torch.Tensor) -> torch.Tensor:
-        """Jᵀw. shape: (P,)"""
-        return torch.cat([block.T @ vector for _, block in self.columns()])
+        return inverse
 
 
 class ResidualSpace(DampedSystem):
-    """δ = −E⁻¹(v + λJᵀ(λJE⁻¹Jᵀ + λI)⁻¹(r − JE⁻¹v)) with E = λD + cI: the same δ, in one process.
+    """The same δ by `Rows.inverse` of all rows, in one process. It holds J, and R² numbers for JE⁻¹Jᵀ and its factor.
 
-    It holds J, and R² numbers for JE⁻¹Jᵀ and its factor. If c is zero, v should be zero, too: where λ is small,
-    r − JE⁻¹v would be a difference of large numbers.
+    If c is zero, v should be zero, too: where λ is small, r − JE⁻¹v would be a difference of large numbers.
     """
 
     def __init__(self, equation: Equation) -> None:
@@ -158,8 +163,4 @@ class ResidualSpace(DampedSystem):
         self.rows.matrix[rows] = block
 
     def step(self, damping: float) -> torch.Tensor:
-        factor, shift = self.rows.factor(self.diagonal, damping, self.decay), damping * self.diagonal + self.decay
-        if factor is None:
-            return torch.zeros_like(self.gradient)
-        weights = factor.solved(self.residuals - self.rows.times(self.rest / shift))
-        return -(self.rest + damping * self.rows.transposed_times(weights)) / shift
+        return -self.rows.inverse(self.diagonal, damping, self.decay)(self.residuals, self.rest)

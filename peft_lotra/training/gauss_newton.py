@@ -20,8 +20,7 @@ from .checks import check_callable, check_numbers
 from .iteration import iterate
 from .problem import Problem
 from .progress import Progress
-from .result import GaussNewtonResult
-from .resuming import Checkpoint, check_same_fit, fingerprint, of_parameters
+from .resuming import Checkpoint, GaussNewtonResult, check_same_fit, fingerprint, of_parameters
 
 
 def fit_gauss_newton(
@@ -117,8 +116,9 @@ def fit_gauss_newton(
             with the best parameters.
         max_memory: the bytes of tensors that the fit may hold besides the model and the data, 4 GiB by default. A
             block of rows of J takes at most a quarter of it. If there is no room for 8P² bytes nor (with R < P) for J
-            and 8R² bytes, conjugate gradients solve the equation. They need many more passes over the data, and leave
-            an error of about 10⁻³ of the step, in the norm of the matrix.
+            and 8R² bytes, conjugate gradients solve the equation. They need many more passes over the data, the more
+            the smaller λ is, and leave an error of about 10⁻³ of the step, in the norm of the matrix. They end after
+            200 products with JᵀJ, so that the error is larger where λ is very small.
         across_processes: this must be given if torch.distributed (or accelerate) runs several processes. True: all
             processes make one fit. `data` is then this process's part, which may differ in size from others, means are
             over all samples, and all processes end with the same parameters. False: this process makes its own fit.
@@ -162,54 +162,49 @@ def fit_gauss_newton(
     processes = problem.processes
     names = ("start",) * bool(weight_decay) + ("last", "best") * (validation is not None)
     identity = fingerprint(problem, data, validation)
-    checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, every, problem)
+    checkpoint = None if checkpoint_dir is None else Checkpoint(checkpoint_dir, problem)
     loaded = None if checkpoint is None else checkpoint.load(identity)
-    if loaded is None:
-        result, theta = _started(resume_from, damping, names, problem.start, identity), problem.start
-    else:
-        result, theta = GaussNewtonResult(**loaded[0]), loaded[1]
+    result, theta = loaded or (_started(resume_from, damping, names, problem.start, identity), problem.start)
     held = {name: problem.start.new_tensor(values) for name, values in result.parameters.items()}
     theta = held.get("last", theta)
     best, problem.start = held.get("best", theta), held.get("start", problem.start)
-    first, evaluation, reason = result.iterations, None, "iterations"
+    first, reason = result.iterations, "iterations"
 
     began = time.perf_counter()
     progress = Progress(progressbar and processes.is_first, first, iterations)
     with processes.interrupts_kept():
         try:
             for iteration in range(first, iterations):
+                is_first = iteration == first
                 batch = processes.agreed(data, iteration) if callable(data) else data
-                if evaluation is None or callable(data):
-                    is_first = iteration == first
-                    evaluation = problem.checked(theta, batch, True) if is_first else problem.evaluate(theta, batch)
-                result = replace(result, losses=result.losses or (evaluation.total,))
-                if not result.validation_losses:
-                    measured = _measured(validation, problem, theta, first=True)
+                if is_first:
+                    evaluation = problem.checked(theta, batch, True)
+                    result = replace(result, losses=result.losses or (evaluation.total.item(),))
+                    measured = result.validation_losses or _measured(validation, problem, theta, first=True)
                     result = replace(result, validation_losses=measured)
-                found, damping, why = iterate(
-                    problem, evaluation, result.damping, iteration == first, tolerance=gradient_tolerance
-                )
-                if iteration == first and not callable(data) and validation is None and not weight_decay:
+                elif callable(data):
+                    evaluation = problem.evaluate(theta, batch, fresh=True)
+                found = iterate(problem, evaluation, result.damping, is_first, tolerance=gradient_tolerance)
+                if is_first and not callable(data) and validation is None and not weight_decay:
                     _warn_of_few(problem.fitted(evaluation), len(theta))
-                if why is not None:
-                    reason = why
-                    if why == "not finite":
-                        _report_not_finite(problem.not_finite(found), iteration, raise_on_nan)
+                if found.reason is not None:
+                    reason = found.reason
+                    if reason == "not finite":
+                        _report_not_finite(problem.not_finite(found.point), iteration, raise_on_nan)
                     break
-                before, after, now = evaluation.total, found.total, found.theta
+                now = found.point.theta
                 measured = (*result.validation_losses, *_measured(validation, problem, now))
                 since = len(measured) - 1 - measured.index(min(measured)) if measured else 0
                 now_best = now if since == 0 else best
                 parameters = _kept(names, start=problem.start, last=now, best=now_best)
-                new = GaussNewtonResult(
-                    (*result.losses, after), damping, iteration + 1, "running", measured, parameters, identity
-                )
+                new = replace(result, damping=found.damping, iterations=iteration + 1, parameters=parameters)
+                new = replace(new, losses=(*result.losses, found.after), validation_losses=measured)
                 # One statement, so that an interrupt finds all values old or all new.
-                theta, best, evaluation, result = now, now_best, found, new
+                theta, best, evaluation, result = now, now_best, found.point, new
                 problem.write(theta)
-                progress.update(iteration + 1, after, damping)
-                if checkpoint is not None:
-                    checkpoint.after(result, theta)
+                progress.update(iteration + 1, found.after, found.damping)
+                if checkpoint is not None and result.iterations % every == 0:
+                    checkpoint.save(result, theta)
                 called = callback is not None and bool(processes.agreed(callback, result))
                 late = max_seconds is not None and time.perf_counter() - began >= max_seconds
                 interrupted, called, late = processes.any(processes.interrupted, called, late)
@@ -217,11 +212,11 @@ def fit_gauss_newton(
                     "interrupted": interrupted,
                     "callback": called,
                     "validation": patience is not None and since >= patience,
-                    "loss": before - after <= loss_tolerance * abs(before),
+                    "loss": found.before - found.after <= loss_tolerance * abs(found.before),
                     "seconds": late,
                 }
-                if any(ends.values()):
-                    reason = next(name for name, holds in ends.items() if holds)
+                reason = next((name for name, holds in ends.items() if holds), reason)
+                if ends.get(reason):
                     break
         except KeyboardInterrupt:
             reason = "interrupted"
@@ -262,7 +257,7 @@ def _started(
             f"the numbers of parameters {dict.fromkeys(names, len(theta))}, but this result holds {held}"
         )
     check_same_fit("resume_from", resume_from.fingerprint, {**identity, "parameters": of_parameters(theta)})
-    return resume_from
+    return replace(resume_from, reason="running", fingerprint=identity)
 
 
 def _kept(names: tuple[str, ...], **values: torch.Tensor) -> dict[str, tuple[float, ...]]:
@@ -275,9 +270,9 @@ def _measured(validation: Any, problem: Problem, theta: torch.Tensor, first: boo
         return ()
     if not callable(validation):
         evaluate = partial(problem.checked, first=False) if first else problem.evaluate
-        return (evaluate(theta, validation, argument="validation").loss,)
+        return (evaluate(theta, validation, argument="validation").loss.item(),)
     problem.write(theta)
-    (total,) = problem.processes.totals([problem.processes.agreed(_number, validation, problem.model)])
+    (total,) = problem.processes.totals(problem.processes.agreed(_number, validation, problem.model))
     if first and not math.isfinite(total):
         raise ValueError(f"`validation` should be finite at the start but it gave {total}")
     return (total / problem.processes.count,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
@@ -70,18 +71,16 @@ def initialize_lotra_weights(
     new: dict[torch.Tensor, torch.Tensor] = {}
     with preserved_random_state(model):
         for name, layer in tqdm(layers.items(), desc="initialize LoTRA", disable=not progressbar):
-            gradient = _averaged(gradients.pop(name), layer, processes)
-            _check_gradient(gradient, name)
-            factors = layer.tucker(adapter_name)
-            for mode in METHODS[method]:
-                if mode not in factors.factors:  # the mode is whole
-                    continue
-                factor = factors.factors[mode]
-                unfolded = gradient.flatten(3) if mode == "k" else gradient
-                vectors = _leading_vectors(unfolded.movedim(MODES.index(mode), 0).flatten(1), factor.shape[1])
-                new[factor] = vectors.to(factor)
-            for factor in factors.tensors():
-                new[factor] = processes.of_first(new.get(factor, factor.detach().clone()).contiguous())
+            gradient = _averaged(name, gradients.pop(name), layer, processes)
+            tucker = layer.tucker(adapter_name)
+            new |= {factor: factor.detach().clone() for factor in tucker.tensors()}
+            for mode, factor in tucker.factors.items():  # those of modes that are not whole
+                if mode in METHODS[method]:
+                    unfolded = gradient.flatten(3) if mode == "k" else gradient
+                    vectors = _leading_vectors(unfolded.movedim(MODES.index(mode), 0).flatten(1), factor.shape[1])
+                    new[factor] = vectors.to(factor).contiguous()
+            for factor in tucker.tensors():
+                processes.of_first(new[factor])
     for factor, vectors in new.items():
         factor.data.copy_(vectors)
 
@@ -110,15 +109,12 @@ def _gradients(
     """∂L/∂A by layer, shape (n, m, n_d, ...), from one call of `train_step`; None for a layer without a gradient."""
     gradients: dict[str, torch.Tensor | None] = dict.fromkeys(layers)
 
-    def collect(name: str, layer: LoTRALayer) -> Callable[[torch.Tensor], None]:
-        def hook(coefficients: torch.Tensor) -> None:
-            assert coefficients.grad is not None  # it has just been accumulated
-            gradient = layer.spec.to_canonical(coefficients.grad.detach())
-            gradient = gradient.to("cpu", torch.promote_types(gradient.dtype, torch.float32), copy=True)
-            coefficients.grad, before = None, gradients[name]
-            gradients[name] = gradient if before is None else before + gradient
-
-        return hook
+    def collect(name: str, layer: LoTRALayer, coefficients: torch.Tensor) -> None:
+        assert coefficients.grad is not None  # it has just been accumulated
+        gradient = layer.spec.to_canonical(coefficients.grad.detach())
+        gradient = gradient.to("cpu", torch.promote_types(gradient.dtype, torch.float32), copy=True)
+        coefficients.grad, before = None, gradients[name]
+        gradients[name] = gradient if before is None else before + gradient
 
     with ExitStack() as stack:
         stack.enter_context(preserved(model))
@@ -126,7 +122,7 @@ def _gradients(
             base = layer.get_base_layer()
             coefficients = adapted_coefficients(base, layer.spec, layer._active_updates(besides=adapter_name))
             coefficients = coefficients.detach().requires_grad_()
-            coefficients.register_post_accumulate_grad_hook(collect(name, layer))
+            coefficients.register_post_accumulate_grad_hook(partial(collect, name, layer))
             stack.enter_context(replaced(base, layer.spec, coefficients))
             stack.callback(setattr, layer, "_disable_adapters", layer.disable_adapters)
             layer._disable_adapters = True  # `coefficients` have the active updates already
@@ -135,15 +131,12 @@ def _gradients(
     return gradients
 
 
-def _averaged(gradient: torch.Tensor | None, layer: LoTRALayer, processes: Processes) -> torch.Tensor:
-    """The mean over all processes, on the layer's device."""
+def _averaged(name: str, gradient: torch.Tensor | None, layer: LoTRALayer, processes: Processes) -> torch.Tensor:
+    """The mean over all processes, on the layer's device, or ValueError if it is zero or not finite."""
     if gradient is None:  # other processes wait for this one in the sum
         gradient = torch.zeros(layer.spec.layout.canonical_shape)
     device = next(iter(layer.lotra_core.values())).device
-    return processes.sum(gradient.to(device)).div_(processes.count)
-
-
-def _check_gradient(gradient: torch.Tensor, name: str) -> None:
+    gradient = processes.sum(gradient.to(device)).div_(processes.count)
     if not gradient.isfinite().all():
         raise ValueError(f"the gradient by the coefficients of {name} is not finite: check `train_step`'s losses")
     if not gradient.any():
@@ -151,6 +144,7 @@ def _check_gradient(gradient: torch.Tensor, name: str) -> None:
             f"`train_step` gave no gradient by the coefficients of {name}: it should call `backward()`, not return, "
             "a loss that depends on this layer (leave the layer out with `exclude_modules` if it is not meant to)"
         )
+    return gradient
 
 
 def _leading_vectors(matrix: torch.Tensor, rank: int) -> torch.Tensor:

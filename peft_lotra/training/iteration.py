@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from typing import NamedTuple
 
 import torch
 
@@ -21,10 +22,30 @@ _INCREASE, _DECREASE = 5.0, 4.0
 _OF_PARAMETERS, _OF_RESIDUALS = 16, 6
 
 
+class Iteration(NamedTuple):
+    """What an iteration has found.
+
+    Attributes:
+        point: the Evaluation of θ + αδ, or the last that was looked at, if θ stays.
+        before, after: the loss of θ and that of `point`.
+        damping: λ for the next iteration.
+        reason: why θ stays: "gradient", "damping" (no λ reduces the loss), or "not finite" (derivatives at θ, or
+            residuals after each step). None if it does not.
+    """
+
+    point: Evaluation
+    before: float
+    after: float
+    damping: float
+    reason: str | None
+
+
 def iterate(
     problem: Problem, point: Evaluation, damping: float, first: bool, rate: float = 1.0, tolerance: float = 0.0
-) -> tuple[Evaluation, float, str | None]:
+) -> Iteration:
     """θ + αδ with the first λ whose δ reduces the loss on the batch of `point`. The model is not changed.
+
+    On an accelerator, the host waits for values once, and once for each λ that is tried by an exact form.
 
     Args:
         point: the Evaluation of θ.
@@ -32,45 +53,38 @@ def iterate(
         first: whether to make the checks that one iteration makes for all.
         rate: α.
         tolerance: the cosine between a column of J and r at which θ stays.
-
-    Returns:
-        The Evaluation of θ + αδ, λ for the next iteration, and None; or an Evaluation, λ, and why θ stays: "gradient",
-        "damping" (no λ reduces the loss), or "not finite" (derivatives at θ, or residuals after each step).
     """
-    if not math.isfinite(point.total):
-        return point, damping, "not finite"
     system = damped_system(problem, point)
+    before, scale, cosine = torch.stack([point.total, system.scale, system.cosine(point.total)]).tolist()
     if first:
-        _check(system)
-    if not math.isfinite(system.scale):
-        return point, damping, "not finite"
-    if system.cosine(point.total) <= tolerance:
-        return point, damping, "gradient"
+        _check(system, scale)
+    if not math.isfinite(before + scale):
+        return Iteration(point, before, before, damping, "not finite")
+    if cosine <= tolerance:
+        return Iteration(point, before, before, damping, "gradient")
     tried, found, any_finite = damping, point, False
     while tried <= _MOST_DAMPING:
         step = system.step(tried)
         found = problem.evaluate(point.theta + rate * step.to(point.theta), point.batch)
-        gain = point.total - found.total
-        any_finite = any_finite or math.isfinite(gain)
-        if gain > 0:  # false for NaN
-            if gain > system.predicted_gain(step, tried, rate) / 4:
-                tried = max(tried / _DECREASE, _LEAST_DAMPING)
-            return found, tried, None
+        after, predicted = torch.stack([found.total, system.predicted_gain(step, tried, rate)]).tolist()
+        if after < before:  # false for NaN
+            good = before - after > predicted / 4
+            return Iteration(found, before, after, max(tried / _DECREASE, _LEAST_DAMPING) if good else tried, None)
+        any_finite = any_finite or math.isfinite(after)
         tried = max(tried, _LEAST_DAMPING) * _INCREASE
-    return (point, damping, "damping") if any_finite else (found, damping, "not finite")
+    point, reason = (point, "damping") if any_finite else (found, "not finite")
+    return Iteration(point, before, before, damping, reason)
 
 
-def _check(system: DampedSystem) -> None:
-    if not math.isfinite(system.scale):
+def _check(system: DampedSystem, scale: float) -> None:
+    if not math.isfinite(scale):
         raise ValueError("`residual_fn` has derivatives that are not finite at the present parameters of `model`")
-    if system.scale:
-        return
-    if not system.gradient.any():
+    if not scale and not system.gradient.any():
         raise ValueError(
             "`residual_fn` does not depend on the trainable parameters of `model`: every derivative is zero. "
             "Does it call `net`? Is the trainable adapter active, enabled and not merged?"
         )
-    if not system.decay:
+    if not scale and not system.decay:
         raise ValueError(
             "`loss` has no curvature at any sample, so there is no second-order step: use a loss with curvature, or "
             "give `weight_decay`"
@@ -80,11 +94,11 @@ def _check(system: DampedSystem) -> None:
 def damped_system(problem: Problem, point: Evaluation) -> DampedSystem:
     """`ResidualSpace` if R < P, `NormalEquations` otherwise, and `ConjugateGradients` if neither fits into the memory.
 
-    Normal equations take P² operations for each residual. Conjugate gradients take 15 to 60 passes over the data.
-    For 10⁵ residuals on one core, J and JᵀJ take 50 s if the residuals are values of a KAN with P = 5,184, and 64 s
-    if they are its Laplacian; a pass takes 2.6 and 19 s. With P = 20,384, J and JᵀJ take 590 and 630 s, a pass 4.2
-    and 39 s. So conjugate gradients are cheaper from P ≈ 5,000 on for values, and from 20,000 on for the Laplacian.
-    (`examples/benchmarks/gauss_newton_cost.py --parts passes`, on a busy machine.)
+    Conjugate gradients are for lack of memory alone, although a product with JᵀJ costs less than its share of JᵀJ if P
+    is large. How many products they take depends on λ, which falls during a fit. For values of a KAN with P = 5,184 at
+    5,000 points, they take 21 products and 0.7 × the time of an exact step at λ = 0.3. At λ = 10⁻⁴, 200 products and
+    4 × the time are not enough, and the step raises the loss. (`examples/benchmarks/gauss_newton_cost.py --parts
+    steps`, on a busy machine.)
 
     `ResidualSpace` is for one process, and for losses whose gradient is 2Jᵀr.
 
@@ -95,10 +109,10 @@ def damped_system(problem: Problem, point: Evaluation) -> DampedSystem:
     rows, rest = processes.agreed(problem.rows, point), problem.rest(point)
     equation = Equation(rows, point.residuals, rest, problem.weight_decay, dtype, processes)
     vectors = 8 * (_OF_PARAMETERS * size + _OF_RESIDUALS * count)
-    held = vectors + max(problem.chunks.budget, problem.chunks.of_one)
+    room = problem.max_memory - vectors - max(problem.chunks.budget, problem.chunks.of_one)
 
     def fits(form: int) -> bool:
-        return not any(processes.any(held + form > problem.max_memory))
+        return not any(processes.any(form > room))
 
     def needed(form: int) -> int:
         besides = form + vectors
@@ -120,8 +134,8 @@ def damped_system(problem: Problem, point: Evaluation) -> DampedSystem:
         return ResidualSpace(equation)
     if fits(_normal_equations_bytes(size)):
         return NormalEquations(equation)
-    most, room = min(size, count), problem.max_memory - held
-    drawn = bisect_right(range(1, most + 1), room, key=lambda rows: _residual_space_bytes(size, dtype, rows))
+    numbers = range(1, min(size, count) + 1)
+    drawn = bisect_right(numbers, room, key=lambda rows: _residual_space_bytes(size, dtype, rows))
     if any(processes.any(drawn < 1)):
         raise ValueError(
             f"`max_memory` should be at least {needed(_residual_space_bytes(size, dtype, 1))} bytes for {size} "

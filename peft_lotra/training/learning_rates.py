@@ -113,13 +113,19 @@ def lotra_parameter_groups(
     check_model(model=model)
     if not isinstance(lr, Real | torch.Tensor) or not 0 < lr:
         raise ValueError(f"`lr` should be a positive number, got {lr!r}")
-    multiplier_of = _multipliers(model, _rule(lr_rule))
-    if not any(parameter.requires_grad for parameter in multiplier_of):
+    rule = _rule(lr_rule)
+    of_adapters: dict[nn.Parameter, tuple[str, float]] = {}
+    for layer in adapted_tensors(model).values():
+        multipliers = rule(*mode_sizes(layer.spec.layout.canonical_shape))
+        for component, container in _COMPONENTS.items():
+            found = component, float(multipliers.get(component, 1))
+            of_adapters |= dict.fromkeys(getattr(layer, container).values(), found)
+    if not any(parameter.requires_grad for parameter in of_adapters):
         raise ValueError("the model has no trainable LoTRA adapter: add one, or activate it with `set_adapter`")
     members: dict[float, dict[nn.Parameter, str]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            component, multiplier = multiplier_of.get(parameter, ("other", 1.0))
+            component, multiplier = of_adapters.get(parameter, ("other", 1.0))
             members.setdefault(multiplier, {})[parameter] = component
     groups = []
     for multiplier, held in members.items():
@@ -131,25 +137,12 @@ def lotra_parameter_groups(
 
 
 def _rule(lr_rule: str | Multipliers) -> Callable[[int, int, int, int], Multipliers]:
-    if isinstance(lr_rule, str):
-        if lr_rule not in _RULES:
-            raise ValueError(f"`lr_rule` should be one of {list(_RULES)} or a mapping of multipliers, got {lr_rule!r}")
+    if isinstance(lr_rule, str) and lr_rule in _RULES:
         return _RULES[lr_rule]
+    if isinstance(lr_rule, str):
+        raise ValueError(f"`lr_rule` should be one of {list(_RULES)} or a mapping of multipliers, got {lr_rule!r}")
     if not isinstance(lr_rule, Mapping) or set(lr_rule) - set(_COMPONENTS):
         raise ValueError(f"`lr_rule` should map some of {[*_COMPONENTS]} to multipliers, got {lr_rule!r}")
     if not all(isinstance(value, Real) and 0 < value < float("inf") for value in lr_rule.values()):
         raise ValueError(f"`lr_rule` should give positive multipliers, got {dict(lr_rule)}")
     return lambda n, m, n_d, K: lr_rule
-
-
-def _multipliers(
-    model: nn.Module, rule: Callable[[int, int, int, int], Multipliers]
-) -> dict[nn.Parameter, tuple[str, float]]:
-    """(component, multiplier) of every parameter of an adapter."""
-    found = {}
-    for layer in adapted_tensors(model).values():
-        multipliers = rule(*mode_sizes(layer.spec.layout.canonical_shape))
-        for component, container in _COMPONENTS.items():
-            for parameter in getattr(layer, container).values():
-                found[parameter] = component, float(multipliers.get(component, 1))
-    return found

@@ -64,7 +64,7 @@ class ConvexLoss(ABC):
     def residual(self, outputs: torch.Tensor, targets: Any) -> torch.Tensor:
         """r. shape: (N, ..., m)"""
 
-    def counted(self, outputs: torch.Tensor, targets: Any) -> int:
+    def counted(self, outputs: torch.Tensor, targets: Any) -> int | torch.Tensor:
         """How many samples the mean is taken over."""
         return len(outputs)
 
@@ -145,8 +145,9 @@ class CrossEntropy(ConvexLoss):
         """y, zero where a token does not count. shape: (N, ..., C)"""
         if targets.is_floating_point():
             return targets.double()
-        counted = targets != IGNORED
-        return F.one_hot(targets.long() * counted, outputs.shape[-1]) * counted.unsqueeze(-1).to(outputs)
+        counted = (targets != IGNORED).unsqueeze(-1)
+        # Not `one_hot`, which looks at the labels: on an accelerator, that waits for them.
+        return torch.zeros_like(outputs).scatter(-1, targets.long().unsqueeze(-1) * counted, counted.to(outputs))
 
     def value(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         y = self._probabilities(outputs, targets)
@@ -164,10 +165,9 @@ class CrossEntropy(ConvexLoss):
         total = y.sum(dim=-1, keepdim=True)
         return (total * p - y) / (2 * total.clamp(min=_LEAST_CURVATURE) * p.clamp(min=_LEAST_CURVATURE)).sqrt()
 
-    def counted(self, outputs: torch.Tensor, targets: torch.Tensor) -> int:
+    def counted(self, outputs: torch.Tensor, targets: torch.Tensor) -> int | torch.Tensor:
         """How many labels are not ignored, as in torch's mean."""
-        soft = targets.is_floating_point()
-        return targets[..., 0].numel() if soft else int((targets != IGNORED).sum())
+        return targets[..., 0].numel() if targets.is_floating_point() else (targets != IGNORED).sum()
 
 
 class Given(ConvexLoss):
@@ -228,23 +228,23 @@ _LOSSES = {
 
 def checked_losses(loss: Any, names: list[str]) -> dict[str, ConvexLoss]:
     """The loss of every kind of residuals. ValueError or TypeError if there is none, or it has other keys."""
-    if isinstance(loss, Mapping) and set(loss) != set(names):
+    if not isinstance(loss, Mapping):
+        return dict.fromkeys(names, _checked(loss))
+    if set(loss) != set(names):
         wanted = "be one loss, as `residual_fn` is one function" if names == [""] else f"have the keys {sorted(names)}"
         raise ValueError(f"`loss` should {wanted}, but it has the keys {sorted(loss)}")
-    return {name: _checked(loss[name] if isinstance(loss, Mapping) else loss) for name in names}
+    return {name: _checked(loss[name]) for name in names}
 
 
 def _checked(loss: Any) -> ConvexLoss:
     if isinstance(loss, str) and loss in _LOSSES:
         return _LOSSES[loss]
-    if isinstance(loss, str):
-        raise ValueError(f"`loss` should be one of {[*_LOSSES]}, or a `peft_lotra.OutputLoss`, but it is {loss!r}")
-    if isinstance(loss, type) or not isinstance(loss, OutputLoss):
-        raise TypeError(
-            f"`loss` should be one of {[*_LOSSES]}, or an object with the methods `value`, `gradient` and `factor` of "
-            f"`peft_lotra.OutputLoss`, but the value passed is {loss!r}"
-        )
-    return Given(loss)
+    if not isinstance(loss, str | type) and isinstance(loss, OutputLoss):
+        return Given(loss)
+    raise (ValueError if isinstance(loss, str) else TypeError)(
+        f"`loss` should be one of {[*_LOSSES]}, or an object with the methods `value`, `gradient` and `factor` of "
+        f"`peft_lotra.OutputLoss`, but the value passed is {loss!r}"
+    )
 
 
 def described(value: Any) -> str:

@@ -87,15 +87,16 @@ class GaussNewton(torch.optim.Optimizer):
         Raises:
             ValueError, TypeError: naming `residual_fn`, `loss` or `data` (the batch). Nothing is changed then.
         """
-        problem, group = self._problem, self.param_groups[0]
+        problem, group, first = self._problem, self.param_groups[0], not self._checked
         if problem.weight_decay:
             problem.start = torch.cat([self.state[p]["start"].flatten() for p in problem.trained.values()])
-        evaluation = problem.checked(problem.parameters(), batch, first=not self._checked)
-        if group["lr"]:  # schedules may begin or end with 0, where no λ would give a gain
-            found, damping, why = iterate(problem, evaluation, group["damping"], not self._checked, rate=group["lr"])
-            self._checked, group["damping"] = True, damping
-            if why == "not finite":
-                warnings.warn(f"{problem.not_finite(found)} are not finite: the parameters stay", stacklevel=2)
-                return evaluation.total
-            problem.write(found.theta)
-        return evaluation.total
+        evaluation = problem.checked(problem.parameters(), batch, first)
+        if not group["lr"]:  # schedules may begin or end with 0, where no λ would give a gain
+            return evaluation.total.item()
+        found = iterate(problem, evaluation, group["damping"], first, rate=group["lr"])
+        self._checked, group["damping"] = True, found.damping
+        if found.reason == "not finite":
+            warnings.warn(f"{problem.not_finite(found.point)} are not finite: the parameters stay", stacklevel=2)
+        else:
+            problem.write(found.point.theta)
+        return found.before

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -24,8 +22,8 @@ from .processes import Processes
 
 _T = TypeVar("_T")
 Parameters = dict[str, torch.Tensor]
-# Σ w ℓ over some samples, r · √(number of all samples), shape (R,), and the number of these samples
-Values = tuple[float, torch.Tensor, int]
+# Of the samples of one kind: Σ w ℓ, r · √(number of all samples), shape (R,), and the number of these samples
+Values = tuple[str, torch.Tensor, torch.Tensor, torch.Tensor]
 OfOutputs = Callable[[Kind, Any, Callable[[Parameters], torch.Tensor]], torch.Tensor]
 
 
@@ -43,11 +41,11 @@ class Evaluation(NamedTuple):
 
     theta: torch.Tensor
     batch: Any
-    loss: float
-    total: float
+    loss: torch.Tensor
+    total: torch.Tensor
     residuals: torch.Tensor
     kinds: list[tuple[str, int]]
-    counts: dict[str, int]
+    counts: dict[str, torch.Tensor]
 
 
 class Problem:
@@ -141,11 +139,10 @@ class Problem:
             leaves = tree_leaves(part)
             shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
             if not all(isinstance(leaf, torch.Tensor) and leaf.ndim for leaf in leaves):
-                arrays = any(hasattr(leaf, "__array__") and not isinstance(leaf, torch.Tensor) for leaf in leaves)
-                cure = ": convert arrays by `torch.as_tensor`" if arrays else ""
                 given = [leaf if isinstance(leaf, float | int | tuple) else type(leaf).__name__ for leaf in shapes]
                 raise TypeError(
-                    f"`{argument}{at(name)}` should be made of tensors with a batch axis, not {given}{cure}"
+                    f"`{argument}{at(name)}` should be made of tensors with a batch axis, not {given}: convert arrays "
+                    "by `torch.as_tensor`"
                 )
             rows = {len(leaf) for leaf in leaves}
             if len(rows) != 1 or rows == {0}:
@@ -154,63 +151,62 @@ class Problem:
 
     def _by_chunks(self, kind: Kind, what: str, of_chunk: Callable[[Any], _T]) -> Iterator[_T]:
         """`of_chunk` of each of the parts of the batch that there is room for. The room is measured at once."""
-        rows = self.chunks.rows(f"{what} {kind.name}", kind.size, lambda rows: of_chunk(kind.first(rows)))
+        rows = self.chunks.rows(f"{what} {kind.name}", kind.size, lambda rows: of_chunk(next(kind.chunks(rows))))
         return map(of_chunk, kind.chunks(rows))
 
     @torch.no_grad()
-    def evaluate(self, theta: torch.Tensor, batch: Any, argument: str = "data") -> Evaluation:
-        found = self.processes.agreed(self._explained, theta, batch, argument)
-        own = {name: sum(n for key, (_, _, n) in found if key == name) for name in self.functions}
-        counts = dict(zip(own, map(int, self.processes.totals(own.values())), strict=True))
-        for name, count in counts.items():
+    def evaluate(self, theta: torch.Tensor, batch: Any, argument: str = "data", fresh: bool = False) -> Evaluation:
+        """The loss and r. Values that `residual_fn` gives are checked for a `fresh` batch; a check waits for them."""
+        found = self.processes.agreed(self._explained, theta, batch, argument, fresh)
+        own = {name: torch.stack([n for key, _, _, n in found if key == name]) for name in self.functions}
+        counts = {name: self.processes.sum(numbers.sum()) for name, numbers in own.items()}
+        for name, count in counts.items() if fresh else ():
             if not count:
                 raise ValueError(f"every label in `{argument}{at(name)}` is ignored: give labels to fit")
-        (loss,) = self.processes.totals([sum(total / counts[name] for name, (total, _, _) in found)])
-        decay = self.weight_decay
-        prior = decay * self.away(theta).square().sum().item() if decay else 0.0
-        kinds = [(name, len(roots)) for name, (_, roots, _) in found]
-        return Evaluation(theta, batch, loss, loss + prior, _residuals(found, counts), kinds, counts)
+        residuals = torch.cat([roots / counts[name].sqrt() for name, _, roots, _ in found])
+        loss = self.processes.sum(torch.stack([total / counts[name] for name, total, _, _ in found]).sum())
+        prior = self.weight_decay * self.away(theta).square().sum()
+        kinds = [(name, len(roots)) for name, _, roots, _ in found]
+        return Evaluation(theta, batch, loss, loss + prior, residuals, kinds, counts)
 
     def fitted(self, point: Evaluation) -> int:
         """How many numbers are to be fitted, in all processes: residuals, outputs that have a target, or labels."""
-        own = [sum(n for key, n in point.kinds if key == name) for name in point.counts]
-        numbers = dict(zip(point.counts, self.processes.totals(own), strict=True))
-        for name, loss in self.losses.items():
-            if isinstance(loss, CrossEntropy):  # P numbers separate about 2P labels (Cover, 1965, for two classes)
-                numbers[name] = point.counts[name]
-        return int(sum(numbers.values()))
+        # P numbers separate about 2P labels (Cover, 1965, for two classes).
+        labels = [name for name, loss in self.losses.items() if isinstance(loss, CrossEntropy)]
+        own = point.total.new_tensor(sum(number for name, number in point.kinds if name not in labels))
+        return int(self.processes.sum(own) + sum(point.counts[name] for name in labels))
 
-    def _values(self, theta: torch.Tensor, batch: Any, argument: str) -> list[tuple[str, Values]]:
-        net, found = self._net(self._named(theta)), []
-        for kind in self._kinds(batch, argument):
-            parts = self._by_chunks(kind, "values", partial(_values, kind, net))
-            totals, roots, counted = zip(*parts, strict=True)
-            found.append((kind.name, (sum(totals), torch.cat(roots), sum(counted))))
-        return found
-
-    def _explained(self, theta: torch.Tensor, batch: Any, argument: str) -> list[tuple[str, Values]]:
+    def _explained(self, theta: torch.Tensor, batch: Any, argument: str, fresh: bool) -> list[Values]:
         """`_values`, with an error that says what `residual_fn` lacks: autograd's recording, or one dtype."""
         try:
-            return self._values(theta, batch, argument)
+            return self._values(theta, batch, argument, fresh)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            comes_back = True
-            with suppress(RuntimeError):
-                self._values(theta, batch, argument)
-                comes_back = False
-            if not comes_back:
-                raise
-            with suppress(RuntimeError), torch.enable_grad():
-                self._values(theta, batch, argument)
+            if "does not require grad" in str(error):
                 raise ValueError("`residual_fn` should take derivatives of `net` with `torch.func`") from error
-            leaves = tree_leaves(first_of(batch))
-            given = {leaf.dtype for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()}
-            if given - {theta.dtype}:
-                (dtype,) = list(given - {theta.dtype})[:1]
+            leaves = [leaf for leaf in tree_leaves(first_of(batch)) if isinstance(leaf, torch.Tensor)]
+            others = {leaf.dtype for leaf in leaves if leaf.is_floating_point()} - {theta.dtype}
+            for dtype in others:
                 raise ValueError(
                     f"`residual_fn` fails ({error}), and `{argument}` has tensors of {dtype} beside a model of "
                     f"{theta.dtype}: convert one of them, as by `x.to({theta.dtype})` or `model.to({dtype})`"
                 ) from error
             raise
+
+    def _values(self, theta: torch.Tensor, batch: Any, argument: str, fresh: bool) -> list[Values]:
+        net, found = self._net(self._named(theta)), []
+
+        def of_chunk(kind: Kind, chunk: Any) -> tuple[torch.Tensor, ...]:
+            outputs, targets, weights = kind.answer(net, chunk, fresh)
+            roots = weighted(weights.sqrt(), kind.loss.residual(outputs, targets)).flatten()
+            count = torch.as_tensor(kind.loss.counted(outputs, targets)).to(outputs)
+            return weights @ kind.loss.value(outputs, targets), roots, count
+
+        for kind in self._kinds(batch, argument):
+            totals, roots, counts = zip(*self._by_chunks(kind, "values", partial(of_chunk, kind)), strict=True)
+            found.append((kind.name, torch.stack(totals).sum(), torch.cat(roots), torch.stack(counts).sum()))
+        return found
 
     def not_finite(self, found: Evaluation) -> str:
         """What is not finite at θ, or in which data, for an error or a warning."""
@@ -220,42 +216,44 @@ class Problem:
         named = [f"`data{at(name)}`" for name, lacks in zip(found.counts, lacking, strict=True) if lacks]
         if named:
             return f"the residuals of {' and of '.join(named)}"
-        return "the derivatives of the residuals" if math.isfinite(found.total) else "the loss"
+        return "the derivatives of the residuals" if found.total.isfinite() else "the loss"
 
     def checked(self, theta: torch.Tensor, batch: Any, first: bool, argument: str = "data") -> Evaluation:
         """`evaluate`, checked: the result is finite. If `first`, samples alone also give the same as in a batch."""
         if first:
             check_repeatable(self.model)
-        found = self.evaluate(theta, batch, argument)
-        self.processes.agreed(self._check, found, first, argument)
+        found = self.evaluate(theta, batch, argument, fresh=True)
+        self.processes.agreed(self._check_finite, found, argument)
+        if not first:
+            return found
+        self.processes.agreed(self._check_samples, found, argument)
+        if any(self.processes.any(is_batches(batch))):
+            again = self.evaluate(theta, batch, argument).residuals
+            if any(self.processes.any(not torch.equal(again, found.residuals))):
+                raise ValueError(
+                    f"`{argument}` should give the same batches whenever it is read, but the second reading gave "
+                    "others: use a DataLoader with `shuffle=False` and without random transforms"
+                )
         return found
 
-    def _check(self, found: Evaluation, first: bool, argument: str) -> None:
-        values, now = found.residuals, f"on `{argument}` and with the parameters that `model` has now"
-        if not values.isfinite().all():
+    def _check_finite(self, found: Evaluation, argument: str) -> None:
+        if not found.loss.isfinite():
+            lacking = ~found.residuals.isfinite()
             raise ValueError(
-                f"`residual_fn` should give finite residuals, but {(~values.isfinite()).sum().item()} of "
-                f"{len(values)} are not, {now}"
+                f"`residual_fn` should give finite residuals, but {lacking.sum().item()} of {len(lacking)} are not, "
+                f"and the loss is {found.loss}, on `{argument}` and with the parameters that `model` has now"
             )
-        if not math.isfinite(found.loss):
-            raise ValueError(f"the loss should be finite but it is {found.loss}, {now}")
-        if first:
-            # Not at θ itself: the residuals of a fitted model may be rounding errors, which differ, and the core of a
-            # fresh adapter is zero.
-            net = self._net(self._named(1.1 * found.theta + 0.1 * found.theta.abs().mean()))
-            for kind in self._kinds(first_of(found.batch), argument):
-                few = kind._replace(batch=kind.first(4))
-                _check_separate(few, net)
-                check_functions(few.outputs(net, tree_map_only(torch.Tensor, followed, few.batch)))
-                if isinstance(kind.loss, Given):
-                    kind.loss.check_gradient(*few.answer(net, few.batch)[:2])
-            if is_batches(found.batch):
-                again = _residuals(self._values(found.theta, found.batch, argument), found.counts)
-                if not torch.equal(again, values):
-                    raise ValueError(
-                        f"`{argument}` should give the same batches whenever it is read, but the second reading gave "
-                        "others: use a DataLoader with `shuffle=False` and without random transforms"
-                    )
+
+    def _check_samples(self, found: Evaluation, argument: str) -> None:
+        # Not at θ itself: the residuals of a fitted model may be rounding errors, which differ, and the core of a
+        # fresh adapter is zero.
+        net = self._net(self._named(1.1 * found.theta + 0.1 * found.theta.abs().mean()))
+        for kind in self._kinds(first_of(found.batch), argument):
+            few = kind._replace(batch=next(kind.chunks(4)))
+            _check_separate(few, net)
+            check_functions(few.outputs(net, tree_map_only(torch.Tensor, followed, few.batch)))
+            if isinstance(kind.loss, Given):
+                kind.loss.check_gradient(*few.answer(net, few.batch)[:2])
 
     def rows(self, point: Evaluation) -> Iterator[torch.Tensor]:
         """Blocks of rows of R, in the order of r, in fp64. shape: (rows, P)"""
@@ -278,7 +276,7 @@ class Problem:
 
             rows = _of_each_sample(of_sample, chunk, *([] if factors is None else [factors]))
             columns = [rows[name].detach().reshape(-1, p.numel()) for name, p in parameters.items()]
-            return torch.cat(columns, dim=1).double().div_(math.sqrt(point.counts[kind.name]))
+            return torch.cat(columns, dim=1).double().div_(point.counts[kind.name].sqrt())
 
         def parts(batch: Any) -> Iterator[Iterator[torch.Tensor]]:
             return (self._by_chunks(kind, "rows", partial(of_chunk, kind)) for kind in self._kinds(batch))
@@ -313,12 +311,11 @@ class Problem:
             found = self.processes.sum(self.processes.agreed(self._pulled_back, point, "gradient", given, of_outputs))
         else:
             found = torch.zeros_like(point.theta, dtype=torch.float64)
-        return found + self.weight_decay * self.away(point.theta) if self.weight_decay else found
+        return found + self.weight_decay * self.away(point.theta)
 
     def _pulled_back(self, point: Evaluation, what: str, kinds: Iterable[Kind], of_outputs: OfOutputs) -> torch.Tensor:
         """Σ (∂outputs/∂θ)ᵀ · `of_outputs` / M over all samples of this process, in fp64. shape: (P,)"""
-        parameters = self._named(point.theta)
-        total = torch.zeros_like(point.theta, dtype=torch.float64)
+        parameters, total = self._named(point.theta), torch.zeros_like(point.theta, dtype=torch.float64)
 
         def of_chunk(kind: Kind, chunk: Any) -> torch.Tensor:
             def outputs(p: Parameters) -> torch.Tensor:
@@ -326,25 +323,14 @@ class Problem:
 
             with torch.no_grad():
                 cotangent = of_outputs(kind, chunk, outputs) / point.counts[kind.name]
-            of_parameters, pull_back = vjp(outputs, parameters)[:2]
-            (pulled,) = pull_back(cotangent.to(of_parameters.dtype))
+            now, pull_back = vjp(outputs, parameters)[:2]
+            (pulled,) = pull_back(cotangent.to(now.dtype))
             return torch.cat([pulled[name].detach().flatten() for name in parameters]).double()
 
         for kind in kinds:
             for pulled in self._by_chunks(kind, what, partial(of_chunk, kind)):
                 total += pulled
         return total
-
-
-def _residuals(found: list[tuple[str, Values]], counts: Mapping[str, int]) -> torch.Tensor:
-    """r of all kinds and batches, from `Problem._values`. shape: (R,)"""
-    return torch.cat([roots / math.sqrt(counts[name]) for name, (_, roots, _) in found])
-
-
-def _values(kind: Kind, net: Net, part: Any) -> Values:
-    outputs, targets, weights = kind.answer(net, part)
-    roots = weighted(weights.sqrt(), kind.loss.residual(outputs, targets)).flatten()
-    return (weights @ kind.loss.value(outputs, targets)).item(), roots, kind.loss.counted(outputs, targets)
 
 
 @torch.no_grad()

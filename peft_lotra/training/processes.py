@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -41,16 +41,22 @@ class Processes:
             distributed.all_reduce(tensor)
         return tensor
 
-    def totals(self, numbers: Iterable[float]) -> list[float]:
-        """Σ over all processes, for each number. Whole numbers up to 2⁵³ are exact."""
-        values = list(numbers)
+    def totals(self, *numbers: float) -> list[float]:
+        """Σ over all processes, for each number."""
         if not self.several:
-            return values
-        return self.sum(torch.tensor(values, dtype=torch.float64, device=_device())).tolist()
+            return list(numbers)
+        return self.sum(torch.tensor(numbers, dtype=torch.float64, device=_device())).tolist()
 
     def any(self, *conditions: bool) -> list[bool]:
         """Whether each condition holds in some process."""
-        return [total > 0 for total in self.totals(map(float, conditions))]
+        return [total > 0 for total in self.totals(*map(float, conditions))]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """The values of all processes."""
+        values = [value] * self.count
+        if self.several:
+            distributed.all_gather_object(values, value)
+        return values
 
     def of_first(self, tensor: torch.Tensor) -> torch.Tensor:
         """The first process's tensor, written into `tensor`. Other machines may round differently."""
@@ -67,8 +73,7 @@ class Processes:
         except (Exception, KeyboardInterrupt) as raised:
             result, error = [], raised
         if any(self.any(error is not None)):
-            told: list[Any] = [None] * self.count
-            distributed.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
+            told = self.gathered(None if error is None else f"{type(error).__name__}: {error}")
             if error is not None:
                 raise error
             rank = next(rank for rank, text in enumerate(told) if text is not None)

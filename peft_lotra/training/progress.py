@@ -14,24 +14,23 @@ class Progress:
     """`tqdm` where somebody may look on; elsewhere a line on stderr at most every ten seconds, and one at the end."""
 
     def __init__(self, shown: bool, first: int, iterations: int) -> None:
-        in_notebook = "ipykernel" in sys.modules
-        bar = shown and (in_notebook or sys.stderr.isatty())
+        bar = shown and ("ipykernel" in sys.modules or sys.stderr.isatty())
         self.bar = tqdm(total=iterations, initial=first, disable=not bar, unit="iteration", dynamic_ncols=True)
-        self.as_lines, self.told, self.iterations, self.text = shown and not bar, time.monotonic(), iterations, ""
+        self.as_lines, self.told, self.text = shown and not bar, time.monotonic(), ""
 
     def update(self, done: int, loss: float, damping: float) -> None:
         state = f"loss {loss:.2e}, damping {damping:.0e}"
-        self.text = f"fit_gauss_newton: iteration {done} of {self.iterations}, {state}"
         self.bar.update()
         self.bar.set_postfix_str(state, refresh=False)
-        if self.as_lines and time.monotonic() - self.told >= _SECONDS:
+        self.text = f"fit_gauss_newton: iteration {done} of {self.bar.total}, {state}"
+        if time.monotonic() - self.told >= _SECONDS:
             self._tell()
 
     def _tell(self) -> None:
-        print(self.text, file=sys.stderr, flush=True)
+        if self.as_lines and self.text:
+            print(self.text, file=sys.stderr, flush=True)
         self.told, self.text = time.monotonic(), ""
 
     def close(self) -> None:
         self.bar.close()
-        if self.as_lines and self.text:
-            self._tell()
+        self._tell()
