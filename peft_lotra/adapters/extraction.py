@@ -21,6 +21,7 @@ from ..model import LoTRAModel
 from ..preserved import first_tensor
 from ..training.gauss_newton import fit_gauss_newton
 from ..tucker.decomposition import Tucker, decompose
+from ..tucker.ranks import mode_sizes
 
 
 def extract_adapter(
@@ -74,7 +75,10 @@ def extract_adapter(
             raise ValueError(f"`alpha` is 0 for {target.parameter}: an adapter of this scaling holds no update")
     biases = trained_biases(base, "", config.bias, {target.module for target in updates})
     _check_the_rest(base, finetuned, list(updates), {bias.plain for bias in biases}, config.modules_to_save or ())
-    factors = {target.parameter: decompose(update, target.ranks) for target, update in updates.items()}
+    factors = {
+        target.parameter: decompose(update.reshape(mode_sizes(update.shape)), target.ranks)
+        for target, update in updates.items()
+    }
     names = {module: name for name, module in base.named_modules()}
     model = get_peft_model(base, config)
     fill(model, model.active_adapter, factors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..layers.codes import container_of_codes
 from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import check_not_sharded
-from ..tucker.decomposition import Ranks, Tucker, decompose, mode_product
+from ..tucker.decomposition import decompose, mode_product
 from ..tucker.ranks import mode_sizes
 from .beside_calls import beside_calls
 from .extraction import fill
@@ -80,22 +81,13 @@ def family_from(
         zero = torch.zeros(mode_sizes(layer.spec.layout.canonical_shape), dtype=torch.float64)
         dense = [given[parameter, name].dense() if (parameter, name) in given else zero for name in adapters]
         updates = torch.stack(dense, dim=-1)  # shape: (n, m, n_d, K, adapters)
-        joint = _decomposed(updates, layer.r[adapter_name])
+        joint = decompose(updates, layer.r[adapter_name])
         factors[parameter] = joint._replace(core=joint.core @ torch.linalg.pinv(c).mT)
         miss = mode_product(factors[parameter].dense(), c, -1) - updates
         errors[parameter] = (miss.norm() / updates.norm()).nan_to_num().item()
     fill(model, adapter_name, factors)
     model.set_adapter(adapter_name)  # type: ignore[operator]
     return errors
-
-
-def _decomposed(updates: torch.Tensor, ranks: Ranks) -> Tucker:
-    """`decompose` of the first three modes and, if it has a rank, of the positions, but not of the last axis."""
-    joint = decompose(updates, ranks[:3])
-    if len(ranks) < 4:
-        return joint
-    by_position = decompose(joint.core.movedim(3, 0), (ranks[3], None, None))
-    return Tucker(by_position.core.movedim(0, 3), {**joint.factors, "k": by_position.factors["i"]})
 
 
 @torch.no_grad()
@@ -139,20 +131,12 @@ def add_task(
             f"`code` is for a task without `core_from` in a family with codes, of {kind.code} numbers here, but the "
             f"value passed has the shape {tuple(code.shape)}"
         )
-    if kind.code:
 
-        def longer(codes: torch.Tensor) -> torch.Tensor:
-            start = codes.mean(0) if core_from is None else codes[names.index(core_from)]
-            return torch.cat([codes, (start if code is None else code.to(codes))[None]])
+    def grown(held: torch.Tensor, axis: int) -> torch.Tensor:
+        start = held.mean(axis, keepdim=True) if core_from is None else held.narrow(axis, names.index(core_from), 1)
+        return torch.cat([held, start if code is None else code.to(held)[None]], axis)
 
-        _replace_tasks(tuner, family, "add the task", longer, [*names, task])
-        return
-
-    def grown(core: torch.Tensor) -> torch.Tensor:
-        new = core.mean(-1, keepdim=True) if core_from is None else core[..., [names.index(core_from)]]
-        return torch.cat([core, new], dim=-1)
-
-    _replace_cores(tuner, family, "add the task", grown, family=[*names, task])
+    _replace_tasks(tuner, family, "add the task", [*names, task], grown)
 
 
 @torch.no_grad()
@@ -173,10 +157,13 @@ def remove_task(model: nn.Module, task: str, *, family: str = "default") -> None
     if len(kept) < max(kind.code, 1):
         raise ValueError(f"`task` {task!r} is needed: a family has at least as many tasks as a code has numbers")
     names = [kind.tasks[k] for k in kept]
-    if kind.code:
-        _replace_tasks(tuner, family, "remove the task", lambda codes: codes[kept], names)
-    else:
-        _replace_cores(tuner, family, "remove the task", lambda core: core[..., kept], family=names)
+    _replace_tasks(
+        tuner,
+        family,
+        "remove the task",
+        names,
+        lambda held, axis: held.index_select(axis, torch.tensor(kept).to(held.device)),
+    )
 
 
 @beside_calls
@@ -192,7 +179,7 @@ def rename_task(model: nn.Module, task: str, name: str, *, family: str = "defaul
     if not isinstance(name, str) or name in kind.tasks:
         raise ValueError(f"`name` should be a new name but the value passed is {name!r}")
     tasks = tuple([name if one == task else one for one in kind.tasks])
-    _replace_fields(tuner, family, family=replace(kind, tasks=tasks).plain)
+    _replace(tuner, family, "rename the task", family=replace(kind, tasks=tasks).plain)
 
 
 def _named(tuner: LoTRAModel, family: str) -> Family:
@@ -259,7 +246,7 @@ def change_range(
         )
     M = old.in_terms_of(new)
     fields = {"family": dict(new.ranges), "family_degree": new.degree}
-    _replace_cores(tuner, family, "change the range", lambda core: core.double() @ M.to(core.device), **fields)
+    _replace(tuner, family, "change the range", lambda core: core.double() @ M.to(core.device), **fields)
 
 
 @torch.no_grad()
@@ -298,50 +285,50 @@ def normalize_codes(model: nn.Module, *, family: str = "default") -> None:
     _, axes = torch.linalg.eigh(sum([torch.einsum("...j,...l->jl", effect, effect) for effect in effects]))
     B = L @ axes.flip(1)
     new = torch.linalg.solve(B, (z - mean).mT).mT
-    signs = new.gather(
-        0, new.abs().argmax(0, keepdim=True)
-    ).sign()  # an axis has no direction: largest numbers are > 0
-    new, B = new * signs, B * signs
-    generator = torch.Generator().manual_seed(0)
-    points = 2 * torch.rand(3 * kind.size + 10, len(middle) + k, generator=generator, dtype=torch.float64) - 1
-    ends = zip(kind.ranges.items(), points.unbind(1), strict=False)
-    given = {name: a + (b - a) * (x + 1) / 2 for (name, (a, b)), x in ends}
-    at = points[:, len(middle) :]
-    old_c, new_c = kind.at_code(given, at @ B.mT + mean), kind.at_code(given, at)
-    M = torch.linalg.lstsq(new_c, old_c).solution.mT
-    _replace_cores(tuner, family, "normalise the codes", lambda core: core.double() @ M.to(core.device))
-    _replace_tasks(tuner, family, "normalise the codes", new.to, list(kind.tasks))
-
-
-def _replace_cores(
-    tuner: LoTRAModel, name: str, what: str, new_core: Callable[[torch.Tensor], torch.Tensor], **fields: Any
-) -> None:
-    """Replace a family's cores and fields of its config, or raise ValueError if the model is sharded or offloaded."""
-    check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
-    layers = adapted_tensors(tuner.model, name)
-    if offloaded := [parameter for parameter, layer in layers.items() if layer.lotra_core[name].is_meta]:
-        raise ValueError(f"`family` {name!r} is offloaded at {offloaded}: {what} before offloading")
-    for layer in layers.values():
-        old = layer.lotra_core[name]
-        layer.lotra_core[name] = nn.Parameter(new_core(old).to(old), requires_grad=old.requires_grad)
-        layer.terms[name] = layer.lotra_core[name].shape[-1]
-    _replace_fields(tuner, name, **fields)
+    # An axis has no direction: the largest numbers are > 0.
+    signs = new.gather(0, new.abs().argmax(0, keepdim=True)).sign()
+    new, M = new * signs, kind.in_terms_of(kind, B * signs, mean)
+    _replace(tuner, family, "normalise the codes", lambda core: core.double() @ M.to(core.device), new.to)
 
 
 def _replace_tasks(
-    tuner: LoTRAModel, family: str, what: str, new_codes: Callable[[torch.Tensor], torch.Tensor], names: list[str]
+    tuner: LoTRAModel,
+    family: str,
+    what: str,
+    names: list[str],
+    change: Callable[[torch.Tensor, int], torch.Tensor],
 ) -> None:
-    """Replace a family's codes and the names of its tasks. Raises as `_replace_cores`."""
-    check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
-    held = container_of_codes(adapted_tensors(tuner.model, family).values(), family)
-    if held[family].is_meta:
-        raise ValueError(f"`family` {family!r} is offloaded: {what} before offloading")
-    held[family] = nn.Parameter(new_codes(held[family]), requires_grad=held[family].requires_grad)
+    """Replace what each task has of its own, along that axis: its code, or its slice of the cores."""
     kind = _named(tuner, family)
-    _replace_fields(tuner, family, family=replace(kind, tasks=tuple(names)).plain)
+    core, codes = None, None
+    if kind.code:
+        codes = partial(change, axis=0)
+    else:
+        core = partial(change, axis=-1)
+    _replace(tuner, family, what, core, codes, family=replace(kind, tasks=tuple(names)).plain)
 
 
-def _replace_fields(tuner: LoTRAModel, name: str, **fields: Any) -> None:
+def _replace(
+    tuner: LoTRAModel,
+    name: str,
+    what: str,
+    core: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    codes: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **fields: Any,
+) -> None:
+    """Replace a family's cores, codes and fields, or raise ValueError if what it replaces is sharded or offloaded."""
+    layers = adapted_tensors(tuner.model, name)
+    changes = [(parameter, layer.lotra_core, core) for parameter, layer in layers.items() if core]
+    changes += [(p, layer.lotra_codes, codes) for p, layer in layers.items() if codes and name in layer.lotra_codes]
+    if changes:
+        check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
+    if offloaded := [parameter for parameter, held, _ in changes if held[name].is_meta]:
+        raise ValueError(f"`family` {name!r} is offloaded at {offloaded}: {what} before offloading")
+    for _, held, change in changes:
+        old = held[name]
+        held[name] = nn.Parameter(change(old).to(old), requires_grad=old.requires_grad)
+    for layer in layers.values():
+        layer.terms[name] = layer.lotra_core[name].shape[-1]
     config = replace(tuner.peft_config[name], **fields)
     config._copies = tuner.peft_config[name]._copies
     tuner.peft_config[name] = config

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
+from itertools import chain, combinations_with_replacement
 from numbers import Real
 from operator import mul
 from typing import Any
@@ -17,7 +19,6 @@ from ..standin.axes import planned
 
 # The other arguments of `at_task` and `adapter_at`, which also take a family's parameters by name.
 _ARGUMENTS = {"model", "adapter_name", "family", "train", "task", "code", "batch_axis"}
-
 
 LARGEST = 100_000  # P of a family
 
@@ -58,56 +59,45 @@ class Family:
             TypeError, ValueError: naming the field, the first one by `field`, and the value.
         """
         check_degree(degree)
-        if code:
-            return cls._coded(family, degree, code, field)
-        if isinstance(family, Mapping) and family and all(_is_range(*entry) for entry in family.items()):
-            if taken := sorted(_ARGUMENTS & family.keys()):
-                raise ValueError(f"`{field}` names {taken}, which are arguments of `at_task` and `adapter_at`")
-            for name, (a, b) in family.items():
-                if not a < b:
-                    raise ValueError(f"`{field}` gives {name!r} the range {(a, b)}, whose ends are not in order")
-            if (size := math.comb(len(family) + degree, degree)) > LARGEST:
-                raise ValueError(
-                    f"`{field}` has {len(family)} parameters, which with `family_degree`={degree} makes {size:,} "
-                    f"polynomials, more than {LARGEST:,}: give a lower degree, or fewer parameters"
-                )
-            # Sorted, as in saved configs, because the order of the names determines the order of the products.
-            return cls({name: (float(a), float(b)) for name, (a, b) in sorted(family.items())}, degree=degree)
-        if isinstance(family, list | tuple) and family and all(isinstance(name, str) for name in family):
-            if len(set(family)) < len(family):
-                raise ValueError(f"`{field}` names a task twice: {family!r}")
-            if len(family) > LARGEST:
-                raise ValueError(f"`{field}` has {len(family):,} tasks, more than {LARGEST:,}: make several families")
-            return cls({}, tuple(family), degree)
-        raise TypeError(
-            f"`{field}` should map names of parameters to ranges, as in {{'lam': (1.0, 1.6)}}, or list names of tasks"
-            f", but the value passed is {family!r}"
-        )
-
-    @classmethod
-    def _coded(cls, family: Any, degree: int, code: int, field: str) -> Family:
-        """A family with codes, of names alone or of ranges and one list of names."""
-        entries = family if isinstance(family, Mapping) else {"task": family}
-        listed = {name: value for name, value in entries.items() if not _is_range(name, value)}
-        if len(listed) != 1:
+        entries = family if isinstance(family, Mapping) else {}
+        # Sorted, as in saved configs, because the order of the names determines the order of the products.
+        names = sorted(name for name, bounds in entries.items() if _is_range(name, bounds))
+        ranges = {name: tuple(entries[name]) for name in names}
+        lists = {name: e for name, e in entries.items() if name not in ranges} if entries else {"task": family}
+        if code and len(lists) != 1:
             raise ValueError(
                 f"`family_code` {code!r} with `{field}` {family!r}: codes are for one list of names of tasks, which "
                 "may stand beside ranges of parameters"
             )
-        ((argument, names),) = listed.items()
-        tasks = cls.of(names, degree, field=field).tasks
+        argument, tasks = next(iter(lists.items()), ("task", ()))
+        is_list = isinstance(tasks, list | tuple) and all(isinstance(name, str) for name in tasks)
+        if lists and (not is_list or not tasks or (entries and not code)):
+            raise TypeError(
+                f"`{field}` should map names of parameters to ranges, as in {{'lam': (1.0, 1.6)}}, or list names of "
+                f"tasks, but the value passed is {family!r}"
+            )
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"`{field}` names a task twice: {family!r}")
+        taken = [name for name in ranges if name in _ARGUMENTS]
+        taken += [name for name in lists if name in _ARGUMENTS - {"task"} or not str(name).isidentifier()]
+        if taken:
+            raise ValueError(f"`{field}` names {taken}, which cannot be an argument of `at_task` and `adapter_at`")
+        for name, (a, b) in ranges.items():
+            if not a < b:
+                raise ValueError(f"`{field}` gives {name!r} the range {(a, b)}, whose ends are not in order")
         if code > len(tasks):
             raise ValueError(f"`family_code` {code!r} is above the number of tasks, {len(tasks)}: give a smaller one")
-        ranges = {name: value for name, value in entries.items() if name != argument}
-        if argument in _ARGUMENTS - {"task"} or not str(argument).isidentifier():
-            raise ValueError(f"`{field}` names {argument!r}, which cannot be an argument of `at_task`")
-        held = cls.of(ranges, degree, field=field).ranges if ranges else {}
-        if (size := math.comb(len(held) + code + degree, degree)) > LARGEST:
+        found = cls(
+            {name: (float(a), float(b)) for name, (a, b) in ranges.items()}, tuple(tasks), degree, code, argument
+        )
+        if found.size > LARGEST:
+            what = f"{len(ranges)} parameters" + f" and a code of {code}" * bool(code)
+            what += f", which with `family_degree`={degree} makes {found.size:,} polynomials"
             raise ValueError(
-                f"`{field}` has {len(held)} parameters and a code of {code}, which with `family_degree`={degree} make "
-                f"{size:,} polynomials, more than {LARGEST:,}: give a lower degree"
+                f"`{field}` has {what if ranges or code else f'{len(tasks):,} tasks'}, more than {LARGEST:,}: give a "
+                "lower degree, or make several families"
             )
-        return cls(held, tasks, degree, code, argument)
+        return found
 
     @property
     def plain(self) -> Any:
@@ -116,11 +106,6 @@ class Family:
         if not self.tasks:
             return ranges
         return {**ranges, self.argument: list(self.tasks)} if ranges or self.argument != "task" else list(self.tasks)
-
-    @property
-    def exponents(self) -> list[tuple[int, ...]]:
-        """The degrees of the factors of each product, by total degree."""
-        return _exponents(len(self.ranges), self.degree)
 
     @property
     def size(self) -> int:
@@ -245,26 +230,25 @@ class Family:
         )
         return x
 
-    def in_terms_of(self, other: Family) -> torch.Tensor:
-        """M, shape (P, P of `other`), with c(task) = M · c'(task) for the c' of another family of the same parameters.
+    def in_terms_of(
+        self, other: Family, B: torch.Tensor | None = None, mean: torch.Tensor | float = 0.0
+    ) -> torch.Tensor:
+        """M, shape (P, P of `other`), with c(μ, B z + mean) = M · c'(μ, z) for the c' of a family of the same names.
 
-        Since x is a linear function of x', T_k(x) = Σ_{l ≤ k} M_j[k, l] T_l(x') for each parameter j. M_j follows from
-        values at the zeros of T_{degree + 1}. A product of total degree d is a sum of products of total degree up to
-        d. `other` has all of them if its degree is at least that of this family. Ours.
+        Affine maps keep the total degree of polynomials, so products of a higher degree, which come last in c', have no
+        part in it. The others follow from values at places with the density for which they are orthogonal. Ours.
         """
-        by_parameter, to = [], other.exponents
-        zeros = torch.cos(math.pi * (torch.arange(other.degree + 1, dtype=torch.float64) + 0.5) / (other.degree + 1))
-        values = torch.stack(_chebyshev(zeros, other.degree), dim=-1)
-        for name, (a, b) in self.ranges.items():
-            low, high = other.ranges[name]
-            x = (zeros * (high - low) + (high + low) - (a + b)) / (b - a)
-            own = torch.stack(_chebyshev(x, self.degree), dim=-1)
-            by_parameter.append(torch.linalg.solve(values, own).mT.tril())
-        rows = [
-            [math.prod(M[ours, theirs].item() for M, ours, theirs in zip(by_parameter, e, f, strict=True)) for f in to]
-            for e in self.exponents
-        ]
-        return torch.tensor(rows, dtype=torch.float64)
+        k, same, generator = len(self.ranges), replace(other, degree=self.degree), torch.Generator().manual_seed(0)
+        x = torch.rand(4 * self.size + 10, k + self.code, generator=generator, dtype=torch.float64)
+        x = torch.cos(math.pi * x)
+        ends = zip(other.ranges.items(), x.unbind(1), strict=False)
+        task = {name: a + (b - a) * (own + 1) / 2 for (name, (a, b)), own in ends}
+        z = x[:, k:]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of places outside of the range
+            own = self._products(task, z if B is None else z @ B.mT + mean)
+            M = torch.linalg.lstsq(same._products(task, z), own).solution.mT
+        return torch.nn.functional.pad(M, (0, other.size - self.size))
 
 
 Weights = torch.Tensor | Callable[[], torch.Tensor]  # c, or what gives it when a layer runs
@@ -331,40 +315,16 @@ def _is_range(name: Any, bounds: Any) -> bool:
     return all(isinstance(b, Real) and not isinstance(b, bool) and math.isfinite(b) for b in bounds)
 
 
-def _products(k: int, degree: int) -> list[tuple[tuple[int, int], ...]]:
-    """The factors (j, e_j), e_j > 0, of each product of total degree up to `degree` of k parameters."""
-    found: list[tuple[tuple[int, int], ...]] = []
-
-    def append(factors: tuple[tuple[int, int], ...], first: int, rest: int) -> None:
-        if not rest:
-            found.append(factors)
-            return
-        for j in range(first, k):  # the last parameter takes what is left
-            for e in range(rest, 0 if j < k - 1 else rest - 1, -1):
-                append((*factors, (j, e)), j + 1, rest - e)
-
-    for total in range(degree + 1):
-        append((), 0, total)
-    return found
-
-
-@planned
-def _exponents(k: int, degree: int) -> list[tuple[int, ...]]:
-    found = []
-    for factors in _products(k, degree):
-        e = [0] * k
-        for j, exponent in factors:
-            e[j] = exponent
-        found.append(tuple(e))
-    return found
-
-
 @planned
 def _places(k: int, degree: int) -> list[torch.Tensor]:
-    """The places of every product's first, second, … factor in T_e(x_j), shape (k, degree + 1), flattened."""
+    """The places of every product's first, second, … factor in T_e(x_j), shape (k, degree + 1), flattened.
+
+    Products of total degree d are multisets of d variables.
+    """
     places = [[0] * math.comb(k + degree, degree) for _ in range(min(k, degree))]  # T_0 = 1 where there is no factor
-    for product, factors in enumerate(_products(k, degree)):
-        for own, (j, e) in zip(places, factors, strict=False):
+    chosen = chain.from_iterable(combinations_with_replacement(range(k), d) for d in range(degree + 1))
+    for product, variables in enumerate(chosen):
+        for own, (j, e) in zip(places, Counter(variables).items(), strict=False):
             own[product] = j * (degree + 1) + e
     return [torch.tensor(own) for own in places]
 
