@@ -235,12 +235,12 @@ class Family:
     ) -> torch.Tensor:
         """M, shape (P, P of `other`), with c(μ, B z + mean) = M · c'(μ, z) for the c' of a family of the same names.
 
-        Affine maps keep the total degree of polynomials, so products of a higher degree, which come last in c', have no
-        part in it. The others follow from values at places with the density for which they are orthogonal. Ours.
+        Affine maps keep the total degree of polynomials, so products of a higher degree, which come last in c', are
+        not needed. The others follow from values at places with the density for which they are orthogonal. Ours.
         """
         k, same, generator = len(self.ranges), replace(other, degree=self.degree), torch.Generator().manual_seed(0)
-        x = torch.rand(4 * self.size + 10, k + self.code, generator=generator, dtype=torch.float64)
-        x = torch.cos(math.pi * x)
+        angles = math.pi * torch.rand(4 * self.size + 10, k + self.code, generator=generator, dtype=torch.float64)
+        x = torch.cos(angles)
         ends = zip(other.ranges.items(), x.unbind(1), strict=False)
         task = {name: a + (b - a) * (own + 1) / 2 for (name, (a, b)), own in ends}
         z = x[:, k:]

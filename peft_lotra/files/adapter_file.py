@@ -36,16 +36,17 @@ class SavedAdapter(NamedTuple):
 
 
 @contextmanager
-def naming(file: str | None) -> Iterator[None]:
-    """If a file is given, errors inside become a ValueError or TypeError that names it, except for a full memory."""
+def naming(path: str | None) -> Iterator[None]:
+    """If a path is given, errors inside become a ValueError or TypeError that names it, except for a full memory."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # PEFT, json, the file system and Python itself raise other types
-        if file is None:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        if path is None or (path in str(error) and isinstance(error, kind)):
             raise
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{file}: {error}") from error
+        raise kind(f"{path}: {error if isinstance(error, kind) else repr(error)}") from error
 
 
 def is_adapter_key(key: str) -> bool:

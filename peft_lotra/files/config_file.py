@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -37,8 +36,6 @@ from .adapter_file import (
 )
 
 # These fields had their effect when the adapter was made.
-UNFINISHED = ".saving-"  # begins the name of a folder in which a save is prepared
-
 _NONE: dict[str, Any] = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
 
 Config = TypeVar("Config", bound="ConfigFile")
@@ -51,17 +48,9 @@ class ConfigFile(PeftConfig):
     the machine that made it, and its names are compared literally.
     """
 
-    alpha: float
-    alpha_pattern: dict[str, Any]
-    base_marks: Mapping[str, Any]
-    bias: str
-    coefficients: Mapping[str, Any]
-    digest: str | None
-    family: Any
-    family_degree: int | None
-    family_code: int | None
-    rank_pattern: dict[str, Any]
-    target_modules: Any
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # the fields are those of LoTRAConfig
 
     _written: Mapping[str, torch.Tensor] = {}  # the tensors that are being saved, by name
     _copies: frozenset[str] = frozenset()  # the names of saved tensors other than core and factors
@@ -136,8 +125,7 @@ class ConfigFile(PeftConfig):
         """This config with the adapter file of its directory, after all checks."""
         modules = {target.module for _, target in self.saved_targets()}
         alphas = {module: self.alpha_pattern.get(module, self.alpha) for module in modules if self.alpha_pattern}
-        fields = {**_NONE, "alpha_pattern": self.alpha_pattern | alphas}
-        config = replace(self, **fields)
+        config = replace(self, **_NONE, alpha_pattern=self.alpha_pattern | alphas)
         obstacle = config._obstacle()
         if saved is None:
             if os.path.isdir(directory) and not obstacle:
@@ -147,9 +135,7 @@ class ConfigFile(PeftConfig):
                 )
             return self
         if obstacle:
-            raise ValueError(
-                f"{obstacle}. The config of a saved adapter names every tensor in full, as `save_pretrained` writes it"
-            )
+            raise ValueError(f"{obstacle}, in full and literally, as `save_pretrained` writes them")
         copies = {key: Slot(tuple(t.shape), t.dtype) for key, t in saved.weights.items() if not is_adapter_key(key)}
         check_weights(config.saved_slots() | copies, saved.weights, saved.origin)
         if self.digest is None:
@@ -167,17 +153,11 @@ class ConfigFile(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json` by one step, with the `digest` of the tensors that PEFT collected last."""
+        """Write `adapter_config.json` with the `digest` of the tensors that PEFT collected last."""
         written, self._written = self._written, {}
         plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta for t in written.values())
         self.digest = digest(written, self._meaning()) if written and plain else None
-        if os.path.basename(save_directory).startswith(UNFINISHED):
-            super().save_pretrained(save_directory, **kwargs)  # a PeftModel renames it
-            return
-        os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=save_directory) as folder:
-            super().save_pretrained(folder, **kwargs)
-            os.replace(os.path.join(folder, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        super().save_pretrained(save_directory, **kwargs)
 
     def take_saved(self, other: PeftConfig) -> None:
         """Take the checked tensors of a saved adapter that has the same meaning.
@@ -213,27 +193,34 @@ class ConfigFile(PeftConfig):
 
     def _meaning(self) -> dict[str, Any]:
         """The fields that give the adapter's tensors their meaning."""
-        fields: tuple[str, ...] = ("alpha", "alpha_pattern", "coefficients", "rank_pattern", "slim", "modules_to_save")
-        fields += ("trainable_token_indices", *(() if self.bias == "none" else ("bias",)))
-        fields += () if self.family is None else ("family", "family_degree")
-        fields += () if self.family_code is None else ("family_code",)
+        fields = ["alpha", "alpha_pattern", "coefficients", "rank_pattern", "slim", "modules_to_save"]
+        fields += ["trainable_token_indices", *["bias"] * (self.bias != "none")]
+        fields += ["family", "family_degree"] * (self.family is not None)
+        fields += ["family_code"] * (self.family_code is not None)
         said = {name: getattr(self, name) for name in fields}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in said.items()}
 
     def self_contained(self: Config, targets: list[Target]) -> Config:
         """A copy that names every target with its layout, ranks and `alpha`, so that it loads without a registry."""
-        modules = {module: list(group) for module, group in _by_module(targets)}
-        coefficients = {}
+        coefficients: dict[str, Any] = {}
+        ranks: dict[str, Any] = {}
+        alphas: dict[str, Any] = {}
         for target in targets:
-            owner = target.parameter.rpartition(".")[0]
+            owner, name = target.parameter.rpartition(".")[0], target.spec.parameter
             layer = {} if owner == target.module else {"layer": target.module}
             coefficients[target.parameter] = target.spec.describe() | layer
-        ranks, alphas = {}, {}
-        for module, group in modules.items():
-            ranks[module] = _one_or_many({target.spec.parameter: list(target.ranks) for target in group})
-            alphas[module] = _one_or_many({target.spec.parameter: target.alpha for target in group})
-        fields = {"target_modules": set(modules), "coefficients": coefficients, "rank_pattern": ranks}
-        return replace(self, **{**_NONE, **fields, "alpha_pattern": alphas if self.alpha_pattern else {}})
+            ranks.setdefault(target.module, {})[name] = list(target.ranks)
+            alphas.setdefault(target.module, {})[name] = target.alpha
+        for pattern in (ranks, alphas):
+            pattern |= {module: next(iter(own.values())) for module, own in pattern.items() if len(own) == 1}
+        return replace(
+            self,
+            **_NONE,
+            target_modules=set(ranks),
+            coefficients=coefficients,
+            rank_pattern=ranks,
+            alpha_pattern=alphas if self.alpha_pattern else {},
+        )
 
     @property
     def is_self_contained(self) -> bool:
@@ -248,21 +235,16 @@ class ConfigFile(PeftConfig):
         if not modules:
             return "`coefficients` and `rank_pattern` should give a layout with `sizes`, and ranks, for every tensor"
         for name in ("rank_pattern", "alpha_pattern"):
-            unknown = sorted(getattr(self, name).keys() - modules.keys())
-            if unknown:
-                return f"`{name}` names {unknown}, but the modules of `coefficients` are {sorted(modules)}"
-        if self.alpha_pattern and self.alpha_pattern.keys() != modules.keys():
-            return f"`alpha_pattern` lacks {sorted(modules.keys() - self.alpha_pattern.keys())}"
-        for module, alphas in self.alpha_pattern.items():
-            if isinstance(alphas, Mapping) and alphas.keys() != modules[module]:
-                return f"`alpha_pattern[{module!r}]` names {sorted(alphas)}, and should {sorted(modules[module])}"
-        if not isinstance(self.target_modules, set):
-            return f"`target_modules` should be a list of names but is {self.target_modules!r}"
-        left_out = sorted(modules.keys() - self.target_modules)
-        if left_out:
-            return f"`target_modules` leaves out {left_out}, which `coefficients` names"
-        used = [name for name in _NONE if getattr(self, name) is not None]
-        return f"{used} are given besides" if used else None
+            given = getattr(self, name)
+            inner = {k: v.keys() if isinstance(v, Mapping) else modules.get(k) for k, v in given.items()}
+            if given and inner != modules:
+                return (
+                    f"`{name}` should name the modules of `coefficients`, {sorted(modules)}, but names {sorted(given)}"
+                )
+        if not isinstance(self.target_modules, set) or not modules.keys() <= self.target_modules:
+            return f"`target_modules` should be a list of names with {sorted(modules)} but is {self.target_modules!r}"
+        used = [f"`{name}`" for name in _NONE if getattr(self, name) is not None]
+        return f"{', '.join(used)} should be left out: `coefficients` names the layers" if used else None
 
     def saved_targets(self) -> list[tuple[str, Target]]:
         """The targets of a self-contained config, each with the name of its LoTRALayer; [] for any other config."""
@@ -312,7 +294,3 @@ def _downloaded(repository: str, **given: Any) -> str | None:
         with suppress(EntryNotFoundError):
             return os.path.dirname(hf_hub_download(repository, name, **given))
     return None
-
-
-def _one_or_many(by_parameter: dict[str, Any]) -> Any:
-    return by_parameter if len(by_parameter) > 1 else next(iter(by_parameter.values()))
