@@ -63,10 +63,7 @@ def extract_adapter(
             or the models differ in something that the adapter cannot hold. `base` is then as it was before.
     """
     if config.family is not None:
-        raise ValueError(
-            f"`config` has `family` {config.family!r}: extract an adapter for each task, and make a family of them by "
-            "`family_from`"
-        )
+        raise ValueError(f"`config` has `family` {config.family!r}: extract one for each task, then use `family_from`")
     updates = dict(updates_between(base, finetuned, config))
     for target, update in updates.items():
         if not torch.isfinite(update).all():
@@ -143,6 +140,5 @@ def _check_the_rest(
     if further := [key for key in sorted({*before, *after} - held) if not key.startswith(copied) and differs(key)]:
         raise ValueError(
             f"`base` and `finetuned` differ also in {further}, which an adapter of the coefficients does not hold: "
-            'adapt matrices too (`target_modules="all-linear"`), train biases (`bias`), name modules outside the KAN '
-            "layers in `modules_to_save`, or copy these tensors from `base` if you can do without their change"
+            'use `target_modules="all-linear"`, `bias` or `modules_to_save`, or copy these tensors from `base`'
         )

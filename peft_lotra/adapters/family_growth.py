@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..combination import update_of
+from ..combination import container_of_codes, update_of
 from ..config.lotra_config import LoTRAConfig
 from ..families.family import Family, shortened
-from ..layers.codes import container_of_codes
 from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import check_not_sharded
@@ -58,10 +57,7 @@ def family_from(
     if (kind := config.kind) is None:
         raise ValueError("`config` has no `family`: give ranges of parameters, or names of tasks")
     if kind.code:
-        raise ValueError(
-            f"`config` has `family_code` {kind.code}: no codes are known of these adapters; train such a family, or "
-            "leave `family_code` out"
-        )
+        raise ValueError(f"`config` has `family_code` {kind.code}: no codes are known of these adapters; leave it out")
     if config.alpha == 0 or 0 in config.alpha_pattern.values():
         raise ValueError("`config` has an `alpha` of 0: a family of this scaling holds no update of the adapters")
     for name in adapters:
@@ -127,10 +123,7 @@ def add_task(
     if core_from is not None and core_from not in names:
         raise ValueError(f"`core_from` {core_from!r} is not one of the family's tasks {shortened(names)}")
     if code is not None and (not kind.code or tuple(code.shape) != (kind.code,) or core_from is not None):
-        raise ValueError(
-            f"`code` is for a task without `core_from` in a family with codes, of {kind.code} numbers here, but the "
-            f"value passed has the shape {tuple(code.shape)}"
-        )
+        raise ValueError(f"`code` should have {kind.code} numbers, without `core_from`, but is {tuple(code.shape)}")
 
     def grown(held: torch.Tensor, axis: int) -> torch.Tensor:
         start = held.mean(axis, keepdim=True) if core_from is None else held.narrow(axis, names.index(core_from), 1)
@@ -229,24 +222,20 @@ def change_range(
     tuner = lotra_model(model, family)
     config = tuner.peft_config[family]
     if config.kind is None or config.kind.tasks:
-        raise ValueError(
-            f"`family` {family!r} is not a family of continuous parameters (`LoTRAConfig(family={{'lam': (1, 2)}})`): "
-            "only such a family has ranges"
-        )
-    if not isinstance(ranges, Mapping) or (unknown := sorted(map(str, ranges.keys() - config.family.keys()))):
-        what = f"{unknown} in it are none" if isinstance(ranges, Mapping) else f"the value passed is {ranges!r}"
-        raise ValueError(f"`ranges` should map some of {list(config.family)} to new ranges, but {what}")
+        raise ValueError(f"`family` {family!r} is not a family of continuous parameters, which alone has ranges")
+    if not isinstance(ranges, Mapping) or ranges.keys() - config.family.keys():
+        raise ValueError(f"`ranges` should map some of {list(config.family)} to new ranges, but is {ranges!r}")
     old = config.kind
     degree = config.family_degree if family_degree is None else family_degree
     new = Family.of({**config.family, **ranges}, degree, field="ranges")
     if new.degree < old.degree:
         raise ValueError(
             f"`family_degree` {family_degree} is below the family's degree {old.degree}, so it cannot hold it: give "
-            "at least that degree, or make a new family from adapters at some parameters, by `family_from`"
+            "at least that degree, or make a new family by `family_from`"
         )
-    M = old.in_terms_of(new)
-    fields = {"family": dict(new.ranges), "family_degree": new.degree}
-    _replace(tuner, family, "change the range", lambda core: core.double() @ M.to(core.device), **fields)
+    M, ends = old.in_terms_of(new), dict(new.ranges)
+    new_core = partial(_changed, M)
+    _replace(tuner, family, "change the range", new_core, family=ends, family_degree=new.degree)
 
 
 @torch.no_grad()
@@ -274,10 +263,7 @@ def normalize_codes(model: nn.Module, *, family: str = "default") -> None:
     codes = container_of_codes(layers, family)[family]
     z, k = codes.double().cpu(), kind.code
     if codes.is_meta or len(z) <= k or torch.linalg.matrix_rank(z - z.mean(0)) < k:
-        raise ValueError(
-            f"`family` {family!r} has {len(z)} codes of {k} numbers, whose covariance has no inverse: there should be "
-            "more tasks than numbers, trained, and in memory"
-        )
+        raise ValueError(f"`family` {family!r}: there should be more tasks than numbers of a code, trained, in memory")
     mean, L = z.mean(0), torch.linalg.cholesky(torch.cov(z.mT))
     middle = {name: (a + b) / 2 for name, (a, b) in kind.ranges.items()}
     slopes = torch.func.jacfwd(lambda y: kind.at_code(middle, mean + L @ y))(torch.zeros(k).double())
@@ -288,24 +274,22 @@ def normalize_codes(model: nn.Module, *, family: str = "default") -> None:
     # An axis has no direction: the largest numbers are > 0.
     signs = new.gather(0, new.abs().argmax(0, keepdim=True)).sign()
     new, M = new * signs, kind.in_terms_of(kind, B * signs, mean)
-    _replace(tuner, family, "normalise the codes", lambda core: core.double() @ M.to(core.device), new.to)
+    _replace(tuner, family, "normalise the codes", partial(_changed, M), new.to)
+
+
+def _changed(M: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+    """G ×₅ Mᵀ."""
+    return core.double() @ M.to(core.device)
 
 
 def _replace_tasks(
-    tuner: LoTRAModel,
-    family: str,
-    what: str,
-    names: list[str],
-    change: Callable[[torch.Tensor, int], torch.Tensor],
+    tuner: LoTRAModel, family: str, what: str, names: list[str], change: Callable[[torch.Tensor, int], torch.Tensor]
 ) -> None:
     """Replace what each task has of its own, along that axis: its code, or its slice of the cores."""
     kind = _named(tuner, family)
-    core, codes = None, None
-    if kind.code:
-        codes = partial(change, axis=0)
-    else:
-        core = partial(change, axis=-1)
-    _replace(tuner, family, what, core, codes, family=replace(kind, tasks=tuple(names)).plain)
+    of_codes, of_core = (lambda held: change(held, 0)), (lambda held: change(held, -1))
+    changes = (None, of_codes) if kind.code else (of_core, None)
+    _replace(tuner, family, what, *changes, family=replace(kind, tasks=tuple(names)).plain)
 
 
 def _replace(

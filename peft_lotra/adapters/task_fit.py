@@ -172,10 +172,7 @@ def fit_task(
         tuner.check_new(name)
     total, spread = (noise.total, noise.spread) if isinstance(noise, TaskNoise) else (noise, 0.0)
     problem = Problem(model, kind, layers, family, residual, data, spread)
-    of_tasks, centres = prior_of(kind, layers, family)
-    if prior is not None:
-        of_tasks = _given(prior, of_tasks)
-        centres = torch.cat([of_tasks.mean[None], centres])
+    of_tasks, centres = prior_of(kind, layers, family, given=prior)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", ".*is outside of the family's range", UserWarning)
         found = problem.minimised(of_tasks, centres, total, starts, iterations)
@@ -193,19 +190,6 @@ def fit_task(
     elif name is not None:
         _add_adapter(model, tuner, name, family, problem, found)
     return TaskFit(task, code, covariance, found.noise, found.loss, problem, found)
-
-
-def _given(prior: Any, of_tasks: Prior) -> Prior:
-    """The argument `prior`, or ValueError."""
-    k = len(of_tasks.mean)
-    shapes = [tuple(part.shape) for part in prior if isinstance(part, torch.Tensor)]
-    if shapes != [(k,), (k, k)] or torch.linalg.cholesky_ex(prior[1]).info:
-        raise ValueError(
-            f"`prior` should be a mean of the shape {(k,)} and a positive definite covariance of the shape {(k, k)}, "
-            f"but the value passed is {prior!r}"
-        )
-    mean, covariance = (part.to(of_tasks.mean) for part in prior)
-    return Prior(mean, torch.linalg.inv(covariance))
 
 
 def _with_core(problem: Problem, prior: Prior, found: Found, noise: TaskNoise, iterations: int) -> Found:
@@ -230,11 +214,7 @@ def _add_adapter(model: nn.Module, tuner: LoTRAModel, name: str, family: str, pr
 def _check_found(code: torch.Tensor, covariance: torch.Tensor, prior: Prior, kind: Family) -> None:
     k = len(code)
     if torch.logdet(covariance @ prior.precision) > -1e-3 * k:
-        warnings.warn(
-            "the samples say nothing of the task: the residuals hardly depend on it, and the result is the mean of "
-            "the prior",
-            stacklevel=3,
-        )
+        warnings.warn("the samples say nothing of the task: the result is the mean of the prior", stacklevel=3)
     distance = float(prior.squared_distance(code))
     if kind.code and float(torch.special.gammaincc(torch.tensor(k / 2.0), torch.tensor(distance / 2))) < 1e-4:
         warnings.warn(

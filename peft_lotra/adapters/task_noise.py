@@ -106,10 +106,9 @@ def task_noise(
 
 
 def _in_interval(of_tasks: list[Parts]) -> Parts:
-    """By which the columns are to be divided for 95 % of a new task's to lie in the interval of a normal distribution.
+    """By which columns are divided for 95 % of a new task's to lie in a normal distribution's interval of 95 %.
 
-    That is the quantile of all tasks, times that of each task in units of the quantile of the others: tasks differ, so
-    that the quantile of a few of them is too low for a new one.
+    That is the quantile of all tasks, times that of each task in units of the others': tasks differ.
     """
     found = []
     for own in zip(*[[part.abs() for part in parts] for parts in of_tasks], strict=True):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, jacrev, vmap
 
+from ..combination import container_of_codes
 from ..families.family import Family
-from ..layers.codes import container_of_codes
 from ..layers.lotra import LoTRALayer, adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import full_tensor
@@ -113,10 +113,9 @@ class Problem:
         found = self.residual(net, self.data)
         parts = found if isinstance(found, tuple) else (found,)
         if not all(isinstance(part, torch.Tensor) and 0 < part.dim() < 3 and part.numel() for part in parts):
-            shapes = [tuple(part.shape) if isinstance(part, torch.Tensor) else type(part).__name__ for part in parts]
+            shapes = [getattr(part, "shape", part) for part in parts]
             raise ValueError(
-                "`residual` should return tensors of the shape (rows,) or (rows, outputs), with at least one row, but "
-                f"returns {shapes}"
+                f"`residual` should return tensors (rows,) or (rows, outputs), with at least one row, not {shapes}"
             )
         parts = tuple([(part[:, None] if part.dim() == 1 else part)[: self.rows] for part in parts])
         self.shapes = [part.shape for part in parts]
@@ -210,8 +209,7 @@ class Problem:
             sigma = torch.as_tensor(own, dtype=like.dtype, device=like.device)
             if sigma.dim() > 1 or sigma.numel() not in (1, width) or not ((sigma > 0) & sigma.isfinite()).all():
                 raise ValueError(
-                    f"`noise` should be a positive number, or one for each of {width} outputs, but the value passed "
-                    f"is {own!r}"
+                    f"`noise` should be a positive number, or one for each of {width} outputs, not {own!r}"
                 )
             found.append(sigma.expand(width).clone())
         return tuple(found)
@@ -223,42 +221,44 @@ def _losses(weighted: torch.Tensor, places: torch.Tensor, prior: Prior) -> torch
 
 
 def prior_of(
-    kind: Family, layers: Mapping[str, LoTRALayer], family: str, without: str | None = None
+    kind: Family, layers: Mapping[str, LoTRALayer], family: str, without: str | None = None, given: Any = None
 ) -> tuple[Prior, torch.Tensor]:
     """The distribution of z among the family's tasks, but for one, and where to start: the mean and other places.
 
-    Raises:
-        ImportError: if the family has codes and scikit-learn is missing.
+    `given`, a mean and a covariance, takes the place of the distribution.
     """
     held = list(layers.values())
-    if not kind.code:  # parameters that are scaled to [-1, 1]
-        like, k = held[0].lotra_core[family], len(kind.ranges)
-        places = torch.quasirandom.SobolEngine(k).draw(15).to(like.device, like.dtype) * 2 - 1
-        middle = torch.zeros(k).to(places)
-        return Prior(middle, torch.eye(k).to(places)), torch.cat([middle[None], places])
-    try:
-        from sklearn.covariance import ledoit_wolf
-    except ImportError as error:
-        raise ImportError("`fit_task` of a family with codes needs scikit-learn: pip install scikit-learn") from error
-    codes = full_tensor(container_of_codes(held, family)[family]).detach()
-    codes = codes[[row for row, task in enumerate(kind.tasks) if task != without]]
-    mean = codes.mean(0)
-    covariance, _ = ledoit_wolf(codes.double().cpu().numpy())
-    precision = torch.linalg.inv(torch.as_tensor(covariance)).to(codes)
-    return Prior(mean, precision), torch.cat([mean[None], codes[:: -(-len(codes) // 32)]])
+    if kind.code:
+        codes = full_tensor(container_of_codes(held, family)[family]).detach()
+        codes = codes[[row for row, task in enumerate(kind.tasks) if task != without]]
+        places = codes[:: -(-len(codes) // 32)]
+    else:  # parameters that are scaled to [-1, 1]
+        like = held[0].lotra_core[family]
+        places = torch.quasirandom.SobolEngine(len(kind.ranges)).draw(15).to(like.device, like.dtype) * 2 - 1
+    k = places.shape[1]
+    if given is not None:
+        shapes = [tuple(part.shape) for part in given if isinstance(part, torch.Tensor)]
+        if shapes != [(k,), (k, k)] or torch.linalg.cholesky_ex(given[1]).info:
+            raise ValueError(f"`prior` should be a mean of the shape {(k,)} and its covariance but is {given!r}")
+        mean, covariance = given
+    elif kind.code:
+        try:
+            from sklearn.covariance import ledoit_wolf
+        except ImportError as error:
+            raise ImportError(
+                "`fit_task` of a family with codes needs scikit-learn: pip install scikit-learn"
+            ) from error
+        mean, covariance = codes.mean(0), torch.as_tensor(ledoit_wolf(codes.double().cpu().numpy())[0])
+    else:
+        mean, covariance = torch.zeros(k), torch.eye(k)
+    mean, precision = mean.to(places), torch.linalg.inv(covariance.double()).to(places)
+    return Prior(mean, precision), torch.cat([mean[None], places])
 
 
 def with_numbers(model: nn.Module, family: str) -> tuple[LoTRAModel, Family, dict[str, LoTRALayer]]:
-    """The tuner, the family and its layers.
-
-    Raises:
-        ValueError: if the family has neither codes nor parameters.
-    """
+    """The tuner, the family and its layers; ValueError if the family has neither codes nor parameters."""
     tuner = lotra_model(model, family)
     kind = tuner.peft_config[family].kind
     if kind is None or (kind.tasks and not kind.code):
-        raise ValueError(
-            f"`family` {family!r} has neither parameters nor codes: make one with `LoTRAConfig(family=..., "
-            "family_code=...)`"
-        )
+        raise ValueError(f"`family` {family!r} has neither parameters nor codes (`LoTRAConfig(family_code=...)`)")
     return tuner, kind, adapted_tensors(tuner.model, family)

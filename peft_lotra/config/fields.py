@@ -86,11 +86,7 @@ def check_alpha(alpha: Any, name: str) -> Any:
 
 
 def checked_pattern(name: str, value: Any, check: Callable[[Any, str], Any]) -> dict[str, Any]:
-    """What `check` makes of each value of a pattern, and of those inside mappings by parameter, and of its name.
-
-    Raises:
-        TypeError: unless the pattern is a mapping with str keys.
-    """
+    """What `check` makes of each value of a pattern, and of those inside mappings by parameter, and of its name."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"`{name}` should be a mapping from names but the value passed is {value!r}")
     return {
@@ -111,6 +107,7 @@ def check_family(config: Any) -> None:
         if code is not None:
             raise ValueError(f"`family_code` {code!r} without `family`: list the names of tasks in `family`")
         return
-    config.family = Family.of(config.family, config.family_degree, code or 0).plain
+    config.kind = Family.of(config.family, config.family_degree, code or 0)
+    config.family = config.kind.plain
     if config.slim:
         raise ValueError(f"`slim`=True with `family` {config.family!r}: a family adapts a KAN that has coefficients")

@@ -127,10 +127,8 @@ class LoTRAConfig(ConfigFile):
         self.peft_type = LOTRA
         check_fields(self)
         if self.r is not None and self.compression_ratio is not None:
-            raise ValueError(
-                f"give `r` or `compression_ratio`, not both: got r={self.r!r}, "
-                f"compression_ratio={self.compression_ratio!r}"
-            )
+            got = f"r={self.r!r}, compression_ratio={self.compression_ratio!r}"
+            raise ValueError(f"give `r` or `compression_ratio`, not both: got {got}")
         if self.r is not None:
             self.r = check_ranks(self.r, "r")
         check_alpha(self.alpha, "alpha")

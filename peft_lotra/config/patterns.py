@@ -45,10 +45,8 @@ def check_expressions(field: str, entries: Iterable[str], around: tuple[str, str
         try:
             re.compile(f"{around[0]}{entry}{around[1]}")
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"`{field}`: {entry!r} is not a regular expression ({error}); if it is meant as a name, give "
-                f"{re.escape(entry)!r}"
-            ) from None
+            instead = f"if it is meant as a name, give {re.escape(entry)!r}"
+            raise ValueError(f"`{field}`: {entry!r} is not a regular expression ({error}); {instead}") from None
 
 
 def index_of(module: str, layers_pattern: Collection[str] | str | None) -> int | None:

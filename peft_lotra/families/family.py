@@ -53,11 +53,7 @@ class Family:
 
     @classmethod
     def of(cls, family: Any, degree: int, code: int = 0, field: str = "family") -> Family:
-        """The family that the fields `family`, `family_degree` and `family_code` of a config mean.
-
-        Raises:
-            TypeError, ValueError: naming the field, the first one by `field`, and the value.
-        """
+        """The family that the fields `family`, called `field` in errors, `family_degree` and `family_code` mean."""
         check_degree(degree)
         entries = family if isinstance(family, Mapping) else {}
         # Sorted, as in saved configs, because the order of the names determines the order of the products.
@@ -114,11 +110,7 @@ class Family:
         return math.comb(variables + self.degree, self.degree) if variables else len(self.tasks)
 
     def named(self, task: Any) -> dict[str, Any]:
-        """A task as a mapping, from a mapping, a name (or a list of names), or the value of the only parameter.
-
-        Raises:
-            TypeError: if the family has several parameters.
-        """
+        """A task as a mapping, from a mapping, a name (or a list of names), or the value of the only parameter."""
         if isinstance(task, Mapping):
             return dict(task)
         if len(self._arguments) > 1:
@@ -223,11 +215,8 @@ class Family:
                 raise ValueError(f"`{name}` should be finite but has {given[~given.isfinite()][0].item()}")
         elif abs(x) <= 1 + 1e-6:
             return x
-        warnings.warn(
-            f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates. To fit it there, "
-            "call `change_range` first",
-            stacklevel=6,
-        )
+        told = f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates"
+        warnings.warn(f"{told}. To fit it there, call `change_range` first", stacklevel=6)
         return x
 
     def in_terms_of(
@@ -257,16 +246,9 @@ Weights = torch.Tensor | Callable[[], torch.Tensor]  # c, or what gives it when 
 def weights_of(
     kinds: Mapping[str, Family], task: Any, codes: Callable[[str], Callable[[], torch.Tensor]]
 ) -> dict[str, Weights]:
-    """c of a task for each family that the task fits, by the family's name. `Family.named` says which forms it takes.
+    """c of a task, in a form that `Family.named` takes, for each family that it fits, by name; or else an error.
 
-    Args:
-        kinds: the families.
-        task: the task.
-        codes: for the name of a family with codes, a function that returns them. They are read in each pass, because
-            they may be trained.
-
-    Raises:
-        TypeError, ValueError: if the task fits no family.
+    `codes` gives a function for the name of a family with codes. It is called in each pass: codes may be trained.
     """
     weights: dict[str, Weights] = {}
     errors: list[TypeError | ValueError] = []

@@ -62,15 +62,14 @@ def is_tucker_key(key: str) -> bool:
 def check_weights(expected: Mapping[str, Slot], weights: Mapping[str, torch.Tensor], origin: str) -> None:
     """Raise ValueError unless `weights` has exactly the `expected` names and shapes, and valid values.
 
-    Factors must be real floating-point numbers that are finite after the cast to the dtype in which they are used.
-    Trained copies of modules must not hold NaN, and the cast must not make finite values infinite.
+    Factors are real and finite in the dtype of their use. Other tensors may hold infinity, but no NaN.
     """
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unexpected:
         raise ValueError(
             f"{origin} does not belong to this adapter: it lacks {missing or 'nothing'}, and has "
-            f"{unexpected or 'nothing'} in addition. Was it made for another base model, or other `target_modules`? "
-            "Tensors of the base model are loaded only if `modules_to_save` or `bias` selects them"
+            f"{unexpected or 'nothing'} in addition. Was it made for another base model, or other `target_modules`, "
+            "`modules_to_save` or `bias`?"
         )
     for key, slot in expected.items():
         check_tensor(key, weights[key], slot, origin)
@@ -123,24 +122,19 @@ def set_metadata(path: Path, key: str, text: str) -> None:
 
 
 def read_adapter(directory: str) -> SavedAdapter | None:
-    """The adapter file in a local directory, or None if the directory has no such file.
-
-    Raises:
-        ValueError: if the file cannot be read, or holds anything but dense tensors by name.
-    """
-    files = [os.path.join(directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
-    file = next(filter(os.path.isfile, files), None)
-    if file is None:
+    """The adapter file in a local directory, or None. ValueError if it holds anything but dense tensors by name."""
+    file = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
+    is_pickle = not os.path.isfile(file)
+    if is_pickle and not os.path.isfile(file := os.path.join(directory, WEIGHTS_NAME)):
         return None
     config = None
     try:
-        if file == files[0]:
-            with open(file, "rb") as opened:  # once, so that header and tensors are of one save
-                content = opened.read()
-            weights: Any = safetensors.torch.load(content)
-            config = _header(content)[0].get("__metadata__", {}).get(CONFIG_KEY)
+        if is_pickle:
+            weights: Any = load_peft_weights(directory, device="cpu")
         else:
-            weights = load_peft_weights(directory, device="cpu")
+            content = Path(file).read_bytes()  # once, so that header and tensors are of one save
+            weights = safetensors.torch.load(content)
+            config = _header(content)[0].get("__metadata__", {}).get(CONFIG_KEY)
     except Exception as error:  # safetensors, pickle and zip raise types of their own
         raise ValueError(
             f"the adapter file {file} cannot be read ({error}): it is corrupt or truncated; copy or save it again"

@@ -48,24 +48,17 @@ class ConfigFile(PeftConfig):
     the machine that made it, and its names are compared literally.
     """
 
-    if TYPE_CHECKING:
+    if TYPE_CHECKING:  # the fields are those of LoTRAConfig
 
-        def __getattr__(self, name: str) -> Any: ...  # the fields are those of LoTRAConfig
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     _written: Mapping[str, torch.Tensor] = {}  # the tensors that are being saved, by name
     _copies: frozenset[str] = frozenset()  # the names of saved tensors other than core and factors
     _saved: SavedAdapter | None = None  # the adapter file beside the config's file, if it was read from one
     _file: str | None = None  # the config's own file in that case
     _named: tuple[tuple[Any, Any], list[tuple[str, Target]]] | None = None  # the fields, and the targets in them
-    _kind: tuple[tuple[Any, int, int], Family | None] | None = None  # the fields of which it was made, and the family
-
-    @property
-    def kind(self) -> Family | None:
-        """The family of tasks; None if the adapter is for one task."""
-        given = self.family, self.family_degree or 1, self.family_code or 0
-        if self._kind is None or any(a is not b for a, b in zip(self._kind[0], given, strict=True)):
-            self._kind = given, None if self.family is None else Family.of(*given)
-        return self._kind[1]
+    kind: Family | None = None  # the family of tasks, of which the fields have been checked
 
     @property
     def terms(self) -> int:
@@ -106,12 +99,8 @@ class ConfigFile(PeftConfig):
         """This config, or that in the adapter file if this one is of another save."""
         if saved is None or saved.config is None:
             return self
-        try:
+        with naming(f"the config in {saved.origin}, an earlier save of which may be whole"):
             own = type(self).from_peft_type(**json.loads(saved.config))
-        except Exception as error:
-            raise ValueError(
-                f"{saved.origin} has a config that cannot be read ({error}): use an earlier save"
-            ) from error
         if not isinstance(own, type(self)) or own.digest is None or self.digest in (None, own.digest):
             return self  # one that was changed on purpose has no digest
         warnings.warn(
@@ -125,7 +114,7 @@ class ConfigFile(PeftConfig):
         """This config with the adapter file of its directory, after all checks."""
         modules = {target.module for _, target in self.saved_targets()}
         alphas = {module: self.alpha_pattern.get(module, self.alpha) for module in modules if self.alpha_pattern}
-        config = replace(self, **_NONE, alpha_pattern=self.alpha_pattern | alphas)
+        config = replace(self, **_NONE | {"alpha_pattern": self.alpha_pattern | alphas})
         obstacle = config._obstacle()
         if saved is None:
             if os.path.isdir(directory) and not obstacle:
@@ -139,11 +128,8 @@ class ConfigFile(PeftConfig):
         copies = {key: Slot(tuple(t.shape), t.dtype) for key, t in saved.weights.items() if not is_adapter_key(key)}
         check_weights(config.saved_slots() | copies, saved.weights, saved.origin)
         if self.digest is None:
-            warnings.warn(
-                f"{CONFIG_NAME} in {directory} has no `digest`, so a change or damage of the adapter would not be "
-                "noticed: save the adapter again to add one",
-                stacklevel=4,
-            )
+            told = f"{CONFIG_NAME} in {directory} has no `digest`, so damage of the adapter would not be noticed"
+            warnings.warn(f"{told}: save the adapter again to add one", stacklevel=4)
         elif self.digest != digest(saved.weights, self._meaning()):
             raise ValueError(
                 f"{saved.origin} and this config do not fit the `digest` here: one of them was changed or damaged. "
@@ -160,11 +146,7 @@ class ConfigFile(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
 
     def take_saved(self, other: PeftConfig) -> None:
-        """Take the checked tensors of a saved adapter that has the same meaning.
-
-        Raises:
-            TypeError, ValueError: if it is of another method, or with the fields that differ.
-        """
+        """Take the checked tensors of a saved adapter that has the same meaning."""
         if not isinstance(other, ConfigFile):
             raise TypeError(f"it is a {type(other).__name__}, and the adapter of this name a {type(self).__name__}")
         mine, theirs = self._meaning(), other._meaning()
@@ -186,9 +168,8 @@ class ConfigFile(PeftConfig):
             layers = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in wrong})
             raise ValueError(
                 f"the adapter {adapter_name!r} cannot be saved: the tensors of {layers} are not those that its config "
-                "names. Either these layers were replaced or rebuilt after they were adapted, so that their update is "
-                "lost; or they have an earlier adapter of the same name; or `state_dict` is not that of the whole "
-                "model. Adapt the model as it is now by a new `get_peft_model`"
+                "names. These layers were replaced after they were adapted, have an earlier adapter of the same name, "
+                "or are not in `state_dict`. Adapt the model as it is now by a new `get_peft_model`"
             )
 
     def _meaning(self) -> dict[str, Any]:
@@ -213,14 +194,8 @@ class ConfigFile(PeftConfig):
             alphas.setdefault(target.module, {})[name] = target.alpha
         for pattern in (ranks, alphas):
             pattern |= {module: next(iter(own.values())) for module, own in pattern.items() if len(own) == 1}
-        return replace(
-            self,
-            **_NONE,
-            target_modules=set(ranks),
-            coefficients=coefficients,
-            rank_pattern=ranks,
-            alpha_pattern=alphas if self.alpha_pattern else {},
-        )
+        fields = {"target_modules": set(ranks), "coefficients": coefficients, "rank_pattern": ranks}
+        return replace(self, **_NONE | fields | {"alpha_pattern": alphas if self.alpha_pattern else {}})
 
     @property
     def is_self_contained(self) -> bool:

@@ -6,8 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ class WholeAdapters:
         if not kwargs.get("is_main_process", True) or os.path.isfile(save_directory):
             save(save_directory, *args, **kwargs)  # which collects tensors with the first process, or raises
             return
-        with _said(save_directory):
+        try:
             os.makedirs(save_directory, exist_ok=True)
             _remove_old(Path(save_directory))
             with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=save_directory) as folder:
@@ -71,6 +70,11 @@ class WholeAdapters:
                 for part in [path.parent for path in sorted(Path(folder).rglob(CONFIG_NAME))]:
                     _replace(part, Path(save_directory, part.relative_to(folder)))
                 os.replace(Path(folder, CARD), Path(save_directory, CARD))  # a link is replaced, not followed
+        except (OSError, SafetensorError) as error:  # safetensors has a type of its own for what the file system says
+            raise OSError(
+                f"`save_directory` {os.fspath(save_directory)!r}: the adapter cannot be saved there ({error}). What "
+                "was there is as it was: make room, or choose another directory"
+            ) from error
 
     add_adapter, delete_adapter, set_adapter = map(_between_calls, ("add_adapter", "delete_adapter", "set_adapter"))
     merge_adapter, unmerge_adapter = map(_between_calls, ("merge_adapter", "unmerge_adapter"))
@@ -83,14 +87,14 @@ class WholeAdapters:
         Raises:
             ValueError: also if the model has an adapter of this name that means something else.
         """
-        config = self.peft_config.get(adapter_name)
-        # `PeftModel.from_pretrained` has just read the file, and gives a key mapping. For any other adapter that the
-        # model has already, PEFT would not look at the saved config.
-        is_read = config is not None and config._saved is not None and kwargs.get("key_mapping") is not None
         token = loads_a_file.set(True)
         directory = os.path.join(model_id, kwargs.get("subfolder") or "")
         try:
             with changing(self.base_model.model), naming(directory):
+                config = self.peft_config.get(adapter_name)
+                # `PeftModel.from_pretrained` has just read the file, and gives a key mapping. For any other adapter
+                # that the model has already, PEFT would not look at the saved config.
+                is_read = config is not None and config._saved is not None and kwargs.get("key_mapping") is not None
                 if config is not None and not is_read:
                     given = {key: kwargs[key] for key in self._split_kwargs(kwargs)[0]}
                     config.take_saved(type(config).from_pretrained(os.fspath(model_id), **given))
@@ -108,31 +112,17 @@ class WholeAdapters:
                 self.peft_config[adapter_name]._saved = None
 
 
+@cache
 def with_whole_adapters(cls: Any) -> Any:
     """The subclass of a PeftModel's class with these methods, under its name."""
-    return cls if issubclass(cls, WholeAdapters) else _subclass(cls)
-
-
-@cache
-def _subclass(cls: Any) -> Any:
+    if issubclass(cls, WholeAdapters):
+        return cls
     return type(cls.__name__, (WholeAdapters, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__, "_of": cls})
 
 
 def _restored(cls: type[PeftModel]) -> Any:
-    made = with_whole_adapters(cls)
-    return made.__new__(made)
-
-
-@contextmanager
-def _said(directory: str | os.PathLike) -> Iterator[None]:
-    """Errors of the file system name the directory. safetensors has a type of its own for them."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"`save_directory` {os.fspath(directory)!r}: the adapter cannot be saved there ({error}). What was there "
-            "is as it was: make room, or choose another directory"
-        ) from error
+    made: Any = cls
+    return object.__new__(with_whole_adapters(made))
 
 
 def _remove_old(directory: Path) -> None:

@@ -73,7 +73,7 @@ class SlimLayer(LoTRALayer):
         return base_layer
 
     @property
-    def _base_is_zero(self) -> bool:
+    def _base_is_zero(self) -> bool:  # type: ignore[override]
         return not self.merged
 
     def _make_dense(self) -> None:
@@ -103,13 +103,11 @@ class SlimLayer(LoTRALayer):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        path = prefix
-        layer: nn.Module = self
-        while isinstance(layer, LoTRALayer):
-            path, layer = f"{path}base_layer.", layer.base_layer
-        coefficients = state_dict.get(path + self.spec.parameter)
+        name = next(n for n, m in self.named_modules() if m is self.get_base_layer())
+        key = f"{prefix}{name}.{self.spec.parameter}"
+        coefficients = state_dict.get(key)
         if not (self.merged or coefficients is None or coefficients.is_meta) and coefficients.any():
-            error_msgs.append(f"{path}{self.spec.parameter} is not zero in the state dict, as in a Slim KAN it is")
+            error_msgs.append(f"{key} is not zero in the state dict, as in a Slim KAN it is")
         self._make_dense()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -145,7 +145,6 @@ def compress(given: Tucker, ranks: Ranks) -> tuple[Tucker, float]:
     """`decompose` of a tensor in Tucker form without its dense tensor, and the relative error ‖A − A_r‖ / ‖A‖.
 
     With U = Q R in every mode that has a rank, this decomposes the smaller tensor G × R, which has the same norm.
-    Ranks are as in `decompose`.
     """
     bases, sides = {}, {}
     for mode, r in zip(MODES, (*ranks, None), strict=False):
@@ -163,8 +162,7 @@ def compress(given: Tucker, ranks: Ranks) -> tuple[Tucker, float]:
 def weighted_sum(terms: Sequence[tuple[float, Tucker]]) -> Tucker:
     """Σ_j w_j · G_j ×₁ U1_j ×₂ U2_j ×₃ U3_j ×₄ U4_j, exactly: a block-diagonal core and factors side by side.
 
-    Ranks add up. If their sum reaches the size of a mode, or the mode is whole in a term, the factors are multiplied
-    into the cores, and the mode is whole.
+    Where the sum of the ranks reaches the size of the mode, or the mode is whole in a term, it is whole.
     """
     joint = {}
     for mode in MODES:
@@ -172,27 +170,19 @@ def weighted_sum(terms: Sequence[tuple[float, Tucker]]) -> Tucker:
             beside = torch.cat([one.factors[mode] for _, one in terms], dim=1)
             if beside.shape[1] < beside.shape[0]:
                 joint[mode] = beside
-    whole = [mode for mode in MODES if mode not in joint]
-    cores = [weight * one.absorb(whole).core for weight, one in terms]
-    shape = list(cores[0].shape)
-    for mode, U in joint.items():
-        shape[MODES.index(mode)] = U.shape[1]
+    cores = [weight * one.absorb([mode for mode in MODES if mode not in joint]).core for weight, one in terms]
+    shape = [joint[mode].shape[1] if mode in joint else n for mode, n in zip(MODES, cores[0].shape, strict=True)]
     total, starts = cores[0].new_zeros(shape), [0] * len(shape)
     for core in cores:
-        total[tuple([slice(start, start + size) for start, size in zip(starts, core.shape, strict=True)])] += core
-        for mode in joint:
-            axis = MODES.index(mode)
-            starts[axis] += core.shape[axis]
+        total[tuple([slice(start, start + n) for start, n in zip(starts, core.shape, strict=True)])] += core
+        starts = [start + n * (mode in joint) for mode, start, n in zip(MODES, starts, core.shape, strict=True)]
     return Tucker(total, joint)
 
 
 def hosvd(tensor: torch.Tensor) -> tuple[Tucker, dict[str, torch.Tensor]]:
-    """A = S ×₁ U1 ×₂ U2 ×₃ U3 with the left singular vectors of A unfolded along each mode, and the singular values.
+    """A = S ×₁ U1 ×₂ U2 ×₃ U3 with the left singular vectors of its unfoldings, and the singular values.
 
     S[:r1, :r2, :r3] and the first r columns of each factor are the truncated HOSVD.
-
-    Args:
-        tensor: A, shape (n, m, n_d, ...).
     """
     core, factors, values = tensor, {}, {}
     for axis, mode in enumerate("iod"):
