@@ -70,17 +70,10 @@ def tasks_for(
     axis: int,
     argument: str | None,
 ) -> Tasks:
-    """What `model` is to have in its context at a task.
+    """What `model` is to have in its context at a task, in a form that `Family.named` takes.
 
-    Args:
-        model, configs: the model with the adapters in it, and their configs.
-        kinds: the families that may be meant, by adapter.
-        task: in a form that `Family.named` takes.
-        axis: the axis of the samples.
-        argument: the argument that names the task if only active adapters use it, else None.
-
-    Raises:
-        TypeError, ValueError: if the task fits no family, or no adapter that it fits is used.
+    `kinds` are the families that may be meant, by adapter, `configs` those of all adapters. If only active adapters
+    use the task, `argument` names it, and it is an error if none does.
     """
     found = list(adapted_tensors(model).values())
 

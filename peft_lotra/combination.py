@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -13,11 +11,11 @@ from peft.utils import AuxiliaryTrainingWrapper, merge_utils
 from torch import nn
 
 from .coefficients.target import Target
-from .config.fields import checked_pattern
 from .config.lotra_config import LoTRAConfig
 from .layers.lotra import LoTRALayer, adapted_tensors
 from .placement.offloaded import tensors_in_place
 from .placement.sharded import full_tensor
+from .preserved import is_number
 from .tucker.decomposition import MODES, Ranks, Tucker, compress, weighted_sum
 from .tucker.ranks import by_mode, check_ranks, choose_ranks
 
@@ -105,7 +103,7 @@ def _check_adapters(
         raise ValueError(f"`adapters` names {unknown}, which do not exist: the model has {list(configs)}")
     if len(weights) != len(adapters):
         raise ValueError(f"`weights` should be one number for each of {list(adapters)}, but {weights!r} is passed")
-    if wrong := [w for w in weights if not isinstance(w, Real) or isinstance(w, bool) or not math.isfinite(w)]:
+    if wrong := [w for w in weights if not is_number(w)]:
         raise ValueError(f"`weights` should be finite numbers but {wrong} is among the values passed")
     if of_families := [name for name in adapters if configs[name].family is not None]:
         raise ValueError(f"`adapters` {of_families} are for families of tasks: combine those of `adapter_at`")
@@ -133,7 +131,7 @@ def _checked_rule(combination_type: str, density: float | None, majority_sign_me
         raise ValueError(f"`combination_type` should be one of {rules} but the value passed is {combination_type!r}")
     if rule in _SUMS and density is not None:
         raise ValueError(f"`density` {density!r} with `combination_type` {rule!r}, which prunes nothing: leave it out")
-    if rule in _PRUNED and not (isinstance(density, Real) and 0 < density <= 1):
+    if rule in _PRUNED and not (is_number(density) and 0 < density <= 1):
         raise ValueError(f"`density` should be a number in (0, 1] for `combination_type` {rule!r} but is {density!r}")
     if majority_sign_method not in ("total", "frequency"):
         raise ValueError(
@@ -146,7 +144,7 @@ def _ranks(layers: Mapping[str, LoTRALayer], adapters: Sequence[str], svd_rank: 
     shapes = {parameter: layer.spec.layout.canonical_shape for parameter, layer in layers.items()}
     if svd_rank is not None and not isinstance(svd_rank, Mapping):
         return choose_ranks(shapes, {}, check_ranks(svd_rank, "svd_rank"), None)
-    given = checked_pattern("svd_rank", svd_rank or {}, check_ranks)
+    given = {key: check_ranks(r, f"svd_rank[{key!r}]") for key, r in (svd_rank or {}).items()}
     if unknown := sorted(given.keys() - shapes.keys()):
         raise ValueError(f"`svd_rank` names {unknown}, but the adapted parameters are {list(shapes)}")
     for parameter in layers.keys() - given.keys():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from numbers import Real
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -17,6 +19,11 @@ def check_model(**models: Any) -> None:
     for name, model in models.items():
         if not isinstance(model, nn.Module):
             raise TypeError(f"`{name}` should be a torch.nn.Module but the value passed is {model!r}")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite real number, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @contextmanager

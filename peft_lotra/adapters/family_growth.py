@@ -115,13 +115,10 @@ def add_task(
 
     Source: ours.
     """
-    tuner = lotra_model(model, family)
-    kind = _named(tuner, family)
+    tuner, kind = _named(model, family, **{} if core_from is None else {"core_from": core_from})
     names = list(kind.tasks)
     if not isinstance(task, str) or task in names:
         raise ValueError(f"`task` should be a new name but the value passed is {task!r}; there are {shortened(names)}")
-    if core_from is not None and core_from not in names:
-        raise ValueError(f"`core_from` {core_from!r} is not one of the family's tasks {shortened(names)}")
     if code is not None and (not kind.code or tuple(code.shape) != (kind.code,) or core_from is not None):
         raise ValueError(f"`code` should have {kind.code} numbers, without `core_from`, but is {tuple(code.shape)}")
 
@@ -129,7 +126,7 @@ def add_task(
         start = held.mean(axis, keepdim=True) if core_from is None else held.narrow(axis, names.index(core_from), 1)
         return torch.cat([held, start if code is None else code.to(held)[None]], axis)
 
-    _replace_tasks(tuner, family, "add the task", [*names, task], grown)
+    _replace_tasks(tuner, family, kind, "add the task", [*names, task], grown)
 
 
 @torch.no_grad()
@@ -143,19 +140,13 @@ def remove_task(model: nn.Module, task: str, *, family: str = "default") -> None
         ValueError: if there is no such task, the family would have no task left, or fewer than a code has numbers, or
             the model is sharded or offloaded. Nothing is changed then.
     """
-    tuner = lotra_model(model, family)
-    kind = _named(tuner, family)
-    _check_task(task, kind)
+    tuner, kind = _named(model, family, task=task)
     kept = [k for k, name in enumerate(kind.tasks) if name != task]
     if len(kept) < max(kind.code, 1):
         raise ValueError(f"`task` {task!r} is needed: a family has at least as many tasks as a code has numbers")
-    names = [kind.tasks[k] for k in kept]
+    names, rows = [kind.tasks[k] for k in kept], torch.tensor(kept)
     _replace_tasks(
-        tuner,
-        family,
-        "remove the task",
-        names,
-        lambda held, axis: held.index_select(axis, torch.tensor(kept).to(held.device)),
+        tuner, family, kind, "remove the task", names, lambda held, axis: held.index_select(axis, rows.to(held.device))
     )
 
 
@@ -166,26 +157,23 @@ def rename_task(model: nn.Module, task: str, name: str, *, family: str = "defaul
     Raises:
         ValueError: if there is no such task, or the name is taken. Nothing is changed then.
     """
-    tuner = lotra_model(model, family)
-    kind = _named(tuner, family)
-    _check_task(task, kind)
+    tuner, kind = _named(model, family, task=task)
     if not isinstance(name, str) or name in kind.tasks:
         raise ValueError(f"`name` should be a new name but the value passed is {name!r}")
     tasks = tuple([name if one == task else one for one in kind.tasks])
     _replace(tuner, family, "rename the task", family=replace(kind, tasks=tasks).plain)
 
 
-def _named(tuner: LoTRAModel, family: str) -> Family:
-    """The family, if its tasks have names; otherwise raise ValueError."""
+def _named(model: nn.Module, family: str, **tasks: str) -> tuple[LoTRAModel, Family]:
+    """The tuner, and a family whose tasks have names, these among them; otherwise raise ValueError."""
+    tuner = lotra_model(model, family)
     kind = tuner.peft_config[family].kind
     if kind is None or not kind.tasks:
         raise ValueError(f"`family` {family!r} is not a family of named tasks (`LoTRAConfig(family=[...])`)")
-    return kind
-
-
-def _check_task(task: str, kind: Family) -> None:
-    if task not in kind.tasks:
-        raise ValueError(f"`task` {task!r} is not one of the family's tasks {shortened(list(kind.tasks))}")
+    for argument, task in tasks.items():
+        if task not in kind.tasks:
+            raise ValueError(f"`{argument}` {task!r} is not one of the family's tasks {shortened(list(kind.tasks))}")
+    return tuner, kind
 
 
 @torch.no_grad()
@@ -283,10 +271,14 @@ def _changed(M: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
 
 
 def _replace_tasks(
-    tuner: LoTRAModel, family: str, what: str, names: list[str], change: Callable[[torch.Tensor, int], torch.Tensor]
+    tuner: LoTRAModel,
+    family: str,
+    kind: Family,
+    what: str,
+    names: list[str],
+    change: Callable[[torch.Tensor, int], torch.Tensor],
 ) -> None:
     """Replace what each task has of its own, along that axis: its code, or its slice of the cores."""
-    kind = _named(tuner, family)
     of_codes, of_core = (lambda held: change(held, 0)), (lambda held: change(held, -1))
     changes = (None, of_codes) if kind.code else (of_core, None)
     _replace(tuner, family, what, *changes, family=replace(kind, tasks=tuple(names)).plain)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from numbers import Real
 from typing import Any
 
-from ..families.family import Family, check_degree
+from ..families.family import Family
+from ..preserved import is_number
 
 FORMAT = 1  # of saved adapters; one that an earlier version would read wrongly has a greater number
 BIASES = ("none", "all", "lotra_only")
@@ -17,10 +17,6 @@ def _are(kind: type, value: Any) -> bool:
     """Whether a value is a collection of this type."""
     is_collection = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
     return is_collection and all(isinstance(entry, kind) and not isinstance(entry, bool) for entry in value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _are_names(value: Any) -> bool:
@@ -51,9 +47,10 @@ _TYPES = (
     ("digest", lambda value: isinstance(value, str | None), "a str; leave it out,"),
 )
 _VALUES = (
-    ("compression_ratio", lambda value: value is None or (_is_number(value) and 0 < value <= 1), "a number in (0, 1]"),
+    ("compression_ratio", lambda value: value is None or (is_number(value) and 0 < value <= 1), "a number in (0, 1]"),
     ("bias", BIASES.__contains__, f"one of {BIASES}"),
     ("family_code", lambda value: value is None or (type(value) is int and value > 0), "a positive integer or None"),
+    ("family_degree", lambda value: value is None or (type(value) is int and value > 0), "a positive integer"),
     *[(name, lambda value: isinstance(value, bool), "True or False") for name in _FLAGS],
 )
 
@@ -80,7 +77,7 @@ def _check_marks(marks: Any, name: str) -> None:
 
 def check_alpha(alpha: Any, name: str) -> Any:
     """`alpha`. Raise ValueError, naming `name`, unless it is a finite number."""
-    if not _is_number(alpha):
+    if not is_number(alpha):
         raise ValueError(f"`{name}` should be a finite number but the value passed is {alpha!r}")
     return alpha
 
@@ -102,7 +99,6 @@ def check_family(config: Any) -> None:
     code = config.family_code
     if config.family_degree is None:
         config.family_degree = 1 if code else 4
-    check_degree(config.family_degree)
     if config.family is None:
         if code is not None:
             raise ValueError(f"`family_code` {code!r} without `family`: list the names of tasks in `family`")

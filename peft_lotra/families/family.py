@@ -9,24 +9,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from itertools import chain, combinations_with_replacement
-from numbers import Real
 from operator import mul
 from typing import Any
 
 import torch
 
+from ..preserved import is_number
 from ..standin.axes import planned
 
 # The other arguments of `at_task` and `adapter_at`, which also take a family's parameters by name.
 _ARGUMENTS = {"model", "adapter_name", "family", "train", "task", "code", "batch_axis"}
 
 LARGEST = 100_000  # P of a family
-
-
-def check_degree(degree: Any) -> None:
-    """Raise ValueError unless `family_degree` is a positive integer."""
-    if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
-        raise ValueError(f"`family_degree` should be a positive integer but the value passed is {degree!r}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,8 @@ class Family:
     @classmethod
     def of(cls, family: Any, degree: int, code: int = 0, field: str = "family") -> Family:
         """The family that the fields `family`, called `field` in errors, `family_degree` and `family_code` mean."""
-        check_degree(degree)
+        if type(degree) is not int or degree < 1:
+            raise ValueError(f"`family_degree` should be a positive integer but the value passed is {degree!r}")
         entries = family if isinstance(family, Mapping) else {}
         # Sorted, as in saved configs, because the order of the names determines the order of the products.
         names = sorted(name for name, bounds in entries.items() if _is_range(name, bounds))
@@ -195,7 +190,7 @@ class Family:
         """x in [-1, 1] for a parameter within its range, a number or of the shape () or (batch,)."""
         a, b = self.ranges[name]
         if not isinstance(value, torch.Tensor):
-            if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            if not is_number(value):
                 raise TypeError(
                     f"`{name}` should be a number or a tensor of numbers but the value passed is {value!r}"
                 )
@@ -290,11 +285,8 @@ def shortened(names: list[str], most: int = 20) -> list[str]:
 
 def _is_range(name: Any, bounds: Any) -> bool:
     """Whether `name` can be a keyword argument and `bounds` are two finite numbers."""
-    if not isinstance(name, str) or not name.isidentifier():
-        return False
-    if not isinstance(bounds, list | tuple) or len(bounds) != 2:
-        return False
-    return all(isinstance(b, Real) and not isinstance(b, bool) and math.isfinite(b) for b in bounds)
+    is_pair = isinstance(bounds, list | tuple) and len(bounds) == 2 and all(map(is_number, bounds))
+    return is_pair and isinstance(name, str) and name.isidentifier()
 
 
 @planned

@@ -105,20 +105,15 @@ def digest(weights: Mapping[str, torch.Tensor], meaning: Mapping[str, Any]) -> s
     return total.hexdigest()
 
 
-def _header(content: bytes) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, which is JSON after its length in 8 bytes, and where the tensors begin."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:end]), end
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata in a safetensors file's header, which is JSON after its length in 8 bytes."""
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
 
 
 def set_metadata(path: Path, key: str, text: str) -> None:
-    """Add an entry to the header of a safetensors file. The library would read and write every tensor for that."""
+    """Add an entry to the header of a safetensors file."""
     content = path.read_bytes()
-    header, end = _header(content)
-    header["__metadata__"] = {**header.get("__metadata__", {}), key: text}
-    said = json.dumps(header).encode()
-    said += b" " * (-len(said) % 8)  # tensors begin at a multiple of 8
-    path.write_bytes(len(said).to_bytes(8, "little") + said + content[end:])
+    path.write_bytes(safetensors.torch.save(safetensors.torch.load(content), {**_metadata(content), key: text}))
 
 
 def read_adapter(directory: str) -> SavedAdapter | None:
@@ -134,7 +129,7 @@ def read_adapter(directory: str) -> SavedAdapter | None:
         else:
             content = Path(file).read_bytes()  # once, so that header and tensors are of one save
             weights = safetensors.torch.load(content)
-            config = _header(content)[0].get("__metadata__", {}).get(CONFIG_KEY)
+            config = _metadata(content).get(CONFIG_KEY)
     except Exception as error:  # safetensors, pickle and zip raise types of their own
         raise ValueError(
             f"the adapter file {file} cannot be read ({error}): it is corrupt or truncated; copy or save it again"

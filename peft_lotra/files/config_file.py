@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -241,9 +241,11 @@ class ConfigFile(PeftConfig):
             if ranks is None or {axis for group in spec.axes for axis in group} != description["sizes"].keys():
                 return []
             targets.append(Target(module, spec, by_mode(ranks)))
-        named = []
-        for module, group in _by_module(sorted(targets, key=lambda target: (target.module, target.spec.nesting))):
-            named += [(module + ".base_layer" * (len(group) - 1 - depth), t) for depth, t in enumerate(group)]
+        targets.sort(key=lambda target: (target.module, target.spec.nesting))
+        inside, named = Counter([target.module for target in targets]), []
+        for target in targets:  # the outermost layer comes first, around those of the module's other tensors
+            inside[target.module] -= 1
+            named.append((target.module + ".base_layer" * inside[target.module], target))
         return named
 
     def saved_slots(self) -> dict[str, Slot]:
@@ -257,10 +259,6 @@ class ConfigFile(PeftConfig):
         if self.codes and targets:  # they are with the first tensor
             slots[f"{PREFIX}{targets[0][0]}.{CODES}"] = Slot(self.codes)
         return slots
-
-
-def _by_module(targets: list[Target]) -> Iterator[tuple[str, list[Target]]]:
-    return ((module, list(group)) for module, group in groupby(targets, key=lambda target: target.module))
 
 
 def _downloaded(repository: str, **given: Any) -> str | None:

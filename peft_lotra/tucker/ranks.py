@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from itertools import product
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 
+from ..preserved import is_number
 from .decomposition import Ranks, core_count, parameter_count
 from .spectrum import Spectrum
 
@@ -64,11 +65,11 @@ def choose_ranks(
     outputs would be below 4 gets (4, 4, whole), or is whole if that has fewer numbers.
     """
     chosen = {name: clipped(by_mode(ranks), shapes[name]) for name, ranks in fixed.items()}
-    for name, ranks in fixed.items():
+    for name, given in fixed.items():
         sizes = mode_sizes(shapes[name])
-        if any(rank is not None and rank > size for rank, size in zip(by_mode(ranks), sizes, strict=False)):
+        if any(rank is not None and rank > size for rank, size in zip(by_mode(given), sizes, strict=False)):
             raise ValueError(
-                f"`rank_pattern` gives {name} the ranks {ranks}, above its modes (input, output, basis, positions) = "
+                f"`rank_pattern` gives {name} the ranks {by_mode(given)}, above its modes (input, output, basis, positions) = "
                 f"{sizes}; give ranks up to the modes"
             )
     free = {name: shape for name, shape in shapes.items() if name not in chosen}
@@ -78,7 +79,23 @@ def choose_ranks(
         return chosen
     count = partial(core_count if freeze_factors else parameter_count, terms=terms)
     ranks_at = partial(slim_ranks if slim else equal_ranks, count=count)
-    return chosen | _budgeted(shapes, chosen, compression_ratio, count, ranks_at)
+    total = sum(map(math.prod, shapes.values()))
+    spent = sum(count(shapes[name], ranks) for name, ranks in chosen.items())
+    least = spent + sum(count(shape, ranks_at(shape, 1)) for shape in free.values())
+    if compression_ratio is None:
+        budget = max(int(DEFAULT_COMPRESSION_RATIO * total + 1e-6), least)
+    elif least > (budget := int(compression_ratio * total + 1e-6)):  # 0.29 · 100 is a little less than 29
+        needed = "the ranks of `rank_pattern`, and rank 1 elsewhere, need" if fixed else "rank 1 needs"
+        enough = math.ceil(1000 * least / total) / 1000
+        instead = "use lower ranks in `rank_pattern`" if enough > 1 else f"use a ratio of at least {enough}"
+        raise ValueError(
+            f"`compression_ratio`={compression_ratio} allows {budget} parameters for the {total} coefficients of "
+            f"{len(shapes)} tensors, but {needed} {least}; {instead}"
+        )
+    ranks = dict(zip(free, ranks_for_budget(list(free.values()), budget - spent, ranks_at, count), strict=True))
+    return chosen | (
+        {name: _raised(r, shapes[name]) for name, r in ranks.items()} if compression_ratio is None else ranks
+    )
 
 
 def _clipped(shapes: Mapping[str, tuple[int, ...]], r: int | Ranks) -> dict[str, Ranks]:
@@ -91,33 +108,6 @@ def _clipped(shapes: Mapping[str, tuple[int, ...]], r: int | Ranks) -> dict[str,
             f"`r`={r!r} is above the modes (input, output, basis) of every layer; the largest are {largest}"
         )
     return {name: clipped(ranks, shape) for name, shape in shapes.items()}
-
-
-def _budgeted(
-    shapes: Mapping[str, tuple[int, ...]],
-    fixed: Mapping[str, Ranks],
-    compression_ratio: float | None,
-    count: Callable[[Sequence[int], Ranks], int],
-    ranks_at: Callable[[Sequence[int], int], Ranks],
-) -> dict[str, Ranks]:
-    total = sum(map(math.prod, shapes.values()))
-    spent = sum(count(shapes[name], ranks) for name, ranks in fixed.items())
-    free = {name: shape for name, shape in shapes.items() if name not in fixed}
-    least = spent + sum(count(shape, ranks_at(shape, 1)) for shape in free.values())
-    ratio = DEFAULT_COMPRESSION_RATIO if compression_ratio is None else compression_ratio
-    budget = int(ratio * total + 1e-6)  # 0.29 · 100 is a little less than 29
-    if compression_ratio is None:
-        budget = max(budget, least)
-    if least > budget:
-        needed = "the ranks of `rank_pattern`, and rank 1 elsewhere, need" if fixed else "rank 1 needs"
-        enough = math.ceil(1000 * least / total) / 1000
-        instead = "use lower ranks in `rank_pattern`" if enough > 1 else f"use a ratio of at least {enough}"
-        raise ValueError(
-            f"`compression_ratio`={ratio} allows {budget} parameters for the {total} coefficients of "
-            f"{len(shapes)} tensors, but {needed} {least}; {instead}"
-        )
-    chosen = dict(zip(free, ranks_for_budget(list(free.values()), budget - spent, ranks_at, count), strict=True))
-    return chosen if compression_ratio is not None else {name: _raised(r, shapes[name]) for name, r in chosen.items()}
 
 
 def _raised(ranks: Ranks, shape: Sequence[int]) -> Ranks:
@@ -214,7 +204,7 @@ def suggest_ranks(
     if energy is not None and budget is not None:
         raise ValueError(f"give `energy` or `budget`, not both: got energy={energy!r}, budget={budget!r}")
     energy = 0.99 if energy is None else energy
-    if not isinstance(energy, Real) or isinstance(energy, bool) or not 0 < energy <= 1:
+    if not is_number(energy) or not 0 < energy <= 1:
         raise ValueError(f"`energy` should be a number in (0, 1] but the value passed is {energy!r}")
     if budget is not None and (not isinstance(budget, Integral) or isinstance(budget, bool)):
         raise TypeError(f"`budget` should be an integer, a number of parameters, but the value passed is {budget!r}")
