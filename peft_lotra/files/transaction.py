@@ -33,7 +33,8 @@ def _between_calls(name: str) -> Any:
         with changing(self.base_model.model):
             return theirs(*args, **kwargs)
 
-    return wraps(getattr(PeftModel, name, method))(method)
+    in_peft = getattr(PeftModel, name, None)
+    return wraps(in_peft)(method) if in_peft else method
 
 
 class WholeAdapters:

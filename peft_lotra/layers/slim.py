@@ -24,7 +24,7 @@ class SlimLayer(LoTRALayer):
         with torch.no_grad():
             coefficients = spec.to_canonical(adapted_coefficients(self.get_base_layer(), spec, ())).detach().double()
         self._variances = coefficients.square().transpose(0, 2).flatten(1).mean(1)  # shape: (n_d,)
-        self.register_load_state_dict_post_hook(_empty_after_load)
+        self.register_load_state_dict_post_hook(SlimLayer._empty)
         self._empty()
 
     def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
@@ -81,7 +81,7 @@ class SlimLayer(LoTRALayer):
             parameter = self._stored(self.spec.parameter)
             parameter.data = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
 
-    def _empty(self) -> None:
+    def _empty(self, _: Any = None) -> None:
         """Put one expanded zero in place of the coefficients, unless updates are merged into them."""
         if not self.merged:
             parameter = self._stored(self.spec.parameter)
@@ -112,7 +112,3 @@ class SlimLayer(LoTRALayer):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-
-def _empty_after_load(layer: SlimLayer, _: Any) -> None:
-    layer._empty()

@@ -69,8 +69,8 @@ def choose_ranks(
         sizes = mode_sizes(shapes[name])
         if any(rank is not None and rank > size for rank, size in zip(by_mode(given), sizes, strict=False)):
             raise ValueError(
-                f"`rank_pattern` gives {name} the ranks {by_mode(given)}, above its modes (input, output, basis, positions) = "
-                f"{sizes}; give ranks up to the modes"
+                f"`rank_pattern` gives {name} the ranks {by_mode(given)}, above its modes (input, output, basis, "
+                f"positions) = {sizes}; give ranks up to the modes"
             )
     free = {name: shape for name, shape in shapes.items() if name not in chosen}
     if r is not None:
