@@ -23,34 +23,38 @@ def _are_names(value: Any) -> bool:
     return value is None or isinstance(value, str) or _are(str, value)
 
 
+def _are_indices(value: Any) -> bool:
+    return value is None or type(value) is int or _are(int, value)
+
+
 def _are_rows(tokens: Any) -> bool:
     rows = tokens.values() if isinstance(tokens, Mapping) else [[] if tokens is None else tokens]
     return all(_are(int, indices) for indices in rows)
+
+
+def _is_count(value: Any) -> bool:
+    return value is None or (type(value) is int and value > 0)
 
 
 _NAMES = "a list of names of modules, or a regular expression,"
 _ROWS = "a list of indices, or a mapping from names of embeddings to such lists,"
 _FLAGS = ("allow_unread", "freeze_factors", "init_weights", "slim", "inference_mode")
 
-# Fields, which values each may have, and words for errors; first those whose errors are of the type.
+# Which values each field may have, and words for errors: a TypeError for these, a ValueError for those below.
 _TYPES = (
     ("target_modules", _are_names, _NAMES),
     ("exclude_modules", _are_names, _NAMES),
     ("modules_to_save", lambda value: value is None or _are(str, value), "a list of names of modules,"),
     ("layers_pattern", _are_names, "a list of names, or one name,"),
-    (
-        "layers_to_transform",
-        lambda value: value is None or type(value) is int or _are(int, value),
-        "a list of indices of layers, or one index,",
-    ),
+    ("layers_to_transform", _are_indices, "a list of indices of layers, or one index,"),
     ("trainable_token_indices", _are_rows, _ROWS),
     ("digest", lambda value: isinstance(value, str | None), "a str; leave it out,"),
 )
 _VALUES = (
     ("compression_ratio", lambda value: value is None or (is_number(value) and 0 < value <= 1), "a number in (0, 1]"),
     ("bias", BIASES.__contains__, f"one of {BIASES}"),
-    ("family_code", lambda value: value is None or (type(value) is int and value > 0), "a positive integer or None"),
-    ("family_degree", lambda value: value is None or (type(value) is int and value > 0), "a positive integer"),
+    ("family_code", _is_count, "a positive integer or None"),
+    ("family_degree", _is_count, "a positive integer"),
     *[(name, lambda value: isinstance(value, bool), "True or False") for name in _FLAGS],
 )
 
