@@ -186,12 +186,11 @@ def load_task(path: str | os.PathLike, model: nn.Module, name: str, *, family: s
     origin = f"the task file {os.fspath(path)}"
     with naming(origin), safe_open(path, "pt") as file:
         meant, tensors = (file.metadata() or {}).get("family"), {key: file.get_tensor(key) for key in file.keys()}
-    is_code = "code" in tensors
-    if meant != _digest(tuner, family, with_cores=is_code):
+    if meant != _digest(tuner, family, with_cores="code" in tensors):
         raise ValueError(
             f"{origin} is for another state of {family!r}, or another family: load the one that it was made from"
         )
-    if is_code:
+    if "code" in tensors:
         covariance = tensors.pop("covariance", None)
         check_weights({"code": Slot((kind.code,))}, tensors, origin)
         add_task(model, name, family=family, code=tensors["code"])

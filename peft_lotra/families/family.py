@@ -119,16 +119,9 @@ class Family:
     def weights(self, task: Mapping[str, Any], codes: torch.Tensor | None = None) -> torch.Tensor:
         """c of one task, shape (P,), or of a task for each sample, shape (batch, P); float64 unless tensors are given.
 
-        For a batch of one sample, the shape is (P,).
-
-        Args:
-            task: for each parameter, a number or a tensor of the shape (), (batch,) or (batch, 1); for the names, a
-                name, a list of names, or a tensor of their places in `tasks`. "code" may stand in place of the names:
-                a tensor, shape (k,) or (batch, k).
-            codes: the codes of all tasks, shape (tasks, k).
-
-        Raises:
-            TypeError, ValueError: naming the argument that does not fit.
+        For a batch of one sample, the shape is (P,). A task has, for each parameter, a number or a tensor of the shape
+        (), (batch,) or (batch, 1); for the names, a name, a list of names, or a tensor of their places in `tasks`, or
+        a "code", shape (k,) or (batch, k). `codes`, shape (tasks, k), are those of all tasks.
         """
         if "code" in task and self.code:
             return self.at_code({name: value for name, value in task.items() if name != "code"}, task["code"])

@@ -24,16 +24,7 @@ from ..coefficients.target import Target
 from ..families.family import Family
 from ..tucker.decomposition import CODES, tucker_shapes
 from ..tucker.ranks import by_mode
-from .adapter_file import (
-    PREFIX,
-    SavedAdapter,
-    Slot,
-    check_weights,
-    digest,
-    is_adapter_key,
-    naming,
-    read_adapter,
-)
+from .adapter_file import PREFIX, SavedAdapter, Slot, check_weights, digest, is_adapter_key, naming, read_adapter
 
 # These fields had their effect when the adapter was made.
 _NONE: dict[str, Any] = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))

@@ -23,15 +23,7 @@ _REWRITING = ("update_grid", "initialize_grid", "reset_parameters", "swap")
 class Forwarding(nn.Module):
     """Access of a LoTRALayer to the attributes and methods of the layer that it wraps."""
 
-    spec: Any
-    base_layer: Any
-    get_base_layer: Any
-    _active_updates: Any
-    _update: Any
-    lotra_core: Any
-    terms: Any
     _merged_sums: list[int]
-    merged_adapters: list[str]
     _base_is_zero = False  # whether A is zero, and takes no memory
 
     @property
