@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from pictures import plain_log
 from torch import nn
 
-from peft_lotra.layers.codes import container_of_codes
+from peft_lotra.combination import container_of_codes
 from peft_lotra.layers.lotra import adapted_tensors
 
 LABELS = {"core": "LoTRA family, code and core", "code": "LoTRA family, code alone"}

@@ -14,9 +14,9 @@ from torch import nn
 
 from .calls.context import BASE, Batch, Entry, Shares, Tasks, entered, fields_of_family, now
 from .calls.samples import check_known, checked_axis
+from .combination import container_of_codes
 from .config.lotra_config import LoTRAConfig
 from .families import family as families
-from .layers.codes import container_of_codes
 from .layers.lotra import adapted_tensors
 from .placement.sharded import full_tensor, is_released
 from .registration import AXIS, TASK
@@ -25,17 +25,7 @@ from .registration import AXIS, TASK
 def in_context(
     model: nn.Module, configs: Mapping[str, LoTRAConfig], active: Sequence[str], arguments: Mapping[str, Any]
 ) -> AbstractContextManager[None]:
-    """A context in which the adapted layers of a model have the arguments of the call.
-
-    Args:
-        model: the base model with the adapters in it.
-        configs: the configs of all adapters.
-        active: the active adapters.
-        arguments: the arguments of the call, by name.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
+    """A context in which the adapted layers of a base model have the arguments of the call, which are checked."""
     names, task, axis = arguments.get("adapter_names"), arguments.get(TASK), arguments.get(AXIS)
     if axis is not None and names is None and task is None:
         raise ValueError(
@@ -66,10 +56,9 @@ def in_context(
         entries.append(Tasks(tasks.layers, repeated, axis, configs, tasks.families))
         if encoder:
             entries.append(Tasks(encoder, tasks.weights, axis, configs, tasks.families))
-    for entry in entries:
-        for module in (entry.modules or ()) if isinstance(entry, Batch) else ():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                _tell(module)
+    for module in {module for entry in entries if isinstance(entry, Batch) for module in entry.modules or ()}:
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            _tell(module)
     return entered(*entries)
 
 
@@ -81,18 +70,10 @@ def tasks_for(
     axis: int,
     argument: str | None,
 ) -> Tasks:
-    """What `model` is to have in its context at a task.
+    """What `model` is to have in its context at a task, in a form that `Family.named` takes.
 
-    Args:
-        model: the model with the adapters in it.
-        configs: the configs of all adapters.
-        kinds: the families that may be meant, by adapter.
-        task: in a form that `Family.named` takes.
-        axis: the axis of the samples.
-        argument: the argument that names the task if only active adapters use it, else None.
-
-    Raises:
-        TypeError, ValueError: if the task fits no family, or no adapter that it fits is used.
+    `kinds` are the families that may be meant, by adapter, `configs` those of all adapters. If only active adapters
+    use the task, `argument` names it, and it is an error if none does.
     """
     found = list(adapted_tensors(model).values())
 
@@ -115,16 +96,10 @@ def tasks_for(
     used = {name for layer in found for name in active if name in layer.lotra_core.keys() - layer.merged_adapters}
     if argument is not None and not weights.keys() & used:
         merged = [name for name in weights if name in active]
-        said = (
-            f"`{argument}` {task!r}"
-            if argument == TASK
-            else ", ".join([f"`{k}`={reprlib.repr(v)}" for k, v in task.items()])
-        )
-        if merged:
-            raise ValueError(f"{said} is for {merged}, merged at another task: call `unmerge_adapter()` first")
+        instead = f"call `set_adapter` first, or pass the task as `{TASK}`, beside `adapter_names`, to the call"
         raise ValueError(
-            f"{said} is for {list(weights)}, not active: call `set_adapter` first, or pass the task as `{TASK}`, "
-            "beside `adapter_names`, to the call"
+            f"`{argument}` {reprlib.repr(task)} is for {merged or list(weights)}, "
+            + ("merged at another task: call `unmerge_adapter()` first" if merged else f"not active: {instead}")
         )
     for name, c in weights.items():  # once for all layers
         cores = [layer.lotra_core[name] for layer in found if name in layer.lotra_core]
@@ -154,8 +129,7 @@ def _batch(model: nn.Module, names: Sequence[str], repeats: int, encoder: set[nn
     modules = set(model.modules())
     if axis != 0 and any(isinstance(module, AuxiliaryTrainingWrapper) for module in modules):
         raise ValueError(
-            f"`{AXIS}`={axis} for a model with trained copies (`modules_to_save`, token rows), which take samples on "
-            "the first axis: put them there"
+            f"`{AXIS}`={axis}: trained copies (`modules_to_save`, token rows) take samples on the first axis"
         )
     repeated = tuple(name for name in names for _ in range(repeats))
     return Batch(repeated, modules, axis, tuple(names), encoder)
@@ -163,9 +137,8 @@ def _batch(model: nn.Module, names: Sequence[str], repeats: int, encoder: set[nn
 
 def _encoder(model: Any, repeats: int) -> set[nn.Module]:
     """The modules of the encoder, which sees each sample once while other modules see repeated samples."""
-    encoder = model.get_encoder() if repeats > 1 and hasattr(model, "get_encoder") else None
-    # transformers' models without an encoder return themselves.
-    return set() if encoder is None or encoder is model else set(encoder.modules())
+    encoder = model.get_encoder() if repeats > 1 and hasattr(model, "get_encoder") else model
+    return set() if encoder in (None, model) else set(encoder.modules())  # models without one may return themselves
 
 
 # PEFT's own modules take the names as an argument --------------------------------------------------------------------

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from .config.lotra_config import LoTRAConfig
 from .layers.lotra import LoTRALayer, adapted_tensors
 from .placement.offloaded import tensors_in_place
 from .placement.sharded import full_tensor
+from .preserved import is_number
 from .tucker.decomposition import MODES, Ranks, Tucker, compress, weighted_sum
 from .tucker.ranks import by_mode, check_ranks, choose_ranks
 
@@ -51,6 +50,11 @@ def combine_adapters(
         total = weighted_sum(terms) if rule in _SUMS else _pruned_sum(rule, terms, density, majority_sign_method)
         factors[parameter], errors[parameter] = (total, 0.0) if rule == "cat" else compress(total, ranks[parameter])
     return _config([configs[name] for name in adapters], layers, factors), factors, errors
+
+
+def container_of_codes(layers: Iterable[LoTRALayer], adapter: str) -> nn.ParameterDict:
+    """The container that has the codes of an adapter, shape (tasks, k): that of one layer, for all of them."""
+    return next(layer.lotra_codes for layer in layers if adapter in layer.lotra_codes)
 
 
 @torch.no_grad()
@@ -99,7 +103,7 @@ def _check_adapters(
         raise ValueError(f"`adapters` names {unknown}, which do not exist: the model has {list(configs)}")
     if len(weights) != len(adapters):
         raise ValueError(f"`weights` should be one number for each of {list(adapters)}, but {weights!r} is passed")
-    if wrong := [w for w in weights if not isinstance(w, Real) or isinstance(w, bool) or not math.isfinite(w)]:
+    if wrong := [w for w in weights if not is_number(w)]:
         raise ValueError(f"`weights` should be finite numbers but {wrong} is among the values passed")
     if of_families := [name for name in adapters if configs[name].family is not None]:
         raise ValueError(f"`adapters` {of_families} are for families of tasks: combine those of `adapter_at`")
@@ -109,30 +113,25 @@ def _check_adapters(
     if biased := [name for name in adapters if configs[name].bias != "none"]:
         raise ValueError(
             f"`adapters` {biased} have trained biases (`bias`), and only one adapter of a model may have them: merge "
-            "that adapter into the model by `merge_and_unload` first, and combine others on top of it"
+            "it by `merge_and_unload` first, and combine others on top of it"
         )
     if shared := [owners for _, owners in _trained_copies(model, adapters) if len(owners) > 1]:
         raise ValueError(
-            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-            f"{len(shared)} such instance(s). Trained copies are not combined: at most one of {shared[0]} may have one"
+            "Cannot add weighted adapters if they target the same module with modules_to_save: trained copies are not "
+            f"combined, and at most one of {shared[0]} may have one"
         )
-    tokens = {name for name in adapters if configs[name].trainable_token_indices is not None}
-    if len(tokens) > 1:
-        raise ValueError(
-            f"`adapters` {sorted(tokens)} have `trainable_token_indices`: at most one of them may have trained rows"
-        )
+    if len(tokens := [name for name in adapters if configs[name].trainable_token_indices is not None]) > 1:
+        raise ValueError(f"`adapters` {tokens} have `trainable_token_indices`: at most one may have trained rows")
 
 
 def _checked_rule(combination_type: str, density: float | None, majority_sign_method: str) -> str:
     """`combination_type` without LoRA's "_svd"."""
     rule = combination_type.removesuffix("_svd") if isinstance(combination_type, str) else combination_type
-    if rule not in (*_SUMS, *_PRUNED):
-        raise ValueError(
-            f"`combination_type` should be one of {(*_SUMS, *_PRUNED)} but the value passed is {combination_type!r}"
-        )
+    if rule not in (rules := (*_SUMS, *_PRUNED)):
+        raise ValueError(f"`combination_type` should be one of {rules} but the value passed is {combination_type!r}")
     if rule in _SUMS and density is not None:
         raise ValueError(f"`density` {density!r} with `combination_type` {rule!r}, which prunes nothing: leave it out")
-    if rule in _PRUNED and not (isinstance(density, Real) and 0 < density <= 1):
+    if rule in _PRUNED and not (is_number(density) and 0 < density <= 1):
         raise ValueError(f"`density` should be a number in (0, 1] for `combination_type` {rule!r} but is {density!r}")
     if majority_sign_method not in ("total", "frequency"):
         raise ValueError(
@@ -145,14 +144,13 @@ def _ranks(layers: Mapping[str, LoTRALayer], adapters: Sequence[str], svd_rank: 
     shapes = {parameter: layer.spec.layout.canonical_shape for parameter, layer in layers.items()}
     if svd_rank is not None and not isinstance(svd_rank, Mapping):
         return choose_ranks(shapes, {}, check_ranks(svd_rank, "svd_rank"), None)
-    largest = {}
-    for parameter, layer in layers.items():
-        by_adapter = [(*layer.r[name], None)[:4] for name in adapters if name in layer.r]
-        largest[parameter] = by_mode([None if None in r else max(r) for r in zip(*by_adapter, strict=True)])
     given = {key: check_ranks(r, f"svd_rank[{key!r}]") for key, r in (svd_rank or {}).items()}
     if unknown := sorted(given.keys() - shapes.keys()):
         raise ValueError(f"`svd_rank` names {unknown}, but the adapted parameters are {list(shapes)}")
-    return choose_ranks(shapes, largest | given, None, None)
+    for parameter in layers.keys() - given.keys():
+        held = [(*layers[parameter].r[name], None)[:4] for name in adapters if name in layers[parameter].r]
+        given[parameter] = by_mode([None if None in r else max(r) for r in zip(*held, strict=True)])
+    return choose_ranks(shapes, given, None, None)
 
 
 def _pruned_sum(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from numbers import Real
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -17,6 +19,11 @@ def check_model(**models: Any) -> None:
     for name, model in models.items():
         if not isinstance(model, nn.Module):
             raise TypeError(f"`{name}` should be a torch.nn.Module but the value passed is {model!r}")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite real number, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @contextmanager
@@ -41,12 +48,10 @@ def preserved(model: nn.Module, training: bool | None = None, dtype: torch.dtype
                 if isinstance(m, torch.jit.ScriptModule):
                     continue
                 m.__dict__["training"] = m.training if training is None else training
-                for name, b in m._buffers.items():
-                    if b is not None:
-                        m._buffers[name] = b.detach().to(dtype if b.is_floating_point() else None, copy=True)
-                for name, value in [*m.__dict__.items()] if dtype else ():
-                    if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.requires_grad:
-                        m.__dict__[name] = value.to(dtype, copy=True)
+                for held in (m._buffers, m.__dict__) if dtype else (m._buffers,):
+                    for name, t in [*held.items()]:
+                        if isinstance(t, torch.Tensor) and (held is m._buffers or not t.requires_grad):
+                            held[name] = t.detach().to(dtype if t.is_floating_point() else None, copy=True)
             yield
         finally:
             torch.set_default_dtype(default)
@@ -57,10 +62,7 @@ def preserved(model: nn.Module, training: bool | None = None, dtype: torch.dtype
 
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """After an exception inside, the model has the modules, attributes, parameters and flags that it had before.
-
-    Values of tensors are not restored.
-    """
+    """After an exception, modules, attributes, parameters and flags are as before; values of tensors are not."""
     restore = _restore(model)
     try:
         yield

@@ -423,8 +423,7 @@ def test_a_core_from_a_few_samples(fitted):
     problem, u = fit._problem, fit._found.unknown
     model.set_adapter("default")
     problem.data = x[:20], y[4][:20]
-    at = problem.linearised(u[None])
-    J, r = at.J[0][0].flatten(0, 1), at.parts[0][0].flatten()
+    r, J = (part[0] for part in problem.linearised(u[None]))
     codes = codes_of(model).detach()
     C0 = torch.block_diag(torch.as_tensor(LedoitWolf().fit(codes.numpy()).covariance_), torch.eye(len(u) - 1))
     away = u - torch.cat([codes.mean(0), torch.zeros(len(u) - 1)])

@@ -198,7 +198,9 @@ def test_budgets_of_cores_alone_and_of_families_of_small_kans():
 
 
 def test_names_that_cannot_be_parameters():
-    with pytest.raises(ValueError, match=re.escape("`family` names ['train'], which are arguments of `at_task`")):
+    with pytest.raises(
+        ValueError, match=re.escape("`family` names ['train'], which cannot be an argument of `at_task`")
+    ):
         LoTRAConfig(r=2, family={"train": (0, 1)})
 
 

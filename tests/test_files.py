@@ -338,7 +338,10 @@ def at_once():
         ({"exclude_modules": "(a+)+!"}, None),
         ({"layers_to_transform": [0], "layers_pattern": "(a+)+!"}, None),
         ({"modules_to_save": ["(a+)+!"]}, "`modules_to_save` entry .* matches no module"),
-        ({"alpha_pattern": {"(a+)+!": 2.0}}, r"`alpha_pattern` names \['\(a\+\)\+!'\]"),
+        (
+            {"alpha_pattern": {"(a+)+!": 2.0}},
+            r"`alpha_pattern` should name the modules of .* but names \['\(a\+\)\+!', 'a+'\]",
+        ),
         ({"rank_pattern": {"(a+)+!": 2}}, "`coefficients` and `rank_pattern` should give"),
         ({"coefficients": {"(a+)+!": "i o d"}}, "`coefficients` and `rank_pattern` should give"),
     ],

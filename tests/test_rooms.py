@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "peft_lotra"
 # From the ground up; a room imports from itself and from those before it.
 ROOMS = ("preserved", "tucker", "placement", "calls", "coefficients", "standin", "families", "layers", "files")
-ROOMS += ("registration", "config", "targets", "call_arguments", "combination", "model")
+ROOMS += ("registration", "config", "targets", "combination", "call_arguments", "model")
 ROOMS += ("inference", "analysis", "training", "adapters", "testing", "advise")
 
 

@@ -254,9 +254,7 @@ def test_an_adapter_that_means_something_else_is_not_loaded_over_another(two, tm
 
 def test_an_adapter_of_another_method_is_not_loaded_over_another(two, tmp_path):
     LoraConfig(r=2, target_modules=["head"]).save_pretrained(tmp_path)
-    with pytest.raises(
-        TypeError, match="the adapter in .* it is a LoraConfig, and the adapter of this name a LoTRACon"
-    ):
+    with pytest.raises(TypeError, match="it is a LoraConfig, and the adapter of this name a LoTRACon"):
         two[1].load_adapter(tmp_path, "default")
 
 

@@ -21,6 +21,7 @@ from ..model import LoTRAModel
 from ..preserved import first_tensor
 from ..training.gauss_newton import fit_gauss_newton
 from ..tucker.decomposition import Tucker, decompose
+from ..tucker.ranks import mode_sizes
 
 
 def extract_adapter(
@@ -62,10 +63,7 @@ def extract_adapter(
             or the models differ in something that the adapter cannot hold. `base` is then as it was before.
     """
     if config.family is not None:
-        raise ValueError(
-            f"`config` has `family` {config.family!r}: extract an adapter for each task, and make a family of them by "
-            "`family_from`"
-        )
+        raise ValueError(f"`config` has `family` {config.family!r}: extract one for each task, then use `family_from`")
     updates = dict(updates_between(base, finetuned, config))
     for target, update in updates.items():
         if not torch.isfinite(update).all():
@@ -74,7 +72,10 @@ def extract_adapter(
             raise ValueError(f"`alpha` is 0 for {target.parameter}: an adapter of this scaling holds no update")
     biases = trained_biases(base, "", config.bias, {target.module for target in updates})
     _check_the_rest(base, finetuned, list(updates), {bias.plain for bias in biases}, config.modules_to_save or ())
-    factors = {target.parameter: decompose(update, target.ranks) for target, update in updates.items()}
+    factors = {
+        target.parameter: decompose(update.reshape(mode_sizes(update.shape)), target.ranks)
+        for target, update in updates.items()
+    }
     names = {module: name for name, module in base.named_modules()}
     model = get_peft_model(base, config)
     fill(model, model.active_adapter, factors)
@@ -139,6 +140,5 @@ def _check_the_rest(
     if further := [key for key in sorted({*before, *after} - held) if not key.startswith(copied) and differs(key)]:
         raise ValueError(
             f"`base` and `finetuned` differ also in {further}, which an adapter of the coefficients does not hold: "
-            'adapt matrices too (`target_modules="all-linear"`), train biases (`bias`), name modules outside the KAN '
-            "layers in `modules_to_save`, or copy these tensors from `base` if you can do without their change"
+            'use `target_modules="all-linear"`, `bias` or `modules_to_save`, or copy these tensors from `base`'
         )

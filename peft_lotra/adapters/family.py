@@ -18,11 +18,10 @@ from ..call_arguments import tasks_for
 from ..calls.context import entered
 from ..calls.exclusion import changing
 from ..calls.samples import checked_axis
-from ..combination import copy_trained, whole_tucker
+from ..combination import container_of_codes, copy_trained, whole_tucker
 from ..config.lotra_config import LoTRAConfig
 from ..families.family import Family
 from ..files.adapter_file import Slot, check_weights, digest, naming
-from ..layers.codes import container_of_codes
 from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import full_tensor
@@ -118,10 +117,7 @@ def adapter_at(
         raise ValueError(f"an adapter is for one task, but a task for each of {len(c)} samples is passed")
     tuner.check_new(adapter_name)
     if config.bias != "none":
-        raise ValueError(
-            f"`family` {family!r} has `bias` {config.bias!r}, and only one adapter of a model may have biases: an "
-            "adapter for one task would be saved without them"
-        )
+        raise ValueError(f"`family` {family!r} has `bias` {config.bias!r}, and only one adapter may have biases")
     own = replace(config, family=None, family_code=None, freeze_factors=train == "core", init_weights=True)
     model.add_adapter(adapter_name, own)  # type: ignore[operator]
     copy_trained(tuner.model, [family], adapter_name)
@@ -155,29 +151,26 @@ def save_task(
         ValueError: if the adapter's factors are not those of the family, or `covariance` is for no code.
     """
     tuner, _, kind = _family(model, family)
-    if name not in tuner.peft_config and kind.code and name in kind.tasks:
-        with torch.no_grad():
-            code = full_tensor(container_of_codes(adapted_tensors(tuner.model, family).values(), family)[family])
-            tensors = {"code": code[kind.tasks.index(name)].detach()}
-        if covariance is not None:
-            if tuple(covariance.shape) != (kind.code, kind.code):
-                raise ValueError(
-                    f"`covariance` should have the shape {(kind.code, kind.code)} but has {tuple(covariance.shape)}"
-                )
-            tensors["covariance"] = covariance.detach()
-        tensors = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
-        save_file(tensors, path, metadata={"family": _digest(tuner, family, with_cores=True)})
-        return
-    if covariance is not None:
+    is_code = name not in tuner.peft_config and kind.code > 0 and name in kind.tasks
+    if covariance is not None and not is_code:
         raise ValueError(f"`covariance` is for the code of a task of {family!r}, and {name!r} is none")
-    tuner.peft_config[name]  # raises if it does not exist
-    if (meant := _digest(tuner, family)) != _digest(tuner, name):
+    if covariance is not None and tuple(covariance.shape) != (kind.code, kind.code):
+        raise ValueError(
+            f"`covariance` should have the shape {(kind.code, kind.code)} but has {tuple(covariance.shape)}"
+        )
+    meant = _digest(tuner, family, with_cores=is_code)
+    if is_code:
+        tensors = {"code": _codes(tuner, family)[kind.tasks.index(name)]}
+        tensors |= {} if covariance is None else {"covariance": covariance.detach()}
+    elif meant == _digest(tuner, name):
+        layers = adapted_tensors(tuner.model, name)
+        tensors = {f"{tensor}.{CORE}": whole_tucker(layer, name).core for tensor, layer in layers.items()}
+    else:
         raise ValueError(
             f"`name` {name!r} has other factors than {family!r}, so its core is not enough: use `save_pretrained`"
         )
-    layers = adapted_tensors(tuner.model, name)
-    cores = {f"{tensor}.{CORE}": whole_tucker(layer, name).core for tensor, layer in layers.items()}
-    save_file({key: core.cpu().contiguous() for key, core in cores.items()}, path, metadata={"family": meant})
+    tensors = {key: value.cpu().contiguous().clone() for key, value in tensors.items()}
+    save_file(tensors, path, metadata={"family": meant})
 
 
 def load_task(path: str | os.PathLike, model: nn.Module, name: str, *, family: str = "default") -> torch.Tensor | None:
@@ -193,12 +186,11 @@ def load_task(path: str | os.PathLike, model: nn.Module, name: str, *, family: s
     origin = f"the task file {os.fspath(path)}"
     with naming(origin), safe_open(path, "pt") as file:
         meant, tensors = (file.metadata() or {}).get("family"), {key: file.get_tensor(key) for key in file.keys()}
-    is_code = "code" in tensors
-    if meant != _digest(tuner, family, with_cores=is_code):
+    if meant != _digest(tuner, family, with_cores="code" in tensors):
         raise ValueError(
             f"{origin} is for another state of {family!r}, or another family: load the one that it was made from"
         )
-    if is_code:
+    if "code" in tensors:
         covariance = tensors.pop("covariance", None)
         check_weights({"code": Slot((kind.code,))}, tensors, origin)
         add_task(model, name, family=family, code=tensors["code"])
@@ -213,20 +205,20 @@ def load_task(path: str | os.PathLike, model: nn.Module, name: str, *, family: s
     return None
 
 
+def _codes(tuner: LoTRAModel, family: str) -> torch.Tensor:
+    return full_tensor(container_of_codes(adapted_tensors(tuner.model, family).values(), family)[family]).detach()
+
+
 def _weights(tuner: LoTRAModel, family: str, kind: Family, task: dict[str, Any]) -> torch.Tensor:
     """c of the task, or, without one, of the mean over the family."""
-    codes = None
-    if kind.code:
-        held = container_of_codes(adapted_tensors(tuner.model, family).values(), family)
-        codes = full_tensor(held[family]).detach()
+    codes = _codes(tuner, family) if kind.code else None
     if task:
         return kind.weights(task, codes)
     if codes is not None and not kind.ranges:
         return kind.at_code({}, codes.mean(0))
-    # The mean over named tasks, or the constant term.
-    named = kind.tasks and codes is None
-    mean = [1 / kind.size] * kind.size if named else [1.0] + [0.0] * (kind.size - 1)
-    return torch.tensor(mean, dtype=torch.float64)
+    if kind.tasks and codes is None:
+        return torch.full((kind.size,), 1 / kind.size, dtype=torch.float64)
+    return torch.eye(kind.size, dtype=torch.float64)[0]  # the constant term
 
 
 def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig, Family]:
@@ -239,11 +231,9 @@ def _family(model: nn.Module, name: str) -> tuple[LoTRAModel, LoTRAConfig, Famil
 
 def _digest(tuner: LoTRAModel, adapter: str, with_cores: bool = False) -> str:
     """The sha256 of an adapter's factors (and cores), in fp32, and of its scaling in every layer."""
-    layers = adapted_tensors(tuner.model, adapter)
-    tensors: dict[str, torch.Tensor] = {}
+    layers, tensors = adapted_tensors(tuner.model, adapter), dict[str, torch.Tensor]()
     for name, layer in layers.items():
-        tucker = whole_tucker(layer, adapter)
-        tensors |= {f"{name}.{mode}": U.float() for mode, U in tucker.factors.items()}
-        if with_cores:
-            tensors[f"{name}.{CORE}"] = tucker.core.float()
+        core, factors = whole_tucker(layer, adapter)
+        held = {**factors, CORE: core} if with_cores else factors
+        tensors |= {f"{name}.{key}": tensor.float() for key, tensor in held.items()}
     return digest(tensors, {"scaling": {name: layer.scaling[adapter] for name, layer in layers.items()}})

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..combination import update_of
+from ..combination import container_of_codes, update_of
 from ..config.lotra_config import LoTRAConfig
 from ..families.family import Family, shortened
-from ..layers.codes import container_of_codes
 from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import check_not_sharded
-from ..tucker.decomposition import Ranks, Tucker, decompose, mode_product
+from ..tucker.decomposition import decompose, mode_product
 from ..tucker.ranks import mode_sizes
 from .beside_calls import beside_calls
 from .extraction import fill
@@ -57,10 +57,7 @@ def family_from(
     if (kind := config.kind) is None:
         raise ValueError("`config` has no `family`: give ranges of parameters, or names of tasks")
     if kind.code:
-        raise ValueError(
-            f"`config` has `family_code` {kind.code}: no codes are known of these adapters; train such a family, or "
-            "leave `family_code` out"
-        )
+        raise ValueError(f"`config` has `family_code` {kind.code}: no codes are known of these adapters; leave it out")
     if config.alpha == 0 or 0 in config.alpha_pattern.values():
         raise ValueError("`config` has an `alpha` of 0: a family of this scaling holds no update of the adapters")
     for name in adapters:
@@ -80,22 +77,13 @@ def family_from(
         zero = torch.zeros(mode_sizes(layer.spec.layout.canonical_shape), dtype=torch.float64)
         dense = [given[parameter, name].dense() if (parameter, name) in given else zero for name in adapters]
         updates = torch.stack(dense, dim=-1)  # shape: (n, m, n_d, K, adapters)
-        joint = _decomposed(updates, layer.r[adapter_name])
+        joint = decompose(updates, layer.r[adapter_name])
         factors[parameter] = joint._replace(core=joint.core @ torch.linalg.pinv(c).mT)
         miss = mode_product(factors[parameter].dense(), c, -1) - updates
         errors[parameter] = (miss.norm() / updates.norm()).nan_to_num().item()
     fill(model, adapter_name, factors)
     model.set_adapter(adapter_name)  # type: ignore[operator]
     return errors
-
-
-def _decomposed(updates: torch.Tensor, ranks: Ranks) -> Tucker:
-    """`decompose` of the first three modes and, if it has a rank, of the positions, but not of the last axis."""
-    joint = decompose(updates, ranks[:3])
-    if len(ranks) < 4:
-        return joint
-    by_position = decompose(joint.core.movedim(3, 0), (ranks[3], None, None))
-    return Tucker(by_position.core.movedim(0, 3), {**joint.factors, "k": by_position.factors["i"]})
 
 
 @torch.no_grad()
@@ -127,32 +115,18 @@ def add_task(
 
     Source: ours.
     """
-    tuner = lotra_model(model, family)
-    kind = _named(tuner, family)
+    tuner, kind = _named(model, family, **{} if core_from is None else {"core_from": core_from})
     names = list(kind.tasks)
     if not isinstance(task, str) or task in names:
         raise ValueError(f"`task` should be a new name but the value passed is {task!r}; there are {shortened(names)}")
-    if core_from is not None and core_from not in names:
-        raise ValueError(f"`core_from` {core_from!r} is not one of the family's tasks {shortened(names)}")
     if code is not None and (not kind.code or tuple(code.shape) != (kind.code,) or core_from is not None):
-        raise ValueError(
-            f"`code` is for a task without `core_from` in a family with codes, of {kind.code} numbers here, but the "
-            f"value passed has the shape {tuple(code.shape)}"
-        )
-    if kind.code:
+        raise ValueError(f"`code` should have {kind.code} numbers, without `core_from`, but is {tuple(code.shape)}")
 
-        def longer(codes: torch.Tensor) -> torch.Tensor:
-            start = codes.mean(0) if core_from is None else codes[names.index(core_from)]
-            return torch.cat([codes, (start if code is None else code.to(codes))[None]])
+    def grown(held: torch.Tensor, axis: int) -> torch.Tensor:
+        start = held.mean(axis, keepdim=True) if core_from is None else held.narrow(axis, names.index(core_from), 1)
+        return torch.cat([held, start if code is None else code.to(held)[None]], axis)
 
-        _replace_tasks(tuner, family, "add the task", longer, [*names, task])
-        return
-
-    def grown(core: torch.Tensor) -> torch.Tensor:
-        new = core.mean(-1, keepdim=True) if core_from is None else core[..., [names.index(core_from)]]
-        return torch.cat([core, new], dim=-1)
-
-    _replace_cores(tuner, family, "add the task", grown, family=[*names, task])
+    _replace_tasks(tuner, family, kind, "add the task", [*names, task], grown)
 
 
 @torch.no_grad()
@@ -166,17 +140,14 @@ def remove_task(model: nn.Module, task: str, *, family: str = "default") -> None
         ValueError: if there is no such task, the family would have no task left, or fewer than a code has numbers, or
             the model is sharded or offloaded. Nothing is changed then.
     """
-    tuner = lotra_model(model, family)
-    kind = _named(tuner, family)
-    _check_task(task, kind)
+    tuner, kind = _named(model, family, task=task)
     kept = [k for k, name in enumerate(kind.tasks) if name != task]
     if len(kept) < max(kind.code, 1):
         raise ValueError(f"`task` {task!r} is needed: a family has at least as many tasks as a code has numbers")
-    names = [kind.tasks[k] for k in kept]
-    if kind.code:
-        _replace_tasks(tuner, family, "remove the task", lambda codes: codes[kept], names)
-    else:
-        _replace_cores(tuner, family, "remove the task", lambda core: core[..., kept], family=names)
+    names, rows = [kind.tasks[k] for k in kept], torch.tensor(kept)
+    _replace_tasks(
+        tuner, family, kind, "remove the task", names, lambda held, axis: held.index_select(axis, rows.to(held.device))
+    )
 
 
 @beside_calls
@@ -186,26 +157,23 @@ def rename_task(model: nn.Module, task: str, name: str, *, family: str = "defaul
     Raises:
         ValueError: if there is no such task, or the name is taken. Nothing is changed then.
     """
-    tuner = lotra_model(model, family)
-    kind = _named(tuner, family)
-    _check_task(task, kind)
+    tuner, kind = _named(model, family, task=task)
     if not isinstance(name, str) or name in kind.tasks:
         raise ValueError(f"`name` should be a new name but the value passed is {name!r}")
     tasks = tuple([name if one == task else one for one in kind.tasks])
-    _replace_fields(tuner, family, family=replace(kind, tasks=tasks).plain)
+    _replace(tuner, family, "rename the task", family=replace(kind, tasks=tasks).plain)
 
 
-def _named(tuner: LoTRAModel, family: str) -> Family:
-    """The family, if its tasks have names; otherwise raise ValueError."""
+def _named(model: nn.Module, family: str, **tasks: str) -> tuple[LoTRAModel, Family]:
+    """The tuner, and a family whose tasks have names, these among them; otherwise raise ValueError."""
+    tuner = lotra_model(model, family)
     kind = tuner.peft_config[family].kind
     if kind is None or not kind.tasks:
         raise ValueError(f"`family` {family!r} is not a family of named tasks (`LoTRAConfig(family=[...])`)")
-    return kind
-
-
-def _check_task(task: str, kind: Family) -> None:
-    if task not in kind.tasks:
-        raise ValueError(f"`task` {task!r} is not one of the family's tasks {shortened(list(kind.tasks))}")
+    for argument, task in tasks.items():
+        if task not in kind.tasks:
+            raise ValueError(f"`{argument}` {task!r} is not one of the family's tasks {shortened(list(kind.tasks))}")
+    return tuner, kind
 
 
 @torch.no_grad()
@@ -242,24 +210,20 @@ def change_range(
     tuner = lotra_model(model, family)
     config = tuner.peft_config[family]
     if config.kind is None or config.kind.tasks:
-        raise ValueError(
-            f"`family` {family!r} is not a family of continuous parameters (`LoTRAConfig(family={{'lam': (1, 2)}})`): "
-            "only such a family has ranges"
-        )
-    if not isinstance(ranges, Mapping) or (unknown := sorted(map(str, ranges.keys() - config.family.keys()))):
-        what = f"{unknown} in it are none" if isinstance(ranges, Mapping) else f"the value passed is {ranges!r}"
-        raise ValueError(f"`ranges` should map some of {list(config.family)} to new ranges, but {what}")
+        raise ValueError(f"`family` {family!r} is not a family of continuous parameters, which alone has ranges")
+    if not isinstance(ranges, Mapping) or ranges.keys() - config.family.keys():
+        raise ValueError(f"`ranges` should map some of {list(config.family)} to new ranges, but is {ranges!r}")
     old = config.kind
     degree = config.family_degree if family_degree is None else family_degree
     new = Family.of({**config.family, **ranges}, degree, field="ranges")
     if new.degree < old.degree:
         raise ValueError(
             f"`family_degree` {family_degree} is below the family's degree {old.degree}, so it cannot hold it: give "
-            "at least that degree, or make a new family from adapters at some parameters, by `family_from`"
+            "at least that degree, or make a new family by `family_from`"
         )
-    M = old.in_terms_of(new)
-    fields = {"family": dict(new.ranges), "family_degree": new.degree}
-    _replace_cores(tuner, family, "change the range", lambda core: core.double() @ M.to(core.device), **fields)
+    M, ends = old.in_terms_of(new), dict(new.ranges)
+    new_core = partial(_changed, M)
+    _replace(tuner, family, "change the range", new_core, family=ends, family_degree=new.degree)
 
 
 @torch.no_grad()
@@ -287,10 +251,7 @@ def normalize_codes(model: nn.Module, *, family: str = "default") -> None:
     codes = container_of_codes(layers, family)[family]
     z, k = codes.double().cpu(), kind.code
     if codes.is_meta or len(z) <= k or torch.linalg.matrix_rank(z - z.mean(0)) < k:
-        raise ValueError(
-            f"`family` {family!r} has {len(z)} codes of {k} numbers, whose covariance has no inverse: there should be "
-            "more tasks than numbers, trained, and in memory"
-        )
+        raise ValueError(f"`family` {family!r}: there should be more tasks than numbers of a code, trained, in memory")
     mean, L = z.mean(0), torch.linalg.cholesky(torch.cov(z.mT))
     middle = {name: (a + b) / 2 for name, (a, b) in kind.ranges.items()}
     slopes = torch.func.jacfwd(lambda y: kind.at_code(middle, mean + L @ y))(torch.zeros(k).double())
@@ -298,50 +259,52 @@ def normalize_codes(model: nn.Module, *, family: str = "default") -> None:
     _, axes = torch.linalg.eigh(sum([torch.einsum("...j,...l->jl", effect, effect) for effect in effects]))
     B = L @ axes.flip(1)
     new = torch.linalg.solve(B, (z - mean).mT).mT
-    signs = new.gather(
-        0, new.abs().argmax(0, keepdim=True)
-    ).sign()  # an axis has no direction: largest numbers are > 0
-    new, B = new * signs, B * signs
-    generator = torch.Generator().manual_seed(0)
-    points = 2 * torch.rand(3 * kind.size + 10, len(middle) + k, generator=generator, dtype=torch.float64) - 1
-    ends = zip(kind.ranges.items(), points.unbind(1), strict=False)
-    given = {name: a + (b - a) * (x + 1) / 2 for (name, (a, b)), x in ends}
-    at = points[:, len(middle) :]
-    old_c, new_c = kind.at_code(given, at @ B.mT + mean), kind.at_code(given, at)
-    M = torch.linalg.lstsq(new_c, old_c).solution.mT
-    _replace_cores(tuner, family, "normalise the codes", lambda core: core.double() @ M.to(core.device))
-    _replace_tasks(tuner, family, "normalise the codes", new.to, list(kind.tasks))
+    # An axis has no direction: the largest numbers are > 0.
+    signs = new.gather(0, new.abs().argmax(0, keepdim=True)).sign()
+    new, M = new * signs, kind.in_terms_of(kind, B * signs, mean)
+    _replace(tuner, family, "normalise the codes", partial(_changed, M), new.to)
 
 
-def _replace_cores(
-    tuner: LoTRAModel, name: str, what: str, new_core: Callable[[torch.Tensor], torch.Tensor], **fields: Any
-) -> None:
-    """Replace a family's cores and fields of its config, or raise ValueError if the model is sharded or offloaded."""
-    check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
-    layers = adapted_tensors(tuner.model, name)
-    if offloaded := [parameter for parameter, layer in layers.items() if layer.lotra_core[name].is_meta]:
-        raise ValueError(f"`family` {name!r} is offloaded at {offloaded}: {what} before offloading")
-    for layer in layers.values():
-        old = layer.lotra_core[name]
-        layer.lotra_core[name] = nn.Parameter(new_core(old).to(old), requires_grad=old.requires_grad)
-        layer.terms[name] = layer.lotra_core[name].shape[-1]
-    _replace_fields(tuner, name, **fields)
+def _changed(M: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+    """G ×₅ Mᵀ."""
+    return core.double() @ M.to(core.device)
 
 
 def _replace_tasks(
-    tuner: LoTRAModel, family: str, what: str, new_codes: Callable[[torch.Tensor], torch.Tensor], names: list[str]
+    tuner: LoTRAModel,
+    family: str,
+    kind: Family,
+    what: str,
+    names: list[str],
+    change: Callable[[torch.Tensor, int], torch.Tensor],
 ) -> None:
-    """Replace a family's codes and the names of its tasks. Raises as `_replace_cores`."""
-    check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
-    held = container_of_codes(adapted_tensors(tuner.model, family).values(), family)
-    if held[family].is_meta:
-        raise ValueError(f"`family` {family!r} is offloaded: {what} before offloading")
-    held[family] = nn.Parameter(new_codes(held[family]), requires_grad=held[family].requires_grad)
-    kind = _named(tuner, family)
-    _replace_fields(tuner, family, family=replace(kind, tasks=tuple(names)).plain)
+    """Replace what each task has of its own, along that axis: its code, or its slice of the cores."""
+    of_codes, of_core = (lambda held: change(held, 0)), (lambda held: change(held, -1))
+    changes = (None, of_codes) if kind.code else (of_core, None)
+    _replace(tuner, family, what, *changes, family=replace(kind, tasks=tuple(names)).plain)
 
 
-def _replace_fields(tuner: LoTRAModel, name: str, **fields: Any) -> None:
+def _replace(
+    tuner: LoTRAModel,
+    name: str,
+    what: str,
+    core: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    codes: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **fields: Any,
+) -> None:
+    """Replace a family's cores, codes and fields, or raise ValueError if what it replaces is sharded or offloaded."""
+    layers = adapted_tensors(tuner.model, name)
+    changes = [(parameter, layer.lotra_core, core) for parameter, layer in layers.items() if core]
+    changes += [(p, layer.lotra_codes, codes) for p, layer in layers.items() if codes and name in layer.lotra_codes]
+    if changes:
+        check_not_sharded(tuner.model, "`model`", f"{what} before it is sharded")
+    if offloaded := [parameter for parameter, held, _ in changes if held[name].is_meta]:
+        raise ValueError(f"`family` {name!r} is offloaded at {offloaded}: {what} before offloading")
+    for _, held, change in changes:
+        old = held[name]
+        held[name] = nn.Parameter(change(old).to(old), requires_grad=old.requires_grad)
+    for layer in layers.values():
+        layer.terms[name] = layer.lotra_core[name].shape[-1]
     config = replace(tuner.peft_config[name], **fields)
     config._copies = tuner.peft_config[name]._copies
     tuner.peft_config[name] = config

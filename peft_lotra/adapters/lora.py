@@ -55,17 +55,10 @@ def convert_to_lora(
         TypeError, ValueError: if an argument does not fit, or, naming the layer, if LoRA cannot adapt a layer.
     """
     tuner = lotra_model(model, adapter_name)
-    whole = isinstance(rank, int) and not isinstance(rank, bool)
-    if rank is not None and not (rank > 0 if whole else isinstance(rank, float) and 0 < rank <= 1):
-        raise ValueError(
-            f"`rank` should be a positive integer value, a fraction of ‖Δ‖² in (0, 1] as a float, or None, but the "
-            f"value passed is {rank!r}"
-        )
+    if rank is not None and not (type(rank) in (int, float) and 0 < rank and (type(rank) is int or rank <= 1)):
+        raise ValueError(f"`rank` should be a positive integer or a float in (0, 1] but the value passed is {rank!r}")
     if (bias := tuner.peft_config[adapter_name].bias) != "none":
-        raise ValueError(
-            f"{adapter_name!r} has `bias`={bias!r}: LoRA saves biases under other names, and does not save vectors of "
-            f"normalisations; {_INSTEAD}"
-        )
+        raise ValueError(f"{adapter_name!r} has `bias`={bias!r}, and LoRA saves other vectors as biases; {_INSTEAD}")
     layers = adapted_tensors(tuner.model, adapter_name)
     for parameter, layer in layers.items():
         if obstacle := _obstacle(layer, adapter_name):
@@ -134,7 +127,7 @@ def _config(tuner: LoTRAModel, adapter_name: str, ranks: dict[str, int]) -> Lora
     # PEFT reads the keys as regular expressions on endings of names, so they are anchored and escaped.
     pattern = {f"^{re.escape(name)}": k for name, k in ranks.items() if k != largest}
     names = {name.replace(".base_layer", "") for name, _ in tuner.model.named_modules()}
-    same_ending = {name for name in names if name.endswith(tuple(f".{linear}" for linear in ranks))}
+    same_ending = {name for name in names if name.endswith(tuple([f".{linear}" for linear in ranks]))}
     kept = ("base_model_name_or_path", "revision", "task_type", "modules_to_save", "trainable_token_indices")
     return LoraConfig(
         r=largest,

@@ -11,6 +11,7 @@ from torch import nn
 from ..analysis.updates import coefficients_of, plain_targets
 from ..config.lotra_config import LoTRAConfig
 from ..tucker.decomposition import decompose
+from ..tucker.ranks import mode_sizes
 from .extraction import fill
 
 
@@ -47,7 +48,7 @@ def slim_kan(model: nn.Module, *, init: str = "random", **config: Any) -> PeftMo
         if not torch.isfinite(coefficients).all():
             raise ValueError(f"{target.parameter} has NaN or infinity")
         if init == "hosvd":
-            factors[target.parameter] = decompose(coefficients, target.ranks)
+            factors[target.parameter] = decompose(coefficients.reshape(mode_sizes(coefficients.shape)), target.ranks)
         elif not coefficients.any():
             raise ValueError(
                 f"{target.parameter} is zero, so there is no variance to start from: initialise the layer first"

@@ -12,7 +12,6 @@ from torch import nn
 from torch.func import jacrev, vmap
 
 from ..families.family import Family
-from ..layers.lotra import adapted_tensors
 from ..model import LoTRAModel
 from .family import adapter_at
 from .family_growth import add_task
@@ -98,14 +97,14 @@ class TaskFit:
         """The model's outputs at the task, and their derivatives, with one more axis, (P,)."""
         unknown, problem = self._found.unknown, self._problem
         if len(unknown) == len(self.code):
-            at = problem.linearised(unknown[None], lambda u: (problem.net_at(u, *inputs, **parameters),))
-            return at.parts[0][0], at.J[0][0]
+            mean, J = problem.linearised(unknown[None], lambda u: problem.net_at(u, *inputs, **parameters))
+            return mean[0], J[0]
 
         def of_one(*sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            one = [part[None] for part in sample]
-            return problem.net_at(unknown, *one, **parameters)[0], jacrev(
-                lambda u: problem.net_at(u, *one, **parameters)[0]
-            )(unknown)
+            def y(u: torch.Tensor) -> torch.Tensor:
+                return problem.net_at(u, *[part[None] for part in sample], **parameters)[0]
+
+            return y(unknown), jacrev(y)(unknown)
 
         return vmap(of_one)(*inputs)
 
@@ -173,10 +172,7 @@ def fit_task(
         tuner.check_new(name)
     total, spread = (noise.total, noise.spread) if isinstance(noise, TaskNoise) else (noise, 0.0)
     problem = Problem(model, kind, layers, family, residual, data, spread)
-    of_tasks, centres = prior_of(kind, layers, family)
-    if prior is not None:
-        of_tasks = _given(prior, of_tasks)
-        centres = torch.cat([of_tasks.mean[None], centres])
+    of_tasks, centres = prior_of(kind, layers, family, given=prior)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.filterwarnings("ignore", ".*is outside of the family's range", UserWarning)
         found = problem.minimised(of_tasks, centres, total, starts, iterations)
@@ -187,48 +183,30 @@ def fit_task(
     _check_found(code, covariance, of_tasks, kind)
     task: Any = name
     if not kind.code:
-        task = problem.parameters(code)
+        task = problem.task(code)
         kind.weights(task)  # warns outside of the range
     if name is not None and train == "code":
         add_task(model, name, family=family, code=code)
     elif name is not None:
-        _add_adapter(model, tuner, name, family, {"code": code} if kind.code else task, problem, found)
+        _add_adapter(model, tuner, name, family, problem, found)
     return TaskFit(task, code, covariance, found.noise, found.loss, problem, found)
-
-
-def _given(prior: Any, of_tasks: Prior) -> Prior:
-    """The argument `prior`, or ValueError."""
-    k = len(of_tasks.mean)
-    shapes = [tuple(part.shape) for part in prior if isinstance(part, torch.Tensor)]
-    if shapes != [(k,), (k, k)] or torch.linalg.cholesky_ex(prior[1]).info:
-        raise ValueError(
-            f"`prior` should be a mean of the shape {(k,)} and a positive definite covariance of the shape {(k, k)}, "
-            f"but the value passed is {prior!r}"
-        )
-    mean, covariance = (part.to(of_tasks.mean) for part in prior)
-    return Prior(mean, torch.linalg.inv(covariance))
 
 
 def _with_core(problem: Problem, prior: Prior, found: Found, noise: TaskNoise, iterations: int) -> Found:
     """The minimum over the code and the core, from that over the code."""
-    size = problem.core_size
-    like = found.unknown
+    size, like = sum(problem.core_sizes), found.unknown
     precision = torch.block_diag(prior.precision, torch.eye(size).to(like))
     both = Prior(torch.cat([prior.mean, like.new_zeros(size)]), precision)
     return problem.minimised(both, torch.cat([like, like.new_zeros(size)])[None], noise.rest, 1, iterations)
 
 
-def _add_adapter(
-    model: nn.Module, tuner: LoTRAModel, name: str, family: str, task: Any, problem: Problem, found: Found
-) -> None:
+def _add_adapter(model: nn.Module, tuner: LoTRAModel, name: str, family: str, problem: Problem, found: Found) -> None:
     """An adapter of its own, with the core that was found. What is active stays active."""
     active = list(tuner.active_adapters)
-    adapter_at(model, name, family=family, **task)
-    moves = problem.core_moves(found.unknown[problem.k :])
-    layers = adapted_tensors(tuner.model, name)
+    adapter_at(model, name, family=family, **problem.task(found.unknown[: problem.k]))
     with torch.no_grad():
-        for own, move in moves.items():
-            layers[problem.paths[own]].lotra_core[name] += move
+        for core, move in problem.core_moves(found.unknown[problem.k :]).items():
+            model.get_parameter(core.removesuffix(family) + name).add_(move)
     tuner.set_adapter(active)
     model.active_adapter = active[0]  # type: ignore[assignment]
 
@@ -236,11 +214,7 @@ def _add_adapter(
 def _check_found(code: torch.Tensor, covariance: torch.Tensor, prior: Prior, kind: Family) -> None:
     k = len(code)
     if torch.logdet(covariance @ prior.precision) > -1e-3 * k:
-        warnings.warn(
-            "the samples say nothing of the task: the residuals hardly depend on it, and the result is the mean of "
-            "the prior",
-            stacklevel=3,
-        )
+        warnings.warn("the samples say nothing of the task: the result is the mean of the prior", stacklevel=3)
     distance = float(prior.squared_distance(code))
     if kind.code and float(torch.special.gammaincc(torch.tensor(k / 2.0), torch.tensor(distance / 2))) < 1e-4:
         warnings.warn(

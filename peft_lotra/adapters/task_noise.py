@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.distributions import MultivariateNormal
 from tqdm import tqdm
 
 from .task_problem import Parts, Prior, Problem, Residual, prior_of, with_numbers
@@ -72,7 +73,7 @@ def task_noise(
         ends, parts = [], []
         for problem, prior, centres in problems:
             ends.append(problem.minimised(prior, centres, None, 4, 20).unknown)
-            parts.append(problem.residuals(ends[-1]))
+            parts.append(problem.parts(problem.residuals(ends[-1])))
             bar.update()
         total = fitted = _in_interval(parts)
         fewest = min([len(part) for own in parts for part in own])
@@ -80,29 +81,23 @@ def task_noise(
             relative = []
             for problem, prior, centres in problems:
                 left = [_beyond(problem, prior, centres, total, rows) for rows in COUNTS if rows < fewest]
-                relative.append(tuple([torch.cat(own) for own in zip(*left, strict=True)]))
+                relative.append(tuple(map(torch.cat, zip(*left, strict=True))))
                 bar.update()
             if fewest > COUNTS[0]:
                 total = tuple([s * factor for s, factor in zip(total, _in_interval(relative), strict=True)])
         terms = []
         for (problem, prior, _), z in zip(problems, ends, strict=True):
-            terms.append(_terms(problem, prior, z))
+            terms.append((*_terms(problem, prior, z), problem.flat(fitted).to("cpu", torch.float64)))
             bar.update()
-    deviation = [
-        torch.cat([s.expand_as(part).flatten() for s, part in zip(fitted, own, strict=True)]).to("cpu", torch.float64)
-        for own in parts
-    ]
     # τ² s² adds as much to the variance as the σ of `rest` lacks of that of `total`.
-    size = sum([float(s.square().sum()) for s in deviation]) / sum([float(B.trace()) for *_, B in terms])
+    size = sum([float(s.square().sum()) for *_, s in terms]) / sum([float(B.trace()) for _, _, B, _ in terms])
 
     def evidence(ratio: float) -> float:
-        """log N(r; mean, J C Jᵀ + τ² B + σ²) of the residuals of all tasks, but for a constant."""
+        """log N(r; mean, J C Jᵀ + τ² B + σ²) of the residuals of all tasks."""
         found = 0.0
-        for (r, A, B), s in zip(terms, deviation, strict=True):
+        for r, A, B, s in terms:
             K = A + size * (1 - ratio**2) * B + torch.diag((ratio * s).square())
-            L = torch.linalg.cholesky(K)
-            found -= float(torch.linalg.solve_triangular(L, r[:, None], upper=False).square().sum() / 2)
-            found -= float(L.diagonal().log().sum())
+            found += float(MultivariateNormal(torch.zeros_like(r), K, validate_args=False).log_prob(r))
         return found
 
     best = max(RATIOS, key=evidence)
@@ -111,10 +106,9 @@ def task_noise(
 
 
 def _in_interval(of_tasks: list[Parts]) -> Parts:
-    """By which the columns are to be divided for 95 % of a new task's to lie in the interval of a normal distribution.
+    """By which columns are divided for 95 % of a new task's to lie in a normal distribution's interval of 95 %.
 
-    That is the quantile of all tasks, times that of each task in units of the quantile of the others: tasks differ, so
-    that the quantile of a few of them is too low for a new one.
+    That is the quantile of all tasks, times that of each task in units of the others': tasks differ.
     """
     found = []
     for own in zip(*[[part.abs() for part in parts] for parts in of_tasks], strict=True):
@@ -132,20 +126,17 @@ def _beyond(problem: Problem, prior: Prior, centres: torch.Tensor, sigma: Parts,
     problem.rows = rows
     found = problem.minimised(prior, centres, sigma, 4, 20)
     problem.rows = None
-    at = problem.linearised(found.unknown[None])
-    variances = [torch.einsum("nok,kl,nol->no", own[0], found.covariance, own[0]) for own in at.J]
-    relative = zip(at.parts, variances, sigma, strict=True)
-    return tuple([(part[0] / (variance + s.square()).sqrt())[rows:] for part, variance, s in relative])
+    r, J = (part[0] for part in problem.linearised(found.unknown[None]))
+    variance = torch.einsum("nk,kl,nl->n", J, found.covariance, J) + problem.flat(sigma).square()
+    return tuple([part[rows:] for part in problem.parts(r / variance.sqrt())])
 
 
 def _terms(problem: Problem, prior: Prior, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Residuals at the prior's mean by linearisation, and their covariances by the code and by e, for τ = 1."""
-    parts, J = problem.linearised(torch.cat([z, z.new_zeros(problem.core_size)])[None])
-    r, derivatives = torch.cat([part.flatten() for part in parts]), torch.cat([own[0].flatten(0, 1) for own in J])
+    cores = sum(problem.core_sizes)
+    r, J = (part[0] for part in problem.linearised(torch.cat([z, z.new_zeros(cores)])[None]))
     # In fp32 a code that acts much more than σ would leave the covariance of the residuals indefinite.
-    r, derivatives, away, precision = (
-        t.to("cpu", torch.float64) for t in (r, derivatives, prior.mean - z, prior.precision)
-    )
-    by_code, by_core = derivatives.split([problem.k, problem.core_size], 1)
+    r, J, away, precision = (t.to("cpu", torch.float64) for t in (r, J, prior.mean - z, prior.precision))
+    by_code, by_core = J.split([problem.k, cores], 1)
     half = torch.linalg.solve_triangular(torch.linalg.cholesky(precision), by_code.mT, upper=False)
     return r + by_code @ away, half.mT @ half, by_core @ by_core.mT

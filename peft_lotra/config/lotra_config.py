@@ -13,7 +13,7 @@ from ..files.config_file import ConfigFile
 from ..registration import LOTRA
 from ..tucker.decomposition import Ranks
 from ..tucker.ranks import check_ranks
-from .fields import FORMAT, check_choices, check_family, check_names, check_numbers, checked_mapping
+from .fields import FORMAT, check_alpha, check_family, check_fields, checked_pattern
 from .patterns import INDEXED, check_expressions
 
 
@@ -125,21 +125,15 @@ class LoTRAConfig(ConfigFile):
         except ValueError as error:
             raise ValueError(f"`task_type`: {error}") from None
         self.peft_type = LOTRA
-        check_names(self)
+        check_fields(self)
         if self.r is not None and self.compression_ratio is not None:
-            raise ValueError(
-                f"give `r` or `compression_ratio`, not both: got r={self.r!r}, "
-                f"compression_ratio={self.compression_ratio!r}"
-            )
+            got = f"r={self.r!r}, compression_ratio={self.compression_ratio!r}"
+            raise ValueError(f"give `r` or `compression_ratio`, not both: got {got}")
         if self.r is not None:
             self.r = check_ranks(self.r, "r")
-        check_numbers(self)
-        self.rank_pattern = {
-            key: {path: check_ranks(r, f"rank_pattern[{key!r}][{path!r}]") for path, r in ranks.items()}
-            if isinstance(ranks, Mapping)
-            else check_ranks(ranks, f"rank_pattern[{key!r}]")
-            for key, ranks in checked_mapping("rank_pattern", self.rank_pattern).items()
-        }
+        check_alpha(self.alpha, "alpha")
+        self.rank_pattern = checked_pattern("rank_pattern", self.rank_pattern, check_ranks)
+        self.alpha_pattern = checked_pattern("alpha_pattern", self.alpha_pattern, check_alpha)
         check_descriptions(self.coefficients)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -156,7 +150,6 @@ class LoTRAConfig(ConfigFile):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         check_family(self)
-        check_choices(self)
 
     @property
     def is_all_linear(self) -> bool:

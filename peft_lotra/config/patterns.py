@@ -12,19 +12,12 @@ ENDING = (r"(.*\.)?(", ")$")  # around a key
 INDEXED = (r"(?:^|\.)", r"\.")  # around an entry of `layers_pattern`
 
 
-def name_endings(module: str) -> set[str]:
-    """`"a.b.c"` -> `{"a.b.c", "b.c", "c"}`."""
-    parts = module.split(".")
-    return {".".join(parts[start:]) for start in range(len(parts))}
-
-
 def entries_for(module: str, patterns: Collection[str] | str) -> list[str]:
     """The entries that mean `module`. A string is a regular expression on the full name; a collection holds names and
     endings of names."""
     if isinstance(patterns, str):
         return [patterns] if re.fullmatch(patterns, module) else []
-    endings = name_endings(module)
-    return [entry for entry in patterns if entry in endings]
+    return [entry for entry in patterns if f".{module}".endswith(f".{entry}")]
 
 
 def means(key: str, name: str) -> re.Match[str] | None:
@@ -45,10 +38,8 @@ def check_expressions(field: str, entries: Iterable[str], around: tuple[str, str
         try:
             re.compile(f"{around[0]}{entry}{around[1]}")
         except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"`{field}`: {entry!r} is not a regular expression ({error}); if it is meant as a name, give "
-                f"{re.escape(entry)!r}"
-            ) from None
+            instead = f"if it is meant as a name, give {re.escape(entry)!r}"
+            raise ValueError(f"`{field}`: {entry!r} is not a regular expression ({error}); {instead}") from None
 
 
 def index_of(module: str, layers_pattern: Collection[str] | str | None) -> int | None:

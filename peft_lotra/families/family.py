@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial, reduce
-from numbers import Real
+from itertools import chain, combinations_with_replacement
 from operator import mul
 from typing import Any
 
 import torch
 
+from ..preserved import is_number
 from ..standin.axes import planned
 
 # The other arguments of `at_task` and `adapter_at`, which also take a family's parameters by name.
 _ARGUMENTS = {"model", "adapter_name", "family", "train", "task", "code", "batch_axis"}
 
-
 LARGEST = 100_000  # P of a family
-
-
-def check_degree(degree: Any) -> None:
-    """Raise ValueError unless `family_degree` is a positive integer."""
-    if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
-        raise ValueError(f"`family_degree` should be a positive integer but the value passed is {degree!r}")
 
 
 @dataclass(frozen=True)
@@ -52,62 +47,48 @@ class Family:
 
     @classmethod
     def of(cls, family: Any, degree: int, code: int = 0, field: str = "family") -> Family:
-        """The family that the fields `family`, `family_degree` and `family_code` of a config mean.
-
-        Raises:
-            TypeError, ValueError: naming the field, the first one by `field`, and the value.
-        """
-        check_degree(degree)
-        if code:
-            return cls._coded(family, degree, code, field)
-        if isinstance(family, Mapping) and family and all(_is_range(*entry) for entry in family.items()):
-            if taken := sorted(_ARGUMENTS & family.keys()):
-                raise ValueError(f"`{field}` names {taken}, which are arguments of `at_task` and `adapter_at`")
-            for name, (a, b) in family.items():
-                if not a < b:
-                    raise ValueError(f"`{field}` gives {name!r} the range {(a, b)}, whose ends are not in order")
-            if (size := math.comb(len(family) + degree, degree)) > LARGEST:
-                raise ValueError(
-                    f"`{field}` has {len(family)} parameters, which with `family_degree`={degree} makes {size:,} "
-                    f"polynomials, more than {LARGEST:,}: give a lower degree, or fewer parameters"
-                )
-            # Sorted, as in saved configs, because the order of the names determines the order of the products.
-            return cls({name: (float(a), float(b)) for name, (a, b) in sorted(family.items())}, degree=degree)
-        if isinstance(family, list | tuple) and family and all(isinstance(name, str) for name in family):
-            if len(set(family)) < len(family):
-                raise ValueError(f"`{field}` names a task twice: {family!r}")
-            if len(family) > LARGEST:
-                raise ValueError(f"`{field}` has {len(family):,} tasks, more than {LARGEST:,}: make several families")
-            return cls({}, tuple(family), degree)
-        raise TypeError(
-            f"`{field}` should map names of parameters to ranges, as in {{'lam': (1.0, 1.6)}}, or list names of tasks"
-            f", but the value passed is {family!r}"
-        )
-
-    @classmethod
-    def _coded(cls, family: Any, degree: int, code: int, field: str) -> Family:
-        """A family with codes, of names alone or of ranges and one list of names."""
-        entries = family if isinstance(family, Mapping) else {"task": family}
-        listed = {name: value for name, value in entries.items() if not _is_range(name, value)}
-        if len(listed) != 1:
+        """The family that the fields `family`, called `field` in errors, `family_degree` and `family_code` mean."""
+        if type(degree) is not int or degree < 1:
+            raise ValueError(f"`family_degree` should be a positive integer but the value passed is {degree!r}")
+        entries = family if isinstance(family, Mapping) else {}
+        # Sorted, as in saved configs, because the order of the names determines the order of the products.
+        names = sorted(name for name, bounds in entries.items() if _is_range(name, bounds))
+        ranges = {name: tuple(entries[name]) for name in names}
+        lists = {name: e for name, e in entries.items() if name not in ranges} if entries else {"task": family}
+        if code and len(lists) != 1:
             raise ValueError(
                 f"`family_code` {code!r} with `{field}` {family!r}: codes are for one list of names of tasks, which "
                 "may stand beside ranges of parameters"
             )
-        ((argument, names),) = listed.items()
-        tasks = cls.of(names, degree, field=field).tasks
+        argument, tasks = next(iter(lists.items()), ("task", ()))
+        is_list = isinstance(tasks, list | tuple) and all(isinstance(name, str) for name in tasks)
+        if lists and (not is_list or not tasks or (entries and not code)):
+            raise TypeError(
+                f"`{field}` should map names of parameters to ranges, as in {{'lam': (1.0, 1.6)}}, or list names of "
+                f"tasks, but the value passed is {family!r}"
+            )
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"`{field}` names a task twice: {family!r}")
+        taken = [name for name in ranges if name in _ARGUMENTS]
+        taken += [name for name in lists if name in _ARGUMENTS - {"task"} or not str(name).isidentifier()]
+        if taken:
+            raise ValueError(f"`{field}` names {taken}, which cannot be an argument of `at_task` and `adapter_at`")
+        for name, (a, b) in ranges.items():
+            if not a < b:
+                raise ValueError(f"`{field}` gives {name!r} the range {(a, b)}, whose ends are not in order")
         if code > len(tasks):
             raise ValueError(f"`family_code` {code!r} is above the number of tasks, {len(tasks)}: give a smaller one")
-        ranges = {name: value for name, value in entries.items() if name != argument}
-        if argument in _ARGUMENTS - {"task"} or not str(argument).isidentifier():
-            raise ValueError(f"`{field}` names {argument!r}, which cannot be an argument of `at_task`")
-        held = cls.of(ranges, degree, field=field).ranges if ranges else {}
-        if (size := math.comb(len(held) + code + degree, degree)) > LARGEST:
+        found = cls(
+            {name: (float(a), float(b)) for name, (a, b) in ranges.items()}, tuple(tasks), degree, code, argument
+        )
+        if found.size > LARGEST:
+            what = f"{len(ranges)} parameters" + f" and a code of {code}" * bool(code)
+            what += f", which with `family_degree`={degree} makes {found.size:,} polynomials"
             raise ValueError(
-                f"`{field}` has {len(held)} parameters and a code of {code}, which with `family_degree`={degree} make "
-                f"{size:,} polynomials, more than {LARGEST:,}: give a lower degree"
+                f"`{field}` has {what if ranges or code else f'{len(tasks):,} tasks'}, more than {LARGEST:,}: give a "
+                "lower degree, or make several families"
             )
-        return cls(held, tasks, degree, code, argument)
+        return found
 
     @property
     def plain(self) -> Any:
@@ -118,22 +99,13 @@ class Family:
         return {**ranges, self.argument: list(self.tasks)} if ranges or self.argument != "task" else list(self.tasks)
 
     @property
-    def exponents(self) -> list[tuple[int, ...]]:
-        """The degrees of the factors of each product, by total degree."""
-        return _exponents(len(self.ranges), self.degree)
-
-    @property
     def size(self) -> int:
         """P."""
         variables = len(self.ranges) + self.code
         return math.comb(variables + self.degree, self.degree) if variables else len(self.tasks)
 
     def named(self, task: Any) -> dict[str, Any]:
-        """A task as a mapping, from a mapping, a name (or a list of names), or the value of the only parameter.
-
-        Raises:
-            TypeError: if the family has several parameters.
-        """
+        """A task as a mapping, from a mapping, a name (or a list of names), or the value of the only parameter."""
         if isinstance(task, Mapping):
             return dict(task)
         if len(self._arguments) > 1:
@@ -147,16 +119,9 @@ class Family:
     def weights(self, task: Mapping[str, Any], codes: torch.Tensor | None = None) -> torch.Tensor:
         """c of one task, shape (P,), or of a task for each sample, shape (batch, P); float64 unless tensors are given.
 
-        For a batch of one sample, the shape is (P,).
-
-        Args:
-            task: for each parameter, a number or a tensor of the shape (), (batch,) or (batch, 1); for the names, a
-                name, a list of names, or a tensor of their places in `tasks`. "code" may stand in place of the names:
-                a tensor, shape (k,) or (batch, k).
-            codes: the codes of all tasks, shape (tasks, k).
-
-        Raises:
-            TypeError, ValueError: naming the argument that does not fit.
+        For a batch of one sample, the shape is (P,). A task has, for each parameter, a number or a tensor of the shape
+        (), (batch,) or (batch, 1); for the names, a name, a list of names, or a tensor of their places in `tasks`, or
+        a "code", shape (k,) or (batch, k). `codes`, shape (tasks, k), are those of all tasks.
         """
         if "code" in task and self.code:
             return self.at_code({name: value for name, value in task.items() if name != "code"}, task["code"])
@@ -218,7 +183,7 @@ class Family:
         """x in [-1, 1] for a parameter within its range, a number or of the shape () or (batch,)."""
         a, b = self.ranges[name]
         if not isinstance(value, torch.Tensor):
-            if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+            if not is_number(value):
                 raise TypeError(
                     f"`{name}` should be a number or a tensor of numbers but the value passed is {value!r}"
                 )
@@ -238,33 +203,29 @@ class Family:
                 raise ValueError(f"`{name}` should be finite but has {given[~given.isfinite()][0].item()}")
         elif abs(x) <= 1 + 1e-6:
             return x
-        warnings.warn(
-            f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates. To fit it there, "
-            "call `change_range` first",
-            stacklevel=6,
-        )
+        told = f"`{name}` is outside of the family's range [{a:g}, {b:g}]: the adapter extrapolates"
+        warnings.warn(f"{told}. To fit it there, call `change_range` first", stacklevel=6)
         return x
 
-    def in_terms_of(self, other: Family) -> torch.Tensor:
-        """M, shape (P, P of `other`), with c(task) = M · c'(task) for the c' of another family of the same parameters.
+    def in_terms_of(
+        self, other: Family, B: torch.Tensor | None = None, mean: torch.Tensor | float = 0.0
+    ) -> torch.Tensor:
+        """M, shape (P, P of `other`), with c(μ, B z + mean) = M · c'(μ, z) for the c' of a family of the same names.
 
-        Since x is a linear function of x', T_k(x) = Σ_{l ≤ k} M_j[k, l] T_l(x') for each parameter j. M_j follows from
-        values at the zeros of T_{degree + 1}. A product of total degree d is a sum of products of total degree up to
-        d. `other` has all of them if its degree is at least that of this family. Ours.
+        Affine maps keep the total degree of polynomials, so products of a higher degree, which come last in c', are
+        not needed. The others follow from values at places with the density for which they are orthogonal. Ours.
         """
-        by_parameter, to = [], other.exponents
-        zeros = torch.cos(math.pi * (torch.arange(other.degree + 1, dtype=torch.float64) + 0.5) / (other.degree + 1))
-        values = torch.stack(_chebyshev(zeros, other.degree), dim=-1)
-        for name, (a, b) in self.ranges.items():
-            low, high = other.ranges[name]
-            x = (zeros * (high - low) + (high + low) - (a + b)) / (b - a)
-            own = torch.stack(_chebyshev(x, self.degree), dim=-1)
-            by_parameter.append(torch.linalg.solve(values, own).mT.tril())
-        rows = [
-            [math.prod(M[ours, theirs].item() for M, ours, theirs in zip(by_parameter, e, f, strict=True)) for f in to]
-            for e in self.exponents
-        ]
-        return torch.tensor(rows, dtype=torch.float64)
+        k, same, generator = len(self.ranges), replace(other, degree=self.degree), torch.Generator().manual_seed(0)
+        angles = math.pi * torch.rand(4 * self.size + 10, k + self.code, generator=generator, dtype=torch.float64)
+        x = torch.cos(angles)
+        ends = zip(other.ranges.items(), x.unbind(1), strict=False)
+        task = {name: a + (b - a) * (own + 1) / 2 for (name, (a, b)), own in ends}
+        z = x[:, k:]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of places outside of the range
+            own = self._products(task, z if B is None else z @ B.mT + mean)
+            M = torch.linalg.lstsq(same._products(task, z), own).solution.mT
+        return torch.nn.functional.pad(M, (0, other.size - self.size))
 
 
 Weights = torch.Tensor | Callable[[], torch.Tensor]  # c, or what gives it when a layer runs
@@ -273,16 +234,9 @@ Weights = torch.Tensor | Callable[[], torch.Tensor]  # c, or what gives it when 
 def weights_of(
     kinds: Mapping[str, Family], task: Any, codes: Callable[[str], Callable[[], torch.Tensor]]
 ) -> dict[str, Weights]:
-    """c of a task for each family that the task fits, by the family's name. `Family.named` says which forms it takes.
+    """c of a task, in a form that `Family.named` takes, for each family that it fits, by name; or else an error.
 
-    Args:
-        kinds: the families.
-        task: the task.
-        codes: for the name of a family with codes, a function that returns them. They are read in each pass, because
-            they may be trained.
-
-    Raises:
-        TypeError, ValueError: if the task fits no family.
+    `codes` gives a function for the name of a family with codes. It is called in each pass: codes may be trained.
     """
     weights: dict[str, Weights] = {}
     errors: list[TypeError | ValueError] = []
@@ -324,47 +278,20 @@ def shortened(names: list[str], most: int = 20) -> list[str]:
 
 def _is_range(name: Any, bounds: Any) -> bool:
     """Whether `name` can be a keyword argument and `bounds` are two finite numbers."""
-    if not isinstance(name, str) or not name.isidentifier():
-        return False
-    if not isinstance(bounds, list | tuple) or len(bounds) != 2:
-        return False
-    return all(isinstance(b, Real) and not isinstance(b, bool) and math.isfinite(b) for b in bounds)
-
-
-def _products(k: int, degree: int) -> list[tuple[tuple[int, int], ...]]:
-    """The factors (j, e_j), e_j > 0, of each product of total degree up to `degree` of k parameters."""
-    found: list[tuple[tuple[int, int], ...]] = []
-
-    def append(factors: tuple[tuple[int, int], ...], first: int, rest: int) -> None:
-        if not rest:
-            found.append(factors)
-            return
-        for j in range(first, k):  # the last parameter takes what is left
-            for e in range(rest, 0 if j < k - 1 else rest - 1, -1):
-                append((*factors, (j, e)), j + 1, rest - e)
-
-    for total in range(degree + 1):
-        append((), 0, total)
-    return found
-
-
-@planned
-def _exponents(k: int, degree: int) -> list[tuple[int, ...]]:
-    found = []
-    for factors in _products(k, degree):
-        e = [0] * k
-        for j, exponent in factors:
-            e[j] = exponent
-        found.append(tuple(e))
-    return found
+    is_pair = isinstance(bounds, list | tuple) and len(bounds) == 2 and all(map(is_number, bounds))
+    return is_pair and isinstance(name, str) and name.isidentifier()
 
 
 @planned
 def _places(k: int, degree: int) -> list[torch.Tensor]:
-    """The places of every product's first, second, … factor in T_e(x_j), shape (k, degree + 1), flattened."""
+    """The places of every product's first, second, … factor in T_e(x_j), shape (k, degree + 1), flattened.
+
+    Products of total degree d are multisets of d variables.
+    """
     places = [[0] * math.comb(k + degree, degree) for _ in range(min(k, degree))]  # T_0 = 1 where there is no factor
-    for product, factors in enumerate(_products(k, degree)):
-        for own, (j, e) in zip(places, factors, strict=False):
+    chosen = chain.from_iterable(combinations_with_replacement(range(k), d) for d in range(degree + 1))
+    for product, variables in enumerate(chosen):
+        for own, (j, e) in zip(places, Counter(variables).items(), strict=False):
             own[product] = j * (degree + 1) + e
     return [torch.tensor(own) for own in places]
 

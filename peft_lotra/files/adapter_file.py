@@ -36,16 +36,17 @@ class SavedAdapter(NamedTuple):
 
 
 @contextmanager
-def naming(file: str | None) -> Iterator[None]:
-    """If a file is given, errors inside become a ValueError or TypeError that names it, except for a full memory."""
+def naming(path: str | None) -> Iterator[None]:
+    """If a path is given, errors inside become a ValueError or TypeError that names it, except for a full memory."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # PEFT, json, the file system and Python itself raise other types
-        if file is None:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        if path is None or (path in str(error) and isinstance(error, kind)):
             raise
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{file}: {error}") from error
+        raise kind(f"{path}: {error if isinstance(error, kind) else repr(error)}") from error
 
 
 def is_adapter_key(key: str) -> bool:
@@ -61,15 +62,14 @@ def is_tucker_key(key: str) -> bool:
 def check_weights(expected: Mapping[str, Slot], weights: Mapping[str, torch.Tensor], origin: str) -> None:
     """Raise ValueError unless `weights` has exactly the `expected` names and shapes, and valid values.
 
-    Factors must be real floating-point numbers that are finite after the cast to the dtype in which they are used.
-    Trained copies of modules must not hold NaN, and the cast must not make finite values infinite.
+    Factors are real and finite in the dtype of their use. Other tensors may hold infinity, but no NaN.
     """
     missing, unexpected = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
     if missing or unexpected:
         raise ValueError(
             f"{origin} does not belong to this adapter: it lacks {missing or 'nothing'}, and has "
-            f"{unexpected or 'nothing'} in addition. Was it made for another base model, or other `target_modules`? "
-            "Tensors of the base model are loaded only if `modules_to_save` or `bias` selects them"
+            f"{unexpected or 'nothing'} in addition. Was it made for another base model, or other `target_modules`, "
+            "`modules_to_save` or `bias`?"
         )
     for key, slot in expected.items():
         check_tensor(key, weights[key], slot, origin)
@@ -105,41 +105,31 @@ def digest(weights: Mapping[str, torch.Tensor], meaning: Mapping[str, Any]) -> s
     return total.hexdigest()
 
 
-def _header(content: bytes) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, which is JSON after its length in 8 bytes, and where the tensors begin."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:end]), end
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata in a safetensors file's header, which is JSON after its length in 8 bytes."""
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__", {})
 
 
 def set_metadata(path: Path, key: str, text: str) -> None:
-    """Add an entry to the header of a safetensors file. The library would read and write every tensor for that."""
+    """Add an entry to the header of a safetensors file."""
     content = path.read_bytes()
-    header, end = _header(content)
-    header["__metadata__"] = {**header.get("__metadata__", {}), key: text}
-    said = json.dumps(header).encode()
-    said += b" " * (-len(said) % 8)  # tensors begin at a multiple of 8
-    path.write_bytes(len(said).to_bytes(8, "little") + said + content[end:])
+    path.write_bytes(safetensors.torch.save(safetensors.torch.load(content), {**_metadata(content), key: text}))
 
 
 def read_adapter(directory: str) -> SavedAdapter | None:
-    """The adapter file in a local directory, or None if the directory has no such file.
-
-    Raises:
-        ValueError: if the file cannot be read, or holds anything but dense tensors by name.
-    """
-    files = [os.path.join(directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
-    file = next(filter(os.path.isfile, files), None)
-    if file is None:
+    """The adapter file in a local directory, or None. ValueError if it holds anything but dense tensors by name."""
+    file = os.path.join(directory, SAFETENSORS_WEIGHTS_NAME)
+    is_pickle = not os.path.isfile(file)
+    if is_pickle and not os.path.isfile(file := os.path.join(directory, WEIGHTS_NAME)):
         return None
     config = None
     try:
-        if file == files[0]:
-            with open(file, "rb") as opened:  # once, so that header and tensors are of one save
-                content = opened.read()
-            weights: Any = safetensors.torch.load(content)
-            config = _header(content)[0].get("__metadata__", {}).get(CONFIG_KEY)
+        if is_pickle:
+            weights: Any = load_peft_weights(directory, device="cpu")
         else:
-            weights = load_peft_weights(directory, device="cpu")
+            content = Path(file).read_bytes()  # once, so that header and tensors are of one save
+            weights = safetensors.torch.load(content)
+            config = _metadata(content).get(CONFIG_KEY)
     except Exception as error:  # safetensors, pickle and zip raise types of their own
         raise ValueError(
             f"the adapter file {file} cannot be read ({error}): it is corrupt or truncated; copy or save it again"

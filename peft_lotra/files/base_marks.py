@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
 
 import torch
 from torch import nn
@@ -39,27 +38,19 @@ def marks_of(model: nn.Module, adapter_name: str) -> Marks:
     """‖a‖ and Σ_k ± a_k, for some entries a of each coefficient tensor under an adapter, with fixed signs."""
     found = {}
     for name, tensor in _coefficients(model, adapter_name).items():
-        entries = some_entries(tensor).double()
-        found[name] = [
-            float(f"{value:.4g}") for value in (entries.dot(entries) ** 0.5, entries.dot(_signs(len(entries))))
-        ]
+        a = some_entries(tensor).double()
+        signs = 1 - 2 * (torch.arange(len(a)) * 2654435761 // 2**16 % 2).double()
+        found[name] = [float(f"{value:.4g}") for value in (a.norm(), a.dot(signs))]
     return found
-
-
-@cache
-def _signs(number: int) -> torch.Tensor:
-    return (1 - 2 * (torch.arange(number) * 2654435761 // 2**16 % 2)).double()
 
 
 def warn_of_another_base(model: nn.Module, adapter_name: str, marks: Mapping[str, Sequence[float]]) -> None:
     """Warn if coefficients under an adapter are not those of its `marks`."""
-    found = marks_of(model, adapter_name) if marks else {}
-    other = [
-        name
-        for name, own in found.items()
-        if name in marks
-        and any(abs(a - b) > _SAME * max(own[0], marks[name][0]) for a, b in zip(own, marks[name], strict=True))
-    ]
+    other = []
+    for name, own in (marks_of(model, adapter_name) if marks else {}).items():
+        theirs = marks.get(name, own)
+        if any(abs(a - b) > _SAME * max(own[0], theirs[0]) for a, b in zip(own, theirs, strict=True)):
+            other.append(name)
     if other:
         warnings.warn(
             f"the adapter {adapter_name!r} was trained on other coefficients than the model has in {other}: load the "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
@@ -24,41 +25,30 @@ loads_a_file: ContextVar[bool] = ContextVar("loads_a_file", default=False)
 class Collected(dict):
     """An adapter's tensors by their names in the model. PEFT adds others, for instance the base model's embeddings."""
 
-    def __init__(self, own: Mapping[str, torch.Tensor], model: nn.Module, adapter_name: str, bias: str) -> None:
+    def __init__(self, own: Mapping[str, Any], model: nn.Module, adapter: str, names: Collection[str]) -> None:
         super().__init__(own)
-        self._model, self._adapter, self._bias = model, adapter_name, bias
+        self._adapter, self._names = adapter, names
+        self._originals = tuple([f"{n}." for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)])
 
     def update(self, more: Mapping[str, torch.Tensor]) -> None:  # type: ignore[override]
-        """Take the tensors that belong to the adapter. Frozen originals of trained copies or token rows are skipped.
-
-        Raises:
-            ValueError: for other tensors of the base model, which no adapter loads.
-        """
-        names = slots_of(self._model, self._adapter, self._bias)
-        originals = [f"{name}." for name, m in self._model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-        base = sorted(key for key in more if key not in names and not key.startswith(tuple(originals)))
-        if base:
+        """Take what belongs to the adapter, skip frozen originals of trained copies, and refuse other tensors."""
+        if base := sorted(key for key in more if key not in self._names and not key.startswith(self._originals)):
             raise ValueError(
-                f"the adapter {self._adapter!r} cannot be saved with the base model's {base}, which no "
-                "adapter loads: pass `save_embedding_layers=False`, and save the base model too if they were changed; "
-                "or adapt the model again with these modules in `modules_to_save`, or with single rows in "
-                "`trainable_token_indices`"
+                f"the adapter {self._adapter!r} cannot be saved with the base model's {base}, which no adapter loads: "
+                "pass `save_embedding_layers=False`, and save the base model too if they were changed; or adapt it "
+                "again with these modules in `modules_to_save`, or rows in `trainable_token_indices`"
             )
-        super().update({key: tensor for key, tensor in more.items() if key in names})
+        super().update({key: tensor for key, tensor in more.items() if key in self._names})
 
 
 def warn_of_parts(tensors: Iterable[torch.Tensor], adapter_name: str) -> None:
-    """Warn if this process has only a part of some tensors. PEFT's `save_pretrained` fails on them, with other words.
-
-    accelerate collects parts by the same function, and writes them in its own way.
-    """
+    """Warn of parts, which PEFT's `save_pretrained` cannot write. accelerate collects them by the same function."""
     if any_sharded(tensors):
         warnings.warn(
             f"each process has only a part of the factors of the adapter {adapter_name!r} (FSDP2), which "
             "`save_pretrained` cannot write. Gather them in all processes, by `state = accelerator.get_state_dict("
-            "model)` or `get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))"
-            "` of torch.distributed.checkpoint.state_dict. Then call `save_pretrained(..., state_dict=state)` in the "
-            "first process",
+            "model)` or torch's `get_model_state_dict` with `full_state_dict=True`, then call "
+            "`save_pretrained(..., state_dict=state)` in the first process",
             stacklevel=3,
         )
 
@@ -66,11 +56,7 @@ def warn_of_parts(tensors: Iterable[torch.Tensor], adapter_name: str) -> None:
 def collected(
     model: nn.Module, config: ConfigFile, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
 ) -> Collected:
-    """An adapter's tensors, which the config keeps until it is saved.
-
-    Raises:
-        ValueError: if they are not those that the config names.
-    """
+    """An adapter's tensors, which the config keeps until it is saved; ValueError unless it names them."""
     slots = slots_of(model, adapter_name, config.bias)
     tensors = {key: state_dict.get(name) for key, (name, _) in slots.items()}
     config._written = {PREFIX + key.removeprefix(PREFIX): t for key, t in tensors.items() if t is not None}
@@ -84,17 +70,13 @@ def collected(
     biases = {entry.saved for entry in trained_biases(model, adapter_name, config.bias)}
     named = {f"{key}.{adapter_name}" if is_adapter_key(key) else key: t for key, t in tensors.items()}
     own = {key: t for key, t in named.items() if t is not None and (is_adapter_key(key) or key in biases)}
-    return Collected(own, model, adapter_name, config.bias)
+    return Collected(own, model, adapter_name, slots)
 
 
 def remapped(
     model: nn.Module, config: ConfigFile, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a file by their names in the model.
-
-    Raises:
-        ValueError: if they do not fit the adapter.
-    """
+    """The tensors of a file by their names in the model; ValueError unless they fit the adapter."""
     if loads_a_file.get() and config._saved is not None:  # what was checked, and not what PEFT has read after it
         device = next((tensor.device for tensor in state_dict.values()), None)
         state_dict = {key: tensor.to(device) for key, tensor in config._saved.weights.items()}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
-from itertools import groupby
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -25,20 +24,9 @@ from ..coefficients.target import Target
 from ..families.family import Family
 from ..tucker.decomposition import CODES, tucker_shapes
 from ..tucker.ranks import by_mode
-from .adapter_file import (
-    PREFIX,
-    SavedAdapter,
-    Slot,
-    check_weights,
-    digest,
-    is_adapter_key,
-    naming,
-    read_adapter,
-)
+from .adapter_file import PREFIX, SavedAdapter, Slot, check_weights, digest, is_adapter_key, naming, read_adapter
 
 # These fields had their effect when the adapter was made.
-UNFINISHED = ".saving-"  # begins the name of a folder in which a save is prepared
-
 _NONE: dict[str, Any] = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
 
 Config = TypeVar("Config", bound="ConfigFile")
@@ -51,32 +39,17 @@ class ConfigFile(PeftConfig):
     the machine that made it, and its names are compared literally.
     """
 
-    alpha: float
-    alpha_pattern: dict[str, Any]
-    base_marks: Mapping[str, Any]
-    bias: str
-    coefficients: Mapping[str, Any]
-    digest: str | None
-    family: Any
-    family_degree: int | None
-    family_code: int | None
-    rank_pattern: dict[str, Any]
-    target_modules: Any
+    if TYPE_CHECKING:  # the fields are those of LoTRAConfig
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
 
     _written: Mapping[str, torch.Tensor] = {}  # the tensors that are being saved, by name
     _copies: frozenset[str] = frozenset()  # the names of saved tensors other than core and factors
     _saved: SavedAdapter | None = None  # the adapter file beside the config's file, if it was read from one
     _file: str | None = None  # the config's own file in that case
     _named: tuple[tuple[Any, Any], list[tuple[str, Target]]] | None = None  # the fields, and the targets in them
-    _kind: tuple[tuple[Any, int, int], Family | None] | None = None  # the fields of which it was made, and the family
-
-    @property
-    def kind(self) -> Family | None:
-        """The family of tasks; None if the adapter is for one task."""
-        given = self.family, self.family_degree or 1, self.family_code or 0
-        if self._kind is None or any(a is not b for a, b in zip(self._kind[0], given, strict=True)):
-            self._kind = given, None if self.family is None else Family.of(*given)
-        return self._kind[1]
+    kind: Family | None = None  # the family of tasks, of which the fields have been checked
 
     @property
     def terms(self) -> int:
@@ -117,12 +90,8 @@ class ConfigFile(PeftConfig):
         """This config, or that in the adapter file if this one is of another save."""
         if saved is None or saved.config is None:
             return self
-        try:
+        with naming(f"the config in {saved.origin}, an earlier save of which may be whole"):
             own = type(self).from_peft_type(**json.loads(saved.config))
-        except Exception as error:
-            raise ValueError(
-                f"{saved.origin} has a config that cannot be read ({error}): use an earlier save"
-            ) from error
         if not isinstance(own, type(self)) or own.digest is None or self.digest in (None, own.digest):
             return self  # one that was changed on purpose has no digest
         warnings.warn(
@@ -136,8 +105,7 @@ class ConfigFile(PeftConfig):
         """This config with the adapter file of its directory, after all checks."""
         modules = {target.module for _, target in self.saved_targets()}
         alphas = {module: self.alpha_pattern.get(module, self.alpha) for module in modules if self.alpha_pattern}
-        fields = {**_NONE, "alpha_pattern": self.alpha_pattern | alphas}
-        config = replace(self, **fields)
+        config = replace(self, **_NONE | {"alpha_pattern": self.alpha_pattern | alphas})
         obstacle = config._obstacle()
         if saved is None:
             if os.path.isdir(directory) and not obstacle:
@@ -147,17 +115,12 @@ class ConfigFile(PeftConfig):
                 )
             return self
         if obstacle:
-            raise ValueError(
-                f"{obstacle}. The config of a saved adapter names every tensor in full, as `save_pretrained` writes it"
-            )
+            raise ValueError(f"{obstacle}, in full and literally, as `save_pretrained` writes them")
         copies = {key: Slot(tuple(t.shape), t.dtype) for key, t in saved.weights.items() if not is_adapter_key(key)}
         check_weights(config.saved_slots() | copies, saved.weights, saved.origin)
         if self.digest is None:
-            warnings.warn(
-                f"{CONFIG_NAME} in {directory} has no `digest`, so a change or damage of the adapter would not be "
-                "noticed: save the adapter again to add one",
-                stacklevel=4,
-            )
+            told = f"{CONFIG_NAME} in {directory} has no `digest`, so damage of the adapter would not be noticed"
+            warnings.warn(f"{told}: save the adapter again to add one", stacklevel=4)
         elif self.digest != digest(saved.weights, self._meaning()):
             raise ValueError(
                 f"{saved.origin} and this config do not fit the `digest` here: one of them was changed or damaged. "
@@ -167,24 +130,14 @@ class ConfigFile(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json` by one step, with the `digest` of the tensors that PEFT collected last."""
+        """Write `adapter_config.json` with the `digest` of the tensors that PEFT collected last."""
         written, self._written = self._written, {}
         plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) and not t.is_meta for t in written.values())
         self.digest = digest(written, self._meaning()) if written and plain else None
-        if os.path.basename(save_directory).startswith(UNFINISHED):
-            super().save_pretrained(save_directory, **kwargs)  # a PeftModel renames it
-            return
-        os.makedirs(save_directory, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=save_directory) as folder:
-            super().save_pretrained(folder, **kwargs)
-            os.replace(os.path.join(folder, CONFIG_NAME), os.path.join(save_directory, CONFIG_NAME))
+        super().save_pretrained(save_directory, **kwargs)
 
     def take_saved(self, other: PeftConfig) -> None:
-        """Take the checked tensors of a saved adapter that has the same meaning.
-
-        Raises:
-            TypeError, ValueError: if it is of another method, or with the fields that differ.
-        """
+        """Take the checked tensors of a saved adapter that has the same meaning."""
         if not isinstance(other, ConfigFile):
             raise TypeError(f"it is a {type(other).__name__}, and the adapter of this name a {type(self).__name__}")
         mine, theirs = self._meaning(), other._meaning()
@@ -206,34 +159,34 @@ class ConfigFile(PeftConfig):
             layers = sorted({key.removeprefix(PREFIX).rpartition(".")[0] for key in wrong})
             raise ValueError(
                 f"the adapter {adapter_name!r} cannot be saved: the tensors of {layers} are not those that its config "
-                "names. Either these layers were replaced or rebuilt after they were adapted, so that their update is "
-                "lost; or they have an earlier adapter of the same name; or `state_dict` is not that of the whole "
-                "model. Adapt the model as it is now by a new `get_peft_model`"
+                "names. These layers were replaced after they were adapted, have an earlier adapter of the same name, "
+                "or are not in `state_dict`. Adapt the model as it is now by a new `get_peft_model`"
             )
 
     def _meaning(self) -> dict[str, Any]:
         """The fields that give the adapter's tensors their meaning."""
-        fields: tuple[str, ...] = ("alpha", "alpha_pattern", "coefficients", "rank_pattern", "slim", "modules_to_save")
-        fields += ("trainable_token_indices", *(() if self.bias == "none" else ("bias",)))
-        fields += () if self.family is None else ("family", "family_degree")
-        fields += () if self.family_code is None else ("family_code",)
+        fields = ["alpha", "alpha_pattern", "coefficients", "rank_pattern", "slim", "modules_to_save"]
+        fields += ["trainable_token_indices", *["bias"] * (self.bias != "none")]
+        fields += ["family", "family_degree"] * (self.family is not None)
+        fields += ["family_code"] * (self.family_code is not None)
         said = {name: getattr(self, name) for name in fields}
         return {name: sorted(value) if isinstance(value, set) else value for name, value in said.items()}
 
     def self_contained(self: Config, targets: list[Target]) -> Config:
         """A copy that names every target with its layout, ranks and `alpha`, so that it loads without a registry."""
-        modules = {module: list(group) for module, group in _by_module(targets)}
-        coefficients = {}
+        coefficients: dict[str, Any] = {}
+        ranks: dict[str, Any] = {}
+        alphas: dict[str, Any] = {}
         for target in targets:
-            owner = target.parameter.rpartition(".")[0]
+            owner, name = target.parameter.rpartition(".")[0], target.spec.parameter
             layer = {} if owner == target.module else {"layer": target.module}
             coefficients[target.parameter] = target.spec.describe() | layer
-        ranks, alphas = {}, {}
-        for module, group in modules.items():
-            ranks[module] = _one_or_many({target.spec.parameter: list(target.ranks) for target in group})
-            alphas[module] = _one_or_many({target.spec.parameter: target.alpha for target in group})
-        fields = {"target_modules": set(modules), "coefficients": coefficients, "rank_pattern": ranks}
-        return replace(self, **{**_NONE, **fields, "alpha_pattern": alphas if self.alpha_pattern else {}})
+            ranks.setdefault(target.module, {})[name] = list(target.ranks)
+            alphas.setdefault(target.module, {})[name] = target.alpha
+        for pattern in (ranks, alphas):
+            pattern |= {module: next(iter(own.values())) for module, own in pattern.items() if len(own) == 1}
+        fields = {"target_modules": set(ranks), "coefficients": coefficients, "rank_pattern": ranks}
+        return replace(self, **_NONE | fields | {"alpha_pattern": alphas if self.alpha_pattern else {}})
 
     @property
     def is_self_contained(self) -> bool:
@@ -248,21 +201,16 @@ class ConfigFile(PeftConfig):
         if not modules:
             return "`coefficients` and `rank_pattern` should give a layout with `sizes`, and ranks, for every tensor"
         for name in ("rank_pattern", "alpha_pattern"):
-            unknown = sorted(getattr(self, name).keys() - modules.keys())
-            if unknown:
-                return f"`{name}` names {unknown}, but the modules of `coefficients` are {sorted(modules)}"
-        if self.alpha_pattern and self.alpha_pattern.keys() != modules.keys():
-            return f"`alpha_pattern` lacks {sorted(modules.keys() - self.alpha_pattern.keys())}"
-        for module, alphas in self.alpha_pattern.items():
-            if isinstance(alphas, Mapping) and alphas.keys() != modules[module]:
-                return f"`alpha_pattern[{module!r}]` names {sorted(alphas)}, and should {sorted(modules[module])}"
-        if not isinstance(self.target_modules, set):
-            return f"`target_modules` should be a list of names but is {self.target_modules!r}"
-        left_out = sorted(modules.keys() - self.target_modules)
-        if left_out:
-            return f"`target_modules` leaves out {left_out}, which `coefficients` names"
-        used = [name for name in _NONE if getattr(self, name) is not None]
-        return f"{used} are given besides" if used else None
+            given = getattr(self, name)
+            inner = {k: v.keys() if isinstance(v, Mapping) else modules.get(k) for k, v in given.items()}
+            if given and inner != modules:
+                return (
+                    f"`{name}` should name the modules of `coefficients`, {sorted(modules)}, but names {sorted(given)}"
+                )
+        if not isinstance(self.target_modules, set) or not modules.keys() <= self.target_modules:
+            return f"`target_modules` should be a list of names with {sorted(modules)} but is {self.target_modules!r}"
+        used = [f"`{name}`" for name in _NONE if getattr(self, name) is not None]
+        return f"{', '.join(used)} should be left out: `coefficients` names the layers" if used else None
 
     def saved_targets(self) -> list[tuple[str, Target]]:
         """The targets of a self-contained config, each with the name of its LoTRALayer; [] for any other config."""
@@ -284,9 +232,11 @@ class ConfigFile(PeftConfig):
             if ranks is None or {axis for group in spec.axes for axis in group} != description["sizes"].keys():
                 return []
             targets.append(Target(module, spec, by_mode(ranks)))
-        named = []
-        for module, group in _by_module(sorted(targets, key=lambda target: (target.module, target.spec.nesting))):
-            named += [(module + ".base_layer" * (len(group) - 1 - depth), t) for depth, t in enumerate(group)]
+        targets.sort(key=lambda target: (target.module, target.spec.nesting))
+        inside, named = Counter([target.module for target in targets]), []
+        for target in targets:  # the outermost layer comes first, around those of the module's other tensors
+            inside[target.module] -= 1
+            named.append((target.module + ".base_layer" * inside[target.module], target))
         return named
 
     def saved_slots(self) -> dict[str, Slot]:
@@ -302,17 +252,9 @@ class ConfigFile(PeftConfig):
         return slots
 
 
-def _by_module(targets: list[Target]) -> Iterator[tuple[str, list[Target]]]:
-    return ((module, list(group)) for module, group in groupby(targets, key=lambda target: target.module))
-
-
 def _downloaded(repository: str, **given: Any) -> str | None:
     """The directory in the cache with the Hub's adapter file, which PEFT is about to download; None without one."""
     for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
         with suppress(EntryNotFoundError):
             return os.path.dirname(hf_hub_download(repository, name, **given))
     return None
-
-
-def _one_or_many(by_parameter: dict[str, Any]) -> Any:
-    return by_parameter if len(by_parameter) > 1 else next(iter(by_parameter.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from math import prod
@@ -65,14 +66,8 @@ transformers models does not check it.
 
 
 def begin_card(model: Any, earlier: Path, path: Path, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """Write the card to which PEFT adds: a user's own, as it is, or one of the adapters that are about to be saved.
-
-    `args` and `kwargs` are those of `save_pretrained`.
-    """
-    try:
-        text = earlier.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        text = _OURS
+    """Write the card to which PEFT adds: a user's own, or one of the adapters that are about to be saved."""
+    text = earlier.read_text(encoding="utf-8") if earlier.exists() else _OURS
     if _OURS in text:
         names = kwargs.get("selected_adapters", args[1] if len(args) > 1 else None)
         own = [name for name, config in model.peft_config.items() if isinstance(config, ConfigFile)]
@@ -91,10 +86,9 @@ def add_tags(path: Path) -> None:
 
 @cache
 def _version() -> str:
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version("peft-lotra")
-    except metadata.PackageNotFoundError:  # the package is not installed, but on the path
-        return "0"
+    return "0"  # the package is not installed, but on the path
 
 
 def _text(model: PeftModel, names: list[str]) -> str:
@@ -120,16 +114,18 @@ def _lines(model: PeftModel, name: str) -> str:
     frozen = sum(size for key, size in sizes.items() if is_tucker_key(key) and f".{CORE}" not in f".{key}")
     trained = sum(sizes.values()) - (frozen if config.freeze_factors else 0)
     ranks = sorted({str(target.ranks) for target in targets})
+    total = sum(prod(target.spec.layout.canonical_shape) for target in targets)
     lines = [
-        f"**{name}**: {len(targets)} coefficient tensors with "
-        f"{sum(prod(target.spec.layout.canonical_shape) for target in targets):,} coefficients; ranks "
-        + ", ".join([*ranks[:4], *(["…"] if len(ranks) > 4 else [])]),
-        f"{trained:,} trained and {sum(sizes.values()):,} stored numbers",
+        f"**{name}**: {len(targets)} coefficient tensors with {total:,} coefficients; ranks {_some(ranks, 4)}\n",
+        f"- {trained:,} trained and {sum(sizes.values()):,} stored numbers",
     ]
     if (family := config.kind) is not None:
-        lines += [f"a family: {parameter} from {a:g} to {b:g}" for parameter, (a, b) in family.ranges.items()]
+        lines += [f"- a family: {parameter} from {a:g} to {b:g}" for parameter, (a, b) in family.ranges.items()]
         if family.tasks:
-            some = ", ".join([*family.tasks[:20], *(["…"] if len(family.tasks) > 20 else [])])
             codes = f" with codes of {family.code}" if family.code else ""
-            lines.append(f"a family of {len(family.tasks)} tasks{codes}: {some}")
-    return "\n".join([lines[0], "", *(f"- {line}" for line in lines[1:]), "", ""])
+            lines.append(f"- a family of {len(family.tasks)} tasks{codes}: {_some(family.tasks, 20)}")
+    return "\n".join([*lines, "", ""])
+
+
+def _some(names: Sequence[str], most: int) -> str:
+    return ", ".join([*names[:most], *["…"] * (len(names) > most)])

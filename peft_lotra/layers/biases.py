@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -31,34 +31,25 @@ def trained_biases(model: nn.Module, adapter: str, bias: str, modules: Collectio
     too: parameters of one axis in modules such as LayerNorm and BatchNorm2d. In the file, an adapted layer has the
     name that it would have if the model had no other adapters. `modules` names layers that will be adapted.
     """
-    if bias == "none":
-        return []
-    found = {id(entry.parameter): entry for entry in _biases(model, adapter, modules, bias == "all")}
+    found: dict[int, Bias] = {}
+
+    def visit(module: nn.Module, names: tuple[str, ...], within: bool) -> None:
+        """`names`: the beginning of a `Bias`. `within`: whether the module lies in an adapted layer."""
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return
+        while isinstance(module, BaseTunerLayer):
+            is_own = isinstance(module, LoTRALayer) and adapter in module.lotra_core
+            within |= is_own
+            names = f"{names[0]}base_layer." if is_own else names[0], f"{names[1]}base_layer.", names[2]
+            module = module._modules["base_layer"]  # type: ignore[assignment]
+        within |= names[2].removesuffix(".") in modules
+        is_norm = within and _NORM.search(type(module).__name__) is not None
+        for name, parameter in module.named_parameters(recurse=False) if within or bias == "all" else ():
+            if name == "bias" or (is_norm and parameter.dim() == 1):
+                found[id(parameter)] = Bias(names[0] + name, names[1] + name, names[2] + name, parameter)
+        for name, child in module.named_children():
+            visit(child, names if name == "_fsdp_wrapped_module" else tuple([f"{n}{name}." for n in names]), within)
+
+    if bias != "none":
+        visit(model, ("", "", ""), False)
     return list(found.values())
-
-
-def _biases(
-    module: nn.Module,
-    adapter: str,
-    modules: Collection[str],
-    takes: bool,
-    names: tuple[str, ...] = ("", "", ""),
-    within: bool = False,
-) -> Iterator[Bias]:
-    """The biases in a module. `takes`: whether they count. `within`: whether the module lies in an adapted layer."""
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return
-    while isinstance(module, BaseTunerLayer):
-        is_own = isinstance(module, LoTRALayer) and adapter in module.lotra_core
-        within |= is_own
-        names = f"{names[0]}base_layer." if is_own else names[0], f"{names[1]}base_layer.", names[2]
-        module = module._modules["base_layer"]  # type: ignore[assignment]
-    within |= names[2].removesuffix(".") in modules
-    takes |= within
-    is_norm = within and _NORM.search(type(module).__name__) is not None
-    for name, parameter in module.named_parameters(recurse=False) if takes else ():
-        if name == "bias" or (is_norm and parameter.dim() == 1):
-            yield Bias(names[0] + name, names[1] + name, names[2] + name, parameter)
-    for name, child in module.named_children():
-        inner = names if name == "_fsdp_wrapped_module" else tuple(f"{before}{name}." for before in names)
-        yield from _biases(child, adapter, modules, takes, inner, within)

@@ -23,25 +23,12 @@ _REWRITING = ("update_grid", "initialize_grid", "reset_parameters", "swap")
 class Forwarding(nn.Module):
     """Access of a LoTRALayer to the attributes and methods of the layer that it wraps."""
 
-    spec: Any
-    base_layer: Any
-    get_base_layer: Any
-    _active_updates: Any
-    _update: Any
-    lotra_core: Any
-    terms: Any
     _merged_sums: list[int]
-    merged_adapters: list[str]
+    _base_is_zero = False  # whether A is zero, and takes no memory
 
     @property
-    def _base_is_zero(self) -> bool:
-        """Whether A is zero, and takes no memory."""
-        return False
-
-    @property
-    def _paths(self) -> list[str]:
-        paths: list[str] = self.spec.paths
-        return paths
+    def _paths(self) -> Any:
+        return self.spec.paths
 
     @property
     def _is_quantized(self) -> bool:
@@ -49,10 +36,9 @@ class Forwarding(nn.Module):
         return is_quantized_at(self.get_base_layer(), self.spec.parameter)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> Any:
         """The base layer's `weight`, adapted if it holds the coefficients. (PEFT's class would return the base's.)"""
-        value: torch.Tensor = self.__getattr__("weight")
-        return value
+        return self.__getattr__("weight")
 
     def _adapted_for_methods(self) -> AbstractContextManager[object]:
         """While this is entered, the base layer finds A_ft in place of its coefficients, also outside of forward."""
@@ -130,8 +116,8 @@ class Forwarding(nn.Module):
             if name.startswith(_REWRITING):
                 raise RuntimeError(
                     f"`{name}` would rewrite coefficients under a LoTRA adapter, whose update belongs to the old "
-                    "coefficients: call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt "
-                    "again, or leave it out, as pykan's `fit(dataset, update_grid=False)` does"
+                    "ones: call `merge_and_unload()` or `unload()` on the model first, then rewrite and adapt again, "
+                    "or leave it out, as pykan's `fit(dataset, update_grid=False)` does"
                 )
             with self._adapted_for_methods():
                 return value(*args, **kwargs)

@@ -24,7 +24,7 @@ class SlimLayer(LoTRALayer):
         with torch.no_grad():
             coefficients = spec.to_canonical(adapted_coefficients(self.get_base_layer(), spec, ())).detach().double()
         self._variances = coefficients.square().transpose(0, 2).flatten(1).mean(1)  # shape: (n_d,)
-        self.register_load_state_dict_post_hook(_empty_after_load)
+        self.register_load_state_dict_post_hook(SlimLayer._empty)
         self._empty()
 
     def reset_lotra_parameters(self, adapter_name: str, init_weights: bool = True) -> None:
@@ -73,7 +73,7 @@ class SlimLayer(LoTRALayer):
         return base_layer
 
     @property
-    def _base_is_zero(self) -> bool:
+    def _base_is_zero(self) -> bool:  # type: ignore[override]
         return not self.merged
 
     def _make_dense(self) -> None:
@@ -81,7 +81,7 @@ class SlimLayer(LoTRALayer):
             parameter = self._stored(self.spec.parameter)
             parameter.data = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
 
-    def _empty(self) -> None:
+    def _empty(self, _: Any = None) -> None:
         """Put one expanded zero in place of the coefficients, unless updates are merged into them."""
         if not self.merged:
             parameter = self._stored(self.spec.parameter)
@@ -103,18 +103,12 @@ class SlimLayer(LoTRALayer):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, missing_keys: list[str],
         unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
-        path = prefix
-        layer: nn.Module = self
-        while isinstance(layer, LoTRALayer):
-            path, layer = f"{path}base_layer.", layer.base_layer
-        coefficients = state_dict.get(path + self.spec.parameter)
+        name = next(n for n, m in self.named_modules() if m is self.get_base_layer())
+        key = f"{prefix}{name}.{self.spec.parameter}"
+        coefficients = state_dict.get(key)
         if not (self.merged or coefficients is None or coefficients.is_meta) and coefficients.any():
-            error_msgs.append(f"{path}{self.spec.parameter} is not zero in the state dict, as in a Slim KAN it is")
+            error_msgs.append(f"{key} is not zero in the state dict, as in a Slim KAN it is")
         self._make_dense()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-
-def _empty_after_load(layer: SlimLayer, _: Any) -> None:
-    layer._empty()

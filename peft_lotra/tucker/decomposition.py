@@ -101,8 +101,10 @@ class Tucker(NamedTuple):
         """The same tensor with ranks up to `ranks`: G is zero there, and U is completed by orthonormal columns."""
         surplus, factors = [0] * self.core.dim(), dict(self.factors)
         for axis, (mode, r) in enumerate(zip(MODES, ranks, strict=False)):
-            if r is not None and mode in factors:
-                surplus[axis], factors[mode] = r - self.core.shape[axis], completed(factors[mode], r)
+            own = self.core.shape[axis]
+            if r is not None and r > own:
+                surplus[axis], completed = r - own, torch.linalg.qr(factors[mode], mode="complete").Q
+                factors[mode] = torch.cat([factors[mode], completed[:, own:r]], dim=1)
         core = torch.nn.functional.pad(self.core, [n for s in reversed(surplus) for n in (0, s)])
         return Tucker(core, factors)
 
@@ -116,36 +118,26 @@ def decompose(tensor: torch.Tensor, ranks: Ranks, n_iter_max: int = 50) -> Tucke
     """argmin ‖A − G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4‖ over factors of the given ranks: truncated HOSVD improved by HOOI.
 
     Args:
-        tensor: A, shape (n, m, n_d, ...). If the positions have a rank, they are flattened.
+        tensor: A, shape (n, m, n_d, ...). Positions that have a rank are one axis, the fourth.
         ranks: each is at most the size of its mode, or None for a whole mode. A rank above the product of the others
             (and of the whole modes) gains nothing: G is zero in the surplus, and the columns of U there only complete
             it orthonormally.
         n_iter_max: how many sweeps of HOOI follow the HOSVD.
     """
     axes = [axis for axis, r in enumerate(ranks) if r is not None]
-    given = [r for r in ranks if r is not None]
-    if 3 in axes:
-        tensor = tensor.flatten(3)
+    useful = [r for r in ranks if r is not None]
     if not axes:
         return Tucker(tensor)
-    sizes = [tensor.shape[axis] for axis in axes]
-    if not tensor.any():
-        shape = list(tensor.shape)
-        for axis, r in zip(axes, given, strict=True):
-            shape[axis] = r
-        starts = [torch.eye(n, r).to(tensor) for n, r in zip(sizes, given, strict=True)]
-        return Tucker(tensor.new_zeros(shape), {MODES[axis]: U for axis, U in zip(axes, starts, strict=True)})
-    useful, volume = list(given), tensor.numel() // math.prod(sizes)
+    volume = tensor.numel() // math.prod([tensor.shape[axis] for axis in axes])
     for k in range(len(useful)):  # one pass is enough: at most one rank can exceed the product of the others
         useful[k] = min(useful[k], math.prod(useful[:k] + useful[k + 1 :]) * volume)
     # Imported here because TensorLy, with what it imports of SciPy, takes nearly as long as all of this package.
     import tensorly
     from tensorly.decomposition import partial_tucker
 
+    sweeps = n_iter_max if tensor.any() else 1  # of a zero tensor, none is the last one by its error
     with tensorly.backend_context("pytorch", local_threadsafe=True):
-        (core, factors), _ = partial_tucker(
-            tensor, rank=useful, modes=axes, n_iter_max=n_iter_max, init="svd", tol=1e-8
-        )
+        (core, factors), _ = partial_tucker(tensor, rank=useful, modes=axes, n_iter_max=sweeps, init="svd", tol=1e-8)
     return Tucker(core, {MODES[axis]: U for axis, U in zip(axes, factors, strict=True)}).padded(ranks)
 
 
@@ -153,7 +145,6 @@ def compress(given: Tucker, ranks: Ranks) -> tuple[Tucker, float]:
     """`decompose` of a tensor in Tucker form without its dense tensor, and the relative error ‖A − A_r‖ / ‖A‖.
 
     With U = Q R in every mode that has a rank, this decomposes the smaller tensor G × R, which has the same norm.
-    Ranks are as in `decompose`.
     """
     bases, sides = {}, {}
     for mode, r in zip(MODES, (*ranks, None), strict=False):
@@ -171,8 +162,7 @@ def compress(given: Tucker, ranks: Ranks) -> tuple[Tucker, float]:
 def weighted_sum(terms: Sequence[tuple[float, Tucker]]) -> Tucker:
     """Σ_j w_j · G_j ×₁ U1_j ×₂ U2_j ×₃ U3_j ×₄ U4_j, exactly: a block-diagonal core and factors side by side.
 
-    Ranks add up. If their sum reaches the size of a mode, or the mode is whole in a term, the factors are multiplied
-    into the cores, and the mode is whole.
+    Where the sum of the ranks reaches the size of the mode, or the mode is whole in a term, it is whole.
     """
     joint = {}
     for mode in MODES:
@@ -180,34 +170,19 @@ def weighted_sum(terms: Sequence[tuple[float, Tucker]]) -> Tucker:
             beside = torch.cat([one.factors[mode] for _, one in terms], dim=1)
             if beside.shape[1] < beside.shape[0]:
                 joint[mode] = beside
-    whole = [mode for mode in MODES if mode not in joint]
-    cores = [weight * one.absorb(whole).core for weight, one in terms]
-    shape = list(cores[0].shape)
-    for mode, U in joint.items():
-        shape[MODES.index(mode)] = U.shape[1]
+    cores = [weight * one.absorb([mode for mode in MODES if mode not in joint]).core for weight, one in terms]
+    shape = [joint[mode].shape[1] if mode in joint else n for mode, n in zip(MODES, cores[0].shape, strict=True)]
     total, starts = cores[0].new_zeros(shape), [0] * len(shape)
     for core in cores:
-        total[tuple([slice(start, start + size) for start, size in zip(starts, core.shape, strict=True)])] += core
-        for mode in joint:
-            axis = MODES.index(mode)
-            starts[axis] += core.shape[axis]
+        total[tuple([slice(start, start + n) for start, n in zip(starts, core.shape, strict=True)])] += core
+        starts = [start + n * (mode in joint) for mode, start, n in zip(MODES, starts, core.shape, strict=True)]
     return Tucker(total, joint)
 
 
-def completed(U: torch.Tensor, r: int) -> torch.Tensor:
-    """U, shape (n, ≤ r), with orthonormal columns added up to r."""
-    if U.shape[1] == r:
-        return U
-    return torch.cat([U, torch.linalg.qr(U, mode="complete").Q[:, U.shape[1] : r]], dim=1)
-
-
 def hosvd(tensor: torch.Tensor) -> tuple[Tucker, dict[str, torch.Tensor]]:
-    """A = S ×₁ U1 ×₂ U2 ×₃ U3 with the left singular vectors of A unfolded along each mode, and the singular values.
+    """A = S ×₁ U1 ×₂ U2 ×₃ U3 with the left singular vectors of its unfoldings, and the singular values.
 
     S[:r1, :r2, :r3] and the first r columns of each factor are the truncated HOSVD.
-
-    Args:
-        tensor: A, shape (n, m, n_d, ...).
     """
     core, factors, values = tensor, {}, {}
     for axis, mode in enumerate("iod"):

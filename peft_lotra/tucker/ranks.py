@@ -6,13 +6,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
-from heapq import heapify, heappop, heappush
 from itertools import product
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 
+from ..preserved import is_number
 from .decomposition import Ranks, core_count, parameter_count
 from .spectrum import Spectrum
 
@@ -58,24 +58,20 @@ def choose_ranks(
     terms: int = 0,
     slim: bool = False,
 ) -> dict[str, Ranks]:
-    """The ranks of every tensor by name: exactly as in `fixed`, or else from `r`, or else from `compression_ratio`.
+    """The ranks by name of tensors of some shapes: as in `fixed`, or else from `r`, or else from `compression_ratio`.
 
-    Args:
-        shapes: canonical shapes (n, m, n_d, ...) by parameter name.
-        fixed: ranks of some of the tensors.
-        r: an upper bound, clipped to the modes of each tensor.
-        compression_ratio: the budget for all tensors together, with those in `fixed`, as a fraction of the
-            coefficients. With None it is a tenth, and a tensor whose rank of inputs or outputs would be below 4 gets
-            (4, 4, whole) instead, clipped to its modes, or is whole if that has fewer numbers.
-        freeze_factors: whether only the cores count.
-        terms: P of a family of tasks; else 0.
-        slim: whether the factors replace the coefficients. A budget is then spent by `slim_ranks`.
-
-    Raises:
-        ValueError: if a fixed rank is above its mode, `r` is above the modes of every tensor, or the budget is too
-            small.
+    That is a budget for all of them, of factors in place of coefficients if `slim`, of cores alone if
+    `freeze_factors`, with `terms` P of a family. With None it is a tenth, and a tensor whose rank of inputs or
+    outputs would be below 4 gets (4, 4, whole), or is whole if that has fewer numbers.
     """
-    chosen = {name: _exact(name, shapes[name], by_mode(ranks)) for name, ranks in fixed.items()}
+    chosen = {name: clipped(by_mode(ranks), shapes[name]) for name, ranks in fixed.items()}
+    for name, given in fixed.items():
+        sizes = mode_sizes(shapes[name])
+        if any(rank is not None and rank > size for rank, size in zip(by_mode(given), sizes, strict=False)):
+            raise ValueError(
+                f"`rank_pattern` gives {name} the ranks {by_mode(given)}, above its modes (input, output, basis, "
+                f"positions) = {sizes}; give ranks up to the modes"
+            )
     free = {name: shape for name, shape in shapes.items() if name not in chosen}
     if r is not None:
         return chosen | _clipped(free, r)
@@ -83,57 +79,35 @@ def choose_ranks(
         return chosen
     count = partial(core_count if freeze_factors else parameter_count, terms=terms)
     ranks_at = partial(slim_ranks if slim else equal_ranks, count=count)
-    return chosen | _budgeted(shapes, chosen, compression_ratio, count, ranks_at)
-
-
-def _exact(name: str, shape: tuple[int, ...], ranks: Ranks) -> Ranks:
-    sizes = mode_sizes(shape)
-    if any(rank is not None and rank > size for rank, size in zip(ranks, sizes, strict=False)):
-        raise ValueError(
-            f"`rank_pattern` gives {name} the ranks {ranks}, above its modes (input, output, basis) = {shape[:3]}"
-            f"{f' and its {sizes[3]} positions' if len(ranks) > 3 else ''}; give ranks up to the modes"
-        )
-    return clipped(ranks, shape)
-
-
-def _clipped(shapes: Mapping[str, tuple[int, ...]], r: int | Ranks) -> dict[str, Ranks]:
-    ranks = by_mode(r)
-    largest = [max(sizes) for sizes in zip(*map(mode_sizes, shapes.values()), strict=True)]
-    above = [rank is not None and rank > size for rank, size in zip(ranks, largest, strict=False)]
-    # A single number may be clipped in some modes. A triple is meant for each of its modes.
-    if above and (all(above) if isinstance(r, int) else any(above)):
-        raise ValueError(
-            f"`r`={r!r} is above the modes (input, output, basis) of every layer; the largest are "
-            f"{tuple(largest[: len(ranks)])}"
-        )
-    return {name: clipped(ranks, shape) for name, shape in shapes.items()}
-
-
-def _budgeted(
-    shapes: Mapping[str, tuple[int, ...]],
-    fixed: Mapping[str, Ranks],
-    compression_ratio: float | None,
-    count: Callable[[Sequence[int], Ranks], int],
-    ranks_at: Callable[[Sequence[int], int], Ranks],
-) -> dict[str, Ranks]:
     total = sum(map(math.prod, shapes.values()))
-    spent = sum(count(shapes[name], ranks) for name, ranks in fixed.items())
-    free = {name: shape for name, shape in shapes.items() if name not in fixed}
+    spent = sum(count(shapes[name], ranks) for name, ranks in chosen.items())
     least = spent + sum(count(shape, ranks_at(shape, 1)) for shape in free.values())
-    ratio = DEFAULT_COMPRESSION_RATIO if compression_ratio is None else compression_ratio
-    budget = int(ratio * total + 1e-6)  # 0.29 · 100 is a little less than 29
     if compression_ratio is None:
-        budget = max(budget, least)
-    if least > budget:
+        budget = max(int(DEFAULT_COMPRESSION_RATIO * total + 1e-6), least)
+    elif least > (budget := int(compression_ratio * total + 1e-6)):  # 0.29 · 100 is a little less than 29
         needed = "the ranks of `rank_pattern`, and rank 1 elsewhere, need" if fixed else "rank 1 needs"
         enough = math.ceil(1000 * least / total) / 1000
         instead = "use lower ranks in `rank_pattern`" if enough > 1 else f"use a ratio of at least {enough}"
         raise ValueError(
-            f"`compression_ratio`={ratio} allows {budget} parameters for the {total} coefficients of "
+            f"`compression_ratio`={compression_ratio} allows {budget} parameters for the {total} coefficients of "
             f"{len(shapes)} tensors, but {needed} {least}; {instead}"
         )
-    chosen = dict(zip(free, ranks_for_budget(list(free.values()), budget - spent, ranks_at, count), strict=True))
-    return chosen if compression_ratio is not None else {name: _raised(r, shapes[name]) for name, r in chosen.items()}
+    ranks = dict(zip(free, ranks_for_budget(list(free.values()), budget - spent, ranks_at, count), strict=True))
+    return chosen | (
+        {name: _raised(r, shapes[name]) for name, r in ranks.items()} if compression_ratio is None else ranks
+    )
+
+
+def _clipped(shapes: Mapping[str, tuple[int, ...]], r: int | Ranks) -> dict[str, Ranks]:
+    ranks = by_mode(r)
+    largest = tuple(map(max, zip(*map(mode_sizes, shapes.values()), strict=True)))[: len(ranks)]
+    above = [rank is not None and rank > size for rank, size in zip(ranks, largest, strict=False)]
+    # A single number may be clipped in some modes. A triple is meant for each of its modes.
+    if above and (all(above) if isinstance(r, int) else any(above)):
+        raise ValueError(
+            f"`r`={r!r} is above the modes (input, output, basis) of every layer; the largest are {largest}"
+        )
+    return {name: clipped(ranks, shape) for name, shape in shapes.items()}
 
 
 def _raised(ranks: Ranks, shape: Sequence[int]) -> Ranks:
@@ -172,13 +146,7 @@ def ranks_for_budget(
 
     Ranks in proportion to the modes would leave short modes (the basis, few inputs) with rank 1, where one more costs
     little. Which rule is best depends on the optimizer and the task: by Levenberg–Marquardt the whole basis is often
-    better than equal ranks, by Adam worse.
-
-    Args:
-        shapes: the canonical shapes (n, m, n_d, ...) of the coefficient tensors.
-        budget: how many numbers the adapters of all tensors may hold together.
-        ranks_at: a function of a tensor's shape and r that returns its ranks.
-        count: a function of a tensor's shape and ranks that returns how many numbers its adapter has.
+    better than equal ranks, by Adam worse. `ranks_at` gives the ranks of a shape for r, `count` their numbers.
 
     Raises:
         ValueError: if rank 1 everywhere already exceeds the budget.
@@ -195,24 +163,18 @@ def ranks_for_budget(
     if total(1) > budget:
         raise ValueError(f"rank 1 everywhere needs {total(1)} parameters, the budget is {budget}")
     # A mode that becomes whole may make the next rank cheaper than this one.
-    r = max((r for r in range(1, max(map(_longest, alike), default=1) + 1) if total(r) <= budget), default=1)
-    chosen, left, queue = [], budget - total(r), []
-    for k, shape in enumerate(map(tuple, shapes)):
-        chosen.append(min(r, _longest(shape)))
-        if chosen[k] < _longest(shape):
-            queue.append((chosen[k], cost(shape, chosen[k] + 1) - cost(shape, chosen[k]), k, shape))
-    heapify(queue)
-    while queue:
-        r, growth, k, shape = heappop(queue)
-        if growth <= left:
-            chosen[k], left = r + 1, left - growth
-            if r + 1 < _longest(shape):
-                heappush(queue, (r + 1, cost(shape, r + 2) - cost(shape, r + 1), k, shape))
+    longest = [max(shape[:3]) for shape in shapes]
+    r = max((r for r in range(1, max(longest, default=1) + 1) if total(r) <= budget), default=1)
+    chosen, left, raised = [r] * len(longest), budget - total(r), list(range(len(longest)))
+    while raised:
+        growth = {k: cost(shape, r + 1) - cost(shape, r) for k in raised for shape in [tuple(shapes[k])]}
+        candidates, raised = sorted((k for k in raised if r < longest[k]), key=growth.__getitem__), []
+        for k in candidates:
+            if growth[k] <= left:
+                chosen[k], left = r + 1, left - growth[k]
+                raised.append(k)
+        r += 1
     return [ranks_at(shape, r) for shape, r in zip(shapes, chosen, strict=True)]
-
-
-def _longest(shape: Sequence[int]) -> int:
-    return max(shape[:3])
 
 
 def suggest_ranks(
@@ -242,7 +204,7 @@ def suggest_ranks(
     if energy is not None and budget is not None:
         raise ValueError(f"give `energy` or `budget`, not both: got energy={energy!r}, budget={budget!r}")
     energy = 0.99 if energy is None else energy
-    if not isinstance(energy, Real) or isinstance(energy, bool) or not 0 < energy <= 1:
+    if not is_number(energy) or not 0 < energy <= 1:
         raise ValueError(f"`energy` should be a number in (0, 1] but the value passed is {energy!r}")
     if budget is not None and (not isinstance(budget, Integral) or isinstance(budget, bool)):
         raise TypeError(f"`budget` should be an integer, a number of parameters, but the value passed is {budget!r}")
@@ -251,10 +213,8 @@ def suggest_ranks(
         for name, update in updates.items()
     }
     shapes = [spectrum.shape for spectrum in spectra.values()]
-    if (
-        budget is not None
-        and (least := sum(parameter_count(shape, equal_ranks(shape, 1)) for shape in shapes)) > budget
-    ):
+    least = sum(parameter_count(shape, equal_ranks(shape, 1)) for shape in shapes)
+    if budget is not None and least > budget:
         raise ValueError(f"`budget`={budget} is too small: rank 1 everywhere needs {least} parameters")
     fronts = list(map(_Front.of, spectra.values()))
     chosen = _within(fronts, shapes, budget) if budget is not None else [front.reaching(energy) for front in fronts]
@@ -282,20 +242,15 @@ class _Front(NamedTuple):
             if kept.shape[mode] < size:  # in a long mode, a rank above the product of the others keeps nothing more
                 ranks[mode] = torch.cat([ranks[mode], torch.tensor([size])])
                 kept = torch.cat([kept, kept.narrow(mode, -1, 1)], dim=mode)
-        r1, r2, r3 = torch.meshgrid(*ranks, indexing="ij")
-        cost = r1 * r2 * r3 * K
-        for r, size in zip((r1, r2, r3), sizes, strict=True):
-            cost = cost + size * r * (r < size)
-        cost = cost.flatten()
-        error = (kept[-1, -1, -1] - kept).clamp(min=0).flatten()
-        by_error = error.argsort(stable=True)
-        order = by_error[cost[by_error].argsort(stable=True)]
-        best_before = error[order].cummin(0).values
-        better = torch.ones(len(order), dtype=torch.bool)
-        better[1:] = error[order][1:] < best_before[:-1]
-        order = order[better]
-        choices = torch.stack([r1, r2, r3], dim=-1).reshape(-1, 3)
-        return cls(choices[order], cost[order], error[order], kept[-1, -1, -1].item())
+        choices = torch.cartesian_prod(*ranks)
+        factors = torch.where(choices < torch.tensor(sizes), choices * torch.tensor(sizes), 0)
+        cost, energy = choices.prod(1) * K + factors.sum(1), kept[-1, -1, -1]
+        error = (energy - kept).clamp(min=0).flatten()
+        order = error.argsort(stable=True)
+        order = order[cost[order].argsort(stable=True)]
+        error = error[order]
+        better = torch.cat([torch.tensor([True]), error[1:] < error.cummin(0).values[:-1]])
+        return cls(choices[order][better], cost[order][better], error[better], float(energy))
 
     def reaching(self, energy: float) -> int:
         """The cheapest choice that keeps this share of the energy, up to rounding."""
@@ -312,28 +267,25 @@ def _within(fronts: Sequence[_Front], shapes: Sequence[tuple[int, ...]], budget:
     def at(rate: float) -> list[int]:
         return [int((front.error + rate * front.cost).argmin()) for front in fronts]
 
-    def cost(chosen: Sequence[int]) -> int:
-        return sum(int(front.cost[k]) for front, k in zip(fronts, chosen, strict=True))
-
-    def error(chosen: Sequence[int]) -> float:
-        return sum(float(front.error[k]) for front, k in zip(fronts, chosen, strict=True))
+    def total(of: str, chosen: Sequence[int]) -> float:
+        return sum(getattr(front, of)[k].item() for front, k in zip(fronts, chosen, strict=True))
 
     def filled(chosen: list[int]) -> list[int]:
         while True:
-            left = budget - cost(chosen)
+            left = budget - int(total("cost", chosen))
             better = [front.affordable(int(front.cost[k]) + left) for front, k in zip(fronts, chosen, strict=True)]
             gains = [front.error[k] - front.error[b] for front, k, b in zip(fronts, chosen, better, strict=True)]
             best = max(range(len(fronts)), key=gains.__getitem__)
             if not gains[best] > 0:
                 return chosen
-            chosen = [*chosen[:best], better[best], *chosen[best + 1 :]]
+            chosen[best] = better[best]
 
-    total = sum(front.energy for front in fronts)
-    low, high = 1e-20 * total, total  # at the rate `high`, the fewest parameters are best everywhere, and they fit
+    high = sum(front.energy for front in fronts)  # at this rate, the fewest parameters are best everywhere: they fit
+    low = 1e-20 * high
     for _ in range(60):
         rate = math.sqrt(low * high)
-        low, high = (low, rate) if cost(at(rate)) <= budget else (rate, high)
+        low, high = (low, rate) if total("cost", at(rate)) <= budget else (rate, high)
     uniform = ranks_for_budget(shapes, budget)
     costs = [parameter_count(shape, ranks) for shape, ranks in zip(shapes, uniform, strict=True)]
     starts = at(high), [front.affordable(c) for front, c in zip(fronts, costs, strict=True)]
-    return min(map(filled, starts), key=error)
+    return min(map(filled, starts), key=lambda chosen: total("error", chosen))
