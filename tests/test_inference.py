@@ -22,7 +22,7 @@ from peft_lotra import LoTRAConfig, infer_coefficients, register_kan_layer, veri
 from peft_lotra.coefficients import registry
 from peft_lotra.coefficients.layout import Layout
 from peft_lotra.inference.layouts import agree
-from peft_lotra.inference.precision import Passes
+from peft_lotra.inference.recording import Passes
 from peft_lotra.inference.response import infer_layer
 from peft_lotra.preserved import first_tensor
 from peft_lotra.testing import dense_model
@@ -424,14 +424,13 @@ class ResidualKANLayer(nn.Module):
 
 @pytest.mark.parametrize("registered", [False, True])
 def test_a_kan_layer_around_another(registered):
-    """Both tensors belong to the outer layer, or only the registered inner layer is found."""
+    """Only the inner layer is found."""
     if registered:
         register_kan_layer(kans.ChebyKANLayer, {"cheby_coeffs": "i o d"})
     base, x = nn.Sequential(ResidualKANLayer()).double(), ROWS[:, :4]
     found = infer_coefficients(base, x)
-    reason = "coeffs: left out, it is used around the KAN layers ['0.inner'], and both cannot be adapted"
-    assert list(found) == ["0.inner.cheby_coeffs"] + ([] if registered else ["0.coeffs"])
-    assert (reason in str(found)) == registered
+    assert list(found) == ["0.inner.cheby_coeffs"]
+    assert "coeffs: left out, it is used around the KAN layers ['0.inner'], and both cannot be adapted" in str(found)
     model = get_peft_model(copy.deepcopy(base), LoTRAConfig(r=2, coefficients=found, init_weights=False))
     assert_equal(model(x), dense_model(base, model)(x))
 
@@ -641,19 +640,19 @@ def test_cost_does_not_depend_on_the_size(name):
 
 
 @pytest.mark.parametrize(
-    ("make", "spent"),
+    "make",
     [
-        (lambda: kans.MatrixKANLayer(4, 4), 1),
-        (lambda: kans.KANLinear(4, 4), 1),
-        (lambda: kans.FastKANLayer(4, 4), 1),
-        (lambda: kans.PackedKANLayer(4, 4), 1),
-        (lambda: kans.NaiveFourierKANLayer(4, 4), 1),
-        (lambda: PyKANLayer(4, 4), 1),
-        (lambda: kans.TwoTensorKANLayer(4, 4), 1),
-        (lambda: InPlaceKANLayer(4, 4, 3), 3),  # slopes are differences of two more passes
+        lambda: kans.MatrixKANLayer(4, 4),
+        lambda: kans.KANLinear(4, 4),
+        lambda: kans.FastKANLayer(4, 4),
+        lambda: kans.PackedKANLayer(4, 4),
+        lambda: kans.NaiveFourierKANLayer(4, 4),
+        lambda: PyKANLayer(4, 4),
+        lambda: kans.TwoTensorKANLayer(4, 4),
+        lambda: InPlaceKANLayer(4, 4, 3),
     ],
 )
-def test_layers_alike_confirm_in_one_pass(make, spent):
+def test_layers_alike_confirm_in_one_pass(make):
     class Pair(nn.Module):
         def __init__(self, count):
             super().__init__()
@@ -672,9 +671,8 @@ def test_layers_alike_confirm_in_one_pass(make, spent):
         assert {**entry, "layer": ""} == {**expected, "layer": ""}
     assert str(many).count("like layers.0, confirmed, ") == 4 * tensors
     # What is left over, such as a residual weight, is tested once more in the layer around.
-    contractions = tensors
-    assert many.forwards <= few.forwards + 4 * spent + 1
-    assert many.backwards <= few.backwards + 4 * 2 * contractions + 1
+    assert many.forwards <= few.forwards + 4 + 1
+    assert many.backwards <= few.backwards + 1
 
 
 class TurningKANLayer(kans.MatrixKANLayer):
@@ -717,7 +715,7 @@ def test_alike_layers_are_verified_in_one_pass():
     declared = {"weight": {"layout": "o (i d)", "sizes": {"d": 4}}}
     one = verify_coefficients(model[:1], ROWS[:, :4], coefficients=declared)
     report = verify_coefficients(model, ROWS[:, :4], coefficients=declared)
-    assert (report.forwards, report.backwards) == (one.forwards + 3, one.backwards + 6)
+    assert (report.forwards, report.backwards) == (one.forwards + 3, one.backwards)
     with pytest.raises(ValueError, match="KAN layer '3', parameter weight: declared is 'o \\(d i\\)'"):
         verify_coefficients(
             model, ROWS[:, :4], coefficients=declared | {"3.weight": {"layout": "o (d i)", "sizes": {"d": 4}}}

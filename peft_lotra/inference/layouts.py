@@ -15,13 +15,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import permutations
 
 import torch
 
 from ..coefficients import Layout
 from ..coefficients.layout import GROUP
-from .precision import Precision
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # (numbered, plain) responses, each with the parameter's shape
 Responses = Mapping[str, Pair]  # by what is numbered: o the outputs, i the inputs; t, h, w positions of the input
@@ -35,6 +36,25 @@ ONE_FUNCTION = (
     'axes, and no KAN layer (`target_modules="all-linear"` adapts linear layers)'
 )
 UNMIXED = "it has functions of one input for one output each, and mixes nothing"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A dtype, and the relative differences that its rounding explains."""
+
+    dtype: torch.dtype
+    affine: float  # between tensors that should be affine in a parameter, or equal
+    ratio: float  # between ratios of responses
+    product: float  # between products
+    zero: float  # the size of a response that should be zero
+
+
+# float64 comes first. Some layers need float32, because they create float32 tensors.
+PRECISIONS = (
+    Precision(torch.float64, affine=1e-7, ratio=1e-6, product=1e-7, zero=1e-9),
+    Precision(torch.float32, affine=1e-3, ratio=2e-3, product=1e-3, zero=1e-3),
+)
+FINITE_DIFFERENCES = replace(PRECISIONS[0], ratio=1e-3, product=1e-5, zero=1e-5)
 
 
 class Refused(Exception):
@@ -223,21 +243,6 @@ def functions_differ(layout: Layout, slopes: Sequence[torch.Tensor], precision: 
     return bool((values[alive, 1] > 10 * precision.ratio * values[alive, 0]).double().mean() >= 0.5)
 
 
-def bears_out(layout: Layout, response: torch.Tensor, inputs: int, outputs: int, precision: Precision) -> bool:
-    """Whether a response to only `inputs` of the input features and `outputs` of the outputs fits the layout.
-
-    The entries of all others must have no response, and these outputs must share their functions.
-    """
-    stored = layout.to_canonical(response)
-    canonical = stored.reshape(*stored.shape[:3], layout.sizes.get("g", 1), -1)  # (i, o, d, g, k)
-    alive = canonical.abs() > precision.zero * canonical.abs().max()
-    n, m = (int(alive.any(axis).any(1).any(-1).sum()) for axis in (1, 0))
-    if not 0 < n <= inputs or not 0 < m <= outputs:
-        return False
-    chosen = alive.flatten(1).any(1).nonzero()[:32, 0]  # all inputs would cost as much as the layer itself
-    return _share_functions(canonical[chosen].flatten(3), precision)
-
-
 def _proportional(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], tolerance: float) -> bool:
     """Whether a = r·b with r constant along `axes`. Errors are relative to the largest |a| along these axes."""
     squares = (b * b).sum(axes, keepdim=True)
@@ -313,3 +318,14 @@ def _indices(layout: Layout) -> Iterator[torch.Tensor]:
     n, m, n_d, *others = layout.canonical_shape
     for index in torch.meshgrid(*map(torch.arange, (n, m, n_d, math.prod(others))), indexing="ij"):
         yield layout.from_canonical(index.reshape(layout.canonical_shape)).flatten()
+
+
+def axes_of(layout: Layout, shape: torch.Size) -> Iterator[str]:
+    """The layouts of tensors of `shape`, such as scales, that consist of some axes of `layout`."""
+    groups = GROUP.findall(layout.pattern)
+    parts = {group: group.strip("()").split() for group in groups} | {axis: [axis] for axis in layout.sizes}
+    for chosen in permutations(parts, len(shape)):
+        axes = [axis for part in chosen for axis in parts[part]]
+        sizes = [math.prod(layout.sizes[axis] for axis in parts[part]) for part in chosen]
+        if axes and len(set(axes)) == len(axes) and sizes == list(shape):
+            yield " ".join(chosen)

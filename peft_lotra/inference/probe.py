@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from .layouts import Refused
-from .precision import Passes, Precision
-from .recording import Call, Run, is_numeric, reached, tensors_in
+from ..coefficients import Layout
+from ..preserved import reached
+from .layouts import Precision, Refused, axes_of
+from .recording import Call, Passes, Run, is_numeric, tensors_in
 
 Tensors = Sequence[torch.Tensor]
 Test = tuple[tuple[str, ...], tuple[int, ...]]  # parameters that are tested together, and their tensors z
@@ -271,6 +272,24 @@ class Probe:
         """Whether a recorded tensor has the values of x."""
         tensor = self.base.tensors[number]
         return tensor.numel() == self.x.numel() and torch.equal(tensor.flatten(), self.x.flatten())
+
+    def scale_of(self, path: str, frontier: tuple[int, ...], layout: Layout) -> tuple[str, str] | tuple[None, None]:
+        """The path and layout of the parameter by which the layer multiplies this one first; (None, None): of none."""
+        value = self.values[path]
+        scaled = self.meeting(path, frontier).of_parameter
+        others = [p for p, v in self.values.items() if p != path and any(self.base.depends(k, v) for k in scaled)]
+        if not others or layout.flattened:
+            return None, None
+        changed = {p: nn.Parameter(uniform(self.values[p].shape, value, self.random)) for p in others}
+        run = self.run(self.x, changed)
+        products = [run.tensors[k] for k in scaled]
+        (factor,) = self.gradient(products, [value], list(map(torch.ones_like, products)))
+        for other, scale in changed.items():
+            for pattern in axes_of(layout, scale.shape):
+                expanded = layout.expansion(pattern)(scale.detach())
+                if torch.allclose(expanded, factor, rtol=self.precision.affine, atol=0):
+                    return other, pattern
+        return None, None
 
     def sees_x(self, path: str, frontier: tuple[int, ...]) -> bool:
         """Whether the parameter multiplies x itself."""

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..preserved import preserved
+from ..preserved import parents, preserved, reached
 
 Call = tuple[tuple, dict[str, Any]]  # the arguments that a module received
-T = TypeVar("T")
+
+
+@dataclass
+class Passes:
+    """The numbers of forward and backward passes of layers."""
+
+    forward: int = 0
+    backward: int = 0
 
 
 def tensors_in(thing: Any) -> list[torch.Tensor]:
@@ -23,23 +31,6 @@ def tensors_in(thing: Any) -> list[torch.Tensor]:
 def is_numeric(tensor: torch.Tensor) -> bool:
     """Whether derivatives with respect to the tensor exist: it has entries, and they are real or complex floats."""
     return tensor.numel() > 0 and (tensor.is_floating_point() or tensor.is_complex())
-
-
-def reached(start: Iterable[T | None], onward: Callable[[T], Iterable[T | None]]) -> set[T]:
-    """All nodes of a graph that are reached from `start`; `onward` gives the next nodes of each. None is no node."""
-    seen: set[T] = set()
-    stack = list(start)
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack += onward(node)
-    return seen
-
-
-def _parents(node: Any) -> list[Any]:
-    """The next nodes of the backward pass."""
-    return [parent for parent, _ in node.next_functions]
 
 
 def _leaf(node: Any) -> torch.Tensor | None:
@@ -77,7 +68,7 @@ class Recorder(TorchFunctionMode):
             leaf = _leaf(node)
             return self._nodes.get(node) if leaf is None else self._index.get(leaf)
 
-        nodes = reached([tensor.grad_fn], lambda node: _parents(node) if number(node) is None else [])
+        nodes = reached([tensor.grad_fn], lambda node: parents(node) if number(node) is None else [])
         return sorted({k for k in map(number, nodes) if k is not None})
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -153,7 +144,7 @@ class Run:
         """Whether the backward pass from a recorded tensor reaches `leaf`."""
         if number not in self._leaves:
             tensor = self.tensors[number]
-            self._leaves[number] = {tensor, *map(_leaf, reached([tensor.grad_fn], _parents))}
+            self._leaves[number] = {tensor, *map(_leaf, reached([tensor.grad_fn]))}
         return leaf in self._leaves[number]
 
     def moves(self, number: int) -> bool:

@@ -12,8 +12,7 @@ from torch import nn
 from ..coefficients import CoefficientSpec, known_coefficients
 from ..preserved import check_model, preserved
 from ..standin.placing import is_used
-from .precision import Passes
-from .recording import Call
+from .recording import Call, Passes
 from .response import Finding, LayerTests, stacks
 from .walk import walk
 
@@ -177,8 +176,11 @@ class _Search:
                 for full in [prefix + part for part in parts]:
                     self.open.pop(full, None)
                     self.left_out.pop(full, None)
-        if any(finding.spec for finding in findings.values()):
-            findings |= self._inner(name, layer, call, findings, passes)
+        around = {full for full, (module, *_) in self.found.items() if module != name and full.startswith(prefix)}
+        if around and any(finding.spec for finding in findings.values()):
+            layers = sorted({self.found[full][0] for full in around})
+            reason = f"it is used around the KAN layers {layers}, and both cannot be adapted"
+            findings |= {path: Finding(reason=reason) for path, finding in findings.items() if finding.spec}
         cost = f"{passes.forward} forward and {passes.backward} backward passes"
         for path, finding in findings.items():
             full = prefix + path
@@ -195,22 +197,3 @@ class _Search:
                 del self.open[full]
         self.passes.forward += passes.forward
         self.passes.backward += passes.backward
-
-    def _inner(
-        self, name: str, layer: nn.Module, call: Call, findings: Mapping[str, Finding], passes: Passes
-    ) -> dict[str, Finding]:
-        """Changed findings for a layer that has coefficient tensors both itself and in inner layers.
-
-        Only the layer or the inner layers can be adapted.
-        """
-        prefix = inside(name)
-        inner = {
-            full: module for full, (module, *_) in self.found.items() if module != name and full.startswith(prefix)
-        }
-        if not any(map(self._is_registered, inner.values())):
-            paths = [full.removeprefix(prefix) for full in inner]
-            again = self._tests.findings(name, layer, call, paths, passes)
-            if all(finding.spec for finding in again.values()):
-                return again
-        reason = f"it is used around the KAN layers {sorted(set(inner.values()))}, and both cannot be adapted"
-        return {path: Finding(reason=reason) for path, finding in findings.items() if finding.spec}

@@ -15,8 +15,7 @@ from ..layers.lotra import adapted_tensors
 from ..preserved import check_model, preserved
 from ..targets.resolve import resolve_targets
 from .layouts import agree
-from .precision import Passes
-from .recording import Call
+from .recording import Call, Passes
 from .response import Finding, LayerTests
 from .search import InferredCoefficients, described, inside, result
 from .walk import walk

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..preserved import reached
 from .axes import planned
 from .operations import CONTRACTIONS, Contraction, Weight
 from .places import running
@@ -229,14 +230,8 @@ def check_recorded(results: Any, coefficients: torch.Tensor, owner: str) -> None
     if coefficients.grad_fn is None or torch._C._functorch.peek_interpreter_stack() is not None:
         return
     nodes: list[Any] = [leaf.grad_fn for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
-    seen = {None}
-    while nodes:
-        node = nodes.pop()
-        if node is coefficients.grad_fn:
-            return
-        if node not in seen:
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
+    if coefficients.grad_fn in reached(nodes):
+        return
     raise RuntimeError(
         f"a {owner} calls `checkpoint(use_reentrant=True)` in its own forward, so its adapter would get no gradients: "
         "checkpoint the adapted layer, or a larger part of the model, instead"
