@@ -79,12 +79,7 @@ def infer_coefficients(model: nn.Module, *sample: Any, **kwargs: Any) -> Inferre
 def result(
     model: nn.Module, found: Mapping[str, Found], left_out: Mapping[str, tuple[str, str]], passes: Passes
 ) -> InferredCoefficients:
-    """The descriptions and the report.
-
-    Args:
-        found: the coefficient tensors by full parameter name.
-        left_out: (layer, reason) by full parameter name.
-    """
+    """The descriptions and the report, from tensors found, and (layer, reason) of others, by full parameter name."""
     coefficients, text = InferredCoefficients(), []
     lines: dict[str, list[str]] = {}  # by layer
     position = {name: place for place, (name, _) in enumerate(model.named_modules())}
@@ -149,7 +144,12 @@ class _Search:
     def visit(self, name: str, layer: nn.Module, call: Call) -> None:
         """Test a layer that has just run, unless its class is registered and it uses the registered parameters."""
         prefix = inside(name)
-        unused = [spec for spec in self._registered.get(name, ()) if not self._is_used(layer, spec, call)]
+        unused = []
+        for spec in self._registered.get(name, ()):
+            self.passes.forward += 1
+            with preserved(layer, training=False), torch.no_grad():
+                if not is_used(layer, spec, *call):
+                    unused.append(spec)
         if unused:
             for spec in self._registered.pop(name):
                 del self.found[prefix + spec.parameter]
@@ -158,11 +158,6 @@ class _Search:
             self.open |= {prefix + path: 0 for path, _ in layer.named_parameters()}
         if not self._is_registered(name):
             self._test(name, layer, call)
-
-    def _is_used(self, layer: nn.Module, spec: CoefficientSpec, call: Call) -> bool:
-        self.passes.forward += 1
-        with preserved(layer, training=False), torch.no_grad():
-            return is_used(layer, spec, *call)
 
     def _test(self, name: str, layer: nn.Module, call: Call) -> None:
         """Test the undecided parameters in a layer."""

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ..coefficients.arrangement import Arrangement
-from ..coefficients.layout import part_number
+from ..coefficients.layout import Arrangement, part_number
 from ..coefficients.spec import CoefficientSpec, parse_slice
 
 MODES = ("i", "o", "d", "g", "t", "h", "w")

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from .axes import planned
-from .operations import Contraction, Form, Weight
+from .operations import Contraction, Form, Weight, functions
 
-PRODUCTS: tuple[Any, ...] = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply)
-PRODUCTS += (torch.Tensor.__mul__, torch.Tensor.__rmul__)
-QUOTIENTS = (torch.div, torch.true_divide, torch.Tensor.div, torch.Tensor.true_divide, torch.Tensor.__truediv__)
-SUMS = (torch.sum, torch.Tensor.sum)
+PRODUCTS = functions("mul multiply __mul__ __rmul__")
+QUOTIENTS = functions("div true_divide __truediv__")
+SUMS = functions("sum")
 
 
 class Product(NamedTuple):

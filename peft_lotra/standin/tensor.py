@@ -18,11 +18,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..preserved import reached
 from .axes import planned
-from .operations import CONTRACTIONS, Contraction, Weight
+from .operations import CONTRACTIONS, Contraction, Weight, functions
 from .places import running
 from .plan import apply, dense_sum, plan_for
 from .products import PRODUCTS, QUOTIENTS, SUMS, Product, by_number, is_number, summed
-from .views import VIEWS, functions
+from .views import VIEWS
 
 
 class PerformanceWarning(UserWarning):
