@@ -42,14 +42,8 @@ class Contraction:
         self._precision = FINITE_DIFFERENCES if finite else self._probe.precision
         self._u = [self._probe.base.tensors[k].detach() for k in inputs.numbers]
 
-    def find(self, path: str, region: str | None) -> tuple[Layout, str | None]:
-        """The layout of the coefficient tensor, and its slice of the parameter (None for all of it).
-
-        If `region` is given, only this slice is tested.
-
-        Raises:
-            Refused: if the parameter is not a coefficient tensor.
-        """
+    def find(self, path: str, region: str | None) -> Layout:
+        """The layout of the coefficient tensor, the parameter or its slice `region`. Raises Refused if it is none."""
         try:
             return self._find(path, region)
         except Underivable:  # a function has no second derivative, or a tensor was changed in place
@@ -58,7 +52,7 @@ class Contraction:
             self._set(Inputs((0,)), finite=True)
             return self._find(path, region)
 
-    def _find(self, path: str, region: str | None) -> tuple[Layout, str | None]:
+    def _find(self, path: str, region: str | None) -> Layout:
         shape = min((u.shape for u in self._u), key=len)  # other shapes may only add ones at the end
         joined = self.inputs.joined and len(self._u) > 1  # several tensors hold consecutive features
         single = not joined and (shape[1:] if len(shape) > 1 else shape).numel() == 1
@@ -73,15 +67,15 @@ class Contraction:
             if region is not None:
                 responses = mapped(responses, itemgetter(parse_slice(region)))
             try:
-                layout, part = find_layout(responses, features, self._precision, whole=region is not None)
-                if not self._functions_differ(path, layout, part or region, features):
+                layout = find_layout(responses, features, self._precision, star=region is None)
+                if not self._functions_differ(path, layout, region, features):
                     raise Refused(ONE_FUNCTION, linear=True, mixing=True)
             except Refused as refused:
                 failure = failure or refused.with_traceback(None)  # its frames would keep tensors alive
                 if feature == FLAT:  # otherwise a row of the input could pass for functions of its columns
                     break
                 continue
-            return layout, region or part
+            return layout
         raise failure or Refused("its entries cannot be told apart by input feature")
 
     def _functions_differ(self, path: str, layout: Layout, part: str | None, features: int) -> bool:

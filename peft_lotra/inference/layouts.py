@@ -75,20 +75,15 @@ class NoOutputs(Refused):
     """The tensors z of the parameter have no output axis."""
 
 
-def find_layout(responses: Responses, features: int, precision: Precision, whole: bool) -> tuple[Layout, str | None]:
-    """The layout that explains the response of every entry, and the slice of the parameter that has it.
+def find_layout(responses: Responses, features: int, precision: Precision, star: bool) -> Layout:
+    """The layout that explains the response of every entry, with a `star` if it may have one.
 
-    The slice is None for all of the parameter, or if `whole`. `features` is the layer's number of input features.
-
-    Raises:
-        Refused: if no layout does.
+    `features` is the layer's number of input features. Raises Refused if there is no layout.
     """
     try:
-        return _layout(responses, features, precision), None
+        return _layout(responses, features, precision)
     except Refused as refused:
-        found = None
-        if not whole and not refused.linear:
-            found = _part(responses, features, precision) or _flattened(responses, features, precision)
+        found = _flattened(responses, features, precision) if star and not refused.linear else None
         if found is None:
             raise
         return found
@@ -259,7 +254,7 @@ def _distinct(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], precision
     return not (ratios.sort(0).values.diff(dim=0) < least).any()  # unknown ratios are NaN and come last
 
 
-def _flattened(responses: Responses, features: int, precision: Precision) -> tuple[Layout, None] | None:
+def _flattened(responses: Responses, features: int, precision: Precision) -> Layout | None:
     """A layout with a star, if the parameter has one after all stored axes, or all but one, are flattened."""
     shape = tuple(responses["o"][0].shape)
     for start, stop in ((1, len(shape)), (0, len(shape) - 1), (0, len(shape))):
@@ -270,39 +265,8 @@ def _flattened(responses: Responses, features: int, precision: Precision) -> tup
             layout = _layout(flat, features, precision)
             groups = GROUP.findall(layout.pattern)
             groups[start] = f"({groups[start].strip('()')})*"
-            return Layout(" ".join(groups), layout.sizes, shape[start:stop]), None
+            return Layout(" ".join(groups), layout.sizes, shape[start:stop])
     return None
-
-
-def _part(responses: Responses, features: int, precision: Precision) -> tuple[Layout, str] | None:
-    """The layout and the slice of a coefficient tensor that is a part of the parameter, or None.
-
-    The rest of the parameter is one weight per input feature, a bias, or both.
-    """
-    for axis, size in enumerate(responses["o"][0].shape):
-        for rest, weights in ((features, features), (features + 1, features), (1, 0)):
-            for start in (0, rest) if rest < size else ():
-                stop = start + size - rest
-                beside = mapped(responses, partial(torch.narrow, dim=axis, start=stop % size, length=rest))
-                if _distinct_inputs(beside["i"], responses["i"], axis, precision) != weights:
-                    continue
-                with suppress(Refused):
-                    part = mapped(responses, partial(torch.narrow, dim=axis, start=start, length=size - rest))
-                    layout = _layout(part, features, precision)
-                    if seen_features(layout) == features and "d" in GROUP.findall(layout.pattern)[axis]:
-                        bounds = f"{start or ''}:{'' if stop == size else stop}"
-                        return layout, ", ".join([":"] * axis + [bounds])
-    return None
-
-
-def _distinct_inputs(part: Pair, whole: Pair, axis: int, precision: Precision) -> int | None:
-    """How many indices of an axis multiply functions of x, or None if two of them multiply the same input."""
-    numbered, plain = (side.movedim(axis, 0).flatten(1) for side in part)
-    strongest = plain.abs().argmax(1, keepdim=True)
-    numbered, plain = numbered.gather(1, strongest)[:, 0], plain.gather(1, strongest)[:, 0]
-    alive = plain.abs() > precision.zero * whole[1].abs().max()
-    ratios = (numbered / plain)[alive].sort().values
-    return len(ratios) if (ratios.diff() > precision.ratio).all() else None
 
 
 def agree(one: Layout, two: Layout) -> bool:

@@ -123,9 +123,9 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
         for path in members:
             alone: list[Test] = [((path,), own[path])] if len(members) > 1 else []
             try:
-                layout, part, places[path] = _layout(probe, path, [(members, z), *alone], region, contraction)
-                scale, scale_layout = (None, None) if part else probe.scale_of(path, places[path].frontier, layout)
-                findings[path] = Finding(CoefficientSpec(path, layout, scale, scale_layout, part), steps=steps)
+                layout, places[path] = _layout(probe, path, [(members, z), *alone], region, contraction)
+                scale, scale_layout = (None, None) if region else probe.scale_of(path, places[path].frontier, layout)
+                findings[path] = Finding(CoefficientSpec(path, layout, scale, scale_layout, region), steps=steps)
                 weights.append(path)
             except Refused as refused:
                 refused.with_traceback(None)
@@ -156,8 +156,8 @@ def _reason(refused: Refused, probe: Probe, path: str, z: tuple[int, ...]) -> st
 
 def _layout(
     probe: Probe, path: str, tests: list[Test], region: str | None, contraction: Callable[..., Contraction]
-) -> tuple[Layout, str | None, Place]:
-    """The layout, slice and place of a parameter in the first of the tests that shows them.
+) -> tuple[Layout, Place]:
+    """The layout and place of a parameter in the first of the tests that shows them.
 
     Raises:
         Refused: why the parameter is not a coefficient tensor.
@@ -168,7 +168,7 @@ def _layout(
         for inputs in probe.inputs_of(paths, frontier):
             try:
                 tested = contraction(paths, frontier, inputs)
-                return *tested.find(path, region), Place(frontier, tested.inputs.numbers)
+                return tested.find(path, region), Place(frontier, tested.inputs.numbers)
             except Refused as refused:
                 if refused.linear:
                     raise

@@ -94,7 +94,7 @@ def _disagreement(layer: nn.Module, given: CoefficientSpec, finding: Finding) ->
     found = finding.spec
     if found is None:
         return f"but the layer's response does not confirm it: {finding.reason}"
-    if found.slice != given.slice or not agree(given.layout, found.layout):
+    if not agree(given.layout, found.layout):
         return f"found {described(found)}{_differing_axes(given.layout, found.layout)}"
     same = given.scale == found.scale and _scale_entries(layer, given).equal(_scale_entries(layer, found))
     return "" if same else f"found the scale {found.scale} {found.scale_layout or ''}".rstrip()

@@ -65,7 +65,7 @@ class Weight(NamedTuple):
         return self.tensor.shape
 
 
-def _contraction(
+def contraction(
     equation: str, operands: tuple[Any, ...], function: Callable[..., Any], offset: torch.Tensor | None = None
 ) -> Contraction | None:
     """The contraction function(a, b), an einsum by this equation."""
@@ -114,11 +114,11 @@ def einsum(equation: Any, *operands: Any) -> Contraction | None:
         operands = tuple(operands[0])
     if not isinstance(equation, str) or len(operands) != 2:
         return None
-    return _contraction(equation, operands, partial(torch.einsum, equation))
+    return contraction(equation, operands, partial(torch.einsum, equation))
 
 
 def linear(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Contraction | None:
-    return _contraction("...i,oi->...o", (input, weight), F.linear, bias) if weight.ndim == 2 else None
+    return contraction("...i,oi->...o", (input, weight), F.linear, bias) if weight.ndim == 2 else None
 
 
 def addmm(input: Any, *args: Any, beta: float = 1, alpha: float = 1, **kwargs: Any) -> Contraction | None:
@@ -131,7 +131,7 @@ def matmul(*args: Any, **kwargs: Any) -> Contraction | None:
     """Also for mm, bmm and mv, whose operands have other names."""
     names = ("input", "self", "mat1", "batch1", "other", "mat2", "vec", "tensor2", "batch2")
     a, b = (*args, *[kwargs[name] for name in names if name in kwargs])
-    return _contraction(_matmul_equation(a.ndim, b.ndim), (a, b), torch.matmul) if "out" not in kwargs else None
+    return contraction(_matmul_equation(a.ndim, b.ndim), (a, b), torch.matmul) if "out" not in kwargs else None
 
 
 @planned
@@ -152,7 +152,7 @@ def tensordot(a: Any, b: Any, dims: Any = 2, out: None = None) -> Contraction | 
         of_b[j] = of_a[i]
     output = [letter for letter in of_a + of_b if (letter in of_a) != (letter in of_b)]
     equation = f"{''.join(of_a)},{''.join(of_b)}->{''.join(output)}"
-    return _contraction(equation, (a, b), lambda a, b: torch.tensordot(a, b, dims))
+    return contraction(equation, (a, b), lambda a, b: torch.tensordot(a, b, dims))
 
 
 def conv(
