@@ -179,11 +179,8 @@ class Contraction:
 
     def _directions(self) -> list[torch.Tensor]:
         """t for each u. If all u hold the same features, all t are the same."""
-        first = self._u[0]
-        if self.inputs.joined:
-            return [uniform(u.shape, u, _seeded(2 + 10 * k)).to(u.dtype) for k, u in enumerate(self._u)]
-        t = uniform(first.shape, first, _seeded(2)).to(first.dtype)
-        return [t.view(u.shape) for u in self._u]
+        seeds = [2 + 10 * k if self.inputs.joined else 2 for k in range(len(self._u))]
+        return [uniform(u.shape, u, _seeded(seed)).to(u.dtype) for seed, u in zip(seeds, self._u, strict=True)]
 
     def _weights(self) -> list[torch.Tensor]:
         random = _seeded(3)

@@ -110,15 +110,10 @@ def _layout(responses: Responses, features: int, precision: Precision) -> Layout
     if several == 1 and len(responses) == 2 and (features > 1 or "g" in modes):
         raise Refused(UNMIXED)
     layout = _name_axes(axes, tuple(ratios["o"].shape))
-    if features % seen_features(layout):
+    if features % (layout.canonical_shape[0] * layout.sizes.get("g", 1)):
         raise Refused("its entries share inputs, but not along factors of its stored axes")
     _verify(layout, responses, precision)
     return layout
-
-
-def seen_features(layout: Layout) -> int:
-    """The number of input features of all groups."""
-    return layout.canonical_shape[0] * layout.sizes.get("g", 1)
 
 
 def _ratios(pair: Pair, precision: Precision) -> torch.Tensor:
@@ -210,19 +205,15 @@ def _verify(layout: Layout, responses: Responses, precision: Precision) -> None:
             raise Refused(
                 f"its {what[mode]} follow no pattern: {layout.pattern!r} explains only a part of its entries"
             )
-    if not all(_share_functions(pairs[mode][1], precision) for mode in "oi"):
-        raise Refused("its functions φ_d(x_i) differ from output to output")
+    for _, response in (pairs["o"], pairs["i"]):
+        curves = response.permute(0, 3, 1, 2)  # (i, k, o, d): s_io · φ_d is a matrix of rank 1 for each i and k
+        strongest = curves.square().sum(-1).argmax(-1)[..., None, None].expand(*curves.shape[:2], 1, curves.shape[3])
+        if not _proportional(curves, curves.gather(2, strongest).expand_as(curves), (3,), precision.product):
+            raise Refused("its functions φ_d(x_i) differ from output to output")
     plain = pairs["o"][1].abs()
     functions = (plain > precision.zero * plain.max()).any(1).sum(1)  # per input (and kernel position)
     if (functions > 1).float().mean() < 0.5:
         raise Refused("most inputs show fewer than two functions on this sample")
-
-
-def _share_functions(response: torch.Tensor, precision: Precision) -> bool:
-    """Whether g, shape (i, o, d, k), is s_io · φ_d: the o × d matrix of each input and kernel position has rank 1."""
-    curves = response.permute(0, 3, 1, 2)  # (i, k, o, d)
-    strongest = curves.square().sum(-1).argmax(-1)[..., None, None].expand(*curves.shape[:2], 1, curves.shape[3])
-    return _proportional(curves, curves.gather(2, strongest).expand_as(curves), (3,), precision.product)
 
 
 def functions_differ(layout: Layout, slopes: Sequence[torch.Tensor], precision: Precision) -> bool:

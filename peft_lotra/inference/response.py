@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -129,8 +130,12 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
                 weights.append(path)
             except Refused as refused:
                 refused.with_traceback(None)
-                linear = refused.linear and probe.sees_x(path, z)
-                reason = _reason(refused, probe, path, z)
+                linear, reason = refused.linear and probe.sees_x(path, z), str(refused)
+                if refused.linear and (shaping := probe.shaping(path, z)):
+                    reason = f"every input and output has one function, shaped by {shaping}: there are no functions "
+                    reason += "that the outputs share (n_d = 1)"
+                elif reason == UNMIXED and not {*z} & {*probe.base.outputs}:
+                    reason += ": what follows is not linear, so that no sum over inputs is affine in it"
                 findings[path] = Finding(None, reason, linear, refused.linear, refused.of_class)
                 if refused.mixing:
                     weights.append(path)
@@ -140,18 +145,6 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
             reason = f"its functions of x contain the weights {inside}: it is the layer of a network behind them"
             findings[path] = Finding(reason=reason, of_class=True)
     return findings
-
-
-def _reason(refused: Refused, probe: Probe, path: str, z: tuple[int, ...]) -> str:
-    """The reason for a refusal, with its cause if the run shows one."""
-    if refused.linear and (shaping := probe.shaping(path, z)):
-        return (
-            f"every input and output has one function, shaped by {shaping}: there are no functions that the outputs "
-            "share (n_d = 1)"
-        )
-    if str(refused) == UNMIXED and not {*z} & {*probe.base.outputs}:
-        return f"{UNMIXED}: what follows is not linear, so that no sum over inputs is affine in it"
-    return str(refused)
 
 
 def _layout(
@@ -249,8 +242,9 @@ class LayerTests:
         known = self._known.setdefault(type(layer), [])
         likeness = [_likeness(layer, call), paths, region]
         for other, of, findings in known:
-            if _equal(other, likeness) and _confirms(layer, call, findings, passes):
-                return stacked | {path: replace(finding, like=of) for path, finding in findings.items()}
+            with suppress(ValueError, RuntimeError, TypeError):  # for example if an attribute is an array
+                if other == likeness and _confirms(layer, call, findings, passes):
+                    return stacked | {path: replace(finding, like=of) for path, finding in findings.items()}
         findings = infer_layer(layer, call, paths, passes, region)
         found = any(finding.spec for finding in findings.values())
         if found or all(finding.of_class for finding in findings.values()):
@@ -270,13 +264,6 @@ def _likeness(layer: nn.Module, call: Call) -> Any:
         held = {key: value for key, value in vars(module).items() if key not in ("forward", "_modules")}
         modules.append((name, type(module), tree_map_only(torch.Tensor, kind, held)))
     return [modules, tree_map_only(torch.Tensor, lambda t: kind(t)[:-1], call)]
-
-
-def _equal(one: Any, two: Any) -> bool:
-    try:
-        return bool(one == two)
-    except Exception:  # for example if an attribute is an array
-        return False
 
 
 def _confirms(layer: nn.Module, call: Call, findings: Mapping[str, Finding], passes: Passes) -> bool:

@@ -82,16 +82,12 @@ def _along(weight: Weight, dim: int, *parts: int | slice) -> Any:
 
 
 def _select(function: Callable[..., Any], weight: Weight, dim: int, index: int) -> Any:
-    return _only(_along(weight, dim, int(index)))
+    return _getitem(None, weight, (slice(None),) * (dim % weight.ndim) + (int(index),))
 
 
 def _narrow(function: Callable[..., Any], weight: Weight, dim: int, start: int, length: int) -> Any:
     start = int(start) % weight.shape[dim] if start else 0
-    return _only(_along(weight, dim, slice(start, start + length)))
-
-
-def _only(views: Any) -> Any:
-    return views if views is NotImplemented else views[0]
+    return _getitem(None, weight, (slice(None),) * (dim % weight.ndim) + (slice(start, start + length),))
 
 
 def _unbind(function: Callable[..., Any], weight: Weight, dim: int = 0) -> Any:
