@@ -110,7 +110,7 @@ def copy_of(layer: nn.Module) -> Copy | None:
         except Exception as error:  # a function may read attributes that only the original has
             problem = problem or str(error)
             continue
-        problem = problem or other
+        problem = other or problem
         if copied.coefficients and not other and copied[1:] not in [one[1:] for one in found]:
             found.append(copied)
     if len(found) == 1:
