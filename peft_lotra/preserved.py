@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+
+T = TypeVar("T")
 
 
 def check_model(**models: Any) -> None:
@@ -102,3 +104,20 @@ def preserved_random_state(model: nn.Module) -> Iterator[None]:
 def first_tensor(returned: Any) -> torch.Tensor:
     """The first tensor of what a layer or a model returns."""
     return next(leaf for leaf in tree_leaves(returned) if isinstance(leaf, torch.Tensor))
+
+
+def parents(node: Any) -> list[Any]:
+    """The nodes of autograd's graph that follow a node in the backward pass."""
+    return [parent for parent, _ in node.next_functions]
+
+
+def reached(start: Iterable[T | None], onward: Callable[[T], Iterable[T | None]] = parents) -> set[T]:
+    """All nodes of a graph that are reached from `start`; `onward` gives the next nodes of each. None is no node."""
+    seen: set[T] = set()
+    stack = list(start)
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack += onward(node)
+    return seen

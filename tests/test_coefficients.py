@@ -94,7 +94,11 @@ def test_layout_errors(pattern, shape, sizes, message):
         ({"layout": "i o d", "sizes": {"i": 0}}, ValueError, "`sizes` maps axes to positive integers"),
         ({"layout": "i o d", "slice": "x"}, ValueError, "`slice` is written like ':, :48', a range for each stored"),
         ({"layout": "i o d", "slice": ":,:,:,:"}, ValueError, "`slice` ':,:,:,:' has more axes than `cheby_coeffs`"),
-        ({"layout": "i o d", "slice": ":", "scale": "s", "scale_layout": "i o"}, ValueError, "are not supported"),
+        (
+            {"layout": "i o d", "slice": ":", "scale": "s", "scale_layout": "i o"},
+            ValueError,
+            "has one of `slice`, `scale`",
+        ),
         ({"layout": "i o d", "scale": "nope", "scale_layout": "i o"}, ValueError, "`nope` is no tensor of this Cheby"),
         ({"layout": "i o d", "scale": "cheby_coeffs", "scale_layout": "i o"}, ValueError, "has 2 axes, the tensor"),
         (

@@ -293,7 +293,10 @@ def test_a_star_flattens_stored_axes():
             {"layout": "o (i d)*", "sizes": {"d": 4}},
             "layout 'o (i d)*' with sizes {'d': 4} does not fit the shape (4, 15)",
         ),
-        ({"layout": "o (i d)*", "sizes": {"d": 5}, "slice": ":2"}, "a layout with a star goes with no `slice` and no"),
+        (
+            {"layout": "o (i d)*", "sizes": {"d": 5}, "slice": ":2"},
+            "a description has one of `slice`, `scale`, a star",
+        ),
     ],
 )
 def test_wrong_stars_are_named(description, message):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
-from einops import rearrange
-
-from .arrangement import Arrangement
 
 _MODES = ("i", "o", "d")  # the axes with factors: input, output, basis
 _KERNEL = ("g", "t", "h", "w")  # the other axes: group, and the kernel's time, height and width
@@ -93,9 +91,60 @@ def solve_sizes(pattern: str, shape: tuple[int, ...], known: Mapping[str, int]) 
     return sizes
 
 
+class Arrangement(NamedTuple):
+    """How named atoms, in one order, become the axes of a tensor, each of some atoms: torch's calls in turn.
+
+    einops does the same, but torch.compile guards on its table of known types: a type that einops meets later,
+    anywhere in the program, would compile the model again.
+    """
+
+    split: tuple[int, ...]  # reshape the tensor into its atoms
+    order: tuple[int, ...]  # permute the atoms; (): they are in order
+    spread: tuple[tuple[int, ...], tuple[int, ...]] | None  # reshape and expand for atoms that the tensor lacks
+    shape: tuple[int, ...]  # reshape the atoms into axes
+    padding: tuple[int, ...] = ()  # as for torch.nn.functional.pad
+    flat: int | None = None  # flatten from this axis on
+
+    @classmethod
+    def of(
+        cls,
+        given: Sequence[str],
+        wanted: Sequence[Sequence[str]],
+        sizes: Mapping[str, int],
+        padding: tuple[int, ...] = (),
+        flat: int | None = None,
+    ) -> Arrangement:
+        """From the names of the atoms that a tensor has, those of each axis of the result, and their sizes."""
+        names = [name for group in wanted for name in group]
+        order = [list(given).index(name) for name in names if name in given]
+        full = tuple([sizes[name] for name in names])
+        thin = tuple([sizes[name] if name in given else 1 for name in names])
+        return cls(
+            tuple([sizes[name] for name in given]),
+            () if order == sorted(order) else tuple(order),
+            None if thin == full else (thin, full),
+            tuple([math.prod([sizes[name] for name in group]) for group in wanted]),
+            padding,
+            flat,
+        )
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape != self.split:
+            tensor = tensor.reshape(self.split)
+        if self.order:
+            tensor = tensor.permute(self.order)
+        if self.spread is not None:
+            tensor = tensor.reshape(self.spread[0]).expand(self.spread[1])
+        if tensor.shape != self.shape:
+            tensor = tensor.reshape(self.shape)
+        if self.padding:
+            tensor = torch.nn.functional.pad(tensor, self.padding)
+        return tensor if self.flat is None else tensor.flatten(self.flat)
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How A[i, o, d, ...] is stored in a tensor: an einops pattern and the size of each of its axes.
+    """How A[i, o, d, ...] is stored in a tensor: a pattern in einops' notation and the size of each of its axes.
 
     The axes are i (input), o (output), d (basis), g (group), and t, h, w (kernel). If a mode lies on two axes, they
     are numbered, as in `"d1 o i d2"`, and joined in the order of their numbers.
@@ -131,15 +180,11 @@ class Layout:
             shape = (*shape[:star], math.prod(flattened), *shape[stop:])
         return cls(pattern, solve_sizes(pattern, tuple(shape), sizes or {}), flattened)
 
-    @property
-    def _stored(self) -> str:
-        """The pattern of the stored tensor after flattening, in einops notation."""
-        return self.pattern.replace("*", "")
-
     @cached_property
-    def _canonical(self) -> str:
+    def _canonical(self) -> list[list[str]]:
+        """The axes of each mode."""
         groups = [[axis for axis in self.sizes if axis[0] == letter] for letter in _MODES + _KERNEL]
-        return " ".join(f"({' '.join(sorted(axes, key=part_number))})" for axes in groups if axes)
+        return [sorted(axes, key=part_number) for axes in groups if axes]
 
     @property
     def stored_axes(self) -> list[str]:
@@ -149,7 +194,7 @@ class Layout:
     @cached_property
     def canonical_shape(self) -> tuple[int, ...]:
         """(n, m, n_d, ...): the sizes of A's modes, and then the sizes of its axes without factors."""
-        return tuple(math.prod(self.sizes[axis] for axis in group) for group in parse(self._canonical))
+        return tuple(math.prod(self.sizes[axis] for axis in group) for group in self._canonical)
 
     def flat(self, stored: torch.Tensor) -> torch.Tensor:
         """The stored tensor with the axes of the group with a star flattened into one, if the layout has one."""
@@ -158,18 +203,21 @@ class Layout:
 
     def to_canonical(self, stored: torch.Tensor) -> torch.Tensor:
         """A[i, o, d, ...] from the stored tensor."""
-        return rearrange(self.flat(stored), f"{self._stored} -> {self._canonical}", **self.sizes)
+        return _rearrangement(parse(self.pattern), self._canonical, self.sizes)(self.flat(stored))
 
     def from_canonical(self, canonical: torch.Tensor) -> torch.Tensor:
         """The stored tensor, contiguous, from A[i, o, d, ...]."""
-        stored = rearrange(canonical, f"{self._canonical} -> {self._stored}", **self.sizes).contiguous()
+        stored = _rearrangement(self._canonical, parse(self.pattern), self.sizes)(canonical).contiguous()
         star = _star(self.pattern)
         return stored if star is None else stored.unflatten(star, self.flattened)
 
     def expansion(self, scale_pattern: str) -> Arrangement:
         """Repeats a scale with the layout `scale_pattern` (some of this layout's axes) to the stored shape."""
-        given = [axis for group in parse(scale_pattern) for axis in group]
-        return Arrangement.of(given, parse(self.pattern), self.sizes)
+        return _rearrangement(parse(scale_pattern), parse(self.pattern), self.sizes)
+
+
+def _rearrangement(given: list[list[str]], wanted: list[list[str]], sizes: Mapping[str, int]) -> Arrangement:
+    return Arrangement.of([axis for group in given for axis in group], wanted, sizes)
 
 
 def unstacked(pattern: str) -> str:

@@ -69,15 +69,14 @@ def registered_kan_layers() -> list[str]:
 
 def known_coefficients(layer: nn.Module) -> list[CoefficientSpec]:
     """The coefficient tensors of `layer` if its class or a base class is registered, otherwise an empty list."""
-    return _known(layer, 0)
+    name = _registered(layer)
+    return [] if name is None else _resolved(layer, name, 0)
 
 
 def known_matrices(layer: nn.Module) -> list[CoefficientSpec]:
     """The `matrices` of `layer`, as registered for its class or for the class that it is a copy of."""
-    if _registered(layer) is None:
-        copied = copy_of(layer)
-        return [] if copied is None else copied.matrices
-    return _known(layer, 1)
+    name, copied = _registered(layer), copy_of(layer)
+    return _resolved(layer, name, 1) if name is not None else copied.matrices if copied is not None else []
 
 
 class Copy(NamedTuple):
@@ -106,14 +105,14 @@ def copy_of(layer: nn.Module) -> Copy | None:
     problem = ""
     for original in originals:
         try:
-            specs = [_resolved(layer, original, which) for which in (0, 1)]
+            copied = Copy(original, _resolved(layer, original, 0), _resolved(layer, original, 1))
+            other = contradiction(layer, copied.coefficients)
         except Exception as error:  # a function may read attributes that only the original has
             problem = problem or str(error)
             continue
-        if specs[0] and (other := contradiction(layer, specs[0])):
-            return Copy(original, [], [], other)
-        if specs[0] and not any(specs == [other.coefficients, other.matrices] for other in found):
-            found.append(Copy(original, specs[0], specs[1]))
+        problem = other or problem
+        if copied.coefficients and not other and copied[1:] not in [one[1:] for one in found]:
+            found.append(copied)
     if len(found) == 1:
         return found[0]
     if found:
@@ -147,11 +146,6 @@ def _registered(layer: nn.Module) -> str | None:
     """The name under which the layer's class, or the nearest base class, is registered."""
     names = map(qualified_name, type(layer).__mro__)
     return next((name for name in names if name in _REGISTRY), None)
-
-
-def _known(layer: nn.Module, which: int) -> list[CoefficientSpec]:
-    name = _registered(layer)
-    return [] if name is None else _resolved(layer, name, which)
 
 
 def _resolved(layer: nn.Module, registered: str, which: int) -> list[CoefficientSpec]:

@@ -107,16 +107,16 @@ class CoefficientSpec:
         parts = parts_of(layer, parameter) if is_stacked(description) else ()
         if is_stacked(description) and not parts:
             raise _no_tensor(layer, parameter)
-        shapes = [shape_at(layer, path) for path in parts or [parameter]]
-        if len({*shapes}) > 1:
-            raise ValueError(
-                f"`{parameter}` means parameters of several shapes, {dict(zip(parts, shapes, strict=True))}"
-            )
+        shapes = {path: shape_at(layer, path) for path in parts or [parameter]}
+        if len({*shapes.values()}) > 1:
+            raise ValueError(f"`{parameter}` means parameters of several shapes, {shapes}")
+        shape = next(iter(shapes.values()))
+        if parts:
+            shape = torch.Size((len(parts), *shape))
         tensor = tensor_at(layer, parameter)
         if not tensor.is_floating_point() and not is_quantized_at(layer, parameter):
             raise TypeError(f"`{parameter}` has dtype {tensor.dtype}: LoTRA adapts real floating-point tensors only")
         region = description.get("slice")
-        shape = torch.Size((len(parts), *shapes[0])) if parts else shapes[0]
         if region is not None:
             if len(parse_slice(region)) > len(shape):
                 raise ValueError(f"`slice` {region!r} has more axes than `{parameter}` of shape {tuple(shape)}")
@@ -170,13 +170,11 @@ def check_description(description: str | Mapping[str, Any]) -> dict[str, Any]:
     region, scale, scale_layout = map(description.get, ("slice", "scale", "scale_layout"))
     if region is not None:
         parse_slice(region)
-    if region is not None and scale is not None:
-        raise ValueError(f"`scale` and `slice` together are not supported, got {description!r}")
-    mark = "star" if "*" in layout else "bar" if "|" in description["layout"] else ""
-    if mark and not region is scale is None:
-        raise ValueError(f"a layout with a {mark} goes with no `slice` and no `scale`, got {description!r}")
-    if "*" in layout and "|" in description["layout"]:
-        raise ValueError(f"a layout has a star or a bar, not both, got {description!r}")
+    marks = "*" in layout, "|" in description["layout"]
+    if sum([region is not None, scale is not None, *marks]) > 1:
+        raise ValueError(
+            f"a description has one of `slice`, `scale`, a star in its layout, and a bar in it, got {description!r}"
+        )
     if (scale is None) != (scale_layout is None):
         raise ValueError(f"`scale` and `scale_layout` come together, got {description!r}")
     if scale_layout is not None:

@@ -3,85 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from operator import itemgetter
 
 import torch
 
-from ..coefficients import CoefficientSpec, Layout
+from ..coefficients import Layout
 from ..coefficients.spec import parse_slice
 from .layouts import (
+    FINITE_DIFFERENCES,
     ONE_FUNCTION,
     UNCHANGED,
     NoOutputs,
     Pair,
     Refused,
     Responses,
-    bears_out,
     find_layout,
     functions_differ,
     mapped,
 )
-from .precision import FINITE_DIFFERENCES, Precision
 from .probe import Inputs, Probe, Underivable, uniform
 
 FLAT = -1  # in place of the feature axis: all axes except the first are flattened
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where in the run of a layer its response was measured. A layer that is alike can be tested at the same place."""
-
-    precision: Precision
-    which: int  # that of the probe, as the precision
-    frontier: tuple[int, ...]  # the numbers of z among the recorded tensors
-    inputs: Inputs  # u
-    output: int | None  # the output axis of z
-    joined: bool  # whether several z hold consecutive outputs; otherwise they hold the same outputs
-    feature: int | None  # the feature axis of u
-    finite: bool  # whether slopes are finite differences, because the layer has no second derivatives
-    trace: tuple = field(repr=False)  # that of the run
-
-
 class Contraction:
     """The responses of parameters that share z and u."""
 
-    def __init__(
-        self, probe: Probe, paths: tuple[str, ...], frontier: tuple[int, ...], inputs: Inputs, finite: bool = False
-    ):
-        """`finite` says whether slopes are finite differences."""
+    def __init__(self, probe: Probe, paths: tuple[str, ...], frontier: tuple[int, ...], inputs: Inputs):
         self._probe, self._paths, self._frontier = probe, paths, frontier
         self._z = [probe.base.tensors[k].detach() for k in frontier]
         self._gradients: dict[tuple, dict[str, torch.Tensor]] = {}
         self._towards_u: dict[bool | None, tuple[torch.Tensor, ...]] = {}
-        self._set(inputs, finite)
+        self._set(inputs, finite=False)
 
     def _set(self, inputs: Inputs, finite: bool) -> None:
-        self._inputs, self._finite = inputs, finite
+        """`finite` says whether slopes are finite differences."""
+        self.inputs, self._finite = inputs, finite
         self._precision = FINITE_DIFFERENCES if finite else self._probe.precision
         self._u = [self._probe.base.tensors[k].detach() for k in inputs.numbers]
 
-    def find(self, path: str, region: str | None) -> tuple[Layout, str | None, Place]:
-        """The layout of the coefficient tensor, its slice of the parameter (None for all of it), and the place.
-
-        If `region` is given, only this slice is tested.
-
-        Raises:
-            Refused: if the parameter is not a coefficient tensor.
-        """
+    def find(self, path: str, region: str | None) -> Layout:
+        """The layout of the coefficient tensor, the parameter or its slice `region`. Raises Refused if it is none."""
         try:
             return self._find(path, region)
         except Underivable:  # a function has no second derivative, or a tensor was changed in place
             if self._finite:
                 raise
-            self._set(Inputs((0,)), True)
+            self._set(Inputs((0,)), finite=True)
             return self._find(path, region)
 
-    def _find(self, path: str, region: str | None) -> tuple[Layout, str | None, Place]:
+    def _find(self, path: str, region: str | None) -> Layout:
         shape = min((u.shape for u in self._u), key=len)  # other shapes may only add ones at the end
-        joined = self._inputs.joined and len(self._u) > 1  # several tensors hold consecutive features
+        joined = self.inputs.joined and len(self._u) > 1  # several tensors hold consecutive features
         single = not joined and (shape[1:] if len(shape) > 1 else shape).numel() == 1
-        output, out_axis, out_joined = self._output(path)
+        output, out_axis = self._output(path)
         failure = None
         for feature, kernel in [(None, ())] if single else _axis_choices(shape, joined, flat=True):
             pair = self._slope(path, feature, joined=joined), self._slope(path)
@@ -92,17 +67,15 @@ class Contraction:
             if region is not None:
                 responses = mapped(responses, itemgetter(parse_slice(region)))
             try:
-                layout, part = find_layout(responses, features, self._precision, whole=region is not None)
-                if not self._functions_differ(path, layout, part or region, features):
+                layout = find_layout(responses, features, self._precision, star=region is None)
+                if not self._functions_differ(path, layout, region, features):
                     raise Refused(ONE_FUNCTION, linear=True, mixing=True)
             except Refused as refused:
                 failure = failure or refused.with_traceback(None)  # its frames would keep tensors alive
                 if feature == FLAT:  # otherwise a row of the input could pass for functions of its columns
                     break
                 continue
-            probe = self._probe
-            at = (probe.precision, probe.which, self._frontier, self._inputs, out_axis, out_joined, feature)
-            return layout, region or part, Place(*at, self._finite, probe.base.trace)
+            return layout
         raise failure or Refused("its entries cannot be told apart by input feature")
 
     def _functions_differ(self, path: str, layout: Layout, part: str | None, features: int) -> bool:
@@ -121,28 +94,18 @@ class Contraction:
             slopes.append(self._gradients[key][path])
         return functions_differ(layout, [s[parse_slice(part)] if part else s for s in slopes], self._precision)
 
-    def bears_out(self, specs: list[CoefficientSpec], place: Place) -> bool:
-        """Whether the slope of some outputs along some inputs fits the layouts, and is zero for all other entries."""
-        weights, outputs = _upper_half(self._weights(), self._z, place.output, place.joined)
-        t, inputs = _upper_half(self._directions(), self._u, place.feature, self._inputs.joined)
-        slopes = self._slopes(t, weights, True)
-        return all(
-            bears_out(spec.layout, spec.part(slopes[spec.parameter]), inputs, outputs, self._precision)
-            for spec in specs
-        )
-
-    def _output(self, path: str) -> tuple[Pair, int | None, bool]:
-        """The numbered and the plain response, the output axis of z (None for a single output), and `joined`."""
+    def _output(self, path: str) -> tuple[Pair, int | None]:
+        """The numbered and the plain response, and the output axis of z; None for a single output."""
         plain = self._response(path)
         shape = self._z[0].shape
         if all(size == 1 for size in shape[1:]) and (len(shape) > 1 or self._probe.x.ndim > 1):
-            return (plain, plain), None, True
+            return (plain, plain), None
         for axis, _ in _axis_choices(shape, len(self._z) > 1):
             sizes = [z.shape[axis] for z in self._z if axis < z.ndim]
             for joined in (True, False) if len(self._z) > 1 and len({*sizes}) == 1 else (True,):
                 pair = self._response(path, axis, joined), plain
                 if self._fits(pair, sum(sizes) if joined else sizes[0]):
-                    return pair, axis, joined
+                    return pair, axis
         raise NoOutputs("its entries cannot be told apart by output")
 
     def _positions(self, path: str, kernel: Sequence[int], out_axis: int | None) -> Responses:
@@ -202,7 +165,7 @@ class Contraction:
         run = self._probe.base
         if kind not in self._towards_u:
             z = [run.tensors[k] for k in self._frontier]
-            u = [run.x if k == 0 else run.tensors[k] for k in self._inputs.numbers]
+            u = [run.x if k == 0 else run.tensors[k] for k in self.inputs.numbers]
             self._towards_u[kind] = self._probe.gradient(z, u, weights, again=True)
         moving = [(g, own) for g, own in zip(self._towards_u[kind], t, strict=True) if g.requires_grad]
         if not moving:
@@ -216,11 +179,8 @@ class Contraction:
 
     def _directions(self) -> list[torch.Tensor]:
         """t for each u. If all u hold the same features, all t are the same."""
-        first = self._u[0]
-        if self._inputs.joined:
-            return [uniform(u.shape, u, _seeded(2 + 10 * k)).to(u.dtype) for k, u in enumerate(self._u)]
-        t = uniform(first.shape, first, _seeded(2)).to(first.dtype)
-        return [t.view(u.shape) for u in self._u]
+        seeds = [2 + 10 * k if self.inputs.joined else 2 for k in range(len(self._u))]
+        return [uniform(u.shape, u, _seeded(seed)).to(u.dtype) for seed, u in zip(seeds, self._u, strict=True)]
 
     def _weights(self) -> list[torch.Tensor]:
         random = _seeded(3)
@@ -254,16 +214,6 @@ def _numbers(tensors: list[torch.Tensor], axis: int | None, joined: bool) -> lis
         own.view(t.shape[1:]) if axis == FLAT else _along(own, axis, t.ndim)
         for t, own in zip(tensors, each, strict=True)
     ]
-
-
-def _upper_half(
-    weights: list[torch.Tensor], tensors: list[torch.Tensor], axis: int | None, joined: bool
-) -> tuple[list[torch.Tensor], int]:
-    """The weights, with zeros where the number along the axis is not above 2, and how many numbers are above 2."""
-    if axis is None:
-        return weights, 1
-    above = [numbers > 2 for numbers in _numbers(tensors, axis, joined)]
-    return _times(weights, above), sum(int(own.sum()) for own in (above if joined else above[:1]))
 
 
 def _times(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> list[torch.Tensor]:

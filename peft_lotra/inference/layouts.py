@@ -15,13 +15,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import permutations
 
 import torch
 
 from ..coefficients import Layout
 from ..coefficients.layout import GROUP
-from .precision import Precision
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # (numbered, plain) responses, each with the parameter's shape
 Responses = Mapping[str, Pair]  # by what is numbered: o the outputs, i the inputs; t, h, w positions of the input
@@ -35,6 +36,25 @@ ONE_FUNCTION = (
     'axes, and no KAN layer (`target_modules="all-linear"` adapts linear layers)'
 )
 UNMIXED = "it has functions of one input for one output each, and mixes nothing"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A dtype, and the relative differences that its rounding explains."""
+
+    dtype: torch.dtype
+    affine: float  # between tensors that should be affine in a parameter, or equal
+    ratio: float  # between ratios of responses
+    product: float  # between products
+    zero: float  # the size of a response that should be zero
+
+
+# float64 comes first. Some layers need float32, because they create float32 tensors.
+PRECISIONS = (
+    Precision(torch.float64, affine=1e-7, ratio=1e-6, product=1e-7, zero=1e-9),
+    Precision(torch.float32, affine=1e-3, ratio=2e-3, product=1e-3, zero=1e-3),
+)
+FINITE_DIFFERENCES = replace(PRECISIONS[0], ratio=1e-3, product=1e-5, zero=1e-5)
 
 
 class Refused(Exception):
@@ -55,20 +75,15 @@ class NoOutputs(Refused):
     """The tensors z of the parameter have no output axis."""
 
 
-def find_layout(responses: Responses, features: int, precision: Precision, whole: bool) -> tuple[Layout, str | None]:
-    """The layout that explains the response of every entry, and the slice of the parameter that has it.
+def find_layout(responses: Responses, features: int, precision: Precision, star: bool) -> Layout:
+    """The layout that explains the response of every entry, with a `star` if it may have one.
 
-    The slice is None for all of the parameter, or if `whole`. `features` is the layer's number of input features.
-
-    Raises:
-        Refused: if no layout does.
+    `features` is the layer's number of input features. Raises Refused if there is no layout.
     """
     try:
-        return _layout(responses, features, precision), None
+        return _layout(responses, features, precision)
     except Refused as refused:
-        found = None
-        if not whole and not refused.linear:
-            found = _part(responses, features, precision) or _flattened(responses, features, precision)
+        found = _flattened(responses, features, precision) if star and not refused.linear else None
         if found is None:
             raise
         return found
@@ -95,15 +110,10 @@ def _layout(responses: Responses, features: int, precision: Precision) -> Layout
     if several == 1 and len(responses) == 2 and (features > 1 or "g" in modes):
         raise Refused(UNMIXED)
     layout = _name_axes(axes, tuple(ratios["o"].shape))
-    if features % seen_features(layout):
+    if features % (layout.canonical_shape[0] * layout.sizes.get("g", 1)):
         raise Refused("its entries share inputs, but not along factors of its stored axes")
     _verify(layout, responses, precision)
     return layout
-
-
-def seen_features(layout: Layout) -> int:
-    """The number of input features of all groups."""
-    return layout.canonical_shape[0] * layout.sizes.get("g", 1)
 
 
 def _ratios(pair: Pair, precision: Precision) -> torch.Tensor:
@@ -195,19 +205,15 @@ def _verify(layout: Layout, responses: Responses, precision: Precision) -> None:
             raise Refused(
                 f"its {what[mode]} follow no pattern: {layout.pattern!r} explains only a part of its entries"
             )
-    if not all(_share_functions(pairs[mode][1], precision) for mode in "oi"):
-        raise Refused("its functions φ_d(x_i) differ from output to output")
+    for _, response in (pairs["o"], pairs["i"]):
+        curves = response.permute(0, 3, 1, 2)  # (i, k, o, d): s_io · φ_d is a matrix of rank 1 for each i and k
+        strongest = curves.square().sum(-1).argmax(-1)[..., None, None].expand(*curves.shape[:2], 1, curves.shape[3])
+        if not _proportional(curves, curves.gather(2, strongest).expand_as(curves), (3,), precision.product):
+            raise Refused("its functions φ_d(x_i) differ from output to output")
     plain = pairs["o"][1].abs()
     functions = (plain > precision.zero * plain.max()).any(1).sum(1)  # per input (and kernel position)
     if (functions > 1).float().mean() < 0.5:
         raise Refused("most inputs show fewer than two functions on this sample")
-
-
-def _share_functions(response: torch.Tensor, precision: Precision) -> bool:
-    """Whether g, shape (i, o, d, k), is s_io · φ_d: the o × d matrix of each input and kernel position has rank 1."""
-    curves = response.permute(0, 3, 1, 2)  # (i, k, o, d)
-    strongest = curves.square().sum(-1).argmax(-1)[..., None, None].expand(*curves.shape[:2], 1, curves.shape[3])
-    return _proportional(curves, curves.gather(2, strongest).expand_as(curves), (3,), precision.product)
 
 
 def functions_differ(layout: Layout, slopes: Sequence[torch.Tensor], precision: Precision) -> bool:
@@ -221,21 +227,6 @@ def functions_differ(layout: Layout, slopes: Sequence[torch.Tensor], precision: 
     values = torch.linalg.svdvals(curves.gather(1, strongest)[:, 0])
     alive = values[:, 0] > precision.zero * values.max()
     return bool((values[alive, 1] > 10 * precision.ratio * values[alive, 0]).double().mean() >= 0.5)
-
-
-def bears_out(layout: Layout, response: torch.Tensor, inputs: int, outputs: int, precision: Precision) -> bool:
-    """Whether a response to only `inputs` of the input features and `outputs` of the outputs fits the layout.
-
-    The entries of all others must have no response, and these outputs must share their functions.
-    """
-    stored = layout.to_canonical(response)
-    canonical = stored.reshape(*stored.shape[:3], layout.sizes.get("g", 1), -1)  # (i, o, d, g, k)
-    alive = canonical.abs() > precision.zero * canonical.abs().max()
-    n, m = (int(alive.any(axis).any(1).any(-1).sum()) for axis in (1, 0))
-    if not 0 < n <= inputs or not 0 < m <= outputs:
-        return False
-    chosen = alive.flatten(1).any(1).nonzero()[:32, 0]  # all inputs would cost as much as the layer itself
-    return _share_functions(canonical[chosen].flatten(3), precision)
 
 
 def _proportional(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], tolerance: float) -> bool:
@@ -254,7 +245,7 @@ def _distinct(a: torch.Tensor, b: torch.Tensor, axes: tuple[int, ...], precision
     return not (ratios.sort(0).values.diff(dim=0) < least).any()  # unknown ratios are NaN and come last
 
 
-def _flattened(responses: Responses, features: int, precision: Precision) -> tuple[Layout, None] | None:
+def _flattened(responses: Responses, features: int, precision: Precision) -> Layout | None:
     """A layout with a star, if the parameter has one after all stored axes, or all but one, are flattened."""
     shape = tuple(responses["o"][0].shape)
     for start, stop in ((1, len(shape)), (0, len(shape) - 1), (0, len(shape))):
@@ -265,39 +256,8 @@ def _flattened(responses: Responses, features: int, precision: Precision) -> tup
             layout = _layout(flat, features, precision)
             groups = GROUP.findall(layout.pattern)
             groups[start] = f"({groups[start].strip('()')})*"
-            return Layout(" ".join(groups), layout.sizes, shape[start:stop]), None
+            return Layout(" ".join(groups), layout.sizes, shape[start:stop])
     return None
-
-
-def _part(responses: Responses, features: int, precision: Precision) -> tuple[Layout, str] | None:
-    """The layout and the slice of a coefficient tensor that is a part of the parameter, or None.
-
-    The rest of the parameter is one weight per input feature, a bias, or both.
-    """
-    for axis, size in enumerate(responses["o"][0].shape):
-        for rest, weights in ((features, features), (features + 1, features), (1, 0)):
-            for start in (0, rest) if rest < size else ():
-                stop = start + size - rest
-                beside = mapped(responses, partial(torch.narrow, dim=axis, start=stop % size, length=rest))
-                if _distinct_inputs(beside["i"], responses["i"], axis, precision) != weights:
-                    continue
-                with suppress(Refused):
-                    part = mapped(responses, partial(torch.narrow, dim=axis, start=start, length=size - rest))
-                    layout = _layout(part, features, precision)
-                    if seen_features(layout) == features and "d" in GROUP.findall(layout.pattern)[axis]:
-                        bounds = f"{start or ''}:{'' if stop == size else stop}"
-                        return layout, ", ".join([":"] * axis + [bounds])
-    return None
-
-
-def _distinct_inputs(part: Pair, whole: Pair, axis: int, precision: Precision) -> int | None:
-    """How many indices of an axis multiply functions of x, or None if two of them multiply the same input."""
-    numbered, plain = (side.movedim(axis, 0).flatten(1) for side in part)
-    strongest = plain.abs().argmax(1, keepdim=True)
-    numbered, plain = numbered.gather(1, strongest)[:, 0], plain.gather(1, strongest)[:, 0]
-    alive = plain.abs() > precision.zero * whole[1].abs().max()
-    ratios = (numbered / plain)[alive].sort().values
-    return len(ratios) if (ratios.diff() > precision.ratio).all() else None
 
 
 def agree(one: Layout, two: Layout) -> bool:
@@ -313,3 +273,14 @@ def _indices(layout: Layout) -> Iterator[torch.Tensor]:
     n, m, n_d, *others = layout.canonical_shape
     for index in torch.meshgrid(*map(torch.arange, (n, m, n_d, math.prod(others))), indexing="ij"):
         yield layout.from_canonical(index.reshape(layout.canonical_shape)).flatten()
+
+
+def axes_of(layout: Layout, shape: torch.Size) -> Iterator[str]:
+    """The layouts of tensors of `shape`, such as scales, that consist of some axes of `layout`."""
+    groups = GROUP.findall(layout.pattern)
+    parts = {group: group.strip("()").split() for group in groups} | {axis: [axis] for axis in layout.sizes}
+    for chosen in permutations(parts, len(shape)):
+        axes = [axis for part in chosen for axis in parts[part]]
+        sizes = [math.prod(layout.sizes[axis] for axis in parts[part]) for part in chosen]
+        if axes and len(set(axes)) == len(axes) and sizes == list(shape):
+            yield " ".join(chosen)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from .layouts import Refused
-from .precision import Passes, Precision
-from .recording import Call, Run, is_numeric, reached, tensors_in
+from ..coefficients import Layout
+from ..preserved import reached
+from .layouts import Precision, Refused, axes_of
+from .recording import Call, Passes, Run, is_numeric, tensors_in
 
 Tensors = Sequence[torch.Tensor]
 Test = tuple[tuple[str, ...], tuple[int, ...]]  # parameters that are tested together, and their tensors z
@@ -65,7 +66,12 @@ class Probe:
                 value = parameter.detach().to(dtype, copy=True)
                 # Zeros would hide what they multiply.
                 self.values[path] = nn.Parameter(value if value.any() else self._noise(value))
-        self._call = tree_map_only(torch.Tensor, lambda t: t.detach().to(_dtype_for(t, dtype)), call)
+
+        def converted(t: torch.Tensor) -> torch.Tensor:
+            kind = dtype.to_complex() if t.is_complex() else dtype if t.is_floating_point() else None
+            return t.detach().to(kind)
+
+        self._call = tree_map_only(torch.Tensor, converted, call)
         tensors = tensors_in(self._call)
         self._position = [k for k, t in enumerate(tensors) if is_numeric(t)][which]
         self._changed: dict[tuple[str, ...], list[Run]] = {}
@@ -228,15 +234,19 @@ class Probe:
 
     def inputs_of(self, paths: tuple[str, ...], frontier: tuple[int, ...]) -> list[Inputs]:
         """Possible u of these parameters, the likeliest first: one tensor, or one for each function of x."""
-        sides = set().union(*(self.meeting(path, frontier).of_x for path in paths))
+        tensors, sides = self.base.tensors, set().union(*(self.meeting(path, frontier).of_x for path in paths))
         found = [Inputs((self._input_of(sides),))]
         each = self._inputs_of_each(sides)
-        shapes = sorted((self.base.tensors[u].shape for u in each), key=len)
+        shapes = sorted((tensors[u].shape for u in each), key=len)
         alike = all(shape == shapes[0] + (1,) * (len(shape) - len(shapes[0])) for shape in shapes)
         nested = any({*each} & (self.base.ancestors([u]) - {u}) for u in each)
         if len(each) > 1 and 0 not in each and alike and not nested:
             # Tensors from disjoint parts of x probably hold different features. The other case is tried last.
-            joined = int(torch.stack([self._part_of_x(u) for u in each]).sum(0).max()) == 1
+            parts = []  # the entries of x on which each u depends
+            for u in map(tensors.__getitem__, each):
+                weights = uniform(u.shape, u, self.random).to(u.dtype)
+                parts.append(self.gradient([u], [self.base.x], [weights])[0] != 0)
+            joined = int(torch.stack(parts).sum(0).max()) == 1
             found += [Inputs(each, joined), Inputs(each, not joined)]
         return found
 
@@ -249,13 +259,6 @@ class Probe:
         u = cache(lambda side: self._input_of({side}))
         visited = reached(sides, lambda side: [] if u(side) else parts(side))
         return tuple(sorted({u(side) for side in visited if u(side) or not parts(side)}))
-
-    def _part_of_x(self, u: int) -> torch.Tensor:
-        """Which entries of x a recorded tensor depends on."""
-        tensor = self.base.tensors[u]
-        weights = uniform(tensor.shape, tensor, self.random).to(tensor.dtype)
-        (found,) = self.gradient([tensor], [self.base.x], [weights])
-        return found != 0
 
     def _input_of(self, sides: set[int]) -> int:
         """The number of u, the last tensor no larger than x on all paths from x to these functions (0 is x itself)."""
@@ -271,6 +274,24 @@ class Probe:
         """Whether a recorded tensor has the values of x."""
         tensor = self.base.tensors[number]
         return tensor.numel() == self.x.numel() and torch.equal(tensor.flatten(), self.x.flatten())
+
+    def scale_of(self, path: str, frontier: tuple[int, ...], layout: Layout) -> tuple[str, str] | tuple[None, None]:
+        """The path and layout of the parameter by which the layer multiplies this one first; (None, None): of none."""
+        value = self.values[path]
+        scaled = self.meeting(path, frontier).of_parameter
+        others = [p for p, v in self.values.items() if p != path and any(self.base.depends(k, v) for k in scaled)]
+        if not others or layout.flattened:
+            return None, None
+        changed = {p: nn.Parameter(uniform(self.values[p].shape, value, self.random)) for p in others}
+        run = self.run(self.x, changed)
+        products = [run.tensors[k] for k in scaled]
+        (factor,) = self.gradient(products, [value], list(map(torch.ones_like, products)))
+        for other, scale in changed.items():
+            for pattern in axes_of(layout, scale.shape):
+                expanded = layout.expansion(pattern)(scale.detach())
+                if torch.allclose(expanded, factor, rtol=self.precision.affine, atol=0):
+                    return other, pattern
+        return None, None
 
     def sees_x(self, path: str, frontier: tuple[int, ...]) -> bool:
         """Whether the parameter multiplies x itself."""
@@ -306,9 +327,3 @@ def _largest(tensor: torch.Tensor) -> float:
 def _spacing(x: torch.Tensor, otherwise: float) -> torch.Tensor | float:
     """The standard deviation, or `otherwise` if all entries are equal."""
     return x.std() if x.numel() > 1 and x.std() > 0 else otherwise
-
-
-def _dtype_for(tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype | None:
-    if tensor.is_complex():
-        return dtype.to_complex()
-    return dtype if tensor.is_floating_point() else None

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -24,12 +25,25 @@ from torch.utils._pytree import tree_map_only
 
 from ..coefficients import CoefficientSpec, Layout
 from ..coefficients.spec import owner_of, parts_of, tensor_at
-from .contraction import Contraction, Place
-from .layouts import UNMIXED, NoOutputs, Refused
-from .precision import PRECISIONS, Passes
+from .contraction import Contraction
+from .layouts import PRECISIONS, UNMIXED, NoOutputs, Precision, Refused
 from .probe import VECTOR, Probe, Test, Unusable
-from .recording import Call, is_numeric, tensors_in
-from .scales import scale_of
+from .recording import Call, Passes, is_numeric, tensors_in
+
+
+class Place(NamedTuple):
+    """Where in a run of a layer the response of a parameter was measured."""
+
+    frontier: tuple[int, ...]  # the numbers of z among the recorded tensors
+    inputs: tuple[int, ...]  # those of u
+
+
+class Steps(NamedTuple):
+    """What a probe of a layer recorded. A layer that is alike takes the same steps."""
+
+    precision: Precision
+    which: int  # that of the probe, as the precision
+    trace: tuple
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class Finding:
     linear: bool = False
     one_function: bool = False  # whether the parameter multiplies one function of each input
     of_class: bool = False  # whether the reason holds for all layers alike, for any sample and parameter values
-    place: Place | None = field(default=None, repr=False)  # where in the run the response was measured
+    steps: Steps | None = field(default=None, repr=False)  # of the layer, if the parameter is a coefficient tensor
     like: str | None = None  # the tested layer, if this layer only confirmed its finding
 
 
@@ -97,7 +111,9 @@ def _unfit(parameter: nn.Parameter, widest: int) -> str:
 def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Finding]:
     findings: dict[str, Finding] = {}
     own: dict[str, tuple[int, ...]] = {}
+    places: dict[str, Place] = {}
     weights = []  # parameters that multiply functions of x
+    steps = Steps(probe.precision, probe.which, probe.base.trace)
     for path in paths:
         try:
             own[path] = probe.contractions(path)
@@ -108,52 +124,33 @@ def _test(probe: Probe, paths: list[str], region: str | None) -> dict[str, Findi
         for path in members:
             alone: list[Test] = [((path,), own[path])] if len(members) > 1 else []
             try:
-                layout, part, place = _layout(probe, path, [(members, z), *alone], region, contraction)
-                scale, scale_layout = (None, None) if part else scale_of(probe, path, place.frontier, layout)
-                findings[path] = Finding(CoefficientSpec(path, layout, scale, scale_layout, part), place=place)
+                layout, places[path] = _layout(probe, path, [(members, z), *alone], region, contraction)
+                scale, scale_layout = (None, None) if region else probe.scale_of(path, places[path].frontier, layout)
+                findings[path] = Finding(CoefficientSpec(path, layout, scale, scale_layout, region), steps=steps)
                 weights.append(path)
             except Refused as refused:
                 refused.with_traceback(None)
-                linear = refused.linear and probe.sees_x(path, z)
-                reason = _reason(refused, probe, path, z)
-                findings[path] = Finding(
-                    reason=reason, linear=linear, one_function=refused.linear, of_class=refused.of_class
-                )
+                linear, reason = refused.linear and probe.sees_x(path, z), str(refused)
+                if refused.linear and (shaping := probe.shaping(path, z)):
+                    reason = f"every input and output has one function, shaped by {shaping}: there are no functions "
+                    reason += "that the outputs share (n_d = 1)"
+                elif reason == UNMIXED and not {*z} & {*probe.base.outputs}:
+                    reason += ": what follows is not linear, so that no sum over inputs is affine in it"
+                findings[path] = Finding(None, reason, linear, refused.linear, refused.of_class)
                 if refused.mixing:
                     weights.append(path)
-    return findings | _inner_layers(probe, findings, weights)
-
-
-def _inner_layers(probe: Probe, findings: dict[str, Finding], weights: list[str]) -> dict[str, Finding]:
-    """Refusals of what was found in the outer layers of a network: its functions of x contain other weights."""
-    refused = {}
-    for path, finding in findings.items():
-        if finding.spec is not None and finding.place is not None:
-            place, spec = finding.place, finding.spec
-            others = [other for other in weights if other not in (path, spec.scale)]
-            inside = [other for other in others if probe.in_basis(path, place.frontier, place.inputs.numbers, other)]
-            if inside:
-                reason = f"its functions of x contain the weights {inside}: it is the layer of a network behind them"
-                refused[path] = Finding(reason=reason, of_class=True)
-    return refused
-
-
-def _reason(refused: Refused, probe: Probe, path: str, z: tuple[int, ...]) -> str:
-    """The reason for a refusal, with its cause if the run shows one."""
-    if refused.linear and (shaping := probe.shaping(path, z)):
-        return (
-            f"every input and output has one function, shaped by {shaping}: there are no functions that the outputs "
-            "share (n_d = 1)"
-        )
-    if str(refused) == UNMIXED and not {*z} & {*probe.base.outputs}:
-        return f"{UNMIXED}: what follows is not linear, so that no sum over inputs is affine in it"
-    return str(refused)
+    for path, place in places.items():  # what was found in the outer layers of a network is refused
+        others = [other for other in weights if other not in (path, findings[path].spec.scale)]  # type: ignore[union-attr]
+        if inside := [other for other in others if probe.in_basis(path, *place, other)]:
+            reason = f"its functions of x contain the weights {inside}: it is the layer of a network behind them"
+            findings[path] = Finding(reason=reason, of_class=True)
+    return findings
 
 
 def _layout(
     probe: Probe, path: str, tests: list[Test], region: str | None, contraction: Callable[..., Contraction]
-) -> tuple[Layout, str | None, Place]:
-    """The layout, slice and place of a parameter in the first of the tests that shows them.
+) -> tuple[Layout, Place]:
+    """The layout and place of a parameter in the first of the tests that shows them.
 
     Raises:
         Refused: why the parameter is not a coefficient tensor.
@@ -163,7 +160,8 @@ def _layout(
         paths, frontier = tests.pop(0)
         for inputs in probe.inputs_of(paths, frontier):
             try:
-                return contraction(paths, frontier, inputs).find(path, region)
+                tested = contraction(paths, frontier, inputs)
+                return tested.find(path, region), Place(frontier, tested.inputs.numbers)
             except Refused as refused:
                 if refused.linear:
                     raise
@@ -187,14 +185,13 @@ class _Stack(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         places = [owner_of(self.layer, part) for part in self.parts]
-        before = [owner.__dict__.get(name) for owner, name in places]
-        for (owner, name), row in zip(places, self.stacked, strict=True):
-            owner.__dict__[name] = row
         try:
+            for (owner, name), row in zip(places, self.stacked, strict=True):
+                owner.__dict__[name] = row
             return self.layer(*args, **kwargs)
         finally:
-            for (owner, name), own in zip(places, before, strict=True):
-                owner.__dict__.pop(name, None) if own is None else owner.__dict__.update({name: own})
+            for owner, name in places:
+                owner.__dict__.pop(name, None)
 
 
 def stacks(layer: nn.Module, findings: Mapping[str, Finding]) -> dict[str, tuple[str, ...]]:
@@ -220,7 +217,7 @@ def _of_stack(layer: nn.Module, call: Call, path: str, passes: Passes) -> Findin
         return Finding(
             reason=f"as a stack it is {spec.layout.pattern!r}, and not one basis function for each parameter"
         )
-    return Finding(replace(spec, parameter=path, parts=parts_of(layer, path)), place=None)
+    return Finding(replace(spec, parameter=path, parts=parts_of(layer, path)))
 
 
 @dataclass
@@ -232,22 +229,22 @@ class LayerTests:
     def findings(
         self, name: str, layer: nn.Module, call: Call, paths: Iterable[str], passes: Passes, region: str | None = None
     ) -> dict[str, Finding]:
-        """The findings of a tested layer that is like `layer`, if `layer` confirms them; else those of `infer_layer`.
+        """The findings of a tested layer that is like `layer`, if `layer` takes the same steps; else `infer_layer`'s.
 
         Findings without a coefficient tensor are reused only if their reasons hold for the whole class. A stack of
         parameters is tested in every layer.
         """
         paths = list(paths)
-        stacks_of = [path for path in paths if "*" in path and parts_of(layer, path)]
-        stacked = {path: _of_stack(layer, call, path, passes) for path in stacks_of}
+        stacked = {p: _of_stack(layer, call, p, passes) for p in paths if "*" in p and parts_of(layer, p)}
         paths = [path for path in paths if path not in stacked]
         if not paths:
             return stacked
         known = self._known.setdefault(type(layer), [])
         likeness = [_likeness(layer, call), paths, region]
         for other, of, findings in known:
-            if _equal(other, likeness) and _confirms(layer, call, findings, passes):
-                return stacked | {path: replace(finding, like=of) for path, finding in findings.items()}
+            with suppress(ValueError, RuntimeError, TypeError):  # for example if an attribute is an array
+                if other == likeness and _confirms(layer, call, findings, passes):
+                    return stacked | {path: replace(finding, like=of) for path, finding in findings.items()}
         findings = infer_layer(layer, call, paths, passes, region)
         found = any(finding.spec for finding in findings.values())
         if found or all(finding.of_class for finding in findings.values()):
@@ -256,42 +253,26 @@ class LayerTests:
 
 
 def _likeness(layer: nn.Module, call: Call) -> Any:
-    """What is equal in layers that are alike: classes, attributes, shapes and dtypes, but not the tensors' values."""
+    """What is equal in layers that are alike: classes, attributes, shapes and dtypes, and the values of integers."""
+
+    def kind(t: torch.Tensor) -> Any:
+        values = None if t.is_floating_point() or t.is_complex() or t.is_meta else t.tolist()  # such as an order
+        return t.shape, t.dtype, t.device, type(t), values
+
     modules = []
     for name, module in layer.named_modules():
         held = {key: value for key, value in vars(module).items() if key not in ("forward", "_modules")}
-        modules.append((name, type(module), held))
-    return tree_map_only(torch.Tensor, lambda t: (t.shape, t.dtype, t.device, type(t)), [modules, call])
-
-
-def _equal(one: Any, two: Any) -> bool:
-    try:
-        return bool(one == two)
-    except Exception:  # for example if an attribute is an array
-        return False
+        modules.append((name, type(module), tree_map_only(torch.Tensor, kind, held)))
+    return [modules, tree_map_only(torch.Tensor, lambda t: kind(t)[:-1], call)]
 
 
 def _confirms(layer: nn.Module, call: Call, findings: Mapping[str, Finding], passes: Passes) -> bool:
-    """Whether the layer confirms the findings of another layer with the same class, settings and shapes.
-
-    The layer must take the same steps. In the slope ∂/∂P Σ t · ∂/∂u Σ w z, w is zero for half of the outputs and t
-    for half of the input features. The slope must be zero for the entries of these outputs and features, and the
-    other outputs must share their functions. This takes one forward and two backward passes.
-    """
-    places: dict[Place, list[CoefficientSpec]] = {}
-    for finding in findings.values():
-        if finding.spec is not None and finding.place is not None:
-            places.setdefault(finding.place, []).append(finding.spec)
-    probe = cache(lambda precision, which: Probe(layer, call, precision, which, passes, repeats=False))
-    try:
-        for place, specs in places.items():
-            own = probe(place.precision, place.which)
-            if own.base.trace != place.trace:
-                return False
-            paths = tuple(spec.parameter for spec in specs)
-            contraction = Contraction(own, paths, place.frontier, place.inputs, place.finite)
-            if not contraction.bears_out(specs, place):
-                return False
-    except (Refused, Unusable):  # it is then tested itself
-        return False
+    """Whether the layer takes the same steps as another one, with these findings: one pass for each input tested."""
+    for steps in {finding.steps for finding in findings.values() if finding.steps is not None}:
+        try:
+            probe = Probe(layer, call, steps.precision, steps.which, passes, repeats=False)
+        except Unusable:  # it is then tested itself
+            return False
+        if probe.base.trace != steps.trace:
+            return False
     return True

@@ -12,8 +12,7 @@ from torch import nn
 from ..coefficients import CoefficientSpec, known_coefficients
 from ..preserved import check_model, preserved
 from ..standin.placing import is_used
-from .precision import Passes
-from .recording import Call
+from .recording import Call, Passes
 from .response import Finding, LayerTests, stacks
 from .walk import walk
 
@@ -80,12 +79,7 @@ def infer_coefficients(model: nn.Module, *sample: Any, **kwargs: Any) -> Inferre
 def result(
     model: nn.Module, found: Mapping[str, Found], left_out: Mapping[str, tuple[str, str]], passes: Passes
 ) -> InferredCoefficients:
-    """The descriptions and the report.
-
-    Args:
-        found: the coefficient tensors by full parameter name.
-        left_out: (layer, reason) by full parameter name.
-    """
+    """The descriptions and the report, from tensors found, and (layer, reason) of others, by full parameter name."""
     coefficients, text = InferredCoefficients(), []
     lines: dict[str, list[str]] = {}  # by layer
     position = {name: place for place, (name, _) in enumerate(model.named_modules())}
@@ -150,7 +144,12 @@ class _Search:
     def visit(self, name: str, layer: nn.Module, call: Call) -> None:
         """Test a layer that has just run, unless its class is registered and it uses the registered parameters."""
         prefix = inside(name)
-        unused = [spec for spec in self._registered.get(name, ()) if not self._is_used(layer, spec, call)]
+        unused = []
+        for spec in self._registered.get(name, ()):
+            self.passes.forward += 1
+            with preserved(layer, training=False), torch.no_grad():
+                if not is_used(layer, spec, *call):
+                    unused.append(spec)
         if unused:
             for spec in self._registered.pop(name):
                 del self.found[prefix + spec.parameter]
@@ -159,11 +158,6 @@ class _Search:
             self.open |= {prefix + path: 0 for path, _ in layer.named_parameters()}
         if not self._is_registered(name):
             self._test(name, layer, call)
-
-    def _is_used(self, layer: nn.Module, spec: CoefficientSpec, call: Call) -> bool:
-        self.passes.forward += 1
-        with preserved(layer, training=False), torch.no_grad():
-            return is_used(layer, spec, *call)
 
     def _test(self, name: str, layer: nn.Module, call: Call) -> None:
         """Test the undecided parameters in a layer."""
@@ -177,8 +171,11 @@ class _Search:
                 for full in [prefix + part for part in parts]:
                     self.open.pop(full, None)
                     self.left_out.pop(full, None)
-        if any(finding.spec for finding in findings.values()):
-            findings |= self._inner(name, layer, call, findings, passes)
+        around = {full for full, (module, *_) in self.found.items() if module != name and full.startswith(prefix)}
+        if around and any(finding.spec for finding in findings.values()):
+            layers = sorted({self.found[full][0] for full in around})
+            reason = f"it is used around the KAN layers {layers}, and both cannot be adapted"
+            findings |= {path: Finding(reason=reason) for path, finding in findings.items() if finding.spec}
         cost = f"{passes.forward} forward and {passes.backward} backward passes"
         for path, finding in findings.items():
             full = prefix + path
@@ -195,22 +192,3 @@ class _Search:
                 del self.open[full]
         self.passes.forward += passes.forward
         self.passes.backward += passes.backward
-
-    def _inner(
-        self, name: str, layer: nn.Module, call: Call, findings: Mapping[str, Finding], passes: Passes
-    ) -> dict[str, Finding]:
-        """Changed findings for a layer that has coefficient tensors both itself and in inner layers.
-
-        Only the layer or the inner layers can be adapted.
-        """
-        prefix = inside(name)
-        inner = {
-            full: module for full, (module, *_) in self.found.items() if module != name and full.startswith(prefix)
-        }
-        if not any(map(self._is_registered, inner.values())):
-            paths = [full.removeprefix(prefix) for full in inner]
-            again = self._tests.findings(name, layer, call, paths, passes)
-            if all(finding.spec for finding in again.values()):
-                return again
-        reason = f"it is used around the KAN layers {sorted(set(inner.values()))}, and both cannot be adapted"
-        return {path: Finding(reason=reason) for path, finding in findings.items() if finding.spec}

@@ -9,14 +9,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..coefficients import CoefficientSpec, Layout
+from ..coefficients import CoefficientSpec
 from ..config.lotra_config import LoTRAConfig
 from ..layers.lotra import adapted_tensors
 from ..preserved import check_model, preserved
 from ..targets.resolve import resolve_targets
 from .layouts import agree
-from .precision import Passes
-from .recording import Call
+from .recording import Call, Passes
 from .response import Finding, LayerTests
 from .search import InferredCoefficients, described, inside, result
 from .walk import walk
@@ -95,8 +94,11 @@ def _disagreement(layer: nn.Module, given: CoefficientSpec, finding: Finding) ->
     found = finding.spec
     if found is None:
         return f"but the layer's response does not confirm it: {finding.reason}"
-    if found.slice != given.slice or not agree(given.layout, found.layout):
-        return f"found {described(found)}{_differing_axes(given.layout, found.layout)}"
+    if not agree(given.layout, found.layout):
+        pairs = zip(given.layout.stored_axes, found.layout.stored_axes, strict=False)
+        held = [f"axis {axis} of the parameter holds {b}, not {a}" for axis, (a, b) in enumerate(pairs) if a != b]
+        known = held and given.layout.flattened == found.layout.flattened
+        return f"found {described(found)}" + (f": {'; '.join(held)} (i input, o output, d basis)" if known else "")
     same = given.scale == found.scale and _scale_entries(layer, given).equal(_scale_entries(layer, found))
     return "" if same else f"found the scale {found.scale} {found.scale_layout or ''}".rstrip()
 
@@ -108,12 +110,3 @@ def _scale_entries(layer: nn.Module, spec: CoefficientSpec) -> torch.Tensor:
     size = layer.get_parameter(spec.scale).shape
     entries: torch.Tensor = spec.spread(torch.arange(float(size.numel())).view(size))
     return entries
-
-
-def _differing_axes(given: Layout, found: Layout) -> str:
-    """Which stored axes hold something else. The two layouts may have the same shape (n, m, n_d)."""
-    if given.flattened != found.flattened:
-        return ""
-    pairs = enumerate(zip(given.stored_axes, found.stored_axes, strict=True))
-    held = [f"axis {axis} of the parameter holds {b}, not {a}" for axis, (a, b) in pairs if a != b]
-    return f": {'; '.join(held)} (i input, o output, d basis)" if held else ""

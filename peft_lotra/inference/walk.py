@@ -23,14 +23,10 @@ def walk(
     modules: Mapping[str, nn.Module],
     visit: Callable[[str, nn.Module, Call], None],
 ) -> None:
-    """Run the model once. After the first run of each of `modules`, call `visit` with the arguments it received.
+    """Run the model once. After the first run of each of `modules`, call `visit` with its name, it, and its arguments.
 
     Inner modules are visited before the modules around them. Memory holds only the arguments of modules that are
     running. The model is in eval mode during the pass and the visits. Afterwards it is as it was.
-
-    Args:
-        modules: the modules to visit, by name.
-        visit: receives the name, the module and copies of its arguments. It must leave the module as it was.
 
     Raises:
         ValueError: if the model does not run on the sample.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,19 +36,20 @@ def tensors_in_place(layer: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def _fetched(layer: nn.Module) -> Iterator[None]:
     hooks = _offloading_hooks(layer.modules())
-    if layer.training and torch.is_grad_enabled():
-        _check_trainable(hooks)
-    fetched: list[tuple[nn.Module, Any]] = []
-    try:
+    for module, hook in hooks if layer.training and torch.is_grad_enabled() else ():
+        if trainable := [name for name, tensor in _tensors(module, hook) if tensor.requires_grad]:
+            raise RuntimeError(
+                f"accelerate has offloaded the trainable {trainable} of a {type(module).__name__}: gradients would go "
+                "to copies that exist during one forward pass, and no optimizer sees them. Offload the base before it "
+                "gets adapters, or call `eval()`"
+            )
+    with ExitStack() as stack:
         for module, hook in hooks:
             hook.pre_forward(module)
+            stack.callback(hook.post_forward, module, torch.empty(0))
+            stack.callback(setattr, hook, "offload", True)
             hook.offload = False
-            fetched.append((module, hook))
         yield
-    finally:
-        for module, hook in fetched:
-            hook.offload = True
-            hook.post_forward(module, torch.empty(0))
 
 
 @contextmanager
@@ -83,14 +84,3 @@ def _offloading_hooks(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, Any
 
 def _tensors(module: nn.Module, hook: Any) -> Iterator[tuple[str, torch.Tensor]]:
     return named_module_tensors(module, hook.offload_buffers, hook.place_submodules, remove_non_persistent=True)
-
-
-def _check_trainable(hooks: list[tuple[nn.Module, Any]]) -> None:
-    for module, hook in hooks:
-        trainable = [name for name, tensor in _tensors(module, hook) if tensor.requires_grad]
-        if trainable:
-            raise RuntimeError(
-                f"accelerate has offloaded the trainable {trainable} of a {type(module).__name__}: gradients would go "
-                "to copies that exist during one forward pass, and no optimizer sees them. Offload the base before it "
-                "gets adapters, or call `eval()`"
-            )

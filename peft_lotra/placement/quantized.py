@@ -14,18 +14,14 @@ from torch import nn
 PLAIN = torch.Tensor.dequantize
 
 
-def is_quantized(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's stored numbers are not its values."""
-    return tensor.dtype.itemsize == 1 or type(tensor).dequantize is not PLAIN
-
-
 def has_quantized_weight(layer: nn.Module) -> bool:
     """Whether this is a linear layer that computes with a quantized weight."""
     weight = layer._parameters.get("weight")
-    if weight is None or not is_quantized(weight) or shape_of_linear(layer) is None:
+    if weight is None or shape_of_linear(layer) is None:
         return False
-    # nn.Linear itself does not compute with plain tensors in these dtypes.
-    return type(layer).forward is not nn.Linear.forward or type(weight).dequantize is not PLAIN
+    # nn.Linear itself does not compute with plain tensors in dtypes of one byte.
+    in_bytes = weight.dtype.itemsize == 1 and type(layer).forward is not nn.Linear.forward
+    return in_bytes or type(weight).dequantize is not PLAIN
 
 
 def shape_of_linear(layer: nn.Module) -> torch.Size | None:

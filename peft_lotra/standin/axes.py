@@ -13,8 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ..coefficients.arrangement import Arrangement
-from ..coefficients.layout import part_number
+from ..coefficients.layout import Arrangement, part_number
 from ..coefficients.spec import CoefficientSpec, parse_slice
 
 MODES = ("i", "o", "d", "g", "t", "h", "w")
@@ -146,9 +145,7 @@ class Axes(NamedTuple):
                     modes[mode].append(name)
                 names.append(name)
             axes.append(names)
-            # On an axis whose mode became a rank, the rows of the factor are padded instead.
-            replaced = any(atom.mode in ranks for atom in axis.atoms)
-            padding = [*((0, 0) if replaced else (axis.before, axis.after)), *padding]
+            padding = [axis.before, axis.after, *padding]  # no rank lies on a padded axis
         if flat is not None and not any(padding):
             axes, flat = [*axes[:flat], sum(axes[flat:], [])], None
         return Arrangement.of(sum(modes.values(), []), axes, sizes, tuple(padding) if any(padding) else (), flat)
@@ -189,24 +186,21 @@ BESIDE = Axes((), ())
 
 @planned
 def reshaped(view: Axes, shape: tuple[int, ...]) -> Axes | None:
-    """The axes of a view after a reshape to `shape`; None if an atom would be cut unevenly."""
-    pieces: list[Atom | Axis] = []  # a padded axis stays one piece
-    for axis in view.axes:
-        if axis.is_padded:
-            pieces.append(axis)
-        else:  # atoms of one entry may be dropped, except that the output axis is looked up by its name
-            pieces.extend(atom for atom in axis.atoms if atom.size > 1 or atom.mode == "o")
-    pieces.reverse()
+    """The axes of a view after a reshape to `shape`; None if an atom would be cut unevenly, or an axis is padded."""
+    if any([axis.is_padded for axis in view.axes]):
+        return view if shape == tuple([axis.size for axis in view.axes]) else None
+    # Atoms of one entry may be dropped, except that the output axis is looked up by its name.
+    pieces = [atom for axis in view.axes for atom in axis.atoms if atom.size > 1 or atom.mode == "o"][::-1]
     axes = []
     for position, size in enumerate(shape):
         last = position == len(shape) - 1
-        group: list[Atom | Axis] = []
+        group: list[Atom] = []
         filled = 1
         while pieces and (filled < size or (not group and pieces[-1].size == 1) or last):
             piece = pieces.pop()
             rest = size // filled
             if rest % piece.size:
-                if isinstance(piece, Axis) or piece.size % rest:
+                if piece.size % rest:
                     return None
                 inner = piece.size // rest
                 pieces.append(Atom(piece.mode, inner, piece.stride))
@@ -215,10 +209,7 @@ def reshaped(view: Axes, shape: tuple[int, ...]) -> Axes | None:
             filled *= piece.size
         if filled != size:
             return None
-        packed = [piece for piece in group if isinstance(piece, Axis)]
-        if packed and len(group) > 1:
-            return None
-        axes.append(packed[0] if packed else Axis(tuple([atom for atom in group if isinstance(atom, Atom)])))
+        axes.append(Axis(tuple(group)))
     return None if pieces else view._replace(axes=tuple(axes))
 
 

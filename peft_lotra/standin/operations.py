@@ -65,7 +65,7 @@ class Weight(NamedTuple):
         return self.tensor.shape
 
 
-def _contraction(
+def contraction(
     equation: str, operands: tuple[Any, ...], function: Callable[..., Any], offset: torch.Tensor | None = None
 ) -> Contraction | None:
     """The contraction function(a, b), an einsum by this equation."""
@@ -112,51 +112,26 @@ def _axis(letter: str, subscripts: str) -> int:
 def einsum(equation: Any, *operands: Any) -> Contraction | None:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
-    if isinstance(equation, str) and len(operands) == 3 and "." not in equation:
-        return _three_operands(equation, operands)
     if not isinstance(equation, str) or len(operands) != 2:
         return None
-    return _contraction(equation, operands, partial(torch.einsum, equation))
-
-
-def _three_operands(equation: str, operands: tuple[Any, ...]) -> Contraction | None:
-    """As a contraction of the weight with the product of the others, where this forms nothing of its outputs."""
-    inputs, arrow, output = equation.replace(" ", "").partition("->")
-    where = next(k for k, operand in enumerate(operands) if isinstance(operand, Weight))
-    ours, *others = [inputs.split(",")[k] for k in (where, *[k for k in range(3) if k != where])]
-    letters = dict.fromkeys("".join(others))
-    outer = [c for c in ours if c in output and c not in letters]
-    if not arrow or not outer or any(c in ours and c in output for c in letters):
-        return None  # such as a scale of every edge, whose product with the others is as large as A for each sample
-    kept = "".join([c for c in output if c in letters] + [c for c in letters if c in ours and c not in output])
-    x = torch.einsum(f"{','.join(others)}->{kept}", *[operands[k] for k in range(3) if k != where])
-    pair = f"{kept},{ours}->{output}"
-    return _contraction(pair, (x, operands[where]), partial(torch.einsum, pair))
+    return contraction(equation, operands, partial(torch.einsum, equation))
 
 
 def linear(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Contraction | None:
-    return _contraction("...i,oi->...o", (input, weight), F.linear, bias) if weight.ndim == 2 else None
+    return contraction("...i,oi->...o", (input, weight), F.linear, bias) if weight.ndim == 2 else None
 
 
-def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Contraction | None:
-    if not isinstance(mat2, Weight) or (beta, alpha) != (1, 1):
-        return None
-    return _contraction("bi,io->bo", (mat1, mat2), torch.matmul, input)
-
-
-def baddbmm(input: Any, batch1: Any, batch2: Any, *, beta: float = 1, alpha: float = 1) -> Contraction | None:
-    if isinstance(input, Weight) or (beta, alpha) != (1, 1):
-        return None
-    return _contraction("bij,bjk->bik", (batch1, batch2), torch.matmul, input)
+def addmm(input: Any, *args: Any, beta: float = 1, alpha: float = 1, **kwargs: Any) -> Contraction | None:
+    """Also for baddbmm."""
+    found = None if isinstance(input, Weight) or (beta, alpha) != (1, 1) else matmul(*args, **kwargs)
+    return found and found._replace(offset=input)
 
 
 def matmul(*args: Any, **kwargs: Any) -> Contraction | None:
     """Also for mm, bmm and mv, whose operands have other names."""
-    named = [kwargs[name] for name in ("input", "self", "other", "mat2", "vec", "tensor2") if name in kwargs]
-    if len(args) + len(named) != 2 or len(named) != len(kwargs):
-        return None
-    a, b = (*args, *named)
-    return _contraction(_matmul_equation(a.ndim, b.ndim), (a, b), torch.matmul)
+    names = ("input", "self", "mat1", "batch1", "other", "mat2", "vec", "tensor2", "batch2")
+    a, b = (*args, *[kwargs[name] for name in names if name in kwargs])
+    return contraction(_matmul_equation(a.ndim, b.ndim), (a, b), torch.matmul) if "out" not in kwargs else None
 
 
 @planned
@@ -177,7 +152,7 @@ def tensordot(a: Any, b: Any, dims: Any = 2, out: None = None) -> Contraction | 
         of_b[j] = of_a[i]
     output = [letter for letter in of_a + of_b if (letter in of_a) != (letter in of_b)]
     equation = f"{''.join(of_a)},{''.join(of_b)}->{''.join(output)}"
-    return _contraction(equation, (a, b), lambda a, b: torch.tensordot(a, b, dims))
+    return contraction(equation, (a, b), lambda a, b: torch.tensordot(a, b, dims))
 
 
 def conv(
@@ -226,18 +201,19 @@ def embedding_bag(
     return Contraction(_LOOKUP, lambda x, w: F.embedding_bag(x, w, offsets, None, 2, *others), input)
 
 
+def functions(names: str) -> list[Any]:
+    """The functions of these names in torch and in torch.Tensor; for attributes, their getters."""
+    found: list[Any] = [getattr(space, name, None) for name in names.split() for space in (torch, torch.Tensor)]
+    return [one if callable(one) else one.__get__ for one in found if callable(one) or hasattr(one, "__get__")]
+
+
 CONTRACTIONS: dict[Any, Callable[..., Contraction | None]] = {
     F.linear: linear,
-    torch.addmm: addmm,
-    torch.Tensor.addmm: addmm,
-    **dict.fromkeys((torch.baddbmm, torch.Tensor.baddbmm), baddbmm),
-    torch.einsum: einsum,
-    torch.tensordot: tensordot,
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
-    **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), conv),
-    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), conv),
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv), matmul),
-    **dict.fromkeys((torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.mv), matmul),
-    torch.Tensor.__matmul__: matmul,
+    **dict.fromkeys(functions("einsum"), einsum),
+    **dict.fromkeys(functions("tensordot"), tensordot),
+    **dict.fromkeys(functions("addmm baddbmm"), addmm),
+    **dict.fromkeys(functions("conv1d conv2d conv3d"), conv),
+    **dict.fromkeys(functions("matmul mm bmm mv __matmul__"), matmul),
 }

@@ -86,10 +86,7 @@ def plan_for(c: Contraction, weight: Weight) -> Plan | None:
     for update in weight.updates:
         shapes.append(_shapes(update))
         if update.weights is not None:
-            if c.form.kept:
-                sample_shape = _kept_sample_shape(update.samples, tuple(c.x.shape), c.form)
-            else:
-                sample_shape = _sample_shape(update.samples, tuple(c.x.shape[: c.x.dim() - len(c.form.summed)]))
+            sample_shape = _sample_shape(update.samples, tuple(c.x.shape), c.form)
     # While a graph is compiled, the batch size may be open. A plan that depended on it would bind the graph to it.
     positions = None if torch.compiler.is_compiling() else c.x.numel() // c.form.depth
     transformed = positions is not None and _functorch.peek_interpreter_stack() is not None
@@ -106,34 +103,21 @@ def _shapes(update: Update) -> Shapes:
     return tuple(shapes)
 
 
-def _sample_shape(samples: Samples | None, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in which one number for each sample broadcasts to `sizes`; () if the axis of samples is not clear.
+def _sample_shape(samples: Samples | None, sizes: tuple[int, ...], form: Form) -> tuple[int, ...]:
+    """The shape in which one number for each sample broadcasts to y without its axis of outputs; () if it is unclear.
 
-    It is clear if the sizes are those of the layer's first tensor without its last axis, and only one of them is the
-    number of samples. Otherwise the layer may have moved or flattened axes.
+    It is clear if x, with these sizes, begins with the axes of the layer's first tensor but the last, keeps that of
+    the samples in y, and keeps no other axis with as many entries. If all other axes of x are summed, it has to begin
+    with nothing else. Otherwise the layer may have moved or flattened axes.
     """
-    if samples is None:
-        return ()
-    count = samples.sizes[samples.axis] if samples.axis < len(samples.sizes) else 0
-    given, own = ([size for size in held if size != 1] for held in (samples.sizes, sizes))
-    if given != own or own.count(count) != 1:
-        return ()
-    return tuple([size if size == count else 1 for size in sizes])
-
-
-def _kept_sample_shape(samples: Samples | None, sizes: tuple[int, ...], form: Form) -> tuple[int, ...]:
-    """The same for the axes of y but for that of outputs, where x, with these sizes, keeps the axis of samples.
-
-    That is clear if x begins with the axes of the layer's first tensor but the last, as a basis of inputs does, and
-    no other axis that x keeps has as many entries.
-    """
-    kept, ((_, output),) = dict(form.kept), form.carried
+    kept = dict(form.kept) or {axis: axis for axis in range(len(sizes) - len(form.summed))}
+    output = form.carried[0][1] if form.kept else len(kept)
     if samples is None or samples.axis not in kept or sizes[: len(samples.sizes)] != samples.sizes:
         return ()
-    count, place = sizes[samples.axis], kept[samples.axis]
-    if [sizes[axis] for axis in kept].count(count) != 1:
+    count, own = sizes[samples.axis], [sizes[axis] for axis in kept]
+    if own.count(count) != 1 or not (form.kept or len(own) == len(samples.sizes)):
         return ()
-    shape = [count if axis == place else 1 for axis in range(len(kept) + 1)]
+    shape = [count if axis == kept[samples.axis] else 1 for axis in range(len(kept) + 1)]
     return tuple(shape[:output] + shape[output + 1 :])
 
 

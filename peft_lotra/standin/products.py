@@ -6,20 +6,19 @@ part is an einsum of x with the thin tensor, and forms no such tensor.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 from string import ascii_letters
 from typing import Any, NamedTuple
 
 import torch
 
-from .axes import planned
-from .operations import Contraction, Form, Weight
+from .axes import planned, reshaped
+from .operations import Contraction, Weight, contraction, functions
 
-PRODUCTS: tuple[Any, ...] = (torch.mul, torch.multiply, torch.Tensor.mul, torch.Tensor.multiply)
-PRODUCTS += (torch.Tensor.__mul__, torch.Tensor.__rmul__)
-QUOTIENTS = (torch.div, torch.true_divide, torch.Tensor.div, torch.Tensor.true_divide, torch.Tensor.__truediv__)
-SUMS = (torch.sum, torch.Tensor.sum)
+PRODUCTS = functions("mul multiply __mul__ __rmul__")
+QUOTIENTS = functions("div true_divide __truediv__")
+SUMS = functions("sum")
 
 
 class Product(NamedTuple):
@@ -55,46 +54,26 @@ def by_number(function: Callable[..., Any], weight: Weight, number: Any) -> Weig
     return weight._replace(tensor=tensor, updates=tuple(updates))
 
 
-def summed(product: Product, dim: Any = None, keepdim: bool = False, **others: Any) -> Contraction | None:
-    """(x · weight).sum(dim, keepdim) as a contraction; None if there are other arguments, or no `dim`."""
-    if dim is None or others:
-        return None
-    x, ndim = product.x, product.tensor.dim()
-    dims = tuple(sorted([d % ndim for d in ((dim,) if isinstance(dim, int) else dim)]))
-    form, equation, of_x, thin = _sum_form(tuple(x.shape), tuple(product.weight.shape), ndim, dims, keepdim)
-
-    def apply(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(x.dtype, w.dtype)  # as in the product
-        x, w = x.to(dtype), w.to(dtype)
-        y = torch.einsum(equation, x.reshape([x.shape[k] for k in of_x]), w.reshape([w.shape[k] for k in thin]))
-        for d in dims if keepdim else ():
-            y = y.unsqueeze(d)
-        return y
-
-    return Contraction(form, apply, x)
+def summed(product: Product, dims: tuple[int, ...]) -> tuple[Weight, Contraction | None]:
+    """(x · weight).sum(dims) as an einsum of x and a view of the weight, both without the axes that are repeated."""
+    weight, dtype = product.weight, product.tensor.dtype
+    equation, of_x, of_weight = _sum(tuple(product.x.shape), tuple(weight.shape), product.tensor.dim(), dims)
+    shape = tuple([weight.shape[k] for k in of_weight])
+    axes = reshaped(weight.axes, shape)
+    if axes is None:
+        return weight, None
+    x = product.x.to(dtype).reshape([product.x.shape[k] for k in of_x])
+    weight = weight._replace(tensor=weight.tensor.to(dtype).reshape(shape), axes=axes)
+    return weight, contraction(equation, (x, weight), partial(torch.einsum, equation))
 
 
 @planned
-def _sum_form(
-    of: tuple[int, ...], shape: tuple[int, ...], ndim: int, dims: tuple[int, ...], keepdim: bool
-) -> tuple[Form, str, tuple[int, ...], tuple[int, ...]]:
-    """The form, the einsum's equation, and the axes of x and of the thin tensor that are in it.
-
-    Args:
-        of, shape: the shapes of x and of the weight.
-        ndim: the number of axes of the product.
-        dims, keepdim: the axes that are summed, and whether they stay, with size 1.
-    """
-    x, weight = (dict(zip(range(ndim - len(sizes), ndim), sizes, strict=True)) for sizes in (of, shape))
-    of_x = [k for k, size in x.items() if size != 1]
-    thin = [k for k, size in weight.items() if size != 1 or k not in of_x]
-    out = [k for k in range(ndim) if k not in dims]
-    place = {k: k if keepdim else out.index(k) for k in out}
-    form = Form(
-        carried=tuple([(k + len(shape) - ndim, place[k]) for k in out if k in thin and k not in of_x]),
-        summed=tuple([(k + len(shape) - ndim, k + len(of) - ndim) for k in dims if k in thin and k in of_x]),
-        terms=math.prod([weight[k] for k in dims if k in thin]),
-        depth=math.prod([x[k] for k in of_x if k in dims]),
-    )
-    letters = ["".join([ascii_letters[k] for k in axes]) for axes in (of_x, thin, out)]
-    return form, "{},{}->{}".format(*letters), *[tuple([k - ndim for k in axes]) for axes in (of_x, thin)]  # type: ignore[return-value]
+def _sum(
+    x: tuple[int, ...], weight: tuple[int, ...], ndim: int, dims: tuple[int, ...]
+) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """The einsum's equation, and the axes of x and of the weight that are in it, from their shapes and axes to sum."""
+    of_x = tuple([k for k in range(-len(x), 0) if x[k] != 1])
+    of_weight = tuple([k for k in range(-len(weight), 0) if weight[k] != 1 or k not in of_x])
+    out = [k - ndim for k in range(ndim) if k not in dims]
+    letters = ["".join([ascii_letters[k + ndim] for k in axes]) for axes in (of_x, of_weight, out)]
+    return "{},{}->{}".format(*letters), of_x, of_weight

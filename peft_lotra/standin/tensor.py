@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..preserved import reached
 from .axes import planned
-from .operations import CONTRACTIONS, Contraction, Weight
+from .operations import CONTRACTIONS, Weight, functions
 from .places import running
 from .plan import apply, dense_sum, plan_for
 from .products import PRODUCTS, QUOTIENTS, SUMS, Product, by_number, is_number, summed
-from .views import VIEWS, functions
+from .views import VIEWS
 
 
 class PerformanceWarning(UserWarning):
@@ -229,14 +230,8 @@ def check_recorded(results: Any, coefficients: torch.Tensor, owner: str) -> None
     if coefficients.grad_fn is None or torch._C._functorch.peek_interpreter_stack() is not None:
         return
     nodes: list[Any] = [leaf.grad_fn for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
-    seen = {None}
-    while nodes:
-        node = nodes.pop()
-        if node is coefficients.grad_fn:
-            return
-        if node not in seen:
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
+    if coefficients.grad_fn in reached(nodes):
+        return
     raise RuntimeError(
         f"a {owner} calls `checkpoint(use_reentrant=True)` in its own forward, so its adapter would get no gradients: "
         "checkpoint the adapted layer, or a larger part of the model, instead"
@@ -260,9 +255,17 @@ def _shown(asked: Asked) -> Any:
 
 
 def _contracted(asked: Asked) -> Any:
-    if not isinstance(asked.meant, Weight):
+    weight, function = asked.meant, asked.function
+    if not isinstance(weight, Weight):
         return NotImplemented
-    return _factorised(asked, asked.meant, asked.about(asked.meant, CONTRACTIONS[asked.function]))
+    contraction = asked.about(weight, CONTRACTIONS[function])
+    plan = None if contraction is None else plan_for(contraction, weight)
+    if plan is None:
+        return NotImplemented
+    if plan.dense:
+        return asked.about(dense_sum(weight, plan.dense), function)
+    y = None if weight.is_zero else asked.about(weight.tensor, function)
+    return apply(plan, contraction, weight, y)
 
 
 def _multiplied(asked: Asked) -> Any:
@@ -283,20 +286,23 @@ def _divided(asked: Asked) -> Any:
 
 
 def _summed(asked: Asked) -> Any:
-    if not isinstance(asked.meant, Product):
+    return asked.about(asked.meant, _sum) if isinstance(asked.meant, Product) else NotImplemented
+
+
+def _sum(product: Product, dim: Any = None, keepdim: bool = False, **others: Any) -> Any:
+    if dim is None or others:
         return NotImplemented
-    return _factorised(asked, asked.meant.weight, asked.about(asked.meant, summed))
-
-
-def _factorised(asked: Asked, weight: Weight, contraction: Contraction | None) -> Any:
-    plan = None if contraction is None else plan_for(contraction, weight)
+    dims = tuple(sorted([d % product.tensor.dim() for d in ((dim,) if isinstance(dim, int) else dim)]))
+    weight, contraction = summed(product, dims)
+    plan = contraction and plan_for(contraction, weight)
     if contraction is None or plan is None:
         return NotImplemented
-    meant, function = asked.meant, asked.function
     if plan.dense:
-        return asked.about(dense_sum(meant, plan.dense) if meant is weight else _dense(meant), function)
-    y = None if weight.is_zero else asked.about(_stored(meant), function)
-    return apply(plan, contraction, weight, y)
+        return _dense(product).sum(dims, keepdim)
+    y = apply(plan, contraction, weight, None if weight.is_zero else product.tensor.sum(dims))
+    for d in dims if keepdim else ():
+        y = y.unsqueeze(d)
+    return y
 
 
 def _by_ones(one: StandIn, other: StandIn) -> Any:

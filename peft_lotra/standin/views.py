@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from ..tucker.decomposition import Tucker
-from .axes import BESIDE, Atom, Axes, Axis, indexed, planned, reshaped
-from .operations import Weight
+from .axes import BESIDE, Axes, indexed, planned, reshaped
+from .operations import Weight, functions
 
 
 def _view(weight: Weight, tensor: torch.Tensor, axes: Axes | None) -> Any:
@@ -69,44 +68,11 @@ def _detach(function: Callable[..., Any], weight: Weight) -> Weight:
 
 def _getitem(function: Callable[..., Any] | None, weight: Weight, index: Any) -> Any:
     index = index if isinstance(index, tuple) else (index,)
-    chosen = [k for k, part in enumerate(index) if isinstance(part, torch.Tensor)]
-    if len(chosen) == 1 and all(part == slice(None) for k, part in enumerate(index) if k not in chosen):
-        return _index_select(None, weight, chosen[0], index[chosen[0]])
     if not all(part is None or part is Ellipsis or type(part) is int or isinstance(part, slice) for part in index):
         return NotImplemented
     # Before Python 3.12, slices cannot be hashed.
     parts = tuple([(part.start, part.stop, part.step) if isinstance(part, slice) else part for part in index])
     return _view(weight, weight.tensor[index], indexed(weight.axes, parts))
-
-
-def _index_select(function: Callable[..., Any] | None, weight: Weight, dim: int, index: torch.Tensor) -> Any:
-    """Rows in any order, where the axis is one mode: the same rows of the factor, or of the core."""
-    dim %= weight.ndim
-    axes, (atom, *others) = weight.axes.axes, weight.axes.axes[dim].atoms or (None,)
-    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64) or atom is None or others:
-        return NotImplemented
-    mode, starts = atom.mode, dict(weight.axes.starts)
-    if axes[dim].is_padded or mode not in "iod" or not mode or (starts[mode], atom.stride) != (0, 1):
-        return NotImplemented
-    if sum([a.mode == mode for axis in axes for a in axis.atoms]) > 1:
-        return NotImplemented
-    updates = []
-    for update in weight.updates:
-        core, factors, k = update.tucker.core, dict(update.tucker.factors), "iod".index(mode)
-        if (len(factors[mode]) if mode in factors else core.shape[k]) != atom.size:
-            return NotImplemented  # the view shows a part of the mode
-        if mode in factors:
-            factors[mode] = factors[mode][index]
-        else:
-            core = core.movedim(k, 0)[index].movedim(0, k)
-        updates.append(update._replace(tucker=Tucker(core, factors)))
-    tensor = weight.tensor.movedim(dim, 0)[index].movedim(0, dim)
-    shown = Axis((Atom(mode, len(index), 1),))
-    return weight._replace(
-        tensor=tensor,
-        axes=weight.axes._replace(axes=(*axes[:dim], shown, *axes[dim + 1 :])),
-        updates=tuple(updates),
-    )
 
 
 def _along(weight: Weight, dim: int, *parts: int | slice) -> Any:
@@ -116,16 +82,12 @@ def _along(weight: Weight, dim: int, *parts: int | slice) -> Any:
 
 
 def _select(function: Callable[..., Any], weight: Weight, dim: int, index: int) -> Any:
-    return _only(_along(weight, dim, int(index)))
+    return _getitem(None, weight, (slice(None),) * (dim % weight.ndim) + (int(index),))
 
 
 def _narrow(function: Callable[..., Any], weight: Weight, dim: int, start: int, length: int) -> Any:
     start = int(start) % weight.shape[dim] if start else 0
-    return _only(_along(weight, dim, slice(start, start + length)))
-
-
-def _only(views: Any) -> Any:
-    return views if views is NotImplemented else views[0]
+    return _getitem(None, weight, (slice(None),) * (dim % weight.ndim) + (slice(start, start + length),))
 
 
 def _unbind(function: Callable[..., Any], weight: Weight, dim: int = 0) -> Any:
@@ -140,12 +102,6 @@ def _parts(function: Callable[..., Any], weight: Weight, *args: Any, **kwargs: A
     return _along(weight, dim, *map(slice, [0, *stops], stops))
 
 
-def functions(names: str) -> list[Any]:
-    """The functions of these names in torch and in torch.Tensor; for attributes, their getters."""
-    found: list[Any] = [getattr(space, name, None) for name in names.split() for space in (torch, torch.Tensor)]
-    return [one if callable(one) else one.__get__ for one in found if callable(one) or hasattr(one, "__get__")]
-
-
 _HANDLERS: dict[Callable[..., Any], str] = {
     _reshape: "reshape reshape_as view view_as flatten unflatten ravel squeeze unsqueeze _unsafe_view",
     _permute: "permute transpose swapaxes swapdims movedim moveaxis t adjoint T mT H mH",
@@ -153,7 +109,6 @@ _HANDLERS: dict[Callable[..., Any], str] = {
     _same: "contiguous clone to type type_as float double half bfloat16 cpu cuda",
     _getitem: "__getitem__",
     _select: "select",
-    _index_select: "index_select",
     _narrow: "narrow",
     _parts: "split chunk tensor_split",
     _unbind: "unbind",

@@ -34,6 +34,12 @@ class BaseModel:
         return cls(layers, parameters)
 
 
+def around(module: str) -> list[str]:
+    """The names of the modules around a module, from the outside inwards, without the model itself."""
+    parts = module.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
 @contextmanager
 def naming_layer(module: str, kind: str = "KAN layer") -> Iterator[None]:
     """Errors raised inside name the layer."""

@@ -19,7 +19,7 @@ from ..coefficients.spec import owner_of, tensor_at
 from ..coefficients.target import Target
 from ..config.lotra_config import LoTRAConfig
 from ..layers.lotra import LoTRALayer
-from .base_model import BaseModel, naming_layer
+from .base_model import BaseModel, around, naming_layer
 
 _LAYOUTS = {
     nn.Linear: "o (i d)",
@@ -50,12 +50,9 @@ def layout_of(module: nn.Module) -> tuple[str, dict[str, int]] | None:
 def linear_targets(model: nn.Module, base: BaseModel, known: list[Target], config: LoTRAConfig) -> list[Target]:
     """Every matrix and convolution kernel of `model` that "all-linear" means, without the `known` tensors.
 
-    These are the weights of nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d and transformers' Conv1D, and the `matrices`
-    with which KAN layers are registered. If a KAN layer contains a weight, the target is that layer.
-
-    The output layer of a transformers model is left out, by PEFT's rule for LoRA. Modules that another PEFT method or
-    `modules_to_save` has wrapped are left out, too, and so are layers and weights that the model has twice (tied
-    weights).
+    If a KAN layer contains a weight, the target is that layer. The output layer of a transformers model is left out,
+    by PEFT's rule for LoRA, and so are modules that another PEFT method or `modules_to_save` has wrapped, and layers
+    and weights that the model has twice (tied weights).
 
     Raises:
         ValueError, TypeError: naming the layer, if its weight cannot be adapted, for example because it is quantized.
@@ -68,9 +65,7 @@ def linear_targets(model: nn.Module, base: BaseModel, known: list[Target], confi
     closed = _closed(model, config)
     targets = []
     for name, layer in base.layers.items():
-        parts = name.split(".") if name else []
-        around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-        if not around or closed.intersection(around) or kan_layers.intersection(around[:-1]):
+        if not name or closed.intersection([*around(name), name]) or kan_layers.intersection(around(name)):
             continue
         with naming_layer(name, "KAN layer" if name in kan_layers else "linear layer"):
             specs = [s for s in _matrices(layer, name in kan_layers) if f"{name}.{s.parameter}" not in taken]
@@ -81,33 +76,26 @@ def linear_targets(model: nn.Module, base: BaseModel, known: list[Target], confi
 
 
 def _matrices(layer: nn.Module, is_kan_layer: bool) -> Iterator[CoefficientSpec]:
+    """What is registered, the weight of a linear layer, and those in a KAN layer, except what another method wraps."""
     yield from known_matrices(layer)
-    for path, (layout, sizes) in _linear_layers(layer, is_kan_layer):
-        yield CoefficientSpec.resolve(layer, f"{path}weight", {"layout": layout, "sizes": sizes})
-
-
-def _linear_layers(
-    module: nn.Module, goes_on: bool, path: str = ""
-) -> Iterator[tuple[str, tuple[str, dict[str, int]]]]:
-    """(path, layout) of a module and, if `goes_on`, of the modules in it, except those that another method wraps."""
-    found = layout_of(module)
-    if found is not None:
-        yield path, found
-    for name, child in module.named_children() if goes_on else ():
-        if not isinstance(child, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            yield from _linear_layers(child, goes_on, f"{path}{name}.")
+    modules = [("", layer)]
+    for path, module in modules:
+        if (found := layout_of(module)) is not None:
+            yield CoefficientSpec.resolve(layer, f"{path}weight", {"layout": found[0], "sizes": found[1]})
+        for name, child in module.named_children() if is_kan_layer else ():
+            if not isinstance(child, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                modules.append((f"{path}{name}.", child))
 
 
 def _closed(model: nn.Module, config: LoTRAConfig) -> set[str]:
     """The names of modules that are left out with everything inside them."""
     head = _output_layer(model, config)
-    return {
-        name
-        for name, module in model.named_modules()
-        if module is head
-        or isinstance(module, AuxiliaryTrainingWrapper)
-        or (isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRALayer))
-    }
+
+    def is_closed(module: nn.Module) -> bool:
+        is_other = isinstance(module, BaseTunerLayer) and not isinstance(module, LoTRALayer)
+        return module is head or is_other or isinstance(module, AuxiliaryTrainingWrapper)
+
+    return {name for name, module in model.named_modules() if is_closed(module)}
 
 
 def _output_layer(model: nn.Module, config: LoTRAConfig) -> nn.Module | None:

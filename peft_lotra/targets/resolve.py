@@ -19,11 +19,11 @@ from ..coefficients.target import Target
 from ..config.lotra_config import LoTRAConfig
 from ..config.patterns import ENDING, check_expressions, means, pattern_value
 from ..families.family import shortened
-from ..layers.lotra import adapted_tensors
+from ..layers.lotra import LoTRALayer, adapted_tensors
 from ..layers.slim import SlimLayer
 from ..tucker.decomposition import CONTAINERS, core_count, parameter_count
 from ..tucker.ranks import DEFAULT_COMPRESSION_RATIO, by_mode, choose_ranks
-from .base_model import BaseModel, naming_layer
+from .base_model import BaseModel, around, naming_layer
 from .copies import copies
 from .linear import layout_of, linear_targets
 from .selection import select
@@ -60,13 +60,13 @@ def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
         selected = [target for target in known if target.parameter in config.coefficients]
     else:
         selected = select(base.layers, known, config)
-    _check_stored(base.layers, selected)
-    _check_not_shared(model, base.layers, selected)
+    _check_tensors(model, base.layers, selected)
     targets = _with_ranks(selected, config)
-    _check_not_inside(base.layers, config, targets)
-    _check_slim(config, targets)
     _check_tokens(model, base.layers, config)
-    _check_existing_adapters(model, config, targets)
+    adapted = adapted_tensors(model)
+    for target in targets:
+        _check_fields(config, target, [name for name, _ in base.layers[target.module].named_children()])
+        _check_earlier(config, target, adapted.get(target.parameter))
     return targets
 
 
@@ -107,8 +107,7 @@ def _known_targets(base: BaseModel, config: LoTRAConfig) -> list[Target]:
             "wrap it, as in nn.Sequential(layer)"
         )
     for inner in modules:
-        parts = inner.split(".")
-        outer = next((name for i in range(1, len(parts)) if (name := ".".join(parts[:i])) in modules), None)
+        outer = next((name for name in around(inner) if name in modules), None)
         if outer is not None:
             raise ValueError(
                 f"the KAN layer {inner} lies inside the KAN layer {outer}, and both cannot be wrapped: "
@@ -167,8 +166,7 @@ def _linear_layer_of(
     sizes = description.get("sizes") if isinstance(description, Mapping) else None
     if (sizes or {}).get("d") != 1 or module not in layers or layout_of(layers[module]) is None:
         return None
-    parts = module.split(".")
-    return None if any(".".join(parts[:end]) in registered for end in range(1, len(parts))) else module
+    return None if any(name in registered for name in around(module)) else module
 
 
 def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
@@ -183,8 +181,14 @@ def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
     return module
 
 
-def _check_stored(layers: Mapping[str, nn.Module], targets: list[Target]) -> None:
-    """Refuse a tensor that its module computes (weight_norm, pruning, LoRA), because no stand-in could replace it."""
+def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], targets: list[Target]) -> None:
+    """Refuse a tensor that its module computes, which no stand-in could replace, or that the model uses twice."""
+    names: dict[int, list[str]] = {}
+    for name, thing in [
+        *model.named_modules(remove_duplicate=False),
+        *model.named_parameters(remove_duplicate=False),
+    ]:
+        names.setdefault(id(thing), []).append(name)
     for target in targets:
         layer, spec = layers[target.module], target.spec
         for path in spec.paths:
@@ -197,19 +201,7 @@ def _check_stored(layers: Mapping[str, nn.Module], targets: list[Target]) -> Non
                     f"torch.nn.utils.prune.remove(module, {name!r}), torch.nn.utils.remove_weight_norm, or "
                     "merge_and_unload), or leave the layer out by `exclude_modules`"
                 )
-
-
-def _check_not_shared(model: nn.Module, layers: Mapping[str, nn.Module], targets: list[Target]) -> None:
-    """Refuse a layer or tensor that the model holds twice, because an adapter would miss or double its second use."""
-    names: dict[int, list[str]] = {}
-    for name, thing in [
-        *model.named_modules(remove_duplicate=False),
-        *model.named_parameters(remove_duplicate=False),
-    ]:
-        names.setdefault(id(thing), []).append(name)
-    for target in targets:
-        layer = layers[target.module]
-        for thing in (layer, *[tensor_at(layer, path) for path in target.spec.parameters]):
+        for thing in (layer, *[tensor_at(layer, path) for path in spec.parameters]):
             if len(names[id(thing)]) > 1:
                 raise ValueError(
                     f"{target.parameter} cannot be adapted: the model has the same object under the names "
@@ -244,28 +236,23 @@ def _check_modules_to_save(config: LoTRAConfig, layers: Mapping[str, nn.Module])
             )
 
 
-def _check_not_inside(layers: Mapping[str, nn.Module], config: LoTRAConfig, targets: list[Target]) -> None:
-    # PEFT also refuses them, but only after it has put adapters into the model.
-    for target in targets:
-        for child, _ in layers[target.module].named_children():
-            entry = next((e for e in config.modules_to_save or () if f"{target.module}.{child}".endswith(e)), None)
-            if entry is not None:
-                raise ValueError(
-                    f"`modules_to_save` entry {entry!r} means {target.module}.{child}, inside an adapted layer, "
-                    "where PEFT saves no module: leave it frozen, or name the layer, which is then trained in full"
-                )
-
-
-def _check_slim(config: LoTRAConfig, targets: list[Target]) -> None:
-    for target in targets:
-        if config.slim and (target.spec.slice is not None or target.spec.parts):
-            what = f"holds more than coefficients (slice {target.spec.slice!r})" if target.spec.slice else "is a stack"
+def _check_fields(config: LoTRAConfig, target: Target, children: list[str]) -> None:
+    """Refuse modules to save in an adapted layer, and a Slim KAN that cannot be one."""
+    for child in children:  # PEFT also refuses them, but only after it has put adapters into the model
+        entry = next((e for e in config.modules_to_save or () if f"{target.module}.{child}".endswith(e)), None)
+        if entry is not None:
             raise ValueError(
-                f"`slim`=True: {target.parameter} {what}, so it cannot be left out of memory; leave the layer out by "
-                "`exclude_modules`"
+                f"`modules_to_save` entry {entry!r} means {target.module}.{child}, inside an adapted layer, "
+                "where PEFT saves no module: leave it frozen, or name the layer, which is then trained in full"
             )
-        if config.slim and target.alpha == 0:
-            raise ValueError(f"`slim`=True with `alpha` 0 for {target.parameter}: its coefficients would stay zero")
+    if config.slim and (target.spec.slice is not None or target.spec.parts):
+        what = f"holds more than coefficients (slice {target.spec.slice!r})" if target.spec.slice else "is a stack"
+        raise ValueError(
+            f"`slim`=True: {target.parameter} {what}, so it cannot be left out of memory; leave the layer out by "
+            "`exclude_modules`"
+        )
+    if config.slim and target.alpha == 0:
+        raise ValueError(f"`slim`=True with `alpha` 0 for {target.parameter}: its coefficients would stay zero")
 
 
 def _check_tokens(model: nn.Module, layers: Mapping[str, nn.Module], config: LoTRAConfig) -> None:
@@ -283,22 +270,18 @@ def _check_tokens(model: nn.Module, layers: Mapping[str, nn.Module], config: LoT
             )
 
 
-def _check_existing_adapters(model: nn.Module, config: LoTRAConfig, targets: list[Target]) -> None:
-    adapted = adapted_tensors(model)
-    for target in targets:
-        layer = adapted.get(target.parameter)
-        if layer is None:
-            continue
-        if layer.spec != target.spec:
-            raise ValueError(
-                f"{target.parameter} is adapted already with {layer.spec.describe()}; a further adapter must "
-                f"describe it in the same way, got {target.spec.describe()}"
-            )
-        if isinstance(layer, SlimLayer) != config.slim:
-            raise ValueError(
-                f"`slim`={config.slim}, but {target.parameter} has an adapter with `slim`={not config.slim}: both "
-                "would share its coefficients, which are zero in a Slim KAN; merge and unload the old adapters first"
-            )
+def _check_earlier(config: LoTRAConfig, target: Target, layer: LoTRALayer | None) -> None:
+    """Refuse an adapter beside one of the same tensor that is described in another way."""
+    if layer is not None and layer.spec != target.spec:
+        raise ValueError(
+            f"{target.parameter} is adapted already with {layer.spec.describe()}; a further adapter must "
+            f"describe it in the same way, got {target.spec.describe()}"
+        )
+    if layer is not None and isinstance(layer, SlimLayer) != config.slim:
+        raise ValueError(
+            f"`slim`={config.slim}, but {target.parameter} has an adapter with `slim`={not config.slim}: both "
+            "would share its coefficients, which are zero in a Slim KAN; merge and unload the old adapters first"
+        )
 
 
 def warn_of_no_effect(config: LoTRAConfig, targets: list[Target]) -> None:
@@ -327,9 +310,10 @@ def warn_of_no_effect(config: LoTRAConfig, targets: list[Target]) -> None:
         pattern = getattr(config, name)
         keys = [key for key in pattern if key not in parameters]
         unnamed = [module for module in modules if module not in pattern]
-        for place, key in enumerate(keys):
+        first = {get_pattern_key(keys, module) for module in unnamed}  # the key that counts
+        for key in keys:
             meant = [module for module in unnamed if means(key, module)]
-            if meant and all(any(means(earlier, module) for earlier in keys[:place]) for module in meant):
+            if meant and key not in first:
                 warnings.warn(
                     f"`{name}` key {key!r} has no effect: the first key that fits counts, and earlier keys take all "
                     f"that this one means, {meant}; put the narrower key first",
@@ -346,15 +330,8 @@ def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
     given = _given_by_pattern(targets, config, "rank_pattern")
     alphas = _given_by_pattern(targets, config, "alpha_pattern")
     shapes = {target.parameter: target.spec.layout.canonical_shape for target in targets}
-    ranks = choose_ranks(
-        shapes,
-        given,
-        config.r,
-        config.compression_ratio,
-        freeze_factors=config.freeze_factors,
-        terms=config.terms,
-        slim=config.slim,
-    )
+    sizes = config.freeze_factors, config.terms, config.slim
+    ranks = choose_ranks(shapes, given, config.r, config.compression_ratio, *sizes)
     if config.is_self_contained:  # a factor of full size in the file stays a factor
         ranks = {parameter: by_mode(r) for parameter, r in given.items()}
     return [
@@ -370,10 +347,8 @@ def _given_by_pattern(targets: list[Target], config: LoTRAConfig, field: str) ->
     others = {key: value for key, value in pattern.items() if key not in parameters}
     if not config.is_self_contained:
         check_expressions(field, others, ENDING)
-    found = {
-        target.parameter: pattern[target.parameter]
-        if target.parameter in pattern
-        else pattern_value(others, target.module, target.spec.parameter)
-        for target in targets
-    }
+    found = {}
+    for target in targets:
+        by_module = pattern_value(others, target.module, target.spec.parameter)
+        found[target.parameter] = pattern.get(target.parameter, by_module)
     return {parameter: value for parameter, value in found.items() if value is not None}

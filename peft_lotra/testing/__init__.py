@@ -1,4 +1,4 @@
-"""Tests for KAN layers: `KANLayerTests`, the dense oracle, and `python -m peft_lotra.testing module:factory`."""
+"""Tests for KAN layers: `KANLayerTests` and the dense oracle."""
 
 from .harness import KANLayerTests
 from .oracle import assert_close, assert_differs, dense_model, forget_warnings

@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..preserved import reached
+
 
 def check_numbers(**arguments: tuple[Any, float]) -> None:
     """Raise ValueError unless each argument, given by name as (value, bound), is a number that respects its bound."""
@@ -58,19 +60,14 @@ def followed(tensor: torch.Tensor) -> torch.Tensor:
 
 def check_functions(outputs: torch.Tensor) -> None:
     """Raise ValueError if outputs come from a torch.autograd.Function that torch.func does not differentiate."""
-    nodes, seen = [outputs.grad_fn], {None}
-    while nodes:
-        node: Any = nodes.pop()
-        if node not in seen:
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
-            function = getattr(type(node), "_forward_cls", None)
-            if function is not None and function.setup_context is torch.autograd.Function.setup_context:
-                raise ValueError(
-                    f"`model` computes by {function.__qualname__}, a torch.autograd.Function without `setup_context`, "
-                    "which `torch.func` does not differentiate. Layers of bitsandbytes have such functions: train "
-                    "this model by Adam"
-                )
+    for node in reached([outputs.grad_fn]):
+        function = getattr(type(node), "_forward_cls", None)
+        if function is not None and function.setup_context is torch.autograd.Function.setup_context:
+            raise ValueError(
+                f"`model` computes by {function.__qualname__}, a torch.autograd.Function without `setup_context`, "
+                "which `torch.func` does not differentiate. Layers of bitsandbytes have such functions: train "
+                "this model by Adam"
+            )
 
 
 def check_differentiable(model: nn.Module) -> None:
