@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import fluids_data
@@ -27,7 +26,6 @@ class Domain:
         y: shape: (tasks, points, outputs)
         typical: the name of the task for a base that is fitted to one task.
         known: what is known of each task without samples, scaled to [−1, 1]. shape: (tasks, numbers)
-        measured: how many points of each task seen are known, with noise; None for all of them, without.
         count: how many tasks are seen; None for all that can be.
         rates_of: the domain whose rates of Adam are taken; None for its own.
     """
@@ -37,7 +35,6 @@ class Domain:
     y: Tensor
     typical: str
     known: Tensor | None = None
-    measured: int | None = None
     count: int | None = None
     rates_of: str | None = None
 
@@ -70,15 +67,6 @@ class Split:
         of_seen = domain.y[self.seen]
         self.x, self.y = domain.x, (domain.y - of_seen.mean((0, 1))) / of_seen.std((0, 1))
         self.spread = self.y.std(1)  # shape: (tasks, outputs)
-        self.rows, self.seen_y = (
-            torch.arange(len(self.x)).expand(len(self.y), -1),
-            self.y,
-        )  # shape of rows: (tasks, points)
-        if domain.measured:
-            source = torch.Generator().manual_seed(1)
-            orders = [torch.randperm(len(self.x), generator=source)[: domain.measured] for _ in domain.names]
-            noise = torch.randn(self.y.shape, generator=source, dtype=self.y.dtype)
-            self.rows, self.seen_y = torch.stack(orders), self.y + NOISE * self.spread[:, None] * noise
 
     def samples(self, tasks: list[int], n: int, repeats: int) -> Samples:
         """The first n noisy samples, in an order that is drawn for each task and repeat."""
@@ -227,20 +215,10 @@ def liquids() -> Domain:
 
 DOMAINS: dict[str, Callable[[], Domain]] = {
     "fluids": fluids,
-    "sparse_fluids": lambda: replace(fluids(), measured=40, rates_of="fluids"),
-    **{
-        f"fluids_{count}": partial(lambda count: replace(fluids(), count=count, rates_of="fluids"), count)
-        for count in (5, 10, 20)
-    },
+    "fluids_5": lambda: replace(fluids(), count=5, rates_of="fluids"),
+    "fluids_10": lambda: replace(fluids(), count=10, rates_of="fluids"),
+    "fluids_20": lambda: replace(fluids(), count=20, rates_of="fluids"),
     "oscillators": oscillators,
     "digits": digits,
     "liquids": liquids,
-}
-TITLES = {
-    "fluids": "Fluids",
-    "sparse_fluids": "Fluids of which 40 noisy points each are known",
-    **{f"fluids_{count}": f"Fluids, {count} of which are known" for count in (5, 10, 20)},
-    "oscillators": "Oscillators",
-    "digits": "Groups of digits",
-    "liquids": "Saturated liquids",
 }
