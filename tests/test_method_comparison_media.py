@@ -64,7 +64,7 @@ def test_a_diverged_run_ends():
     task = make_task("images", {**DIGITS, "kan": "chebyshev"})
     model, objective = task.build(0), task.objective("target", 0, CPU)
     objective.metric = lambda model: float("nan")
-    marks = train_by_steps(model, objective, {"method": "full"}, 1e-2, 50, Stopwatch(CPU))
+    marks = train_by_steps(model, objective, {"method": "full"}, 1e-2, 50, Stopwatch())
     assert [(mark.step, mark.metric) for mark in marks] == [(0, None), (3, None)]
 
 

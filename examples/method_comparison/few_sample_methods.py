@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import geometric_mean, median
@@ -27,8 +27,6 @@ class Sizes:
     Attributes:
         samples: numbers of samples of a new task.
         repeats: draws of them, for tasks of validation and for those reported.
-        rates: of Adam on the tasks seen. The three in the middle are tried, and more while the best is at an edge.
-        tuning: the part of the seconds with which rates are tried, by Adam alone.
         widths: standard deviations of the prior of a network's numbers, for Levenberg–Marquardt.
         vectors: of the basis of gappy POD.
         iterations: of Levenberg–Marquardt.
@@ -36,28 +34,26 @@ class Sizes:
 
     samples: tuple[int, ...] = (1, 2, 3, 5, 10, 20, 50)
     repeats: tuple[int, int] = (1, 3)
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    tuning: float = 0.2
     widths: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
     vectors: tuple[int, ...] = (2, 3, 5, 8, 12, 20, 30)
     iterations: int = 10
 
 
-SMOKE = Sizes((1, 3), (1, 1), (3e-3, 1e-2, 3e-2), 0.5, (0.01, 0.1), (2, 3), 2)
+SMOKE = Sizes((1, 3), (1, 1), (0.01, 0.1), (2, 3), 2)
 
 
 class Lab:
-    """A split, what was learned from its tasks, and the rates for it."""
+    """A split, and what was learned from its tasks."""
 
-    def __init__(self, split: Split, sizes: Sizes, seconds: models.Seconds, rates: Mapping[str, float]) -> None:
-        self.split, self.sizes, self.seconds, self.rates = split, sizes, seconds, rates
+    def __init__(self, split: Split, sizes: Sizes, seconds: models.Seconds) -> None:
+        self.split, self.sizes, self.seconds = split, sizes, seconds
         self.models: dict[str, tuple[Any, float]] = {}
 
     def once(self, name: str) -> Any:
         """What is learned from the tasks seen."""
         if name not in self.models:
             start, what = time.process_time(), ONCE[name]
-            found = what.learn(self.split, rate=self.rates.get(what.rate, 1e-2), seconds=self.seconds)
+            found = what.learn(self.split, rate=self.split.domain.rates.get(what.rate, 1e-2), seconds=self.seconds)
             self.models[name] = found, time.process_time() - start
         return self.models[name][0]
 
@@ -171,7 +167,7 @@ class WeightFit(Fit):
 
 
 class Once(NamedTuple):
-    """What is learned from the tasks seen, and under which name its rate is tuned."""
+    """What is learned from the tasks seen, and under which name the domain has its rate."""
 
     rate: str
     learn: Callable[..., Any]
@@ -245,15 +241,6 @@ def choices(lab: Lab, learned: Learned, fit: Fit, n: int) -> dict[float, float]:
         errors = lab.split.errors(samples.tasks, fit.run(lab, learned, samples, setting))
         found[setting] = geometric_mean(errors.clamp(1e-6, 100).tolist())
     return found
-
-
-def validated(lab: Lab, method: Method) -> float:
-    """The geometric mean of the errors of the tasks of validation at a few and some more samples."""
-    fit, learned = method.fit(), lab.learned(method)
-    fit.prepare(lab, learned)
-    return geometric_mean(
-        min(choices(lab, learned, fit, n).values()) for n in lab.sizes.samples[2:5:2] or lab.sizes.samples[-1:]
-    )
 
 
 def solve(lab: Lab, method: Method) -> dict[str, Any]:

@@ -4,8 +4,7 @@
     python examples/method_comparison/few_samples.py --domains fluids --splits 1
     python examples/method_comparison/few_samples.py --smoke
 
-Every domain, split and method is a line of results/few_samples.jsonl; so are the rates that were tried, on tasks that
-are not reported. Tables and pictures come from `report.py`.
+Every domain, split and method is a line of results/few_samples.jsonl. Tables and pictures come from `report.py`.
 """
 
 from __future__ import annotations
@@ -19,30 +18,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from few_sample_methods import METHODS, ONCE, SMOKE, Lab, Sizes, solve, validated
+from few_sample_methods import METHODS, ONCE, SMOKE, Lab, Sizes, solve
 from few_sample_tasks import DOMAINS, FOLDS, Split
-from jobs import Job, Line, do_missing, environment, new_arguments, place, read_lines, rounded
-
-
-def tuned(split: Split, rate: str, sizes: Sizes, seconds: float) -> Line:
-    """The middle rates, then those beyond the best until it is not at an edge; each on the tasks of validation."""
-    method = next(m for m in METHODS.values() if m.once and ONCE[m.once].rate == rate)
-    tried: dict[float, float] = {}
-    ladder, low, high = sizes.rates, len(sizes.rates) // 2 - 1, len(sizes.rates) // 2 + 1
-    while True:
-        for value in ladder[low : high + 1]:
-            if value not in tried:
-                tried[value] = validated(Lab(split, sizes, (seconds * sizes.tuning, 0.0), {rate: value}), method)
-        best = ladder.index(min(tried, key=lambda value: tried[value]))
-        wider = max(0, min(low, best - 1)), min(len(ladder) - 1, max(high, best + 1))
-        if wider == (low, high):
-            return {"tried": {f"{value:g}": rounded(error) for value, error in sorted(tried.items())}}
-        low, high = wider
-
-
-def chosen_rates(path: Path, domain: str) -> dict[str, float]:
-    lines = [line for line in read_lines(path) if (line["domain"], line["split"]) == (domain, "rate")]
-    return {line["method"]: float(min(line["tried"], key=line["tried"].get)) for line in lines}
+from jobs import Job, Line, do_missing, environment, new_arguments, place, rounded
 
 
 def solved(lab: Lab, label: str) -> Line:
@@ -53,14 +31,14 @@ def solved(lab: Lab, label: str) -> Line:
     return {
         **found,
         "once_seconds": rounded(lab.models[once][1]) if once else 0,
-        "rate": lab.rates.get(ONCE[once].rate) if once else None,
+        "rate": lab.split.domain.rates.get(ONCE[once].rate) if once else None,
         "tasks": [lab.split.domain.names[task] for task in lab.split.unseen],
         "environment": environment(),
     }
 
 
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """For each domain the search for rates, and then every method on every split."""
+    """Every method on every split of each domain."""
     sizes = SMOKE if args.smoke else Sizes()
     for name in args.domains:
         if name == "liquids" and find_spec("chemicals") is None:
@@ -68,13 +46,8 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
             continue
         domain = DOMAINS[name]()
         used = [label for label in args.methods if METHODS[label].fits(domain)]
-        rates = dict.fromkeys(ONCE[METHODS[label].once].rate for label in used if METHODS[label].once)
-        for rate in rates if not domain.rates_of else ():
-            names = {"domain": name, "split": "rate", "method": rate}
-            yield names, partial(tuned, Split(domain, 1), rate, sizes, args.seconds)
-        chosen = chosen_rates(args.results, domain.rates_of or name)
         for number in args.splits:
-            lab = Lab(Split(domain, number), sizes, (args.seconds / 3, args.seconds * 2 / 3), chosen)
+            lab = Lab(Split(domain, number), sizes, (args.seconds / 3, args.seconds * 2 / 3))
             for label in used:
                 yield {"domain": name, "split": number, "method": label}, partial(solved, lab, label)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from compared_methods import (
     FROM_SCRATCH,
     apply_method,
@@ -18,7 +16,7 @@ from compared_methods import (
     trainable,
 )
 from experiments import Run, digest
-from jobs import Line
+from jobs import Line, environment
 from measuring import peak_bytes
 from objectives import Objective
 from reporting import write_atomically
@@ -35,8 +33,8 @@ BASE_SEED = 7_000  # added for the points of a base, so that they are not those 
 
 def perform(run: Run, bases: Path) -> Line:
     """The result of a run, and a base below `bases` if it is not there yet."""
-    device, task = Accelerator().device, run.make_task()
-    objective, watch = task.objective("target", run.seed, device), Stopwatch(device)
+    device, task = torch.device("cpu"), run.make_task()
+    objective, watch = task.objective("target", run.seed, device), Stopwatch()
     method, fresh = run.method, task.build(run.seed)
     coefficients = count_coefficients(fresh, task, method)
     if "width" in method:
@@ -58,7 +56,7 @@ def perform(run: Run, bases: Path) -> Line:
         "trainable": trainable(model),
         "stored": stored(model),
         "marks": [(step, round(seconds, 4), rounded(metric)) for step, seconds, metric in marks],
-        "environment": environment(device),
+        "environment": environment(),
     }
     if run.seed == MEASURED_SEED:
         result["step_bytes"] = bytes_of_a_step(model, objective, method)
@@ -100,15 +98,10 @@ def trained_base(run: Run, bases: Path, device: torch.device) -> nn.Module:
     if path.exists():
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return model
-    objective, watch = task.objective("base", run.seed + BASE_SEED, device), Stopwatch(device)
+    objective, watch = task.objective("base", run.seed + BASE_SEED, device), Stopwatch()
     *_, last = train_by_steps(model, objective, {"method": "full"}, task.base_lr, task.base_steps, watch)
     if last.metric is None:
         raise ValueError(f"the base of {run.settings} has diverged: lower `base_lr`, {task.base_lr}")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda partial: torch.save(model.state_dict(), partial))
     return model
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    kind = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return {"torch": torch.__version__, "device": f"{device.type}, {kind}"}

@@ -41,16 +41,12 @@ FAMILY_CASES = {
     "elliptic, width 64": "Poisson, width 64", "elliptic, width 128": "Poisson, width 128",
 }  # fmt: skip
 ANGLE_ROWS = {
-    "family, as it is": ("family, core", 0),
-    "family, core": ("family, core", 1),
+    "family, as it is": ("family, core", 0), "family, core": ("family, core", 1),
     "family, angle unknown: one number": ("family, unknown parameter", 1),
-    "angle as an input, as it is": ("rival", 0),
-    "angle as an input, everything": ("rival", 1),
-    "base, as it is": ("full", 0),
-    "LoTRA from the base": ("LoTRA alone", 1),
-    "LoRA from the base": ("LoRA alone", 1),
+    "angle as an input, as it is": ("rival", 0), "angle as an input, everything": ("rival", 1),
+    "base, as it is": ("full", 0), "LoTRA from the base": ("LoTRA alone", 1), "LoRA from the base": ("LoRA alone", 1),
     "everything from the base": ("full", 1),
-}
+}  # fmt: skip
 FLUIDS = (
     "family, code of 3", "family, code of 5", "family, code of 5, then its core", "GEPS, code of 8",
     "code as inputs, 5", "learned basis, 16", "known input, everything, LM", "Gaussian process", "gappy POD",
@@ -69,26 +65,16 @@ DIGITS = {
     "images_wide": {"": "a million"},
 }  # fmt: skip
 DIGIT_ROWS = {
-    "from scratch, Adam": "from scratch",
-    "full, Adam": "full",
-    "full, LM": "full, LM",
-    "LoTRA, Adam": "LoTRA 1/10",
-    "LoTRA, SOAP": "LoTRA 1/10, SOAP",
-    "LoTRA, aligned, LM": "LoTRA 1/10, gradient, LM",
-    "LoRA, Adam": "LoRA 1/10",
-    "LoRA, SOAP": "LoRA 1/10, SOAP",
-    "LoRA, LM": "LoRA 1/10, LM",
-}
+    "from scratch, Adam": "from scratch", "full, Adam": "full", "full, LM": "full, LM",
+    "LoTRA, Adam": "LoTRA 1/10", "LoTRA, SOAP": "LoTRA 1/10, SOAP", "LoTRA, aligned, LM": "LoTRA 1/10, gradient, LM",
+    "LoRA, Adam": "LoRA 1/10", "LoRA, SOAP": "LoRA 1/10, SOAP", "LoRA, LM": "LoRA 1/10, LM",
+}  # fmt: skip
 TEXT_ROWS = {
-    "from scratch": "from scratch",
-    "full": "full",
-    "full, SOAP": "full, SOAP",
-    "LoTRA 1/10, KAN layers": "LoTRA 1/10",
-    "LoTRA 1/10, KAN layers, SOAP": "LoTRA 1/10, SOAP",
-    "LoTRA 1/10, all linear": "LoTRA 1/10, all linear",
-    "LoTRA 1/4, all linear": "LoTRA 1/4, all linear",
+    "from scratch": "from scratch", "full": "full", "full, SOAP": "full, SOAP",
+    "LoTRA 1/10, KAN layers": "LoTRA 1/10", "LoTRA 1/10, KAN layers, SOAP": "LoTRA 1/10, SOAP",
+    "LoTRA 1/10, all linear": "LoTRA 1/10, all linear", "LoTRA 1/4, all linear": "LoTRA 1/4, all linear",
     "LoRA, all linear": "LoRA on all linear, target_parameters",
-}
+}  # fmt: skip
 
 
 def short(value: float) -> str:

@@ -26,24 +26,17 @@ class Mark(NamedTuple):
 
 
 class Stopwatch:
-    """Seconds while it runs: the process's own work on the CPU, which others on the machine hardly change, and those
-    of the wall on an accelerator."""
+    """Seconds while it runs, of the process's own work on the CPU, which others on the machine hardly change."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, 0.0
+    def __init__(self) -> None:
+        self.seconds = 0.0
 
     def __enter__(self) -> Stopwatch:
-        self._start = self._now()
+        self._start = time.process_time()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.seconds += self._now() - self._start
-
-    def _now(self) -> float:
-        if self.device.type == "cpu":
-            return time.process_time()
-        torch.accelerator.synchronize()
-        return time.perf_counter()
+        self.seconds += time.process_time() - self._start
 
 
 def measured(model: nn.Module, objective: Objective) -> float | None:
