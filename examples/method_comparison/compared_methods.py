@@ -4,43 +4,36 @@ from __future__ import annotations
 
 import copy
 import importlib
-import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from objectives import Objective
-from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from tasks import Task
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_lotra import LoTRAConfig, create_lotra_optimizer, initialize_lotra_weights, slim_kan
+from peft_lotra import LoTRAConfig, create_lotra_optimizer, initialize_lotra_weights
 from peft_lotra.analysis import effective_coefficients
 from peft_lotra.targets.resolve import resolve_targets
 
 Settings = Mapping[str, Any]
-INITIALISATIONS = ("random", "gradient", "gradient_hosvd")
+INITIALISATIONS = ("random", "gradient_hosvd")
 GRADIENT_BATCHES = 4  # from which the gradient of an initialisation is taken
-HIGHEST_RANK = 64  # that is tried for PEFT's own methods
+HIGHEST_RANK = 64  # that is tried for PEFT's LoRA
 
 # Settings that every method may have, and those of single methods.
-COMMON = ("method", "optimizer", "weight_decay", "lr", "lr_of", "steps", "cases")
-RANKS = ("ratio", "r", "rank_pattern")
+COMMON = ("method", "optimizer", "weight_decay", "lr", "steps")
+RANKS = ("ratio", "r")
 METHODS: dict[str, tuple[str, ...]] = {
     "full": (),
     "scratch": ("width",),  # of a smaller KAN, with as many numbers as an adapter
-    "last_layer": (),
-    "base_weights": (),
-    "lotra": (*RANKS, "layers", "freeze_factors", "alpha", "init", "lr_rule", "orthonormal"),
-    "slim": (*RANKS, "lr_rule", "orthonormal"),
+    "lotra": (*RANKS, "layers", "init", "orthonormal"),
     "lora": ("ratio",),
     "lora_parameters": ("ratio", "layers"),
-    "loha": ("ratio",),
-    "lokr": ("ratio",),
 }
-FROM_SCRATCH = ("scratch", "slim")  # those that use no base
+FROM_SCRATCH = ("scratch",)  # those that use no base
 LAYERS = ("kan", "all-linear")
 # By name: where the class is. Levenberg–Marquardt is `fit_gauss_newton`.
 FIRST_ORDER = {"adam": "torch.optim:Adam", "soap": "pytorch_optimizer:SOAP"}
@@ -100,9 +93,9 @@ def optimizer_of(model: nn.Module, settings: Settings, lr: float) -> torch.optim
     """The method's optimizer on what is trainable, with its own defaults but without weight decay."""
     module, name = FIRST_ORDER[settings.get("optimizer", "adam")].split(":")
     optimizer_cls = getattr(importlib.import_module(module), name)
-    if settings["method"] in ("lotra", "slim"):
-        others = {key: settings[key] for key in ("lr_rule", "orthonormal") if key in settings}
-        return create_lotra_optimizer(model, optimizer_cls, lr=lr, weight_decay=0.0, **others)
+    if settings["method"] == "lotra":
+        orthonormal = settings.get("orthonormal", False)
+        return create_lotra_optimizer(model, optimizer_cls, lr=lr, weight_decay=0.0, orthonormal=orthonormal)
     return optimizer_cls([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
 
 
@@ -110,45 +103,11 @@ def _everything(model: nn.Module, *_: Any) -> nn.Module:
     return model
 
 
-def _only(model: nn.Module, chosen: Callable[[str], bool], what: str) -> nn.Module:
-    names = {name for name, p in model.named_parameters() if p.requires_grad and chosen(name)}
-    if not names:
-        raise ValueError(f"this model has no {what} to train")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
-    return model
-
-
-def _last_layer(model: nn.Module, settings: Settings, task: Task, *_: Any) -> nn.Module:
-    """The last KAN layer, its coefficients and the rest."""
-    *_, last = effective_coefficients(model, task.coefficients(model))
-    layer = last.removesuffix(_suffix(last, task.coefficients(model)))
-    return _only(model, lambda name: name.startswith(layer), "last layer")
-
-
-def _suffix(name: str, coefficients: Settings) -> str:
-    """What of a coefficient's name is within its layer."""
-    return next((suffix for suffix in coefficients if name.endswith(suffix)), name.rpartition(".")[2])
-
-
-def _base_weights(model: nn.Module, settings: Settings, task: Task, *_: Any) -> nn.Module:
-    """Everything but the coefficients: residual weights, biases, norms."""
-    coefficients = effective_coefficients(model, task.coefficients(model))
-    return _only(model, lambda name: name not in coefficients, "weights beside its coefficients")
-
-
-def _ranks(settings: Settings) -> dict[str, Any]:
-    ranks = {key: settings[key] for key in ("r", "rank_pattern") if key in settings}
-    return ranks or {"compression_ratio": settings["ratio"]}
-
-
-def _lotra(model: nn.Module, settings: Settings, task: Task, objective: Objective, *_: Any) -> nn.Module:
-    ranks = _ranks(settings)
-    others = {key: settings[key] for key in ("alpha", "freeze_factors") if key in settings}
+def _lotra(model: nn.Module, settings: Settings, task: Task, objective: Objective) -> nn.Module:
+    options = {"r": settings["r"]} if "r" in settings else {"compression_ratio": settings["ratio"]}
     if settings.get("layers") == "all-linear":
-        others["target_modules"] = "all-linear"
-    config = LoTRAConfig(coefficients=task.coefficients(model), **others, **ranks)
-    adapted = get_peft_model(model, config)
+        options["target_modules"] = "all-linear"
+    adapted = get_peft_model(model, LoTRAConfig(coefficients=task.coefficients(model), **options))
     method = settings.get("init", "random")
     if method != "random":
 
@@ -158,16 +117,6 @@ def _lotra(model: nn.Module, settings: Settings, task: Task, objective: Objectiv
 
         initialize_lotra_weights(adapted, train_step, method=method, progressbar=False)
     return adapted
-
-
-def _slim(model: nn.Module, settings: Settings, task: Task, objective: Objective, *_: Any) -> nn.Module:
-    coefficients = effective_coefficients(model, task.coefficients(model))
-    # What is not a coefficient is trained as in the dense KAN.
-    others = [p for name, p in model.named_parameters() if p.requires_grad and name not in coefficients]
-    slim = slim_kan(model, coefficients=task.coefficients(model), **_ranks(settings))
-    for parameter in others:
-        parameter.requires_grad_(True)
-    return slim
 
 
 def _lora_parameters(model: nn.Module, settings: Settings, task: Task, *_: Any) -> nn.Module:
@@ -192,45 +141,28 @@ def _lora_parameters(model: nn.Module, settings: Settings, task: Task, *_: Any) 
     return adapted(model, r)
 
 
-def _on_modules(
-    config_class: type, alpha: str, variants: Sequence[dict[str, Any]] = ({},)
-) -> Callable[..., nn.Module]:
-    """A PEFT method of matrices on the modules whose weights are coefficients, in the variant that uses most of the
-    budget."""
+def _lora(model: nn.Module, settings: Settings, task: Task, *_: Any) -> nn.Module:
+    """PEFT's LoRA on the modules whose weights are coefficients."""
+    coefficients = effective_coefficients(model, task.coefficients(model))
+    modules = {name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0]) for name in coefficients}
+    if refused := [name for name, module in modules.items() if not isinstance(module, nn.Linear | nn.Conv2d)]:
+        raise ValueError(
+            f"the method {settings['method']!r} needs coefficients that are weights of nn.Linear or nn.Conv2d; "
+            f"{refused[0]} is a {type(modules[refused[0]]).__name__}"
+        )
+    budget = settings["ratio"] * sum(A.numel() for A in coefficients.values())
+    limits = {name: min(HIGHEST_RANK, *module.weight.flatten(1).shape) for name, module in modules.items()}
 
-    def apply(model: nn.Module, settings: Settings, task: Task, *_: Any) -> nn.Module:
-        coefficients = effective_coefficients(model, task.coefficients(model))
-        modules = {name.rpartition(".")[0]: model.get_submodule(name.rpartition(".")[0]) for name in coefficients}
-        if refused := [name for name, module in modules.items() if not isinstance(module, nn.Linear | nn.Conv2d)]:
-            raise ValueError(
-                f"the method {settings['method']!r} needs coefficients that are weights of nn.Linear or nn.Conv2d; "
-                f"{refused[0]} is a {type(modules[refused[0]]).__name__}"
-            )
-        budget = settings["ratio"] * sum(A.numel() for A in coefficients.values())
-        limits = {name: min(HIGHEST_RANK, *module.weight.flatten(1).shape) for name, module in modules.items()}
+    def config(ranks: dict[str, int]) -> LoraConfig:
+        # alpha = r: the update is not scaled, as LoTRA's is not.
+        pattern = {"rank_pattern": ranks, "alpha_pattern": ranks, "target_modules": list(ranks)}
+        return LoraConfig(r=max(ranks.values()), lora_alpha=max(ranks.values()), **pattern)
 
-        def config(variant: Settings, ranks: dict[str, int]) -> Any:
-            # alpha = r: the update is not scaled, as LoTRA's is not.
-            pattern = {"rank_pattern": ranks, "alpha_pattern": ranks, "target_modules": list(ranks)}
-            return config_class(r=max(ranks.values()), **{alpha: max(ranks.values())}, **pattern, **variant)
+    def cost(name: str, r: int) -> int:
+        one = nn.ModuleDict({"layer": copy.deepcopy(modules[name])})
+        return trainable(get_peft_model(one, config({"layer": r})))
 
-        best: tuple[bool, int, Any] | None = None
-        for variant in variants:
-
-            @cache
-            def cost(name: str, r: int, variant: Settings = variant) -> int:
-                # Built and counted: LoKr's sizes do not follow a simple formula.
-                one = nn.ModuleDict({"layer": copy.deepcopy(modules[name])})
-                return trainable(get_peft_model(one, config(variant, {"layer": r})))
-
-            ranks = ranks_within(budget, limits, cost)
-            total = sum(cost(name, r) for name, r in ranks.items())
-            key = (total <= budget, total if total <= budget else -total)
-            if best is None or key > best[:2]:
-                best = *key, config(variant, ranks)
-        return get_peft_model(model, best[2])
-
-    return apply
+    return get_peft_model(model, config(ranks_within(budget, limits, cost)))
 
 
 def ranks_within(budget: float, limits: Mapping[str, int], cost: Callable[[str, int], int]) -> dict[str, int]:
@@ -263,20 +195,10 @@ def stored(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in get_peft_model_state_dict(model).values())
 
 
-def above_budget(model: nn.Module, settings: Settings, coefficients: int) -> bool:
-    """Whether not even the lowest ranks have fitted into the budget. A Slim KAN's is that of its factors alone."""
-    return settings["method"] not in FROM_SCRATCH and trainable(model) > settings.get("ratio", math.inf) * coefficients
-
-
-_APPLY = {
+_APPLY: dict[str, Callable[..., nn.Module]] = {
     "full": _everything,
     "scratch": _everything,
-    "last_layer": _last_layer,
-    "base_weights": _base_weights,
     "lotra": _lotra,
-    "slim": _slim,
-    "lora": _on_modules(LoraConfig, "lora_alpha"),
+    "lora": _lora,
     "lora_parameters": _lora_parameters,
-    "loha": _on_modules(LoHaConfig, "alpha"),
-    "lokr": _on_modules(LoKrConfig, "alpha", [{"decompose_factor": factor} for factor in (-1, 8, 4, 2)]),
 }

@@ -1,177 +1,114 @@
-"""The pictures of an experiment: courses, finals, ratios and spectra. What they leave out, the tables have."""
+"""The pictures of the pages: each method has one colour, and each optimizer one marker, in all of them."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from math import inf, isfinite, nan
-from statistics import median
+from collections.abc import Sequence
+from math import ceil, isfinite
+from statistics import median, quantiles
 
+from found import CORE, FAMILY_ENTRIES, LORA, QUARTER, SMALL, Family, FewSamples, Run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pdes import PDES
-from pictures import band, by_step, plain_log
-from rows import Case, Row
+from pictures import by_step, plain_log
 
-COLUMNS = 3  # panels of a row
-LINES = 6  # of a panel with courses
-SLOWER = 4  # from this ratio of seconds on, the axis of seconds is logarithmic
-LEAST_SHARE = 0.01  # of the spectra; below it a layer has no more directions
-
-
-def panels(count: int, height: float = 3.2, **options: bool) -> tuple[Figure, list[Axes]]:
-    """A figure that is no wider than a page, with so many panels."""
-    columns = min(COLUMNS, count) if count != 4 else 2
-    rows = -(-count // columns)
-    figure = Figure(figsize=(max(7.5, 3.7 * columns), 0.8 + height * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flat)
-    for ax in axes[count:]:
-        ax.axis("off")
-    for ax in axes[:count]:
-        ax.grid(alpha=0.3)
-    return figure, axes[:count]
-
-
-def titles(figure: Figure, axes: Sequence[Axes], cases: Sequence[Case]) -> None:
-    figure.suptitle(cases[0].experiment.title)
-    for ax, case in zip(axes, cases, strict=True):
-        family, _, rest = case.name.partition(", ")
-        name = PDES[family].title if family in PDES else family
-        ax.set_title(", ".join(filter(None, (name, rest))))
-        if ax.get_subplotspec().is_first_col():
-            ax.set_ylabel(case.task.metric)
-
-
-def legend(figure: Figure, axes: Sequence[Axes], columns: int = 3) -> None:
-    """One below all panels, of what any of them has."""
-    handles = {label: h for ax in axes for h, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=9)
-
-
-def drawn(case: Case) -> list[tuple[str, Row]]:
-    """The rows that the pictures of the experiment have."""
-    labels = case.experiment.drawn or list(case.experiment.methods)
-    return [(label, case.rows[label]) for label in labels if label in case.rows]
-
-
-def clock(case: Case) -> str:
-    return "CPU seconds" if "cpu" in case.reference.results[0]["environment"]["device"] else "seconds"
-
-
-def numbers(case: Case, values: Sequence[float | None]) -> list[float]:
-    """What diverged is worst."""
-    worst = -inf if case.task.higher_is_better else inf
-    return [worst if value is None else value for value in values]
-
-
-def courses(cases: Sequence[Case]) -> Figure:
-    """The metric over seconds: medians over the seeds, with their range."""
-    figure, axes = panels(len(cases))
-    titles(figure, axes, cases)
-    shown = list(dict.fromkeys(label for case in cases for label, _ in drawn(case)[:LINES]))
-    for ax, case in zip(axes, cases, strict=True):
-        last = []
-        for label, row in drawn(case)[:LINES]:
-            marks = [[(k, s, *numbers(case, [m])) for k, s, m in result["marks"]] for result in row.results]
-            times, values = by_step(marks)
-            band(ax, times, values, label, f"C{shown.index(label) % 10}")  # a method has one colour in all panels
-            last.append(times[-1])
-        if case.zero_shot is not None:
-            zero = median(result["zero_shot"] for result in case.reference.results)
-            ax.axhline(zero, color="0.5", ls=":", label="zero-shot")
-        if min(last) > 0 and max(last) > SLOWER * min(last):
-            ax.set_xscale("symlog", linthresh=min(last) / 3, linscale=0.5)
-            ax.set_xlim(left=0)
-            ticks = [0, *(part * 10.0**k for k in range(-2, 5) for part in (1, 3))]
-            ticks = [tick for tick in ticks if not 0 < tick < min(last) / 3 and tick <= max(last)]
-            ax.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
-            ax.minorticks_off()
-        if not case.task.higher_is_better:
-            ax.set_yscale("log")
-            plain_log(ax.yaxis)
-        ax.set_xlabel(clock(case))
-    legend(figure, axes)
-    return figure
-
-
-def finals(cases: Sequence[Case]) -> Figure:
-    """The last metric of every method: median and range over the seeds, beside the reference."""
-    labels = [label for label in cases[0].experiment.drawn or cases[0].experiment.methods]
-    figure, axes = panels(len(cases), height=0.8 + 0.21 * len(labels), sharey=True)
-    titles(figure, axes, cases)
-    for ax, case in zip(axes, cases, strict=True):
-        ax.axvline(case.middle(case.reference.finals), color="0.3", ls=":", label=case.reference.label)
-        for label, row in drawn(case):
-            values, place = [v for v in row.finals if v is not None], len(labels) - labels.index(label)
-            colour, kind = ("C0", "LoTRA") if label.startswith("LoTRA") else ("C1", "other methods")
-            colour, kind = ("0.3", None) if row is case.reference else (colour, kind)
-            if values:
-                ax.hlines(place, min(values), max(values), color=colour, alpha=0.35, lw=5, label=kind)
-                ax.plot(case.middle(row.finals), place, "|", color=colour, ms=11, mew=2.5)
-        ax.set_yticks(range(len(labels), 0, -1), labels=labels, fontsize=9)
-        if not case.task.higher_is_better:
-            ax.set_xscale("log")
-            plain_log(ax.xaxis)
-        ax.set(xlabel=case.task.metric, ylabel=None)
-    legend(figure, axes)
-    return figure
-
-
-def ratios(cases: Sequence[Case]) -> Figure:
-    """The last metric over the trained numbers: median and range, a line for what differs in nothing else."""
-    figure, axes = panels(len(cases))
-    titles(figure, axes, cases)
-    for ax, case in zip(axes, cases, strict=True):
-        series: dict[str, list[Row]] = {}
-        for label, row in drawn(case):
-            if row is not case.reference:
-                series.setdefault(re.sub(r" \d+/\d+", "", label), []).append(row)
-        for k, (name, rows) in enumerate(series.items()):
-            rows = sorted(rows, key=lambda row: row.trainable)
-            known = [[v for v in row.finals if v is not None] or [nan] for row in rows]
-            middle = [median(numbers(case, row.finals)) for row in rows]
-            middle = [m if isfinite(m) else nan for m in middle]
-            x = [row.trainable * 1.04 ** (k - (len(series) - 1) / 2) for row in rows]  # side by side
-            ax.vlines(x, [min(v) for v in known], [max(v) for v in known], color=f"C{k}", alpha=0.4, lw=3)
-            ax.plot(x, middle, "o-", ms=5, color=f"C{k}", label=name)
-        values = [v for v in case.reference.finals if v is not None]
-        ax.axhline(case.middle(case.reference.finals), color="0.3", ls="--", label=case.reference.label)
-        ax.axhspan(min(values), max(values), color="0.3", alpha=0.1, lw=0)
-        ax.set_xscale("log")
-        plain_log(ax.xaxis)
-        if not case.task.higher_is_better:
-            ax.set_yscale("log")
-            plain_log(ax.yaxis)
-        ax.set_xlabel("trained numbers")
-    legend(figure, axes)
-    return figure
-
-
-def spectra(cases: Sequence[Case]) -> Figure:
-    """The singular values of the reference's updates, unfolded along the modes, over the greatest of each: a panel for
-    a layer, medians over cases and seeds with their range."""
-    found = [result["spectra"] for case in cases for result in case.reference.results if "spectra" in result]
-    layers = list(zip(*found, strict=True))
-    figure, axes = panels(max(1, len(layers)), sharey=True)
-    figure.suptitle(f"{cases[0].experiment.title}: the update of “{cases[0].reference.label}”")
-    # Of different widths: where two lines coincide, both are seen.
-    styles = {"inputs": ("-", 5, "C0"), "outputs": ("-", 2, "C1"), "basis functions": (":", 2.5, "k")}
-    for number, (ax, runs) in enumerate(zip(axes, layers, strict=False), start=1):
-        for (mode, (style, width, colour)), of_mode in zip(styles.items(), zip(*runs, strict=True), strict=True):
-            shares = list(zip(*([s / values[0] for s in values] for values in of_mode), strict=True))
-            places = range(1, len(shares) + 1)
-            ax.plot(places, [median(v) for v in shares], style, lw=width, color=colour, label=mode)
-            ax.fill_between(places, [min(v) for v in shares], [max(v) for v in shares], color=colour, alpha=0.15, lw=0)
-            if len(shares) == 1:
-                ax.plot(1, 1, "o", color=colour, ms=width + 2)
-        ax.set(title=f"layer {number}", xlabel="number of the singular value", yscale="log", ylim=(LEAST_SHARE, 1.3))
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        plain_log(ax.yaxis)
-    axes[0].set_ylabel("singular value / the greatest")
-    legend(figure, axes)
-    return figure
-
-
-PICTURES: dict[str, Callable[[Sequence[Case]], Figure]] = {
-    "courses": courses, "finals": finals, "ratios": ratios, "spectra": spectra,
+COLOURS = {
+    "family": "C3", "core": "C1", "LoTRA": "C0", "full": "0.2", "from scratch": "0.6", "small KAN": "C5", "LoRA": "C2",
+    "input": "C4", "basis": "C8", "other": "C9",
 }  # fmt: skip
+MARKERS = {"Adam": "o", "SOAP": "^", "LM": "s"}
+PDE_LABELS = {
+    SMALL: ("small KAN", "LM"), "from scratch, LM": ("from scratch", "LM"),
+    "full, Adam": ("full", "Adam"), "full, SOAP": ("full", "SOAP"), "full, LM": ("full", "LM"),
+    "LoTRA 1/10, Adam": ("LoTRA", "Adam"), "LoTRA 1/10, SOAP": ("LoTRA", "SOAP"), "LoTRA 1/10, LM": ("LoTRA", "LM"),
+    QUARTER: ("LoTRA", "LM"), LORA: ("LoRA", "SOAP"), CORE: ("core", "LM"),
+}  # fmt: skip
+FAMILY_COLOURS = {
+    "family, as it is": "family", "family, core": "core", "adapter, LM": "LoTRA", "adapter, LM, more points": "LoTRA",
+    "everything, LM": "full", "everything, Adam": "full", "input, as it is": "input", "input, 1 iteration": "input",
+    "diagonals, 5 iterations": "other", "16 KANs combined": "basis",
+}  # fmt: skip
+FEW_LABELS = {
+    "family, code of 5": ("family", "-"), "family, code of 5, then its core": ("core", "-"),
+    "GEPS, code of 8": ("other", "--"), "code as inputs, 5": ("input", "--"), "learned basis, 16": ("basis", "--"),
+    "gappy POD": ("basis", ":"), "pooled, own adapter, LM": ("LoTRA", "--"),
+    "pooled, everything, LM": ("full", "--"), "from scratch, LM": ("from scratch", ":"),
+}  # fmt: skip
+
+
+def range_of(axes: Axes, x: float, values: Sequence[float], colour: str, marker: str, label: str) -> None:
+    """A marker at the median, and a bar over the range."""
+    axes.vlines(x, min(values), max(values), color=colour, alpha=0.4, lw=3)
+    axes.plot(x, median(values), marker, color=colour, ms=6, label=label, ls="none")
+
+
+def draw_pdes(found: dict[str, dict[str, list[Run]]]) -> Figure:
+    """A row for each PDE: the error over the trained numbers, and its course over CPU seconds."""
+    figure = Figure(figsize=(10.5, 3.1 * len(found) + 0.8), layout="constrained")
+    for (left, right), (name, by_label) in zip(figure.subplots(len(found), 2), found.items(), strict=True):
+        for label, (method, optimizer) in PDE_LABELS.items():
+            runs, colour = by_label.get(label, []), COLOURS[method]
+            if runs:
+                marker = "D" if label == QUARTER else MARKERS[optimizer]
+                range_of(left, runs[0].trained, [run.metric for run in runs], colour, marker, label)
+                times, values = by_step([run.course for run in runs])
+                middle = [median(of_step) for of_step in values]
+                right.plot(times, middle, f"{marker}-", color=colour, ms=3, lw=1.2)
+        left.set(xlabel="trained numbers", ylabel="relative L2 error", title=name, xlim=(250, 14000))
+        right.set(xlabel="CPU seconds", title=name, xlim=(0.1, None))
+        for axes in (left, right):
+            axes.set(xscale="log", yscale="log")
+            plain_log(axes.xaxis, axes.yaxis)
+            axes.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def draw_families(found: dict[str, Family]) -> Figure:
+    """Each case's errors by method: all tasks and seeds, with the median."""
+    columns = 4
+    rows = ceil(len(found) / columns)
+    figure = Figure(figsize=(3 * columns + 2.2, 2.6 * rows), layout="constrained")
+    every = figure.subplots(rows, columns, sharex=True, sharey=True)
+    shown = list(reversed(FAMILY_ENTRIES))
+    for axes, (title, family) in zip(every.flat, found.items(), strict=False):
+        for place, label in enumerate(shown):
+            errors = [error for error in family.errors(FAMILY_ENTRIES[label]) if isfinite(error)]
+            if errors:
+                colour = COLOURS[FAMILY_COLOURS[label]]
+                axes.plot(errors, [place] * len(errors), ".", color=colour, alpha=0.4)
+                axes.plot(median(errors), place, "|", color=colour, ms=14, mew=2.5)
+        axes.set_title(title, fontsize=10)
+        axes.set(xscale="log")
+        axes.set_yticks(range(len(shown)), shown, fontsize=8)
+        axes.tick_params(labelbottom=True)
+        axes.grid(alpha=0.3)
+    plain_log(every.flat[0].xaxis)
+    for axes in every.flat[len(found) :]:
+        axes.axis("off")
+    figure.supxlabel("relative L2 error")
+    return figure
+
+
+def draw_few_samples(found: dict[str, FewSamples]) -> Figure:
+    """The median over the number of samples, and the middle half of the tasks of the families."""
+    figure = Figure(figsize=(9.5, 3.2 * ceil(len(found) / 2) + 0.9), layout="constrained")
+    drawn = {}
+    for axes, (name, domain) in zip(figure.subplots(ceil(len(found) / 2), 2).flat, found.items(), strict=True):
+        counts = [int(n) for n in domain.lines[0]["samples"]]
+        for method, (kind, style) in FEW_LABELS.items():
+            if method in domain.methods:
+                middle = [domain.median(method, n) for n in counts]
+                (drawn[method],) = axes.plot(counts, middle, f"o{style}", color=COLOURS[kind], ms=4)
+                if method.startswith("family"):
+                    low, _, high = zip(*(quantiles(domain.errors(method, n)) for n in counts), strict=True)
+                    axes.fill_between(counts, low, high, color=COLOURS[kind], alpha=0.15, lw=0)
+        axes.set(xscale="log", xlabel="noisy samples of a new task", yscale="log", title=name)
+        axes.set_ylabel("error / spread of the task")
+        axes.set_xticks(counts, counts)
+        axes.set_xticks([], minor=True)
+        plain_log(axes.yaxis)
+        axes.grid(alpha=0.3)
+    order = [method for method in FEW_LABELS if method in drawn]
+    figure.legend([drawn[method] for method in order], order, loc="outside lower center", ncols=3, fontsize=9)
+    return figure

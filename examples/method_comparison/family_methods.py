@@ -8,21 +8,20 @@ from __future__ import annotations
 import copy
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from chebyshev_kan import ChebyshevKAN
+from compared_methods import trainable
 from family_tasks import (
     AtParameters,
     Case,
     DiagonalsAtParameters,
     DiagonalsOfParameters,
-    Exact,
     OfParameters,
     Parameters,
     solve_combination,
@@ -34,6 +33,7 @@ from pdes import PDE, Points, relative_l2_error
 from peft import PeftModel, get_peft_model
 from reporting import write_atomically
 from torch import Tensor, nn
+from training import train_by_adam
 
 from peft_lotra import LoTRAConfig, adapter_at, at_task, fit_gauss_newton
 
@@ -52,7 +52,7 @@ class Sizes:
         alone, full, adam: iterations of an adapter and of a KAN for one task by Levenberg–Marquardt, and steps of a
             KAN by Adam.
         growing: iterations of an adapter for one task; the last fifth takes more points.
-        core: iterations at a new task of the family's core, and of the nearest adapter.
+        core: iterations at a new task of the family's core.
         everything: of the KAN with parameters as inputs, at a new task.
         networks: the greater number of networks of a reduced basis.
         continued: iterations of a network that begins as one nearby.
@@ -94,8 +94,7 @@ class Lab:
 
     def kept(self, what: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `compute` returns with the CPU seconds that it took, from a file if it is there."""
-        name = self.case.variant_of if what == "base" and self.case.variant_of else self.name
-        path = self.folder / f"{name.replace(', ', '_').replace(' ', '_')}_seed{self.seed}_{what}.pt"
+        path = self.folder / f"{self.name.replace(', ', '_').replace(' ', '_')}_seed{self.seed}_{what}.pt"
         if not path.exists():
             start = time.process_time()
             result = compute() | {"seconds": time.process_time() - start}
@@ -136,10 +135,10 @@ class Lab:
         return get_peft_model(kan, LoTRAConfig(coefficients=coefficients, **config))
 
     def tasks(self, which: Sequence[int] | None = None) -> list[tuple[Parameters, int]]:
-        """Parameters that nothing is trained on, each with a seed for its points: some, or all and those outside."""
+        """Parameters that nothing is trained on, each with a seed for its points: some, or all."""
         inside = self.case.held_out()[: self.sizes.held_out]
-        chosen = inside + self.case.outside() if which is None else [inside[k] for k in which if k < len(inside)]
-        return [(values, self.seed + 2 + (inside + self.case.outside()).index(values)) for values in chosen]
+        chosen = [k for k in range(len(inside)) if which is None or k in which]
+        return [(inside[k], self.seed + 2 + k) for k in chosen]
 
     def course(
         self, model: nn.Module, pde: PDE, iterations: int, seed: int, label: str, grows_at: float = math.inf
@@ -158,10 +157,6 @@ class Result(NamedTuple):
     online_numbers: int
     tasks: list[tuple[Parameters, Course]]
     details: dict[str, Any] = {}
-
-
-def trainable(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def family(lab: Lab) -> Result:
@@ -191,9 +186,7 @@ def family(lab: Lab) -> Result:
     model.load_state_dict(fitted["state"])
     tasks, online = [], 0
     for values, seed in lab.tasks():
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*outside of the family's range")
-            adapter_at(model, "task", **dict(zip(ranges, values, strict=True)))
+        adapter_at(model, "task", **dict(zip(ranges, values, strict=True)))
         online = trainable(model)
         tasks.append((values, lab.course(model, case.pde(values), lab.sizes.core, seed, f"core at {values}")))
         model.set_adapter("default")
@@ -220,19 +213,6 @@ def each_alone(
     return Result(0, lab.base["seconds"], numbers, tasks)
 
 
-def lotra_alone(lab: Lab) -> Result:
-    return each_alone(lab, lab.adapted, lab.sizes.alone, "LoTRA alone")
-
-
-def lotra_alone_growing(lab: Lab) -> Result:
-    iterations = lab.sizes.growing
-    return each_alone(lab, lab.adapted, iterations, "LoTRA alone, more points", grows_at=0.8 * iterations)
-
-
-def full_lm(lab: Lab) -> Result:
-    return each_alone(lab, lab.load, lab.sizes.full, "everything, LM", (1, 3))
-
-
 def full_adam(lab: Lab) -> Result:
     tasks, steps = [], lab.sizes.adam
     for values, seed in lab.tasks((0, 2, 4)):
@@ -247,7 +227,7 @@ def full_adam(lab: Lab) -> Result:
 def trained_on_all(lab: Lab, model: nn.Module, what: str, budget: float) -> dict[str, Any]:
     """A network of points and parameters, from scratch: Adam as for the base, then Levenberg–Marquardt until `budget`
     CPU seconds are over. What `Lab.kept` gives of it; the model has its weights."""
-    case, sizes = lab.case, lab.sizes
+    case = lab.case
     residuals = case.residuals(OfParameters.at)
     start = time.process_time()
 
@@ -261,14 +241,11 @@ def trained_on_all(lab: Lab, model: nn.Module, what: str, budget: float) -> dict
     def compute() -> dict[str, Any]:
         print(f"{lab.name}, seed {lab.seed}, {what}, {budget:.0f} CPU s")
         points = case.points(lab.seed + 1, interior=256, per_side=20)
-        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATES["chebyshev"]["base"])
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, sizes.base_steps)
-        for step in range(sizes.base_steps):
-            optimizer.zero_grad()
-            parts = points(step)
-            sum(residuals[name](model, part).square().mean() for name, part in parts.items()).backward()
-            optimizer.step()
-            schedule.step()
+
+        def loss(step: int) -> Tensor:
+            return sum(residuals[name](model, part).square().mean() for name, part in points(step).items())
+
+        train_by_adam(model, loss, LEARNING_RATES["chebyshev"]["base"], lab.sizes.base_steps)
         adam_seconds = time.process_time() - start
         result = fit_gauss_newton(
             model.to(case.dtype),
@@ -315,103 +292,47 @@ def low_rank_layers(lab: Lab, budget: float) -> Result:
     return Result(trainable(model), fitted["seconds"], online, tasks, fitted["details"])
 
 
-def separate(lab: Lab, kind: str) -> dict[str, Any]:
-    """KANs for the nodes of the range, by Levenberg–Marquardt: all coefficients, or an adapter of the base.
-
-    The one nearest to the base begins as the base, any other as the nearest that is there, with fewer iterations.
-
-    Returns:
-        By node: "states" of the models, "merged" ones of plain KANs, "errors"; "numbers" of one, and "seconds".
-    """
+def reduced_basis(lab: Lab) -> Result:
+    """KANs at Chebyshev points of the range, by Levenberg–Marquardt; a task is the combination of them with the least
+    residual. The KAN nearest to the base begins as the base, any other as the nearest that is there."""
     nodes, base = lab.case.nodes(lab.sizes.networks), lab.case.base
 
     def compute() -> dict[str, Any]:
         states: dict[int, dict[str, Tensor]] = {}
-        merged, errors, numbers = {}, {}, 0
+        numbers = 0
         for k in sorted(range(len(nodes)), key=lambda k: abs(nodes[k][0] - base[0])):
-            model = lab.adapted() if kind == "adapters" else lab.load()
+            model, iterations = lab.load(), lab.sizes.continued if states else lab.sizes.alone
             if states:
                 model.load_state_dict(states[min(states, key=lambda j: abs(nodes[j][0] - nodes[k][0]))])
-            numbers, iterations = trainable(model), lab.sizes.continued if states else lab.sizes.alone
-            label = f"one of {len(nodes)} {kind} at {nodes[k]}"
-            marks = lab.course(model, lab.case.pde(nodes[k]), iterations, lab.seed + 100 + k, label)
-            states[k], errors[k] = copy.deepcopy(model.state_dict()), marks[-1][2]
-            merged[k] = (model.merge_and_unload() if kind == "adapters" else model).state_dict()
-        return {"states": states, "merged": merged, "errors": errors, "numbers": numbers}
+            label = f"one of {len(nodes)} KANs at {nodes[k]}"
+            lab.course(model, lab.case.pde(nodes[k]), iterations, lab.seed + 100 + k, label)
+            states[k], numbers = copy.deepcopy(model.state_dict()), trainable(model)
+        return {"states": states, "numbers": numbers}
 
-    return lab.kept(kind, compute)
-
-
-def reduced_basis(lab: Lab, kind: str, size: int) -> Result:
-    """A task is the combination of networks at nodes, by least squares of its residual; of exact solutions in their
-    place, which is as far as better networks would take it."""
-    count, nodes = lab.sizes.networks, lab.case.nodes(lab.sizes.networks)
-    size = min(size, count)
-    # Of more nodes than that, those near to the Chebyshev points of the smaller number; seconds in proportion.
-    chosen = [round(k * (count - 1) / (size - 1)) for k in range(size)]
-    if kind == "exact solutions":
-        found = {"numbers": 0, "seconds": 0.0}
-        networks, errors = [Exact(lab.case.pde(nodes[k])) for k in chosen], []
-    else:
-        found = separate(lab, kind)
-        networks, errors = (
-            [lab.load(found["merged"][k]).double() for k in chosen],
-            [found["errors"][k] for k in chosen],
-        )
-    tasks, solution = [], []
-    for values, seed in lab.tasks()[: lab.sizes.held_out]:
+    found = lab.kept("KANs", compute)
+    networks, tasks = [lab.load(state).double() for _, state in sorted(found["states"].items())], []
+    for values, seed in lab.tasks():
         pde, generator = lab.case.pde(values), torch.Generator().manual_seed(seed)
         points = Points(*(part.double() for part in pde.sample(generator, interior=1000, per_side=80)))
         start = time.process_time()
-        model, alone = solve_combination(pde, networks, batch(pde, points))
+        model = solve_combination(pde, networks, batch(pde, points))
         seconds = time.process_time() - start
-        solution.append(alone)
         tasks.append((values, [(1, seconds, relative_l2_error(model, pde, lab.grid.double()))]))
-    details = {"solution seconds": solution, "errors of the networks": errors}
-    seconds = lab.base["seconds"] * bool(errors) + found["seconds"] * size / count
-    return Result(size * found["numbers"], seconds, size, tasks, details)
-
-
-def nearest_adapter(lab: Lab) -> Result:
-    """The adapter of the nearest node as a start for Levenberg–Marquardt on all of its numbers."""
-    found, nodes, tasks = separate(lab, "adapters"), lab.case.nodes(lab.sizes.networks), []
-    for values, seed in lab.tasks()[: lab.sizes.held_out]:
-        model = lab.adapted()
-        model.load_state_dict(found["states"][min(range(len(nodes)), key=lambda k: abs(nodes[k][0] - values[0]))])
-        label = f"nearest adapter at {values}"
-        tasks.append((values, lab.course(model, lab.case.pde(values), lab.sizes.core, seed, label)))
-    seconds = lab.base["seconds"] + found["seconds"]
-    return Result(len(nodes) * found["numbers"], seconds, found["numbers"], tasks)
-
-
-def interpolated_adapters(lab: Lab) -> Result:
-    """Base + (1 − w) Δ_k + w Δ_{k+1}, linear between the adapters of the nodes on both sides."""
-    found, nodes, tasks = separate(lab, "adapters"), lab.case.nodes(lab.sizes.networks), []
-    for values, _ in lab.tasks()[: lab.sizes.held_out]:
-        right = next(k for k, node in enumerate(nodes) if node[0] >= values[0] and k)
-        (left_at,), (right_at,) = nodes[right - 1], nodes[right]
-        weight, sides = (values[0] - left_at) / (right_at - left_at), found["merged"]
-        state = {key: torch.lerp(sides[right - 1][key], sides[right][key], weight) for key in sides[right]}
-        error = lab.error(lab.load(state), lab.case.pde(values))
-        tasks.append((values, [(0, 0.0, error)]))
-    return Result(len(nodes) * found["numbers"], lab.base["seconds"] + found["seconds"], 0, tasks)
+    count, seconds = len(networks), lab.base["seconds"] + found["seconds"]
+    return Result(count * found["numbers"], seconds, count, tasks)
 
 
 ALL_TASKS = ("parameter as an input", "diagonals of the parameter")  # they take the seconds of the family
 METHODS: dict[str, Callable[..., Result]] = {
     "family": family,
-    "LoTRA alone, LM": lotra_alone,
-    "LoTRA alone, LM, more points": lotra_alone_growing,
-    "full, LM": full_lm,
+    "LoTRA alone, LM": lambda lab: each_alone(lab, lab.adapted, lab.sizes.alone, "LoTRA alone"),
+    "LoTRA alone, LM, more points": lambda lab: each_alone(
+        lab, lab.adapted, lab.sizes.growing, "LoTRA alone, more points", grows_at=0.8 * lab.sizes.growing
+    ),
+    "full, LM": lambda lab: each_alone(lab, lab.load, lab.sizes.full, "everything, LM", (1, 3)),
     "full, Adam": full_adam,
     "parameter as an input": parameter_as_input,
     "diagonals of the parameter": low_rank_layers,
-    "basis of 8 KANs": partial(reduced_basis, kind="KANs", size=8),
-    "basis of 16 KANs": partial(reduced_basis, kind="KANs", size=16),
-    "basis of 8 adapters": partial(reduced_basis, kind="adapters", size=8),
-    "basis of 16 adapters": partial(reduced_basis, kind="adapters", size=16),
-    "basis of 16 exact solutions": partial(reduced_basis, kind="exact solutions", size=16),
-    "nearest adapter": nearest_adapter,
-    "interpolated adapters": interpolated_adapters,
+    "basis of 16 KANs": reduced_basis,
 }
-SEPARATE = list(METHODS)[7:]  # they need separate networks
+SEPARATE = ["basis of 16 KANs"]  # it needs separate networks

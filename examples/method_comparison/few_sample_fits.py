@@ -1,17 +1,19 @@
-"""What moves when a new task's samples come: least squares by Levenberg–Marquardt with a prior, and gradient descent.
+"""How a new task's samples are taken in: least squares with a prior, gappy POD, and Gaussian processes.
 
-Both solve B problems at once. u is what is unknown of a task: a code, or all numbers of a network.
+B problems are solved at once. u is what is unknown of a task: a code, or all numbers of a network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
-from few_sample_tasks import Samples
+from few_sample_tasks import NOISE, Samples, Split
 from torch import Tensor
-from torch.func import grad, jacfwd, jacrev, vmap
+from torch.func import jacfwd, jacrev, vmap
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # u (K,), x (n, inputs) → y (n, outputs)
 
@@ -77,33 +79,6 @@ def least_squares(
     return at(v.reshape(B, S, -1)[torch.arange(B), best])
 
 
-def descent(
-    predict: Predict, start: Tensor, rate: Tensor | float, samples: Samples, marks: Iterable[int], adam: bool = True
-) -> dict[int, Tensor]:
-    """u after so many steps of Adam, or of plain gradient descent, on the mean squared error. shape: (B, K) each
-
-    Args:
-        rate: a number, or shape (B, 1) or (K,).
-    """
-
-    def loss(u: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return (predict(u, x) - y).square().mean()
-
-    slope, marks = vmap(grad(loss)), sorted(marks)
-    u = start.expand(len(samples.x), -1).clone()
-    mean, square = torch.zeros_like(u), torch.zeros_like(u)
-    found = {0: u} if 0 in marks else {}
-    for k in range(1, marks[-1] + 1):
-        g = slope(u, samples.x, samples.y)
-        if adam:
-            mean, square = mean.lerp(g, 0.1), square.lerp(g.square(), 0.001)
-            g = mean / (1 - 0.9**k) / ((square / (1 - 0.999**k)).sqrt() + 1e-8)
-        u = u - rate * g
-        if k in marks:
-            found[k] = u
-    return found
-
-
 def curve(predict: Predict, u: Tensor, x: Tensor) -> Tensor:
     """f(u, x) of B tasks at all points. shapes: (B, K), (B, points, inputs) → (B, points, outputs)"""
     return vmap(predict)(u, x)
@@ -124,3 +99,66 @@ def prior_of(codes: Tensor) -> tuple[Tensor, Tensor]:
 
     covariance: Any = ledoit_wolf(codes.numpy())[0]
     return codes.mean(0), torch.linalg.cholesky(torch.as_tensor(covariance, dtype=codes.dtype))
+
+
+def pod(split: Split, k: int, samples: Samples) -> Tensor:
+    """mean + Σ_j z_j b_j, b the first singular vectors of the tasks seen at all points, with their variances as prior.
+
+    Gappy POD. It needs all tasks at the same points. shape: (B, points, outputs)
+    """
+    seen = split.y[split.seen].double()
+    mean, shape = seen.mean(0), seen.shape[1:]
+    U, S, V = torch.linalg.svd((seen - mean).flatten(1), full_matrices=False)
+    S, V, rest = S[:k] / len(seen) ** 0.5, V[:k].reshape(-1, *shape), (U[:, k:] * S[k:]) @ V[k:]
+    measured = NOISE * split.spread[split.seen].double().mean(0)
+    noise = rest.reshape(-1, *shape).square().mean((0, 1)) + measured.square()
+    basis = (S[:, None, None] * V)[:, samples.rows]  # shape: (k, B, n, outputs)
+    J = (basis / noise.sqrt()).permute(1, 2, 3, 0).flatten(1, 2)
+    r = ((samples.y - mean[samples.rows]) / noise.sqrt()).flatten(1)
+    z = torch.linalg.solve(J.mT @ J + torch.eye(len(S), dtype=J.dtype), torch.einsum("brk,br->bk", J, r))
+    return mean + torch.einsum("bk,kpo->bpo", z, S[:, None, None] * V)
+
+
+class GaussianProcesses:
+    """One for each output: k₁(x, what is known) + k₂(x) · [same task] + noise, fitted to samples of the tasks seen."""
+
+    def __init__(self, split: Split, size: int = 500) -> None:
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+
+        source = torch.Generator().manual_seed(split.number)
+        self.split, known = split, split.domain.known
+        self.known = known if known is not None else torch.zeros(len(split.y), 0)
+        tasks = torch.tensor(split.seen)[torch.randint(len(split.seen), (size,), generator=source)]
+        rows = torch.randint(len(split.x), (size,), generator=source)
+        self.inputs, self.outputs = self.columns(tasks, split.x[rows]), split.y[tasks, rows].double().numpy()
+        n, w, free, without, one = split.x.shape[1], self.known.shape[1], (0.1, 100.0), (1e5, 1e5), (1e-3, 1e-3)
+
+        def kernel(of_known: tuple[float, float], of_task: tuple[float, float]) -> Any:
+            bounds = [free] * n + [of_known] * w + [of_task]
+            start = [1.0 if low < high else low for low, high in bounds]
+            return ConstantKernel(0.5, (1e-4, 1e3)) * RBF(start, np.array(bounds))
+
+        form = kernel(free, without) + kernel(without, one) + WhiteKernel(1e-4, (1e-7, 1.0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # bounds that are reached, L-BFGS that stops early
+            self.kernels = [GaussianProcessRegressor(form).fit(self.inputs, y).kernel_ for y in self.outputs.T]
+
+    def columns(self, tasks: Tensor, x: Tensor) -> np.ndarray:
+        """x, what is known, and the task's number, at which the second kernel is 1 or 0."""
+        return torch.cat([x.double(), self.known[tasks].double(), tasks[:, None].double()], 1).numpy()
+
+    def predicted(self, samples: Samples) -> Tensor:
+        from sklearn.gaussian_process import GaussianProcessRegressor
+
+        found = []
+        for task, x, y in zip(samples.tasks, samples.x, samples.y, strict=True):
+            inputs = np.concatenate([self.inputs, self.columns(task.expand(len(x)), x)])
+            outputs = np.concatenate([self.outputs, y.numpy()])
+            points = self.columns(task.expand(len(self.split.x)), self.split.x)
+            parts = [
+                GaussianProcessRegressor(kernel, optimizer=None).fit(inputs, column).predict(points)
+                for kernel, column in zip(self.kernels, outputs.T, strict=True)
+            ]
+            found.append(torch.as_tensor(np.stack(parts, 1)))
+        return torch.stack(found)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import geometric_mean, median
 from typing import Any, NamedTuple
 
 import few_sample_models as models
-import few_sample_rivals as rivals
 import torch
-from few_sample_fits import curve, descent, deviations, least_squares, prior_of
-from few_sample_models import Learned, numbers, of_adapter, of_codes, of_family, of_weights
+from few_sample_fits import GaussianProcesses, curve, deviations, least_squares, pod, prior_of
+from few_sample_models import Learned, of_adapter, of_codes, of_family, of_weights
 from few_sample_tasks import Domain, Samples, Split
 from torch import Tensor
 
@@ -28,52 +27,33 @@ class Sizes:
     Attributes:
         samples: numbers of samples of a new task.
         repeats: draws of them, for tasks of validation and for those reported.
-        rates: of Adam on the tasks seen. The three in the middle are tried, and more while the best is at an edge.
-        tuning: the part of the seconds with which rates are tried, by Adam alone.
         widths: standard deviations of the prior of a network's numbers, for Levenberg–Marquardt.
-        steep: rates of Adam on a new task.
-        factors: of the rates that meta-learners learn.
         vectors: of the basis of gappy POD.
-        marks: steps of Adam on a new task, after which it may stop.
         iterations: of Levenberg–Marquardt.
     """
 
     samples: tuple[int, ...] = (1, 2, 3, 5, 10, 20, 50)
     repeats: tuple[int, int] = (1, 3)
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-    tuning: float = 0.2
     widths: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
-    steep: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2)
-    factors: tuple[float, ...] = (0.3, 1.0, 3.0)
     vectors: tuple[int, ...] = (2, 3, 5, 8, 12, 20, 30)
-    marks: tuple[int, ...] = (0, 3, 10, 30, 100, 300)
     iterations: int = 10
 
 
-SMOKE = Sizes((1, 3), (1, 1), (3e-3, 1e-2, 3e-2), 0.5, (0.01, 0.1), (1e-3, 1e-2), (1.0,), (2, 3), (0, 3), 2)
-Chosen = dict[str, float]  # rates by what is learned
-
-
-def of_start(start: rivals.Start) -> Learned:
-    """What a meta-learner moves; its rates are those of the descent."""
-    once, start = numbers(start), start.double().requires_grad_(False)
-    centre = start.u if start.further is None else torch.zeros_like(start.u)
-    return Learned(start.predict, centre, once, rates=start.rates)
+SMOKE = Sizes((1, 3), (1, 1), (0.01, 0.1), (2, 3), 2)
 
 
 class Lab:
-    """A split, what was learned from its tasks, and the rates for it."""
+    """A split, and what was learned from its tasks."""
 
-    def __init__(self, split: Split, sizes: Sizes, seconds: models.Seconds, rates: Mapping[str, float]) -> None:
-        self.split, self.sizes, self.seconds, self.rates = split, sizes, seconds, rates
+    def __init__(self, split: Split, sizes: Sizes, seconds: models.Seconds) -> None:
+        self.split, self.sizes, self.seconds = split, sizes, seconds
         self.models: dict[str, tuple[Any, float]] = {}
-        self.noise: dict[str, Tensor] = {}
 
     def once(self, name: str) -> Any:
         """What is learned from the tasks seen."""
         if name not in self.models:
             start, what = time.process_time(), ONCE[name]
-            found = what.learn(self.split, rate=self.rates.get(what.rate, 1e-2), seconds=self.seconds)
+            found = what.learn(self.split, rate=self.split.domain.rates.get(what.rate, 1e-2), seconds=self.seconds)
             self.models[name] = found, time.process_time() - start
         return self.models[name][0]
 
@@ -85,28 +65,26 @@ class Lab:
         return curve(learned.predict, u, learned.extended(samples.tasks, x))
 
 
-Outcome = dict[tuple[float, int | None], Tensor]  # predictions, shape (B, points, outputs), by value and step
-
-
 class Fit:
     """How a new task's samples are taken in, with a setting that is chosen on tasks of validation for each n.
 
     Attributes:
         further: how many numbers of a new task are fitted besides `Learned.centre`.
-        is_chosen: whether there is a setting to choose.
         inside: after `run`, which part of the points lies in the interval of 95 %, if there are intervals. shape: (B,)
     """
 
-    further, is_chosen = 0, True
+    further = 0
     inside: Tensor | None = None
 
     def grid(self, sizes: Sizes) -> Sequence[float]:
+        """The settings to choose from."""
         return (1.0,)
 
     def prepare(self, lab: Lab, learned: Learned) -> None:
         """Before all samples."""
 
-    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
+    def run(self, lab: Lab, learned: Learned, samples: Samples, setting: float) -> Tensor:
+        """What is predicted at all points. shape: (B, points, outputs)"""
         raise NotImplementedError
 
 
@@ -116,16 +94,14 @@ class CodeFit(Fit):
     The noise of each output is the median over the tasks of validation of what remains of them after 50 samples.
     """
 
-    is_chosen = False
-
     def prepare(self, lab: Lab, learned: Learned) -> None:
         samples = lab.split.samples(lab.split.validation, max(lab.sizes.samples), 1)
         self.sigma = torch.full((lab.split.y.shape[-1],), 0.02).double()
         for _ in range(2):
-            away = self.run(lab, learned, samples, [1.0])[1.0, None] - lab.split.y[samples.tasks]
+            away = self.run(lab, learned, samples, 1.0) - lab.split.y[samples.tasks]
             self.sigma = away.square().mean(1).sqrt().median(0).values.clamp(min=1e-3)
 
-    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
+    def run(self, lab: Lab, learned: Learned, samples: Samples, setting: float) -> Tensor:
         mean, factor = prior_of(learned.codes)
         near = torch.linalg.solve_triangular(factor, (learned.codes - mean).mT, upper=False).mT
         starts = torch.cat([torch.zeros_like(near[:1]), near])
@@ -133,13 +109,11 @@ class CodeFit(Fit):
         predicted = lab.predicted(learned, u, samples)
         std = deviations(learned.predict, u, factor, self.sigma, samples, lab.split.x.double())
         self.inside = ((predicted - lab.split.y[samples.tasks]).abs() < 1.96 * std).double().mean((1, 2))
-        return {(1.0, None): predicted}
+        return predicted
 
 
 class CoreFit(Fit):
     """`fit_task(..., train="core")`, with the `task_noise` of 50 samples of the tasks of validation."""
-
-    is_chosen = False
 
     def residual(self, net: Callable[..., Tensor], data: tuple[Tensor, Tensor]) -> Tensor:
         return net(data[0]) - data[1]
@@ -150,7 +124,7 @@ class CoreFit(Fit):
         self.noise = task_noise(learned.other, self.residual, data, progressbar=False)
         self.further = sum(p[..., 0].numel() for name, p in learned.other.named_parameters() if "lotra_core" in name)
 
-    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
+    def run(self, lab: Lab, learned: Learned, samples: Samples, setting: float) -> Tensor:
         means, inside = [], []
         for task, _, x, y in zip(*samples, strict=True):
             with warnings.catch_warnings():
@@ -160,44 +134,7 @@ class CoreFit(Fit):
             means.append(mean)
             inside.append(((mean - lab.split.y[task]).abs() < 1.96 * std).double().mean())
         self.inside = torch.stack(inside)
-        return {(1.0, None): torch.stack(means)}
-
-
-class Descent(Fit):
-    """Adam from the start, without a prior; the rate and when it stops are chosen."""
-
-    def __init__(self, by: float = 1.0) -> None:
-        self.by = by
-
-    def grid(self, sizes: Sizes) -> Sequence[float]:
-        return [self.by * rate for rate in sizes.steep]
-
-    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
-        of = samples._replace(x=learned.extended(samples.tasks, samples.x))
-        many = Samples(*(part.repeat(len(values), *[1] * (part.dim() - 1)) for part in of))
-        rates = torch.tensor(values).double().repeat_interleave(len(samples.x))[:, None]
-        found = descent(learned.predict, learned.centre, rates, many, lab.sizes.marks)
-        return {
-            (value, mark): lab.predicted(learned, part, samples)
-            for mark, u in found.items()
-            for value, part in zip(values, u.chunk(len(values)), strict=True)
-        }
-
-
-class LearnedDescent(Fit):
-    """Gradient descent at the rates that were learned, times a factor; factor and steps are chosen."""
-
-    def grid(self, sizes: Sizes) -> Sequence[float]:
-        return sizes.factors
-
-    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
-        return {
-            (value, mark): lab.predicted(learned, u, samples)
-            for value in values
-            for mark, u in descent(
-                learned.predict, learned.centre, value * learned.rates, samples, lab.sizes.marks, adam=False
-            ).items()
-        }
+        return torch.stack(means)
 
 
 class PODFit(Fit):
@@ -206,17 +143,15 @@ class PODFit(Fit):
     def grid(self, sizes: Sizes) -> Sequence[float]:
         return sizes.vectors
 
-    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
-        return {(value, None): rivals.pod(lab.split, int(value), samples) for value in values}
+    def run(self, lab: Lab, learned: Learned, samples: Samples, setting: float) -> Tensor:
+        return pod(lab.split, int(setting), samples)
 
 
 class GPFit(Fit):
     """The kernels were fitted to the tasks seen."""
 
-    is_chosen = False
-
-    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
-        return {(1.0, None): learned.other.predicted(samples)}
+    def run(self, lab: Lab, learned: Learned, samples: Samples, setting: float) -> Tensor:
+        return learned.other.predicted(samples)
 
 
 class WeightFit(Fit):
@@ -225,17 +160,14 @@ class WeightFit(Fit):
     def grid(self, sizes: Sizes) -> Sequence[float]:
         return sizes.widths
 
-    def run(self, lab: Lab, learned: Learned, samples: Samples, values: Sequence[float]) -> Outcome:
+    def run(self, lab: Lab, learned: Learned, samples: Samples, setting: float) -> Tensor:
         of = samples._replace(x=learned.extended(samples.tasks, samples.x))
-        found = {}
-        for width in values:
-            u = least_squares(learned.predict, learned.centre, width, 0.01, of, lab.sizes.iterations)
-            found[width, None] = lab.predicted(learned, u, samples)
-        return found
+        u = least_squares(learned.predict, learned.centre, setting, 0.01, of, lab.sizes.iterations)
+        return lab.predicted(learned, u, samples)
 
 
 class Once(NamedTuple):
-    """What is learned from the tasks seen, and under which name its rate is tuned."""
+    """What is learned from the tasks seen, and under which name the domain has its rate."""
 
     rate: str
     learn: Callable[..., Any]
@@ -246,20 +178,15 @@ class Method(NamedTuple):
 
     Attributes:
         needs_known: whether something has to be known of a task without samples.
-        needs_table: whether the tasks seen have to be known at all points.
-        needs_tasks: how many tasks have to be seen.
     """
 
     once: str
     start: Callable[[Any], Learned]
     fit: Callable[[], Fit]
     needs_known: bool = False
-    needs_table: bool = False
-    needs_tasks: int = 1
 
     def fits(self, domain: Domain) -> bool:
-        lacks = self.needs_known and domain.known is None or self.needs_table and domain.measured
-        return not lacks and (domain.count is None or self.needs_tasks <= domain.count)
+        return domain.known is not None or not self.needs_known
 
 
 def from_scratch(split: Split) -> Learned:
@@ -272,7 +199,7 @@ def of_known(model: models.Known) -> Learned:
 
 
 def of_processes(split: Split) -> Learned:
-    processes = rivals.GaussianProcesses(split)
+    processes = GaussianProcesses(split)
     once = sum(len(kernel.theta) for kernel in processes.kernels) + processes.inputs.size + processes.outputs.size
     return Learned(models.contracted, torch.empty(0), once, other=processes)
 
@@ -282,75 +209,38 @@ def of_split(split: Split) -> Learned:
 
 
 ONCE = {
-    **{f"family {k}": Once("family", partial(models.family, k=k)) for k in (1, 2, 3, 5, 8)},
-    "family 3, degree 2": Once("family", partial(models.family, k=3, degree=2)),
-    "family 5, POD": Once("family", partial(models.family, k=5, pod=True)),
-    "family 3, frozen": Once("family", partial(models.family, k=3, joint=False)),
+    **{f"family {k}": Once("family", partial(models.family, k=k)) for k in (3, 5)},
     "pooled": Once("base", models.base),
     "one": Once("base", partial(models.base, pooled=False)),
-    **{f"inputs {k}": Once("inputs", partial(models.coded, models.CodeAsInputs, k=k)) for k in (3, 5)},
-    **{f"basis {k}": Once("basis", partial(models.coded, models.LearnedBasis, k=k)) for k in (5, 16)},
-    **{f"CoDA {k}": Once("CoDA", partial(models.coded, models.CoDA, k=k)) for k in (3,)},
-    **{f"GEPS {k}": Once("GEPS", partial(models.coded, models.GEPS, k=k)) for k in (8,)},
+    "inputs 5": Once("inputs", partial(models.coded, models.CodeAsInputs, k=5)),
+    "basis 16": Once("basis", partial(models.coded, models.LearnedBasis, k=16)),
+    "GEPS 8": Once("GEPS", partial(models.coded, models.GEPS, k=8)),
     "known": Once("known", partial(models.coded, models.Known)),
-    "MAML": Once("MAML", rivals.maml),
-    "CAVIA": Once("CAVIA", rivals.cavia),
-    "Reptile": Once("Reptile", rivals.reptile),
 }
-OURS = "family, code of 3"
 METHODS: dict[str, Method] = {
-    OURS: Method("family 3", of_family, CodeFit),
+    "family, code of 3": Method("family 3", of_family, CodeFit),
     "family, code of 5": Method("family 5", of_family, CodeFit),
-    "family, code of 8": Method("family 8", of_family, CodeFit, needs_tasks=8),
-    "family, code of 3, then its core": Method("family 3", of_family, CoreFit),
     "family, code of 5, then its core": Method("family 5", of_family, CoreFit),
-    "family, code of 1": Method("family 1", of_family, CodeFit),
-    "family, code of 2": Method("family 2", of_family, CodeFit),
-    "family, code of 3, degree 2": Method("family 3, degree 2", of_family, CodeFit),
-    "family, codes of 5 that start at those of POD": Method("family 5, POD", of_family, CodeFit, needs_table=True),
-    "family on a frozen base, code of 3": Method("family 3, frozen", of_family, CodeFit),
-    **{f"CoDA, code of {k}": Method(f"CoDA {k}", of_codes, CodeFit) for k in (3,)},
-    **{f"GEPS, code of {k}": Method(f"GEPS {k}", of_codes, CodeFit) for k in (8,)},
-    **{f"code as inputs, {k}": Method(f"inputs {k}", of_codes, CodeFit) for k in (3, 5)},
-    **{f"learned basis, {k}": Method(f"basis {k}", of_codes, CodeFit) for k in (5, 16)},
-    "CoDA, code of 3, Adam": Method("CoDA 3", of_codes, partial(Descent, 30)),
-    "GEPS, code of 8, Adam": Method("GEPS 8", of_codes, partial(Descent, 30)),
+    "GEPS, code of 8": Method("GEPS 8", of_codes, CodeFit),
+    "code as inputs, 5": Method("inputs 5", of_codes, CodeFit),
+    "learned basis, 16": Method("basis 16", of_codes, CodeFit),
     "pooled, own adapter, LM": Method("pooled", of_adapter, WeightFit),
-    "pooled, own adapter, Adam": Method("pooled", of_adapter, Descent),
     "pooled, everything, LM": Method("pooled", of_weights, WeightFit),
-    "pooled, everything, Adam": Method("pooled", of_weights, Descent),
-    "one task, own adapter, LM": Method("one", of_adapter, WeightFit),
-    "one task, own adapter, Adam": Method("one", of_adapter, Descent),
     "one task, everything, LM": Method("one", of_weights, WeightFit),
-    "one task, everything, Adam": Method("one", of_weights, Descent),
-    "CAVIA": Method("CAVIA", of_start, LearnedDescent),
-    "MAML": Method("MAML", of_start, LearnedDescent),
-    "Reptile": Method("Reptile", of_start, Descent),
     "known input, everything, LM": Method("known", of_known, WeightFit, True),
-    "known input, everything, Adam": Method("known", of_known, Descent, True),
     "Gaussian process": Method("", of_processes, GPFit),
-    "gappy POD": Method("", of_split, PODFit, needs_table=True),
+    "gappy POD": Method("", of_split, PODFit),
     "from scratch, LM": Method("", from_scratch, WeightFit),
-    "from scratch, Adam": Method("", from_scratch, Descent),
 }
 
 
-def choices(lab: Lab, learned: Learned, fit: Fit, n: int) -> dict[tuple[float, int | None], float]:
+def choices(lab: Lab, learned: Learned, fit: Fit, n: int) -> dict[float, float]:
     """For each setting the geometric mean of the errors of the tasks of validation."""
-    samples = lab.split.samples(lab.split.validation, n, lab.sizes.repeats[0])
-    return {
-        setting: geometric_mean(lab.split.errors(samples.tasks, predicted).clamp(1e-6, 100).tolist())
-        for setting, predicted in fit.run(lab, learned, samples, fit.grid(lab.sizes)).items()
-    }
-
-
-def validated(lab: Lab, method: Method) -> float:
-    """The geometric mean of the errors of the tasks of validation at a few and some more samples."""
-    fit, learned = method.fit(), lab.learned(method)
-    fit.prepare(lab, learned)
-    return geometric_mean(
-        min(choices(lab, learned, fit, n).values()) for n in lab.sizes.samples[2:5:2] or lab.sizes.samples[-1:]
-    )
+    samples, found = lab.split.samples(lab.split.validation, n, lab.sizes.repeats[0]), {}
+    for setting in fit.grid(lab.sizes):
+        errors = lab.split.errors(samples.tasks, fit.run(lab, learned, samples, setting))
+        found[setting] = geometric_mean(errors.clamp(1e-6, 100).tolist())
+    return found
 
 
 def solve(lab: Lab, method: Method) -> dict[str, Any]:
@@ -359,15 +249,16 @@ def solve(lab: Lab, method: Method) -> dict[str, Any]:
     fit.prepare(lab, learned)
     found, repeats = {}, lab.sizes.repeats[1]
     for n in lab.sizes.samples:
-        tried = choices(lab, learned, fit, n) if fit.is_chosen else {(1.0, None): 0.0}
-        value, mark = min(tried, key=lambda setting: tried[setting])
+        grid = fit.grid(lab.sizes)
+        tried = choices(lab, learned, fit, n) if len(grid) > 1 else dict.fromkeys(grid, 0.0)
+        setting = min(tried, key=tried.get)
         samples = lab.split.samples(lab.split.unseen, n, repeats)
         start = time.process_time()
-        errors = lab.split.errors(samples.tasks, fit.run(lab, learned, samples, [value])[value, mark])
+        errors = lab.split.errors(samples.tasks, fit.run(lab, learned, samples, setting))
         spent = (time.process_time() - start) / len(samples.tasks)
         found[n] = {
             "errors": [median(part) for part in errors.reshape(-1, repeats).tolist()],
-            "setting": [value, mark],
+            "setting": setting,
             "seconds": spent,
         }
         if fit.inside is not None:

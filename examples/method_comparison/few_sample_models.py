@@ -15,6 +15,7 @@ from few_sample_fits import Predict
 from few_sample_tasks import Split
 from peft import get_peft_model
 from torch import Tensor, nn
+from training import train_by_adam
 
 from peft_lotra import LoTRAConfig, fit_gauss_newton
 
@@ -86,25 +87,6 @@ class LearnedBasis(Coded):
         return basis[..., 0] + torch.einsum("...oj,...j->...o", basis[..., 1:], z)
 
 
-class CoDA(Coded):
-    """A + Σ_j z_j W_j in every layer, W dense. arXiv 2202.01889"""
-
-    def __init__(self, tasks: int, k: int, inputs: int, outputs: int) -> None:
-        super().__init__(tasks, k)
-        self.base = nn.ParameterList([layer.coefficients for layer in kan(inputs, outputs).layers])
-        self.W = nn.ParameterList([0.1 * torch.randn(k, *A.shape) * A.std() for A in self.base])
-
-    def at_codes(self, x: Tensor, z: Tensor) -> Tensor:
-        weights = torch.cat([torch.ones_like(z[..., :1]), z], -1)
-        for A, W in zip(self.base, self.W, strict=True):
-            basis = chebyshev_basis(torch.tanh(x), DEGREE)
-            x = torch.einsum("...id,...k,kiod->...o", basis, weights, torch.cat([A[None], W]))
-        return x
-
-    def at(self, z: Tensor, x: Tensor) -> Tensor:
-        return contracted([A + torch.einsum("k,kiod->iod", z, W) for A, W in zip(self.base, self.W, strict=True)], x)
-
-
 class GEPS(Coded):
     """A + U diag(z) V in every layer, on A unfolded to (i d) × o. arXiv 2410.23889"""
 
@@ -125,7 +107,7 @@ class GEPS(Coded):
         return contracted([A + update for A, update in zip(self.base, updates, strict=True)], x)
 
 
-class Known(Coded):
+class Known(CodeAsInputs):
     """A KAN of x and of what is known of a task."""
 
     def __init__(self, known: Tensor, seen: list[int], inputs: int, outputs: int) -> None:
@@ -133,26 +115,13 @@ class Known(Coded):
         self.known, self.codes = known, known[seen]
         self.kan = kan(inputs + known.shape[1], outputs)
 
-    def at_codes(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.kan(torch.cat([x, z], -1))
-
 
 def batch_of(split: Split, source: torch.Generator, size: int = BATCH) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs and outputs of random samples of random tasks seen, and the tasks, by their place among those seen."""
     seen = torch.tensor(split.seen)
     i = torch.randint(len(seen), (size,), generator=source)
-    j = split.rows[seen[i], torch.randint(split.rows.shape[1], (size,), generator=source)]
-    return split.x[j], split.seen_y[seen[i], j], i
-
-
-def train(model: nn.Module, loss: Callable[[], Tensor], rate: float, seconds: float) -> None:
-    """Adam on what is trainable, at a rate that falls to zero by a cosine over so many CPU seconds."""
-    optimizer, start = torch.optim.Adam([p for p in model.parameters() if p.requires_grad]), time.process_time()
-    while (part := (time.process_time() - start) / seconds) < 1:
-        optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * part)) / 2
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
+    j = torch.randint(len(split.x), (size,), generator=source)
+    return split.x[j], split.y[seen[i], j], i
 
 
 def fitted(
@@ -169,7 +138,9 @@ def fitted(
     def residual(net: Any, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return outputs(net, batch[0], batch[2]) - batch[1]
 
-    train(model, lambda: residual(model, batch_of(split, source)).square().mean(), rate, seconds[0])
+    train_by_adam(
+        model, lambda step: residual(model, batch_of(split, source)).square().mean(), rate, seconds=seconds[0]
+    )
     start = time.process_time()
     if not seconds[1]:
         return model
@@ -204,32 +175,18 @@ def base(split: Split, rate: float, seconds: Seconds, pooled: bool = True) -> Ch
     return fitted(split, kan(split.x.shape[1], split.y.shape[2]), lambda net, x, i: net(x), rate, seconds)
 
 
-def family(
-    split: Split, k: int, rate: float, seconds: Seconds, degree: int = 1, joint: bool = True, pod: bool = False
-) -> nn.Module:
-    """LoTRA's adapter of the tasks seen, with codes.
-
-    Args:
-        joint: whether the base is trained with the adapter from its random start. If not, it is trained on all tasks
-            seen before, in half of the seconds, and then stays as it is.
-        pod: whether codes start as those of POD, from the singular vectors of the tasks' tables; at random if not.
-    """
+def family(split: Split, k: int, rate: float, seconds: Seconds) -> nn.Module:
+    """LoTRA's adapter of the tasks seen, with codes; the base is trained with it, from its random start."""
     torch.manual_seed(split.number)
-    half = seconds[0] / 2, seconds[1] / 2
-    start = kan(split.x.shape[1], split.y.shape[2]) if joint else base(split, rate, half)
     names = [split.domain.names[task] for task in split.seen]
     config = LoTRAConfig(
-        r=(5, 5, None), coefficients={"coefficients": "i o d"}, family=names, family_code=k, family_degree=degree
+        r=(5, 5, None), coefficients={"coefficients": "i o d"}, family=names, family_code=k, family_degree=1
     )
-    model = get_peft_model(copy.deepcopy(start), config)
+    model = get_peft_model(kan(split.x.shape[1], split.y.shape[2]), config)
     for name, parameter in model.named_parameters():
-        if joint and "base_layer" in name:
+        if "base_layer" in name:
             parameter.requires_grad_(True)
-        if pod and "lotra_codes" in name:
-            table = split.seen_y.flatten(1)[split.seen]
-            vectors = torch.linalg.svd(table - table.mean(0), full_matrices=False).U[:, :k]
-            parameter.data = (len(names) ** 0.5 * vectors).to(parameter)
-    fitted(split, model, lambda net, x, i: net(x, lotra_task=i), rate, seconds if joint else half)
+    fitted(split, model, lambda net, x, i: net(x, lotra_task=i), rate, seconds)
     return model.requires_grad_(False)
 
 
@@ -242,7 +199,6 @@ class Learned(NamedTuple):
         once: how many numbers were learned from the tasks seen.
         codes: u of each task seen, if it is a code. shape: (tasks, K)
         known: columns that go before the new task's inputs, by task. shape: (all tasks, numbers)
-        rates: of gradient descent, that were learned. shape: (K,)
         other: what is not of this form.
     """
 
@@ -251,7 +207,6 @@ class Learned(NamedTuple):
     once: int
     codes: Tensor | None = None
     known: Tensor | None = None
-    rates: Tensor | None = None
     other: Any = None
 
     def extended(self, tasks: Tensor, x: Tensor) -> Tensor:

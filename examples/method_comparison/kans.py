@@ -37,19 +37,6 @@ def coefficients_of(kan: nn.Sequential, kind: str) -> dict[str, Any]:
     return dict(KINDS[kind].coefficients(kan[0].layer))
 
 
-class Normed(nn.Module):
-    """layer((x − mean) / deviation), over the features of each sample: Chebyshev layers of many features, which sum up
-    what is alike in all of them, else begin saturated."""
-
-    def __init__(self, features: int, layer: nn.Module) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(features, elementwise_affine=False)
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(self.norm(x))
-
-
 class ConvKANLayer(nn.Module):
     """y_o(p) = Σ_h Σ_w Σ_i Σ_d weight[o, (i d), h, w] · T_d(tanh x_i(p + (h, w)))
 

@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 
 class Objective:
@@ -22,23 +20,6 @@ class Objective:
         """What the tables show, on data or points that are not trained on."""
         raise NotImplementedError
 
-    def train(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        schedule: LRScheduler,
-        steps: int,
-        goes_on: Callable[[int], bool],
-    ) -> None:
-        """`steps` steps of the optimizer; `goes_on` is asked after each, with their number."""
-        for step in range(steps):
-            optimizer.zero_grad()
-            self.loss(model, step).backward()
-            optimizer.step()
-            schedule.step()
-            if not goes_on(step + 1):
-                break
-
     def second_order(self) -> dict[str, Any]:
         """residual_fn, data and, if they are no least squares, loss of `peft_lotra.fit_gauss_newton`.
 
@@ -46,10 +27,6 @@ class Objective:
             ValueError: if there is no such form of it.
         """
         raise ValueError(f"{type(self).__name__} has no second-order form: optimizer 'lm' cannot be used")
-
-    def details(self, model: nn.Module) -> dict[str, float]:
-        """Further numbers at the end of a run, kept in the result."""
-        return {}
 
 
 class Data(NamedTuple):
@@ -88,30 +65,9 @@ class Supervised(Objective):
     def metric(self, model: nn.Module) -> float:
         return self._on(model, self.test)
 
-    @torch.no_grad()
-    def details(self, model: nn.Module) -> dict[str, float]:
-        return {"on training data": self._on(model, self.training)}
-
     def _on(self, model: nn.Module, data: Data, rows: int = 4096) -> float:
         outputs = torch.cat([model(x) for x in data.x.split(rows)])
         return self.metric_fn(outputs, data.y).item()
-
-
-class Regression(Supervised):
-    """Least squares on data; the metric is ‖model(x) − y‖₂ / ‖y‖₂ unless another is given."""
-
-    def __init__(
-        self,
-        training: Data,
-        test: Data,
-        batch: int,
-        seed: int,
-        metric_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> None:
-        super().__init__(training, test, nn.functional.mse_loss, metric_fn or relative_error, batch, seed)
-
-    def second_order(self) -> dict[str, Any]:
-        return {"residual_fn": lambda net, batch: net(batch[0]) - batch[1], "data": tuple(self.training)}
 
 
 class Classification(Supervised):
@@ -131,10 +87,6 @@ class Classification(Supervised):
 
 def accuracy(outputs: Tensor, y: Tensor) -> Tensor:
     return 100 * (outputs.argmax(-1) == y).float().mean()
-
-
-def relative_error(outputs: Tensor, y: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(outputs - y) / torch.linalg.vector_norm(y)
 
 
 def generator(seed: int, step: int) -> torch.Generator:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import platform
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from compared_methods import (
     FROM_SCRATCH,
-    above_budget,
     apply_method,
     count_coefficients,
     optimizer_of,
@@ -20,33 +16,32 @@ from compared_methods import (
     trainable,
 )
 from experiments import Run, digest
-from lines import version
+from jobs import Line, environment
 from measuring import peak_bytes
 from objectives import Objective
 from reporting import write_atomically
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from training import Stopwatch, measured, train_by_lm, train_by_steps
+from version import version
 
 from peft_lotra import fit_gauss_newton
-from peft_lotra.analysis import update_spectrum
 
 MEASURED_SEED = 0  # whose run also measures the memory of a step
 BASE_SEED = 7_000  # added for the points of a base, so that they are not those of the target
 
 
-def perform(run: Run, cache: Path, bases: Path) -> None:
-    """Does a run and writes its result."""
-    torch.set_num_threads(1)  # what others do on the machine then hardly changes the seconds
-    device, task = Accelerator().device, run.make_task()
-    objective, watch = task.objective("target", run.seed, device), Stopwatch(device)
+def perform(run: Run, bases: Path) -> Line:
+    """The result of a run, and a base below `bases` if it is not there yet."""
+    device, task = torch.device("cpu"), run.make_task()
+    objective, watch = task.objective("target", run.seed, device), Stopwatch()
     method, fresh = run.method, task.build(run.seed)
     coefficients = count_coefficients(fresh, task, method)
     if "width" in method:
         fresh = replace(task, width=method["width"]).build(run.seed)
     scratch = method["method"] in FROM_SCRATCH
     model = (fresh if scratch else trained_base(run, bases, device)).to(device)
-    numbers, zero_shot = trainable(model), None if scratch else measured(model, objective)
+    zero_shot = None if scratch else measured(model, objective)
     with watch:
         model = apply_method(model, method, task, objective, run.seed + 1)
     if method.get("optimizer") == "lm":
@@ -57,24 +52,15 @@ def perform(run: Run, cache: Path, bases: Path) -> None:
         "version": version(run.task),
         "metric": task.metric,
         "zero_shot": rounded(zero_shot),
-        "parameters": numbers,
         "coefficients": coefficients,
         "trainable": trainable(model),
         "stored": stored(model),
-        "above_budget": above_budget(model, method, coefficients),
         "marks": [(step, round(seconds, 4), rounded(metric)) for step, seconds, metric in marks],
-        "details": objective.details(model.eval()),
-        "environment": environment(device),
-        "run": asdict(run),
+        "environment": environment(),
     }
-    if method["method"] == "full":
-        found = update_spectrum(trained_base(run, bases, device), model, task.coefficients(model)).values()
-        result["spectra"] = [[[float(f"{x:.4g}") for x in s] for s in spectrum.singular_values] for spectrum in found]
     if run.seed == MEASURED_SEED:
         result["step_bytes"] = bytes_of_a_step(model, objective, method)
-    path = cache / f"{run.key}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda partial: partial.write_text(json.dumps(result, ensure_ascii=False) + "\n"))
+    return result
 
 
 def bytes_of_a_step(model: nn.Module, objective: Objective, method: dict[str, Any]) -> int:
@@ -105,25 +91,17 @@ def base_path(run: Run, bases: Path) -> Path:
     return bases / f"{run.task}-{digest(settings)}.pt"
 
 
-def train_base(run: Run, cache: Path, bases: Path) -> None:
-    """Trains the base that a run needs, and keeps it."""
-    torch.set_num_threads(1)
-    device, task = Accelerator().device, run.make_task()
-    model, objective = task.build(run.seed).to(device), task.objective("base", run.seed + BASE_SEED, device)
-    *_, last = train_by_steps(model, objective, {"method": "full"}, task.base_lr, task.base_steps, Stopwatch(device))
+def trained_base(run: Run, bases: Path, device: torch.device) -> nn.Module:
+    """The base that a run needs, from its file; trained first if that is not there."""
+    task, path = run.make_task(), base_path(run, bases)
+    model = task.build(run.seed).to(device)
+    if path.exists():
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return model
+    objective, watch = task.objective("base", run.seed + BASE_SEED, device), Stopwatch()
+    *_, last = train_by_steps(model, objective, {"method": "full"}, task.base_lr, task.base_steps, watch)
     if last.metric is None:
         raise ValueError(f"the base of {run.settings} has diverged: lower `base_lr`, {task.base_lr}")
-    path = base_path(run, bases)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda partial: torch.save(model.state_dict(), partial))
-
-
-def trained_base(run: Run, bases: Path, device: torch.device) -> nn.Module:
-    model = run.make_task().build(run.seed)
-    model.load_state_dict(torch.load(base_path(run, bases), map_location="cpu", weights_only=True))
-    return model.to(device)
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    kind = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    return {"torch": torch.__version__, "device": f"{device.type}, {kind}"}
+    return model

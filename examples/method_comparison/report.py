@@ -1,288 +1,328 @@
-"""Tables and pictures of the results: a page for each experiment, and an overview of all of them in README.md.
+"""Writes the tables and pictures of all pages from the lines in results/, between the markers of the pages.
 
     python examples/method_comparison/report.py
-    python examples/method_comparison/report.py --smoke
-    python examples/method_comparison/report.py pde_elliptic --older
+    python examples/method_comparison/report.py --folder outputs/pages
 
-Every experiment has a page, pages/<experiment>.md, with a row for each method. The first method of an experiment is
-the reference that the others are compared with. Only the lines of results/*.jsonl are read. If no experiment is named,
-README.md gets the overview and the aims, between its markers.
-
-A missing result is an error, and so is one by older code: every line names the version of what it depends on.
-`run.py --stale` does these runs again. With --older they are reported, and the page says how many they are.
+Nothing is run. Each row is a method, with the median over seeds and the range. Pages: pages/pdes.md, pages/widths.md,
+pages/transformers_and_images.md, families.md, few_samples.md, and ../results.md.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
+from statistics import mean, median
 
 sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from aims import aims, rows_by, within_a_tenth
 from command_line import new_parser
-from drawings import PICTURES
-from experiments import Experiment, experiment_names, load_experiments
-from lines import Results, is_older
+from drawings import draw_families, draw_few_samples, draw_pdes
+from found import (
+    FAMILY_ENTRIES,
+    PDES,
+    SIZES,
+    Experiments,
+    Family,
+    FewSamples,
+    Line,
+    Run,
+)
+from matplotlib.figure import Figure
 from reporting import write_atomically
-from rows import NONE, Case, Row, case_of, table
 
 HERE = Path(__file__).parent
-WIDE = 3  # cases; more of them have a table in common
-ADAPTERS = {"LoTRA": ("lotra",), "PEFT's methods": ("lora", "lora_parameters", "loha", "lokr")}
+NONE = "–"
+FAMILY_CASES = {
+    "elliptic": "Poisson, λ", "two parameters": "Poisson, λ and μ", "hyperbolic": "wave, c", "parabolic": "heat, κ",
+    "reaction": "Fisher–KPP, ρ", "advection": "advection of a front, β", "front": "front, from data, β",
+    "sharp front": "sharper front, from data, β", "fastkan": "Poisson, FastKAN",
+    "elliptic, width 64": "Poisson, width 64", "elliptic, width 128": "Poisson, width 128",
+}  # fmt: skip
+ANGLE_ROWS = {
+    "family, as it is": ("family, core", 0), "family, core": ("family, core", 1),
+    "family, angle unknown: one number": ("family, unknown parameter", 1),
+    "angle as an input, as it is": ("rival", 0), "angle as an input, everything": ("rival", 1),
+    "base, as it is": ("full", 0), "LoTRA from the base": ("LoTRA alone", 1), "LoRA from the base": ("LoRA alone", 1),
+    "everything from the base": ("full", 1),
+}  # fmt: skip
+FLUIDS = (
+    "family, code of 3", "family, code of 5", "family, code of 5, then its core", "GEPS, code of 8",
+    "code as inputs, 5", "learned basis, 16", "known input, everything, LM", "Gaussian process", "gappy POD",
+    "pooled, own adapter, LM", "pooled, everything, LM", "one task, everything, LM", "from scratch, LM",
+)  # fmt: skip
+SAMPLES = (1, 3, 5, 10, 50)
+OTHERS = {name: name for name in ("oscillators", "liquids", "digits")}
+OTHERS = {f"fluids_{count}": f"{count} fluids" for count in (5, 10, 20)} | OTHERS
+OTHER_SAMPLES = (3, 10)
+DIGITS = {
+    "images_kan": {
+        "digits → turned by 20°, noise": "turned by 20°, noise", "MNIST → turned by 30°": "turned by 30°",
+        "MNIST → digits, 20 samples": "MNIST → digits", "digits → MNIST": "digits → MNIST",
+    },
+    "images_resnet": {"MNIST → turned by 30°": "convolutions"},
+    "images_wide": {"": "a million"},
+}  # fmt: skip
+DIGIT_ROWS = {
+    "from scratch, Adam": "from scratch", "full, Adam": "full", "full, LM": "full, LM",
+    "LoTRA, Adam": "LoTRA 1/10", "LoTRA, SOAP": "LoTRA 1/10, SOAP", "LoTRA, aligned, LM": "LoTRA 1/10, gradient, LM",
+    "LoRA, Adam": "LoRA 1/10", "LoRA, SOAP": "LoRA 1/10, SOAP", "LoRA, LM": "LoRA 1/10, LM",
+}  # fmt: skip
+TEXT_ROWS = {
+    "from scratch": "from scratch", "full": "full", "full, SOAP": "full, SOAP",
+    "LoTRA 1/10, KAN layers": "LoTRA 1/10", "LoTRA 1/10, KAN layers, SOAP": "LoTRA 1/10, SOAP",
+    "LoTRA 1/10, all linear": "LoTRA 1/10, all linear", "LoTRA 1/4, all linear": "LoTRA 1/4, all linear",
+    "LoRA, all linear": "LoRA on all linear, target_parameters",
+}  # fmt: skip
 
 
-def number(value: float | None) -> str:
-    if value is None or value in (float("inf"), float("-inf")):
+def short(value: float) -> str:
+    """Two digits of an error; three of what is above 1."""
+    if not isfinite(value):
         return "diverged"
-    return f"{value:.2e}" if abs(value) < 0.01 or abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:.1e}".replace("e-0", "e-") if value < 0.01 else f"{value:.2g}" if value < 1 else f"{value:.3g}"
 
 
-def spread(case: Case, values: list[float | None]) -> str:
+def spread(values: Sequence[float], show: Callable[[float], str] = short) -> str:
     """median (least–greatest)"""
-    text = number(case.middle(values))
-    known = [value for value in values if value is not None]
-    return f"{text} ({number(min(known))}–{number(max(known))})" if len(known) > 1 else text
+    text = show(median(values))
+    return f"{text} ({show(min(values))}–{show(max(values))})" if len(values) > 1 else text
 
 
-def size(row: Row) -> str:
-    """The trained numbers, and the stored ones where they are more."""
-    result = row.results[0]
-    text = f"{row.trainable:,} ({row.trainable / result['coefficients']:.1%})"
-    if result.get("stored", 0) > row.trainable:
-        text += f", {result['stored']:,} stored"
-    return text + (" above the budget" if result["above_budget"] else "")
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"|{'|'.join(line)}|" for line in lines)
 
 
-def rate(row: Row) -> str:
-    return NONE if row.lr is None else f"{row.lr:g}{' (edge)' if row.edge else ''}"
-
-
-def memory(row: Row) -> str:
-    """The most that tensors take during a step, in MB."""
-    return f"{row.results[0]['step_bytes'] / 1e6:.3g}" if "step_bytes" in row.results[0] else NONE
-
-
-def table_of_case(case: Case) -> str:
-    """Same steps and same seconds, beside the reference."""
-    clock = "CPU s" if "cpu" in case.reference.results[0]["environment"]["device"] else "s"
-    rows = []
-    if case.zero_shot is not None:
-        zero = [result["zero_shot"] for result in case.reference.results]
-        rows.append(["zero-shot", "0", NONE, spread(case, zero), case.relative(zero), NONE, NONE, NONE, NONE])
-    for label, row in case.rows.items():
-        same = row.at(case.reference.seconds)
-        rows.append(
-            [
-                label,
-                size(row),
-                rate(row),
-                spread(case, row.finals),
-                case.relative(row.finals),
-                f"{row.seconds:.1f}",
-                memory(row),
-                spread(case, same),
-                case.relative(same),
-            ]
-        )
-    first = next(iter(case.experiment.methods))
-    header = ["", "trainable", "rate", f"{case.task.metric}, last step", f"to {first}", clock, "MB"]
-    return table([*header, f"{case.task.metric} at the {clock} of {first}", f"to {first}"], rows)
-
-
-def table_of_cases(cases: list[Case], values: Callable[[Case, Row], list[float | None]]) -> str:
-    rows = []
-    for label in cases[0].experiment.methods:
-        found = [case.rows.get(label) for case in cases]
-        first = next((row for row in found if row), None)
-        cells = [
-            f"{spread(case, values(case, row))}, {case.relative(values(case, row))}" if row else "not run"
-            for case, row in zip(cases, found, strict=True)
-        ]
-        rows.append([label, size(first) if first else NONE, *cells])
-    return table(["", "trainable", *(case.name for case in cases)], rows)
-
-
-def tables(cases: list[Case]) -> str:
-    if len(cases) <= WIDE:
-        return "\n\n".join((f"**{case.name}**\n\n" if case.name else "") + table_of_case(case) for case in cases)
-    first, metric = next(iter(cases[0].experiment.methods)), cases[0].task.metric
-    same = table_of_cases(cases, lambda case, row: row.at(case.reference.seconds))
-    return (
-        f"{metric[0].upper()}{metric[1:]} after the last step; beside it, relative to {first}:\n\n"
-        f"{table_of_cases(cases, lambda case, row: row.finals)}\n\n"
-        f"The same at the seconds that {first} has taken:\n\n{same}"
-    )
-
-
-def updated(text: str, name: str, title: str, content: str) -> str:
-    """The text with `content` between the markers of `name`, which are added at the end if they are not there.
+def updated(text: str, name: str, content: str) -> str:
+    """The text with `content` between the markers of `name`.
 
     Raises:
-        ValueError: if one is missing, or there twice.
+        ValueError: if one of them is missing, or there twice.
     """
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-    if begin not in text and end not in text:
-        text = f"{text.rstrip()}\n\n## {title}\n\n{begin}\n{end}\n".lstrip()
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"the README should have one {begin} and one {end}: add them where the results shall stand")
+        raise ValueError(f"the page should have one {begin} and one {end}: add them where the table shall stand")
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
 
 
-def lacking(experiment: Experiment, found: Results) -> int:
-    """How many runs are not there; of the search for rates, as long as some of these are not."""
-    searched = sum(run not in found for run in experiment.all_tuning_runs(found))
-    return searched or sum(run not in found for run in experiment.all_final_runs(found))
+def metrics(runs: Sequence[Run]) -> list[float]:
+    return [run.metric for run in runs]
 
 
-def overview(experiments: list[Experiment], results: Mapping[str, Results]) -> str:
-    """For every case: the reference and the best of full fine-tuning, of adapters within a tenth, and from scratch."""
-    rows, others = [], []
-    for experiment in experiments:
-        link = f"[{experiment.title}](pages/{experiment.name}.md)"
-        if next(iter(experiment.methods.values()))["method"] != "full":
-            others.append(link)
-            continue
-        for name in experiment.cases:
-            case = case_of(experiment, name, results[experiment.name])
-            of_adapters = [within_a_tenth(rows_by(case, methods)) for methods in ADAPTERS.values()]
-            found = [[case.reference], rows_by(case, ("full",)), *of_adapters, rows_by(case, ("scratch",))]
-            title = link + (f", {name}" if name else "")
-            if optimizers := useless_base(case):
-                title += f" † {', '.join(optimizers)}"
-            rows.append([title, *(in_short(case, case.best(some)) for some in found)])
-    header = ["task", "reference", "best full fine-tuning", *(f"{name}, ≤ 1/10" for name in ADAPTERS), "from scratch"]
-    text = table(header, rows) + (
-        "\n\n† By this optimizer training from scratch is as good as full fine-tuning, at most 1.1 × its error or a "
-        "point below it: the base does not help."
-    )
-    return text + (f"\n\nPages without full fine-tuning: {', '.join(others)}." if others else "")
+def number(value: float) -> str:
+    """Two digits, and no exponent."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def in_short(case: Case, row: Row | None) -> str:
-    """Its last metric, its seconds and its name."""
-    return f"{number(case.middle(row.finals))} in {row.seconds:.1f} s ({row.label})" if row else NONE
+def clock(runs: Sequence[Run]) -> str:
+    return number(median(run.seconds for run in runs))
 
 
-def useless_base(case: Case) -> list[str]:
-    """The optimizers by which training from scratch is as good as full fine-tuning."""
-    found = []
-    for optimizer, name in {"adam": "Adam", "soap": "SOAP", "lm": "LM"}.items():
-        scratch, full = (rows_by(case, (method,), (optimizer,)) for method in ("scratch", "full"))
-        if scratch and full:
-            ours, theirs = (case.middle(rows[0].finals) for rows in (scratch, full))
-            if ours >= theirs - 1 if case.task.higher_is_better else ours <= 1.1 * theirs:
-                found.append(name)
-    return found
+def table_of_runs(found: dict[str, list[Run]]) -> str:
+    """Trained numbers, the kilobytes of what is stored in fp32, the error and seconds."""
+    rows = []
+    for label, runs in found.items():
+        size = f"{runs[0].trained:,} ({4 * runs[0].stored / 1000:.2g} kB)"
+        rows.append([label, size, spread(metrics(runs)), clock(runs)])
+    return table(["", "numbers", "relative L2 error", "CPU s"], rows)
 
 
-def by_older_code(experiment: Experiment, found: Results) -> tuple[int, int]:
-    """How many runs are by older code, and how many there are."""
-    runs = [*experiment.all_tuning_runs(found), *experiment.all_final_runs(found)]
-    return sum(is_older(run, found[run]) for run in runs), len(runs)
+def of_fastkan(experiments: Experiments) -> str:
+    kinds = ("full", "LoTRA 1/10", "LoRA 1/10")
+    labels = ["from scratch, Adam", "from scratch, LM"]
+    labels += [f"{kind}, {by}" for kind in kinds for by in ("Adam", "SOAP", "LM")]
+    return table_of_runs({label: experiments.runs("pde_fastkan", "", label) for label in labels})
 
 
-def page(experiment: Experiment, found: Results, images: Path, options: str) -> tuple[str, list[Path]]:
-    """The experiment's page, and the pictures on it, which are written."""
-    cases, pictures = [case_of(experiment, name, found) for name in experiment.cases], []
-    content = [f"# {experiment.title}", experiment.about, tables(cases)]
-    for picture in experiment.pictures:
-        path = images / f"{experiment.name}_{picture}.png"
-        figure = PICTURES[picture](cases)
-        write_atomically(path, lambda p, f=figure: f.savefig(p, dpi=90, format="png"))
-        content.append(f"![{experiment.title}: {picture}](../images/{path.name})")
-        pictures.append(path)
-    content.append(experiment.reading and f"**Reading.** {experiment.reading}")
-    older, count = by_older_code(experiment, found)
-    if older:
-        command = f"run.py {experiment.name}{options} --stale"
-        content.append(f"By older code: {older} of {count} runs; `{command}` does them again.")
-    content.append("[All experiments](../README.md)")
-    return "\n\n".join(filter(None, content)) + "\n", pictures
+def of_sizes(experiments: Experiments) -> str:
+    names = {name: pde for name, pde in PDES.items() if pde.sizes}
+    rows = []
+    for label in SIZES:
+        found = [experiments.runs("pde_sizes", pde.sizes, label) for pde in names.values()]
+        rows.append([label, f"{found[0][0].trained:,}", *(spread(metrics(runs)) for runs in found)])
+    return table(["", "numbers", *names], rows)
 
 
-def report(
-    experiments: list[Experiment],
-    folder: Path,
-    readme: Path,
-    options: str = "",
-    whole: bool = True,
-    with_older: bool = False,
-) -> list[Path]:
-    """Writes the pages and their pictures, and returns the files.
+def of_widths(experiments: Experiments) -> str:
+    labels = {
+        "full, Adam": "full, Adam",
+        "full, LM": "full, LM",
+        "LoTRA, ranks 6, Adam": "LoTRA, Adam",
+        "LoTRA, ranks 6, LM": "LoTRA, LM",
+        "LoTRA, ranks 6, LM, longer": "LoTRA, LM, longer",
+    }
+    rows = []
+    for width in ("width 32", "width 64", "width 128"):
+        for label, shown in labels.items():
+            runs = experiments.runs("pde_widths", width, label)
+            (memory,) = (run.memory for run in runs if run.memory)
+            row = [width, shown, f"{runs[0].trained:,}", spread(metrics(runs)), clock(runs), f"{memory / 1e6:.3g}"]
+            rows.append(row)
+    return table(["", "", "numbers", "relative L2 error", "CPU s", "MB"], rows)
 
-    `whole`: also overview and aims in the README.
 
-    Args:
-        options: those of run.py that it has run with.
-        with_older: also results by older code.
+def summary(experiments: Experiments) -> str:
+    """Medians of all PDEs, for results.md."""
+    found = {name: experiments.of_pde(pde) for name, pde in PDES.items()}
+    first = next(iter(found.values()))
+    rows = [["the base, as it is", "0", *(short(of["full, Adam"][0].before) for of in found.values()), NONE]]
+    for label, runs in first.items():
+        cells = [short(median(metrics(of[label]))) if label in of else NONE for of in found.values()]
+        rows.append([label, f"{runs[0].trained:,}", *cells, clock(runs)])
+    return table(["", "numbers", *found, "CPU s, Poisson"], rows)
+
+
+def of_digits(experiments: Experiments) -> str:
+    rows = []
+    for shown, label in DIGIT_ROWS.items():
+        cells = []
+        for name, cases in DIGITS.items():
+            own = label.replace("1/10", "1/100") if name == "images_wide" else label
+            for case in cases:
+                labels = {line["label"] for line in experiments.lines(name)}
+                runs = experiments.runs(name, case, own) if own in labels else []
+                cells.append(spread(metrics(runs), lambda v: f"{v:.0f}") if runs else NONE)
+        rows.append([shown, *cells])
+    return table(["", *(shown for cases in DIGITS.values() for shown in cases.values())], rows)
+
+
+def of_texts(experiments: Experiments) -> str:
+    rows = []
+    for shown, label in TEXT_ROWS.items():
+        cells, numbers = [], ""
+        for name in ("text_code", "text_code_long"):
+            if label in {line["label"] for line in experiments.lines(name)}:
+                runs = experiments.runs(name, "", label)
+                numbers = f"{runs[0].trained:,}"
+                cells += [spread(metrics(runs), lambda v: f"{v:.2f}"), clock(runs)]
+            else:
+                cells += [NONE, NONE]
+        rows.append([shown, numbers, *cells])
+    return table(["", "numbers", "400 steps, nats", "CPU s", "10,000 steps, nats", "CPU s"], rows)
+
+
+def of_families(families: dict[str, Family]) -> str:
+    rows = []
+    for case, title in FAMILY_CASES.items():
+        found = [families[case].errors(entry) for entry in FAMILY_ENTRIES.values()]
+        rows.append([f"{title} ({families[case].seeds})", *(spread(errors) if errors else NONE for errors in found)])
+    return table(["(seeds)", *FAMILY_ENTRIES], rows)
+
+
+def costs(family: Family) -> str:
+    """Numbers and seconds of a case."""
+    rows = []
+    for label, entry in FAMILY_ENTRIES.items():
+        (numbers,) = {(line["numbers"]["offline"], line["numbers"]["online"]) for line in family.lines[entry.method]}
+        once = median(line["offline_seconds"] for line in family.lines[entry.method])
+        cells = (
+            [f"{numbers[1]:,}", number(median(s for s, _ in family.values(entry)))] if entry.step != 0 else [NONE] * 2
+        )
+        rows.append([label, f"{numbers[0]:,}" if numbers[0] else NONE, f"{once:.0f}", *cells])
+    return table(["", "numbers once", "CPU s once", "numbers for a task", "CPU s"], rows)
+
+
+def of_angles(lines: Sequence[Line]) -> str:
+    places, rows = ("inside", "gap", "beyond"), []
+    for label, (method, when) in ANGLE_ROWS.items():
+        found = [line for line in lines if line["method"] == method and "tasks" in line]
+        tasks = [task for line in found for task in line["tasks"]]
+        values = [[task["metrics"][when] for task in tasks if task["place"] == place] for place in places]
+        seconds = number(median(task["seconds"] for task in tasks)) if when else NONE
+        numbers = found[0]["numbers"]
+        of_task = f"{numbers['task']:,}" if when else NONE
+        cells = [spread(each, lambda v: f"{v:.0f}") for each in values]
+        rows.append([label, f"{numbers['once']:,}", of_task, seconds, *cells])
+    return table(["", "numbers once", "for a task", "CPU s", *(f"{place}, %" for place in places)], rows)
+
+
+def of_fluids(domain: FewSamples) -> str:
+    rows = []
+    for method in FLUIDS:
+        lines = domain.of(method)
+        once, task = lines[0]["numbers"]
+        inside = [part for line in lines for part in line["samples"]["5"].get("inside", [])]
+        spent = median(line["samples"]["5"]["seconds"] for line in lines)
+        errors = [f"{domain.median(method, n):.2g}" for n in SAMPLES]
+        cells = [f"{100 * mean(inside):.0f} %" if inside else NONE, number(1000 * spent)]
+        rows.append([method, f"{once:,}", f"{task:,}" if task else NONE, *errors, *cells])
+    return table(["", "numbers once", "for a task", *(f"n = {n}" for n in SAMPLES), "in 95 %", "ms"], rows)
+
+
+def of_others(domains: dict[str, FewSamples]) -> str:
+    rows = []
+    for method in FLUIDS:
+        cells = [
+            f"{domains[name].median(method, n):.2g}" if method in domains[name].methods else NONE
+            for name in OTHERS
+            for n in OTHER_SAMPLES
+        ]
+        rows.append([method, *cells])
+    return table(["", *(f"{title}, {n}" for title in OTHERS.values() for n in OTHER_SAMPLES)], rows)
+
+
+def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
+    """The tables of each page by their markers, and the pictures by their names."""
+    experiments = Experiments(results)
+    pdes = {name: experiments.of_pde(pde) for name, pde in PDES.items()}
+    families = {case: Family(case, experiments.lines("families")) for case in FAMILY_CASES}
+    domains = {name: FewSamples(name, experiments.lines("few_samples")) for name in ("fluids", *OTHERS)}
+    tables = {
+        "pages/pdes.md": {name.split(",")[0]: table_of_runs(found) for name, found in pdes.items()}
+        | {"FastKAN": of_fastkan(experiments), "sizes": of_sizes(experiments)},
+        "pages/widths.md": {"widths": of_widths(experiments)},
+        "pages/transformers_and_images.md": {"digits": of_digits(experiments), "texts": of_texts(experiments)},
+        "families.md": {
+            "families": of_families(families),
+            "costs": costs(families["elliptic"]),
+            "angles": of_angles([line for line in experiments.lines("families") if line["case"] == "angle"]),
+        },
+        "few_samples.md": {"fluids": of_fluids(domains["fluids"]), "others": of_others(domains)},
+        "../results.md": {"overview": summary(experiments)},
+    }
+    figures = {
+        "pdes": draw_pdes(pdes),
+        "families": draw_families({FAMILY_CASES[case]: family for case, family in families.items()}),
+        "few_samples": draw_few_samples(
+            {name: domains[name] for name in ("fluids", "oscillators", "liquids", "digits")}
+        ),
+    }
+    return tables, figures
+
+
+def report(results: Path, source: Path, folder: Path) -> list[Path]:
+    """Writes the pages of `source` with their tables into `folder`, and the pictures; returns the files written.
 
     Raises:
-        ValueError: if a result is missing or by older code, before anything is written.
+        ValueError: if a line or a marker is missing, before anything is written.
     """
-    results = {experiment.name: Results(experiment.name, folder) for experiment in experiments}
-    run = "python examples/method_comparison/run.py"
-    missing = {e.name: count for e in experiments if (count := lacking(e, results[e.name]))}
-    if missing:
-        files = ", ".join(f"{name}.jsonl lacks {count} runs" for name, count in missing.items())
-        raise ValueError(f"{folder}: {files}: {run} {' '.join(missing)}{options}; or name the experiments to report")
-    old = {e.name: by_older_code(e, results[e.name])[0] for e in experiments}
-    if any(old.values()) and not with_older:
-        files = ", ".join(f"{name}.jsonl has {count} runs" for name, count in old.items() if count)
-        names = " ".join(name for name, count in old.items() if count)
-        raise ValueError(f"{folder}: {files} by older code: {run} {names}{options} --stale; or --older reports them")
-    text = readme.read_text() if readme.exists() else ""
-    for (name, title), table_of in (
-        {("overview", "Overview"): overview, ("aims", "Aims"): aims}.items() if whole else ()
-    ):
-        if content := table_of(experiments, results):
-            text = updated(text, name, title, content)
-    written, images, pages = [], readme.parent / "images", readme.parent / "pages"
-    for path in (images, pages):
-        path.mkdir(parents=True, exist_ok=True)
-    for experiment in experiments:
-        content, pictures = page(experiment, results[experiment.name], images, options)
-        path = pages / f"{experiment.name}.md"
-        write_atomically(path, lambda p, content=content: p.write_text(content))
-        written += [*pictures, path]
-    if whole:
-        write_atomically(readme, lambda p: p.write_text(text.rstrip() + "\n"))
-        written.append(readme)
-    return written
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = new_parser(__doc__)
-    add = parser.add_argument
-    add("names", nargs="*", help=f"experiments; all if none is given: {', '.join(experiment_names())}")
-    for size in ("smoke", "large"):
-        add(f"--{size}", action="store_true", help=f"what run.py --{size} has done")
-    add("--older", action="store_true", help="also results by older code")
-    add("--results", type=Path, help="where the .jsonl files are; default: as in run.py")
-    add("--outputs", type=Path, default=Path("outputs/method_comparison"), help="that of run.py")
-    add("--readme", type=Path, help="file with the markers, made if it is not there; pages and pictures go beside it")
-    args = parser.parse_args(argv)
-    try:
-        args.experiments = load_experiments(args.names, smoke=args.smoke, large=args.large)
-    except ValueError as error:
-        parser.error(str(error))
-    sizes = [name for name in ("smoke", "large") if getattr(args, name)]
-    args.options = "".join(f" --{size}" for size in sizes)
-    folder = args.outputs / "_".join(sizes)
-    args.results = args.results or (folder if sizes else HERE / "results")
-    args.readme = args.readme or (folder if sizes else HERE) / "README.md"
-    args.readme.parent.mkdir(parents=True, exist_ok=True)
-    return args
+    tables, figures = pages(results)
+    texts = {}
+    for name, contents in tables.items():
+        text = (source / name).read_text()
+        for marker, content in contents.items():
+            text = updated(text, marker, content)
+        texts[folder / name] = text
+    pictures = {folder / "images" / f"{name}.png": figure for name, figure in figures.items()}
+    for path in (*texts, *pictures):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        write_atomically(path, lambda partial, text=text: partial.write_text(text))
+    for path, figure in pictures.items():
+        write_atomically(path, lambda partial, figure=figure: figure.savefig(partial, dpi=90, format="png"))
+    return [*texts, *pictures]
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    parser = new_parser(__doc__)
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the .jsonl files")
+    parser.add_argument("--folder", type=Path, default=HERE, help="where the pages and pictures are written")
+    args = parser.parse_args(argv)
     try:
-        for path in report(args.experiments, args.results, args.readme, args.options, not args.names, args.older):
+        for path in report(args.results, HERE, args.folder):
             print(f"Written: {path}")
     except ValueError as error:
         sys.exit(str(error))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from compared_methods import optimizer_of
 from objectives import Objective
-from torch import nn
+from torch import Tensor, nn
 
 from peft_lotra import fit_gauss_newton
 
@@ -26,24 +26,17 @@ class Mark(NamedTuple):
 
 
 class Stopwatch:
-    """Seconds while it runs: the process's own work on the CPU, which others on the machine hardly change, and those
-    of the wall on an accelerator."""
+    """Seconds while it runs, of the process's own work on the CPU, which others on the machine hardly change."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, 0.0
+    def __init__(self) -> None:
+        self.seconds = 0.0
 
     def __enter__(self) -> Stopwatch:
-        self._start = self._now()
+        self._start = time.process_time()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.seconds += self._now() - self._start
-
-    def _now(self) -> float:
-        if self.device.type == "cpu":
-            return time.process_time()
-        torch.accelerator.synchronize()
-        return time.perf_counter()
+        self.seconds += time.process_time() - self._start
 
 
 def measured(model: nn.Module, objective: Objective) -> float | None:
@@ -57,6 +50,27 @@ def measured(model: nn.Module, objective: Objective) -> float | None:
     return value if math.isfinite(value) else None
 
 
+class _Course:
+    """The marks of a run, and its clock, which stands still while the metric is measured."""
+
+    def __init__(self, model: nn.Module, objective: Objective, steps: int, watch: Stopwatch) -> None:
+        self.model, self.objective, self.watch = model, objective, watch
+        self.marks = [Mark(0, watch.seconds, measured(model, objective))]
+        self.ends = {math.ceil(steps * k / (MARKS - 1)) for k in range(1, MARKS)}
+
+    def goes_on(self, step: int) -> bool:
+        """Whether the metric is finite, if it is measured after this step."""
+        if step not in self.ends:
+            return True
+        self.watch.__exit__()
+        self.add(step)
+        self.watch.__enter__()
+        return self.marks[-1].metric is not None
+
+    def add(self, step: int) -> None:
+        self.marks.append(Mark(step, self.watch.seconds, measured(self.model, self.objective)))
+
+
 def train_by_steps(
     model: nn.Module, objective: Objective, settings: Mapping[str, Any], lr: float, steps: int, watch: Stopwatch
 ) -> list[Mark]:
@@ -64,42 +78,49 @@ def train_by_steps(
     with watch:
         optimizer = optimizer_of(model, settings, lr)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    marks = [Mark(0, watch.seconds, measured(model, objective))]
-    ends = {math.ceil(steps * k / (MARKS - 1)) for k in range(1, MARKS)}
-
-    def goes_on(step: int) -> bool:
-        if step not in ends:
-            return True
-        watch.__exit__()
-        marks.append(Mark(step, watch.seconds, measured(model, objective)))
-        watch.__enter__()
-        return marks[-1].metric is not None
-
+    course = _Course(model, objective, steps, watch)
     with watch:
-        objective.train(model, optimizer, schedule, steps, goes_on)
-    return marks
+        for step in range(steps):
+            optimizer.zero_grad()
+            objective.loss(model, step).backward()
+            optimizer.step()
+            schedule.step()
+            if not course.goes_on(step + 1):
+                break
+    return course.marks
 
 
 def train_by_lm(
     model: nn.Module, objective: Objective, settings: Mapping[str, Any], steps: int, watch: Stopwatch
 ) -> list[Mark]:
     """Levenberg–Marquardt on what is trainable; `steps` iterations unless no step reduces the loss any more."""
-    options = objective.second_order() | {"weight_decay": settings.get("weight_decay", 0.0)}
-    marks = [Mark(0, watch.seconds, measured(model, objective))]
-    ends = {math.ceil(steps * k / (MARKS - 1)) for k in range(1, MARKS)}
+    options = objective.second_order() | {"weight_decay": settings.get("weight_decay", 0.0), "loss_tolerance": 0}
+    course = _Course(model, objective, steps, watch)
 
     def mark(result: Any) -> None:
-        watch.__exit__()
-        if result.iterations in ends:
-            marks.append(Mark(result.iterations, watch.seconds, measured(model, objective)))
-        watch.__enter__()
+        course.goes_on(result.iterations)
 
     with watch:
-        result = fit_gauss_newton(
-            model, iterations=steps, loss_tolerance=0, progressbar=False, callback=mark, **options
-        )
+        result = fit_gauss_newton(model, iterations=steps, progressbar=False, callback=mark, **options)
     if result.reason == "interrupted":
         raise KeyboardInterrupt
-    if result.iterations > marks[-1].step:
-        marks.append(Mark(result.iterations, watch.seconds, measured(model, objective)))
-    return marks
+    if result.iterations > course.marks[-1].step:
+        course.add(result.iterations)
+    return course.marks
+
+
+def train_by_adam(
+    model: nn.Module, loss: Callable[[int], Tensor], rate: float, steps: float = math.inf, seconds: float = math.inf
+) -> None:
+    """Adam on what is trainable, at a rate that falls to zero by a cosine over the steps, or over the CPU seconds."""
+    optimizer, start, step = (
+        torch.optim.Adam([p for p in model.parameters() if p.requires_grad]),
+        time.process_time(),
+        0,
+    )
+    while (part := max(step / steps, (time.process_time() - start) / seconds)) < 1:
+        optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * part)) / 2
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+        step += 1

@@ -12,10 +12,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from objectives import Data, Objective
+from objectives import Data, Objective, Supervised
 from torch import Tensor, nn
-from transformer_kan import TransformerKANForCausalLM
-from transformers_objective import OnTokens, transformer_config
+from transformer_kan import TransformerKANConfig, TransformerKANForCausalLM
 
 from . import Task
 
@@ -57,6 +56,21 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
+class OnTokens(Supervised):
+    """The model's own loss on tokens, and the cross-entropy of its logits."""
+
+    def __init__(self, training: Data, test: Data, batch: int, seed: int) -> None:
+        super().__init__(training, test, None, cross_entropy, batch, seed)  # the loss is the model's
+
+    def loss(self, model: nn.Module, step: int) -> Tensor:
+        x, y = self.drawn(step)
+        return model(input_ids=x, labels=y).loss
+
+    def _on(self, model: nn.Module, data: Data, rows: int = 128) -> float:
+        outputs = torch.cat([model(input_ids=x).logits for x in data.x.split(rows)])
+        return self.metric_fn(outputs, data.y).item()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Characters(Task):
     """Windows of `length` characters; `samples` characters of source code to train on, the same share of each
@@ -77,7 +91,17 @@ class Characters(Task):
 
     def build(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        return TransformerKANForCausalLM(transformer_config(self, len(CHARACTERS)))
+        config = TransformerKANConfig(
+            vocab_size=len(CHARACTERS),
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            max_position_embeddings=self.length,
+            kan_hidden_size=self.kan_hidden,
+            kan_degree=self.basis - 1,
+            use_cache=False,
+        )
+        return TransformerKANForCausalLM(config)
 
     def objective(self, part: str, seed: int, device: torch.device) -> Objective:
         if part == "base":
@@ -88,7 +112,7 @@ class Characters(Task):
             tests = shares(TEST_MODULES, self.test_samples)
         windows = training.to(device).unfold(0, self.length, 1)  # from every character on; a view
         held_out = torch.cat([test.unfold(0, self.length, self.length) for test in tests]).to(device)
-        return OnTokens(Data(windows, windows), Data(held_out, held_out), cross_entropy, self.batch, seed)
+        return OnTokens(Data(windows, windows), Data(held_out, held_out), self.batch, seed)
 
 
 TASK = Characters

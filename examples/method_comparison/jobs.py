@@ -1,0 +1,79 @@
+"""Jobs that add a line each to a file: those without one are done, so that the same command goes on after Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from command_line import exit_code, new_parser
+from reporting import write_atomically
+
+Line = dict[str, Any]
+Job = tuple[Line, Callable[[], Line]]  # what names the line, and what computes the rest of it
+
+
+def read_lines(path: Path) -> list[Line]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def add_line(path: Path, names: Line, line: Line) -> None:
+    """In the place of lines with these names."""
+    kept = [other for other in read_lines(path) if not is_of(names, other)]  # another process may have added lines
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [*kept, names | line])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda partial: partial.write_text(text))
+
+
+def is_of(names: Line, line: Line) -> bool:
+    return names.items() <= line.items()
+
+
+def rounded(number: float) -> float:
+    return float(f"{number:.4g}")
+
+
+def environment() -> Line:
+    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def new_arguments(docstring: str, name: str) -> argparse.ArgumentParser:
+    parser = new_parser(docstring)
+    add = parser.add_argument
+    add("--smoke", action="store_true", help="as little as possible of everything, into --outputs")
+    add("--results", type=Path, help=f"file of the lines; default: results/{name}.jsonl beside this file")
+    add("--outputs", type=Path, default=Path("outputs") / name, help="what several methods need, and lines of --smoke")
+    return parser
+
+
+def place(args: argparse.Namespace, name: str) -> None:
+    """Sets the paths."""
+    if args.smoke:
+        args.outputs /= "smoke"
+    folder = args.outputs if args.smoke else Path(__file__).parent / "results"
+    args.results = args.results or folder / f"{name}.jsonl"
+
+
+def do_missing(
+    path: Path, jobs: Callable[[], Iterable[Job]], counts: Callable[[Line], bool] = lambda line: True
+) -> int:
+    """Does what has no line yet, or none that counts, and adds its line; returns the exit code of the command."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+    def work() -> None:
+        torch.set_num_threads(1)  # what others do on the machine then hardly changes the seconds
+        for names, compute in jobs():
+            if any(is_of(names, line) and counts(line) for line in read_lines(path)):
+                continue
+            title = ", ".join(f"{value}" for value in names.values() if not isinstance(value, dict))
+            print(f"\n{path.stem}, {title}; {time.strftime('%H:%M')}", flush=True)
+            start = time.process_time()
+            add_line(path, names, compute())
+            print(f"Done in {time.process_time() - start:.0f} CPU s", flush=True)
+
+    return exit_code(work, "The lines that were done are stored; the same command goes on from there.")

@@ -1,0 +1,91 @@
+"""The pages of the method comparison are what report.py writes from the stored lines, and no line is missing."""
+
+import json
+import shutil
+
+import jobs
+import pytest
+import report
+from drawings import FAMILY_COLOURS, FEW_LABELS, PDE_LABELS
+from experiments import load_experiments
+from family_angles import METHODS as ANGLE_METHODS
+from family_angles import ONCE
+from family_methods import METHODS as FAMILY_METHODS
+from few_sample_methods import METHODS
+from few_sample_tasks import DOMAINS
+from found import FAMILY_ENTRIES, PDE_ROWS, Experiments, as_run
+from scripts import EXAMPLES, call
+
+SUITE = EXAMPLES / "method_comparison"
+
+
+def test_pages_are_what_the_report_writes(tmp_path):
+    folder = tmp_path / "pages"
+    out = call("report", "--folder", folder).out
+    tables, _ = report.pages(SUITE / "results")
+    for name in tables:
+        assert str(folder / name) in out
+        assert (folder / name).read_text() == (SUITE / name).read_text(), f"{name}: run report.py"
+    pictures = list((folder / "images").iterdir())
+    assert sorted(picture.name for picture in pictures) == sorted(p.name for p in (SUITE / "images").iterdir())
+    assert all(picture.stat().st_size > 10_000 for picture in pictures)
+
+
+@pytest.mark.parametrize("experiment", load_experiments(), ids=lambda experiment: experiment.name)
+def test_every_job_has_its_line(experiment):
+    lines = jobs.read_lines(SUITE / "results" / f"{experiment.name}.jsonl")
+    used = set()
+    for names, _ in experiment.jobs(print, lambda: lines):
+        found = [k for k, line in enumerate(lines) if jobs.is_of(names, line)]
+        assert len(found) == 1, names
+        used |= {*found}
+    assert len(used) == len(lines), "a line of no job"
+
+
+def test_lines_of_families_and_few_samples_have_methods():
+    few = jobs.read_lines(SUITE / "results" / "few_samples.jsonl")
+    assert {line["method"] for line in few if "samples" in line} == {*METHODS}
+    families = jobs.read_lines(SUITE / "results" / "families.jsonl")
+    angles = [line for line in families if line["case"] == "angle"]
+    chosen = {(line["method"], line["rate"], line["weight decay"]) for line in angles}
+    assert chosen == {(label, ONCE[m.once][1], m.weight_decay) for label, m in ANGLE_METHODS.items()}
+    assert {line["method"] for line in families} == {*FAMILY_METHODS, *ANGLE_METHODS}
+    assert {line["domain"] for line in few} == {*DOMAINS} == {"fluids", *report.OTHERS}
+    assert {*report.FLUIDS} == {*METHODS} >= FEW_LABELS.keys()
+    assert FAMILY_COLOURS.keys() == FAMILY_ENTRIES.keys()
+    assert PDE_LABELS.keys() >= PDE_ROWS.keys() - {"from scratch, Adam"}
+
+
+def test_what_lacks_stops_the_report_before_anything_is_written(tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(SUITE / "results", results)
+    path = results / "pde_elliptic.jsonl"
+    path.write_text(path.read_text().replace('"full, LM"', '"full, renamed"'))
+    error = call("report", "--results", results, "--folder", tmp_path / "pages", code=1).err
+    assert "pde_elliptic.jsonl has no run of 'full, LM' in 'λ = 1.3'" in error
+    assert not (tmp_path / "pages").exists()
+
+
+def test_markers():
+    text = "a\n<!-- begin x -->\nold\n<!-- end x -->\nb\n"
+    assert report.updated(text, "x", "new") == "a\n<!-- begin x -->\nnew\n<!-- end x -->\nb\n"
+    with pytest.raises(ValueError, match="should have one <!-- begin y --> and one <!-- end y -->"):
+        report.updated(text, "y", "new")
+
+
+def test_medians_and_ranges():
+    assert report.spread([3e-4, 1e-3, 0.2]) == "1.0e-3 (3.0e-4–0.2)"
+    assert report.spread([float("inf"), 0.1, float("inf")]) == "diverged (0.1–diverged)"
+    assert [report.number(value) for value in (0.0123, 4.56, 145.2)] == ["0.012", "4.6", "145"]
+    line = {"trainable": 5, "zero_shot": 1.0, "marks": [[0, 0.0, 1.0], [3, 2.0, None]]}
+    run = as_run(line)
+    assert (run.trained, run.stored, run.metric, run.seconds) == (5, 5, float("inf"), 2.0)
+
+
+def test_core_of_a_family_at_the_target(tmp_path):
+    marks = [[0, 0.0, 0.5], [5, 1.0, 0.1]]
+    tasks = [{"parameters": [at], "inside": True, "marks": marks} for at in (1.3, 1.4)]
+    line = {"case": "elliptic", "method": "family", "numbers": {"online": 7}, "tasks": tasks}
+    (tmp_path / "families.jsonl").write_text(json.dumps(line) + "\n")
+    (run,) = Experiments(tmp_path).cores("elliptic", 1.3)
+    assert (run.trained, run.before, run.metric, run.seconds) == (7, 0.5, 0.1, 1.0)
