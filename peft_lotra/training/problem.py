@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
@@ -183,7 +184,14 @@ class Problem:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if "does not require grad" in str(error):
+            comes_back = True
+            with suppress(RuntimeError):
+                self._values(theta, batch, argument, fresh)
+                comes_back = False
+            if not comes_back:
+                raise
+            with suppress(RuntimeError), torch.enable_grad():
+                self._values(theta, batch, argument, fresh)
                 raise ValueError("`residual_fn` should take derivatives of `net` with `torch.func`") from error
             leaves = [leaf for leaf in tree_leaves(first_of(batch)) if isinstance(leaf, torch.Tensor)]
             others = {leaf.dtype for leaf in leaves if leaf.is_floating_point()} - {theta.dtype}
