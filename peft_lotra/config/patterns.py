@@ -18,13 +18,12 @@ def name_endings(module: str) -> set[str]:
     return {".".join(parts[start:]) for start in range(len(parts))}
 
 
-def entries_for(module: str, patterns: Collection[str] | str) -> list[str]:
+def entries_for(module: str, patterns: Collection[str] | str) -> set[str]:
     """The entries that mean `module`. A string is a regular expression on the full name; a collection holds names and
     endings of names."""
     if isinstance(patterns, str):
-        return [patterns] if re.fullmatch(patterns, module) else []
-    endings = name_endings(module)
-    return [entry for entry in patterns if entry in endings]
+        return {patterns} if re.fullmatch(patterns, module) else set()
+    return name_endings(module).intersection(patterns)
 
 
 def means(key: str, name: str) -> re.Match[str] | None:

@@ -289,12 +289,14 @@ def _summed(asked: Asked) -> Any:
 
 
 def _factorised(asked: Asked, weight: Weight, contraction: Contraction | None) -> Any:
+    if contraction is not None and contraction.form.kept:  # stacks are for products of matrices
+        weight = weight._replace(updates=tuple([one for update in weight.updates for one in update.members()]))
     plan = None if contraction is None else plan_for(contraction, weight)
     if contraction is None or plan is None:
         return NotImplemented
     meant, function = asked.meant, asked.function
     if plan.dense:
-        return asked.about(dense_sum(meant, plan.dense) if meant is weight else _dense(meant), function)
+        return asked.about(dense_sum(weight, plan.dense) if isinstance(meant, Weight) else _dense(meant), function)
     y = None if weight.is_zero else asked.about(_stored(meant), function)
     return apply(plan, contraction, weight, y)
 

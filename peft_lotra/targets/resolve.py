@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from ..coefficients.target import Target
 from ..config.lotra_config import LoTRAConfig
 from ..config.patterns import ENDING, check_expressions, means, pattern_value
 from ..families.family import shortened
-from ..layers.lotra import adapted_tensors
+from ..layers.lotra import LoTRALayer, adapted_tensors
 from ..layers.slim import SlimLayer
 from ..tucker.decomposition import CONTAINERS, core_count, parameter_count
 from ..tucker.ranks import DEFAULT_COMPRESSION_RATIO, by_mode, choose_ranks
@@ -201,12 +202,15 @@ def _check_stored(layers: Mapping[str, nn.Module], targets: list[Target]) -> Non
 
 def _check_not_shared(model: nn.Module, layers: Mapping[str, nn.Module], targets: list[Target]) -> None:
     """Refuse a layer or tensor that the model holds twice, because an adapter would miss or double its second use."""
-    names: dict[int, list[str]] = {}
-    for name, thing in [
-        *model.named_modules(remove_duplicate=False),
-        *model.named_parameters(remove_duplicate=False),
-    ]:
-        names.setdefault(id(thing), []).append(name)
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    of_adapters: set[nn.Module] = set()  # of which a model may hold thousands
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].append(name)
+        if isinstance(module, LoTRALayer):
+            of_adapters.update(module.containers())
+        if module not in of_adapters:
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                names[id(tensor)].append(f"{name}.{key}".removeprefix("."))
     for target in targets:
         layer = layers[target.module]
         for thing in (layer, *[tensor_at(layer, path) for path in target.spec.parameters]):
