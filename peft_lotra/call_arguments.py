@@ -17,7 +17,7 @@ from .calls.samples import check_known, checked_axis
 from .combination import container_of_codes
 from .config.lotra_config import LoTRAConfig
 from .families import family as families
-from .layers.lotra import adapted_tensors
+from .layers.lotra import LoTRALayer, adapted_tensors
 from .placement.sharded import full_tensor, is_released
 from .registration import AXIS, TASK
 
@@ -118,20 +118,20 @@ def _repeated(c: Any, repeats: int) -> Any:
 
 
 def _batch(model: nn.Module, names: Sequence[str], repeats: int, encoder: set[nn.Module], axis: int) -> Batch:
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list | tuple) or not all([isinstance(name, str) for name in names]):
         raise TypeError(f"`adapter_names` should be a list with a name for each sample, but {names!r} is passed")
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    adapters = {name for layer in adapted_tensors(model).values() for name in layer.lotra_core}
-    unknown = set(names) - adapters - {BASE}
+    modules = set(model.modules())
+    held = [module.lotra_core for module in modules if isinstance(module, LoTRALayer)]
+    unknown = {name for name in {*names} - {BASE} if not any([name in cores for cores in held])}
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-    modules = set(model.modules())
     if axis != 0 and any(isinstance(module, AuxiliaryTrainingWrapper) for module in modules):
         raise ValueError(
             f"`{AXIS}`={axis}: trained copies (`modules_to_save`, token rows) take samples on the first axis"
         )
-    repeated = tuple(name for name in names for _ in range(repeats))
+    repeated = tuple([name for name in names for _ in range(repeats)])
     return Batch(repeated, modules, axis, tuple(names), encoder)
 
 

@@ -27,7 +27,7 @@ from .files.foreign import refuse_foreign_saving
 from .files.slots import slots_of
 from .layers.biases import trained_biases
 from .layers.linear import LinearLayer, is_linear
-from .layers.lotra import LoTRALayer, adapted_tensors, wrapped
+from .layers.lotra import LoTRALayer, adapted_tensors, freeze_base, wrapped
 from .layers.slim import SlimLayer
 from .placement.offloaded import writable_tensors
 from .preserved import restored_on_error
@@ -101,6 +101,7 @@ class LoTRAModel(BaseTuner):
         own = {} if peft_config.is_self_contained else vars(peft_config)
         self.peft_config[adapter_name] = replace(
             self._self_contained,
+            target_modules=None,  # PEFT would shorten its names, in time proportional to their number squared
             exclude_modules=peft_config.exclude_modules,
             **{
                 field: {key: value for key, value in own.get(field, {}).items() if key not in parameters}
@@ -208,19 +209,15 @@ class LoTRAModel(BaseTuner):
 
     def _set_biases(self, trained: bool) -> None:
         """Make the biases of active adapters trainable if `trained`, and freeze those of the other adapters."""
-        for name, config in self.peft_config.items():
-            for bias in trained_biases(self.model, name, config.bias):
+        for name in [name for name, config in self.peft_config.items() if config.bias != "none"]:
+            for bias in trained_biases(self.model, name, self.peft_config[name].bias):
                 bias.parameter.requires_grad_(trained and name in self.active_adapters)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        # The base class selects other biases, and trains them even if an adapter is loaded for inference.
-        configs = self.peft_config
-        try:
-            self.peft_config = dict.fromkeys(configs)
-            super()._mark_only_adapters_as_trainable(model)
-        finally:
-            self.peft_config = configs
-        self._set_biases(not any(configs[name].inference_mode for name in self.active_adapters))
+        # The base class selects other biases, trains them even if an adapter is loaded for inference, and visits the
+        # tensors of all adapters three times.
+        freeze_base(model)
+        self._set_biases(not any(self.peft_config[name].inference_mode for name in self.active_adapters))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Where the base class casts, it makes new, trainable parameters. Frozen adapters have to stay frozen.
@@ -356,8 +353,8 @@ class LoTRAModel(BaseTuner):
         `outer._ddp_params_and_buffers_to_ignore = [n for n, p in outer.named_parameters() if not p.is_contiguous()]`.
         """
         layers = [layer for layer in adapted_tensors(self).values() if isinstance(layer, SlimLayer)]
-        zeros = [tensor_at(layer.get_base_layer(), layer.spec.parameter) for layer in layers]
-        return [f"base_model.{name}" for name, p in self.named_parameters() if any(p is zero for zero in zeros)]
+        zeros = {id(tensor_at(layer.get_base_layer(), layer.spec.parameter)) for layer in layers}
+        return [f"base_model.{name}" for name, p in self.named_parameters() if id(p) in zeros]
 
     @classmethod
     def _get_adapter_state_dict(

@@ -79,8 +79,9 @@ def _restore(model: nn.Module) -> Callable[[], None]:
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     attributes = [(m.__dict__, dict(m.__dict__)) for m in modules]
     values = [value for _, own in attributes for value in own.values()]
-    containers = [(value, value.copy()) for value in values if type(value) in (dict, OrderedDict, list, set)]
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    held = [value for value in values if type(value) in (dict, OrderedDict, list, set)]
+    containers = [(value, value.copy() if value else ()) for value in held]  # most are empty
+    flags = [(p, p.requires_grad) for m in model.modules() for p in m._parameters.values() if p is not None]
 
     def restore() -> None:
         for held, before in attributes + containers:

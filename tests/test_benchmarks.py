@@ -131,6 +131,21 @@ def test_serving(tmp_path):
     assert all(result["difference"] < within(64 * EPS) for result in results["mixed"].values())
 
 
+def test_growth_of_serving(tmp_path):
+    short = ("--held", 2, 3, "--depths", 2, 4, "--together", 1, 3, "--growth-width", 8, "--count", 10, "--batch", 6)
+    out = call("serving", "--parts", "growth", *short, "--rounds", 2, "--output-dir", tmp_path).out
+    results = json.loads((tmp_path / "serving.json").read_text())
+    assert [*results] == ["settings", "memory", "held", "depth", "together"]
+    assert [*results["held"]][:2] == ["hot swap, LoRA", "hot swap, LoTRA"]
+    assert [*results["depth"]] == [
+        f"{what}, {name}" for what in ("get_peft_model", "add_adapter") for name in ("LoRA", "LoTRA")
+    ]
+    assert all(
+        [*result["ratios"]] == ["merged", "one, not merged", "1", "3"] for result in results["together"].values()
+    )
+    assert "exponent" in out
+
+
 def test_saving(tmp_path):
     call("saving", "--seconds", 1, "--kills", 12, "--rounds", 2, "--output-dir", tmp_path)
     results = json.loads((tmp_path / "saving.json").read_text())

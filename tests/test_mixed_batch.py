@@ -22,8 +22,10 @@ from layer_table import MODELS, config, lotra_layers, make, randomize
 from peft import get_peft_model
 from rounding import rounding_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_lotra import LoTRAConfig
+from peft_lotra.testing.oracle import dense_model
 
 NAMES = ["one", "__base__", "two", "one", "three", "two", "one", "__base__"]
 
@@ -316,6 +318,84 @@ def test_eight_adapters_over_64_samples():
     names = [f"adapter {k * k % 4}" for k in range(64)]
     x = torch.rand(64, 64)
     assert_equal(model(x, adapter_names=names), one_by_one(model, x, names))
+
+
+def of_equal_ranks(base, ranks, count=3, **kwargs):
+    """`base` with adapters of these ranks and different scalings, and one of other ranks."""
+    model = get_peft_model(base, LoTRAConfig(r=ranks, alpha=0.5, **kwargs), adapter_name="a0")
+    for k in range(1, count):
+        model.add_adapter(f"a{k}", LoTRAConfig(r=ranks, alpha=1.0 + k % 2, **kwargs))
+    model.add_adapter("other", LoTRAConfig(r=(1, 2, 1), **kwargs))
+    for name in model.peft_config:
+        randomize(model, name)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.eval()
+
+
+def dense_rows(base, model, x, names):
+    """The same by the dense formula."""
+    weights = {name: dict.fromkeys(model.peft_config, 0.0) | {name: 1.0} for name in names}
+    weights = {name: {key: w for key, w in own.items() if key != "__base__"} for name, own in weights.items()}
+    models = {name: dense_model(base, model, weights[name]) for name in names}
+    return torch.cat([models[name](x[k : k + 1]) for k, name in enumerate(names)])
+
+
+@pytest.mark.parametrize("ranks", [(2, 2, 2), (None, 2, 2), (2, None, 2), (2, 2, None), (None, None, None)])
+@pytest.mark.parametrize(
+    ("make_layer", "coefficients", "shape"),
+    [
+        (lambda: ChebyKANLayer(3, 4, 3), {"cheby_coeffs": "i o d"}, (3,)),
+        (lambda: MatrixKANLayer(3, 2), {"weight": {"layout": "o (i d)", "sizes": {"d": 4}}}, (5, 3)),
+        (lambda: TupleKANLayer(3, 2, 3), {"cheby_coeffs": "i o d"}, (3,)),
+    ],
+)
+def test_adapters_of_equal_ranks_and_the_dense_formula(make_layer, coefficients, shape, ranks):
+    class First(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return y[0] if isinstance(y, tuple) else y
+
+    base = First(make_layer().double())
+    model = of_equal_ranks(copy.deepcopy(base), ranks, coefficients=coefficients)
+    names = ["a1", "__base__", "a0", "a2", "other", "a1", "a0", "a1"]
+    x = (torch.rand(8, *shape, dtype=torch.float64) - 0.5).requires_grad_(True)
+    weight = torch.randn_like(base(x))
+    trained = [x, *[p for n, p in model.named_parameters() if "lotra_" in n and "codes" not in n]]
+    found = []
+    for y in (model(x, adapter_names=names), dense_rows(base, model, x, names)):
+        first = torch.autograd.grad((y.sin() * weight).sum(), trained, create_graph=True)
+        found.append((y, *first, *torch.autograd.grad(first[0].square().sum(), trained)))
+    assert_different(found[0][0], base(x))
+    for actual, expected in zip(*found, strict=True):
+        assert_equal(actual, expected, 1e-10)
+
+
+def test_a_broken_adapter_spoils_no_other_sample():
+    model = of_equal_ranks(ChebyKAN([3, 5, 2]).double(), (2, 2, 2))
+    for layer in lotra_layers(model).values():
+        layer.lotra_core["a1"].data.fill_(torch.nan)
+    x = torch.rand(6, 3, dtype=torch.float64, requires_grad=True)
+    y = model(x, adapter_names=["a0", "a1", "a0", "a2", "a0", "__base__"])
+    y.nansum().backward()
+    assert y.isfinite().all(1).tolist() == x.grad.isfinite().all(1).tolist() == [True, False, True, True, True, True]
+
+
+def test_more_adapters_of_equal_ranks_take_no_more_operations():
+    class Counting(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    model = of_equal_ranks(ChebyKAN([3, 5, 2]), (2, 2, 2), count=12)
+    counts = []
+    for adapters in (2, 12):
+        with torch.no_grad(), Counting() as mode:
+            model(torch.rand(24, 3), adapter_names=[f"a{k % adapters}" for k in range(24)])
+        counts.append(mode.count)
+    assert counts[0] == counts[1] < 150
 
 
 def test_the_first_passes_of_a_thread_may_be_compiled():

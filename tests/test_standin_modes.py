@@ -504,7 +504,7 @@ def test_weights_per_sample(name):
     x = (torch.rand(batch, *lead, n, dtype=x.dtype) - 0.5).requires_grad_()
     shapes = [(*r, P), (n, r[0]), (m, r[1]), (n_d, r[2]), (batch, P)]
     core, U1, U2, U3, w = (torch.randn(shape, dtype=x.dtype, requires_grad=True) for shape in shapes)
-    update = Update(tucker(core, U1, U2, U3), 0.7, w, Samples(0, tuple(x.shape[:-1])))
+    update = Update(tucker(core, U1, U2, U3), 0.7, w, Samples(0, tuple(x.shape[:-1]), len(x)))
     with Adapted(plain, spec, (update, *layer._active_updates())):
         y = plain(x)
     rows = []

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..calls.exclusion import changing
+from ..coefficients.spec import owner_of
 from ..coefficients.target import Target
 from ..config.lotra_config import LoTRAConfig
 from ..files.adapter_file import PREFIX, Slot, check_tensor, check_weights, is_tucker_key
@@ -94,8 +95,9 @@ def hotswap_adapter_from_state_dict(
     config = config.self_contained(targets)
     layers = adapted_tensors(tuner.model, adapter_name)
     _check_slot(tuner, adapter_name, layers, config, {target.parameter for target in targets})
-    places, held = slots_of(tuner.model, adapter_name, config.bias), tuner.model.state_dict()
-    if any_sharded(held[name] for name, _ in places.values()):
+    places = slots_of(tuner.model, adapter_name, config.bias)
+    held = {name: _tensor_at(tuner.model, name) for name, _ in places.values()}
+    if any_sharded(held.values()):
         raise ValueError(
             f"{adapter_name!r} is sharded (FSDP2): each process has a part of its tensors, and none can be swapped in "
             "alone; load the new adapter into the model before `fully_shard`, or by `set_model_state_dict`"
@@ -118,6 +120,13 @@ def hotswap_adapter_from_state_dict(
     with changing(tuner.model):
         for own, values in new:
             own.copy_(values)
+
+
+def _tensor_at(model: nn.Module, name: str) -> torch.Tensor:
+    """The tensor of this name in the model's state dict, which would also collect those of all other adapters."""
+    owner, key = owner_of(model, name)
+    held: Mapping[str, Any] = owner._parameters if key in owner._parameters else owner._buffers
+    return held[key]  # type: ignore[no-any-return]
 
 
 def _check_slot(

@@ -108,7 +108,7 @@ def summary(model: nn.Module) -> Summary:
         for tensor, layer in layers.items():
             if name in layer.lotra_core:
                 sizes = {key: prod(full_shape(factor)) for key, factor in layer.tucker(name).named().items()}
-                stored, frozen = sum(sizes.values()), layer.frozen_peft_weight_names[name]
+                stored, frozen = sum(sizes.values()), layer.frozen_peft_weight_names.get(name, ())
                 trained = stored - sum(size for key, size in sizes.items() if key in frozen)
                 layout = layer.spec.layout
                 rows.append(

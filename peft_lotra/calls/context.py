@@ -83,6 +83,7 @@ class Samples(NamedTuple):
 
     axis: int
     sizes: tuple[int, ...]
+    number: int  # of samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +91,13 @@ class Shares:
     """Which samples see which update, in a pass of the LoTRALayers in one module.
 
     Attributes:
-        masks: by adapter, shape (batch, 1), or None for all samples; None: all samples see the active adapters.
+        rows: the samples of each adapter, or None for all of them; None: all samples see the active adapters.
         weights: c by family, shape (P,) or (batch, P).
         samples: where the samples are; None if they are all alike in this pass.
     """
 
     layers: Collection[nn.Module]
-    masks: Mapping[str, torch.Tensor | None] | None
+    rows: Mapping[str, tuple[int, ...] | None] | None
     weights: Mapping[str, torch.Tensor]
     samples: Samples | None = None
 

@@ -55,11 +55,12 @@ def run(layer: Any, kind: type, context: Context, args: Any, kwargs: Any) -> Any
     together = bool(gathers_inside(layer.base_layer))
     if names is None and not tasks and not together:
         return layer._run_once(args, kwargs)
-    layers = [module for module in layer.modules() if isinstance(module, kind)]
+    layers += [module for module in layers[-1].base_layer.modules() if isinstance(module, kind)]
     tasks = _tasks(context, layers, names)
     axis = {axis for _, axis in tasks.values()} | ({batch.axis} if isinstance(batch, Batch) else set()) or {0}
     tasks_of = {name: c for name, (c, _) in tasks.items()}
-    first = next((leaf for leaf in tree_leaves((args, kwargs)) if _is_batched(leaf)), torch.empty(0))
+    leaves = args if args and _is_batched(args[0]) else tree_leaves((args, kwargs))
+    first = next((leaf for leaf in leaves if _is_batched(leaf)), torch.empty(0))
     samples = _samples(first, axis, names, [len(c) for c in tasks_of.values()], layer.get_base_layer())
     if names is not None:
         if any(inner.merged for inner in layers):
@@ -68,17 +69,18 @@ def run(layer: Any, kind: type, context: Context, args: Any, kwargs: Any) -> Any
         if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
             for inner in layers:
                 inner._had_names = True
-        adapters = {name for inner in layers for name in inner.lotra_core}
-        names = tuple([name if name in adapters else BASE for name in names])
+        held = [inner.lotra_core for inner in layers]
+        own = {name for name in {*names} if any([name in cores for cores in held])}
+        names = tuple([name if name in own else BASE for name in names])
     count = first.shape[samples.axis]
     groups = _groups(names, tasks_of, count) if together else []
     passes = _passes_everywhere(groups, count, layers) if together else 1
     if not any(inner._needs_tensor for inner in layers):
-        masks = _masks(names, first.device)
+        rows_of = _rows_by_name(names)
         if passes > 1:
-            masks = _for_each_sample(masks or dict.fromkeys(layer.active_adapters), layers, count, first.device)
+            rows_of = _for_each_sample(rows_of or dict.fromkeys(layer.active_adapters), layers, count)
         try:
-            with entered(Shares(set(layers), masks, tasks_of, samples)):
+            with entered(Shares(set(layers), rows_of, tasks_of, samples)):
                 return layer._run_once(args, kwargs)
         except SampleAxisUnknown:
             reshard_inside(layer.base_layer)
@@ -156,29 +158,28 @@ def _samples(
                 f"a task for each of {count} samples is passed to a {kind}, but axis {axis} of its first tensor has "
                 f"{size} entries: name the axis of the samples by `batch_axis`, or give one task"
             )
-    return Samples(axis, tuple(first.shape[:-1]))
+    return Samples(axis, tuple(first.shape[:-1]), size)
 
 
-def _masks(names: Sequence[str] | None, device: torch.device) -> dict[str, torch.Tensor | None] | None:
-    """Which samples have which adapter, shape (batch, 1); None: all of them."""
+def _rows_by_name(names: Sequence[str] | None) -> dict[str, tuple[int, ...] | None] | None:
+    """The samples of each adapter; None if they are all samples."""
     if names is None:
         return None
-    every = list(dict.fromkeys(names))
-    if len(every) < 2:
-        return dict.fromkeys(every)
-    owners = torch.tensor([every.index(name) for name in names], device=device)[:, None]
-    return {name: owners == k for k, name in enumerate(every)}
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(name, []).append(row)
+    return {name: None if len(own) == len(names) else tuple(own) for name, own in rows.items()}
 
 
 def _for_each_sample(
-    masks: Mapping[str, torch.Tensor | None], layers: Sequence[Any], count: int, device: torch.device
-) -> dict[str, torch.Tensor | None]:
-    """Masks that mean the same, and with which a pass fails if one with other masks fails in another process."""
-    every = torch.ones(count, 1, dtype=torch.bool, device=device)
-    found: dict[str, torch.Tensor | None] = {name: every if m is None else m for name, m in masks.items()}
+    rows_of: Mapping[str, tuple[int, ...] | None], layers: Sequence[Any], count: int
+) -> dict[str, tuple[int, ...] | None]:
+    """Rows that mean the same, and with which a pass fails if one with other rows fails in another process."""
+    every = tuple(range(count))
+    found: dict[str, tuple[int, ...] | None] = {name: every if r is None else r for name, r in rows_of.items()}
     held = {name: terms for inner in layers for name, terms in inner.terms.items()}
     if not found.keys() & held.keys():  # these samples have no adapter; take one for none of them
-        found |= {name: ~every for name in sorted(held, key=lambda name: held[name])[:1]}
+        found |= {name: () for name in sorted(held, key=lambda name: held[name])[:1]}
     return found
 
 

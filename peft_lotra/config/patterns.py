@@ -12,12 +12,18 @@ ENDING = (r"(.*\.)?(", ")$")  # around a key
 INDEXED = (r"(?:^|\.)", r"\.")  # around an entry of `layers_pattern`
 
 
-def entries_for(module: str, patterns: Collection[str] | str) -> list[str]:
+def name_endings(module: str) -> set[str]:
+    """`"a.b.c"` -> `{"a.b.c", "b.c", "c"}`."""
+    parts = module.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
+
+
+def entries_for(module: str, patterns: Collection[str] | str) -> set[str]:
     """The entries that mean `module`. A string is a regular expression on the full name; a collection holds names and
     endings of names."""
     if isinstance(patterns, str):
-        return [patterns] if re.fullmatch(patterns, module) else []
-    return [entry for entry in patterns if f".{module}".endswith(f".{entry}")]
+        return {patterns} if re.fullmatch(patterns, module) else set()
+    return name_endings(module).intersection(patterns)
 
 
 def means(key: str, name: str) -> re.Match[str] | None:

@@ -39,6 +39,7 @@ class LinearLayer(LoTRALayer):
         core, (n, m, _) = update.tucker.core, self.spec.layout.canonical_shape
         return (
             update.weights is None
+            and update.rows is None
             and "o" in update.tucker.factors
             and core.dtype in (torch.float32, torch.float64)
             and core.dtype == self._stored("weight").dtype

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.hooks import remove_hook_from_module
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..calls.context import Shares, now
@@ -20,12 +21,14 @@ from ..placement.draws import check_one_draw, row_sums
 from ..placement.offloaded import tensors_in_place, writable_tensors
 from ..placement.sharded import full_tensor, write
 from ..standin import Adapted, Update, adapted_rows, dense_update, forget, run_densely, warn
-from ..tucker.decomposition import CODES, CONTAINERS, CORE, NAMES, Ranks, Tucker, tucker_shapes
+from ..tucker.decomposition import CODES, CONTAINERS, Ranks, tucker_shapes
 from ..tucker.ranks import by_mode, mode_sizes
 from .forwarding import Forwarding
+from .held import Held
+from .mixed import updates_by_sample
 
 
-class LoTRALayer(Forwarding, BaseTunerLayer):
+class LoTRALayer(Forwarding, Held):
     """A_ft = A + Σ_adapters s · G ×₁ U1 ×₂ U2 ×₃ U3 ×₄ U4 for one coefficient tensor A of the wrapped KAN layer.
 
     G: (r1, r2, r3, ...), U1: (n, r1), U2: (m, r2), U3: (n_d, r3), kept by adapter name in `lotra_core`, `lotra_U1`,
@@ -38,9 +41,7 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
     as a regulariser. Methods that rewrite coefficients raise an error while the adapter is attached.
     """
 
-    adapter_layer_names = (*CONTAINERS, CODES)
     _has_company = False  # whether other processes may have parts of this layer
-    other_param_names = ("r", "alpha", "scaling", "terms", "_drawn")
 
     def __init__(self, base_layer: nn.Module, spec: CoefficientSpec) -> None:
         super().__init__()
@@ -90,7 +91,8 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             )
         self.r[adapter_name] = by_mode(ranks)
         self.alpha[adapter_name] = self.scaling[adapter_name] = alpha
-        self.frozen_peft_weight_names[adapter_name] = CONTAINERS[1:] if freeze_factors else ()
+        if freeze_factors:
+            self.frozen_peft_weight_names[adapter_name] = CONTAINERS[1:]
         coefficients = self._stored(self.spec.parameter)
         self.terms[adapter_name] = terms
         shapes = tucker_shapes(self.spec.layout.canonical_shape, ranks, terms)
@@ -122,33 +124,12 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
         else:
             nn.init.normal_(core)
         for factor in factors.values():
-            if self.frozen_peft_weight_names[adapter_name]:
+            if adapter_name in self.frozen_peft_weight_names:
                 with torch.no_grad():
                     Q = torch.linalg.qr(torch.randn(factor.shape, dtype=torch.float64)).Q
                     factor.copy_(Q)
             else:
                 nn.init.normal_(factor, std=1 / math.sqrt(factor.shape[0]))
-
-    def tucker(self, adapter_name: str) -> Tucker:
-        """G and the factors of the adapter."""
-        held: Any = self._modules  # attribute access would look on the base layer, too
-        factors = {}  # a comprehension would be one more call in every pass
-        for mode, name in NAMES.items():
-            if adapter_name in (own := held[name]._parameters):
-                factors[mode] = own[adapter_name]  # by indexing, because `get` does not tell ZeRO-3
-        return Tucker(held[CORE]._parameters[adapter_name], factors)
-
-    def parameters_of(self, adapter_name: str) -> dict[str, torch.Tensor]:
-        """The core, the factors and the codes of the adapter that this layer has, by the names of their containers."""
-        codes = {CODES: self.lotra_codes[adapter_name]} if adapter_name in self.lotra_codes else {}
-        return self.tucker(adapter_name).named() | codes
-
-    @torch.no_grad()
-    def set_tucker(self, adapter_name: str, factors: Tucker) -> None:
-        """Write values of G and of the factors. Their shapes must be those of the adapter's ranks."""
-        values = factors.named()
-        for name, own in self.tucker(adapter_name).named().items():
-            own.copy_(values[name].reshape(own.shape))
 
     def dtype_in_use(self, adapter_name: str) -> torch.dtype:
         """The dtype of the factors or of the coefficients, whichever has the smaller range."""
@@ -179,24 +160,6 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             return Update(factors._replace(core=core).at(c), self.scaling[adapter_name])
         core = core.squeeze(-1) if c.shape[1] == 1 else core
         return Update(factors._replace(core=core), self.scaling[adapter_name], c.to(core))
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """s ← scale · alpha, if this layer has the adapter."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = scale * self.alpha[adapter]
-
-    def scale_layer(self, scale: float) -> None:
-        """s ← scale · s for the active adapters."""
-        for name in self._active_here():
-            self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """s ← s / scale for the active adapters, or s ← alpha without `scale`."""
-        for name in self._active_here():
-            self.scaling[name] = self.alpha[name] if scale is None else self.scaling[name] / scale
-
-    def _active_here(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.lotra_core]
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """s · G ×₁ U1 ×₂ U2 ×₃ U3 in the layout of the parameter."""
@@ -340,18 +303,14 @@ class LoTRALayer(Forwarding, BaseTunerLayer):
             return ()
         context = now()
         shares = context.batch(self) if context.entries else None
-        masks: Any = dict.fromkeys(self.active_adapters)
-        if isinstance(shares, Shares) and shares.masks is not None:
-            masks = shares.masks
-        own: Any = self._modules["lotra_core"]
-        updates, merged = [], self.merged_adapters
-        for name in masks:
-            if name in own._parameters and name not in merged and name != besides:
-                update = self._update(name)
-                if isinstance(shares, Shares):
-                    update = update.for_samples(masks[name], shares.samples)
-                updates.append(update)
-        return tuple(updates)
+        names: Any = self.active_adapters
+        if isinstance(shares, Shares) and shares.rows is not None:
+            names = shares.rows
+        own, merged = self._modules["lotra_core"]._parameters, self.merged_adapters  # type: ignore[union-attr]
+        names = [name for name in names if name in own and name not in merged and name != besides]
+        if isinstance(shares, Shares):
+            return updates_by_sample(self, names, shares)
+        return tuple([self._update(name) for name in names])
 
     def _writing(self) -> AbstractContextManager[None]:
         """While this is entered, parameter and scale are in place, and values written to them are kept."""
@@ -398,3 +357,16 @@ def adapted_tensors(model: nn.Module, adapter: str | None = None) -> dict[str, L
             path = f"{name}.{module.spec.parameter}".replace("base_layer.", "").removeprefix("base_model.model.")
             found[path.removeprefix(".")] = module
     return found
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Freeze all parameters but those of adapters, trained copies and token rows, whose flags stay as they are."""
+    others: set[nn.Module] = set()
+    for module in model.modules():  # the outer ones come first
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            others.update(module.modules())
+        elif isinstance(module, LoTRALayer):
+            others.update(module.containers())
+            module._freeze_non_trainable_peft_weights()
+        for _, parameter in () if module in others else module.named_parameters(recurse=False):
+            parameter.requires_grad = False

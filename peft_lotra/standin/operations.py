@@ -112,9 +112,26 @@ def _axis(letter: str, subscripts: str) -> int:
 def einsum(equation: Any, *operands: Any) -> Contraction | None:
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
+    if isinstance(equation, str) and len(operands) == 3 and "." not in equation:
+        return _three_operands(equation, operands)
     if not isinstance(equation, str) or len(operands) != 2:
         return None
     return contraction(equation, operands, partial(torch.einsum, equation))
+
+
+def _three_operands(equation: str, operands: tuple[Any, ...]) -> Contraction | None:
+    """As a contraction of the weight with the product of the others, where this forms nothing of its outputs."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    where = next(k for k, operand in enumerate(operands) if isinstance(operand, Weight))
+    ours, *others = [inputs.split(",")[k] for k in (where, *[k for k in range(3) if k != where])]
+    letters = dict.fromkeys("".join(others))
+    outer = [c for c in ours if c in output and c not in letters]
+    if not arrow or not outer or any(c in ours and c in output for c in letters):
+        return None  # such as a scale of every edge, whose product with the others is as large as A for each sample
+    kept = "".join([c for c in output if c in letters] + [c for c in letters if c in ours and c not in output])
+    x = torch.einsum(f"{','.join(others)}->{kept}", *[operands[k] for k in range(3) if k != where])
+    pair = f"{kept},{ours}->{output}"
+    return contraction(pair, (x, operands[where]), partial(torch.einsum, pair))
 
 
 def linear(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Contraction | None:

@@ -21,7 +21,7 @@ from ..calls.samples import SampleAxisUnknown
 from .axes import Arrangement, Axes, Rows, planned
 from .cost import DENSE, Core, Work, cheapest_order
 from .operations import Contraction, Form, Weight
-from .update import Products, Update, flat_mode_product, products_of
+from .update import Products, Slots, Update, flat_mode_product, products_of
 
 Shapes = tuple[Any, ...]  # the shapes of G and of the factors of i, o, d; None where the mode is whole
 
@@ -36,6 +36,7 @@ class Operand(NamedTuple):
     # In this shape, weights per sample broadcast to the axes that are not summed. () if it is unknown, None if no
     # update has such weights.
     sample_shape: tuple[int, ...] | None
+    stacks: tuple[int, ...]  # how many updates are in each that is a stack; otherwise 0
 
 
 class Roles(NamedTuple):
@@ -53,6 +54,7 @@ class Group(NamedTuple):
     products: tuple[Products, ...]  # from each member's core to its B
     on_x: tuple[tuple[str, int, int, int], ...]  # (mode, axis of x, before, after): products with x, in turn
     arrangement: Arrangement  # lays out B like the weight
+    stack: int = 0  # how many updates are in the one member, if it is a stack
 
 
 class DensePlan(NamedTuple):
@@ -85,21 +87,23 @@ def plan_for(c: Contraction, weight: Weight) -> Plan | None:
     shapes = []
     for update in weight.updates:
         shapes.append(_shapes(update))
-        if update.weights is not None:
+        if update.weights is not None or update.rows is not None:
             sample_shape = _sample_shape(update.samples, tuple(c.x.shape), c.form)
     # While a graph is compiled, the batch size may be open. A plan that depended on it would bind the graph to it.
     positions = None if torch.compiler.is_compiling() else c.x.numel() // c.form.depth
     transformed = positions is not None and _functorch.peek_interpreter_stack() is not None
     per_sample = transformed and _gradients_per_sample(weight)
-    operand = Operand(c.x.dim(), positions, c.x.device.type, per_sample, sample_shape)
+    stacks = tuple([0 if update.rows is None else len(update.rows) for update in weight.updates])
+    operand = Operand(c.x.dim(), positions, c.x.device.type, per_sample, sample_shape, stacks)
     return _plan(c.form, weight.axes, tuple(shapes), operand)
 
 
 def _shapes(update: Update) -> Shapes:
     core, factors = update.tucker
-    shapes: list[Any] = [core.shape]
+    first = int(update.rows is not None)  # of a stack, the shapes of one member
+    shapes: list[Any] = [core.shape[first:]]
     for mode in "iod":  # not in a comprehension, for speed
-        shapes.append(factors[mode].shape if mode in factors else None)
+        shapes.append(factors[mode].shape[first:] if mode in factors else None)
     return tuple(shapes)
 
 
@@ -149,9 +153,10 @@ def _plan(form: Form, axes: Axes, shapes: tuple[Shapes, ...], x: Operand) -> Pla
         order = cheapest_order(Work(*sizes), cores)
     if order == DENSE:
         return Plan(tuple([_dense_plan(axes, own) for own in shapes]), (), roles, rows, ())
-    # Without factors on x, all updates share one operation.
-    members = [tuple(range(len(cores)))] if order == "" else [(k,) for k in range(len(cores))]
-    groups = tuple([_group(order, own, cores, axes, roles, dict(form.summed)) for own in members])
+    # Without factors on x, all updates share one operation, except stacks.
+    together = tuple([k for k in range(len(cores)) if order == "" and not x.stacks[k]])
+    members = [together] * bool(together) + [(k,) for k in range(len(cores)) if k not in together]
+    groups = tuple([_group(order, own, cores, axes, roles, dict(form.summed), x.stacks[own[0]]) for own in members])
     return Plan((), groups, roles, rows, x.sample_shape or ())
 
 
@@ -185,8 +190,9 @@ def _rows(axes: Axes, shapes: Shapes) -> tuple[Rows, ...] | None:
 
 
 def _group(
-    order: str, members: tuple[int, ...], cores: Sequence[Core], axes: Axes, roles: Roles, summed: dict[int, int]
-) -> Group:
+    order: str, members: tuple[int, ...], cores: Sequence[Core], axes: Axes, roles: Roles, summed: dict[int, int],
+    stack: int,
+) -> Group:  # fmt: skip
     """The group of these members; several of them only if the order is empty."""
     own = [cores[k] for k in members]
     on_x = []
@@ -198,9 +204,9 @@ def _group(
             ranks[mode] = own[0].ranks["iod".index(mode)]
     shape, kept = axes.shape(), "".join(["o", *ranks])
     products = [products_of((*core.ranks, *shape[3:]), shape[:3], kept, core.whole) for core in own]
-    ranks["o"] = sum([core.ranks[1] for core in own])
+    ranks["o"] = sum([core.ranks[1] for core in own]) * (stack or 1)
     laid_out = axes.permuted(roles.matrix).arrangement(ranks, 1) if roles.matrix else axes.arrangement(ranks)
-    return Group(members, tuple(products), tuple(on_x), laid_out)
+    return Group(members, tuple(products), tuple(on_x), laid_out, stack)
 
 
 @planned
@@ -216,6 +222,11 @@ def _dense_plan(axes: Axes, shapes: Shapes) -> DensePlan:
     return DensePlan(_rows(axes, shapes), products, laid_out, last, tuple([axis.size for axis in axes.axes]))
 
 
+@planned
+def planned_slots(rows: tuple[tuple[int, ...], ...], count: int) -> Slots:
+    return Slots.of(rows, count)
+
+
 # Plans are applied.
 
 
@@ -229,7 +240,7 @@ def apply(plan: Plan, c: Contraction, weight: Weight, y: torch.Tensor | None) ->
     """
     total = c.offset if y is None else y
     for group in plan.groups:
-        term = _thin_term(plan, group, c, weight)
+        term = (_stacked_term if group.stack else _thin_term)(plan, group, c, weight)
         total = term if total is None else total + term.to(total.dtype)
     assert total is not None  # there is at least one group
     return total
@@ -258,6 +269,33 @@ def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torc
     y = y.flatten(0, -2) if y.dim() > 2 else y
     y = y if U2 is None else F.linear(y, U2.to(y.dtype))
     y = y.reshape(*lead, y.shape[1]) if len(lead) != 1 else y
+    return y if axis == -1 or axis == y.dim() - 1 else y.movedim(-1, axis)
+
+
+def _stacked_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torch.Tensor:
+    """The contraction of each sample with the B of the member of a stack that it sees, expanded by that one's U2.
+
+    Each member multiplies its own samples alone, all members in one batched product.
+    """
+    update = weight.updates[group.members[0]].shown(plan.rows)
+    assert update.rows is not None
+    core, factors = update.tucker
+    B = group.products[0].stacked(core if update.scaling == 1 else core * update.scaling, factors)
+    B = group.arrangement(B.movedim(0, 1).flatten(1, 2))
+    B = B.reshape(group.stack, -1, B.shape[1]).to(weight.tensor.dtype)
+    lead = c.x.shape[: c.x.dim() - len(c.form.summed)]
+    where = next(axis for axis, size in enumerate(plan.sample_shape) if size != 1)
+    x = c.x if len(c.form.summed) == 1 else c.x.reshape(*lead, -1)
+    x = x.movedim(where, 0) if where else x
+    slots = planned_slots(update.rows, len(x))
+    samples, places = [torch.tensor(own, dtype=torch.long, device=x.device) for own in slots]
+    y = torch.bmm(x.index_select(0, samples).reshape(group.stack, -1, B.shape[2]), B.mT)
+    y = torch.bmm(y, factors["o"].mT.to(y.dtype)) if "o" in factors else y
+    y = y.reshape(len(samples), *x.shape[1:-1], y.shape[2])
+    if len(samples) in slots.places:
+        y = torch.cat([y, y.new_zeros(1, *y.shape[1:])])
+    y, axis = y.index_select(0, places), plan.roles.outputs[0]
+    y = y.movedim(0, where) if where else y
     return y if axis == -1 or axis == y.dim() - 1 else y.movedim(-1, axis)
 
 

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..preserved import reached
 from .axes import planned
-from .operations import CONTRACTIONS, Weight, functions
+from .operations import CONTRACTIONS, Contraction, Weight, functions
 from .places import running
-from .plan import apply, dense_sum, plan_for
+from .plan import Plan, apply, dense_sum, plan_for
 from .products import PRODUCTS, QUOTIENTS, SUMS, Product, by_number, is_number, summed
 from .views import VIEWS
 
@@ -259,13 +259,19 @@ def _contracted(asked: Asked) -> Any:
     if not isinstance(weight, Weight):
         return NotImplemented
     contraction = asked.about(weight, CONTRACTIONS[function])
-    plan = None if contraction is None else plan_for(contraction, weight)
-    if plan is None:
+    weight, plan = _planned(weight, contraction)
+    if contraction is None or plan is None:
         return NotImplemented
     if plan.dense:
         return asked.about(dense_sum(weight, plan.dense), function)
     y = None if weight.is_zero else asked.about(weight.tensor, function)
     return apply(plan, contraction, weight, y)
+
+
+def _planned(weight: Weight, contraction: Contraction | None) -> tuple[Weight, Plan | None]:
+    if contraction is not None and contraction.form.kept:  # stacks are for products of matrices
+        weight = weight._replace(updates=tuple([one for update in weight.updates for one in update.members()]))
+    return weight, None if contraction is None else plan_for(contraction, weight)
 
 
 def _multiplied(asked: Asked) -> Any:
@@ -294,7 +300,7 @@ def _sum(product: Product, dim: Any = None, keepdim: bool = False, **others: Any
         return NotImplemented
     dims = tuple(sorted([d % product.tensor.dim() for d in ((dim,) if isinstance(dim, int) else dim)]))
     weight, contraction = summed(product, dims)
-    plan = contraction and plan_for(contraction, weight)
+    weight, plan = _planned(weight, contraction)
     if contraction is None or plan is None:
         return NotImplemented
     if plan.dense:

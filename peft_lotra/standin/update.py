@@ -20,23 +20,40 @@ class Update(NamedTuple):
 
     With `weights` w, shape (batch, P), sample b sees Σ_p w[b, p] · s · G[..., p] ×₁ U1 ×₂ U2 ×₃ U3. The core then has
     one more axis, of size P, unless P = 1. `samples` says where the samples are; None: nobody knows.
+
+    With `rows`, this is a stack of several adapters of the same ranks: core and factors have one more axis, the first,
+    and only the samples `rows[k]` see the update of the k-th.
     """
 
     tucker: Tucker
     scaling: float
     weights: torch.Tensor | None = None
     samples: Samples | None = None
+    rows: tuple[tuple[int, ...], ...] | None = None
 
-    def for_samples(self, mask: torch.Tensor | None, samples: Samples | None) -> Update:
-        """The update for those samples whose `mask`, shape (batch, 1), is true; None: for all samples."""
+    def for_samples(self, rows: tuple[int, ...] | None, samples: Samples) -> Update:
+        """The update for some samples; None: for all of them."""
         weights = self.weights
-        if mask is not None:
+        if rows is not None:
+            mask = torch.zeros(samples.number, 1, dtype=torch.bool, device=self.tucker.core.device)
+            mask = mask.index_fill(0, torch.tensor(rows, dtype=torch.long, device=mask.device), True)
             weights = mask if weights is None else torch.where(mask, weights, 0)
         return self._replace(weights=weights, samples=samples)
 
+    def members(self) -> list[Update]:
+        """The updates of a stack, each with weights per sample in place of rows; otherwise the update itself."""
+        if self.rows is None or self.samples is None:
+            return [self]
+        parts = zip(*[tensor.unbind() for tensor in self.tucker.tensors()], strict=True)
+        tuckers = [Tucker(core, dict(zip(self.tucker.factors, own, strict=True))) for core, *own in parts]
+        return [
+            Update(tucker, self.scaling).for_samples(rows, self.samples)
+            for tucker, rows in zip(tuckers, self.rows, strict=True)
+        ]
+
     def check_common(self) -> None:
         """Raise SampleAxisUnknown if the update differs from sample to sample."""
-        if self.weights is not None:
+        if self.weights is not None or self.rows is not None:
             raise SampleAxisUnknown
 
     def shown(self, rows: tuple[Rows, ...] | None) -> Update:
@@ -46,13 +63,13 @@ class Update(NamedTuple):
             tucker = tucker.map(torch.Tensor.float)
         elif rows is None:
             return self
-        core, factors = tucker.core, dict(tucker.factors)
+        core, factors, first = tucker.core, dict(tucker.factors), int(self.rows is not None)
         for dim, part in enumerate(rows or ()):
             mode = "iod"[dim : dim + 1]
             if mode in factors:
-                factors[mode] = _selected(factors[mode], part, 0)
+                factors[mode] = _selected(factors[mode], part, first)
             else:
-                core = _selected(core, part, dim)
+                core = _selected(core, part, first + dim)
         return self._replace(tucker=Tucker(core, factors))
 
 
@@ -91,6 +108,36 @@ class Products(NamedTuple):
             else:
                 core = F.linear(core, matrix) if batch else matrix @ core
         return core if core.shape == self.shape else core.reshape(self.shape)
+
+    def stacked(self, core: torch.Tensor, factors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The same of every core in a stack, with its own factors; the first axis is that of the stack."""
+        for mode, _, batch in self.steps:
+            matrices, count = factors[mode], len(core)
+            rank = matrices.shape[2]
+            if batch > 0:
+                core = matrices.unsqueeze(1) @ core.reshape(count, batch, rank, -1)
+            elif batch:
+                core = torch.bmm(core.reshape(count, -1, rank), matrices.mT)
+            else:
+                core = torch.bmm(matrices, core.reshape(count, rank, -1))
+        return core.reshape(len(core), *self.shape)
+
+
+class Slots(NamedTuple):
+    """Samples sorted by the member of a stack that they see: equally many slots for each, the surplus ones unused."""
+
+    samples: tuple[int, ...]  # the sample in each slot
+    places: tuple[int, ...]  # the slot of each sample; behind the last one for a sample that sees no member
+
+    @classmethod
+    def of(cls, rows: tuple[tuple[int, ...], ...], count: int) -> Slots:
+        size = max(map(len, rows))
+        samples, places = [], [size * len(rows)] * count
+        for k, own in enumerate(rows):
+            for place, row in enumerate(own, start=size * k):
+                places[row] = place
+            samples += [*own, *own[:1] * (size - len(own))] if own else [0] * size
+        return cls(tuple(samples), tuple(places))
 
 
 def products_of(core: tuple[int, ...], sizes: Collection[int], kept: str, whole: str) -> Products:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .axes import BESIDE, Axes, indexed, planned, reshaped
+from ..tucker.decomposition import Tucker
+from .axes import BESIDE, Atom, Axes, Axis, indexed, planned, reshaped
 from .operations import Weight, functions
 
 
@@ -68,11 +69,45 @@ def _detach(function: Callable[..., Any], weight: Weight) -> Weight:
 
 def _getitem(function: Callable[..., Any] | None, weight: Weight, index: Any) -> Any:
     index = index if isinstance(index, tuple) else (index,)
+    chosen = [k for k, part in enumerate(index) if isinstance(part, torch.Tensor)]
+    if len(chosen) == 1 and all(part == slice(None) for k, part in enumerate(index) if k not in chosen):
+        return _index_select(None, weight, chosen[0], index[chosen[0]])
     if not all(part is None or part is Ellipsis or type(part) is int or isinstance(part, slice) for part in index):
         return NotImplemented
     # Before Python 3.12, slices cannot be hashed.
     parts = tuple([(part.start, part.stop, part.step) if isinstance(part, slice) else part for part in index])
     return _view(weight, weight.tensor[index], indexed(weight.axes, parts))
+
+
+def _index_select(function: Callable[..., Any] | None, weight: Weight, dim: int, index: torch.Tensor) -> Any:
+    """Rows in any order, where the axis is one mode: the same rows of the factor, or of the core."""
+    dim %= weight.ndim
+    axes, (atom, *others) = weight.axes.axes, weight.axes.axes[dim].atoms or (None,)
+    if index.dim() != 1 or index.dtype not in (torch.int32, torch.int64) or atom is None or others:
+        return NotImplemented
+    mode, starts = atom.mode, dict(weight.axes.starts)
+    if axes[dim].is_padded or mode not in "iod" or not mode or (starts[mode], atom.stride) != (0, 1):
+        return NotImplemented
+    if sum([a.mode == mode for axis in axes for a in axis.atoms]) > 1:
+        return NotImplemented
+    updates = []
+    for update in weight.updates:
+        core, factors = update.tucker.core, dict(update.tucker.factors)
+        tensor, axis = (factors[mode], -2) if mode in factors else (core, "iod".index(mode))
+        axis += update.rows is not None and axis >= 0  # a stack has one more axis, the first
+        if tensor.shape[axis] != atom.size:
+            return NotImplemented  # the view shows a part of the mode
+        if mode in factors:
+            factors[mode] = tensor.index_select(axis, index)
+        else:
+            core = tensor.index_select(axis, index)
+        updates.append(update._replace(tucker=Tucker(core, factors)))
+    shown = Axis((Atom(mode, len(index), 1),))
+    return weight._replace(
+        tensor=weight.tensor.index_select(dim, index),
+        axes=weight.axes._replace(axes=(*axes[:dim], shown, *axes[dim + 1 :])),
+        updates=tuple(updates),
+    )
 
 
 def _along(weight: Weight, dim: int, *parts: int | slice) -> Any:
@@ -109,6 +144,7 @@ _HANDLERS: dict[Callable[..., Any], str] = {
     _same: "contiguous clone to type type_as float double half bfloat16 cpu cuda",
     _getitem: "__getitem__",
     _select: "select",
+    _index_select: "index_select",
     _narrow: "narrow",
     _parts: "split chunk tensor_split",
     _unbind: "unbind",

@@ -43,8 +43,13 @@ def check_name(adapter_name: str, model: nn.Module) -> None:
         return  # the adapter is replaced, and its name is in the names of its tensors
     tuners = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     theirs = {name for tuner in tuners for name in (*tuner.adapter_layer_names, *tuner.other_param_names)}
-    tensors = (name.split(".") for name, _ in chain(model.named_parameters(), model.named_buffers()))
-    holders = (".".join(parts) for parts in tensors if adapter_name in parts and not theirs.intersection(parts))
+    modules = ((name, m) for name, m in model.named_modules() if not theirs.intersection(name.split(".")))
+    tensors = (
+        [*name.split("."), key]
+        for name, m in modules
+        for key, _ in chain(m.named_parameters(recurse=False), m.named_buffers(recurse=False))
+    )
+    holders = (".".join(parts).removeprefix(".") for parts in tensors if adapter_name in parts)
     holder = adapter_name if adapter_name in _TAKEN else next(holders, None)
     if holder:
         raise ValueError(

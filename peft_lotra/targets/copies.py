@@ -15,16 +15,22 @@ from ..config.lotra_config import LoTRAConfig
 
 def copies(layers: Mapping[str, nn.Module], known: Collection[str]) -> Iterator[Target]:
     """The tensors of copies of registered classes, except copies inside or around a module of `known`."""
+    taken = set(known)
+    around = {outer for module in taken for outer in _upwards(module)}
     for module, layer in layers.items():
         copied = copy_of(layer)
-        if copied is None or any(_overlap(module, other) for other in known):
+        if copied is None or module in around or not taken.isdisjoint(_upwards(module)):
             continue
         for spec in copied.coefficients:
             yield Target(module, spec, copy_of=(qualified_name(type(layer)), copied.original))
+            taken.add(module)
+            around.update(_upwards(module))
 
 
-def _overlap(one: str, two: str) -> bool:
-    return f"{one}.".startswith(f"{two}.") or f"{two}.".startswith(f"{one}.") or "" in (one, two)
+def _upwards(module: str) -> list[str]:
+    """The names of a module and of those around it: `"a.b"` -> `["", "a", "a.b"]`."""
+    parts = module.split(".") if module else []
+    return [".".join(parts[:end]) for end in range(len(parts) + 1)]
 
 
 def warn_of_copies(config: LoTRAConfig, targets: list[Target]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -183,12 +184,15 @@ def _layer_of(parameter: str, key: str, layers: Mapping[str, nn.Module]) -> str:
 
 def _check_tensors(model: nn.Module, layers: Mapping[str, nn.Module], targets: list[Target]) -> None:
     """Refuse a tensor that its module computes, which no stand-in could replace, or that the model uses twice."""
-    names: dict[int, list[str]] = {}
-    for name, thing in [
-        *model.named_modules(remove_duplicate=False),
-        *model.named_parameters(remove_duplicate=False),
-    ]:
-        names.setdefault(id(thing), []).append(name)
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    of_adapters: set[nn.Module] = set()  # of which a model may hold thousands
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[id(module)].append(name)
+        if isinstance(module, LoTRALayer):
+            of_adapters.update(module.containers())
+        if module not in of_adapters:
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                names[id(tensor)].append(f"{name}.{key}".removeprefix("."))
     for target in targets:
         layer, spec = layers[target.module], target.spec
         for path in spec.paths:

@@ -60,7 +60,8 @@ def select(layers: Mapping[str, nn.Module], known: list[Target], config: LoTRACo
             f"there are {sorted({index for index in indices.values() if index is not None})}, of {list(indices)}"
         )
     # `exclude_modules` may also name a module inside a KAN layer that holds one of its tensors.
-    left = [t for t in known if t.module in chosen and not is_excluded(config, t.parameter.rpartition(".")[0])]
+    kept = set(chosen)
+    left = [t for t in known if t.module in kept and not is_excluded(config, t.parameter.rpartition(".")[0])]
     if not left:
         raise NoMatchingPeftModuleError(
             f"`exclude_modules` {config.exclude_modules!r} leaves out every tensor of the layers {chosen}"
