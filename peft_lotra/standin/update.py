@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ..calls.context import Samples
 from ..calls.samples import SampleAxisUnknown
+from ..placement.constants import constant
 from ..tucker.decomposition import Tucker
 from .axes import Rows
 
@@ -61,7 +62,7 @@ def _selected(tensor: torch.Tensor, rows: Rows, dim: int) -> torch.Tensor:
         return tensor
     if isinstance(rows, range):
         return tensor.narrow(dim, rows.start, len(rows))
-    return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
+    return tensor.index_select(dim, constant(tuple(rows), tensor.device))
 
 
 class Step(NamedTuple):
