@@ -179,7 +179,7 @@ def test_both_forms_agree_with_a_prior(damping, rows):
     for form in (NormalEquations, ResidualSpace):
         system = form(Equation(J.split(7), r, decay * away, decay))
         assert_equal(system.step(damping), expected, 1e-8)
-        assert system.predicted_gain(expected, damping) == approx(gain.item(), rel=1e-6)
+        assert system.predicted_gain(expected, damping).item() == approx(gain.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("rows", [4, 50])

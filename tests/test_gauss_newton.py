@@ -120,7 +120,7 @@ def test_both_forms_agree(damping):
     gain = r.square().sum() - (r + J @ steps[0]).square().sum()
     cosines = (J.T @ r).abs() / (J.norm(dim=0) * r.norm())
     for form, step in zip(forms, steps, strict=True):
-        assert form.predicted_gain(step, damping) == approx(gain.item(), rel=1e-6)
+        assert form.predicted_gain(step, damping).item() == approx(gain.item(), rel=1e-6)
         assert form.cosine(r.square().sum().item()) == approx(cosines.nan_to_num(0.0).max().item())
 
 

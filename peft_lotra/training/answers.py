@@ -79,7 +79,7 @@ class Kind(NamedTuple):
         weight = weights[0] if weights else outputs.new_ones(rows)
         if not isinstance(weight, torch.Tensor) or weight.shape != (rows,):
             raise ValueError(f"{should} weights of shape ({rows},), one for each sample, not {described(weight)}")
-        if not (weight.isfinite() & (weight >= 0)).all():
+        if weights and not (weight.isfinite() & (weight >= 0)).all():
             raise ValueError(f"{should} weights of at least 0, but they go from {weight.min()} to {weight.max()}")
         return outputs.double(), targets, weight.double()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,13 +32,14 @@ class ConjugateGradients(DampedSystem):
 
     def __init__(self, equation: Equation, product: _Map, drawn: int, kinds: Sequence[int]) -> None:
         self.product, self.tolerance, rest = product, _TOLERANCE, equation.rest
-        self.chosen, self.scales = (part.to(rest.device) for part in _drawn(kinds, drawn))
+        chosen, scales = _drawn(kinds, drawn)
+        self.places = chosen.tolist()
+        self.chosen, self.scales = chosen.to(rest.device), scales.to(rest.device)
         self.sample = Rows(rest.new_empty(len(self.chosen), len(rest), dtype=equation.dtype))
         super().__init__(equation)
 
     def _keep(self, block: torch.Tensor, rows: slice) -> None:
-        bounds = torch.searchsorted(self.chosen, self.chosen.new_tensor([rows.start, rows.stop]))
-        here = slice(*bounds.tolist())
+        here = slice(bisect_left(self.places, rows.start), bisect_left(self.places, rows.stop))
         drawn = block[self.chosen[here] - rows.start]
         self.sample.matrix[here] = drawn.mul_(self.scales[here].unsqueeze(1))
 
@@ -45,15 +47,15 @@ class ConjugateGradients(DampedSystem):
         shift = damping * self.diagonal + self.decay
         precondition = self.processes.agreed(self._preconditioner, shift, damping)
         step, rest = torch.zeros_like(self.gradient), -self.gradient
-        direction = torch.zeros_like(rest)
+        direction = rest
         gains: list[float] = []  # by which δᵀAδ grows
         before = 1.0  # the squared preconditioned norm of `rest`, one product ago
         for number in range(_MOST_PRODUCTS):
             conditioned = self.processes.of_first(self.processes.agreed(precondition, rest))
-            now = (rest @ conditioned).item()
-            direction = conditioned + (now / before if number else 0.0) * direction
+            norm = rest @ conditioned
+            direction = conditioned + norm / before * direction if number else conditioned
             image = self.processes.sum(self.product(direction)) + shift * direction
-            curvature = (direction @ image).item()
+            now, curvature = torch.stack([norm, direction @ image]).tolist()
             if not (now > 0 and curvature > 0):  # solved, or only rounding is left
                 break
             length = now / curvature
@@ -67,20 +69,18 @@ class ConjugateGradients(DampedSystem):
         self.missing = rest
         return self.processes.of_first(step)
 
-    def predicted_gain(self, step: torch.Tensor, damping: float, rate: float = 1.0) -> float:
+    def predicted_gain(self, step: torch.Tensor, damping: float, rate: float = 1.0) -> torch.Tensor:
         """The same for the δ that `step` returned last, whose equation has an error, `missing`, on the right side."""
-        return super().predicted_gain(step, damping, rate) + rate**2 * (self.missing @ step).item()
+        return super().predicted_gain(step, damping, rate) + rate**2 * (self.missing @ step)
 
     def _preconditioner(self, shift: torch.Tensor, damping: float) -> _Map:
         if not self.processes.is_first:  # the first process's is taken
             return torch.empty_like
         factor = self.sample.factor(self.diagonal, damping, self.decay)
-        if factor is None:
-            return lambda vector: vector / shift
 
         def precondition(vector: torch.Tensor) -> torch.Tensor:
             weights = factor.solved(self.sample.times(vector / shift))
-            return (vector - damping * self.sample.transposed_times(weights)) / shift
+            return torch.where(factor.failed, vector, vector - damping * self.sample.transposed_times(weights)) / shift
 
         return precondition
 

@@ -5,6 +5,7 @@ JᵀJ and Jᵀr are half the (generalised Gauss–Newton) Hessian and half the g
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -64,8 +65,10 @@ class DampedSystem(ABC):
 
         self.processes.agreed(read)
         self.processes.sum(gradient)
-        self.scale = self.processes.sum(squares).mean().item()
+        mean = self.processes.sum(squares).mean()
         self.gradient, self.squares = gradient + self.rest, squares + self.decay
+        cosines = (self.gradient.abs() / self.squares.sqrt()).nan_to_num(0.0)  # 0 for a zero column
+        self.scale, self._cosine = torch.stack([mean, cosines.max()]).tolist()  # in one wait
         # While a core is zero, its factors have zero derivatives. The second term damps them all the same.
         self.diagonal = self.squares + _FLOOR * self.scale
 
@@ -79,14 +82,13 @@ class DampedSystem(ABC):
 
     def cosine(self, loss: float) -> float:
         """The largest |cosine| between a column of J and r. The loss is ‖r‖², or takes its place."""
-        cosines = self.gradient.abs() / (self.squares.sqrt() * abs(loss) ** 0.5)
-        return cosines.nan_to_num(0.0).max().item()  # 0 for a zero column
+        return self._cosine / abs(loss) ** 0.5 if loss else math.inf if self._cosine else 0.0
 
-    def predicted_gain(self, step: torch.Tensor, damping: float, rate: float = 1.0) -> float:
+    def predicted_gain(self, step: torch.Tensor, damping: float, rate: float = 1.0) -> torch.Tensor:
         """‖r‖² − ‖r + αJδ‖² = −(2α − α²)·rᵀJδ + α²λ·δᵀDδ, for the rate α and the δ that solves the equation. The gains
         of the prior and of v are included."""
         linear, quadratic = -self.gradient @ step, damping * (self.diagonal @ step.square())
-        return ((2 * rate - rate**2) * linear + rate**2 * quadratic).item()
+        return (2 * rate - rate**2) * linear + rate**2 * quadratic
 
 
 class NormalEquations(DampedSystem):
@@ -103,8 +105,10 @@ class NormalEquations(DampedSystem):
 
     def step(self, damping: float) -> torch.Tensor:
         def solved() -> torch.Tensor:
-            factor = self.matrix.factor(damping * self.diagonal + self.decay) if self.processes.is_first else None
-            return torch.zeros_like(self.gradient) if factor is None else -factor.solved(self.gradient)
+            if not self.processes.is_first:
+                return torch.zeros_like(self.gradient)
+            factor = self.matrix.factor(damping * self.diagonal + self.decay)
+            return torch.where(factor.failed, 0, -factor.solved(self.gradient))
 
         return self.processes.of_first(self.processes.agreed(solved))
 
@@ -122,8 +126,8 @@ class Rows:
         for start in range(0, self.matrix.shape[1], width):
             yield slice(start, start + width), self.matrix[:, start : start + width].double()
 
-    def factor(self, diagonal: torch.Tensor, damping: float, decay: float) -> LowerTriangle | None:
-        """L with LLᵀ = λ(JE⁻¹Jᵀ + I) for E = λD + cI; None if it is not positive definite. D and c never change."""
+    def factor(self, diagonal: torch.Tensor, damping: float, decay: float) -> LowerTriangle:
+        """L with LLᵀ = λ(JE⁻¹Jᵀ + I) for E = λD + cI, as `LowerTriangle.factor` gives it. D and c never change."""
         if self._gram is None or decay:
             self._gram, roots = LowerTriangle(len(self.matrix), diagonal), (diagonal + decay / damping).rsqrt()
             for columns, block in self.columns():
@@ -159,7 +163,6 @@ class ResidualSpace(DampedSystem):
 
     def step(self, damping: float) -> torch.Tensor:
         factor, shift = self.rows.factor(self.diagonal, damping, self.decay), damping * self.diagonal + self.decay
-        if factor is None:
-            return torch.zeros_like(self.gradient)
         weights = factor.solved(self.residuals - self.rows.times(self.rest / shift))
-        return -(self.rest + damping * self.rows.transposed_times(weights)) / shift
+        step = -(self.rest + damping * self.rows.transposed_times(weights)) / shift
+        return torch.where(factor.failed, 0, step)

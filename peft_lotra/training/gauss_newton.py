@@ -200,7 +200,8 @@ def fit_gauss_newton(
                 measured = (*result.validation_losses, *_measured(validation, problem, now))
                 since = len(measured) - 1 - measured.index(min(measured)) if measured else 0
                 now_best = now if since == 0 else best
-                parameters = _kept(names, start=problem.start, last=now, best=now_best)
+                parameters = {name: tuple(values) for name, values in result.parameters.items()}
+                parameters |= _kept(names[bool(weight_decay) :], last=now, best=now_best)
                 new = GaussNewtonResult(
                     (*result.losses, after), damping, iteration + 1, "running", measured, parameters, identity
                 )

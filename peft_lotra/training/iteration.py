@@ -49,11 +49,12 @@ def iterate(
     tried, found, any_finite = damping, point, False
     while tried <= _MOST_DAMPING:
         step = system.step(tried)
-        found = problem.evaluate(point.theta + rate * step.to(point.theta), point.batch)
+        predicted = system.predicted_gain(step, tried, rate)
+        found = problem.evaluate(point.theta + rate * step.to(point.theta), point.batch, beside=(predicted,))
         gain = point.total - found.total
         any_finite = any_finite or math.isfinite(gain)
         if gain > 0:  # false for NaN
-            if gain > system.predicted_gain(step, tried, rate) / 4:
+            if gain > found.beside[0] / 4:
                 tried = max(tried / _DECREASE, _LEAST_DAMPING)
             return found, tried, None
         tried = max(tried, _LEAST_DAMPING) * _INCREASE

@@ -14,6 +14,8 @@ class LowerTriangle:
     It is in `blocks` of rows. A block holds the columns up to the end of its square on the diagonal.
     """
 
+    failed: torch.Tensor  # of a factor: whether there is none, shape (). On an accelerator, a look at it would wait.
+
     def __init__(self, size: int, like: torch.Tensor) -> None:
         self.size = size
         self.blocks = [like.new_zeros(len(rows), rows.stop) for rows in self._ranges()]
@@ -31,8 +33,8 @@ class LowerTriangle:
         for rows, part in zip(self._ranges(), self.blocks, strict=True):
             part.addmm_(block[:, rows.start : rows.stop].T, block[:, : rows.stop])
 
-    def factor(self, shift: torch.Tensor) -> LowerTriangle | None:
-        """L with LLᵀ = M + diag(shift); None if that sum is not positive definite in floating point."""
+    def factor(self, shift: torch.Tensor) -> LowerTriangle:
+        """L with LLᵀ = M + diag(shift); it has `failed` if that sum is not positive definite in floating point."""
         found = LowerTriangle(0, shift)
         found.size, failures = self.size, []
         for rows, part in zip(self._ranges(), self.blocks, strict=True):
@@ -50,8 +52,8 @@ class LowerTriangle:
                 factor[:, here], failed = torch.linalg.cholesky_ex(factor[:, here])
                 failures.append(failed)
             found.blocks.append(factor)
-        # Once at the end: on an accelerator, each look at a value waits for it.
-        return None if failures and torch.stack(failures).any() else found
+        found.failed = torch.stack(failures).any()
+        return found
 
     def solved(self, right: torch.Tensor) -> torch.Tensor:
         """(LLᵀ)⁻¹ b, where L is this matrix. shape: (n,)"""

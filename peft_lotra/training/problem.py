@@ -25,7 +25,7 @@ from .processes import Processes
 _T = TypeVar("_T")
 Parameters = dict[str, torch.Tensor]
 # Σ w ℓ over some samples, r · √(number of all samples), shape (R,), and the number of these samples
-Values = tuple[float, torch.Tensor, int]
+Values = tuple[torch.Tensor, torch.Tensor, int]
 OfOutputs = Callable[[Kind, Any, Callable[[Parameters], torch.Tensor]], torch.Tensor]
 
 
@@ -39,6 +39,7 @@ class Evaluation(NamedTuple):
         kinds: the kinds of these residuals in their order, with how many belong to each; again for each of several
             batches.
         counts: over how many samples each kind's mean is taken, in all processes.
+        beside: the values of the tensors that were read beside the loss.
     """
 
     theta: torch.Tensor
@@ -48,6 +49,7 @@ class Evaluation(NamedTuple):
     residuals: torch.Tensor
     kinds: list[tuple[str, int]]
     counts: dict[str, int]
+    beside: tuple[float, ...] = ()
 
 
 class Problem:
@@ -158,18 +160,23 @@ class Problem:
         return map(of_chunk, kind.chunks(rows))
 
     @torch.no_grad()
-    def evaluate(self, theta: torch.Tensor, batch: Any, argument: str = "data") -> Evaluation:
+    def evaluate(
+        self, theta: torch.Tensor, batch: Any, argument: str = "data", beside: tuple[torch.Tensor, ...] = ()
+    ) -> Evaluation:
         found = self.processes.agreed(self._explained, theta, batch, argument)
         own = {name: sum(n for key, (_, _, n) in found if key == name) for name in self.functions}
         counts = dict(zip(own, map(int, self.processes.totals(own.values())), strict=True))
         for name, count in counts.items():
             if not count:
                 raise ValueError(f"every label in `{argument}{at(name)}` is ignored: give labels to fit")
-        (loss,) = self.processes.totals([sum(total / counts[name] for name, (total, _, _) in found)])
-        decay = self.weight_decay
-        prior = decay * self.away(theta).square().sum().item() if decay else 0.0
+        here = torch.stack([total / counts[name] for name, (total, _, _) in found]).sum()
+        prior = self.weight_decay * self.away(theta).square().sum() if self.weight_decay else torch.zeros_like(here)
+        # All are read at once: each look at an accelerator waits for it.
+        read = torch.stack([here, prior, *beside]).tolist()
+        (loss,) = self.processes.totals(read[:1])
         kinds = [(name, len(roots)) for name, (_, roots, _) in found]
-        return Evaluation(theta, batch, loss, loss + prior, _residuals(found, counts), kinds, counts)
+        residuals = _residuals(found, counts)
+        return Evaluation(theta, batch, loss, loss + read[1], residuals, kinds, counts, tuple(read[2:]))
 
     def fitted(self, point: Evaluation) -> int:
         """How many numbers are to be fitted, in all processes: residuals, outputs that have a target, or labels."""
@@ -185,7 +192,7 @@ class Problem:
         for kind in self._kinds(batch, argument):
             parts = self._by_chunks(kind, "values", partial(_values, kind, net))
             totals, roots, counted = zip(*parts, strict=True)
-            found.append((kind.name, (sum(totals), torch.cat(roots), sum(counted))))
+            found.append((kind.name, (torch.stack(totals).sum(), torch.cat(roots), sum(counted))))
         return found
 
     def _explained(self, theta: torch.Tensor, batch: Any, argument: str) -> list[tuple[str, Values]]:
@@ -344,7 +351,7 @@ def _residuals(found: list[tuple[str, Values]], counts: Mapping[str, int]) -> to
 def _values(kind: Kind, net: Net, part: Any) -> Values:
     outputs, targets, weights = kind.answer(net, part)
     roots = weighted(weights.sqrt(), kind.loss.residual(outputs, targets)).flatten()
-    return (weights @ kind.loss.value(outputs, targets)).item(), roots, kind.loss.counted(outputs, targets)
+    return weights @ kind.loss.value(outputs, targets), roots, kind.loss.counted(outputs, targets)
 
 
 @torch.no_grad()
