@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from .calls.context import BASE, Batch, Entry, Shares, Tasks, entered, fields_of_family, now
 from .calls.samples import check_known, checked_axis
@@ -18,6 +19,7 @@ from .combination import container_of_codes
 from .config.lotra_config import LoTRAConfig
 from .families import family as families
 from .layers.lotra import LoTRALayer, adapted_tensors
+from .placement.constants import constant
 from .placement.sharded import full_tensor, is_released
 from .registration import AXIS, TASK
 
@@ -91,7 +93,12 @@ def tasks_for(
 
         return table
 
-    weights = families.weights_of(kinds, task, codes)
+    alike: dict[str, torch.Tensor] = {}  # a core of each family whose cores are alike
+    for name in kinds:
+        cores = [layer.lotra_core[name] for layer in found if name in layer.lotra_core]
+        if len({(core.dtype, core.device) for core in cores}) == 1 and not cores[0].is_meta:
+            alike[name] = cores[0]
+    weights = families.weights_of(kinds, task, codes, {name: core.device for name, core in alike.items()})
     active = {name for layer in found for name in layer.active_adapters if name in layer.lotra_core}
     used = {name for layer in found for name in active if name in layer.lotra_core.keys() - layer.merged_adapters}
     if argument is not None and not weights.keys() & used:
@@ -101,11 +108,13 @@ def tasks_for(
             f"`{argument}` {reprlib.repr(task)} is for {merged or list(weights)}, "
             + ("merged at another task: call `unmerge_adapter()` first" if merged else f"not active: {instead}")
         )
+    of_numbers = not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(task))
     for name, c in weights.items():  # once for all layers
-        cores = [layer.lotra_core[name] for layer in found if name in layer.lotra_core]
-        alike = len({(core.dtype, core.device) for core in cores}) == 1 and not cores[0].is_meta
-        if alike and isinstance(c, torch.Tensor):
-            weights[name] = c.to(cores[0].device, cores[0].dtype)
+        if name in alike and isinstance(c, torch.Tensor):
+            like = alike[name]
+            known = c.dim() == 1 and c.device != like.device and families.is_readable(c) and of_numbers
+            of_task = constant(tuple(c.tolist()), like.device, like.dtype) if known else c
+            weights[name] = of_task.to(like.device, like.dtype)
     meant = {name: fields_of_family(configs[name]) for name in weights}
     return Tasks(set(found), weights, axis, configs, meant)
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from ..placement.constants import constant
 from ..placement.sharded import gathers_inside, largest, reshard_inside
 from .context import BASE, Batch, Context, Samples, Shares, entered
 
@@ -204,7 +205,7 @@ def _with_equal_tasks(c: torch.Tensor, rows: list[int]) -> list[list[int]]:
         return [[row] for row in rows]
     if torch.autograd.forward_ad.unpack_dual(c).tangent is not None:
         return [[row] for row in rows]
-    distinct, owner = torch.unique(c.detach()[rows], dim=0, return_inverse=True)
+    distinct, owner = torch.unique(c.detach().cpu()[rows], dim=0, return_inverse=True)
     owners = owner.tolist()
     return [[row for row, k in zip(rows, owners, strict=True) if k == part] for part in range(len(distinct))]
 
@@ -249,7 +250,7 @@ def _rows_of(tree: Any, rows: Sequence[int], count: int, axis: int) -> Any:
     def taken(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor) or leaf.dim() <= axis or leaf.shape[axis] != count:
             return leaf
-        return leaf.index_select(axis, torch.tensor(rows, device=leaf.device))
+        return leaf.index_select(axis, constant(tuple(rows), leaf.device))
 
     return tree_map(taken, tree)
 
@@ -266,7 +267,8 @@ def _joined(results: Sequence[Any], rows: Sequence[Collection[int]], axis: int, 
     if len(results) == 1:
         return results[0]
     leaves, specs = zip(*map(tree_flatten, results), strict=True)
-    order = torch.tensor([row for part in rows for row in part]).argsort()
+    joint = [row for part in rows for row in part]
+    order = tuple(sorted(range(len(joint)), key=joint.__getitem__))
 
     def joined(parts: Sequence[Any]) -> Any:
         if not any(isinstance(part, torch.Tensor) for part in parts):
@@ -276,7 +278,7 @@ def _joined(results: Sequence[Any], rows: Sequence[Collection[int]], axis: int, 
             each = {divmod(part.shape[axis], len(own)) for part, own in zip(parts, rows, strict=True)}
             if len(each) == 1 and (size := each.pop())[1] == 0 and (axis == 0 or size[0] == 1):
                 whole = torch.cat(list(parts), axis).unflatten(axis, (len(order), size[0]))
-                return whole.index_select(axis, order.to(whole.device)).flatten(axis, axis + 1)
+                return whole.index_select(axis, constant(order, whole.device)).flatten(axis, axis + 1)
         raise ValueError(
             "`adapter_names`, or a task for each sample: the layer returns values that do not belong to single "
             "samples; call the model once for each adapter, with `set_adapter`, or once for each task"

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
+from ..placement.constants import constant
 from ..preserved import is_number
 from ..standin.axes import planned
 
 # The other arguments of `at_task` and `adapter_at`, which also take a family's parameters by name.
 _ARGUMENTS = {"model", "adapter_name", "family", "train", "task", "code", "batch_axis"}
 
+_CPU = torch.device("cpu")
 LARGEST = 100_000  # P of a family
 
 
@@ -116,12 +118,15 @@ class Family:
     def _arguments(self) -> list[str]:
         return [*self.ranges, *[self.argument] * bool(self.tasks)]
 
-    def weights(self, task: Mapping[str, Any], codes: torch.Tensor | None = None) -> torch.Tensor:
+    def weights(
+        self, task: Mapping[str, Any], codes: torch.Tensor | None = None, device: torch.device = _CPU
+    ) -> torch.Tensor:
         """c of one task, shape (P,), or of a task for each sample, shape (batch, P); float64 unless tensors are given.
 
         For a batch of one sample, the shape is (P,). A task has, for each parameter, a number or a tensor of the shape
         (), (batch,) or (batch, 1); for the names, a name, a list of names, or a tensor of their places in `tasks`, or
-        a "code", shape (k,) or (batch, k). `codes`, shape (tasks, k), are those of all tasks.
+        a "code", shape (k,) or (batch, k). `codes`, shape (tasks, k), are those of all tasks; c of names is made on
+        `device`.
         """
         if "code" in task and self.code:
             return self.at_code({name: value for name, value in task.items() if name != "code"}, task["code"])
@@ -129,11 +134,12 @@ class Family:
             raise TypeError(f"a task of this family is given by {self._arguments}, but {sorted(task)} is passed")
         if not self.tasks:
             return _one_sample(self._products(task))
-        places = self.places(task[self.argument])
+        places = self.places(task[self.argument], device if codes is None else codes.device)
         if not self.code:
             return _one_sample(torch.nn.functional.one_hot(places, len(self.tasks)).double())
         assert codes is not None
-        return self.at_code({name: task[name] for name in self.ranges}, codes[places.to(codes.device)])
+        rows = codes.index_select(0, places.flatten())
+        return self.at_code({name: task[name] for name in self.ranges}, rows.view(*places.shape, -1))
 
     def at_code(self, parameters: Mapping[str, Any], code: Any) -> torch.Tensor:
         """c at a code, shape (k,) or (batch, k), and at values of the parameters."""
@@ -144,13 +150,13 @@ class Family:
             raise TypeError(f"beside `code`, a task of this family has {list(self.ranges)}, got {sorted(parameters)}")
         return _one_sample(self._products(parameters, code))
 
-    def places(self, names: Any) -> torch.Tensor:
+    def places(self, names: Any, device: torch.device) -> torch.Tensor:
         """The places in `tasks` of a name, shape (), or of a list of names, or of places, shape (batch,)."""
         if isinstance(names, torch.Tensor) and not names.is_floating_point():
-            wrapped = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(names)
-            if not wrapped and names.numel() and not 0 <= int(names.min()) <= int(names.max()) < len(self.tasks):
+            some = names.numel() > 0 and is_readable(names)
+            if some and not 0 <= int(names.min()) <= int(names.max()) < len(self.tasks):
                 raise ValueError(f"`{self.argument}` has places outside of the family's {len(self.tasks)} tasks")
-            return names
+            return names.to(device, torch.long)
         held = _places_of(self.tasks)
         given = list(names) if isinstance(names, list | tuple) else [names]
         for name in given:
@@ -158,7 +164,7 @@ class Family:
                 raise ValueError(
                     f"`{self.argument}` {name!r} is not one of the family's tasks {shortened(list(self.tasks))}"
                 )
-        places = torch.tensor([held[name] for name in given], dtype=torch.long)
+        places = constant(tuple([held[name] for name in given]), device)
         return places if isinstance(names, list | tuple) else places[0]
 
     def _products(self, task: Mapping[str, Any], code: torch.Tensor | None = None) -> torch.Tensor:
@@ -166,8 +172,11 @@ class Family:
         if code is not None:
             x = [*x, *code.unbind(-1)]
         if tensors := [value for value in x if isinstance(value, torch.Tensor)]:
+            device = next((value.device for value in tensors if value.device != _CPU), _CPU)
             x = [
-                torch.as_tensor(value, dtype=getattr(value, "dtype", torch.float64), device=tensors[0].device)
+                value.to(device)
+                if isinstance(value, torch.Tensor)
+                else torch.full((), value, dtype=torch.float64, device=device)
                 for value in x
             ]
             x = torch.stack(torch.broadcast_tensors(*x), dim=-1)
@@ -177,7 +186,7 @@ class Family:
         if len(self.ranges) + self.code == 1:
             return values
         factors = _places(len(self.ranges) + self.code, self.degree)
-        return reduce(mul, [values.index_select(-1, places.to(values.device)) for places in factors])
+        return reduce(mul, [values.index_select(-1, constant(places, values.device)) for places in factors])
 
     def _scaled(self, name: str, value: Any) -> float | torch.Tensor:
         """x in [-1, 1] for a parameter within its range, a number or of the shape () or (batch,)."""
@@ -196,7 +205,7 @@ class Family:
         if torch.compiler.is_compiling():
             return x
         if isinstance(value, torch.Tensor):
-            if torch._C._functorch.is_functorch_wrapped_tensor(x) or (x.detach().abs() <= 1 + 1e-6).all():
+            if not is_readable(x) or (x.detach().abs() <= 1 + 1e-6).all():
                 return x
             given = value.detach()
             if not given.isfinite().all():
@@ -228,15 +237,26 @@ class Family:
         return torch.nn.functional.pad(M, (0, other.size - self.size))
 
 
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether to look at values: to look at those on an accelerator would wait for it."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return tensor.device == _CPU
+
+
 Weights = torch.Tensor | Callable[[], torch.Tensor]  # c, or what gives it when a layer runs
 
 
 def weights_of(
-    kinds: Mapping[str, Family], task: Any, codes: Callable[[str], Callable[[], torch.Tensor]]
+    kinds: Mapping[str, Family],
+    task: Any,
+    codes: Callable[[str], Callable[[], torch.Tensor]],
+    devices: Mapping[str, torch.device],
 ) -> dict[str, Weights]:
     """c of a task, in a form that `Family.named` takes, for each family that it fits, by name; or else an error.
 
     `codes` gives a function for the name of a family with codes. It is called in each pass: codes may be trained.
+    `devices` are those of the adapters that have one device.
     """
     weights: dict[str, Weights] = {}
     errors: list[TypeError | ValueError] = []
@@ -246,11 +266,11 @@ def weights_of(
             if kind.code and "code" not in named:
                 table = codes(name)
                 if kind.argument in named:  # looked up once, and checked now
-                    named = {**named, kind.argument: kind.places(named[kind.argument])}
+                    named = {**named, kind.argument: kind.places(named[kind.argument], devices.get(name, _CPU))}
                 kind.weights(named, table())
                 weights[name] = partial(_read, kind, named, table)
             else:
-                weights[name] = kind.weights(named)
+                weights[name] = kind.weights(named, device=devices.get(name, _CPU))
         except (TypeError, ValueError) as error:  # the task may be of another family
             errors.append(error)
     if not weights:
@@ -283,7 +303,7 @@ def _is_range(name: Any, bounds: Any) -> bool:
 
 
 @planned
-def _places(k: int, degree: int) -> list[torch.Tensor]:
+def _places(k: int, degree: int) -> list[tuple[int, ...]]:
     """The places of every product's first, second, … factor in T_e(x_j), shape (k, degree + 1), flattened.
 
     Products of total degree d are multisets of d variables.
@@ -293,7 +313,7 @@ def _places(k: int, degree: int) -> list[torch.Tensor]:
     for product, variables in enumerate(chosen):
         for own, (j, e) in zip(places, Counter(variables).items(), strict=False):
             own[product] = j * (degree + 1) + e
-    return [torch.tensor(own) for own in places]
+    return [tuple(own) for own in places]
 
 
 def _chebyshev(x: torch.Tensor, degree: int) -> list[torch.Tensor]:

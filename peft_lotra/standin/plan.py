@@ -18,6 +18,7 @@ from torch._C import _functorch
 
 from ..calls.context import Samples
 from ..calls.samples import SampleAxisUnknown
+from ..placement.constants import constant
 from .axes import Arrangement, Axes, Rows, planned
 from .cost import DENSE, Core, Work, cheapest_order
 from .operations import Contraction, Form, Weight
@@ -288,7 +289,7 @@ def _stacked_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> t
     x = c.x if len(c.form.summed) == 1 else c.x.reshape(*lead, -1)
     x = x.movedim(where, 0) if where else x
     slots = planned_slots(update.rows, len(x))
-    samples, places = [torch.tensor(own, dtype=torch.long, device=x.device) for own in slots]
+    samples, places = [constant(tuple(own), x.device) for own in slots]
     y = torch.bmm(x.index_select(0, samples).reshape(group.stack, -1, B.shape[2]), B.mT)
     y = torch.bmm(y, factors["o"].mT.to(y.dtype)) if "o" in factors else y
     y = y.reshape(len(samples), *x.shape[1:-1], y.shape[2])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from ..calls.context import Samples
 from ..calls.samples import SampleAxisUnknown
+from ..placement.constants import constant
 from ..tucker.decomposition import Tucker
 from .axes import Rows
 
@@ -36,7 +37,7 @@ class Update(NamedTuple):
         weights = self.weights
         if rows is not None:
             mask = torch.zeros(samples.number, 1, dtype=torch.bool, device=self.tucker.core.device)
-            mask = mask.index_fill(0, torch.tensor(rows, dtype=torch.long, device=mask.device), True)
+            mask = mask.index_fill(0, constant(rows, mask.device), True)
             weights = mask if weights is None else torch.where(mask, weights, 0)
         return self._replace(weights=weights, samples=samples)
 
@@ -78,7 +79,7 @@ def _selected(tensor: torch.Tensor, rows: Rows, dim: int) -> torch.Tensor:
         return tensor
     if isinstance(rows, range):
         return tensor.narrow(dim, rows.start, len(rows))
-    return tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
+    return tensor.index_select(dim, constant(tuple(rows), tensor.device))
 
 
 class Step(NamedTuple):
