@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from peft_lotra import LoTRAConfig, slim_kan
 
 FLOOR, FULL, LOTRA, LOTRA_8 = "frozen layer", "full fine-tuning", "LoTRA", "LoTRA, 8 adapters"
+DENSE, LORA_MODULES, LORA_PARAMETERS = "dense A + Δ", "LoRA, target_modules", "LoRA, target_parameters"
 LORA_RANK = 8
 
 
@@ -117,12 +118,12 @@ def training_methods(
     owner, name = owner_of_coefficients(dense, kind)
     update = _DenseUpdate(kind.axes, getattr(owner, name), sizes, r)
     parametrize.register_parametrization(owner, name, update)
-    methods["dense A + Δ"] = Trained(OneLayer(dense))
+    methods[DENSE] = Trained(OneLayer(dense))
     methods[LOTRA] = Trained(with_lotra(_sharing(layer), kind, r=r))
     methods[LOTRA_8] = Trained(with_lotra(_sharing(layer), kind, adapters=8, r=r))
     if kind.lora_target is not None:
-        methods["LoRA, target_modules"] = _lora(layer, target_modules=[kind.lora_target])
-    methods["LoRA, target_parameters"] = _lora(layer, target_modules=[], target_parameters=[kind.parameter])
+        methods[LORA_MODULES] = _lora(layer, target_modules=[kind.lora_target])
+    methods[LORA_PARAMETERS] = _lora(layer, target_modules=[], target_parameters=[kind.parameter])
     return methods
 
 
