@@ -36,7 +36,8 @@ from pde_least_squares import Mark, batch, fit, residual_functions
 from pde_transfer import LEARNING_RATES, train, trained_base
 from pdes import LINEAR, PDES, Points
 from peft import get_peft_model
-from pictures import band, by_step, plain_log
+from pictures import COLOURS as MEANT
+from pictures import OPTIMIZERS, band, by_step, plain_log
 from reporting import write_atomically
 from torch import nn
 
@@ -46,7 +47,8 @@ from peft_lotra import LoTRAConfig, fit_gauss_newton
 METHODS = ("adam adapter", "lm adapter", "adam all", "lm all")
 # In the picture.
 NAMES = dict(zip(METHODS, ("adapter, Adam", "adapter, LM", "everything, Adam", "everything, LM"), strict=True))
-COLOURS = dict(zip(METHODS, ("C0", "C3", "0.4", "C1"), strict=True))
+COLOURS = {method: MEANT["full" if method.endswith("all") else "adapter"] for method in METHODS}
+STYLES = {method: OPTIMIZERS["LM" if method.startswith("lm") else "Adam"] for method in METHODS}
 CLOCKS = {"seconds": "seconds", "cpu_seconds": "CPU seconds"}
 # Nearly full ranks where a layer is narrow: 976 numbers for the 8,960 coefficients of width 32, a ninth.
 RANKS = {"layers.0": (2, 8, 8), "layers.1": (4, 4, 4), "layers.2": (6, 1, 8)}
@@ -175,7 +177,7 @@ def draw(runs: dict[str, dict[str, list[dict[str, Any]]]], costs: list[dict[str,
             marks = [[Mark(*mark) for mark in one["marks"]] for one in of_method]
             courses = [[(mark.step, getattr(mark, clock), mark.error) for mark in of_seed] for of_seed in marks]
             label = f"{NAMES[method]} ({of_method[0]['numbers']:,} numbers at width 32)"
-            band(ax, *by_step(courses), label, COLOURS[method])
+            band(ax, *by_step(courses), label, COLOURS[method], STYLES[method])
         ax.set(title=PDES[family].title, xlabel=CLOCKS[clock], ylabel="relative L2 error", yscale="log")
         plain_log(ax.yaxis)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

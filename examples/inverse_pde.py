@@ -34,6 +34,7 @@ from pde_least_squares import EQUATIONS, batch, residual_functions
 from pde_transfer import trained_base
 from pdes import PDE, PDES
 from peft import PeftModel, get_peft_model
+from pictures import COLOURS, shades
 from reporting import write_atomically
 from torch import Tensor, nn
 
@@ -302,6 +303,7 @@ def draw(
     draw_estimates(axes["estimates"], args, family, estimates)
     low, high = family.lower[1], family.upper[1]
     along = torch.linspace(low, high, 200, device=sensors.points.device)
+    colours = shades(len(sensors.points))
     for k, (point, value) in enumerate(zip(sensors.points, sensors.values, strict=True)):
         line = torch.stack([point[0].expand(len(along)), along], dim=1)
         mean, std = (part.cpu() for part in fit.predict(line))
@@ -309,12 +311,12 @@ def draw(
         for name, less, less_there in (("solution", 0, 0), ("difference", exact, at_sensor)):
             x, y = along.cpu(), (mean - less).squeeze(1)
             bars = WIDTH * std.squeeze(1)
-            axes[name].plot(
-                x, y, color=f"C{k}", lw=1.2, label="" if k else f"predicted, ± {WIDTH} standard deviations"
-            )
-            axes[name].plot(x, torch.stack([y - bars, y + bars], dim=1), color=f"C{k}", lw=0.5)
+            label = "" if k else f"predicted, ± {WIDTH} standard deviations"
+            axes[name].plot(x, y, color=colours[k], lw=1.2, label=label)
+            axes[name].fill_between(x, y - bars, y + bars, color=colours[k], alpha=0.15, lw=0)
             there = (value.cpu() - less_there).squeeze()
-            axes[name].plot(point[1].cpu(), there, "o", color=f"C{k}", mec="k", zorder=3, label="" if k else "sensor")
+            label = "" if k else "sensor"
+            axes[name].plot(point[1].cpu(), there, "o", color=colours[k], mec="k", zorder=3, label=label)
     other, axis = family.axes
     axes["solution"].set(title=f"{family.title}, {family.symbol} = {pde.parameter:g}, at each sensor's {other}")
     axes["solution"].set(ylabel="u")
@@ -333,17 +335,17 @@ def draw_estimates(
     aside = (high - low) / TRUTHS / (REPEATS + 1)  # from draw to draw
     for some, first, color, label in (
         (estimates[SENSORS][TRUTHS:], 1, "0.75", f"{REPEATS - 1} more draws of sensors, moved aside"),
-        (estimates[SENSORS][:TRUTHS], 0, "C0", SENSORS),
+        (estimates[SENSORS][:TRUTHS], 0, COLOURS["family"], SENSORS),
     ):
         x = [e.truth + aside * (first + i // TRUTHS) for i, e in enumerate(some)]
         bars = [WIDTH * (e.deviation or 0) for e in some]
         axes.errorbar(x, [e.value - e.truth for e in some], bars, fmt="o", ms=3, lw=1.2, color=color, label=label)
     edge = max(map(abs, axes.get_ylim()))
     axes.set_ylim(-1.1 * edge, 1.4 * edge)  # with room for the legend
-    for label, marker, color in ((ADAM, "v", "C3"), (LM, "^", "C2")):
+    for label, marker, fill in ((ADAM, "v", "none"), (LM, "^", COLOURS["full"])):
         some = estimates[label]
         y = [min(max(e.value - e.truth, -edge), edge) for e in some]
-        axes.plot([e.truth for e in some], y, marker, color=color, label=label, zorder=3)
+        axes.plot([e.truth for e in some], y, marker, color=COLOURS["full"], mfc=fill, label=label, zorder=3)
         for e, place in zip(some, y, strict=True):
             if abs(place) == edge:
                 beside = (-6, -4) if label == ADAM else (6, -4)

@@ -46,13 +46,26 @@ from peft_lotra.testing import forget_warnings
 HERE = Path(__file__).resolve().parent
 START, MODELS_START = "<!-- python examples/kan_libraries.py -->", "<!-- python examples/kan_libraries.py --models -->"
 END = "<!-- end -->"
-HEAD = ["library, version", "class", "coefficients", "how", "passes"]
+HEAD = ["library, version", "class", "coefficients", "how"]
 MODELS_HEAD = ["model", "parameters", "coefficient tensors", "CPU", "passes"]
 WRONG = "; NOT adapted right: "
+SHORT = {  # reasons as the page says them; what is not here is written in full
+    "the forward pass reads it through an alias": "read through an alias",
+    "no output responds to it": "unused",
+    "its entries cannot be told apart by input feature": "no input axis",
+    "its entries cannot be told apart by output": "no output axis",
+    "it has one function per input (n_d = 1)": "no basis",
+    "it has functions of one input for one output each": "mixes nothing",
+    "every input and output has one function": "own functions on edges",
+    "its functions φ_d(x_i) differ from output to output": "own functions on edges",
+    "the layer is not affine in it": "not linear",
+    "its response does not change with the input": "like a bias",
+    "it has fewer than four entries": "too few entries",
+}
 
 
 def row(entry: Entry) -> list[str]:
-    """The cells of the entry's row.
+    """The cells of the entry's row, and the passes that this took, forward and backward.
 
     Raises:
         ImportError, PackageNotFoundError: if its library is not installed, or another one has the module.
@@ -95,14 +108,18 @@ def described(name: str, entry: dict[str, Any]) -> str:
 
 
 def reasons(text: str) -> str:
-    """Why each parameter is left out; biases and other vectors only if there is nothing else."""
+    """Why parameters are left out, in short; biases and other vectors only if there is nothing else."""
     found = re.findall(r"^ {4}(.*): left out, (.*)$", text, re.MULTILINE)
     telling = [
         (paths, reason) for paths, reason in found if "vector" not in reason and "fewer than four" not in reason
     ]
     if not found:
-        return f"does not run: {text.rpartition('device: ')[2]}"
-    return "refused: " + "; ".join(f"`{paths}`: {reason}" for paths, reason in telling or found)
+        return f"does not run: {text.rpartition('device: ')[2].partition(':')[0]}"
+    return "refused: " + ", ".join(dict.fromkeys(in_short(reason) for _, reason in telling or found))
+
+
+def in_short(reason: str) -> str:
+    return next((short for start, short in SHORT.items() if reason.startswith(start)), reason)
 
 
 def key(cells: list[str]) -> tuple[str, str]:
@@ -136,9 +153,8 @@ def table(entries: list[Entry], before: dict[tuple[str, str], list[str]]) -> tup
             kept = before.get((entry.library, entry.title))
             rows += [kept] if kept else []
         except Exception as error:  # of the library
-            text = str(error).splitlines()[0]
             name = f"{entry.library} {entry.version()}".rstrip()
-            rows.append([name, entry.title, "–", f"does not run: {type(error).__name__}: {text}", "–"])
+            rows.append([name, entry.title, "–", f"does not run: {type(error).__name__}", "–"])
     return rows, left
 
 
@@ -195,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     for cells in rows:
         print(" | ".join(cells))
     known = read(text, start) | {key(cells): cells for cells in rows}
-    write(args.page, start, head, [known[name] for name in order if name in known])
+    write(args.page, start, head, [known[name][: len(head)] for name in order if name in known])
     print("\nNot tried, rows kept as they were:", *(left or ["none"]), sep="\n    ")
     return 1 if any(WRONG in cell for cells in rows for cell in cells) else 0
 

@@ -23,10 +23,9 @@ from pathlib import Path
 import torch
 from chebyshev_kan import ChebyshevKAN
 from command_line import exit_code, make_output_dir, new_parser, positive_int
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 from peft import PeftModel, get_peft_model
-from pictures import band, plain_log
+from pictures import band, plain_log, shades
 from reporting import write_atomically
 from torch import Tensor
 from tqdm import tqdm
@@ -220,7 +219,7 @@ def draw(runs: list[dict], args: argparse.Namespace) -> Figure:
     figure = Figure(figsize=(1 + 3.2 * len(args.rules), 1.2 + 2.7 * len(rows)), layout="constrained")
     figure.suptitle(f"Loss after {args.steps} steps over the learning rate, by rule and width (large dots: the least)")
     panels = figure.subplots(len(rows), len(args.rules), sharex="row", sharey="row", squeeze=False)
-    colours = colormaps["viridis"]([0.9 * k / max(1, len(args.widths) - 1) for k in range(len(args.widths))])
+    colours = shades(len(args.widths))
     for (optimizer, initialisation), row in zip(rows, panels, strict=True):
         for rule, ax in zip(args.rules, row, strict=True):
             for width, colour in zip(args.widths, colours, strict=True):

@@ -30,7 +30,7 @@ from pde_least_squares import GROWTH, batch, fit, residual_functions
 from pde_transfer import LEARNING_RATES, train, trained_base
 from pdes import PDE, PDES
 from peft import PeftModel, get_peft_model
-from pictures import band, by_step, plain_log
+from pictures import COLOURS, OPTIMIZERS, band, by_step, plain_log
 from reporting import write_atomically
 from torch import Tensor, nn
 
@@ -209,19 +209,20 @@ def draw(family: type[PDE], bounds: tuple[float, float], rows: list[dict[str, An
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     parameters = [row["parameter"] for row in rows]
-    left.plot(parameters, [row["family"][0][1] for row in rows], "o-", color="C0", label="family, as it is")
-    left.plot(parameters, [row["family"][-1][1] for row in rows], "s-", color="C1", label="its core, 5 iterations")
+    as_it_is, fitted = ([row["family"][k][1] for row in rows] for k in (0, -1))
+    left.plot(parameters, as_it_is, "o-", color=COLOURS["family"], label="family, as it is")
+    left.plot(parameters, fitted, "s-", color=COLOURS["core"], label="its core, 5 iterations of LM")
     styles = {
-        "LoTRA alone": ("^", "C2", "an adapter from the base"),
-        "full, Adam": ("v", "C3", "full fine-tuning, Adam"),
+        "LoTRA alone": ("^", COLOURS["adapter"], "an adapter from the base, LM", OPTIMIZERS["LM"]),
+        "full, Adam": ("v", COLOURS["full"], "full fine-tuning, Adam", OPTIMIZERS["Adam"]),
     }
-    for label, (marker, color, name) in styles.items():
+    for label, (marker, color, name, line) in styles.items():
         found = [row for row in rows if label in row]
         left.plot([r["parameter"] for r in found], [r[label][-1][1] for r in found], marker, color=color, label=name)
         if found:
-            band(right, *by_step([numbered(row[label]) for row in found]), name, color)
+            band(right, *by_step([numbered(row[label]) for row in found]), name, color, line)
     compared = [numbered(row["family"]) for row in rows if "LoTRA alone" in row]
-    band(right, *by_step(compared), "its core", "C1", ".-")
+    band(right, *by_step(compared), "its core", COLOURS["core"], ".-")
     left.set(title=f"{family.title}: one adapter for all {family.symbol}", xlabel=family.symbol, yscale="log")
     left.set(ylabel="relative L2 error", xlim=bounds)
     count = f", medians of {len(compared)} with their range" if len(compared) > 1 else ""

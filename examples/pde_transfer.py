@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
         size = math.isqrt(len(grid))
         fields = [field.reshape(size, size).cpu() for field in (target.exact(grid), adapted(grid))]
     courses = {f"full fine-tuning ({base_size:,})": full_course, f"LoTRA ({numbers:,})": course}
-    figure = draw(target, *fields, courses, zero_shot, title)
+    figure = draw(target, *fields, courses, "LM" if args.optimizer == "lm" else "Adam", zero_shot, title)
     write_atomically(args.output_dir / f"{name}.png", lambda p: figure.savefig(p, dpi=120, format="png"))
     print(f"Written: {args.output_dir / name}.png, .json, adapter {adapter}/, full weights {full_file}")
 

@@ -1,4 +1,4 @@
-"""What the pictures of several examples share: plain ticks, and medians with bands."""
+"""What the pictures of several examples share: colours with a meaning, plain ticks, and medians with bands."""
 
 from __future__ import annotations
 
@@ -6,12 +6,33 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+# What is trained has one colour in all pictures, and the optimizer is the style of the line. The pictures of
+# method_comparison/ have more methods, and tables of their own.
+COLOURS = {
+    "adapter": "C0",  # LoTRA for one task
+    "family": "C2",  # one adapter for many tasks, as it is or by its codes
+    "core": "C3",  # a family whose core is fitted to one task
+    "full": "0.3",  # all parameters of the base
+    "LoRA": "C1",
+    "dense": "C8",  # A + Δ as one tensor
+    "scratch": "C5",  # a network without a base
+    "told": "C4",  # a network that gets the task's parameter as an input
+    "frozen": "0.6",  # the base as it is
+}
+OPTIMIZERS = {"LM": "-", "Adam": "--"}
+
 PER_DECADE = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7))  # where ticks may stand; the fewest that are enough
 ENOUGH, LEAST = 3, 1e-3  # ticks of an axis; the least number that is written without an exponent
+
+
+def shades(count: int) -> list[tuple[float, ...]]:
+    """Colours of lines that have an order, such as widths: from dark to light, and of no method."""
+    return [tuple(colour) for colour in colormaps["viridis"]([0.9 * k / max(1, count - 1) for k in range(count)])]
 
 
 def plain(value: float) -> str:

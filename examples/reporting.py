@@ -10,6 +10,7 @@ from pathlib import Path
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from pdes import PDE
+from pictures import COLOURS, OPTIMIZERS, plain_log
 from torch import Tensor
 
 
@@ -48,7 +49,13 @@ def format_table(rows: list[Row]) -> str:
 
 
 def draw(
-    pde: PDE, exact: Tensor, adapted: Tensor, courses: dict[str, list[tuple[int, float]]], zero_shot: float, title: str
+    pde: PDE,
+    exact: Tensor,
+    adapted: Tensor,
+    courses: dict[str, list[tuple[int, float]]],
+    optimizer: str,
+    zero_shot: float,
+    title: str,
 ) -> Figure:
     """Exact and adapted solution, their difference, and the course of the error; fields have shape (size, size)."""
     figure = Figure(figsize=(11, 9), layout="constrained")
@@ -70,11 +77,12 @@ def draw(
         axes.set(title=name, xlabel=pde.axes[0], ylabel=pde.axes[1])
         axes.locator_params(nbins=5)
         figure.colorbar(image, ax=axes)
-    course_axes.axhline(zero_shot, color="0.5", linestyle=":", label="base, zero-shot")
+    course_axes.axhline(zero_shot, color=COLOURS["frozen"], linestyle=":", label="base, zero-shot")
     for label, course in courses.items():
-        course_axes.semilogy(*zip(*course, strict=True), label=label)
+        color = COLOURS["adapter" if label.startswith("LoTRA") else "full"]
+        course_axes.semilogy(*zip(*course, strict=True), OPTIMIZERS[optimizer], color=color, label=label)
     course_axes.set(title="Convergence on the target", xlabel="training step", ylabel="relative L2 error")
-    course_axes.yaxis.set_major_formatter("{x:g}")
+    plain_log(course_axes.yaxis)
     course_axes.grid(alpha=0.3)
     course_axes.legend()
     return figure

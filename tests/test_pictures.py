@@ -2,9 +2,10 @@
 
 import math
 
+import fluids_pictures
 import pytest
 from matplotlib.figure import Figure
-from pictures import band, by_step, plain, plain_log
+from pictures import COLOURS, band, by_step, plain, plain_log, shades
 from scripts import call
 
 
@@ -48,3 +49,10 @@ def test_band_of_courses():
 def test_diagram_of_the_method(tmp_path):
     call("method_diagram", "--output", tmp_path / "method.png")
     assert (tmp_path / "method.png").stat().st_size > 10_000
+
+
+def test_a_colour_has_one_meaning():
+    assert len(set(COLOURS.values())) == len(COLOURS)
+    assert {*fluids_pictures.DRAWN.values(), "LoRA"} <= COLOURS.keys()
+    dark, *_, light = (sum(colour[:3]) for colour in shades(4))
+    assert dark < light

@@ -11,8 +11,16 @@ from layers import KINDS
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 from measuring import median_ratio
-from methods import FLOOR, FULL, LOTRA
+from methods import DENSE, FLOOR, FULL, LORA_MODULES, LORA_PARAMETERS, LOTRA
+from pictures import COLOURS
 
+DRAWN = {
+    FLOOR: {"color": COLOURS["frozen"]},
+    LOTRA: {"color": COLOURS["adapter"]},
+    DENSE: {"color": COLOURS["dense"]},
+    LORA_PARAMETERS: {"color": COLOURS["LoRA"]},
+    LORA_MODULES: {"color": COLOURS["LoRA"], "linestyle": "--"},
+}
 TICKS = (0.125, 0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 4, 8, 16, 32)  # of the picture's ratios
 
 
@@ -110,16 +118,16 @@ def draw(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(1.5 + 3.2 * len(layers), 9), layout="constrained")
     figure.suptitle("A training step of one KAN layer over full fine-tuning's (peak memory with Adam, time without)")
     panels = figure.subplots(len(costs), len(layers), squeeze=False, sharex="col", sharey="row")
-    methods = [name for name in dict.fromkeys(row.method for row in rows) if name != FULL]
+    methods = [name for name in DRAWN if any(row.method == name for row in rows)]
     for column, layer in enumerate(layers):
         own = [row for row in rows if row.layer == layer]
         full = {row.width: row for row in own if row.method == FULL}
         for axes, cost in zip(panels[:, column], costs, strict=True):
-            axes.axhline(1, color="0.5", linestyle=":", label=FULL)
-            for number, method in enumerate(methods):
+            axes.axhline(1, color=COLOURS["full"], linestyle=":", label=FULL)
+            for method in methods:
                 points = [(row.width, ratio(row, full[row.width], cost)) for row in own if row.method == method]
                 points = [(width, value) for width, value in points if value is not None]
-                style = {"color": f"C{number}", "marker": "o", "markersize": 4}
+                style = {"marker": "o", "markersize": 4, **DRAWN[method]}
                 if method == LOTRA:
                     style |= {"linewidth": 4, "zorder": 1.5}  # thick and below the others, where lines coincide
                 axes.plot(*(zip(*points, strict=True) if points else ([], [])), label=method, **style)

@@ -16,6 +16,7 @@ from peft_lotra import LoTRAConfig, slim_kan
 
 FLOOR, FULL, DENSE = "frozen layer", "full fine-tuning", "dense A + Δ"
 LOTRA, LOTRA_8 = "LoTRA", "LoTRA, 8 adapters"
+LORA_MODULES, LORA_PARAMETERS = "LoRA, target_modules", "LoRA, target_parameters"
 LORA_RANK = 8
 
 
@@ -122,8 +123,8 @@ def training_methods(
     methods[LOTRA] = Trained(with_lotra(_sharing(layer), kind, r=r))
     methods[LOTRA_8] = Trained(with_lotra(_sharing(layer), kind, adapters=8, r=r))
     if kind.lora_target is not None:
-        methods["LoRA, target_modules"] = _lora(layer, target_modules=[kind.lora_target])
-    methods["LoRA, target_parameters"] = _lora(layer, target_modules=[], target_parameters=[kind.parameter])
+        methods[LORA_MODULES] = _lora(layer, target_modules=[kind.lora_target])
+    methods[LORA_PARAMETERS] = _lora(layer, target_modules=[], target_parameters=[kind.parameter])
     return methods
 
 
