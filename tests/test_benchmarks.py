@@ -177,6 +177,13 @@ def test_times_of_small_layers(tmp_path):
     assert len(results["constants"]) == 4
 
 
+def test_all_costs_on_one_device(tmp_path):
+    call("on_device", "--smoke", "--output-dir", tmp_path)
+    page = (tmp_path / "page.md").read_text()
+    assert page.count("\n## ") == 4
+    assert "LoTRA" in page
+
+
 def test_convolutions(tmp_path):
     call("convolutions", "--channels", 16, "--kernels", 3, "--rounds", 1, "--output-dir", tmp_path)
     full, *adapters = json.loads((tmp_path / "convolutions.json").read_text())

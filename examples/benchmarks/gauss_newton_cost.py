@@ -41,8 +41,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 from chebyshev_kan import ChebyshevKAN
-from command_line import exit_code, make_output_dir, new_parser, positive_int
-from measuring import clock, interleaved, median_ratio
+from command_line import check_device, exit_code, make_output_dir, new_parser, positive_int
+from measuring import clock, interleaved, median_ratio, synchronize
 from pde_least_squares import residual_functions
 from pdes import PDES
 from reporting import write_atomically
@@ -67,20 +67,30 @@ PROBLEMS = {
 }
 
 
-def timed(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def build(width: int, device: str) -> ChebyshevKAN:
+    torch.manual_seed(0)
+    return ChebyshevKAN((2, width, width, 1), 7).to(device)
+
+
+def now(device: str) -> float:
+    """CPU seconds, which other work does not change; seconds of an accelerator."""
+    synchronize(torch.device(device))
+    return time.process_time() if torch.device(device).type == "cpu" else time.perf_counter()
+
+
+def timed(runs: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
     """The seconds of each of several interleaved runs."""
-    device = torch.device("cpu")
     for run in runs.values():
         run()
-    found = interleaved({name: lambda run=run: clock(device, run) for name, run in runs.items()}, rounds)
+    found = interleaved({name: lambda run=run: clock(torch.device(device), run) for name, run in runs.items()}, rounds)
     return {name: [end for (end,) in ends] for name, ends in found.items()}
 
 
-def gram(sizes: list[int], rounds: int) -> list[dict[str, Any]]:
+def gram(sizes: list[int], rounds: int, device: str) -> list[dict[str, Any]]:
     """The times of JᵀJ for 2,000 rows of J and of its factorisation, relative to the whole matrix in fp64."""
     rows = []
     for size in sizes:
-        J = torch.randn(2000, size, dtype=torch.float64)
+        J = torch.randn(2000, size, dtype=torch.float64, device=device)
         whole, narrow, triangle = J.new_zeros(size, size), J.new_zeros(size, size).float(), LowerTriangle(size, J)
         shift, single = J.new_full((size,), 2000.0), J.float()
         runs = {
@@ -88,12 +98,12 @@ def gram(sizes: list[int], rounds: int) -> list[dict[str, Any]]:
             "triangle": lambda J=J, triangle=triangle: triangle.add_products(J),
             "fp32": lambda J=single, narrow=narrow: narrow.addmm_(J.T, J),
         }
-        seconds = timed(runs, rounds)
+        seconds = timed(runs, rounds, device)
         factors = {
             "whole": lambda whole=whole, shift=shift: torch.linalg.cholesky_ex(whole + shift.diag()),
             "triangle": lambda triangle=triangle, shift=shift: triangle.factor(shift),
         }
-        of_factor = timed(factors, rounds)
+        of_factor = timed(factors, rounds, device)
         rows.append(
             {
                 "numbers": size,
@@ -114,22 +124,22 @@ def gram(sizes: list[int], rounds: int) -> list[dict[str, Any]]:
 
 def passes(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The CPU seconds for 10⁵ residuals."""
-    rows, points = [], drawn(args.samples)
+    rows, points = [], drawn(args.samples, args.device)
 
     def measured(run: Callable[[], object], count: int) -> float:
         run()
-        start = time.process_time()
+        start = now(args.device)
         run()
-        return (time.process_time() - start) * 1e5 / count
+        return (now(args.device) - start) * 1e5 / count
 
     for width in args.widths:
         for name in args.problems:
-            torch.manual_seed(0)
-            kan = ChebyshevKAN((2, width, width, 1), 7)
-            problem = Problem(kan, PROBLEMS[name], "least_squares", 0.0, args.max_memory[-1], False)
+            problem = Problem(
+                build(width, args.device), PROBLEMS[name], "least_squares", 0.0, args.max_memory[-1], False
+            )
             theta = problem.parameters()
             point = problem.evaluate(theta, points)
-            vector, block = torch.randn(len(theta), dtype=torch.float64), torch.randn(300, len(theta)).double()
+            vector, block = (torch.randn(*of, len(theta)).to(args.device).double() for of in ((), (300,)))
             triangle = LowerTriangle(len(theta), vector)
             runs = {
                 "rows": (lambda problem=problem, point=point: sum(map(len, problem.rows(point))), args.samples),
@@ -151,14 +161,15 @@ def steps(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The CPU seconds for J, the matrix and δ by each form, and the loss at θ + δ."""
     rows, function = [], PROBLEMS[args.problems[0]]
     for width in args.widths:
-        torch.manual_seed(0)
-        kan = ChebyshevKAN((2, width, width, 1), 7)
+        kan = build(width, args.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # few points
-            fit_gauss_newton(kan, function, drawn(1000), iterations=6, loss_tolerance=0, progressbar=False)
+            fit_gauss_newton(
+                kan, function, drawn(1000, args.device), iterations=6, loss_tolerance=0, progressbar=False
+            )
         problem = Problem(kan, function, "least_squares", 0.0, 2**32, False)
         for count in args.residuals:
-            point = problem.evaluate(problem.parameters(), drawn(count))
+            point = problem.evaluate(problem.parameters(), drawn(count, args.device))
             size = len(point.theta)
             for damping in args.damping:
                 row = {"numbers": size, "residuals": count, "damping": damping, "before": point.total.item()}
@@ -183,29 +194,27 @@ def one_step(problem: Problem, point: Evaluation, form: str, damping: float) -> 
         products.append(1)
         return problem.product(point, vector)
 
-    start = time.process_time()
+    device = str(point.theta.device)
+    start = now(device)
     equation = Equation(problem.rows(point), point.residuals, problem.rest(point), dtype=point.theta.dtype)
     further = (product, SAMPLE, [len(point.residuals)]) if form == "ConjugateGradients" else ()
     step = FORMS[form](equation, *further).step(damping)
-    seconds = time.process_time() - start
+    seconds = now(device) - start
     loss = problem.evaluate(point.theta + step.to(point.theta), point.batch).total.item()
     return {"seconds": seconds, "loss": loss, "products": len(products)}
 
 
 def chunks(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows, points = [], drawn(args.samples)
+    rows, points = [], drawn(args.samples, args.device)
     for width in args.widths:
         for name in args.problems:
-            torch.manual_seed(0)
             runs = {}
             for size in (2**28, memory._CHUNK_BYTES):
-                problem = Problem(
-                    ChebyshevKAN((2, width, width, 1), 7), PROBLEMS[name], "least_squares", 0.0, 2**32, False
-                )
+                problem = Problem(build(width, args.device), PROBLEMS[name], "least_squares", 0.0, 2**32, False)
                 problem.chunks.budget = size
                 point = problem.evaluate(problem.parameters(), points)
                 runs[str(size)] = lambda problem=problem, point=point: sum(map(len, problem.rows(point)))
-            large, small = timed(runs, args.rounds).values()
+            large, small = timed(runs, args.rounds, args.device).values()
             rows.append({"width": width, "problem": name, "ratio": median_ratio(small, large)})
             print(f"{name}, width {width}: J takes {rows[-1]['ratio']:.2f} × the time with 2²⁶ bytes", flush=True)
     return rows
@@ -213,8 +222,7 @@ def chunks(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def fitted(case: dict[str, Any], points: torch.Tensor, across: bool | None = None) -> dict[str, Any]:
     """A fit of the given number of iterations: the seconds of each, and the forms of the solver that were taken."""
-    torch.manual_seed(0)
-    model, marks, forms = ChebyshevKAN((2, case["width"], case["width"], 1), 7), [], []
+    model, marks, forms = build(case["width"], case["device"]), [], []
 
     def noted(form: Any) -> Callable[..., Any]:
         def make(*args: Any) -> Any:
@@ -251,14 +259,14 @@ def fitted(case: dict[str, Any], points: torch.Tensor, across: bool | None = Non
     }
 
 
-def drawn(count: int) -> torch.Tensor:
-    return 2 * torch.rand(count, 2, generator=torch.Generator().manual_seed(1)) - 1
+def drawn(count: int, device: str) -> torch.Tensor:
+    return (2 * torch.rand(count, 2, generator=torch.Generator().manual_seed(1)) - 1).to(device)
 
 
 def child(case: dict[str, Any], answer: Connection) -> None:
     torch.set_num_threads(case["threads"])
-    fitted(case | {"width": 2, "iterations": 1}, drawn(64))  # what torch loads and allocates once
-    answer.send(fitted(case, drawn(case["residuals"])))
+    fitted(case | {"width": 2, "iterations": 1}, drawn(64, case["device"]))  # what torch loads and allocates once
+    answer.send(fitted(case, drawn(case["residuals"], case["device"])))
 
 
 def size(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -269,7 +277,7 @@ def size(args: argparse.Namespace) -> list[dict[str, Any]]:
                 for max_memory in args.max_memory:
                     case = {
                         "width": width, "residuals": count, "problem": problem, "max_memory": max_memory,
-                        "iterations": args.iterations, "threads": torch.get_num_threads(),
+                        "iterations": args.iterations, "threads": torch.get_num_threads(), "device": args.device,
                     }  # fmt: skip
                     receiver, sender = context.Pipe(duplex=False)
                     process = context.Process(target=child, args=(case, sender))
@@ -318,9 +326,9 @@ def work(args: argparse.Namespace) -> None:
     rank, count = distributed.get_rank(), distributed.get_world_size()
     case = {
         "width": args.widths[0], "residuals": args.residuals[-1], "problem": args.problems[-1],
-        "max_memory": args.max_memory[-1], "iterations": args.iterations, "processes": count,
+        "max_memory": args.max_memory[-1], "iterations": args.iterations, "processes": count, "device": "cpu",
     }  # fmt: skip
-    row = case | fitted(case, drawn(case["residuals"]).tensor_split(count)[rank], across=True)
+    row = case | fitted(case, drawn(case["residuals"], "cpu").tensor_split(count)[rank], across=True)
     if rank == 0:
         write_atomically(args.output_dir / PART, lambda path: path.write_text(json.dumps(row)))
     distributed.barrier()
@@ -331,7 +339,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> None:
     settings = {name: value for name, value in vars(args).items() if name != "output_dir"}
     results: dict[str, Any] = {"settings": settings, "threads": torch.get_num_threads()}
     if "gram" in args.parts:
-        results["gram"] = gram([8 * width * (width + 3) for width in args.widths], args.rounds)
+        results["gram"] = gram([8 * width * (width + 3) for width in args.widths], args.rounds, args.device)
     if "passes" in args.parts:
         results["passes"] = passes(args)
     if "steps" in args.parts:
@@ -372,6 +380,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--processes", type=positive_int, default=2, help="beside one")
     add("--threads", type=positive_int, help="of the CPU in gram and size; default: torch's")
     add("--smoke", action="store_true", help="small sizes, to see that all of it runs")
+    add("--device", default="cpu", help="torch device of all parts but processes")
     add("--output-dir", type=Path, default=Path("outputs/gauss_newton_cost"), help="where everything is written")
     args = parser.parse_args(argv)
     if args.smoke:
@@ -379,6 +388,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         args.problems, args.iterations, args.samples = ["values"], 2, 100
     if args.threads:
         torch.set_num_threads(args.threads)
+    check_device(parser, args)
     make_output_dir(parser, args)
     return args
 
