@@ -104,8 +104,9 @@ def tasks_for(
     if argument is not None and not weights.keys() & used:
         merged = [name for name in weights if name in active]
         instead = f"call `set_adapter` first, or pass the task as `{TASK}`, beside `adapter_names`, to the call"
+        said = [f"`{TASK}` {task!r}"] if argument == TASK else [f"`{k}`={reprlib.repr(v)}" for k, v in task.items()]
         raise ValueError(
-            f"`{argument}` {reprlib.repr(task)} is for {merged or list(weights)}, "
+            f"{', '.join(said)} is for {merged or list(weights)}, "
             + ("merged at another task: call `unmerge_adapter()` first" if merged else f"not active: {instead}")
         )
     of_numbers = not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(task))
@@ -137,9 +138,7 @@ def _batch(model: nn.Module, names: Sequence[str], repeats: int, encoder: set[nn
     if unknown:
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
     if axis != 0 and any(isinstance(module, AuxiliaryTrainingWrapper) for module in modules):
-        raise ValueError(
-            f"`{AXIS}`={axis}: trained copies (`modules_to_save`, token rows) take samples on the first axis"
-        )
+        raise ValueError(f"`{AXIS}`={axis} with `modules_to_save` or token rows, which take samples on the first axis")
     repeated = tuple([name for name in names for _ in range(repeats)])
     return Batch(repeated, modules, axis, tuple(names), encoder)
 

@@ -32,7 +32,7 @@ from .layers.slim import SlimLayer
 from .placement.offloaded import writable_tensors
 from .preserved import restored_on_error
 from .targets.adapter_names import check_name, check_replaced
-from .targets.copies import warn_of_copies
+from .targets.copies import warn_of_layouts
 from .targets.resolve import HEADS, resolve_targets, warn_of_no_effect
 from .targets.selection import is_excluded
 from .tucker.decomposition import Ranks
@@ -90,7 +90,7 @@ class LoTRAModel(BaseTuner):
             peft_config = replace(peft_config, modules_to_save=[*(peft_config.modules_to_save or ()), *HEADS[task]])
         targets = resolve_targets(self.model, peft_config)
         warn_of_no_effect(peft_config, targets)
-        warn_of_copies(peft_config, targets)
+        warn_of_layouts(self.model, peft_config, targets)
         self._targets: dict[str, list[Target]] = {}
         for target in targets:
             self._targets.setdefault(target.module, []).append(target)

@@ -49,6 +49,7 @@ from peft_lotra import (
 )
 from peft_lotra.adapters.hotswap import hotswap_adapter_from_state_dict
 from peft_lotra.layers.lotra import adapted_tensors
+from peft_lotra.placement import sharded as placement
 
 WRAPPED = ("root", "block", "adapted layer", "base layer", "owner", "containers")
 U1 = "base_model.model.layers.0.lotra_U1.default"
@@ -595,6 +596,31 @@ def test_swapping_is_refused():
         )
 
 
+def test_a_process_that_gathers_alone_says_so():
+    """The other process comes when it has heard the warning."""
+    store, layer = dist.distributed_c10d._get_default_store(), lotra_layers(sharded(adapted(ChebyKAN)))[0]
+    if dist.get_rank() == 1:
+        store.wait(["has warned"])
+        layer.get_delta_weight("default")
+        return
+    patience, show, told = placement.PATIENCE, warnings.showwarning, []
+
+    def heard(message, *_):
+        told.append(str(message))
+        store.set("has warned", "1")
+
+    placement.PATIENCE, warnings.showwarning = 0.2, heard
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = heard
+            layer.get_delta_weight("default")
+    finally:
+        placement.PATIENCE, warnings.showwarning = patience, show
+    assert "process 0 has waited" in told[0]
+    assert "`merge_and_unload`" in told[0]
+
+
 def test_stack(wrapped):
     """One parameter for each basis function."""
     torch.manual_seed(1)
@@ -673,6 +699,7 @@ CHECKS = {
     **{f"unequal adapters, {name}": (test_unequal_adapters, "base layer", names) for name, names in UNEQUAL.items()},
     **{f"stack, {wrapped}": (test_stack, wrapped) for wrapped in ("root", "adapted layer", "base layer")},
     "swapping is refused": (test_swapping_is_refused,),
+    "a process that gathers alone says so": (test_a_process_that_gathers_alone_says_so,),
     "unequal adapters, adapted layer": (test_unequal_adapters, "adapted layer", UNEQUAL["three and one"]),
     "adapters of a family": (test_adapters_of_a_family,),
     "by accelerate, LoTRALayer": (test_by_accelerate, "LoTRALayer"),

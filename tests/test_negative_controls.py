@@ -1,6 +1,7 @@
 """Layers that are no KAN layers, and layers that contradict themselves, are not taken for KAN layers."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -161,6 +162,15 @@ def test_a_copy_that_contradicts_its_attributes_is_not_taken():
     with pytest.raises(ValueError, match=re.escape(message)):
         get_peft_model(base, LoTRAConfig(r=2))
     assert infer_coefficients(base, torch.rand(6, 3))["0.spline_weight"]["layout"] == "i o d"
+
+
+def test_a_declared_layout_that_contradicts_attributes_warns():
+    base = nn.Sequential(Mine.KANLayer(3, 5))
+    with pytest.warns(UserWarning, match=r"declared for 0, .*KANLayer, contradicts its attributes: .* in_features=3"):
+        get_peft_model(base, LoTRAConfig(r=2, coefficients={"spline_weight": "o i d"}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(nn.Sequential(Mine.KANLayer(3, 5)), LoTRAConfig(r=2, coefficients={"spline_weight": "i o d"}))
 
 
 class Scaled(ChebyKANLayer):

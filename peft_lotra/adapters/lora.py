@@ -58,7 +58,7 @@ def convert_to_lora(
     if rank is not None and not (type(rank) in (int, float) and 0 < rank and (type(rank) is int or rank <= 1)):
         raise ValueError(f"`rank` should be a positive integer or a float in (0, 1] but the value passed is {rank!r}")
     if (bias := tuner.peft_config[adapter_name].bias) != "none":
-        raise ValueError(f"{adapter_name!r} has `bias`={bias!r}, and LoRA saves other vectors as biases; {_INSTEAD}")
+        raise ValueError(f"{adapter_name!r} has `bias`={bias!r}: LoRA saves biases under other names; {_INSTEAD}")
     layers = adapted_tensors(tuner.model, adapter_name)
     for parameter, layer in layers.items():
         if obstacle := _obstacle(layer, adapter_name):

@@ -107,7 +107,6 @@ def check_family(config: Any) -> None:
         if code is not None:
             raise ValueError(f"`family_code` {code!r} without `family`: list the names of tasks in `family`")
         return
-    config.kind = Family.of(config.family, config.family_degree, code or 0)
-    config.family = config.kind.plain
+    config.family = Family.of(config.family, config.family_degree, code or 0).plain
     if config.slim:
         raise ValueError(f"`slim`=True with `family` {config.family!r}: a family adapts a KAN that has coefficients")

@@ -68,8 +68,8 @@ def check_weights(expected: Mapping[str, Slot], weights: Mapping[str, torch.Tens
     if missing or unexpected:
         raise ValueError(
             f"{origin} does not belong to this adapter: it lacks {missing or 'nothing'}, and has "
-            f"{unexpected or 'nothing'} in addition. Was it made for another base model, or other `target_modules`, "
-            "`modules_to_save` or `bias`?"
+            f"{unexpected or 'nothing'} in addition. Was it made for another base model, or other `target_modules`? "
+            "Tensors of the base model are loaded only if `modules_to_save` or `bias` selects them"
         )
     for key, slot in expected.items():
         check_tensor(key, weights[key], slot, origin)

@@ -49,7 +49,15 @@ class ConfigFile(PeftConfig):
     _saved: SavedAdapter | None = None  # the adapter file beside the config's file, if it was read from one
     _file: str | None = None  # the config's own file in that case
     _named: tuple[tuple[Any, Any], list[tuple[str, Target]]] | None = None  # the fields, and the targets in them
-    kind: Family | None = None  # the family of tasks, of which the fields have been checked
+    _kind: tuple[tuple[Any, int, int], Family | None] | None = None  # the fields of which it was made, and the family
+
+    @property
+    def kind(self) -> Family | None:
+        """The family of tasks; None if the adapter is for one task."""
+        given = self.family, self.family_degree or 1, self.family_code or 0
+        if self._kind is None or any(a is not b for a, b in zip(self._kind[0], given, strict=True)):
+            self._kind = given, None if self.family is None else Family.of(*given)
+        return self._kind[1]
 
     @property
     def terms(self) -> int:

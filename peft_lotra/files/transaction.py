@@ -88,29 +88,32 @@ class WholeAdapters:
         Raises:
             ValueError: also if the model has an adapter of this name that means something else.
         """
-        token = loads_a_file.set(True)
-        directory = os.path.join(model_id, kwargs.get("subfolder") or "")
-        try:
-            with changing(self.base_model.model), naming(directory):
+        with changing(self.base_model.model):
+            token = loads_a_file.set(True)
+            try:
+                with naming(os.path.join(model_id, kwargs.get("subfolder") or "")):
+                    return self._load(model_id, adapter_name, *args, **kwargs)
+            finally:
+                loads_a_file.reset(token)
+                if adapter_name in self.peft_config:
+                    self.peft_config[adapter_name]._saved = None
+
+    def _load(self: Any, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        config = self.peft_config.get(adapter_name)
+        # `PeftModel.from_pretrained` has just read the file, and gives a key mapping. For any other adapter that the
+        # model has already, PEFT would not look at the saved config.
+        is_read = config is not None and config._saved is not None and kwargs.get("key_mapping") is not None
+        if config is not None and not is_read:
+            given = {key: kwargs[key] for key in self._split_kwargs(kwargs)[0]}
+            config.take_saved(type(config).from_pretrained(os.fspath(model_id), **given))
+        for left in reversed(range(_ATTEMPTS)):
+            try:
+                return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
+            except (RuntimeError, OSError, SafetensorError):
+                # PEFT reads a file again that is checked already, by its name twice, and it may be replaced then.
                 config = self.peft_config.get(adapter_name)
-                # `PeftModel.from_pretrained` has just read the file, and gives a key mapping. For any other adapter
-                # that the model has already, PEFT would not look at the saved config.
-                is_read = config is not None and config._saved is not None and kwargs.get("key_mapping") is not None
-                if config is not None and not is_read:
-                    given = {key: kwargs[key] for key in self._split_kwargs(kwargs)[0]}
-                    config.take_saved(type(config).from_pretrained(os.fspath(model_id), **given))
-                for left in reversed(range(_ATTEMPTS)):
-                    try:
-                        return super().load_adapter(model_id, adapter_name, *args, **kwargs)  # type: ignore[misc]
-                    except (RuntimeError, OSError, SafetensorError):
-                        # PEFT reads a file again that is checked already, by its name twice; it may be replaced then.
-                        config = self.peft_config.get(adapter_name)
-                        if not left or config is None or config._saved is None:
-                            raise
-        finally:
-            loads_a_file.reset(token)
-            if adapter_name in self.peft_config:
-                self.peft_config[adapter_name]._saved = None
+                if not left or config is None or config._saved is None:
+                    raise
 
 
 @cache

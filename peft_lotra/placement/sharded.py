@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,9 @@ else:
     DTensor, _module_state_mapping = FSDPModule, {}
 
 
+PATIENCE = 30.0  # seconds after which a process that gathers alone says so
+
+
 def full_shape(tensor: torch.Tensor) -> torch.Size:
     """The shape with the parts of all processes. A ZeRO-3 parameter that is not gathered has an empty `shape`."""
     return getattr(tensor, "ds_shape", tensor.shape)
@@ -32,6 +37,23 @@ def full_shape(tensor: torch.Tensor) -> torch.Size:
 def any_sharded(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether this process has, at this moment, only a part of some of these tensors."""
     return any(isinstance(tensor, DTensor) or is_released(tensor) for tensor in tensors)
+
+
+@contextmanager
+def _telling_who_waits() -> Iterator[None]:
+    """Warn after a while. A process that gathers alone would else wait in silence until the group's time-out."""
+    text = (
+        f"process {dist.get_rank()} has waited {PATIENCE:.0f} s for the others to gather coefficients or factors: all "
+        "processes have to call what reads a sharded model together (`merge_adapter`, `merge_and_unload`, "
+        "`get_delta_weight`, `adapter_at`, `save_task`, …)"
+    )
+    timer = threading.Timer(PATIENCE, warnings.warn, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def is_released(tensor: Any) -> bool:
@@ -56,7 +78,8 @@ def full_tensor(tensor: Any) -> torch.Tensor:
     """
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
-        gathered = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+        with _telling_who_waits():
+            gathered = tensor.full_tensor(grad_placements=[Partial()] * mesh.ndim)
         if gathered.requires_grad:
             gathered.register_hook(lambda gradient: gradient / mesh.size())
         return gathered

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from torch import nn
 
 from ..coefficients import copy_of
-from ..coefficients.registry import qualified_name
+from ..coefficients.registry import contradiction, qualified_name
 from ..coefficients.target import Target
 from ..config.lotra_config import LoTRAConfig
 
@@ -33,10 +33,21 @@ def _upwards(module: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts) + 1)]
 
 
-def warn_of_copies(config: LoTRAConfig, targets: list[Target]) -> None:
-    """Warn of each class that is taken for a copy."""
+def warn_of_layouts(model: nn.Module, config: LoTRAConfig, targets: list[Target]) -> None:
+    """Warn of each class that is taken for a copy, or whose attributes contradict its layout."""
     if config.is_self_contained:  # the layouts are from the file
         return
+    told = set()
+    for target in targets:
+        layer = model.get_submodule(target.module)
+        if type(layer) not in told and (text := contradiction(layer, [target.spec])):
+            told.add(type(layer))
+            warnings.warn(
+                f"the layout that is declared for {target.module}, a {qualified_name(type(layer))}, contradicts its "
+                f"attributes: {text}. With a wrong layout an adapter trains, but its ranks lie on other modes; "
+                "`peft_lotra.verify_coefficients(model, *sample)` tells",
+                stacklevel=2,
+            )
     for pair in dict.fromkeys(target.copy_of for target in targets):
         if pair is None:
             continue
