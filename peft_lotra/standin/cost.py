@@ -24,8 +24,8 @@ _TRAFFIC = 16
 # Multiply-adds in the time of one call of torch, by kind of device. A call is counted as a third of forward and
 # backward together. The same command printed 160,000 for one thread and 290,000 for two, at 50 G multiply-adds per
 # second and thread. The value is above both, because faster processors multiply faster but do not call faster. "meta"
-# counts as the CPU, other devices as CUDA, for which this is an estimate: 5 µs at 20 T multiply-adds per second. (A table
-# and no probe, so that all processes, and runs that go on, round alike.)
+# counts as the CPU, other devices as CUDA, for which this is an estimate: 5 µs at 20 T multiply-adds per second. This is
+# a table and no probe, so that all processes, and runs that go on, round alike.
 _CALL = {"cpu": 350_000, "meta": 350_000, "cuda": 100_000_000}
 _DERIVATIVES = 4
 _POSITIONS = 256  # assumed if the batch size is open, while a graph is compiled
