@@ -24,7 +24,7 @@ _TRAFFIC = 16
 # Multiply-adds in the time of one call of torch, by kind of device. A call is counted as a third of forward and
 # backward together. The same command printed 160,000 for one thread and 290,000 for two, at 50 G multiply-adds per
 # second and thread. The value is above both, because faster processors multiply faster but do not call faster. "meta"
-# counts as the CPU, other devices as CUDA, for which this is an estimate: 5 µs at 20 T multiply-adds per second. This is
+# counts as the CPU, other devices as CUDA, for which this is an estimate: 5 µs at 20 T multiply-adds per second. It is
 # a table and no probe, so that all processes, and runs that go on, round alike.
 _CALL = {"cpu": 350_000, "meta": 350_000, "cuda": 100_000_000}
 _DERIVATIVES = 4
