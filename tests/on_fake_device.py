@@ -197,8 +197,9 @@ def residual(net, batch):
 SYSTEMS = {"NormalEquations": (96, 2**32), "ResidualSpace": (8, 2**32), "ConjugateGradients": (24, 60_000)}
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 1e-3])
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    ("system", "weight_decay"), [*[(system, 0.0) for system in SYSTEMS], ("NormalEquations", 1e-3)]
+)
 @pytest.mark.filterwarnings("ignore:.*fitted by heart:UserWarning")
 def test_fits(system, weight_decay, monkeypatch):
     rows, memory = SYSTEMS[system]
@@ -211,12 +212,12 @@ def test_fits(system, weight_decay, monkeypatch):
     monkeypatch.setattr(iteration, "damped_system", lambda *args: made.append(build(*args)) or made[-1])
 
     def counted(self, *args, **kwargs):
-        of_step.append("beside" in kwargs)
+        of_step.append(1)
         return evaluate(self, *args, **kwargs)
 
     monkeypatch.setattr(iteration.Problem, "evaluate", counted)
     losses, counts = [], []
-    for device, iterations in (("cpu", 3), ("fake", 3), ("fake", 4)):
+    for device, iterations in (("cpu", 1), ("fake", 1), ("fake", 2)):
         model, batch = copy.deepcopy(base).to(device), [part.to(device) for part in data]
         made.clear(), of_step.clear()
         with recorded() as events:
@@ -226,13 +227,14 @@ def test_fits(system, weight_decay, monkeypatch):
             )  # fmt: skip
         assert {type(one).__name__ for one in made} == {system}
         assert fit.iterations == iterations
-        losses.append(torch.tensor(fit.losses[:4]))
+        losses.append(torch.tensor(fit.losses[:2]))
         counts.append(
             (waits(events), sum(of_step), sum("conjugate" in event.split()[-1] for event in events if waits([event])))
         )
     assert_equal(losses[1], losses[0], 1e-6)
     (before, tried_before, products_before), (after, tried, products) = counts[1:]
-    assert after - before == 1 + (tried - tried_before) + (products - products_before)
+    # A prior has θ₀ in the result on the host.
+    assert after - before == 1 + (tried - tried_before) + (products - products_before) + bool(weight_decay)
     assert (products > products_before) == (system == "ConjugateGradients")
 
 

@@ -12,6 +12,7 @@ from torch.utils import backend_registration
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this version of torch has no devices that are written in Python",

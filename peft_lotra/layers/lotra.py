@@ -303,14 +303,16 @@ class LoTRALayer(Forwarding, Held):
             return ()
         context = now()
         shares = context.batch(self) if context.entries else None
+        by_sample = isinstance(shares, Shares)
         names: Any = self.active_adapters
         if isinstance(shares, Shares) and shares.rows is not None:
             names = shares.rows
         own, merged = self._modules["lotra_core"]._parameters, self.merged_adapters  # type: ignore[union-attr]
-        names = [name for name in names if name in own and name not in merged and name != besides]
-        if isinstance(shares, Shares):
-            return updates_by_sample(self, names, shares)
-        return tuple([self._update(name) for name in names])
+        found: list[Any] = []
+        for name in names:  # a comprehension would be one more call in every pass
+            if name in own and name not in merged and name != besides:
+                found.append(name if by_sample else self._update(name))
+        return updates_by_sample(self, found, shares) if isinstance(shares, Shares) else tuple(found)
 
     def _writing(self) -> AbstractContextManager[None]:
         """While this is entered, parameter and scale are in place, and values written to them are kept."""

@@ -85,17 +85,17 @@ def plan_for(c: Contraction, weight: Weight) -> Plan | None:
         SampleAxisUnknown: if updates have weights per sample, and it is unknown which rows belong to which sample.
     """
     sample_shape: tuple[int, ...] | None = None
-    shapes = []
+    shapes, stacks = [], []
     for update in weight.updates:
         shapes.append(_shapes(update))
+        stacks.append(0 if update.rows is None else len(update.rows))
         if update.weights is not None or update.rows is not None:
             sample_shape = _sample_shape(update.samples, tuple(c.x.shape), c.form)
     # While a graph is compiled, the batch size may be open. A plan that depended on it would bind the graph to it.
     positions = None if torch.compiler.is_compiling() else c.x.numel() // c.form.depth
     transformed = positions is not None and _functorch.peek_interpreter_stack() is not None
     per_sample = transformed and _gradients_per_sample(weight)
-    stacks = tuple([0 if update.rows is None else len(update.rows) for update in weight.updates])
-    operand = Operand(c.x.dim(), positions, c.x.device.type, per_sample, sample_shape, stacks)
+    operand = Operand(c.x.dim(), positions, c.x.device.type, per_sample, sample_shape, tuple(stacks))
     return _plan(c.form, weight.axes, tuple(shapes), operand)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,13 +32,14 @@ class ConjugateGradients(DampedSystem):
 
     def __init__(self, equation: Equation, product: _Map, drawn: int, kinds: Sequence[int]) -> None:
         self.product, self.tolerance, rest = product, _TOLERANCE, equation.rest
-        self.chosen, self.scales = (part.to(rest.device) for part in _drawn(kinds, drawn))
-        self.sample = Rows(rest.new_empty(len(self.chosen), len(rest), dtype=equation.dtype))
+        chosen, scales = _drawn(kinds, drawn)
+        self._rows = chosen.tolist()  # where rows are is known without waiting for an accelerator
+        self.chosen, self.scales = chosen.to(rest.device), scales.to(rest.device)
+        self.sample = Rows(rest.new_empty(len(chosen), len(rest), dtype=equation.dtype))
         super().__init__(equation)
 
     def _keep(self, block: torch.Tensor, rows: slice) -> None:
-        bounds = torch.searchsorted(self.chosen, self.chosen.new_tensor([rows.start, rows.stop]))
-        here = slice(*bounds.tolist())
+        here = slice(bisect_left(self._rows, rows.start), bisect_left(self._rows, rows.stop))
         drawn = block[self.chosen[here] - rows.start]
         self.sample.matrix[here] = drawn.mul_(self.scales[here].unsqueeze(1))
 
