@@ -177,8 +177,6 @@ DENSE = {  # operations on the coefficients without a factorised form, which the
     "picked rows": "`__getitem__`",
     "a transposed convolution": "`conv_transpose2d`",
     "tables of values": "`__getitem__`",
-    "a window": "`einsum`",
-    "inputs in another order": "`index_select`",
 }
 
 
