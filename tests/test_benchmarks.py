@@ -9,10 +9,10 @@ import step_cost
 import torch
 from conftest import within
 from launching import launch
+from layers import KINDS
 from measuring import clock
+from methods import DENSE, FLOOR, FULL, LOTRA, training_methods
 from scripts import EXAMPLES, InThisProcess, call
-
-FLOOR, FULL, LOTRA = "frozen layer", "full fine-tuning", "LoTRA"
 
 
 @pytest.fixture
@@ -168,6 +168,18 @@ def test_an_adapter_needs_fewer_kernels_than_its_dense_form(tmp_path):
     for row in small_layers(tmp_path, "--parts", "kernels")["kernels"]:
         count = row["kernels"]
         assert count["frozen layer"] < count["full fine-tuning"] < count[LOTRA] < count["dense A + Δ"]
+
+
+def test_a_compiled_adapter_has_no_more_kernels_than_its_dense_form():
+    metrics = pytest.importorskip("torch._inductor.metrics")
+    kind, x, counts = KINDS["chebyshev"], torch.rand(256, 64), {}
+    methods = training_methods(kind.build(64, 64, 8), kind, (64, 64, 8), (8, 8, 4))
+    for name in (DENSE, LOTRA):
+        torch._dynamo.reset()
+        metrics.reset()
+        torch.compile(methods[name].model)(x.requires_grad_()).sum().backward()
+        counts[name] = metrics.generated_kernel_count
+    assert 0 < counts[LOTRA] <= counts[DENSE]
 
 
 def test_times_of_small_layers(tmp_path):

@@ -346,7 +346,7 @@ def dense_sum(weight: Weight, plans: tuple[DensePlan, ...] = ()) -> torch.Tensor
     Raises:
         SampleAxisUnknown: if an update differs from sample to sample.
     """
-    total = weight.tensor
+    total, compiling = weight.tensor, torch.compiler.is_compiling()  # which fuses the sum with the copies around it
     for k, update in enumerate(weight.updates):
         update.check_common()
         plan = plans[k] if plans else _dense_plan(weight.axes, _shapes(update))
@@ -354,7 +354,7 @@ def dense_sum(weight: Weight, plans: tuple[DensePlan, ...] = ()) -> torch.Tensor
         delta = plan.arrangement(plan.products(core, factors))
         if not plan.last:
             total = total + (delta * update.scaling).to(total.dtype)
-        elif delta.dtype == total.dtype and not torch.is_autocast_enabled(total.device.type):
+        elif delta.dtype == total.dtype and not compiling and not torch.is_autocast_enabled(total.device.type):
             flat = total.reshape(plan.shape[0], -1)
             total = torch.addmm(flat, factors[plan.last], delta, alpha=update.scaling).view(plan.shape)
         else:
