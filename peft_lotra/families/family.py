@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial, reduce
-from itertools import chain, combinations_with_replacement
 from operator import mul
 from typing import Any
 
@@ -309,11 +307,16 @@ def _places(k: int, degree: int) -> list[tuple[int, ...]]:
     Products of total degree d are multisets of d variables.
     """
     places = [[0] * math.comb(k + degree, degree) for _ in range(min(k, degree))]  # T_0 = 1 where there is no factor
-    chosen = chain.from_iterable(combinations_with_replacement(range(k), d) for d in range(degree + 1))
+    chosen = [variables for d in range(degree + 1) for variables in _multisets(0, k, d)]
     for product, variables in enumerate(chosen):
-        for own, (j, e) in zip(places, Counter(variables).items(), strict=False):
-            own[product] = j * (degree + 1) + e
+        for own, j in zip(places, dict.fromkeys(variables), strict=False):
+            own[product] = j * (degree + 1) + sum([other == j for other in variables])
     return [tuple(own) for own in places]
+
+
+def _multisets(first: int, k: int, size: int) -> list[tuple[int, ...]]:
+    """Sorted multisets of `first` … k − 1. (torch.compile does not know that of itertools.)"""
+    return [(j, *rest) for j in range(first, k) for rest in _multisets(j, k, size - 1)] if size else [()]
 
 
 def _chebyshev(x: torch.Tensor, degree: int) -> list[torch.Tensor]:
