@@ -341,6 +341,20 @@ def dense_rows(base, model, x, names):
     return torch.cat([models[name](x[k : k + 1]) for k, name in enumerate(names)])
 
 
+class Reordered(nn.Module):
+    """Takes its inputs, functions and outputs in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x):
+        c = self.c.index_select(0, torch.tensor([2, 0, 1]))[:, :, torch.tensor([4, 0, 3, 1])][
+            :, torch.tensor([1, 3, 0])
+        ]
+        return torch.einsum("bid,iod->bo", x[..., None] ** torch.arange(4), c)
+
+
 @pytest.mark.parametrize("ranks", [(2, 2, 2), (None, 2, 2), (2, None, 2), (2, 2, None), (None, None, None)])
 @pytest.mark.parametrize(
     ("make_layer", "coefficients", "shape"),
@@ -348,6 +362,7 @@ def dense_rows(base, model, x, names):
         (lambda: ChebyKANLayer(3, 4, 3), {"cheby_coeffs": "i o d"}, (3,)),
         (lambda: MatrixKANLayer(3, 2), {"weight": {"layout": "o (i d)", "sizes": {"d": 4}}}, (5, 3)),
         (lambda: TupleKANLayer(3, 2, 3), {"cheby_coeffs": "i o d"}, (3,)),
+        (Reordered, {"c": "i o d"}, (3,)),
     ],
 )
 def test_adapters_of_equal_ranks_and_the_dense_formula(make_layer, coefficients, shape, ranks):
