@@ -102,6 +102,18 @@ def test_gradients_by_the_task():
     assert torch.autograd.gradcheck(total, lam)
 
 
+def test_what_inference_mode_made_first_is_no_hindrance_to_gradients_by_the_task():
+    _, model = kan(family={"lam": (1.0, 1.6), "mu": (0.1, 0.7)}, family_degree=3)  # products of its own
+    fill(model)
+    with torch.inference_mode(), at_task(model, lam=1.2, mu=0.3):
+        expected = model(X)
+    lam = torch.tensor(1.2, requires_grad=True)
+    with at_task(model, lam=lam, mu=0.3):
+        y = model(X)
+    assert_equal(y.detach(), expected)
+    assert torch.autograd.grad(y.sum(), lam)[0]
+
+
 def test_vmap_over_samples_with_their_own_tasks():
     base, model = kan()
     lam = torch.linspace(1, 1.6, 8, dtype=torch.float64)
