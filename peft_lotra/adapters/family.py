@@ -65,7 +65,7 @@ def at_task(model: nn.Module, *, batch_axis: int = 0, **task: Any) -> Iterator[N
             `task=` a name, a list with a name for each sample, or a tensor of their places in the family's list. In a
             family with codes, `code=` may stand in its place: a tensor, shape (k,) or (batch, k). For a value outside
             the family's range the adapter extrapolates, with a warning (except under `vmap`, in compiled code, and
-            for tensors on an accelerator, whose values nobody waits for).
+            for tensors on an accelerator, whose values nobody waits for: NaN raises no error there, either).
 
     Raises:
         TypeError, ValueError: if the task does not fit any family adapter of the model, or those that it fits are not
