@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import platform
 import random
 import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,6 +106,16 @@ class CountedKernels(TorchDispatchMode):
         idle = ("empty", "detach", "_unsafe_view", "_record_function")
         self.number += not (func.is_view or func.overloadpacket.__name__.startswith(idle))
         return func(*args, **(kwargs or {}))
+
+
+def device_name(device: str | torch.device = "cpu") -> str:
+    """The card, or the processor as the system names it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (models or [platform.processor() or platform.machine()])[0]
 
 
 def synchronize(device: torch.device) -> None:

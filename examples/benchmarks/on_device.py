@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import platform
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ import serving
 import small_layers
 import step_cost
 from command_line import check_device, exit_code, make_output_dir, new_parser
+from measuring import device_name
 from reporting import write_atomically
 from tqdm import tqdm
 
@@ -46,20 +46,11 @@ class Told(io.StringIO):
         return super().write(text)
 
 
-def name_of(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text().splitlines() if known.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(models or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
-
-
 def run(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     page = [
         f"# Costs on {args.device}",
-        f"{name_of(device)}; torch {torch.__version__}; matrix products in fp32: "
+        f"{device_name(device)}, {torch.get_num_threads()} threads; torch {torch.__version__}; matrix products in fp32: "
         f"{torch.get_float32_matmul_precision()!r} (TF32 unless 'highest').",
     ]
     for title, (script, arguments, short) in tqdm(BENCHMARKS.items(), desc="benchmarks", dynamic_ncols=True):

@@ -18,7 +18,6 @@ import copy
 import importlib.util
 import json
 import math
-import platform
 import statistics
 import sys
 from collections.abc import Callable
@@ -33,7 +32,7 @@ sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 from command_line import check_device, exit_code, make_output_dir, new_parser, positive_int
 from cost_report import Row, draw, format_growth, format_rows
 from layers import KINDS, SPLINE_ORDER, OneLayer
-from measuring import clock, count_flops, fitted_exponent, interleaved, peak_bytes, saved_bytes, steady
+from measuring import clock, count_flops, device_name, fitted_exponent, interleaved, peak_bytes, saved_bytes, steady
 from methods import (
     FULL,
     Trained,
@@ -264,12 +263,6 @@ def run(args: argparse.Namespace) -> None:
         write_atomically(picture, lambda p: figure.savefig(p, dpi=120, format="png"))
         files += ", step_cost.png"
     print(f"\nWritten to {args.output_dir}: {files}")
-
-
-def device_name(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device} ({platform.processor() or platform.machine()})"
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -23,7 +23,7 @@ sys.path.append(str(HERE.parent))  # modules of the other examples
 sys.path.append(str(HERE.parent / "benchmarks"))
 from family_angles import angle_jobs  # noqa: E402
 from family_methods import ALL_TASKS, METHODS, SEPARATE, SMOKE, Lab, Result, Sizes  # noqa: E402
-from family_tasks import CASES  # noqa: E402
+from family_tasks import CASES, WIDER  # noqa: E402
 from jobs import Job, Line, do_missing, environment, new_arguments, place, read_lines, rounded  # noqa: E402
 
 
@@ -55,7 +55,7 @@ def pde_jobs(args: argparse.Namespace) -> Iterator[Job]:
     sizes = SMOKE if args.smoke else Sizes()
 
     def compute(name: str, method: str, seed: int) -> Line:
-        lab, further = Lab(name, CASES[name], seed, sizes, args.outputs), {}
+        lab, further = Lab(name, (CASES | WIDER)[name], seed, sizes, args.outputs), {}
         if method in ALL_TASKS:
             names = {"case": name, "method": "family", "seed": seed}
             family = [line for line in read_lines(args.results) if names.items() <= line.items()]
@@ -67,7 +67,7 @@ def pde_jobs(args: argparse.Namespace) -> Iterator[Job]:
     for seed in args.seeds:
         for name in args.cases:
             for method in args.methods if name != "angle" else ():
-                if CASES[name].separate or method not in SEPARATE:
+                if (CASES | WIDER)[name].separate or method not in SEPARATE:
                     yield {"case": name, "method": method, "seed": seed}, partial(compute, name, method, seed)
 
 
@@ -79,7 +79,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 def main(argv: list[str] | None = None) -> int:
     parser, cases = new_arguments(__doc__, "families"), [*CASES, "angle"]
-    parser.add_argument("--cases", nargs="+", choices=cases, default=cases, help="families of tasks")
+    parser.add_argument("--cases", nargs="+", choices=[*cases, *WIDER], default=cases, help="families of tasks")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of base, factors and points")
     parser.add_argument(
         "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="of PDEs, by name, in quotes"

@@ -83,6 +83,9 @@ class Lab:
     def __init__(self, name: str, case: Case, seed: int, sizes: Sizes, folder: Path) -> None:
         self.name, self.case, self.seed, self.sizes, self.folder = name, case, seed, sizes, folder
         self.width = sizes.width or case.width
+        self.rate = (
+            LEARNING_RATES["chebyshev"]["base"] if self.width <= 64 else 1e-3
+        )  # of networks by Adam, from scratch
         self.grid = case.pde(case.base).grid(sizes.interior)
 
     def build(self, further_inputs: int = 0) -> nn.Module:
@@ -111,7 +114,7 @@ class Lab:
             if self.case.base_by == "lm":
                 fit(kan.to(self.case.dtype), pde, sizes.base_iterations, self.seed, self.grid, "base")
             else:
-                train(kan, pde, sizes.base_steps, LEARNING_RATES["chebyshev"]["base"], self.seed, self.grid, "base")
+                train(kan, pde, sizes.base_steps, self.rate, self.seed, self.grid, "base")
             return {"state": kan.state_dict(), "error": self.error(kan, pde)}
 
         return self.kept("base", compute)
@@ -159,39 +162,52 @@ class Result(NamedTuple):
     details: dict[str, Any] = {}
 
 
-def family(lab: Lab) -> Result:
-    """One adapter for all parameters; at a new one, its core alone."""
-    case = lab.case
+def family(lab: Lab, budget: float = 0.0) -> Result:
+    """One adapter for all parameters; at a new one, its core alone. With a budget in CPU seconds, base included, the
+    base is fitted together with the adapter until it is over, and then frozen."""
+    case, sizes, joint = lab.case, lab.sizes, budget > 0
     ranges = dict(case.ranges)
     model = lab.adapted(r=case.ranks, family=ranges, family_degree=case.degree)
-    numbers = trainable(model)
+    if joint:
+        model.requires_grad_(True)
+    numbers, label = trainable(model), "family, joint" if joint else "family"
 
     def at(net: Any, parameters: tuple[Tensor, ...]) -> Any:
         return net, at_task(model, **dict(zip(ranges, parameters, strict=True)))
 
     def compute() -> dict[str, Any]:
-        print(f"{lab.name}, seed {lab.seed}, family")
+        print(f"{lab.name}, seed {lab.seed}, {label}")
+        seconds, start = budget - lab.base["seconds"], time.process_time()
+
+        def grown(iteration: int) -> int:
+            if joint:
+                return 2 if time.process_time() - start >= 0.6 * seconds else 1
+            return GROWTH if iteration >= 0.8 * sizes.family else 1
+
         result = fit_gauss_newton(
             model,
             case.residuals(at),
-            case.points(lab.seed + 1, dtype=case.dtype, times=lambda k: GROWTH if k >= 0.8 * lab.sizes.family else 1),
-            iterations=lab.sizes.family,
+            case.points(lab.seed + 1, dtype=case.dtype, times=grown),
+            iterations=10_000 if joint else sizes.family,
             loss_tolerance=0,
+            callback=lambda result: joint and time.process_time() - start >= seconds,
         )
         if result.reason == "interrupted":
             raise KeyboardInterrupt
-        return {"state": model.state_dict(), "details": {"iterations": result.iterations, "reason": result.reason}}
+        details = {"iterations": result.iterations, "reason": result.reason}
+        return {"state": model.state_dict(), "details": details}
 
-    fitted = lab.kept("family", compute)
+    fitted = lab.kept(label.replace(", ", "_"), compute)
     model.load_state_dict(fitted["state"])
+    model.requires_grad_(False)
     tasks, online = [], 0
     for values, seed in lab.tasks():
         adapter_at(model, "task", **dict(zip(ranges, values, strict=True)))
         online = trainable(model)
-        tasks.append((values, lab.course(model, case.pde(values), lab.sizes.core, seed, f"core at {values}")))
+        tasks.append((values, lab.course(model, case.pde(values), sizes.core, seed, f"core at {values}")))
         model.set_adapter("default")
         model.delete_adapter("task")
-    details = {"base error": lab.base["error"], **fitted.get("details", {})}
+    details = {"base error": lab.base["error"], **fitted["details"]}
     return Result(numbers, lab.base["seconds"] + fitted["seconds"], online, tasks, details)
 
 
@@ -245,7 +261,7 @@ def trained_on_all(lab: Lab, model: nn.Module, what: str, budget: float) -> dict
         def loss(step: int) -> Tensor:
             return sum(residuals[name](model, part).square().mean() for name, part in points(step).items())
 
-        train_by_adam(model, loss, LEARNING_RATES["chebyshev"]["base"], lab.sizes.base_steps)
+        train_by_adam(model, loss, lab.rate, lab.sizes.base_steps)
         adam_seconds = time.process_time() - start
         result = fit_gauss_newton(
             model.to(case.dtype),
@@ -322,9 +338,14 @@ def reduced_basis(lab: Lab) -> Result:
     return Result(count * found["numbers"], seconds, count, tasks)
 
 
-ALL_TASKS = ("parameter as an input", "diagonals of the parameter")  # they take the seconds of the family
+ALL_TASKS = (
+    "family, joint",
+    "parameter as an input",
+    "diagonals of the parameter",
+)  # they take the seconds of the family
 METHODS: dict[str, Callable[..., Result]] = {
     "family": family,
+    "family, joint": family,
     "LoTRA alone, LM": lambda lab: each_alone(lab, lab.adapted, lab.sizes.alone, "LoTRA alone"),
     "LoTRA alone, LM, more points": lambda lab: each_alone(
         lab, lab.adapted, lab.sizes.growing, "LoTRA alone, more points", grows_at=0.8 * lab.sizes.growing

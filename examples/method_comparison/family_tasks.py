@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi, sqrt
 from typing import Any
 
@@ -319,6 +319,9 @@ CASES = {
     "sharp front": Case("Front of width 0.02, from data", SharpFront, **OF_FRONTS, separate=True),
     "parabolic": Case("Heat equation", Parabolic, {"kappa": (1.0, 2.0)}, (1.0,)),
     "fastkan": Case("Poisson equation, FastKAN", Elliptic, LAM, (1.0,), kan="fastkan"),
-    "elliptic, width 64": Case("Poisson equation, width 64", Elliptic, LAM, (1.0,), width=64),
-    "elliptic, width 128": Case("Poisson equation, width 128", Elliptic, LAM, (1.0,), width=128),
+}
+WIDER = {
+    f"{name}, width {width}": replace(case, title=f"{case.title}, width {width}", width=width, separate=False)
+    for width in (64, 128)
+    for name, case in CASES.items()
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from command_line import exit_code, new_parser
+from measuring import device_name
 from reporting import write_atomically
 
 Line = dict[str, Any]
@@ -39,7 +41,15 @@ def rounded(number: float) -> float:
 
 
 def environment() -> Line:
-    return {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "processor": device_name(),
+        "commit": git.stdout.strip() or None,
+    }
 
 
 def new_arguments(docstring: str, name: str) -> argparse.ArgumentParser:

@@ -85,20 +85,24 @@ def rounded(metric: float | None) -> float | None:
     return None if metric is None else float(f"{metric:.8g}")
 
 
+def seed_of_base(run: Run) -> int:
+    return 0 if run.make_task().one_base else run.seed
+
+
 def base_path(run: Run, bases: Path) -> Path:
     """Named by all that the base depends on: its settings and the code."""
-    settings = [run.task, run.make_task().base_settings(), run.seed, version(run.task)]
+    settings = [run.task, run.make_task().base_settings(), seed_of_base(run), version(run.task)]
     return bases / f"{run.task}-{digest(settings)}.pt"
 
 
 def trained_base(run: Run, bases: Path, device: torch.device) -> nn.Module:
     """The base that a run needs, from its file; trained first if that is not there."""
     task, path = run.make_task(), base_path(run, bases)
-    model = task.build(run.seed).to(device)
+    model, seed = task.build(seed_of_base(run)).to(device), seed_of_base(run)
     if path.exists():
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return model
-    objective, watch = task.objective("base", run.seed + BASE_SEED, device), Stopwatch()
+    objective, watch = task.objective("base", seed + BASE_SEED, device), Stopwatch()
     *_, last = train_by_steps(model, objective, {"method": "full"}, task.base_lr, task.base_steps, watch)
     if last.metric is None:
         raise ValueError(f"the base of {run.settings} has diverged: lower `base_lr`, {task.base_lr}")

@@ -12,6 +12,8 @@ import torch
 from objectives import Objective
 from torch import nn
 
+FIRST_TUNING_SEED = 100  # a search for rates has such seeds; a task may judge them on validation data
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -26,6 +28,7 @@ class Task:
 
     metric: ClassVar[str]  # what the objectives' metric is, for tables and axes
     higher_is_better: ClassVar[bool] = False
+    one_base: ClassVar[bool] = False  # for all seeds, because it takes long
     only_target: ClassVar[tuple[str, ...]] = ()  # settings that the base does not depend on
     requires: ClassVar[dict[str, str]] = {}  # packages with the data, and the command that installs each
 
