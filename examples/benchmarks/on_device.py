@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     page = [
         f"# Costs on {args.device}",
-        f"{device_name(device)}, {torch.get_num_threads()} threads; torch {torch.__version__}; matrix products in fp32: "
+        f"{device_name(device)}, {torch.get_num_threads()} threads; torch {torch.__version__}; products in fp32: "
         f"{torch.get_float32_matmul_precision()!r} (TF32 unless 'highest').",
     ]
     for title, (script, arguments, short) in tqdm(BENCHMARKS.items(), desc="benchmarks", dynamic_ncols=True):

@@ -236,10 +236,12 @@ class DiagonalsOfParameters(nn.Module):
     Shapes: points (N, 2) and parameters (N, 1) each → (N, 1); s (N, K, rank).
     """
 
-    def __init__(self, ranges: Sequence[tuple[float, float]], width: int = 50, rank: int = 20, depth: int = 3) -> None:
+    def __init__(
+        self, ranges: Sequence[tuple[float, float]], width: int = 50, rank: int = 20, depth: int = 3, inputs: int = 2
+    ) -> None:
         super().__init__()
         self.ranges, self.shape = tuple(ranges), (depth, rank)
-        self.first, self.last = nn.Linear(2, width), nn.Linear(width, 1)
+        self.first, self.last = nn.Linear(inputs, width), nn.Linear(width, 1)
         self.left = nn.Parameter(torch.randn(depth, rank, width) * rank**-0.5)
         self.right = nn.Parameter(torch.randn(depth, width, rank) * width**-0.5)
         self.bias = nn.Parameter(torch.zeros(depth, width))

@@ -1,4 +1,4 @@
-"""A Transformer-KAN of ten million numbers: from the source code of Python's library to the prose of its documentation.
+"""A Transformer-KAN of ten million numbers: from the source code of Python's library to the prose of its manual.
 
 Both are read from the Python that runs this. The MLP of each block of GPT-2 is two FastKAN layers. It computes in
 bfloat16, with float32 weights.
@@ -31,7 +31,7 @@ register_kan_layer(
 
 @cache
 def library() -> Tensor:
-    """The characters of all modules, shuffled, the last tenth of a million to test on."""
+    """The characters of all modules, in a random order that is always the same."""
     folder = Path(sysconfig.get_path("stdlib"))
     paths = [p for p in folder.rglob("*.py") if not NOT_OF_THE_LIBRARY & set(p.relative_to(folder).parts)]
     order = torch.randperm(len(paths), generator=torch.Generator().manual_seed(0))
