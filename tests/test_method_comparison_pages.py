@@ -6,10 +6,9 @@ import shutil
 import jobs
 import pytest
 import report
+from convection import METHODS as CONVECTION_METHODS
 from drawings import FAMILY_COLOURS, FEW_LABELS, PDE_LABELS
 from experiments import load_experiments
-from family_angles import METHODS as ANGLE_METHODS
-from family_angles import ONCE
 from family_methods import METHODS as FAMILY_METHODS
 from few_sample_methods import METHODS
 from few_sample_tasks import DOMAINS
@@ -46,10 +45,9 @@ def test_lines_of_families_and_few_samples_have_methods():
     few = jobs.read_lines(SUITE / "results" / "few_samples.jsonl")
     assert {line["method"] for line in few if "samples" in line} == {*METHODS}
     families = jobs.read_lines(SUITE / "results" / "families.jsonl")
-    angles = [line for line in families if line["case"] == "angle"]
-    chosen = {(line["method"], line["rate"], line["weight decay"]) for line in angles}
-    assert chosen == {(label, ONCE[m.once][1], m.weight_decay) for label, m in ANGLE_METHODS.items()}
-    assert {line["method"] for line in families} == {*FAMILY_METHODS, *ANGLE_METHODS}
+    assert {line["method"] for line in families} == {*FAMILY_METHODS}
+    convection = jobs.read_lines(SUITE / "results" / "convection.jsonl")
+    assert {line["method"] for line in convection} == {*CONVECTION_METHODS}
     assert {line["domain"] for line in few} == {*DOMAINS} == {"fluids", *report.OTHERS}
     assert {*report.FLUIDS} == {*METHODS} >= FEW_LABELS.keys()
     assert FAMILY_COLOURS.keys() == FAMILY_ENTRIES.keys()

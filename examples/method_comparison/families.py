@@ -1,11 +1,11 @@
 """One adapter for a family of tasks beside other ways to solve its tasks: runs what is not there yet.
 
     python examples/method_comparison/families.py
-    python examples/method_comparison/families.py --cases front angle --seeds 0
+    python examples/method_comparison/families.py --cases front --seeds 0
     python examples/method_comparison/families.py --smoke
 
 Every case, method and seed is a line of results/families.jsonl, and what several methods need a file below outputs/:
-stop it when you like, the same command goes on. Cases are families of PDEs, and "angle", digits that are turned.
+stop it when you like, the same command goes on.
 Tables and pictures come from `report.py`.
 """
 
@@ -21,7 +21,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))  # modules of the other examples
 sys.path.append(str(HERE.parent / "benchmarks"))
-from family_angles import angle_jobs  # noqa: E402
 from family_methods import ALL_TASKS, METHODS, SEPARATE, SMOKE, Lab, Result, Sizes  # noqa: E402
 from family_tasks import CASES, WIDER  # noqa: E402
 from jobs import Job, Line, do_missing, environment, new_arguments, place, read_lines, rounded  # noqa: E402
@@ -50,7 +49,7 @@ def as_line(lab: Lab, result: Result) -> Line:
     }  # fmt: skip
 
 
-def pde_jobs(args: argparse.Namespace) -> Iterator[Job]:
+def jobs(args: argparse.Namespace) -> Iterator[Job]:
     """In the order of the command line, methods innermost."""
     sizes = SMOKE if args.smoke else Sizes()
 
@@ -66,19 +65,13 @@ def pde_jobs(args: argparse.Namespace) -> Iterator[Job]:
 
     for seed in args.seeds:
         for name in args.cases:
-            for method in args.methods if name != "angle" else ():
+            for method in args.methods:
                 if (CASES | WIDER)[name].separate or method not in SEPARATE:
                     yield {"case": name, "method": method, "seed": seed}, partial(compute, name, method, seed)
 
 
-def jobs(args: argparse.Namespace) -> Iterator[Job]:
-    yield from pde_jobs(args)
-    if "angle" in args.cases:
-        yield from angle_jobs(args.seeds, args.smoke)
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser, cases = new_arguments(__doc__, "families"), [*CASES, "angle"]
+    parser, cases = new_arguments(__doc__, "families"), list(CASES)
     parser.add_argument("--cases", nargs="+", choices=[*cases, *WIDER], default=cases, help="families of tasks")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of base, factors and points")
     parser.add_argument(

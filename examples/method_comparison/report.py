@@ -23,6 +23,7 @@ from found import (
     FAMILY_ENTRIES,
     PDES,
     SIZES,
+    Entry,
     Experiments,
     Family,
     FewSamples,
@@ -39,13 +40,6 @@ FAMILY_CASES = {
     "reaction": "Fisher–KPP, ρ", "advection": "advection of a front, β", "front": "front, from data, β",
     "sharp front": "sharper front, from data, β", "fastkan": "Poisson, FastKAN",
     "elliptic, width 64": "Poisson, width 64", "elliptic, width 128": "Poisson, width 128",
-}  # fmt: skip
-ANGLE_ROWS = {
-    "family, as it is": ("family, core", 0), "family, core": ("family, core", 1),
-    "family, angle unknown: one number": ("family, unknown parameter", 1),
-    "angle as an input, as it is": ("rival", 0), "angle as an input, everything": ("rival", 1),
-    "base, as it is": ("full", 0), "LoTRA from the base": ("LoTRA alone", 1), "LoRA from the base": ("LoRA alone", 1),
-    "everything from the base": ("full", 1),
 }  # fmt: skip
 FLUIDS = (
     "family, code of 3", "family, code of 5", "family, code of 5, then its core", "GEPS, code of 8",
@@ -69,6 +63,7 @@ DIGIT_ROWS = {
     "LoTRA, Adam": "LoTRA 1/10", "LoTRA, SOAP": "LoTRA 1/10, SOAP", "LoTRA, aligned, LM": "LoTRA 1/10, gradient, LM",
     "LoRA, Adam": "LoRA 1/10", "LoRA, SOAP": "LoRA 1/10, SOAP", "LoRA, LM": "LoRA 1/10, LM",
 }  # fmt: skip
+LARGE_ROWS = ("full", "LoTRA 1/50", "LoRA 1/50", "from scratch")
 TEXT_ROWS = {
     "from scratch": "from scratch", "full": "full", "full, SOAP": "full, SOAP",
     "LoTRA 1/10, KAN layers": "LoTRA 1/10", "LoTRA 1/10, KAN layers, SOAP": "LoTRA 1/10, SOAP",
@@ -204,12 +199,57 @@ def of_texts(experiments: Experiments) -> str:
     return table(["", "numbers", "400 steps, nats", "CPU s", "10,000 steps, nats", "CPU s"], rows)
 
 
+def of_large_text(experiments: Experiments) -> str:
+    rows = []
+    for label in LARGE_ROWS:
+        runs = experiments.runs("text_large", "", label)
+        rows.append([label, f"{runs[0].trained:,}", spread(metrics(runs), lambda v: f"{v:.2f}"), clock(runs)])
+    return table(["", "numbers", "nats", "CPU s"], rows)
+
+
 def of_families(families: dict[str, Family]) -> str:
     rows = []
     for case, title in FAMILY_CASES.items():
         found = [families[case].errors(entry) for entry in FAMILY_ENTRIES.values()]
         rows.append([f"{title} ({families[case].seeds})", *(spread(errors) if errors else NONE for errors in found)])
     return table(["(seeds)", *FAMILY_ENTRIES], rows)
+
+
+def of_joint(lines: Sequence[Line]) -> str:
+    """Families fitted on a frozen base, and together with it, as they are and tuned; the network with an input."""
+    rows = []
+    entries = [Entry(method, k) for method in ("family", "family, joint") for k in (0, 5)]
+    entries += [Entry("parameter as an input", k) for k in (0, 1)]
+    for case in dict.fromkeys(line["case"] for line in lines if line["method"] == "family, joint"):
+        family = Family(case, lines)
+        title = case.replace(", width", ",") if ", width" in case else f"{case}, 32"
+        cells = [short(median(found)) if (found := family.errors(entry)) else NONE for entry in entries]
+        rows.append([f"{title} ({family.seeds})", *cells])
+    header = ["case, width (seeds)", "frozen base, as it is", "core", "joint, as it is", "core"]
+    return table([*header, "input, as it is", "1 iteration"], rows)
+
+
+def of_convection(lines: Sequence[Line]) -> str:
+    rows = []
+    ranges = list(dict.fromkeys(line["range"] for line in lines))
+    for method in dict.fromkeys(line["method"] for line in lines):
+        cells, numbers, spent = [], "", NONE
+        for name in ranges:
+            found = [line for line in lines if (line["range"], line["method"]) == (name, method)]
+            tasks = [task for line in found for task in line["tasks"]]
+            if not tasks:
+                cells += [NONE] * 2
+                continue
+            courses = [task["marks"] for task in tasks]
+            first = [course[0][2] for course in courses] if courses[0][0][0] == 0 else []
+            cells += [spread(first) if first else NONE, spread([course[-1][2] for course in courses])]
+            numbers = f"{found[0]['once']:,}" if found[0]["once"] else NONE
+            of_task = f"{tasks[0]['numbers']:,}"
+            spent = f"{median(line['seconds'] for line in found):.0f}"
+            seeds = len(found)
+        rows.append([f"{method} ({seeds})", numbers, of_task, spent, *cells])
+    header = ["(seeds)", "numbers once", "for a task", "CPU s once"]
+    return table([*header, *(f"β in {name}, {when}" for name in ranges for when in ("as it is", "tuned"))], rows)
 
 
 def costs(family: Family) -> str:
@@ -223,20 +263,6 @@ def costs(family: Family) -> str:
         )
         rows.append([label, f"{numbers[0]:,}" if numbers[0] else NONE, f"{once:.0f}", *cells])
     return table(["", "numbers once", "CPU s once", "numbers for a task", "CPU s"], rows)
-
-
-def of_angles(lines: Sequence[Line]) -> str:
-    places, rows = ("inside", "gap", "beyond"), []
-    for label, (method, when) in ANGLE_ROWS.items():
-        found = [line for line in lines if line["method"] == method and "tasks" in line]
-        tasks = [task for line in found for task in line["tasks"]]
-        values = [[task["metrics"][when] for task in tasks if task["place"] == place] for place in places]
-        seconds = number(median(task["seconds"] for task in tasks)) if when else NONE
-        numbers = found[0]["numbers"]
-        of_task = f"{numbers['task']:,}" if when else NONE
-        cells = [spread(each, lambda v: f"{v:.0f}") for each in values]
-        rows.append([label, f"{numbers['once']:,}", of_task, seconds, *cells])
-    return table(["", "numbers once", "for a task", "CPU s", *(f"{place}, %" for place in places)], rows)
 
 
 def of_fluids(domain: FewSamples) -> str:
@@ -274,11 +300,16 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
         "pages/pdes.md": {name.split(",")[0]: table_of_runs(found) for name, found in pdes.items()}
         | {"FastKAN": of_fastkan(experiments), "sizes": of_sizes(experiments)},
         "pages/widths.md": {"widths": of_widths(experiments)},
-        "pages/transformers_and_images.md": {"digits": of_digits(experiments), "texts": of_texts(experiments)},
+        "pages/transformers_and_images.md": {
+            "digits": of_digits(experiments),
+            "texts": of_texts(experiments),
+            "large": of_large_text(experiments),
+        },
         "families.md": {
             "families": of_families(families),
             "costs": costs(families["elliptic"]),
-            "angles": of_angles([line for line in experiments.lines("families") if line["case"] == "angle"]),
+            "joint": of_joint(experiments.lines("families")),
+            "convection": of_convection(experiments.lines("convection")),
         },
         "few_samples.md": {"fluids": of_fluids(domains["fluids"]), "others": of_others(domains)},
         "../results.md": {"overview": summary(experiments)},

@@ -4,6 +4,7 @@ another; or from scratch. The images are those that scikit-learn (8 × 8) and ml
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -44,11 +45,10 @@ def images(collection: str, size: int) -> tuple[Tensor, Tensor]:
     return 2 * x[order] - 1, torch.tensor(labels)[order]
 
 
-def rotated(x: Tensor, degrees: float | Tensor) -> Tensor:
-    """Counter-clockwise, all by one angle or each by its own, shape (N,); what comes in from outside is −1."""
-    radians = torch.as_tensor(degrees, dtype=torch.float64).deg2rad()
-    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
-    turn = torch.stack([cos, -sin, zero, sin, cos, zero], dim=-1).float().view(-1, 2, 3).expand(len(x), 2, 3)
+def rotated(x: Tensor, degrees: float) -> Tensor:
+    """Counter-clockwise; what comes in from outside is −1."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(x), 2, 3)
     grid = F.affine_grid(turn, list(x.shape), align_corners=False)
     return F.grid_sample(x + 1, grid, align_corners=False) - 1
 
