@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -125,6 +126,23 @@ def test_older_code_is_run_again(done, tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     run.run_all(experiment, path.parent, tmp_path, stale=True)
     assert "Done in" not in capsys.readouterr().out
+
+
+def test_how_far_a_rerun_is_from_the_stored_lines(done, tmp_path, capsys):
+    experiment, path = experiments(tmp_path / "experiments"), tmp_path / "results" / "heat.jsonl"
+    lines = read_lines(path)
+    for line in lines:
+        if line["label"] == "LoTRA":
+            line["marks"][-1][-1] /= 2
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    capsys.readouterr()
+    run.run_all(experiment, path.parent, tmp_path, confirm=True)
+    out = capsys.readouterr().out
+    assert out.count("Done in") == 2, "a seed of each method, and no search"
+    for method, ratio in (("full", 1), ("LoTRA", 2)):
+        found = re.search(rf"^{method}: (\S+) × \((\S+) to (\S+)\)$", out, re.MULTILINE)
+        assert [float(part) for part in found.groups()] == approx([ratio] * 3, rel=0.01), out
+    assert read_lines(path) == lines
 
 
 def test_version_is_that_of_the_code(tmp_path):

@@ -374,7 +374,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.smoke:
         args.seeds = args.seeds[:1]
     place(args, "convection")
-    return do_missing(args.results, lambda: jobs(args))
+    return do_missing(args.results, lambda: jobs(args), stored=args.stored)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.smoke:
         args.splits, args.seconds = args.splits[:1], min(args.seconds, 0.2)
     place(args, "few_samples")
-    return do_missing(args.results, lambda: jobs(args))
+    return do_missing(args.results, lambda: jobs(args), stored=args.stored)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from measuring import device_name
 from reporting import write_atomically
 
 Line = dict[str, Any]
+NAMES = ("case", "domain", "range", "method", "label", "seed", "split", "run")  # what names a line
 Job = tuple[Line, Callable[[], Line]]  # what names the line, and what computes the rest of it
 
 
@@ -52,10 +54,32 @@ def environment() -> Line:
     }
 
 
+def last_errors(line: Line) -> list[float]:
+    """What a line ends with: of a run, of each task, of each task at each number of samples; none of a search."""
+    if "samples" in line:
+        return [error for part in line["samples"].values() for error in part["errors"]]
+    return [part["marks"][-1][-1] for part in (line.get("tasks") or [line]) if "marks" in part]
+
+
+def print_ratios(stored: Path, again: Path) -> None:
+    """For each method, the median and the range of its new errors over the stored ones of the same runs."""
+    found: dict[str, list[float]] = {}
+    for line in read_lines(again):
+        names = {key: line[key] for key in NAMES if key in line}
+        for other in (other for other in read_lines(stored) if is_of(names, other)):
+            pairs = zip(last_errors(line), last_errors(other), strict=True)
+            ratios = found.setdefault(line.get("method") or line["label"], [])
+            ratios += [new / old for new, old in pairs if new and old]
+    for method, ratios in found.items():
+        if ratios:
+            print(f"{method}: {median(ratios):.3g} × ({min(ratios):.3g} to {max(ratios):.3g})")
+
+
 def new_arguments(docstring: str, name: str) -> argparse.ArgumentParser:
     parser = new_parser(docstring)
     add = parser.add_argument
     add("--smoke", action="store_true", help="as little as possible of everything, into --outputs")
+    add("--confirm", action="store_true", help="again, into --outputs, and how far that is from the stored lines")
     add("--results", type=Path, help=f"file of the lines; default: results/{name}.jsonl beside this file")
     add("--outputs", type=Path, default=Path("outputs") / name, help="what several methods need, and lines of --smoke")
     return parser
@@ -67,12 +91,22 @@ def place(args: argparse.Namespace, name: str) -> None:
         args.outputs /= "smoke"
     folder = args.outputs if args.smoke else Path(__file__).parent / "results"
     args.results = args.results or folder / f"{name}.jsonl"
+    args.stored = None
+    if args.confirm:
+        args.stored, args.results = args.results, args.outputs / f"{name}_again.jsonl"
 
 
 def do_missing(
-    path: Path, jobs: Callable[[], Iterable[Job]], counts: Callable[[Line], bool] = lambda line: True
+    path: Path,
+    jobs: Callable[[], Iterable[Job]],
+    counts: Callable[[Line], bool] = lambda line: True,
+    stored: Path | None = None,
 ) -> int:
-    """Does what has no line yet, or none that counts, and adds its line; returns the exit code of the command."""
+    """Does what has no line yet, or none that counts, and adds its line; returns the exit code of the command.
+
+    Args:
+        stored: lines that the new ones are compared with in the end.
+    """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
     def work() -> None:
@@ -85,5 +119,7 @@ def do_missing(
             start = time.process_time()
             add_line(path, names, compute())
             print(f"Done in {time.process_time() - start:.0f} CPU s", flush=True)
+        if stored:
+            print_ratios(stored, path)
 
     return exit_code(work, "The lines that were done are stored; the same command goes on from there.")
