@@ -13,7 +13,7 @@ from layer_table import LAYERS, MODELS, config, full_factors, make, randomize
 from peft import get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, summary
+from peft_lotra import LoTRAConfig
 from peft_lotra.analysis import (
     Spectrum,
     activation_curves,
@@ -21,11 +21,9 @@ from peft_lotra.analysis import (
     effective_coefficients,
     plot_activations,
     plot_spectrum,
-    plot_summary,
     suggest_ranks,
     update_spectrum,
 )
-from peft_lotra.analysis.summary import Summary
 from peft_lotra.layers.lotra import adapted_tensors
 
 
@@ -171,28 +169,6 @@ def test_spectra_have_one_scale():
     assert 0.05 < low.get_ylim()[0] < 0.1  # what is below rounding does not stretch the scale
     widths = [line.get_linewidth() for line in low.lines]
     assert len(set(widths)) == 3  # equal curves show
-
-
-def test_plot_summary(tmp_path):
-    base = nn.Sequential(ChebyKAN([3, 6, 2], 3), nn.Linear(2, 2))
-    model = get_peft_model(base, LoTRAConfig(r=2, bias="all"))
-    model.add_adapter("one layer", LoTRAConfig(r=1, target_modules=["layers.1"]))
-    rows = summary(model)
-    assert [row.tensor for row in rows][2] == "1.bias"
-    figure = plot_summary(rows)
-    figure.savefig(tmp_path / "summary.png")
-    both, one = figure.axes
-    trained, _, size = rows.totals["default"]
-    assert both.get_title() == f"default: {trained} trained numbers for {size} coefficients"
-    assert [tick.get_text() for tick in one.get_yticklabels()] == ["0.layers.1.cheby_coeffs"]
-    coefficients, numbers = ([bar.get_width() for bar in bars] for bars in both.containers)
-    assert numbers == [row.trained for row in rows if row.adapter == "default"]
-    assert coefficients == [math.prod(row.modes or (0,)) for row in rows if row.adapter == "default"]
-    texts = [text.get_text() for text in both.texts]
-    assert texts == [f"{rows[0].trained}, ranks 2 · 2 · 2", f"{rows[1].trained}, ranks 2 · all · 2", "2"]
-    assert one.texts[0].get_text().endswith("ranks 1 · 1 · 1")
-    with pytest.raises(ValueError, match="`rows` is empty"):
-        plot_summary(Summary())
 
 
 def test_plot_activations_before_and_after(tmp_path):

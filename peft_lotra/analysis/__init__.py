@@ -2,7 +2,7 @@
 
 from ..tucker.ranks import suggest_ranks
 from ..tucker.spectrum import Spectrum
-from .plots import plot_activations, plot_spectrum, plot_summary
+from .plots import plot_activations, plot_spectrum
 from .updates import activation_curves, coefficient_updates, effective_coefficients, update_spectrum
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "effective_coefficients",
     "plot_activations",
     "plot_spectrum",
-    "plot_summary",
     "suggest_ranks",
     "update_spectrum",
 ]

@@ -1,4 +1,4 @@
-"""Plots of spectra, of the functions on edges, and of what is adapted. Only this module needs matplotlib."""
+"""Plots of spectra and of the functions on edges. Only this module needs matplotlib."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from .updates import activation_curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from .summary import Summary, SummaryRow
 
 # Format, width and colour by mode. They show all three curves even if these are equal.
 _MODES = {"input": (".-", 4.0, "C0"), "output": (".-", 1.5, "C1"), "basis": (".:", 2.0, "k")}
@@ -93,50 +91,7 @@ def plot_activations(
     return figure
 
 
-def plot_summary(rows: Summary) -> Figure:
-    """Plot the trained numbers, coefficients and ranks of every tensor, in a panel for each adapter.
-
-    >>> plot_summary(summary(model)).savefig("summary.png")
-
-    The axis is logarithmic. Tensors that are not coefficients, such as biases, show only their trained numbers.
-
-    Args:
-        rows: what is adapted, as from `peft_lotra.summary`.
-
-    Raises:
-        ImportError: without matplotlib.
-        ValueError: if there is nothing to draw.
-    """
-    own = {adapter: [row for row in rows if row.adapter == adapter] for adapter in rows.totals}
-    height = 1.2 + 0.42 * max(map(len, own.values()), default=0)
-    figure, panels = _panels("plot_summary", "rows", own, columns=1, size=(8, height))
-    known = [number for row in rows for number in (row.trained, row.size) if number]
-    for axes, (adapter, (trained, _, size)) in zip(panels, rows.totals.items(), strict=True):
-        places = range(len(own[adapter]))
-        axes.barh([k - 0.2 for k in places], [r.size for r in own[adapter]], 0.38, color="0.75", label="coefficients")
-        numbers = [row.trained for row in own[adapter]]
-        bars = axes.barh([k + 0.2 for k in places], numbers, 0.38, color="C0", label="trained numbers")
-        axes.bar_label(bars, map(_bar_text, own[adapter]), padding=3, fontsize=9)
-        axes.set(title=f"{adapter}: {trained:,} trained numbers for {size:,} coefficients", xscale="log")
-        axes.set_xlim(min(known, default=3) / 3, max(known, default=1) * 4)  # room for bars and their texts
-        axes.set_yticks(places, labels=[row.tensor for row in own[adapter]])
-        axes.invert_yaxis()
-        axes.xaxis.set_major_formatter("{x:,g}")
-        axes.xaxis.set_minor_formatter("")
-        axes.grid(axis="x", alpha=0.3)
-        axes.set_axisbelow(True)
-    _legend(figure, panels[0])
-    return figure
-
-
-def _bar_text(row: SummaryRow) -> str:
-    ranks = " · ".join("all" if r is None else str(r) for r in row.ranks)
-    return f"{row.trained:,}" + (f", ranks {ranks}" if ranks else "")
-
-
-def _panels(
-    function: str, argument: str, things: Any, columns: int = 3, size: tuple[float, float] = (4.2, 3.2)
-) -> tuple[Figure, list[Any]]:
+def _panels(function: str, argument: str, things: Any) -> tuple[Figure, list[Any]]:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -145,9 +100,9 @@ def _panels(
         ) from error
     if not things:
         raise ValueError(f"`{argument}` is empty: there is nothing to draw")
-    columns = min(columns, len(things))
+    columns = min(3, len(things))
     rows = -(-len(things) // columns)
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+    figure = Figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for unused in panels[len(things) :]:
         unused.remove()
