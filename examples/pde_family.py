@@ -2,14 +2,14 @@
 
     python examples/pde_family.py --pde elliptic
     python examples/pde_family.py --pde hyperbolic
-    python examples/pde_family.py --joint
+    python examples/pde_family.py --frozen
 
-The command trains a base at one parameter (or loads the base of an earlier run). It fits one LoTRA adapter to the
-whole range by Gauss–Newton with Levenberg–Marquardt damping, on points and parameters that are drawn together. It
-prints the adapter's errors at parameters that it never saw, as it is and after 1, 2 and 5 iterations on the core
-alone. For comparison, it trains an adapter for one parameter from the base, by the same optimizer, and fully
-fine-tunes the base by Adam. It writes the adapter, a table as JSON and a picture. With --joint, the base is fitted
-together with the adapter, then frozen, and written beside it.
+The command trains a base at one parameter (or loads the base of an earlier run). It fits the base and one LoTRA
+adapter together to the whole range, by Gauss–Newton with Levenberg–Marquardt damping, on points and parameters that
+are drawn together. Then the base is frozen, and written beside the adapter; with --frozen, it stays as it was. The
+command prints the adapter's errors at parameters that it never saw, as it is and after 1, 2 and 5 iterations on the
+core alone. For comparison, it trains an adapter for one parameter from the first base, by the same optimizer, and fully
+fine-tunes that base by Adam. It writes the adapter, a table as JSON and a picture.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
 
     config = LoTRAConfig(r=RANKS, coefficients=COEFFICIENTS, family={"parameter": bounds}, family_degree=DEGREE)
     model = get_peft_model(load_base(), config)
-    if args.joint:
+    if not args.frozen:
         model.requires_grad_(True)
     numbers = model.get_nb_trainable_parameters()[0]
     print(f"Family: {family.title}, {family.symbol} in {list(bounds)}; {numbers:,} numbers")
@@ -117,15 +117,15 @@ def run(args: argparse.Namespace) -> None:
     result = fit_gauss_newton(
         model,
         family_residuals(model, family),
-        family_points(family, bounds, args.seed + 1, args.device, POINTS[args.joint], 0.8 * args.iterations),
+        family_points(family, bounds, args.seed + 1, args.device, POINTS[not args.frozen], 0.8 * args.iterations),
         iterations=args.iterations,
         loss_tolerance=0,
     )
     if result.reason == "interrupted":
         raise KeyboardInterrupt
     offline = time.process_time() - start
-    name = f"{args.pde}_joint" if args.joint else f"{args.pde}_family"
-    if args.joint:
+    name = f"{args.pde}_frozen" if args.frozen else f"{args.pde}_family"
+    if not args.frozen:
         model.requires_grad_(False)
         write_atomically(args.output_dir / f"{name}_base.pt", lambda path: torch.save(base_state_dict(model), path))
     model.save_pretrained(args.output_dir / name)
@@ -245,7 +245,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compared", type=positive_int, default=1, help="of them, at which the other methods run too")
     add("--base-steps", type=positive_int, default=600, help="Adam steps of the base")
     add("--full-steps", type=positive_int, default=1000, help="Adam steps of full fine-tuning")
-    add("--joint", action="store_true", help="fit the base together with the adapter")
+    add("--frozen", action="store_true", help="fit the adapter alone, on the base as it is")
     return training_arguments(parser, argv, "pde_family", kan="chebyshev")
 
 

@@ -37,7 +37,7 @@ PYTHON = [shlex.split(command.partition("python examples/")[2]) for command in s
 
 def test_commands_are_found():
     assert ["fluids.py"] in PYTHON
-    assert ["pde_family.py", "--joint"] in PYTHON
+    assert ["pde_family.py", "--frozen"] in PYTHON
     assert {Path(script).stem for script, *options in PYTHON if options} == SHORT.keys()
     assert len(shown("accelerate launch ")) > 2
 
