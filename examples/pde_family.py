@@ -8,8 +8,8 @@ The command trains a base at one parameter (or loads the base of an earlier run)
 adapter together to the whole range, by Gauss–Newton with Levenberg–Marquardt damping, on points and parameters that
 are drawn together. Then the base is frozen, and written beside the adapter; with --frozen, it stays as it was. The
 command prints the adapter's errors at parameters that it never saw, as it is and after 1, 2 and 5 iterations on the
-core alone. For comparison, it trains an adapter for one parameter from the first base, by the same optimizer, and fully
-fine-tunes that base by Adam. It writes the adapter, a table as JSON and a picture.
+core alone. For comparison, it trains an adapter for one parameter from the first base, by the same optimizer, and
+fully fine-tunes that base by Adam. It writes the adapter, a table as JSON and a picture.
 """
 
 from __future__ import annotations

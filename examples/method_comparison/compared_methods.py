@@ -35,9 +35,10 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 FROM_SCRATCH = ("scratch",)  # those that use no base
 LAYERS = ("kan", "all-linear")
-# By name: where the class is. Levenberg–Marquardt is `fit_gauss_newton`.
+# By name: where the class is. Levenberg–Marquardt is `fit_gauss_newton`, L-BFGS that of torch.
 FIRST_ORDER = {"adam": "torch.optim:Adam", "soap": "pytorch_optimizer:SOAP"}
-OPTIMIZERS = (*FIRST_ORDER, "lm")
+WITHOUT_RATE = ("lm", "lbfgs")
+OPTIMIZERS = (*FIRST_ORDER, *WITHOUT_RATE)
 
 
 def check_method(label: str, settings: Settings) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
 
-from compared_methods import FIRST_ORDER, FROM_SCRATCH, check_method
+from compared_methods import FIRST_ORDER, FROM_SCRATCH, WITHOUT_RATE, check_method
 from jobs import Job, Line
 from tasks import Task, make_task
 
@@ -72,7 +72,7 @@ class Experiment:
         for case in self.cases:
             for label, method in self.methods.items():
                 lr = method.get("lr")
-                if lr is None and method.get("optimizer") != "lm":
+                if lr is None and method.get("optimizer") not in WITHOUT_RATE:
                     at = self.tuning.get("case", case)
                     names = self.names_of_search(at, label)
                     yield names, partial(self.search, at, label, perform)
@@ -191,7 +191,8 @@ def _check(experiment: Experiment) -> None:
                 raise ValueError(
                     f"{label!r} needs a base, but `base_steps` is 0; without one there are {FROM_SCRATCH}"
                 )
-    tuned = [label for label, m in experiment.methods.items() if m.get("optimizer") != "lm" and "lr" not in m]
+    methods = experiment.methods.items()
+    tuned = [label for label, m in methods if m.get("optimizer") not in WITHOUT_RATE and "lr" not in m]
     needed = ("rates", "seeds", "steps")
     if tuned and (missing := [key for key in needed if key not in experiment.tuning]):
         raise ValueError(f"{tuned[0]!r} has no `lr`, so `tuning` should have {list(needed)} but {missing} are missing")

@@ -22,7 +22,7 @@ from objectives import Objective
 from reporting import write_atomically
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from training import Stopwatch, measured, train_by_lm, train_by_steps
+from training import Stopwatch, measured, train_by_lbfgs, train_by_lm, train_by_steps
 from version import version
 
 from peft_lotra import fit_gauss_newton
@@ -46,6 +46,8 @@ def perform(run: Run, bases: Path) -> Line:
         model = apply_method(model, method, task, objective, run.seed + 1)
     if method.get("optimizer") == "lm":
         marks = train_by_lm(model, objective, method, run.steps, watch)
+    elif method.get("optimizer") == "lbfgs":
+        marks = train_by_lbfgs(model, objective, run.steps, watch)
     else:
         marks = train_by_steps(model, objective, method, method["lr"], run.steps, watch)
     result = {
@@ -58,7 +60,7 @@ def perform(run: Run, bases: Path) -> Line:
         "marks": [(step, round(seconds, 4), rounded(metric)) for step, seconds, metric in marks],
         "environment": environment(),
     }
-    if run.seed == MEASURED_SEED:
+    if run.seed == MEASURED_SEED and method.get("optimizer") != "lbfgs":
         result["step_bytes"] = bytes_of_a_step(model, objective, method)
     return result
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peft_lotra import fit_gauss_newton
 
+LBFGS_BATCHES = 4
 MARKS = 20  # points of a course, its start among them
 
 
@@ -106,6 +107,29 @@ def train_by_lm(
         raise KeyboardInterrupt
     if result.iterations > course.marks[-1].step:
         course.add(result.iterations)
+    return course.marks
+
+
+def train_by_lbfgs(model: nn.Module, objective: Objective, steps: int, watch: Stopwatch) -> list[Mark]:
+    """L-BFGS with a strong Wolfe line search on what is trainable, on fixed data: those of LM's first iterations, as
+    many as make up for that they stay the same. `steps` times up to 20 iterations."""
+    options, course = objective.second_order(), _Course(model, objective, steps, watch)
+    with watch:
+        batches = [options["data"](k) for k in range(LBFGS_BATCHES)]
+        data = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.LBFGS(trained, max_iter=20, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = sum(options["residual_fn"][name](model, part).square().mean() for name, part in data.items())
+            loss.backward()
+            return loss
+
+        for step in range(steps):
+            optimizer.step(closure)
+            if not course.goes_on(step + 1):
+                break
     return course.marks
 
 
