@@ -9,7 +9,6 @@ from .adapters.extraction import extract_adapter
 from .adapters.family import adapter_at, at_task, load_task, save_task
 from .adapters.family_growth import add_task, change_range, family_from, normalize_codes, remove_task, rename_task
 from .adapters.hotswap import hotswap_adapter
-from .adapters.slim import slim_kan
 from .adapters.task_fit import fit_task
 from .adapters.task_noise import task_noise
 from .analysis.summary import summary
@@ -54,7 +53,6 @@ __all__ = [
     "remove_task",
     "rename_task",
     "save_task",
-    "slim_kan",
     "summary",
     "task_noise",
     "verify_coefficients",

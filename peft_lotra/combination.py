@@ -107,9 +107,6 @@ def _check_adapters(
         raise ValueError(f"`weights` should be finite numbers but {wrong} is among the values passed")
     if of_families := [name for name in adapters if configs[name].family is not None]:
         raise ValueError(f"`adapters` {of_families} are for families of tasks: combine those of `adapter_at`")
-    slim = {name: configs[name].slim for name in adapters}
-    if len(set(slim.values())) > 1:
-        raise ValueError(f"`adapters` with `slim` = {slim}: combine adapters that have the same `slim`")
     if biased := [name for name in adapters if configs[name].bias != "none"]:
         raise ValueError(
             f"`adapters` {biased} have trained biases (`bias`), and only one adapter of a model may have them: merge "

@@ -17,7 +17,6 @@ from torch import nn
 
 from .call_arguments import in_context
 from .calls.exclusion import calling
-from .coefficients.spec import tensor_at
 from .coefficients.target import Target
 from .combination import combine_adapters, copy_trained
 from .config.lotra_config import LoTRAConfig
@@ -28,7 +27,6 @@ from .files.slots import slots_of
 from .layers.biases import trained_biases
 from .layers.linear import LinearLayer, is_linear
 from .layers.lotra import LoTRALayer, adapted_tensors, freeze_base, wrapped
-from .layers.slim import SlimLayer
 from .placement.offloaded import writable_tensors
 from .preserved import restored_on_error
 from .targets.adapter_names import check_name, check_replaced
@@ -160,7 +158,7 @@ class LoTRAModel(BaseTuner):
             is_new = layer is None
             if layer is None:
                 kind = LinearLayer if is_linear(target, tensor.spec) else LoTRALayer
-                layer, target = wrapped(SlimLayer if peft_config.slim else kind, target, tensor.spec)
+                layer, target = wrapped(kind, target, tensor.spec)
             layer.update_layer(
                 adapter_name,
                 tensor.ranks,
@@ -344,17 +342,6 @@ class LoTRAModel(BaseTuner):
         """While this is entered, `adapter_names`, `lotra_task` and `batch_axis` reach every adapted layer."""
         with calling(self.model), in_context(self.model, self.peft_config, self.active_adapters, kwargs):
             yield
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """The zeros of a Slim KAN, by their names in the PeftModel. DistributedDataParallel must not write to them.
-
-        It reads this attribute from the module that it wraps. If the PeftModel is a part of that module, `outer`, set:
-        `outer._ddp_params_and_buffers_to_ignore = [n for n, p in outer.named_parameters() if not p.is_contiguous()]`.
-        """
-        layers = [layer for layer in adapted_tensors(self).values() if isinstance(layer, SlimLayer)]
-        zeros = {id(tensor_at(layer.get_base_layer(), layer.spec.parameter)) for layer in layers}
-        return [f"base_model.{name}" for name, p in self.named_parameters() if id(p) in zeros]
 
     @classmethod
     def _get_adapter_state_dict(

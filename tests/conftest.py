@@ -94,14 +94,6 @@ def assert_equal(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert_close(actual, expected, tolerance)
 
 
-def assert_mean(draws: list[torch.Tensor], expected: torch.Tensor) -> None:
-    """The mean of random draws is within six standard errors of what is expected, and these are less than that."""
-    draws = torch.stack(draws)
-    error = 6 * draws.std(0) / len(draws) ** 0.5
-    assert ((draws.mean(0) - expected).abs() <= error).all()
-    assert (error < expected.abs()).logical_or(expected == 0).all()
-
-
 def within(tolerance: float) -> float:
     """A tolerance, divided by `margin`, for comparisons written out."""
     return tolerance / margin()

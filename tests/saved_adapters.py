@@ -14,7 +14,7 @@ from kan_layers import ChebyKANLayer, ConvKANLayer, FastKANLayer
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peft_lotra import LoTRAConfig, adapter_at, at_task, load_task, save_task, slim_kan
+from peft_lotra import LoTRAConfig, adapter_at, at_task, load_task, save_task
 from peft_lotra.adapters.lora import save_as_lora
 from peft_lotra.layers.lotra import adapted_tensors
 
@@ -58,7 +58,6 @@ KINDS = {
     "frozen_factors": (kan, {"r": 2, "freeze_factors": True}, None),
     "family": (kan, {"r": 2, "family": {"lam": (1.0, 1.6)}}, {"lam": 1.3}),
     "codes": (kan, {"r": 2, **CODES}, {"task": "argon"}),
-    "slim": (kan, {"r": 2}, None),
     "task": (kan, {"r": 2, "family": {"lam": (1.0, 1.6)}}, None),
     "lora": (fast, {"r": 2}, None),
 }
@@ -72,7 +71,7 @@ def output(kind, model):
 
 def make(kind, path):
     base, fields, _ = KINDS[kind]
-    model = slim_kan(base(), **fields) if kind == "slim" else get_peft_model(base(), LoTRAConfig(**fields))
+    model = get_peft_model(base(), LoTRAConfig(**fields))
     with torch.no_grad():
         for k, (name, parameter) in enumerate(model.named_parameters()):
             if "lotra" in name or ".modules_to_save." in name or parameter.requires_grad:

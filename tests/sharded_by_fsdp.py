@@ -45,7 +45,6 @@ from peft_lotra import (
     initialize_lotra_weights,
     load_task,
     save_task,
-    slim_kan,
 )
 from peft_lotra.adapters.hotswap import hotswap_adapter_from_state_dict
 from peft_lotra.layers.lotra import adapted_tensors
@@ -278,22 +277,6 @@ def test_sixteen_bit_forward(kan, wrapped):
     assert all(p.dtype == torch.float64 and p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_slim():
-    single = slim_kan(ChebyKAN([3, 6, 2]), r=(2, 3, 2))
-    with pytest.raises(NotImplementedError, match="non-contiguous parameters"):
-        sharded(single)
-    model = copy.deepcopy(single)
-    fully_shard(model, mesh=MESH, ignored_params={p for p in model.parameters() if not p.is_contiguous()})
-    assert_equal(mean(trained(model, own(X), own(Y))), trained(single, X, Y), 1e-9)
-    for layer in lotra_layers(model):
-        assert layer.cheby_coeffs.shape == layer.spec.layout.canonical_shape
-        assert layer.get_base_layer().cheby_coeffs.untyped_storage().nbytes() == 8
-    expected = single(X).detach()
-    assert_equal(model(X).detach(), expected, 1e-9)
-    plain = model.merge_and_unload()
-    assert_equal(plain(X), expected, 1e-9)
-
-
 def test_what_needs_whole_models_is_refused():
     for wrapped, run in (("base layer", False), ("root", False), ("root", True)):
         torch.manual_seed(1)
@@ -406,20 +389,6 @@ def test_what_makes_different_draws_the_same():
     model = sharded(model)
     trained(model, own(X), own(Y))
     assert not any(layer._drawn for layer in lotra_layers(model))
-
-
-def test_slim_in_a_larger_module_under_ddp():
-    """DDP reads the names that it should leave alone from the outermost module only."""
-    torch.manual_seed(1)
-    model = nn.Sequential(slim_kan(ChebyKAN([3, 6, 4]), r=(2, 3, 2)), nn.Linear(4, 2))
-    single = copy.deepcopy(model)
-    model._ddp_params_and_buffers_to_ignore = [n for n, p in model.named_parameters() if not p.is_contiguous()]
-    assert len(model._ddp_params_and_buffers_to_ignore) == 2
-    parallel = nn.parallel.DistributedDataParallel(model)
-    assert_equal(mean(trained(parallel, own(X), own(Y))), trained(single, X, Y), 1e-9)
-    for parameter, expected in zip(model.parameters(), single.parameters(), strict=True):
-        assert_equal(parameter.detach(), expected.detach(), 1e-9)
-    assert all(layer.get_base_layer().cheby_coeffs.untyped_storage().nbytes() == 8 for layer in lotra_layers(model))
 
 
 def test_by_accelerate(class_name):
@@ -684,14 +653,12 @@ CHECKS = {
     "reading outside of forward, replicated and sharded": (test_reading_outside_forward, (1, 2)),
     "gradient of what differs between processes": (test_gradient_of_what_differs_between_processes,),
     "combining": (test_combining,),
-    "Slim": (test_slim,),
     "what needs whole models is refused": (test_what_needs_whole_models_is_refused,),
     "adapters on a sharded base": (test_adapters_on_a_sharded_base,),
     **{f"different draws, {wrapped}": (test_different_draws, wrapped, (2,)) for wrapped in WRAPPED},
     "different draws, replicated and sharded": (test_different_draws, "root", (2, 1)),
     "first pass under torch.func": (test_first_pass_under_torch_func,),
     "what makes different draws the same": (test_what_makes_different_draws_the_same,),
-    "Slim in a larger module, DDP": (test_slim_in_a_larger_module_under_ddp,),
     **{f"family, {wrapped}": (test_family, ChebyKAN, wrapped) for wrapped in WRAPPED},
     **{f"family, convolution, {wrapped}": (test_family, "convolution", wrapped) for wrapped in WRAPPED},
     **{f"codes, {wrapped}": (test_codes, wrapped) for wrapped in WRAPPED},

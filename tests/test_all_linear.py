@@ -22,7 +22,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from peft_lotra import LoTRAConfig, extract_adapter, hotswap_adapter, register_kan_layer, slim_kan
+from peft_lotra import LoTRAConfig, extract_adapter, hotswap_adapter, register_kan_layer
 from peft_lotra.coefficients import registry
 from peft_lotra.layers.linear import LinearLayer
 from peft_lotra.layers.lotra import LoTRALayer, adapted_tensors
@@ -501,18 +501,6 @@ def test_lora_on_attention_and_lotra_on_the_kan_of_a_plain_module(tmp_path):
     assert_equal(again(x), y, 0)
     assert {name for name, p in again.named_parameters() if p.requires_grad} == trained
     assert_equal(again.merge_and_unload()(x), y)
-
-
-def test_slim():
-    torch.manual_seed(0)
-    base = FastKAN([4, 5, 3])
-    model = slim_kan(copy.deepcopy(base), r=3, target_modules="all-linear")
-    zeros = copy.deepcopy(base)
-    for name, p in zeros.named_parameters():
-        p.data.mul_(not name.endswith("linear.weight"))
-    y = model(ROWS)
-    assert_different(y, zeros(ROWS))
-    assert_equal(y, dense_model(zeros, model)(ROWS))
 
 
 def test_hotswap(tmp_path):

@@ -236,17 +236,6 @@ def test_scale_in_use_counts_and_16_bit_factors():
         assert_equal(mean, -0.5 * one)  # a half is exact in bfloat16, too
 
 
-def test_slim_kans(tmp_path):
-    base, x = ChebyKAN([5, 6, 4]), torch.randn(7, 5)
-    model = adapted(copy.deepcopy(base), slim=True)
-    model.add_weighted_adapter(NAMES, [1, 1], "sum", "cat")
-    one, two, total = (updates(model, adapter)["layers.0"] for adapter in (*NAMES, "sum"))
-    assert_equal(total, one + two)
-    model.set_adapter("sum")
-    model.save_pretrained(tmp_path, selected_adapters=["sum"])
-    assert_equal(PeftModel.from_pretrained(base, tmp_path / "sum")(x), model(x), 0)
-
-
 def test_arguments():
     model = adapted(ChebyKAN([5, 6, 4]))
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -314,13 +303,6 @@ def test_trained_tokens_of_several_adapters():
     model.base_model.peft_config["two"] = LoTRAConfig(r=1, trainable_token_indices={"other": [1]})
     with pytest.raises(ValueError, match="have `trainable_token_indices`: at most one"):
         model.add_weighted_adapter(NAMES, [1, 1], "both")
-
-
-def test_slim_and_other_adapters_are_not_combined():
-    model = get_peft_model(ChebyKAN([5, 6, 4]), LoTRAConfig(r=1, target_modules=["layers.0"]), adapter_name="one")
-    model.add_adapter("two", LoTRAConfig(r=1, target_modules=["layers.1"], slim=True))
-    with pytest.raises(ValueError, match="`adapters` with `slim` = {'one': False, 'two': True}"):
-        model.add_weighted_adapter(NAMES, [1, 1], "new")
 
 
 def test_a_failed_injection_leaves_nothing(monkeypatch):

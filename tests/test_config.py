@@ -13,7 +13,6 @@ from peft_lotra import (
     fit_gauss_newton,
     infer_coefficients,
     initialize_lotra_weights,
-    slim_kan,
     verify_coefficients,
 )
 from peft_lotra.analysis import update_spectrum
@@ -142,7 +141,6 @@ X = torch.rand(4, 3)
             lambda: extract_adapter(ChebyKAN([3, 2]), 3, LoTRAConfig(r=1)),
             "`finetuned` should be a torch.nn.Module but",
         ),
-        (lambda: slim_kan(3), "`model` should be a torch.nn.Module but"),
         (lambda: initialize_lotra_weights(3, lambda: None), "`model` should be a torch.nn.Module but"),
         (lambda: create_lotra_optimizer(3, torch.optim.SGD, lr=1.0), "`model` should be a torch.nn.Module but"),
         (lambda: fit_gauss_newton(3, lambda net, x: net(x), X), "`model` should be a torch.nn.Module but"),

@@ -328,7 +328,6 @@ def test_budgets_count_all_terms():
         ),
         ({"family": ["a", "a"]}, ValueError, "`family` names a task twice"),
         ({"family": LAM, "family_degree": 0}, ValueError, "`family_degree` should be a positive integer"),
-        ({"family": LAM, "slim": True}, ValueError, "`slim`=True with `family`"),
     ],
 )
 def test_errors_of_settings(kwargs, error, message):

@@ -18,7 +18,7 @@ from rounding import rounding_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_lotra import LoTRAConfig, hotswap_adapter, slim_kan
+from peft_lotra import LoTRAConfig, hotswap_adapter
 from peft_lotra.adapters.hotswap import hotswap_adapter_from_state_dict
 
 WEIGHTS = "adapter_model.safetensors"
@@ -210,24 +210,6 @@ def test_several_tensors_on_one_module(tmp_path):
         hotswap_adapter(model, tmp_path / left_out)
         assert_different(model(X), base(X))
         assert_equal(model(X), new(X))
-
-
-def test_slim_kans(tmp_path):
-    torch.manual_seed(1)
-    kan = ChebyKAN([3, 6, 4]).double()
-    slot, new = (slim_kan(copy.deepcopy(kan), r=r, alpha=a) for r, a in ((3, 1.0), (2, 4.0)))
-    new.save_pretrained(tmp_path / "slim")
-    assert_different(slot(X), new(X))
-    hotswap_adapter(slot, tmp_path / "slim")
-    assert_equal(slot(X), new(X))
-    before = state(slot)
-    slim_kan(copy.deepcopy(kan), r=1, target_modules=["layers.0"]).save_pretrained(tmp_path / "part")
-    with pytest.raises(ValueError, match=r"does not adapt \['layers.1.cheby_coeffs'\], which in a Slim KAN have no"):
-        hotswap_adapter(slot, tmp_path / "part")
-    saved(kan, tmp_path / "dense", LoTRAConfig(r=1))
-    with pytest.raises(ValueError, match="`slim`=False, but layers.0.cheby_coeffs has an adapter with `slim`=True"):
-        hotswap_adapter(slot, tmp_path / "dense")
-    assert_unchanged(slot, before)
 
 
 class Model(nn.Module):

@@ -16,7 +16,7 @@ from rounding import rounding_of
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_lotra import LoTRAConfig, slim_kan
+from peft_lotra import LoTRAConfig
 from peft_lotra.adapters.lora import convert_to_lora, save_as_lora
 
 X = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(8, 3)
@@ -311,9 +311,7 @@ def test_one_of_several_layers_that_is_no_linear():
         convert_to_lora(model)
 
 
-def test_slim_merged_and_broken_adapters():
-    with pytest.raises(ValueError, match="layers.0.spline_linear.weight .* in a Slim KAN the factors are"):
-        convert_to_lora(slim_kan(FastKAN([3, 4]), r=1))
+def test_merged_and_broken_adapters():
     _, _, model = adapted()
     model.merge_adapter()
     with pytest.raises(ValueError, match="layers.0.spline_linear.weight .* is merged .* call `unmerge_adapter"):

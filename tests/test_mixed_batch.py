@@ -221,14 +221,9 @@ def test_a_batch_of_no_samples_and_a_trained_copy_of_a_module():
     assert model(torch.rand(0, 3), adapter_names=[]).shape == (0, 2)
 
 
-def test_slim_kans_and_16_bit():
-    model = adapted(ChebyKAN([3, 5, 2]), slim=True)
-    x = torch.rand(8, 3)
-    y = model(x, adapter_names=NAMES)
-    assert not y[1].any()
-    assert_equal(y, one_by_one(model, x, NAMES), 1e-6)
+def test_16_bit():
     base = ChebyKAN([3, 5, 2]).bfloat16()
-    model, x = adapted(copy.deepcopy(base)), x.bfloat16()
+    model, x = adapted(copy.deepcopy(base)), torch.rand(8, 3).bfloat16()
     y = model(x, adapter_names=NAMES)
     for name in set(NAMES):
         weights = dict.fromkeys(model.peft_config, 0.0) | ({} if name == "__base__" else {name: 1.0})

@@ -213,12 +213,10 @@ def test_descriptions_that_do_not_fit(net, coefficients, text):
     assert not any("lotra" in name for name, _ in net.named_modules())
 
 
-def test_shapes_that_differ_and_slim(net):
+def test_shapes_that_differ(net):
     net[0].c[1] = nn.Parameter(torch.zeros(5, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match="means parameters of several shapes"):
         get_peft_model(net, LoTRAConfig(r=2, coefficients=STACKED))
-    with pytest.raises(ValueError, match="is a stack, so it cannot be left out of memory"):
-        get_peft_model(nn.Sequential(DegreesKANLayer(3, 5)), LoTRAConfig(r=2, coefficients=STACKED, slim=True))
 
 
 @pytest.mark.skipif(torch.__version__ < (2, 13), reason="before torch 2.13, adapted layers are not traced")

@@ -7,17 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapted_layers import First, adapt, adapted, dense
+from adapted_layers import adapt, adapted
 from conftest import assert_different, assert_equal
 from kan_layers import ChebyKANLayer, FastKANLayer, KANLinear
 from layer_table import LAYERS, REGISTERED
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import peft_lotra
-from peft_lotra import slim_kan
-from peft_lotra.layers.lotra import adapted_tensors
 from peft_lotra.standin import Adapted, placing, plan
 from peft_lotra.standin.cost import DENSE, Core, Work, cheapest_order
 from peft_lotra.standin.tensor import EagerStandIn
@@ -142,21 +139,6 @@ def test_gradients_of_single_samples_are_never_taken_of_the_dense_update(monkeyp
     torch.func.vmap(torch.func.grad(of_sample), in_dims=(None, 0))(parameters, x)
     assert orders[-1] != DENSE
     plan._plan.cache_clear()
-
-
-@wide
-def test_a_slim_layer_costs_what_its_factors_cost(name):
-    """A = 0, held as one zero: the base contraction is skipped, also for coefficients that a number multiplies."""
-    base, x = First(WIDE[name]()).double(), torch.rand(BATCH, WIDTH, dtype=torch.float64) * 1.6 - 0.8
-    full = flops(base, x)
-    model = slim_kan(copy.deepcopy(base), r=(round(0.29 * WIDTH), round(0.29 * WIDTH), 2))
-    for path in adapted_tensors(model):
-        nn.init.zeros_(base.get_parameter(path))
-    assert_different(model(x), base(x))
-    assert_equal(model(x), dense(base, model)(x))
-    # the residual of efficient-kan and fast-kan, which no adapter changes
-    residual = 0 if name == "ChebyKAN" else 4 * BATCH * WIDTH**2
-    assert flops(model, x) - residual <= 0.25 * (full - 1.5 * residual)
 
 
 @all_layers

@@ -52,7 +52,6 @@ def test_a_row_for_every_tensor(name):
         {"bias": "lotra_only"},
         {"family": {"lam": (0.0, 1.0)}, "freeze_factors": True},
         {"family": ["a", "b", "c"]},
-        {"slim": True},
     ],
 )
 def test_trained_and_stored_numbers(options, tmp_path):

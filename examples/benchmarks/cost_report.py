@@ -41,7 +41,6 @@ class Row:
     flops: int | None = None
     saved_bytes: int | None = None
     peak_bytes: int | None = None
-    coefficient_bytes: int | None = None
     seconds: list[float] = field(default_factory=list)  # forward, or forward and backward, by round
     seconds_with_adam: list[float] = field(default_factory=list)
     refused: str | None = None
@@ -80,22 +79,10 @@ def format_rows(rows: Sequence[Row]) -> str:
             ]
             for row in rows
         ]  # fmt: skip
-    elif part in ("inference", "initialization"):
+    else:
         base = by_name["base" if part == "inference" else FULL]
         header = [part, f"FLOPs/{base.method}", "ms", f"/{base.method}"]
         lines = [[_ratio(row, base, "flops"), _milliseconds(row), _ratio(row, base, "seconds")] for row in rows]
-    else:
-        dense = by_name["dense"]
-        header = ["from scratch", "trainable", "coefficients MB", "/dense", "FLOPs/dense", "peak MB", "/dense"]
-        header += ["ms", "/dense", "with Adam /dense"]
-        lines = [
-            [
-                _number(row.trainable), _megabytes(row.coefficient_bytes), _ratio(row, dense, "coefficient_bytes"),
-                _ratio(row, dense, "flops"), _megabytes(row.peak_bytes), _ratio(row, dense, "peak_bytes"),
-                _milliseconds(row), _ratio(row, dense, "seconds"), _ratio(row, dense, "seconds_with_adam"),
-            ]
-            for row in rows
-        ]  # fmt: skip
     names = [row.method for row in rows]
     notes = [f"{row.method}: refused ({row.refused})" for row in rows if row.refused]
     return "\n".join([_table([header, *([name, *line] for name, line in zip(names, lines, strict=True))]), *notes])

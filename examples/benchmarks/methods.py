@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from peft_lotra import LoTRAConfig, slim_kan
+from peft_lotra import LoTRAConfig
 
 FLOOR, FULL, DENSE = "frozen layer", "full fine-tuning", "dense A + Δ"
 LOTRA, LOTRA_8 = "LoTRA", "LoTRA, 8 adapters"
@@ -135,19 +135,6 @@ def inference_methods(layer: nn.Module, kind: Kind, r: tuple[int, int, int]) -> 
     models["merged"] = with_lotra(copy.deepcopy(layer), kind, r=r)  # merging writes to the base
     models["merged"].merge_adapter()
     return {"base": OneLayer(layer), **models}
-
-
-def slim_and_dense(layer: nn.Module, kind: Kind, compression_ratio: float) -> dict[str, Trained]:
-    """A KAN layer trained from scratch, and one whose coefficients are LoTRA's factors alone (A = 0, not stored)."""
-    slim = OneLayer(copy.deepcopy(layer))
-    if hasattr(slim.layer, "spline_scaler"):
-        slim.layer.spline_scaler = None  # there is nothing left to scale
-    coefficients = dict(kind.coefficients(slim.layer))
-    others = [parameter for name, parameter in slim.layer.named_parameters() if name != kind.parameter]
-    model = slim_kan(slim, compression_ratio=compression_ratio, coefficients=coefficients)
-    for parameter in others:
-        parameter.requires_grad_(True)
-    return {"dense": Trained(OneLayer(layer)), "Slim": Trained(model)}
 
 
 def lotra_and_floor(layer: nn.Module, kind: Kind, r: tuple[int, int, int], adapters: int) -> dict[str, Trained]:

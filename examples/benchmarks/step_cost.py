@@ -39,7 +39,6 @@ from methods import (
     captured,
     inference_methods,
     lotra_and_floor,
-    slim_and_dense,
     training_methods,
     with_lotra,
 )
@@ -49,10 +48,9 @@ from tqdm import tqdm
 
 from peft_lotra import initialize_lotra_weights
 
-PARTS = ("step", "inference", "slim", "initialization", "growth")
+PARTS = ("step", "inference", "initialization", "growth")
 DTYPES = ("fp32", "tf32", "bf16")  # for matrix products; bf16 by autocast, with parameters in fp32
 MODES = ("eager", "compile", "graphs")
-SLIM_RATIO = 0.1  # factors of a Slim layer per coefficient of the dense one
 GROWTH = (1, 2, 4, 8)  # the factors by which the part "growth" enlarges one size at a time
 GROWTH_BATCH = 64  # the largest batch to start from
 
@@ -83,15 +81,6 @@ class Case:
 
     def step(self) -> list[Row]:
         return self._trained("step", training_methods(self.layer(), self.kind, self.sizes, self.r))
-
-    def slim(self) -> list[Row]:
-        methods = slim_and_dense(self.layer(), self.kind, SLIM_RATIO)
-        rows = self._trained("slim", methods)
-        for row in rows:
-            names = (self.kind.parameter, "lotra_")  # both of which a Slim layer has
-            tensors = [p for name, p in methods[row.method].model.named_parameters() if any(n in name for n in names)]
-            row.coefficient_bytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        return rows
 
     def lotra_beyond_floor(self, adapters: int) -> tuple[int, float]:
         """The FLOPs and median seconds of a step minus those of the frozen layer's step."""

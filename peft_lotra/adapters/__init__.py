@@ -1,1 +1,1 @@
-"""Work with adapters: swap, convert and extract them, families of tasks, and Slim KANs."""
+"""Work with adapters: swap, convert and extract them, and families of tasks."""

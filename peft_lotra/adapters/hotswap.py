@@ -18,7 +18,6 @@ from ..config.lotra_config import LoTRAConfig
 from ..files.adapter_file import PREFIX, Slot, check_tensor, check_weights, is_tucker_key
 from ..files.slots import slots_of
 from ..layers.lotra import LoTRALayer, adapted_tensors
-from ..layers.slim import SlimLayer
 from ..model import LoTRAModel, lotra_model
 from ..placement.sharded import any_sharded
 from ..targets.resolve import resolve_targets
@@ -150,11 +149,6 @@ def _check_slot(
         raise ValueError(
             f"the new adapter adapts {missing}, which {adapter_name!r} does not: use `load_adapter`, or make a slot "
             "that adapts every layer that will come"
-        )
-    if empty := [name for name in layers.keys() - adapted if isinstance(layers[name], SlimLayer)]:
-        raise ValueError(
-            f"the new adapter does not adapt {sorted(empty)}, which in a Slim KAN have no coefficients without an "
-            "adapter: load it onto a dense model"
         )
 
 

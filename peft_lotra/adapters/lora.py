@@ -22,7 +22,6 @@ from ..combination import check_finite, update_of
 from ..config.lotra_config import LoTRAConfig
 from ..files.adapter_file import PREFIX, is_adapter_key
 from ..layers.lotra import LoTRALayer, adapted_tensors
-from ..layers.slim import SlimLayer
 from ..model import LoTRAModel, lotra_model
 from ..tucker.decomposition import Tucker
 from .extraction import fill
@@ -93,8 +92,6 @@ def _obstacle(layer: LoTRALayer, adapter_name: str) -> str | None:
         return "it is merged into the base; call `unmerge_adapter()` first"
     if layer.terms[adapter_name]:
         return "it is for a family of tasks; convert an adapter for one, from `adapter_at`"
-    if isinstance(layer, SlimLayer):
-        return f"in a Slim KAN the factors are the coefficients themselves, without a base to add to; {_INSTEAD}"
     owner, name = owner_of(layer.get_base_layer(), spec.parameter)
     if not (isinstance(owner, nn.Linear) and type(owner).forward is nn.Linear.forward and name == "weight"):
         return f"it is no weight of an nn.Linear, which LoRA would wrap, but of a {type(owner).__name__}; {_INSTEAD}"

@@ -38,7 +38,7 @@ def _is_count(value: Any) -> bool:
 
 _NAMES = "a list of names of modules, or a regular expression,"
 _ROWS = "a list of indices, or a mapping from names of embeddings to such lists,"
-_FLAGS = ("allow_unread", "freeze_factors", "init_weights", "slim", "inference_mode")
+_FLAGS = ("allow_unread", "freeze_factors", "init_weights", "inference_mode")
 
 # Which values each field may have, and words for errors: a TypeError for these, a ValueError for those below.
 _TYPES = (
@@ -99,7 +99,7 @@ def checked_pattern(name: str, value: Any, check: Callable[[Any, str], Any]) -> 
 
 
 def check_family(config: Any) -> None:
-    """Write `family` as plain data. Raise unless `family`, its degree and code, and `slim` fit together."""
+    """Write `family` as plain data. Raise unless `family`, its degree and its code fit together."""
     code = config.family_code
     if config.family_degree is None:
         config.family_degree = 1 if code else 4
@@ -108,5 +108,3 @@ def check_family(config: Any) -> None:
             raise ValueError(f"`family_code` {code!r} without `family`: list the names of tasks in `family`")
         return
     config.family = Family.of(config.family, config.family_degree, code or 0).plain
-    if config.slim:
-        raise ValueError(f"`slim`=True with `family` {config.family!r}: a family adapts a KAN that has coefficients")

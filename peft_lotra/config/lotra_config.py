@@ -82,8 +82,6 @@ class LoTRAConfig(ConfigFile):
             after CoDA (arXiv 2202.01889).
         init_weights: True: G = 0 and the factors are normal with variance 1/size, so the adapted model starts equal to
             the base. False: G is random, too, for tests.
-        slim: whether A_pt = 0 and takes no memory. The coefficient tensors then consist of the update alone, and those
-            of the model are lost. `slim_kan` sets this. G is then random, scaled to the layer's own initialisation.
         digest: the sha256 of the saved tensors and of the fields that give them their meaning. `save_pretrained` sets
             it. An adapter file that does not fit it is not loaded. If you edit tensors or config by hand, remove this
             field from `adapter_config.json`; the adapter then loads with a warning.
@@ -114,7 +112,6 @@ class LoTRAConfig(ConfigFile):
     family_degree: int | None = None
     family_code: int | None = None
     init_weights: bool = True
-    slim: bool = False
     digest: str | None = None
     file_format: int = FORMAT
     base_marks: Mapping[str, Any] = field(default_factory=dict)

@@ -19,8 +19,8 @@ _SAME = 0.03  # of the norm: the rounding of a base in bf16 or fp16 stays far be
 
 
 def some_entries(tensor: torch.Tensor) -> torch.Tensor:
-    """Up to some thousand entries at equal distances, on the CPU. Expanded tensors, as of Slim KANs, stay as small."""
-    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach()[:1].reshape(-1)
+    """Up to some thousand entries at equal distances, on the CPU."""
+    flat = tensor.detach().reshape(-1)
     return flat[:: max(1, len(flat) // _SOME)].cpu()
 
 

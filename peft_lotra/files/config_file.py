@@ -173,7 +173,7 @@ class ConfigFile(PeftConfig):
 
     def _meaning(self) -> dict[str, Any]:
         """The fields that give the adapter's tensors their meaning."""
-        fields = ["alpha", "alpha_pattern", "coefficients", "rank_pattern", "slim", "modules_to_save"]
+        fields = ["alpha", "alpha_pattern", "coefficients", "rank_pattern", "modules_to_save"]
         fields += ["trainable_token_indices", *["bias"] * (self.bias != "none")]
         fields += ["family", "family_degree"] * (self.family is not None)
         fields += ["family_code"] * (self.family_code is not None)

@@ -24,7 +24,6 @@ class Forwarding(nn.Module):
     """Access of a LoTRALayer to the attributes and methods of the layer that it wraps."""
 
     _merged_sums: list[int]
-    _base_is_zero = False  # whether A is zero, and takes no memory
 
     @property
     def _paths(self) -> Any:
@@ -46,7 +45,7 @@ class Forwarding(nn.Module):
         if updates and is_sharded(layer, self.spec, updates):
             return replaced(layer, self.spec, adapted_coefficients(layer, self.spec, updates).contiguous())
         # A regulariser needs the dense coefficients, so no warning is due.
-        return Adapted(layer, self.spec, updates, quiet=True, is_zero=self._base_is_zero)
+        return Adapted(layer, self.spec, updates, quiet=True)
 
     def _stored(self, path: str) -> torch.Tensor:
         return tensor_at(self.get_base_layer(), path)

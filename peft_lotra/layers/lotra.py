@@ -253,7 +253,7 @@ class LoTRALayer(Forwarding, Held):
         if not torch.compiler.is_dynamo_compiling() or self._needs_tensor or self._is_quantized:
             return self._run_eagerly(args, kwargs)
         updates = self._active_updates()
-        with Adapted(self.get_base_layer(), self.spec, updates, is_zero=self._base_is_zero) as call:
+        with Adapted(self.get_base_layer(), self.spec, updates) as call:
             y = self.base_layer(*args, **kwargs)
         if updates and not call.acted:
             self._check_unread()
@@ -268,7 +268,7 @@ class LoTRALayer(Forwarding, Held):
             updates = self._active_updates()
             in_function = False
             if not (updates and self._needs_tensor):
-                adapted = Adapted(layer, spec, updates, is_zero=self._base_is_zero)
+                adapted = Adapted(layer, spec, updates)
                 try:
                     with adapted:
                         y = inner(*args, **kwargs)

@@ -33,12 +33,11 @@ class Form(NamedTuple):
 
 
 class Contraction(NamedTuple):
-    """y = apply(x, weight) + offset."""
+    """y = apply(x, weight), without a bias."""
 
     form: Form
     apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     x: torch.Tensor
-    offset: torch.Tensor | None = None
 
 
 class Weight(NamedTuple):
@@ -65,9 +64,7 @@ class Weight(NamedTuple):
         return self.tensor.shape
 
 
-def contraction(
-    equation: str, operands: tuple[Any, ...], function: Callable[..., Any], offset: torch.Tensor | None = None
-) -> Contraction | None:
+def contraction(equation: str, operands: tuple[Any, ...], function: Callable[..., Any]) -> Contraction | None:
     """The contraction function(a, b), an einsum by this equation."""
     where = 0 if isinstance(operands[0], Weight) else 1
     weight, x = operands[where], operands[1 - where]
@@ -77,7 +74,7 @@ def contraction(
     for k, axis in form.summed:
         if weight.tensor.shape[k] != x.shape[axis]:  # an axis of size 1 would be repeated
             return None
-    return Contraction(form, function if where else lambda x, w: function(w, x), x, offset)
+    return Contraction(form, function if where else lambda x, w: function(w, x), x)
 
 
 @planned
@@ -135,13 +132,12 @@ def _three_operands(equation: str, operands: tuple[Any, ...]) -> Contraction | N
 
 
 def linear(input: Any, weight: Any, bias: torch.Tensor | None = None) -> Contraction | None:
-    return contraction("...i,oi->...o", (input, weight), F.linear, bias) if weight.ndim == 2 else None
+    return contraction("...i,oi->...o", (input, weight), F.linear) if weight.ndim == 2 else None
 
 
 def addmm(input: Any, *args: Any, beta: float = 1, alpha: float = 1, **kwargs: Any) -> Contraction | None:
     """Also for baddbmm."""
-    found = None if isinstance(input, Weight) or (beta, alpha) != (1, 1) else matmul(*args, **kwargs)
-    return found and found._replace(offset=input)
+    return None if isinstance(input, Weight) or (beta, alpha) != (1, 1) else matmul(*args, **kwargs)
 
 
 def matmul(*args: Any, **kwargs: Any) -> Contraction | None:
@@ -186,12 +182,7 @@ def conv(
             return None
     summed = ((1, channels % input.ndim),) if groups == 1 else ()
     form = Form(((0, channels),), summed, math.prod(weight.shape[1:]), weight.shape[1] * groups)
-    return Contraction(
-        form,
-        lambda x, w: function(x, w, None, stride, padding, dilation, groups),
-        input,
-        None if bias is None else bias.reshape(-1, *(1,) * kernel),
-    )
+    return Contraction(form, lambda x, w: function(x, w, None, stride, padding, dilation, groups), input)
 
 
 _LOOKUP = Form(((1, -1),), (), 1, 1)

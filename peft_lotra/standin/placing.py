@@ -105,19 +105,13 @@ class Adapted(Call):
         layer, spec: the layer, and where its coefficients are.
         updates: the updates to add.
         quiet: whether the dense sum may be formed without a warning, also where gradients are off.
-        is_zero: whether A is zero.
     """
 
     def __init__(
-        self,
-        layer: nn.Module,
-        spec: CoefficientSpec,
-        updates: tuple[Update, ...],
-        quiet: bool = False,
-        is_zero: bool = False,
+        self, layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], quiet: bool = False
     ) -> None:
         super().__init__(layer, quiet)
-        self._meanings: Any = _meanings(layer, spec, updates, is_zero)
+        self._meanings: Any = _meanings(layer, spec, updates)
 
     def __enter__(self) -> Adapted:
         if torch.compiler.is_dynamo_compiling():  # no other thread runs the layer meanwhile
@@ -190,13 +184,11 @@ def is_used(layer: nn.Module, spec: CoefficientSpec, args: Any, kwargs: Any) -> 
 
 
 def _meanings(
-    layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...], is_zero: bool
+    layer: nn.Module, spec: CoefficientSpec, updates: tuple[Update, ...]
 ) -> Iterable[tuple[nn.Module, str, torch.Tensor, Any]]:
     """(owner, name, tensor, meaning) for coefficients and scale: their place, the tensor there, and what to find."""
     if spec.parts:
-        return tuple(
-            [place for piece, own in _pieces(spec, updates) for place in _meanings(layer, piece, own, is_zero)]
-        )
+        return tuple([place for piece, own in _pieces(spec, updates) for place in _meanings(layer, piece, own)])
     owner, name, parameter = _located(layer, spec.parameter)
     if type(parameter).dequantize is not PLAIN or parameter.dtype.itemsize == 1:  # no calls: they take time
         return _beside(owner, spec, updates) if updates else ()
@@ -205,9 +197,9 @@ def _meanings(
     if spec.scale is not None:
         holder, path, scale = _located(layer, spec.scale)
         others = ((holder, path, scale, Ones(scale) if updates else scale),)
-        if updates and not is_zero:
+        if updates:
             coefficients = parameter * spec.spread(scale)
-    meant = Weight(coefficients, parameter_axes(spec, parameter.shape), updates, is_zero) if updates else parameter
+    meant = Weight(coefficients, parameter_axes(spec, parameter.shape), updates) if updates else parameter
     return (owner, name, parameter, meant), *others
 
 

@@ -237,14 +237,13 @@ def apply(plan: Plan, c: Contraction, weight: Weight, y: torch.Tensor | None) ->
     Args:
         plan: a plan in groups.
         c, weight: the operation.
-        y: the result of the operation with A, with the offset; None if A is zero.
+        y: the result of the operation with A; None if A is zero.
     """
-    total = c.offset if y is None else y
     for group in plan.groups:
         term = (_stacked_term if group.stack else _thin_term)(plan, group, c, weight)
-        total = term if total is None else total + term.to(total.dtype)
-    assert total is not None  # there is at least one group
-    return total
+        y = term if y is None else y + term.to(y.dtype)
+    assert y is not None  # there is at least one group
+    return y
 
 
 def _thin_term(plan: Plan, group: Group, c: Contraction, weight: Weight) -> torch.Tensor:

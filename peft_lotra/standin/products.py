@@ -28,12 +28,6 @@ class Product(NamedTuple):
     weight: Weight
     x: torch.Tensor
 
-    @classmethod
-    def of(cls, weight: Weight, x: torch.Tensor) -> Product:
-        if weight.is_zero:
-            return cls(weight.tensor.new_zeros(()).expand(torch.broadcast_shapes(x.shape, weight.shape)), weight, x)
-        return cls(x * weight.tensor, weight, x)
-
     @property
     def has_batch(self) -> bool:
         """Whether the layer itself forms batch × (size of A) entries. The dense form then needs no warning.
@@ -50,8 +44,7 @@ def is_number(value: Any) -> bool:
 def by_number(function: Callable[..., Any], weight: Weight, number: Any) -> Weight:
     """function(A, number) + Σ function(s · G, number) ×₁ U1 ×₂ U2 ×₃ U3 for a function that is linear in A."""
     updates = [u._replace(tucker=u.tucker._replace(core=function(u.tucker.core, number))) for u in weight.updates]
-    tensor = weight.tensor if weight.is_zero else function(weight.tensor, number)
-    return weight._replace(tensor=tensor, updates=tuple(updates))
+    return weight._replace(tensor=function(weight.tensor, number), updates=tuple(updates))
 
 
 def summed(product: Product, dims: tuple[int, ...]) -> tuple[Weight, Contraction | None]:

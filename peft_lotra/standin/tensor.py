@@ -283,7 +283,7 @@ def _multiplied(asked: Asked) -> Any:
         return by_number(asked.function, meant, other)
     for update in meant.updates:
         update.check_common()  # before the product is formed
-    return Product.of(meant, other) if isinstance(other, torch.Tensor) else NotImplemented
+    return Product(other * meant.tensor, meant, other) if isinstance(other, torch.Tensor) else NotImplemented
 
 
 def _divided(asked: Asked) -> Any:
@@ -305,7 +305,7 @@ def _sum(product: Product, dim: Any = None, keepdim: bool = False, **others: Any
         return NotImplemented
     if plan.dense:
         return _dense(product).sum(dims, keepdim)
-    y = apply(plan, contraction, weight, None if weight.is_zero else product.tensor.sum(dims))
+    y = apply(plan, contraction, weight, product.tensor.sum(dims))
     for d in dims if keepdim else ():
         y = y.unsqueeze(d)
     return y

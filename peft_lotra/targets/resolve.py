@@ -21,7 +21,6 @@ from ..config.lotra_config import LoTRAConfig
 from ..config.patterns import ENDING, check_expressions, means, pattern_value
 from ..families.family import shortened
 from ..layers.lotra import LoTRALayer, adapted_tensors
-from ..layers.slim import SlimLayer
 from ..tucker.decomposition import CONTAINERS, core_count, parameter_count
 from ..tucker.ranks import DEFAULT_COMPRESSION_RATIO, by_mode, choose_ranks
 from .base_model import BaseModel, around, naming_layer
@@ -66,8 +65,8 @@ def resolve_targets(model: nn.Module, config: LoTRAConfig) -> list[Target]:
     _check_tokens(model, base.layers, config)
     adapted = adapted_tensors(model)
     for target in targets:
-        _check_fields(config, target, [name for name, _ in base.layers[target.module].named_children()])
-        _check_earlier(config, target, adapted.get(target.parameter))
+        _check_inside(config, target, [name for name, _ in base.layers[target.module].named_children()])
+        _check_earlier(target, adapted.get(target.parameter))
     return targets
 
 
@@ -240,8 +239,8 @@ def _check_modules_to_save(config: LoTRAConfig, layers: Mapping[str, nn.Module])
             )
 
 
-def _check_fields(config: LoTRAConfig, target: Target, children: list[str]) -> None:
-    """Refuse modules to save in an adapted layer, and a Slim KAN that cannot be one."""
+def _check_inside(config: LoTRAConfig, target: Target, children: list[str]) -> None:
+    """Refuse modules to save in an adapted layer."""
     for child in children:  # PEFT also refuses them, but only after it has put adapters into the model
         entry = next((e for e in config.modules_to_save or () if f"{target.module}.{child}".endswith(e)), None)
         if entry is not None:
@@ -249,14 +248,6 @@ def _check_fields(config: LoTRAConfig, target: Target, children: list[str]) -> N
                 f"`modules_to_save` entry {entry!r} means {target.module}.{child}, inside an adapted layer, "
                 "where PEFT saves no module: leave it frozen, or name the layer, which is then trained in full"
             )
-    if config.slim and (target.spec.slice is not None or target.spec.parts):
-        what = f"holds more than coefficients (slice {target.spec.slice!r})" if target.spec.slice else "is a stack"
-        raise ValueError(
-            f"`slim`=True: {target.parameter} {what}, so it cannot be left out of memory; leave the layer out by "
-            "`exclude_modules`"
-        )
-    if config.slim and target.alpha == 0:
-        raise ValueError(f"`slim`=True with `alpha` 0 for {target.parameter}: its coefficients would stay zero")
 
 
 def _check_tokens(model: nn.Module, layers: Mapping[str, nn.Module], config: LoTRAConfig) -> None:
@@ -274,17 +265,12 @@ def _check_tokens(model: nn.Module, layers: Mapping[str, nn.Module], config: LoT
             )
 
 
-def _check_earlier(config: LoTRAConfig, target: Target, layer: LoTRALayer | None) -> None:
+def _check_earlier(target: Target, layer: LoTRALayer | None) -> None:
     """Refuse an adapter beside one of the same tensor that is described in another way."""
     if layer is not None and layer.spec != target.spec:
         raise ValueError(
             f"{target.parameter} is adapted already with {layer.spec.describe()}; a further adapter must "
             f"describe it in the same way, got {target.spec.describe()}"
-        )
-    if layer is not None and isinstance(layer, SlimLayer) != config.slim:
-        raise ValueError(
-            f"`slim`={config.slim}, but {target.parameter} has an adapter with `slim`={not config.slim}: both "
-            "would share its coefficients, which are zero in a Slim KAN; merge and unload the old adapters first"
         )
 
 
@@ -334,8 +320,7 @@ def _with_ranks(targets: list[Target], config: LoTRAConfig) -> list[Target]:
     given = _given_by_pattern(targets, config, "rank_pattern")
     alphas = _given_by_pattern(targets, config, "alpha_pattern")
     shapes = {target.parameter: target.spec.layout.canonical_shape for target in targets}
-    sizes = config.freeze_factors, config.terms, config.slim
-    ranks = choose_ranks(shapes, given, config.r, config.compression_ratio, *sizes)
+    ranks = choose_ranks(shapes, given, config.r, config.compression_ratio, config.freeze_factors, config.terms)
     if config.is_self_contained:  # a factor of full size in the file stays a factor
         ranks = {parameter: by_mode(r) for parameter, r in given.items()}
     return [

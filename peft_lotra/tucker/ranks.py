@@ -56,13 +56,12 @@ def choose_ranks(
     compression_ratio: float | None,
     freeze_factors: bool = False,
     terms: int = 0,
-    slim: bool = False,
 ) -> dict[str, Ranks]:
     """The ranks by name of tensors of some shapes: as in `fixed`, or else from `r`, or else from `compression_ratio`.
 
-    That is a budget for all of them, of factors in place of coefficients if `slim`, of cores alone if
-    `freeze_factors`, with `terms` P of a family. With None it is a tenth, and a tensor whose rank of inputs or
-    outputs would be below 4 gets (4, 4, whole), or is whole if that has fewer numbers.
+    That is a budget for all of them, of cores alone if `freeze_factors`, with `terms` P of a family. With None it is a
+    tenth, and a tensor whose rank of inputs or outputs would be below 4 gets (4, 4, whole), or is whole if that has
+    fewer numbers.
     """
     chosen = {name: clipped(by_mode(ranks), shapes[name]) for name, ranks in fixed.items()}
     for name, given in fixed.items():
@@ -78,7 +77,7 @@ def choose_ranks(
     if compression_ratio is None and not free:
         return chosen
     count = partial(core_count if freeze_factors else parameter_count, terms=terms)
-    ranks_at = partial(slim_ranks if slim else equal_ranks, count=count)
+    ranks_at = partial(equal_ranks, count=count)
     total = sum(map(math.prod, shapes.values()))
     spent = sum(count(shapes[name], ranks) for name, ranks in chosen.items())
     least = spent + sum(count(shape, ranks_at(shape, 1)) for shape in free.values())
@@ -123,17 +122,6 @@ def equal_ranks(shape: Sequence[int], r: int, count: Callable[[Sequence[int], Ra
         return clipped((r, r, r), shape)
     choices = product(*[(1, None) if size > 1 else (None,) for size in shape[:3]])
     return min(choices, key=lambda ranks: count(shape, ranks))
-
-
-def slim_ranks(shape: Sequence[int], r: int, count: Callable[[Sequence[int], Ranks], int] = parameter_count) -> Ranks:
-    """Rank r in the modes i and o, clipped to them, and half of the basis; for r = 1 as `equal_ranks`.
-
-    The ranks decide how long a layer of factors alone takes. At width 512 and a tenth of the numbers, these ranks take
-    0.24 × the FLOPs of the dense layer, and equal ranks 0.33 ×.
-    """
-    if r == 1:
-        return equal_ranks(shape, 1, count)
-    return clipped((r, r, -(-shape[2] // 2)), shape)
 
 
 def ranks_for_budget(
