@@ -15,14 +15,14 @@ from pdes import Points
 from scripts import call
 
 
-def again_but_the_last(results, arguments):
+def again_but_the_last(script, results, arguments):
     """Only what is missing runs again, and ends in the same lines."""
     text = results.read_text().splitlines(keepends=True)
     results.write_text("".join(text[:-1]))
-    assert call("families", *arguments).out.count("Done in") == 1, "only what is missing should run"
-    names = [[json.loads(line).get(key) for key in ("case", "method", "seed", "stage")] for line in text]
+    assert call(script, *arguments).out.count("Done in") == 1, "only what is missing should run"
+    names = [[json.loads(line).get(key) for key in ("case", "range", "method", "seed")] for line in text]
     assert [
-        [line.get(key) for key in ("case", "method", "seed", "stage")] for line in jobs.read_lines(results)
+        [line.get(key) for key in ("case", "range", "method", "seed")] for line in jobs.read_lines(results)
     ] == names
 
 
@@ -51,7 +51,7 @@ def test_smoke(cases, methods, tmp_path):
     tasks = {line["method"]: len(line["tasks"]) for line in lines if line["case"] == "elliptic"}
     assert tasks["family"] == 2
     assert tasks["full, Adam"] == 1
-    again_but_the_last(results, arguments)
+    again_but_the_last("families", results, arguments)
 
 
 @pytest.mark.slow
@@ -62,11 +62,11 @@ def test_smoke_of_convection(tmp_path):
     assert [line["method"] for line in lines] == list(convection.METHODS)
     for line in lines:
         assert all(0 < task["marks"][-1][-1] < 10 for task in line["tasks"])
-    again_but_the_last(tmp_path / "smoke" / "convection.jsonl", arguments)
+    again_but_the_last("convection", tmp_path / "smoke" / "convection.jsonl", arguments)
 
 
-def test_exact_solution_of_the_convection_has_no_residual():
-    lab = convection.Lab((30.0, 40.0), 0, convection.Sizes())
+def test_exact_solution_of_the_convection_has_no_residual(tmp_path):
+    lab = convection.Lab("30-40", 0, convection.SMOKE, tmp_path)
     parts = {name: (p.double(), s.double()) for name, (p, s) in lab.points(3, 0.5, lab.bounds).items()}
     assert {name: len(points) for name, (points, _) in parts.items()} == {"equation": 1500, "value": 250}
     ends = torch.tensor([2 * math.pi, 0.5])

@@ -193,7 +193,7 @@ def test_every_experiment_is_as_it_should_be():
         ({"methods": {"A": {"method": "lotra"}}}, r"'lotra' needs one of \['ratio', 'r'\]"),
         (
             {"methods": {"A": {"method": "full", "optimizer": "sgd"}}},
-            r"`optimizer` should be one of \['adam', 'soap', 'lm'\]",
+            r"`optimizer` should be one of \['adam', 'soap', 'lm', 'lbfgs'\]",
         ),
         (
             {"methods": {"A": {"method": "full", "weight_decay": 0.1}}},

@@ -9,7 +9,7 @@ import torch
 from conftest import assert_equal, within
 from experiments import load_experiments
 from kans import ConvKANLayer, ResNetKAN
-from tasks import characters, images, make_task
+from tasks import FIRST_TUNING_SEED, characters, images, large_text, make_task
 from training import Stopwatch, train_by_steps
 
 from peft_lotra.testing import KANLayerTests
@@ -158,3 +158,25 @@ def test_characters_are_of_text_that_is_not_trained_on():
     (share,) = characters.shares(["textwrap"], 100)
     middle = len(text) // 2 - 50
     assert "".join(signs[number] for number in share.tolist()) == text[middle : middle + 100]
+
+
+def test_large_text_judges_rates_on_other_prose_than_it_reports(monkeypatch):
+    monkeypatch.setattr(large_text, "library", lambda: characters.text("argparse"))
+    task = make_task(
+        "large_text", {"samples": 10**6, "length": 32, "hidden": 16, "kan_hidden": 16, "layers": 1, "heads": 2}
+    )
+    assert task.one_base
+    reported, judged = (task.objective("target", seed, torch.device("cpu")) for seed in (0, FIRST_TUNING_SEED))
+    prose = characters.text("prose")
+    starts = {}
+    for name, objective in {"test": reported, "validation": judged}.items():
+        assert objective.training.x.shape[0] == int(0.8 * len(prose)) - 31
+        starts[name] = int(large_text.PARTS[name][0] * len(prose))
+        assert (objective.test.x[0] == prose[starts[name] :][:32]).all()
+    assert int(0.8 * len(prose)) <= starts["validation"] < starts["test"]
+    model = task.build(0)
+    loss = reported.loss(model, 0)
+    assert loss.dtype == torch.float32
+    assert reported.metric(model) == pytest.approx(math.log(96), abs=0.3)
+    layers = [name for name, module in model.named_modules() if isinstance(module, large_text.FastKANLayer)]
+    assert layers == ["transformer.h.0.mlp.0", "transformer.h.0.mlp.1"]

@@ -38,6 +38,7 @@ from family_tasks import DiagonalsOfParameters
 from jobs import Job, Line, do_missing, environment, new_arguments, place, rounded
 from pde_least_squares import derivatives
 from peft import get_peft_model
+from reporting import write_atomically
 
 from peft_lotra import LoTRAConfig, adapter_at, at_task, fit_gauss_newton
 
@@ -49,12 +50,17 @@ POINTS, GROWTH = (1500, 250), 3  # inside and at t = 0, and by which factor ther
 
 @dataclass(frozen=True)
 class Sizes:
-    """CPU seconds of a base and of a family's fit, steps of LM for a task, and networks that are combined."""
+    """CPU seconds of a base, of a family's fit and of L-BFGS; steps of LM for a task; networks that are combined."""
 
-    base: float = 60.0
-    family: float = 120.0
+    base: float
+    family: float
+    alone: float = 60.0
     steps: int = 15
     networks: int = 8
+
+
+SIZES = {"1-20": Sizes(60.0, 120.0), "30-40": Sizes(90.0, 150.0)}
+SMOKE = Sizes(0.5, 0.5, 0.5, 1, 3)
 
 
 class Network(nn.Module):
@@ -145,8 +151,9 @@ def of_both(net: nn.Module, points: Tensor, speeds: Tensor) -> tuple[Callable[[T
 class Lab:
     """A range with a seed: its residuals, points, base and errors."""
 
-    def __init__(self, bounds: tuple[float, float], seed: int, sizes: Sizes) -> None:
-        self.bounds, self.seed, self.sizes = bounds, seed, sizes
+    def __init__(self, name: str, seed: int, sizes: Sizes, folder: Path) -> None:
+        self.bounds, self.seed, self.sizes = RANGES[name], seed, sizes
+        self.path, bounds = folder / f"{name}_seed{seed}_base.pt", self.bounds
         self.weight = 2.5 * bounds[1]  # of the values at t = 0, beside derivatives of the size of the speed
         self.middle = sum(bounds) / 2
         self.speeds = [round(bounds[0] + part * (bounds[1] - bounds[0]), 4) for part in PARTS]
@@ -226,7 +233,8 @@ class Lab:
         start, marks = time.process_time(), [(0, 0.0, rounded(self.error(model, speed)))]
 
         def mark(result: Any) -> None:
-            marks.append((result.iterations, time.process_time() - start, rounded(self.error(model, speed))))
+            seconds = rounded(time.process_time() - start)
+            marks.append((result.iterations, seconds, rounded(self.error(model, speed))))
 
         fit_gauss_newton(
             model,
@@ -250,9 +258,12 @@ class Lab:
     @cached_property
     def base(self) -> tuple[dict[str, Tensor], float]:
         """A KAN at the middle speed, and its seconds."""
-        kan = Network(new_kan())
-        seconds = self.fit(kan, of_points, self.sizes.base, "times")
-        return kan.state_dict(), seconds
+        if not self.path.exists():
+            kan = Network(new_kan())
+            seconds = self.fit(kan, of_points, self.sizes.base, "times")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, lambda partial: torch.save((kan.state_dict(), seconds), partial))
+        return torch.load(self.path, weights_only=True)
 
     def load(self) -> nn.Module:
         kan = Network(new_kan())
@@ -260,7 +271,8 @@ class Lab:
         return kan
 
 
-def family(lab: Lab) -> Line:
+def family(whole: bool, lab: Lab) -> Line:
+    """An adapter for all speeds; at a new one its core, or core and factors."""
     config = LoTRAConfig(
         r=RANKS, coefficients={"coefficients": "i o d"}, family={"beta": lab.bounds}, family_degree=DEGREE
     )
@@ -270,13 +282,27 @@ def family(lab: Lab) -> Line:
     def call(net: nn.Module, points: Tensor, speeds: Tensor) -> tuple[Callable[[Tensor], Tensor], Any]:
         return net, at_task(model, beta=speeds)
 
-    seconds, tasks = lab.base[1] + lab.fit(model, call, lab.sizes.family, "speeds", GROWTH), []
+    path = lab.path.with_name(lab.path.name.replace("base", "family"))
+    if not path.exists():
+        seconds = lab.fit(model, call, lab.sizes.family, "speeds", GROWTH)
+        write_atomically(path, lambda partial: torch.save((model.state_dict(), seconds), partial))
+    state, seconds = torch.load(path, weights_only=True)
+    model.load_state_dict(state)
+    tasks = []
     for speed in lab.speeds:
         adapter_at(model, "task", beta=speed)
+        if whole:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(".task" in name)
         tasks.append(lab.task(model, speed))
         model.set_adapter("default")
         model.delete_adapter("task")
-    return {"once": numbers, "seconds": seconds, "tasks": tasks, "base error": lab.error(lab.load(), lab.middle)}
+    return {
+        "once": numbers,
+        "seconds": lab.base[1] + seconds,
+        "tasks": tasks,
+        "base error": rounded(lab.error(lab.load(), lab.middle)),
+    }
 
 
 def of_all(make: Callable[[tuple[float, float]], nn.Module], lab: Lab) -> Line:
@@ -317,7 +343,7 @@ def combined(lab: Lab) -> Line:
 
 def pinn(lab: Lab) -> Line:
     """A network with tanh at one speed, from scratch on all times at once, by L-BFGS with strong Wolfe line search, on
-    fixed points, for the seconds of a base."""
+    fixed points."""
 
     def solve(speed: float) -> Line:
         model, start = Network(mlp(3, 50, 50, 50, 50, 1)), time.process_time()
@@ -330,16 +356,17 @@ def pinn(lab: Lab) -> Line:
             loss.backward()
             return loss
 
-        while time.process_time() - start < lab.sizes.base:
+        while time.process_time() - start < lab.sizes.alone:
             optimizer.step(closure)
-        marks = [(1, time.process_time() - start, rounded(lab.error(model, speed)))]
+        marks = [(1, rounded(time.process_time() - start), rounded(lab.error(model, speed)))]
         return {"speed": speed, "marks": marks, "numbers": trainable(model)}
 
     return {"once": 0, "seconds": 0.0, "tasks": [solve(speed) for speed in lab.speeds[::2]]}
 
 
 METHODS: Mapping[str, Callable[[Lab], Line]] = {
-    "family": family,
+    "family, its core": partial(family, False),
+    "family, core and factors": partial(family, True),
     "speed as an input": partial(of_all, WithInput),
     "diagonals of the speed": partial(of_all, lambda bounds: DiagonalsOfParameters([bounds], inputs=3)),
     "encoders": partial(of_all, Encoders),
@@ -351,10 +378,9 @@ METHODS: Mapping[str, Callable[[Lab], Line]] = {
 
 
 def jobs(args: argparse.Namespace) -> Iterator[Job]:
-    sizes = Sizes(0.5, 0.5, 1, 3) if args.smoke else Sizes()
-
     def compute(name: str, method: str, seed: int) -> Line:
-        found = METHODS[method](Lab(RANGES[name], seed, sizes))
+        sizes = SMOKE if args.smoke else SIZES[name]
+        found = METHODS[method](Lab(name, seed, sizes, args.outputs))
         return {**found, "seconds": rounded(found["seconds"]), "settings": vars(sizes), "environment": environment()}
 
     for seed in args.seeds:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import ceil, isfinite
 from statistics import median, quantiles
 
-from found import CORE, FAMILY_ENTRIES, LORA, QUARTER, SMALL, Family, FewSamples, Run
+from found import CORE, FAMILY_ENTRIES, LORA, QUARTER, SMALL, SMALL_BFGS, Family, FewSamples, Run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pictures import by_step, plain_log
@@ -15,10 +15,11 @@ COLOURS = {
     "family": "C3", "core": "C1", "LoTRA": "C0", "full": "0.2", "from scratch": "0.6", "small KAN": "C5", "LoRA": "C2",
     "input": "C4", "basis": "C8", "other": "C9",
 }  # fmt: skip
-MARKERS = {"Adam": "o", "SOAP": "^", "LM": "s"}
+MARKERS = {"Adam": "o", "SOAP": "^", "L-BFGS": "v", "LM": "s"}
 PDE_LABELS = {
-    SMALL: ("small KAN", "LM"), "from scratch, LM": ("from scratch", "LM"),
-    "full, Adam": ("full", "Adam"), "full, SOAP": ("full", "SOAP"), "full, LM": ("full", "LM"),
+    SMALL: ("small KAN", "LM"), SMALL_BFGS: ("small KAN", "L-BFGS"), "from scratch, LM": ("from scratch", "LM"),
+    "full, Adam": ("full", "Adam"), "full, SOAP": ("full", "SOAP"),
+    "full, L-BFGS": ("full", "L-BFGS"), "full, LM": ("full", "LM"),
     "LoTRA 1/10, Adam": ("LoTRA", "Adam"), "LoTRA 1/10, SOAP": ("LoTRA", "SOAP"), "LoTRA 1/10, LM": ("LoTRA", "LM"),
     QUARTER: ("LoTRA", "LM"), LORA: ("LoRA", "SOAP"), CORE: ("core", "LM"),
 }  # fmt: skip

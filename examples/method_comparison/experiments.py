@@ -169,14 +169,15 @@ def _shortened(experiment: Experiment) -> Experiment:
     tuning = dict(experiment.tuning)
     if tuning:
         tuning |= {"rates": tuning["rates"][:2], "seeds": tuning["seeds"][:1], "steps": 1}
-    base = {"base_steps": SMOKE_STEPS} if experiment.task_of(case).base_steps else {}
+    task = experiment.task_of(case)
+    smoke = task.smoke | ({"base_steps": SMOKE_STEPS} if task.base_steps else {})
     return replace(
         experiment,
         methods={label: {k: v for k, v in m.items() if k != "steps"} for label, m in experiment.methods.items()},
         steps=SMOKE_STEPS,
         lm_steps=1,
         seeds=experiment.seeds[:1],
-        settings={**experiment.settings, **base},
+        settings=experiment.settings | smoke,
         cases={case: experiment.cases[case]},
         tuning=tuning,
     )

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 Line = dict[str, Any]
 Course = list[tuple[int, float, float]]  # (step, seconds, metric); what diverged is infinite
 
-SMALL, LORA, CORE = "small KAN from scratch, LM", "LoRA on parameters, SOAP", "core of a family, LM †"
+SMALL, SMALL_BFGS = (f"small KAN from scratch, {by}" for by in ("LM", "L-BFGS"))
+LORA, CORE = "LoRA on parameters, SOAP", "core of a family, LM †"
 # Shown, and as the lines have it: in the experiment of a PDE, or in the one on sizes.
 PDE_ROWS = {
     SMALL: SMALL,
+    SMALL_BFGS: SMALL_BFGS,
     **{f"from scratch, {by}": f"from scratch, {by}" for by in ("Adam", "LM")},
-    **{f"full, {by}": f"full, {by}" for by in ("Adam", "SOAP", "LM")},
+    **{f"full, {by}": f"full, {by}" for by in ("Adam", "SOAP", "L-BFGS", "LM")},
     **{f"LoTRA 1/10, {by}": f"LoTRA 1/10, {by}" for by in ("Adam", "SOAP", "LM")},
     LORA: "LoRA target_parameters 1/10, SOAP",
 }
@@ -26,16 +28,18 @@ QUARTER = "LoTRA 1/4, LM †"
 
 
 class PDE(NamedTuple):
-    """Where the lines of a PDE are: experiment and case; its case in `pde_sizes`; a family and the target's place."""
+    """Where the lines of a PDE are: experiment and case; its case in `pde_sizes`; a family and the target's place; and
+    whether L-BFGS is among them."""
 
     experiment: str
     case: str
     sizes: str = ""
     family: tuple[str, float] | None = None
+    lbfgs: bool = False
 
 
 PDES = {
-    "Poisson, λ 1 → 1.3": PDE("pde_elliptic", "λ = 1.3", "elliptic", ("elliptic", 1.3)),
+    "Poisson, λ 1 → 1.3": PDE("pde_elliptic", "λ = 1.3", "elliptic", ("elliptic", 1.3), lbfgs=True),
     "heat, κ 1 → 1.3": PDE("pde_parabolic", "κ = 1.3", "parabolic", ("parabolic", 1.3)),
     "wave, c 2 → 2.5": PDE("pde_hyperbolic", "c = 2.5", "hyperbolic", ("hyperbolic", 2.5)),
     "Burgers, ν 0.1 → 0.13": PDE("pde_burgers", "ν = 0.13"),
@@ -85,7 +89,8 @@ class Experiments:
 
     def of_pde(self, pde: PDE) -> dict[str, list[Run]]:
         """By the labels shown."""
-        found = {shown: self.runs(pde.experiment, pde.case, label) for shown, label in PDE_ROWS.items()}
+        rows = {shown: label for shown, label in PDE_ROWS.items() if pde.lbfgs or "L-BFGS" not in label}
+        found = {shown: self.runs(pde.experiment, pde.case, label) for shown, label in rows.items()}
         if pde.sizes:
             found[QUARTER] = self.runs("pde_sizes", pde.sizes, "LoTRA 1/4, LM")
         if pde.family:

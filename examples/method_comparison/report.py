@@ -220,12 +220,14 @@ def of_joint(lines: Sequence[Line]) -> str:
     rows = []
     entries = [Entry(method, k) for method in ("family", "family, joint") for k in (0, 5)]
     entries += [Entry("parameter as an input", k) for k in (0, 1)]
-    for case in dict.fromkeys(line["case"] for line in lines if line["method"] == "family, joint"):
-        family = Family(case, lines)
-        title = case.replace(", width", ",") if ", width" in case else f"{case}, 32"
+    joint = [(line["case"], line["seed"]) for line in lines if line["method"] == "family, joint"]
+    for case in dict.fromkeys(case for case, _ in joint):
+        family = Family(case, [line for line in lines if (line["case"], line["seed"]) in joint])
+        name, _, width = case.partition(", width ")
+        title = f"{FAMILY_CASES[name]}; {width or 32}"
         cells = [short(median(found)) if (found := family.errors(entry)) else NONE for entry in entries]
         rows.append([f"{title} ({family.seeds})", *cells])
-    header = ["case, width (seeds)", "frozen base, as it is", "core", "joint, as it is", "core"]
+    header = ["width (seeds)", "frozen base, as it is", "core", "joint, as it is", "core"]
     return table([*header, "input, as it is", "1 iteration"], rows)
 
 

@@ -30,6 +30,7 @@ class Task:
     higher_is_better: ClassVar[bool] = False
     one_base: ClassVar[bool] = False  # for all seeds, because it takes long
     only_target: ClassVar[tuple[str, ...]] = ()  # settings that the base does not depend on
+    smoke: ClassVar[dict[str, Any]] = {}  # settings of a shortened experiment
     requires: ClassVar[dict[str, str]] = {}  # packages with the data, and the command that installs each
 
     def build(self, seed: int) -> nn.Module:

@@ -69,6 +69,7 @@ class LargeText(Characters):
     base_lr: float = 1e-3
 
     one_base = True
+    smoke = {"length": 32, "hidden": 48, "kan_hidden": 48, "layers": 1, "heads": 2}
 
     def build(self, seed: int) -> nn.Module:
         model = replace(self, kan_hidden=1).with_chebyshev_layers(seed)
