@@ -390,12 +390,9 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = new_arguments(__doc__, "convection")
+    parser = new_arguments(__doc__, "convection", METHODS)
     parser.add_argument("--ranges", nargs="+", choices=list(RANGES), default=list(RANGES), help="of the speed")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and points")
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="by name, in quotes"
-    )
     args = parser.parse_args(argv)
     if args.smoke:
         args.seeds = args.seeds[:1]

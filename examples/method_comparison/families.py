@@ -71,12 +71,9 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser, cases = new_arguments(__doc__, "families"), list(CASES)
+    parser, cases = new_arguments(__doc__, "families", METHODS), list(CASES)
     parser.add_argument("--cases", nargs="+", choices=[*cases, *WIDER], default=cases, help="families of tasks")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of base, factors and points")
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="of PDEs, by name, in quotes"
-    )
     args = parser.parse_args(argv)
     if wrong := [seed for seed in args.seeds if not 0 <= seed < 2**31]:
         parser.error(f"argument --seeds: should be in [0, 2**31 − 1], got {wrong[0]}")

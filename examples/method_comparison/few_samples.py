@@ -53,11 +53,10 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = new_arguments(__doc__, "few_samples")
+    parser = new_arguments(__doc__, "few_samples", METHODS)
     add = parser.add_argument
     add("--domains", nargs="+", choices=list(DOMAINS), default=list(DOMAINS))
     add("--splits", nargs="+", type=int, choices=range(1, FOLDS + 1), default=list(range(1, FOLDS + 1)))
-    add("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="by name, in quotes")
     add("--seconds", type=float, default=30.0, help="CPU seconds of each method on the tasks seen")
     args = parser.parse_args(argv)
     if args.seconds <= 0:

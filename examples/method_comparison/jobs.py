@@ -75,11 +75,12 @@ def print_ratios(stored: Path, again: Path) -> None:
             print(f"{method}: {median(ratios):.3g} × ({min(ratios):.3g} to {max(ratios):.3g})")
 
 
-def new_arguments(docstring: str, name: str) -> argparse.ArgumentParser:
+def new_arguments(docstring: str, name: str, methods: Iterable[str]) -> argparse.ArgumentParser:
     parser = new_parser(docstring)
     add = parser.add_argument
     add("--smoke", action="store_true", help="as little as possible of everything, into --outputs")
     add("--confirm", action="store_true", help="again, into --outputs, and how far that is from the stored lines")
+    add("--methods", nargs="+", choices=list(methods), default=list(methods), help="by name, in quotes")
     add("--results", type=Path, help=f"file of the lines; default: results/{name}.jsonl beside this file")
     add("--outputs", type=Path, default=Path("outputs") / name, help="what several methods need, and lines of --smoke")
     return parser

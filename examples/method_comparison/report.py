@@ -250,7 +250,7 @@ def of_convection(lines: Sequence[Line]) -> str:
             spent = f"{median(line['seconds'] for line in found):.0f}"
             seeds = len(found)
         rows.append([f"{method} ({seeds})", numbers, of_task, spent, *cells])
-    header = ["(seeds)", "numbers once", "for a task", "CPU s once"]
+    header = ["(seeds)", "numbers once", "for a task", f"CPU s once, {ranges[-1]}"]
     return table([*header, *(f"β in {name}, {when}" for name in ranges for when in ("as it is", "tuned"))], rows)
 
 

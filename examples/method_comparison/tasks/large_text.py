@@ -72,14 +72,11 @@ class LargeText(Characters):
     smoke = {"length": 32, "hidden": 48, "kan_hidden": 48, "layers": 1, "heads": 2}
 
     def build(self, seed: int) -> nn.Module:
-        model = replace(self, kan_hidden=1).with_chebyshev_layers(seed)
+        model = Characters.build(replace(self, kan_hidden=1), seed)
         for block in model.transformer.h:
             layers = ((self.hidden, self.kan_hidden), (self.kan_hidden, self.hidden))
             block.mlp = OfAllTokens(*(FastKANLayer(n, m, self.basis) for n, m in layers))
         return model
-
-    def with_chebyshev_layers(self, seed: int) -> nn.Module:
-        return super().build(seed)
 
     def objective(self, part: str, seed: int, device: torch.device) -> Objective:
         if part == "base":
