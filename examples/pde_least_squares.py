@@ -13,7 +13,7 @@ from math import pi, sqrt
 from typing import NamedTuple
 
 import torch
-from pdes import PDE, Burgers, Elliptic, Hyperbolic, Parabolic, Points, relative_l2_error
+from pdes import PDE, Burgers, Elliptic, Hyperbolic, Parabolic, Points, Shock, relative_l2_error
 from torch import Tensor, nn
 from torch.func import grad, vjp
 
@@ -65,12 +65,12 @@ def hyperbolic(pde: PDE, net: Net, points: Tensor) -> Tensor:
     return second(1) - pde.parameter**2 * second(0)
 
 
-def burgers(pde: PDE, net: Net, points: Tensor) -> Tensor:
+def burgers(pde: Burgers, net: Net, points: Tensor) -> Tensor:
     first, second = derivatives(net, points)
-    return first[:, 1:] + net(points) * first[:, :1] - pde.parameter * second(0)
+    return first[:, 1:] + net(points) * first[:, :1] - pde.viscosity * second(0)
 
 
-EQUATIONS = {Elliptic: elliptic, Parabolic: parabolic, Hyperbolic: hyperbolic, Burgers: burgers}
+EQUATIONS = {Elliptic: elliptic, Parabolic: parabolic, Hyperbolic: hyperbolic, Burgers: burgers, Shock: burgers}
 
 
 def residual_functions(pde: PDE) -> dict[str, Callable[[Net, Tensor], Tensor]]:

@@ -11,6 +11,7 @@ from math import pi
 from typing import ClassVar, NamedTuple
 
 import torch
+from numpy.polynomial.hermite import hermgauss
 from torch import Tensor, nn
 
 
@@ -56,6 +57,7 @@ class PDE:
     base_parameter: ClassVar[float]
     target_parameter: ClassVar[float]
     condition_weight: ClassVar[float]
+    lm_points: ClassVar[int] = 1000  # inside, for an iteration of Levenberg–Marquardt
 
     def exact(self, points: Tensor) -> Tensor:
         """The solution. shape: (N, 2) → (N, 1)"""
@@ -176,6 +178,10 @@ class Burgers(PDE):
     sides = ((1, 0.0), (0, 0.0), (0, 1.0))
     base_parameter, target_parameter, condition_weight = 0.1, 0.2, 10.0
 
+    @property
+    def viscosity(self) -> float:
+        return self.parameter
+
     def exact(self, points: Tensor) -> Tensor:
         x, t = points.split(1, dim=1)
         decay = torch.exp(-self.parameter * pi**2 * t)
@@ -184,7 +190,30 @@ class Burgers(PDE):
     def residual(self, model: nn.Module, points: Tensor) -> Tensor:
         u = model(points)
         u_x, u_t = partial_derivatives(u, points)
-        return u_t + u * u_x - self.parameter * partial_derivatives(u_x, points)[0]
+        return u_t + u * u_x - self.viscosity * partial_derivatives(u_x, points)[0]
+
+
+class Shock(Burgers):
+    """u_t + u u_x = ν u_xx for x in [−1, 1], t in [0, 1], u = −sin(πx) at t = 0, u = 0 at both ends, ν = parameter/π:
+    at 0.01 the equation Burgers-1d of PINNacle. u = −∫ sin(πy) w dy / ∫ w dy by 100 nodes of Gauss–Hermite, where
+    w = exp(−cos(πy) / (2πν) − (x − y)² / (4νt)) (Cole–Hopf). It steepens to a front at x = 0."""
+
+    title, symbol = "Burgers' equation with a shock", "πν"
+    lower = (-1.0, 0.0)
+    sides = ((1, 0.0), (0, -1.0), (0, 1.0))
+    base_parameter, target_parameter = 0.02, 0.01
+    lm_points = 4000
+
+    @property
+    def viscosity(self) -> float:
+        return self.parameter / pi
+
+    def exact(self, points: Tensor) -> Tensor:
+        nodes, weights = map(torch.from_numpy, hermgauss(100))
+        x, t = points.double().split(1, dim=1)
+        y = x - 2 * (self.viscosity * t).sqrt() * nodes.to(points.device)
+        w = weights.to(points.device) * torch.exp((-1 - torch.cos(pi * y)) / (2 * pi * self.viscosity))
+        return (-(torch.sin(pi * y) * w).sum(1, True) / w.sum(1, True)).to(points.dtype)
 
 
 PDES: dict[str, type[PDE]] = {
@@ -192,6 +221,7 @@ PDES: dict[str, type[PDE]] = {
     "parabolic": Parabolic,
     "hyperbolic": Hyperbolic,
     "burgers": Burgers,
+    "shock": Shock,
 }
 LINEAR = ("elliptic", "parabolic", "hyperbolic")  # the source's families, which the longer examples try
 

@@ -11,7 +11,7 @@ from conftest import within
 from family_methods import METHODS, SEPARATE
 from family_tasks import CASES, residual_vector
 from pde_least_squares import batch
-from pdes import Points
+from pdes import PDES, Points
 from scripts import call
 
 
@@ -85,12 +85,21 @@ def test_needs_the_seconds_of_the_family(tmp_path):
     assert "takes the seconds of 'family'" in call("families", *arguments, code=1).err
 
 
+def residual_of_exact(pde):
+    points = pde.sample(torch.Generator().manual_seed(0))
+    parts = batch(pde, Points(*(part.double() for part in points)))
+    return residual_vector(pde, pde.exact, parts).abs().max()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_exact_solutions_solve_the_equations(name):
     case = CASES[name]
     for values in case.held_out():
-        pde = case.pde(values)
-        points = pde.sample(torch.Generator().manual_seed(0))
-        parts = batch(pde, Points(*(part.double() for part in points)))
-        assert residual_vector(pde, pde.exact, parts).abs().max() < within(1e-12)
+        assert residual_of_exact(case.pde(values)) < within(1e-12)
         assert case.base != values, "the base should not be trained where errors are measured"
+
+
+@pytest.mark.parametrize("name", PDES)
+def test_exact_solutions_of_single_equations(name):
+    for parameter in (PDES[name].base_parameter, PDES[name].target_parameter):
+        assert residual_of_exact(PDES[name](parameter)) < within(1e-12)

@@ -30,7 +30,8 @@ class Solution(Objective):
 
     def second_order(self) -> dict[str, Any]:
         def data(iteration: int) -> dict[str, Tensor]:
-            points = self.pde.sample(generator(self.seed, iteration), self.device, interior=1000, per_side=80)
+            drawn = generator(self.seed, iteration)
+            points = self.pde.sample(drawn, self.device, interior=self.pde.lm_points, per_side=80)
             return batch(self.pde, Points(*points))
 
         return {"residual_fn": residual_functions(self.pde), "data": data}
