@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import within
 from family_methods import METHODS, SEPARATE
-from family_tasks import CASES, residual_vector
+from family_tasks import CASES, OfParameters, residual_vector
 from pde_least_squares import batch
 from pdes import PDES, Points
 from scripts import call
@@ -74,9 +74,9 @@ def test_exact_solution_of_the_convection_has_no_residual(tmp_path):
     assert parts["value"][0][:, 1].abs().max() == 0
 
     def exact(points, speeds):
-        return 1 + torch.sin(points[:, :1] - speeds * points[:, 1:])
+        return lab.case.pde((speeds,)).exact(points)
 
-    for name, residual in lab.residuals(convection.of_both).items():
+    for name, residual in lab.case.residuals(OfParameters.at).items():
         assert residual(exact, parts[name]).abs().max() < within(1e4 * torch.finfo(torch.float64).eps), name
 
 

@@ -34,16 +34,24 @@ sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from chebyshev_kan import ChebyshevKAN
 from compared_methods import trainable
-from family_tasks import DiagonalsOfParameters
+from family_tasks import (
+    EQUATIONS,
+    Advection,
+    AtParameters,
+    Case,
+    Combination,
+    DiagonalsOfParameters,
+    OfParameters,
+    advection,
+)
 from jobs import Job, Line, do_missing, environment, new_arguments, place, rounded
-from pde_least_squares import derivatives
+from pdes import relative_l2_error
 from peft import get_peft_model
 from reporting import write_atomically
 
 from peft_lotra import LoTRAConfig, adapter_at, at_task, fit_gauss_newton
 
 RANGES = {"1-20": (1.0, 20.0), "30-40": (30.0, 40.0)}
-PARTS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the range, where errors are measured
 RANKS, DEGREE, WIDTH, BASIS = (6, 6, None), 5, 24, 8
 POINTS, GROWTH = (1500, 250), 3  # inside and at t = 0, and by which factor there are more in the end
 
@@ -63,6 +71,29 @@ SIZES = {"1-20": Sizes(60.0, 120.0), "30-40": Sizes(90.0, 150.0)}
 SMOKE = Sizes(0.5, 0.5, 0.5, 1, 3)
 
 
+class Convection(Advection):
+    """u_t + β u_x = 0, periodic in x, u = 1 + sin x at t = 0; u = 1 + sin(x − βt)."""
+
+    title = "Convection"
+    lower, upper, sides = (0.0, 0.0), (2 * pi, 1.0), ((1, 0.0),)
+    condition_weight = 50.0**2  # derivatives are of the size of the speed
+
+    def exact(self, points: Tensor) -> Tensor:
+        x, t = points.split(1, dim=1)
+        return 1 + torch.sin(x - self.parameter * t)
+
+
+class FastConvection(Convection):
+    condition_weight = 100.0**2
+
+
+EQUATIONS |= {Convection: advection, FastConvection: advection}
+CASES = {
+    name: Case("Convection", kind, {"beta": bounds}, (sum(bounds) / 2,), RANKS, DEGREE)
+    for (name, bounds), kind in zip(RANGES.items(), (Convection, FastConvection), strict=True)
+}
+
+
 class Network(nn.Module):
     """A network of (cos x, sin x, 2t − 1) and, where it takes them, of speeds. (N, 2), (N, 1) → (N, 1)"""
 
@@ -75,17 +106,6 @@ class Network(nn.Module):
         return self.net(torch.cat([torch.cos(x), torch.sin(x), 2 * t - 1], dim=1), *speeds)
 
 
-class WithInput(nn.Module):
-    """A KAN with the scaled speed as an input."""
-
-    def __init__(self, bounds: tuple[float, float]) -> None:
-        super().__init__()
-        self.bounds, self.kan = bounds, new_kan(further=1)
-
-    def forward(self, inputs: Tensor, speeds: Tensor) -> Tensor:
-        return self.kan(torch.cat([inputs, scaled(speeds, self.bounds)], dim=1))
-
-
 class Encoders(nn.Module):
     """An encoder of inputs, an encoder of the speed, and a network of both, as in P2INN (Cho et al., 2024)."""
 
@@ -96,31 +116,9 @@ class Encoders(nn.Module):
         self.together = mlp(2 * width, width, width, width, 1)
 
     def forward(self, inputs: Tensor, speeds: Tensor) -> Tensor:
-        codes = self.of_inputs(inputs), self.of_speeds(scaled(speeds, self.bounds))
+        low, high = self.bounds
+        codes = self.of_inputs(inputs), self.of_speeds(2 * (speeds - low) / (high - low) - 1)
         return self.together(torch.tanh(torch.cat(codes, dim=1)))
-
-
-class Combined(nn.Module):
-    """Σ_k c_k u_k, of networks with fixed weights, as in GPT-PINN (Chen and Koohy, 2024)."""
-
-    def __init__(self, networks: list[nn.Module]) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks).requires_grad_(False)
-        self.weights = nn.Parameter(torch.full((len(networks),), 1 / len(networks)))
-
-    def forward(self, points: Tensor) -> Tensor:
-        return torch.cat([network(points) for network in self.networks], dim=1) @ self.weights[:, None]
-
-
-class AtSpeed(nn.Module):
-    """A network of points and speeds at one speed."""
-
-    def __init__(self, model: nn.Module, speed: float) -> None:
-        super().__init__()
-        self.model, self.speed = model, speed
-
-    def forward(self, points: Tensor) -> Tensor:
-        return self.model(points, torch.full_like(points[:, :1], self.speed))
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -128,50 +126,32 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def scaled(speeds: Tensor, bounds: tuple[float, float]) -> Tensor:
-    return 2 * (speeds - bounds[0]) / (bounds[1] - bounds[0]) - 1
-
-
 def new_kan(further: int = 0) -> nn.Module:
     return ChebyshevKAN((3 + further, WIDTH, WIDTH, 1), degree=BASIS - 1)
 
 
-Call = Callable[[nn.Module, Tensor, Tensor], tuple[Callable[[Tensor], Tensor], Any]]
+def with_input(bounds: tuple[float, float]) -> nn.Module:
+    return OfParameters(new_kan(further=1), [bounds])
 
 
-def of_points(net: nn.Module, points: Tensor, speeds: Tensor) -> tuple[Callable[[Tensor], Tensor], Any]:
-    """A network that knows its speed, for `Lab.fit`: the function of points, and the context that it is called in."""
+At = Callable[[nn.Module, tuple[Tensor]], tuple[Callable[[Tensor], Tensor], Any]]  # as `Case.residuals` takes it
+
+
+def at_one_speed(net: nn.Module, speeds: tuple[Tensor]) -> tuple[nn.Module, Any]:
+    """A network that knows its speed."""
     return net, nullcontext()
-
-
-def of_both(net: nn.Module, points: Tensor, speeds: Tensor) -> tuple[Callable[[Tensor], Tensor], Any]:
-    return (lambda points: net(points, speeds)), nullcontext()
 
 
 class Lab:
     """A range with a seed: its residuals, points, base and errors."""
 
     def __init__(self, name: str, seed: int, sizes: Sizes, folder: Path) -> None:
-        self.bounds, self.seed, self.sizes = RANGES[name], seed, sizes
-        self.path, bounds = folder / f"{name}_seed{seed}_base.pt", self.bounds
-        self.weight = 2.5 * bounds[1]  # of the values at t = 0, beside derivatives of the size of the speed
-        self.middle = sum(bounds) / 2
-        self.speeds = [round(bounds[0] + part * (bounds[1] - bounds[0]), 4) for part in PARTS]
+        self.case, self.seed, self.sizes = CASES[name], seed, sizes
+        self.path = folder / f"{name}_seed{seed}_base.pt"
+        self.bounds, (self.middle,) = self.case.ranges["beta"], self.case.base
+        # that of the public generators, 256 × 100
+        self.grid = torch.cartesian_prod(torch.arange(256) * (2 * pi / 256), torch.linspace(0, 1, 100))
         torch.manual_seed(seed)
-
-    def residuals(self, call: Call) -> dict[str, Callable[[nn.Module, tuple[Tensor, Tensor]], Tensor]]:
-        def equation(net: nn.Module, part: tuple[Tensor, Tensor]) -> Tensor:
-            function, context = call(net, *part)
-            with context:
-                first, _ = derivatives(function, part[0])
-            return first[:, 1:] + part[1] * first[:, :1]
-
-        def value(net: nn.Module, part: tuple[Tensor, Tensor]) -> Tensor:
-            function, context = call(net, *part)
-            with context:
-                return self.weight * (function(part[0]) - 1 - torch.sin(part[0][:, :1]))
-
-        return {"equation": equation, "value": value}
 
     def points(
         self, iteration: int, until: float, speeds: tuple[float, float], times: float = 1.0
@@ -187,7 +167,7 @@ class Lab:
             )
         return parts
 
-    def fit(self, model: nn.Module, call: Call, seconds: float, grows: str, times: int = 1) -> float:
+    def fit(self, model: nn.Module, at: At, seconds: float, grows: str, times: int = 1) -> float:
         """Levenberg–Marquardt on what is trainable; the CPU seconds that it took.
 
         Args:
@@ -195,7 +175,7 @@ class Lab:
             grows: "times" at the middle speed, or "speeds" from the middle on.
             times: as many points, as soon as all is there.
         """
-        residuals, start, part = self.residuals(call), time.process_time(), 0.03
+        residuals, start, part = self.case.residuals(at), time.process_time(), 0.03
 
         def drawn(iteration: int, times: float) -> dict[str, tuple[Tensor, Tensor]]:
             if grows == "times":
@@ -214,7 +194,7 @@ class Lab:
                 unseen = drawn(10**6 + result.iterations, 0.2)
                 with torch.no_grad():
                     loss = sum(residuals[name](model, batch).square().mean().item() for name, batch in unseen.items())
-                if loss < 5e-4 * self.weight**2:
+                if loss < 5e-4 * self.case.pde_class.condition_weight:
                     part = min(1.0, 1.1 * part)
             return time.process_time() - start >= seconds
 
@@ -238,7 +218,7 @@ class Lab:
 
         fit_gauss_newton(
             model,
-            self.residuals(of_points),
+            self.case.residuals(at_one_speed),
             lambda iteration: self.points(iteration + 7_000, 1.0, (speed, speed)),
             iterations=self.sizes.steps,
             loss_tolerance=0,
@@ -247,23 +227,22 @@ class Lab:
         )
         return {"speed": speed, "marks": marks, "numbers": trainable(model)}
 
-    @torch.no_grad()
     def error(self, model: nn.Module, speed: float) -> float:
-        """Relative L2 error on the grid of the public generators, 256 × 100."""
-        x, t = torch.arange(256) * (2 * pi / 256), torch.linspace(0, 1, 100)
-        points = torch.cartesian_prod(x, t)
-        exact = 1 + torch.sin(points[:, :1] - speed * points[:, 1:])
-        return ((model(points) - exact).norm() / exact.norm()).item()
+        return relative_l2_error(model, self.case.pde((speed,)), self.grid)
 
     @cached_property
     def base(self) -> tuple[dict[str, Tensor], float]:
         """A KAN at the middle speed, and its seconds."""
         if not self.path.exists():
             kan = Network(new_kan())
-            seconds = self.fit(kan, of_points, self.sizes.base, "times")
+            seconds = self.fit(kan, at_one_speed, self.sizes.base, "times")
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, lambda partial: torch.save((kan.state_dict(), seconds), partial))
         return torch.load(self.path, weights_only=True)
+
+    def speeds(self) -> list[float]:
+        """Where errors are measured."""
+        return [speed for (speed,) in self.case.held_out()]
 
     def load(self) -> nn.Module:
         kan = Network(new_kan())
@@ -273,23 +252,24 @@ class Lab:
 
 def family(whole: bool, lab: Lab) -> Line:
     """An adapter for all speeds; at a new one its core, or core and factors."""
-    config = LoTRAConfig(
-        r=RANKS, coefficients={"coefficients": "i o d"}, family={"beta": lab.bounds}, family_degree=DEGREE
-    )
-    model = get_peft_model(lab.load(), config)
+    ranges = dict(lab.case.ranges)
+    config = LoTRAConfig(r=RANKS, coefficients={"coefficients": "i o d"}, family=ranges, family_degree=DEGREE)
+    kan = lab.load()
+    torch.manual_seed(lab.seed + 1)  # the same factors, whether the base was fitted now or read
+    model = get_peft_model(kan, config)
     numbers = trainable(model)
 
-    def call(net: nn.Module, points: Tensor, speeds: Tensor) -> tuple[Callable[[Tensor], Tensor], Any]:
-        return net, at_task(model, beta=speeds)
+    def at(net: nn.Module, speeds: tuple[Tensor]) -> tuple[nn.Module, Any]:
+        return net, at_task(model, beta=speeds[0])
 
     path = lab.path.with_name(lab.path.name.replace("base", "family"))
     if not path.exists():
-        seconds = lab.fit(model, call, lab.sizes.family, "speeds", GROWTH)
+        seconds = lab.fit(model, at, lab.sizes.family, "speeds", GROWTH)
         write_atomically(path, lambda partial: torch.save((model.state_dict(), seconds), partial))
     state, seconds = torch.load(path, weights_only=True)
     model.load_state_dict(state)
     tasks = []
-    for speed in lab.speeds:
+    for speed in lab.speeds():
         adapter_at(model, "task", beta=speed)
         if whole:
             for name, parameter in model.named_parameters():
@@ -308,22 +288,23 @@ def family(whole: bool, lab: Lab) -> Line:
 def of_all(make: Callable[[tuple[float, float]], nn.Module], lab: Lab) -> Line:
     """A network of points and speed, from scratch: the middle speed first, as the base, and then all speeds."""
     model = Network(make(lab.bounds))
-    seconds = lab.fit(model, of_both, lab.sizes.base, "times")
-    seconds += lab.fit(model, of_both, lab.sizes.family, "speeds", GROWTH)
-    tasks = [lab.task(AtSpeed(copy.deepcopy(model), speed), speed) for speed in lab.speeds]
+    seconds = lab.fit(model, OfParameters.at, lab.sizes.base, "times")
+    seconds += lab.fit(model, OfParameters.at, lab.sizes.family, "speeds", GROWTH)
+    tasks = [lab.task(AtParameters(copy.deepcopy(model), (speed,)), speed) for speed in lab.speeds()]
     return {"once": trainable(model), "seconds": seconds, "tasks": tasks}
 
 
 def alone(adapted: bool, lab: Lab) -> Line:
     """The base, or an adapter of a tenth on it, at the new speed."""
     tasks, config = [], LoTRAConfig(compression_ratio=0.1, coefficients={"coefficients": "i o d"})
-    for speed in lab.speeds:
+    for speed in lab.speeds():
         tasks.append(lab.task(get_peft_model(lab.load(), config) if adapted else lab.load(), speed))
     return {"once": 0, "seconds": lab.base[1], "tasks": tasks}
 
 
 def combined(lab: Lab) -> Line:
-    """KANs at Chebyshev points of the range, each begun as the nearest that is there; a task is their combination."""
+    """KANs at Chebyshev points of the range, each begun as the nearest that is there; a task is their combination, as
+    in GPT-PINN (Chen and Koohy, 2024)."""
     count, (low, high), start = lab.sizes.networks, lab.bounds, time.process_time()
     nodes = [low + (high - low) * (1 - math.cos(pi * k / (count - 1))) / 2 for k in range(count)]
     states = {lab.middle: lab.base[0]}
@@ -332,12 +313,13 @@ def combined(lab: Lab) -> Line:
         kan.load_state_dict(states[min(states, key=lambda known: abs(known - node))])
         lab.task(kan, node)
         states[node] = copy.deepcopy(kan.state_dict())
+    seconds = lab.base[1] + time.process_time() - start
     networks = []
     for node in nodes:
-        networks.append(lab.load())
+        networks.append(lab.load().requires_grad_(False))
         networks[-1].load_state_dict(states[node])
-    seconds = lab.base[1] + time.process_time() - start
-    tasks = [lab.task(Combined(copy.deepcopy(networks)), speed) for speed in lab.speeds]
+    weights = torch.full((count,), 1 / count)
+    tasks = [lab.task(Combination(networks, nn.Parameter(weights.clone())), speed) for speed in lab.speeds()]
     return {"once": count * trainable(lab.load()), "seconds": seconds, "tasks": tasks}
 
 
@@ -347,7 +329,7 @@ def pinn(lab: Lab) -> Line:
 
     def solve(speed: float) -> Line:
         model, start = Network(mlp(3, 50, 50, 50, 50, 1)), time.process_time()
-        residuals, parts = lab.residuals(of_points), lab.points(0, 1.0, (speed, speed), 2)
+        residuals, parts = lab.case.residuals(at_one_speed), lab.points(0, 1.0, (speed, speed), 2)
         optimizer = torch.optim.LBFGS(model.parameters(), max_iter=20, line_search_fn="strong_wolfe")
 
         def closure() -> Tensor:
@@ -361,13 +343,13 @@ def pinn(lab: Lab) -> Line:
         marks = [(1, rounded(time.process_time() - start), rounded(lab.error(model, speed)))]
         return {"speed": speed, "marks": marks, "numbers": trainable(model)}
 
-    return {"once": 0, "seconds": 0.0, "tasks": [solve(speed) for speed in lab.speeds[::2]]}
+    return {"once": 0, "seconds": 0.0, "tasks": [solve(speed) for speed in lab.speeds()[::2]]}
 
 
 METHODS: Mapping[str, Callable[[Lab], Line]] = {
     "family, its core": partial(family, False),
     "family, core and factors": partial(family, True),
-    "speed as an input": partial(of_all, WithInput),
+    "speed as an input": partial(of_all, with_input),
     "diagonals of the speed": partial(of_all, lambda bounds: DiagonalsOfParameters([bounds], inputs=3)),
     "encoders": partial(of_all, Encoders),
     "KANs combined": combined,
