@@ -53,18 +53,21 @@ class Experiment:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     settings: dict[str, Any] = field(default_factory=dict)
     cases: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
-    tuning: dict[str, Any] = field(default_factory=dict)  # rates, seeds, steps[, case]
+    tuning: dict[str, Any] = field(default_factory=dict)  # rates, seeds, steps[, case][, settings of each case]
 
     def task_of(self, case: str) -> Task:
         return make_task(self.task, {**self.settings, **self.cases[case]})
 
     def run(self, case: str, label: str, seed: int, lr: float | None, steps: int | None = None) -> Run:
+        """With `steps`, one of the search for a rate, which may have a task of its own."""
         method = {key: value for key, value in self.methods[label].items() if key not in NOT_OF_A_RUN}
         if lr is not None:
             method["lr"] = lr
         default = self.lm_steps if method.get("optimizer") == "lm" else self.steps
         # asdict: defaults of the task are part of its settings
         settings = asdict(self.task_of(case))
+        if steps:
+            settings |= self.tuning.get("settings", {}).get(case, {})
         return Run(self.task, settings, method, steps or self.methods[label].get("steps", default), seed)
 
     def jobs(self, perform: Perform, lines: Callable[[], list[Line]]) -> Iterator[Job]:

@@ -16,7 +16,7 @@ from objectives import Data, Objective, Supervised
 from torch import Tensor, nn
 from transformer_kan import TransformerKANConfig, TransformerKANForCausalLM
 
-from . import Task
+from . import FIRST_TUNING_SEED, Task
 
 CHARACTERS = {character: number for number, character in enumerate(["\n", *map(chr, range(32, 127))])}
 TRAINING_MODULES = (
@@ -30,6 +30,7 @@ TRAINING_MODULES = (
     "shutil",
     "tarfile",
 )
+VALIDATION_MODULES = ("cmd", "filecmp", "locale", "queue", "uuid", "zipapp")  # for rates
 TEST_MODULES = ("calendar", "csv", "fractions", "gettext", "statistics", "textwrap")
 
 
@@ -109,7 +110,7 @@ class Characters(Task):
             training, tests = prose[: -self.test_samples], [prose[-self.test_samples :]]
         else:
             training = torch.cat(shares(TRAINING_MODULES, self.samples))
-            tests = shares(TEST_MODULES, self.test_samples)
+            tests = shares(VALIDATION_MODULES if seed >= FIRST_TUNING_SEED else TEST_MODULES, self.test_samples)
         windows = training.to(device).unfold(0, self.length, 1)  # from every character on; a view
         held_out = torch.cat([test.unfold(0, self.length, self.length) for test in tests]).to(device)
         return OnTokens(Data(windows, windows), Data(held_out, held_out), self.batch, seed)

@@ -15,7 +15,7 @@ from kans import ResNetKAN, build_kan, coefficients_of
 from objectives import Classification, Data, Objective, generator
 from torch import Tensor, nn
 
-from . import Task
+from . import FIRST_TUNING_SEED, Task
 
 SIZES = {"digits": (8,), "mnist": (8, 12, 24)}
 PACKAGES = {
@@ -106,6 +106,10 @@ class Images(Task):
         collection = self.base_collection if part == "base" else self.collection
         half = slice(part != "base", None, 2)  # no image is in both parts
         x, y = (tensor[half] for tensor in images(collection, self.size))
+        if part != "base":  # rates are judged by images of their own
+            quarter = len(x) // 4
+            own = slice(None, quarter) if seed >= FIRST_TUNING_SEED else slice(quarter, None)
+            x, y = x[own], y[own]
         source = generator(seed, -1)  # a step of its own, which no batch has
         rows = torch.randperm(len(x), generator=source)
         samples = len(rows) * 4 // 5 if part == "base" else self.samples
