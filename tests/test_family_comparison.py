@@ -14,6 +14,8 @@ from pde_least_squares import batch
 from pdes import PDES, Points
 from scripts import call
 
+ORIGIN = {"version", "commit", "processor", "threads", "torch"}  # which every line names
+
 
 def again_but_the_last(script, results, arguments):
     """Only what is missing runs again, and ends in the same lines."""
@@ -43,6 +45,7 @@ def test_smoke(cases, methods, tmp_path):
     expected = [(name, m, 0) for name in cases for m in methods if CASES[name].separate or m not in SEPARATE]
     assert [(line["case"], line["method"], line["seed"]) for line in lines] == expected
     for line in lines:
+        assert ORIGIN <= {*line, *line["environment"]}
         for task in line["tasks"]:
             errors = [error for _, _, error in task["marks"]]
             assert all(0 < error < 100 for error in errors)
@@ -61,6 +64,7 @@ def test_smoke_of_convection(tmp_path):
     lines = jobs.read_lines(tmp_path / "smoke" / "convection.jsonl")
     assert [line["method"] for line in lines] == list(convection.METHODS)
     for line in lines:
+        assert ORIGIN <= {*line, *line["environment"]}
         assert all(0 < task["marks"][-1][-1] < 10 for task in line["tasks"])
     again_but_the_last("convection", tmp_path / "smoke" / "convection.jsonl", arguments)
 

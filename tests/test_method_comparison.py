@@ -106,7 +106,7 @@ def test_lines(tmp_path):
     assert places == of_seeds | {("near", "LoTRA", None)}
     assert len(found) == len(places)
     for line in found:
-        assert line["version"] == version.version("pde")
+        assert line["version"] == version.version("perform", "tasks/pde")
         if "tuning" in line:
             assert {rate: len(metrics) for rate, metrics in line["tuning"].items()} == {"0.001": 1, "0.01": 1}
         else:
@@ -118,7 +118,7 @@ def test_older_code_is_run_again(done, tmp_path, monkeypatch, capsys):
     experiment, path = experiments(tmp_path / "experiments"), tmp_path / "results" / "heat.jsonl"
     before = read_lines(path)
     for module in (run, perform):
-        monkeypatch.setattr(module, "version", lambda task: "0.2.0+01234567")
+        monkeypatch.setattr(module, "version", lambda *modules: "0.2.0+01234567")
     run.run_all(experiment, path.parent, tmp_path)
     assert read_lines(path) == before
     run.run_all(experiment, path.parent, tmp_path, stale=True)
@@ -149,7 +149,7 @@ def test_how_far_a_rerun_is_from_the_stored_lines(done, tmp_path, capsys):
 
 
 def test_version_is_that_of_the_code(tmp_path):
-    assert version.version("pde") != version.version("images")
+    assert version.version("tasks/pde") != version.version("tasks/images")
     texts = [
         '"""A."""\nimport b  # c\n\n\ndef f():\n    """D."""\n    raise ValueError("G")\n    return 1\n',
         "import b\ndef f():\n    return 2\n",
@@ -179,7 +179,7 @@ print(*(getattr(module, "__file__", None) for module in list(sys.modules.values(
     needed -= {path for path in library.rglob("*.py") if path.name == "__init__.py"}
     needed -= {path for start in version.NO_RESULT_OF for path in library.glob(f"{start}*")}
     assert {path.name for path in needed} >= {"perform.py", "training.py", "pdes.py", "transformer_kan.py", "model.py"}
-    assert needed <= version.sources("pde") | version.sources("characters")
+    assert needed <= version.sources("perform", "tasks/pde", "tasks/characters")
 
 
 def test_every_experiment_is_as_it_should_be():

@@ -48,6 +48,7 @@ from jobs import Job, Line, do_missing, environment, new_arguments, place, round
 from pdes import relative_l2_error
 from peft import get_peft_model
 from reporting import write_atomically
+from version import version
 
 from peft_lotra import LoTRAConfig, adapter_at, at_task, fit_gauss_newton
 
@@ -363,7 +364,8 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     def compute(name: str, method: str, seed: int) -> Line:
         sizes = SMOKE if args.smoke else SIZES[name]
         found = METHODS[method](Lab(name, seed, sizes, args.outputs))
-        return {**found, "seconds": rounded(found["seconds"]), "settings": vars(sizes), "environment": environment()}
+        found |= {"seconds": rounded(found["seconds"]), "settings": vars(sizes)}
+        return found | {"version": version("convection"), "environment": environment()}
 
     for seed in args.seeds:
         for name in args.ranges:

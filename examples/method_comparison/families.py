@@ -24,6 +24,7 @@ sys.path.append(str(HERE.parent / "benchmarks"))
 from family_methods import ALL_TASKS, METHODS, SEPARATE, SMOKE, Lab, Result, Sizes  # noqa: E402
 from family_tasks import CASES, WIDER  # noqa: E402
 from jobs import Job, Line, do_missing, environment, new_arguments, place, read_lines, rounded  # noqa: E402
+from version import version  # noqa: E402
 
 
 def as_line(lab: Lab, result: Result) -> Line:
@@ -45,6 +46,7 @@ def as_line(lab: Lab, result: Result) -> Line:
             "ranges": case.ranges, "base": case.base, "base_by": case.base_by, "ranks": case.ranks,
             "degree": case.degree, "kan": case.kan, "dtype": str(case.dtype), **asdict(lab.sizes), "width": lab.width,
         },
+        "version": version("family_methods"),
         "environment": environment(),
     }  # fmt: skip
 

@@ -21,6 +21,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from few_sample_methods import METHODS, ONCE, SMOKE, Lab, Sizes, solve
 from few_sample_tasks import DOMAINS, FOLDS, Split
 from jobs import Job, Line, do_missing, environment, new_arguments, place, rounded
+from version import version
 
 
 def solved(lab: Lab, label: str) -> Line:
@@ -33,6 +34,7 @@ def solved(lab: Lab, label: str) -> Line:
         "once_seconds": rounded(lab.models[once][1]) if once else 0,
         "rate": lab.split.domain.rates.get(ONCE[once].rate) if once else None,
         "tasks": [lab.split.domain.names[task] for task in lab.split.unseen],
+        "version": version("few_sample_methods"),
         "environment": environment(),
     }
 

@@ -23,7 +23,7 @@ from reporting import write_atomically
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from training import Stopwatch, measured, train_by_lbfgs, train_by_lm, train_by_steps
-from version import version
+from version import modules_of, version
 
 from peft_lotra import fit_gauss_newton
 
@@ -51,7 +51,7 @@ def perform(run: Run, bases: Path) -> Line:
     else:
         marks = train_by_steps(model, objective, method, method["lr"], run.steps, watch)
     result = {
-        "version": version(run.task),
+        "version": version(*modules_of(run.task)),
         "metric": task.metric,
         "zero_shot": rounded(zero_shot),
         "coefficients": coefficients,
@@ -93,7 +93,7 @@ def seed_of_base(run: Run) -> int:
 
 def base_path(run: Run, bases: Path) -> Path:
     """Named by all that the base depends on: its settings and the code."""
-    settings = [run.task, run.make_task().base_settings(), seed_of_base(run), version(run.task)]
+    settings = [run.task, run.make_task().base_settings(), seed_of_base(run), version(*modules_of(run.task))]
     return bases / f"{run.task}-{digest(settings)}.pt"
 
 

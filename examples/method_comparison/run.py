@@ -23,7 +23,7 @@ from command_line import new_parser
 from experiments import Experiment, experiment_names, load_experiments, missing_packages
 from jobs import Line, add_line, do_missing, read_lines
 from perform import perform
-from version import version
+from version import modules_of, version
 
 HERE = Path(__file__).parent
 
@@ -42,7 +42,7 @@ def run_all(
                 add_line(path, search, {})
 
         def counts(line: Line, task: str = experiment.task) -> bool:
-            return not stale or line["version"] == version(task)
+            return not stale or line["version"] == version(*modules_of(task))
 
         do = partial(perform, bases=outputs / "bases")
         jobs = partial(experiment.jobs, do, partial(read_lines, path))

@@ -18,19 +18,24 @@ NO_RESULT_OF = ("advise.py", "analysis/plots.py", "analysis/summary.py", "coeffi
 NO_RESULT_OF += ("inference/", "testing/")
 
 
+def modules_of(task: str) -> tuple[str, str]:
+    """Where a result of `run.py` comes from."""
+    return "perform", f"tasks/{task}"
+
+
 @cache
-def version(task: str) -> str:
-    """The library's, and a hash of the code that a result of the task depends on."""
-    code = sorted(_code(path)[0] for path in sources(task))
+def version(*modules: str) -> str:
+    """The library's, and a hash of the code that results of these modules depend on."""
+    code = sorted(_code(path)[0] for path in sources(*modules))
     return f"{peft_lotra.__version__}+{hashlib.sha256(repr(code).encode()).hexdigest()[:8]}"
 
 
-def sources(task: str) -> set[Path]:
-    """Of the library, what a result can depend on; of these examples, what `perform.py` and the task import."""
+def sources(*modules: str) -> set[Path]:
+    """Of the library, what a result can depend on; of these examples, the modules and what they import."""
     library = Path(peft_lotra.__file__).parent
     found = {path for path in library.rglob("*.py") if path.name != "__init__.py"}
     found = {path for path in found if not path.relative_to(library).as_posix().startswith(NO_RESULT_OF)}
-    waiting = ["perform", f"tasks/{task}"]
+    waiting = [*modules]
     while waiting:
         name = waiting.pop()
         files = (path for folder in FOLDERS for path in (folder / f"{name}.py", folder / name / "__init__.py"))
