@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import within
 from family_methods import METHODS, SEPARATE
-from family_tasks import CASES, OfParameters, residual_vector
+from family_tasks import CASES, MORE, OfParameters, residual_vector
 from pde_least_squares import batch
 from pdes import PDES, Points
 from scripts import call
@@ -95,9 +95,8 @@ def residual_of_exact(pde):
     return residual_vector(pde, pde.exact, parts).abs().max()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_exact_solutions_solve_the_equations(name):
-    case = CASES[name]
+@pytest.mark.parametrize("case", [*CASES.values(), *MORE.values()], ids=lambda case: case.title)
+def test_exact_solutions_solve_the_equations(case):
     for values in case.held_out():
         assert residual_of_exact(case.pde(values)) < within(1e-12)
         assert case.base != values, "the base should not be trained where errors are measured"

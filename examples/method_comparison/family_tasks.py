@@ -13,8 +13,8 @@ from math import cos, pi, sqrt
 from typing import Any
 
 import torch
-from pde_least_squares import EQUATIONS, Net, batch, derivatives, residual_functions
-from pdes import PDE, Elliptic, Hyperbolic, Parabolic
+from pde_least_squares import EQUATIONS, Net, batch, burgers, derivatives, residual_functions
+from pdes import PDE, Burgers, Elliptic, Hyperbolic, Parabolic
 from torch import Tensor, nn
 
 Parameters = tuple[float, ...]
@@ -82,6 +82,29 @@ class EllipticPair(LeastSquaresPDE):
         return torch.sin(lam * pi * x) * torch.sin(mu * pi * y)
 
 
+class Helmholtz(LeastSquaresPDE):
+    """u_xx + u_yy + k² u = −k² sin(kx) sin(ky) on [−1, 1]², u given on the boundary; u = sin(kx) sin(ky)."""
+
+    title, symbol, axes = "Helmholtz equation", "k", ("x", "y")
+    lower, upper, sides = Elliptic.lower, Elliptic.upper, Elliptic.sides
+    condition_weight = Elliptic.condition_weight
+
+    def exact(self, points: Tensor) -> Tensor:
+        x, y = points.split(1, dim=1)
+        return torch.sin(self.parameter * x) * torch.sin(self.parameter * y)
+
+
+class BurgersWave(Burgers):
+    """u_t + u u_x = ν u_xx, ν = 0.02, on [0, 1]², u given at t = 0, x = 0 and x = 1;
+    u = c (1 − tanh(c (x − ct − 0.2) / 2ν)), a wave of the speed c that is the steeper the faster it is."""
+
+    title, symbol, viscosity = "Burgers' equation, travelling waves", "c", 0.02
+
+    def exact(self, points: Tensor) -> Tensor:
+        (x, t), c = points.split(1, dim=1), self.parameter
+        return c * (1 - torch.tanh(c * (x - c * t - 0.2) / (2 * self.viscosity)))
+
+
 def data(pde: PDE, net: Net, points: Tensor) -> Tensor:
     return net(points) - pde.exact(points)
 
@@ -102,8 +125,14 @@ def elliptic_pair(pde: PDE, net: Net, points: Tensor) -> Tensor:
     return second(0) + second(1) + (lam**2 + mu**2) * pi**2 * pde.exact(points)
 
 
+def helmholtz(pde: PDE, net: Net, points: Tensor) -> Tensor:
+    _, second = derivatives(net, points)
+    return second(0) + second(1) + pde.parameter**2 * (net(points) + pde.exact(points))
+
+
 EQUATIONS |= {
-    Front: data, SharpFront: data, Advection: advection, FisherKPP: fisher_kpp, EllipticPair: elliptic_pair,
+    Helmholtz: helmholtz, BurgersWave: burgers, Front: data, SharpFront: data, Advection: advection,
+    FisherKPP: fisher_kpp, EllipticPair: elliptic_pair,
 }  # fmt: skip
 
 # Where errors are measured, as parts of the ranges: the middles of fifths, in two dimensions in each row and column.
@@ -322,8 +351,12 @@ CASES = {
     "parabolic": Case("Heat equation", Parabolic, {"kappa": (1.0, 2.0)}, (1.0,)),
     "fastkan": Case("Poisson equation, FastKAN", Elliptic, LAM, (1.0,), kan="fastkan"),
 }
+MORE = {
+    "helmholtz": Case("Helmholtz equation", Helmholtz, {"k": (2.0, 5.0)}, (3.2,)),
+    "burgers": Case("Burgers' equation", BurgersWave, {"c": (0.3, 0.8)}, (0.5,), base_by="lm", dtype=torch.float64),
+}
 WIDER = {
     f"{name}, width {width}": replace(case, title=f"{case.title}, width {width}", width=width, separate=False)
     for width in (64, 128)
     for name, case in CASES.items()
-}
+} | MORE

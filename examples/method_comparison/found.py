@@ -23,23 +23,21 @@ PDE_ROWS = {
     **{f"LoTRA 1/10, {by}": f"LoTRA 1/10, {by}" for by in ("Adam", "SOAP", "LM")},
     LORA: "LoRA target_parameters 1/10, SOAP",
 }
-SIZES = [f"LoTRA 1/{k}, {by}" for by in ("LM", "Adam, orthonormal") for k in (16, 10, 4)]
+SIZES = [f"{kind} 1/{k}, LM" for k in (16, 10, 4) for kind in ("LoTRA", "small KAN")]
 QUARTER = "LoTRA 1/4, LM †"
 
 
 class PDE(NamedTuple):
-    """Where the lines of a PDE are: experiment and case; its case in `pde_sizes`; a family and the target's place; and
-    whether L-BFGS is among them."""
+    """Where the lines of a PDE are: experiment and case; its case in `pde_sizes`; a family and the target's place."""
 
     experiment: str
     case: str
     sizes: str = ""
     family: tuple[str, float] | None = None
-    lbfgs: bool = False
 
 
 PDES = {
-    "Poisson, λ 1 → 1.3": PDE("pde_elliptic", "λ = 1.3", "elliptic", ("elliptic", 1.3), lbfgs=True),
+    "Poisson, λ 1 → 1.3": PDE("pde_elliptic", "λ = 1.3", "elliptic", ("elliptic", 1.3)),
     "heat, κ 1 → 1.3": PDE("pde_parabolic", "κ = 1.3", "parabolic", ("parabolic", 1.3)),
     "wave, c 2 → 2.5": PDE("pde_hyperbolic", "c = 2.5", "hyperbolic", ("hyperbolic", 2.5)),
     "Burgers, ν 0.1 → 0.13": PDE("pde_burgers", "ν = 0.13"),
@@ -89,8 +87,7 @@ class Experiments:
 
     def of_pde(self, pde: PDE) -> dict[str, list[Run]]:
         """By the labels shown."""
-        rows = {shown: label for shown, label in PDE_ROWS.items() if pde.lbfgs or "L-BFGS" not in label}
-        found = {shown: self.runs(pde.experiment, pde.case, label) for shown, label in rows.items()}
+        found = {shown: self.runs(pde.experiment, pde.case, label) for shown, label in PDE_ROWS.items()}
         if pde.sizes:
             found[QUARTER] = self.runs("pde_sizes", pde.sizes, "LoTRA 1/4, LM")
         if pde.family:

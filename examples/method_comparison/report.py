@@ -23,6 +23,8 @@ from found import (
     FAMILY_ENTRIES,
     PDES,
     SIZES,
+    SMALL,
+    SMALL_BFGS,
     Entry,
     Experiments,
     Family,
@@ -63,6 +65,7 @@ DIGIT_ROWS = {
     "LoTRA, Adam": "LoTRA 1/10", "LoTRA, SOAP": "LoTRA 1/10, SOAP", "LoTRA, aligned, LM": "LoTRA 1/10, gradient, LM",
     "LoRA, Adam": "LoRA 1/10", "LoRA, SOAP": "LoRA 1/10, SOAP", "LoRA, LM": "LoRA 1/10, LM",
 }  # fmt: skip
+SHOCK_ROWS = ("full, Adam", "full, LM", "LoTRA 1/10, LM", SMALL, f"{SMALL}, longer", SMALL_BFGS)
 LARGE_ROWS = ("full", "LoTRA 1/50", "LoRA 1/50", "from scratch")
 TEXT_ROWS = {
     "from scratch": "from scratch", "full": "full", "full, SOAP": "full, SOAP",
@@ -132,11 +135,20 @@ def of_fastkan(experiments: Experiments) -> str:
     return table_of_runs({label: experiments.runs("pde_fastkan", "", label) for label in labels})
 
 
+def of_shock(experiments: Experiments) -> str:
+    return table_of_runs({label: experiments.runs("pde_shock", "πν = 0.01", label) for label in SHOCK_ROWS})
+
+
 def of_sizes(experiments: Experiments) -> str:
     names = {name: pde for name, pde in PDES.items() if pde.sizes}
     rows = []
     for label in SIZES:
-        found = [experiments.runs("pde_sizes", pde.sizes, label) for pde in names.values()]
+        found = [
+            experiments.runs(pde.experiment, pde.case, SMALL)
+            if label == "small KAN 1/10, LM"
+            else experiments.runs("pde_sizes", pde.sizes, label)
+            for pde in names.values()
+        ]
         rows.append([label, f"{found[0][0].trained:,}", *(spread(metrics(runs)) for runs in found)])
     return table(["", "numbers", *names], rows)
 
@@ -300,7 +312,7 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
     domains = {name: FewSamples(name, experiments.lines("few_samples")) for name in ("fluids", *OTHERS)}
     tables = {
         "pages/pdes.md": {name.split(",")[0]: table_of_runs(found) for name, found in pdes.items()}
-        | {"FastKAN": of_fastkan(experiments), "sizes": of_sizes(experiments)},
+        | {"shock": of_shock(experiments), "FastKAN": of_fastkan(experiments), "sizes": of_sizes(experiments)},
         "pages/widths.md": {"widths": of_widths(experiments)},
         "pages/transformers_and_images.md": {
             "digits": of_digits(experiments),
