@@ -43,6 +43,7 @@ FAMILY_CASES = {
     "sharp front": "sharper front, from data, β", "fastkan": "Poisson, FastKAN",
     "elliptic, width 64": "Poisson, width 64", "elliptic, width 128": "Poisson, width 128",
 }  # fmt: skip
+FURTHER = {"helmholtz": "Helmholtz, k", "burgers": "Burgers' travelling waves, c"}
 FLUIDS = (
     "family, code of 3", "family, code of 5", "family, code of 5, then its core", "GEPS, code of 8",
     "code as inputs, 5", "learned basis, 16", "known input, everything, LM", "Gaussian process", "gappy POD",
@@ -227,20 +228,21 @@ def of_families(families: dict[str, Family]) -> str:
     return table(["(seeds)", *FAMILY_ENTRIES], rows)
 
 
-def of_joint(lines: Sequence[Line]) -> str:
-    """Families fitted on a frozen base, and together with it, as they are and tuned; the network with an input."""
+def of_joint(lines: Sequence[Line], wider: bool) -> str:
+    """Families fitted on a frozen base, and together with it, as they are and tuned; the network with an input; of
+    width 32, or of wider ones."""
     rows = []
     entries = [Entry(method, k) for method in ("family", "family, joint") for k in (0, 5)]
     entries += [Entry("parameter as an input", k) for k in (0, 1)]
     joint = [(line["case"], line["seed"]) for line in lines if line["method"] == "family, joint"]
-    for case in dict.fromkeys(case for case, _ in joint):
+    for case in dict.fromkeys(case for case, _ in joint if ("width" in case) == wider):
         family = Family(case, [line for line in lines if (line["case"], line["seed"]) in joint])
-        name, _, width = case.partition(", width ")
-        title = f"{FAMILY_CASES[name]}; {width or 32}"
+        name = case.partition(", width")[0]
+        title = case.replace(name, (FAMILY_CASES | FURTHER)[name])
         cells = [short(median(found)) if (found := family.errors(entry)) else NONE for entry in entries]
         rows.append([f"{title} ({family.seeds})", *cells])
-    header = ["width (seeds)", "frozen base, as it is", "core", "joint, as it is", "core"]
-    return table([*header, "input, as it is", "1 iteration"], rows)
+    header = ["(seeds)", "frozen base, as it is", "core", "joint, as it is", "core", "input, as it is", "1 iteration"]
+    return table(header, rows)
 
 
 def of_convection(lines: Sequence[Line]) -> str:
@@ -322,7 +324,8 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
         "families.md": {
             "families": of_families(families),
             "costs": costs(families["elliptic"]),
-            "joint": of_joint(experiments.lines("families")),
+            "joint": of_joint(experiments.lines("families"), wider=False),
+            "joint, wider": of_joint(experiments.lines("families"), wider=True),
             "convection": of_convection(experiments.lines("convection")),
         },
         "few_samples.md": {"fluids": of_fluids(domains["fluids"]), "others": of_others(domains)},
