@@ -296,7 +296,7 @@ def test_rates_are_searched_for_on_a_task_that_is_not_reported(tmp_path):
     assert experiment.run("", "full", 100, 0.01, 2).settings["parameter"] == 1.2
     assert experiment.run("", "full", 0, 0.01).settings["parameter"] == 1.3
     for experiment in load_experiments():
-        for case in experiment.cases if experiment.task == "pde" and experiment.tuning else ():
+        for case in experiment.tuning.get("settings", ()):
             label = next(iter(experiment.methods))
             reported, searched = (experiment.run(case, label, 100, 0.01, steps) for steps in (None, 1))
             assert reported.settings["parameter"] != searched.settings["parameter"]
