@@ -43,6 +43,7 @@ from family_tasks import (
     DiagonalsOfParameters,
     OfParameters,
     advection,
+    scaled,
 )
 from jobs import Job, Line, do_missing, environment, new_arguments, place, rounded
 from pdes import relative_l2_error
@@ -117,8 +118,7 @@ class Encoders(nn.Module):
         self.together = mlp(2 * width, width, width, width, 1)
 
     def forward(self, inputs: Tensor, speeds: Tensor) -> Tensor:
-        low, high = self.bounds
-        codes = self.of_inputs(inputs), self.of_speeds(2 * (speeds - low) / (high - low) - 1)
+        codes = self.of_inputs(inputs), self.of_speeds(*scaled([speeds], [self.bounds]))
         return self.together(torch.tanh(torch.cat(codes, dim=1)))
 
 

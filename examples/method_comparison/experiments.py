@@ -58,17 +58,19 @@ class Experiment:
     def task_of(self, case: str) -> Task:
         return make_task(self.task, {**self.settings, **self.cases[case]})
 
-    def run(self, case: str, label: str, seed: int, lr: float | None, steps: int | None = None) -> Run:
-        """With `steps`, one of the search for a rate, which may have a task of its own."""
+    def run(self, case: str, label: str, seed: int, lr: float | None, of_search: bool = False) -> Run:
+        """One that is reported, or one of the search for a rate, with its own steps and, if `tuning` says so, task."""
         method = {key: value for key, value in self.methods[label].items() if key not in NOT_OF_A_RUN}
         if lr is not None:
             method["lr"] = lr
         default = self.lm_steps if method.get("optimizer") == "lm" else self.steps
         # asdict: defaults of the task are part of its settings
         settings = asdict(self.task_of(case))
-        if steps:
+        steps = self.methods[label].get("steps", default)
+        if of_search:
             settings |= self.tuning.get("settings", {}).get(case, {})
-        return Run(self.task, settings, method, steps or self.methods[label].get("steps", default), seed)
+            steps = self.tuning["steps"]
+        return Run(self.task, settings, method, steps, seed)
 
     def jobs(self, perform: Perform, lines: Callable[[], list[Line]]) -> Iterator[Job]:
         """The search for each rate, and then the runs at the best one; `lines` gives those that are there."""
@@ -86,7 +88,7 @@ class Experiment:
                     yield {"case": case, "label": label, "seed": seed, "run": asdict(run)}, partial(perform, run)
 
     def names_of_search(self, case: str, label: str) -> Line:
-        settings = asdict(self.run(case, label, 0, None, self.tuning["steps"]))
+        settings = asdict(self.run(case, label, 0, None, of_search=True))
         del settings["seed"]
         return {"case": case, "label": label, "seeds": self.tuning["seeds"], "run": settings}
 
@@ -97,7 +99,7 @@ class Experiment:
         rates, results = list(self.tuning["rates"]), []
         while rates:
             for lr in rates:
-                runs = [self.run(case, label, seed, lr, self.tuning["steps"]) for seed in self.tuning["seeds"]]
+                runs = [self.run(case, label, seed, lr, of_search=True) for seed in self.tuning["seeds"]]
                 results = [perform(run) for run in runs]
                 tried[str(lr)] = [result["marks"][-1][-1] for result in results]
             known, best = [float(lr) for lr in tried], best_rate(tried, self.task_of(case).higher_is_better)

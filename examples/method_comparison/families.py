@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))  # modules of the other examples
 sys.path.append(str(HERE.parent / "benchmarks"))
 from family_methods import ALL_TASKS, METHODS, SEPARATE, SMOKE, Lab, Result, Sizes  # noqa: E402
-from family_tasks import CASES, WIDER  # noqa: E402
+from family_tasks import ALL_CASES, CASES  # noqa: E402
 from jobs import Job, Line, do_missing, environment, new_arguments, place, read_lines, rounded  # noqa: E402
 from version import version  # noqa: E402
 
@@ -56,7 +56,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     sizes = SMOKE if args.smoke else Sizes()
 
     def compute(name: str, method: str, seed: int) -> Line:
-        lab, further = Lab(name, (CASES | WIDER)[name], seed, sizes, args.outputs), {}
+        lab, further = Lab(name, ALL_CASES[name], seed, sizes, args.outputs), {}
         if method in ALL_TASKS:
             names = {"case": name, "method": "family", "seed": seed}
             family = [line for line in read_lines(args.results) if names.items() <= line.items()]
@@ -68,13 +68,13 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     for seed in args.seeds:
         for name in args.cases:
             for method in args.methods:
-                if (CASES | WIDER)[name].separate or method not in SEPARATE:
+                if ALL_CASES[name].separate or method not in SEPARATE:
                     yield {"case": name, "method": method, "seed": seed}, partial(compute, name, method, seed)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser, cases = new_arguments(__doc__, "families", METHODS), list(CASES)
-    parser.add_argument("--cases", nargs="+", choices=[*cases, *WIDER], default=cases, help="families of tasks")
+    parser = new_arguments(__doc__, "families", METHODS)
+    parser.add_argument("--cases", nargs="+", choices=list(ALL_CASES), default=list(CASES), help="families of tasks")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of base, factors and points")
     args = parser.parse_args(argv)
     if wrong := [seed for seed in args.seeds if not 0 <= seed < 2**31]:

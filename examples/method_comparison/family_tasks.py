@@ -228,6 +228,11 @@ class Case:
         return fresh
 
 
+def scaled(parameters: Sequence[Tensor], ranges: Sequence[tuple[float, float]]) -> list[Tensor]:
+    """Each from its range to [−1, 1]."""
+    return [2 * (p - low) / (high - low) - 1 for p, (low, high) in zip(parameters, ranges, strict=True)]
+
+
 class OfParameters(nn.Module):
     """A KAN with the parameters as further inputs, scaled to [−1, 1]. (N, 2) and (N, 1) for each → (N, 1)"""
 
@@ -236,8 +241,7 @@ class OfParameters(nn.Module):
         self.kan, self.ranges = kan, tuple(ranges)
 
     def forward(self, points: Tensor, *parameters: Tensor) -> Tensor:
-        scaled = [2 * (p - low) / (high - low) - 1 for p, (low, high) in zip(parameters, self.ranges, strict=True)]
-        return self.kan(torch.cat([points, *scaled], dim=1))
+        return self.kan(torch.cat([points, *scaled(parameters, self.ranges)], dim=1))
 
     @staticmethod
     def at(net: Any, parameters: tuple[Tensor, ...]) -> tuple[Net, AbstractContextManager]:
@@ -278,8 +282,7 @@ class DiagonalsOfParameters(nn.Module):
         nn.init.ones_(self.maker[-1].bias)
 
     def diagonals(self, *parameters: Tensor) -> Tensor:
-        scaled = [2 * (p - low) / (high - low) - 1 for p, (low, high) in zip(parameters, self.ranges, strict=True)]
-        return self.maker(torch.cat(scaled, dim=1)).unflatten(1, self.shape)
+        return self.maker(torch.cat(scaled(parameters, self.ranges), dim=1)).unflatten(1, self.shape)
 
     def with_diagonals(self, points: Tensor, diagonals: Tensor) -> Tensor:
         x = torch.tanh(self.first(points))
@@ -359,4 +362,5 @@ WIDER = {
     f"{name}, width {width}": replace(case, title=f"{case.title}, width {width}", width=width, separate=False)
     for width in (64, 128)
     for name, case in CASES.items()
-} | MORE
+}
+ALL_CASES = CASES | MORE | WIDER

@@ -24,7 +24,7 @@ PDE_ROWS = {
     LORA: "LoRA target_parameters 1/10, SOAP",
 }
 SIZES = [f"{kind} 1/{k}, LM" for k in (16, 10, 4) for kind in ("LoTRA", "small KAN")]
-SIZES += [f"{kind} 1/10, LM, longer" for kind in ("LoTRA", "small KAN")]
+SIZES += [*(f"{kind} 1/10, LM, longer" for kind in ("LoTRA", "small KAN")), "LoTRA 1/4, Adam, orthonormal"]
 QUARTER = "LoTRA 1/4, LM †"
 
 

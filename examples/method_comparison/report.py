@@ -43,7 +43,7 @@ FAMILY_CASES = {
     "sharp front": "sharper front, from data, β", "fastkan": "Poisson, FastKAN",
     "elliptic, width 64": "Poisson, width 64", "elliptic, width 128": "Poisson, width 128",
 }  # fmt: skip
-FURTHER = {"helmholtz": "Helmholtz, k", "burgers": "Burgers' travelling waves, c"}
+MORE_CASES = {"helmholtz": "Helmholtz, k", "burgers": "Burgers' travelling waves, c"}
 FLUIDS = (
     "family, code of 3", "family, code of 5", "family, code of 5, then its core", "GEPS, code of 8",
     "code as inputs, 5", "learned basis, 16", "known input, everything, LM", "Gaussian process", "gappy POD",
@@ -144,12 +144,7 @@ def of_sizes(experiments: Experiments) -> str:
     names = {name: pde for name, pde in PDES.items() if pde.sizes}
     rows = []
     for label in SIZES:
-        found = [
-            experiments.runs(pde.experiment, pde.case, SMALL)
-            if label == "small KAN 1/10, LM"
-            else experiments.runs("pde_sizes", pde.sizes, label)
-            for pde in names.values()
-        ]
+        found = [experiments.runs("pde_sizes", pde.sizes, label) for pde in names.values()]
         rows.append([label, f"{found[0][0].trained:,}", *(spread(metrics(runs)) for runs in found)])
     return table(["", "numbers", *names], rows)
 
@@ -238,7 +233,7 @@ def of_joint(lines: Sequence[Line], wider: bool) -> str:
     for case in dict.fromkeys(case for case, _ in joint if ("width" in case) == wider):
         family = Family(case, [line for line in lines if (line["case"], line["seed"]) in joint])
         name = case.partition(", width")[0]
-        title = case.replace(name, (FAMILY_CASES | FURTHER)[name])
+        title = case.replace(name, (FAMILY_CASES | MORE_CASES)[name])
         cells = [short(median(found)) if (found := family.errors(entry)) else NONE for entry in entries]
         rows.append([f"{title} ({family.seeds})", *cells])
     header = ["(seeds)", "frozen base, as it is", "core", "joint, as it is", "core", "input, as it is", "1 iteration"]
