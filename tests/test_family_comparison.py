@@ -1,4 +1,4 @@
-"""examples/method_comparison/families.py and convection.py in a short form: lines, how they go on; exact solutions."""
+"""`run.py families` and `run.py convection` in a short form: lines, how they go on; exact solutions."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import jobs
 import pytest
 import torch
 from conftest import within
-from family_methods import METHODS, SEPARATE
+from family_methods import METHODS
 from family_tasks import CASES, MORE, OfParameters, residual_vector
 from pde_least_squares import batch
 from pdes import PDES, Points
@@ -17,11 +17,11 @@ from scripts import call
 ORIGIN = {"version", "commit", "processor", "threads", "torch"}  # which every line names
 
 
-def again_but_the_last(script, results, arguments):
+def again_but_the_last(results, arguments):
     """Only what is missing runs again, and ends in the same lines."""
     text = results.read_text().splitlines(keepends=True)
     results.write_text("".join(text[:-1]))
-    assert call(script, *arguments).out.count("Done in") == 1, "only what is missing should run"
+    assert call("run", *arguments).out.count("Done in") == 1, "only what is missing should run"
     names = [[json.loads(line).get(key) for key in ("case", "range", "method", "seed")] for line in text]
     assert [
         [line.get(key) for key in ("case", "range", "method", "seed")] for line in jobs.read_lines(results)
@@ -30,20 +30,15 @@ def again_but_the_last(script, results, arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cases", "methods"),
-    [
-        (["elliptic", "advection", "two parameters"], ["family", "full, Adam"]),
-        (["elliptic"], list(METHODS)),
-    ],
-    ids=["short", "every method"],
+    ("case", "methods"),
+    [("elliptic", list(METHODS)), *((case, ["family"]) for case in ("advection", "two parameters"))],
 )
-def test_smoke(cases, methods, tmp_path):
-    arguments = ("--smoke", "--cases", *cases, "--methods", *methods, "--outputs", tmp_path)
-    call("families", *arguments)
+def test_smoke(case, methods, tmp_path):
+    arguments = ("families", "--smoke", "--only", case, "--outputs", tmp_path)
+    call("run", *arguments)
     results = tmp_path / "smoke" / "families.jsonl"
     lines = jobs.read_lines(results)
-    expected = [(name, m, 0) for name in cases for m in methods if CASES[name].separate or m not in SEPARATE]
-    assert [(line["case"], line["method"], line["seed"]) for line in lines] == expected
+    assert [(line["case"], line["method"], line["seed"]) for line in lines] == [(case, m, 0) for m in methods]
     for line in lines:
         assert ORIGIN <= {*line, *line["environment"]}
         for task in line["tasks"]:
@@ -51,22 +46,22 @@ def test_smoke(cases, methods, tmp_path):
             assert all(0 < error < 100 for error in errors)
             if line["method"] in ("family", "LoTRA alone, LM", "full, LM"):
                 assert errors[-1] < errors[0]
-    tasks = {line["method"]: len(line["tasks"]) for line in lines if line["case"] == "elliptic"}
+    tasks = {line["method"]: len(line["tasks"]) for line in lines}
     assert tasks["family"] == 2
-    assert tasks["full, Adam"] == 1
-    again_but_the_last("families", results, arguments)
+    assert tasks.get("full, Adam", 1) == 1
+    again_but_the_last(results, arguments)
 
 
 @pytest.mark.slow
 def test_smoke_of_convection(tmp_path):
-    arguments = ("--smoke", "--ranges", "30-40", "--outputs", tmp_path)
-    call("convection", *arguments)
+    arguments = ("convection", "--smoke", "--outputs", tmp_path)
+    call("run", *arguments)
     lines = jobs.read_lines(tmp_path / "smoke" / "convection.jsonl")
     assert [line["method"] for line in lines] == list(convection.METHODS)
     for line in lines:
         assert ORIGIN <= {*line, *line["environment"]}
         assert all(0 < task["marks"][-1][-1] < 10 for task in line["tasks"])
-    again_but_the_last("convection", tmp_path / "smoke" / "convection.jsonl", arguments)
+    again_but_the_last(tmp_path / "smoke" / "convection.jsonl", arguments)
 
 
 def test_exact_solution_of_the_convection_has_no_residual(tmp_path):
@@ -85,8 +80,8 @@ def test_exact_solution_of_the_convection_has_no_residual(tmp_path):
 
 
 def test_needs_the_seconds_of_the_family(tmp_path):
-    arguments = ("--smoke", "--cases", "front", "--methods", "parameter as an input", "--outputs", tmp_path)
-    assert "takes the seconds of 'family'" in call("families", *arguments, code=1).err
+    arguments = ("families", "--smoke", "--only", "elliptic", "parameter as an input", "--outputs", tmp_path)
+    assert "takes the seconds of 'family'" in call("run", *arguments, code=1).err
 
 
 def residual_of_exact(pde):

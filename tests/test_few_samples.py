@@ -1,4 +1,4 @@
-"""examples/method_comparison/few_samples.py: its fits and rivals against formulas, and the command in a short form."""
+"""`run.py few_samples`: its fits and rivals against formulas, and the command in a short form."""
 
 import importlib.util
 
@@ -127,17 +127,14 @@ def test_pod_finds_tasks_of_its_span(split, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("domain", [name for name in tasks.DOMAINS if name not in ("fluids_10", "fluids_20")])
 def test_smoke(domain, tmp_path):
+    arguments = ("few_samples", "--smoke", "--only", domain, "--outputs", tmp_path)
     if domain == "liquids" and importlib.util.find_spec("chemicals") is None:
-        assert "Liquids are left out" in call("few_samples", "--domains", domain, "--results", tmp_path / "none").out
+        assert "Liquids are left out" in call("run", *arguments, code=1).out
         pytest.skip("the liquids are those of the package chemicals, which is not installed")
-    used = [label for label, method in methods.METHODS.items() if method.fits(tasks.DOMAINS[domain]())]
-    if domain == "fluids_5":  # fewer tasks are seen than of "fluids", by the same methods
-        used = [label for label in used if label in ("family, code of 3", "GEPS, code of 8", "gappy POD")]
-    arguments = ("--smoke", "--domains", domain, "--outputs", tmp_path, "--methods", *used)
-    call("few_samples", *arguments)
+    call("run", *arguments)
     results = tmp_path / "smoke" / "few_samples.jsonl"
     lines = read_lines(results)
-    assert [line["method"] for line in lines if line["split"] == 1] == used
+    assert [line["method"] for line in lines] == list(methods.METHODS)[: None if domain == "fluids" else 1]
     for line in lines:
         assert line["version"]
         for part in line.get("samples", {}).values():
@@ -146,10 +143,6 @@ def test_smoke(domain, tmp_path):
 
     text = results.read_text().splitlines(keepends=True)
     results.write_text("".join(text[:-1]))
-    assert call("few_samples", *arguments).out.count("Done in") == 1, "only what is missing should run"
+    assert call("run", *arguments).out.count("Done in") == 1, "only what is missing should run"
     again = [(line["split"], line["method"]) for line in read_lines(results)]
     assert again == [(line["split"], line["method"]) for line in lines]
-
-
-def test_bad_arguments():
-    assert "should be above 0" in call("few_samples", "--seconds", "0", code=2).err

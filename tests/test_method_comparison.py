@@ -17,6 +17,7 @@ import version
 from compared_methods import ranks_within
 from conftest import approx
 from experiments import Run, best_rate, experiment_names, load_experiments, missing_packages
+from filelock import FileLock
 from jobs import read_lines
 from launching import launch
 from scripts import EXAMPLES, call
@@ -43,11 +44,15 @@ def experiments(folder, name="heat", **changes):
     return load_experiments(folder=folder)
 
 
+def run_all(experiments, results, outputs, **options):
+    return run.run_all([run.of_experiment(one, outputs) for one in experiments], results, outputs, **options)
+
+
 @pytest.fixture(scope="module")
 def _done(tmp_path_factory):
     """What the runs of `EXPERIMENT` leave."""
     folder = tmp_path_factory.mktemp("done")
-    assert run.run_all(experiments(folder / "experiments"), folder / "results", folder) == 0
+    assert run_all(experiments(folder / "experiments"), folder / "results", folder) == 0
     return folder
 
 
@@ -67,10 +72,34 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     assert len(written.splitlines()) == 3
 
 
+def test_only_some_jobs(done, tmp_path, capsys):
+    experiment, path = experiments(tmp_path / "experiments"), tmp_path / "results" / "heat.jsonl"
+    lines = read_lines(path)
+    path.write_text("")
+    capsys.readouterr()
+    run_all(experiment, path.parent, tmp_path, only=["full", "1"])
+    assert capsys.readouterr().out.count("Done in") == 2
+    assert [line.get("seed") for line in read_lines(path)] == [None, 1]
+    with pytest.raises(SystemExit, match=r"--only: no job has all of \['full', '2'\]"):
+        run_all(experiment, path.parent, tmp_path, only=["full", "2"])
+    run_all(experiment, path.parent, tmp_path)
+    assert {line["label"] for line in read_lines(path)} == {"full", "LoTRA"}
+    assert len(read_lines(path)) == len(lines)
+
+
+def test_two_processes_share_the_work(tmp_path, capsys):
+    both = [*experiments(tmp_path / "a", methods={"full": EXPERIMENT["methods"]["full"] | {"lr": 0.01}})]
+    both += [replace(both[0], name="other")]
+    with FileLock(tmp_path / "heat.lock"):
+        assert run_all(both, tmp_path / "results", tmp_path) == 0
+    assert "heat: another process does it" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["other.jsonl"]
+
+
 def test_only_what_changed_is_run_again(done, tmp_path, capsys):
     changed = {**EXPERIMENT["methods"], "LoTRA": {"method": "lotra", "r": 3, "optimizer": "lm"}}
     capsys.readouterr()
-    run.run_all(experiments(tmp_path / "experiments", methods=changed), tmp_path / "results", tmp_path)
+    run_all(experiments(tmp_path / "experiments", methods=changed), tmp_path / "results", tmp_path)
     assert capsys.readouterr().out.count("Done in") == 2
     assert len(list((tmp_path / "bases").iterdir())) == 3  # of two seeds and the one for the rates
 
@@ -82,11 +111,11 @@ def test_an_interrupted_run_leaves_no_line(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(perform, "train_by_lm", interrupted)
-    assert run.run_all(experiment, path.parent, tmp_path) == 130
+    assert run_all(experiment, path.parent, tmp_path) == 130
     before = read_lines(path)
     assert len(before) == 1 + 2  # the search, and full
     monkeypatch.undo()
-    assert run.run_all(experiment, path.parent, tmp_path) == 0
+    assert run_all(experiment, path.parent, tmp_path) == 0
     assert read_lines(path)[:3] == before
     assert len(read_lines(path)) == 5
 
@@ -97,7 +126,7 @@ def test_lines(tmp_path):
     (experiment,) = experiments(
         tmp_path / "e", methods=labels, cases=cases, tuning=EXPERIMENT["tuning"] | {"case": "near"}
     )
-    run.run_all([experiment], tmp_path / "results", tmp_path)
+    run_all([experiment], tmp_path / "results", tmp_path)
     found = read_lines(tmp_path / "results" / "heat.jsonl")
     places = {(line["case"], line["label"], line.get("seed")) for line in found}
     of_seeds = {(case, label, seed) for case in cases for label in labels for seed in (0, 1)}
@@ -117,15 +146,15 @@ def test_older_code_is_run_again(done, tmp_path, monkeypatch, capsys):
     before = read_lines(path)
     for module in (run, perform):
         monkeypatch.setattr(module, "version", lambda *modules: "0.2.0+01234567")
-    run.run_all(experiment, path.parent, tmp_path)
+    run_all(experiment, path.parent, tmp_path)
     assert read_lines(path) == before
-    run.run_all(experiment, path.parent, tmp_path, stale=True)
+    run_all(experiment, path.parent, tmp_path, stale=True)
     after = read_lines(path)
     assert len(after) == len(before)
     assert {line["version"] for line in after} == {"0.2.0+01234567"}
     assert len(list((tmp_path / "bases").iterdir())) == 2 * 3  # a base is of the code, too
     capsys.readouterr()
-    run.run_all(experiment, path.parent, tmp_path, stale=True)
+    run_all(experiment, path.parent, tmp_path, stale=True)
     assert "Done in" not in capsys.readouterr().out
 
 
@@ -137,7 +166,7 @@ def test_how_far_a_rerun_is_from_the_stored_lines(done, tmp_path, capsys):
             line["marks"][-1][-1] /= 2
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     capsys.readouterr()
-    run.run_all(experiment, path.parent, tmp_path, confirm=True)
+    run_all(experiment, path.parent, tmp_path, confirm=True)
     out = capsys.readouterr().out
     assert out.count("Done in") == 2, "a seed of each method, and no search"
     for method, ratio in (("full", 1), ("LoTRA", 2)):
@@ -183,6 +212,16 @@ print(*(getattr(module, "__file__", None) for module in list(sys.modules.values(
 def test_every_experiment_is_as_it_should_be():
     for smoke in (False, True):
         assert [experiment.name for experiment in load_experiments(smoke=smoke)] == experiment_names()
+    every, short = (
+        [
+            (e.task, method.get("optimizer"), method["method"])
+            for e in load_experiments(smoke=s)
+            for method in e.methods.values()
+        ]
+        for s in (False, True)
+    )
+    assert {*every} == {*short}, "a short form has every method"
+    assert len(short) < len(every) / 2
 
 
 @pytest.mark.parametrize(
@@ -225,7 +264,7 @@ def test_unknown_experiment(tmp_path):
 def test_a_method_that_does_not_fit_the_model(tmp_path):
     methods = {"LoRA": {"method": "lora", "ratio": 0.5, "lr": 1e-3}}
     with pytest.raises(ValueError, match="'lora' needs coefficients that are weights of nn.Linear"):
-        run.run_all(experiments(tmp_path / "e", methods=methods), tmp_path / "results", tmp_path)
+        run_all(experiments(tmp_path / "e", methods=methods), tmp_path / "results", tmp_path)
 
 
 @pytest.mark.parametrize("method", ["full", "lotra", "lora"])
@@ -234,7 +273,7 @@ def test_methods_keep_to_their_budget_and_change_only_what_they_train(method, tm
     ratio = {"ratio": 0.5} if method in ("lotra", "lora") else {}
     methods = {"A": {"method": method, "lr": 1e-2, **ratio}}
     (experiment,) = experiments(tmp_path / "e", settings=settings, methods=methods, seeds=[0])
-    run.run_all([experiment], tmp_path / "results", tmp_path)
+    run_all([experiment], tmp_path / "results", tmp_path)
     (result,) = read_lines(tmp_path / "results" / "heat.jsonl")
     assert result["coefficients"] == 2 * 8 * 8 + 8 * 8 * 8 + 8 * 8
     assert result["marks"][0][2] == approx(result["zero_shot"], rel=1e-5)
@@ -248,7 +287,7 @@ def test_tasks_on_data(tmp_path, fp32):
     (experiment,) = load_experiments(["images_kan"], smoke=True)
     if missing_packages(experiment):
         pytest.skip(missing_packages(experiment)[0])
-    run.run_all([experiment], tmp_path / "results", tmp_path)
+    run_all([experiment], tmp_path / "results", tmp_path)
     task = experiment.task_of(next(iter(experiment.cases)))
     first, again, other = (task.objective("target", seed, torch.device("cpu")) for seed in (0, 0, 1))
     assert torch.equal(first.training.x, again.training.x)

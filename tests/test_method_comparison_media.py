@@ -31,7 +31,8 @@ def results(tmp_path, task, settings, methods):
     folder.mkdir()
     content = {"title": "Short", "task": task, "settings": settings, "steps": 3, "seeds": [0], "methods": methods}
     (folder / "short.json").write_text(json.dumps(content))
-    run.run_all(load_experiments(folder=folder), tmp_path / "results", tmp_path)
+    (experiment,) = load_experiments(folder=folder)
+    run.run_all([run.of_experiment(experiment, tmp_path)], tmp_path / "results", tmp_path)
     found = [json.loads(line) for line in (tmp_path / "results" / "short.jsonl").read_text().splitlines()]
     assert len(found) == len(methods)
     return {result["run"]["method"]["method"]: result for result in found}

@@ -1,23 +1,16 @@
-"""Convection with the speed as a parameter, a benchmark of networks for families of PDEs: runs what is not there yet.
-
-    python examples/method_comparison/convection.py
-    python examples/method_comparison/convection.py --ranges 30-40 --seeds 0
-    python examples/method_comparison/convection.py --smoke
+"""Convection with the speed as a parameter, a benchmark of networks for families of PDEs: `run.py convection`.
 
 u_t + β u_x = 0 for x in [0, 2π], periodic, and t in [0, 1], u = 1 + sin x at t = 0, so that u = 1 + sin(x −
 βt), with β in [1, 20] or in [30, 40], as in Hyper-LR-PINN (Cho et al., 2023). No method sees values at t > 0.
 Fast waves are a known failure: a network that is trained on the whole of [0, 1] at once ends at u = 1. So every
 method but the PINN meets the times, and then the speeds, in growing parts: a part grows by a tenth as soon as
 the network solves points of it that it was not fitted to. Periodicity is in the inputs, (cos x, sin x, 2t − 1).
-Every range, method and seed is a line of results/convection.jsonl.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -28,10 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from chebyshev_kan import ChebyshevKAN
 from compared_methods import trainable
 from family_tasks import (
@@ -45,10 +34,11 @@ from family_tasks import (
     advection,
     scaled,
 )
-from jobs import Job, Line, do_missing, environment, new_arguments, place, rounded
+from jobs import Job, Line, environment, rounded
 from pdes import relative_l2_error
 from peft import get_peft_model
 from reporting import write_atomically
+from torch import Tensor, nn
 from version import version
 
 from peft_lotra import LoTRAConfig, adapter_at, at_task, fit_gauss_newton
@@ -71,6 +61,7 @@ class Sizes:
 
 SIZES = {"1-20": Sizes(60.0, 120.0), "30-40": Sizes(90.0, 150.0)}
 SMOKE = Sizes(0.5, 0.5, 0.5, 1, 3)
+SEEDS, OF_ALL = 2, ("family, its core", "family, core and factors", "speed as an input")  # the others have one
 
 
 class Convection(Advection):
@@ -360,29 +351,17 @@ METHODS: Mapping[str, Callable[[Lab], Line]] = {
 }
 
 
-def jobs(args: argparse.Namespace) -> Iterator[Job]:
+def jobs(smoke: bool, folder: Path, lines: Path) -> Iterator[Job]:
+    """Seeds outermost, methods innermost; a short form has one range."""
+
     def compute(name: str, method: str, seed: int) -> Line:
-        sizes = SMOKE if args.smoke else SIZES[name]
-        found = METHODS[method](Lab(name, seed, sizes, args.outputs))
+        sizes = SMOKE if smoke else SIZES[name]
+        found = METHODS[method](Lab(name, seed, sizes, folder))
         found |= {"seconds": rounded(found["seconds"]), "settings": vars(sizes)}
         return found | {"version": version("convection"), "environment": environment()}
 
-    for seed in args.seeds:
-        for name in args.ranges:
-            for method in args.methods:
-                yield {"range": name, "method": method, "seed": seed}, partial(compute, name, method, seed)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = new_arguments(__doc__, "convection", METHODS)
-    parser.add_argument("--ranges", nargs="+", choices=list(RANGES), default=list(RANGES), help="of the speed")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of weights and points")
-    args = parser.parse_args(argv)
-    if args.smoke:
-        args.seeds = args.seeds[:1]
-    place(args, "convection")
-    return do_missing(args.results, lambda: jobs(args), stored=args.stored)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    for seed in range(1 if smoke else SEEDS):
+        for name in list(RANGES)[smoke:]:
+            for method in METHODS:
+                if method in OF_ALL or (name, seed) == ("30-40", 0):
+                    yield {"range": name, "method": method, "seed": seed}, partial(compute, name, method, seed)

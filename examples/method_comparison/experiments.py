@@ -81,8 +81,10 @@ class Experiment:
                     at = self.tuning.get("case", case)
                     names = self.names_of_search(at, label)
                     yield names, partial(self.search, at, label, perform)
-                    (found,) = (line for line in lines() if names.items() <= line.items())
-                    lr = best_rate(found["tuning"], self.task_of(case).higher_is_better)
+                    found = [line for line in lines() if names.items() <= line.items()]
+                    if not found:  # the search was left out
+                        continue
+                    lr = best_rate(found[0]["tuning"], self.task_of(case).higher_is_better)
                 for seed in self.seeds:
                     run = self.run(case, label, seed, lr)
                     yield {"case": case, "label": label, "seed": seed, "run": asdict(run)}, partial(perform, run)
@@ -134,7 +136,7 @@ def experiment_names(folder: Path = HERE / "experiments") -> list[str]:
 def load_experiments(
     names: Iterable[str] = (), folder: Path = HERE / "experiments", smoke: bool = False
 ) -> list[Experiment]:
-    """Those named, or all. `smoke`: a few steps, one seed, one case.
+    """Those named, or all. `smoke`: a few steps, one seed, one case, and each method once for a task.
 
     Raises:
         ValueError: naming the file and what is allowed, if an experiment is not as it should be.
@@ -142,7 +144,8 @@ def load_experiments(
     known = experiment_names(folder)
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no experiment {unknown[0]!r}; there are {known}")
-    return [_load(folder / f"{name}.json", smoke) for name in names or known]
+    found = [_load(folder / f"{name}.json", smoke) for name in names or known]
+    return _each_method_once(found) if smoke else found
 
 
 def missing_packages(experiment: Experiment) -> list[str]:
@@ -186,6 +189,17 @@ def _shortened(experiment: Experiment) -> Experiment:
         cases={case: experiment.cases[case]},
         tuning=tuning,
     )
+
+
+def _each_method_once(experiments: list[Experiment]) -> list[Experiment]:
+    """Of each task, and the first of each experiment."""
+    seen, found = [], []
+    for experiment in experiments:
+        new = {k: m for k, m in experiment.methods.items() if (experiment.task, m) not in seen}
+        new = new or dict([next(iter(experiment.methods.items()))])
+        seen += [(experiment.task, method) for method in new.values()]
+        found.append(replace(experiment, methods=new))
+    return found
 
 
 def _check(experiment: Experiment) -> None:

@@ -356,4 +356,3 @@ METHODS: dict[str, Callable[..., Result]] = {
     "diagonals of the parameter": low_rank_layers,
     "basis of 16 KANs": reduced_basis,
 }
-SEPARATE = ["basis of 16 KANs"]  # it needs separate networks

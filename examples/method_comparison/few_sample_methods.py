@@ -14,7 +14,7 @@ import few_sample_models as models
 import torch
 from few_sample_fits import GaussianProcesses, curve, deviations, least_squares, pod, prior_of
 from few_sample_models import Learned, of_adapter, of_codes, of_family, of_weights
-from few_sample_tasks import Domain, Samples, Split
+from few_sample_tasks import Samples, Split
 from torch import Tensor
 
 from peft_lotra import fit_task, task_noise
@@ -174,19 +174,11 @@ class Once(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A start for new tasks, from what was learned once or from nothing, and how their samples are taken in.
-
-    Attributes:
-        needs_known: whether something has to be known of a task without samples.
-    """
+    """A start for new tasks, from what was learned once or from nothing, and how their samples are taken in."""
 
     once: str
     start: Callable[[Any], Learned]
     fit: Callable[[], Fit]
-    needs_known: bool = False
-
-    def fits(self, domain: Domain) -> bool:
-        return domain.known is not None or not self.needs_known
 
 
 def from_scratch(split: Split) -> Learned:
@@ -227,7 +219,7 @@ METHODS: dict[str, Method] = {
     "pooled, own adapter, LM": Method("pooled", of_adapter, WeightFit),
     "pooled, everything, LM": Method("pooled", of_weights, WeightFit),
     "one task, everything, LM": Method("one", of_weights, WeightFit),
-    "known input, everything, LM": Method("known", of_known, WeightFit, True),
+    "known input, everything, LM": Method("known", of_known, WeightFit),
     "Gaussian process": Method("", of_processes, GPFit),
     "gappy POD": Method("", of_split, PODFit),
     "from scratch, LM": Method("", from_scratch, WeightFit),

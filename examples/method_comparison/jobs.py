@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from command_line import exit_code, new_parser
+from command_line import exit_code
 from measuring import device_name
 from reporting import write_atomically
 
@@ -73,28 +72,6 @@ def print_ratios(stored: Path, again: Path) -> None:
     for method, ratios in found.items():
         if ratios:
             print(f"{method}: {median(ratios):.3g} × ({min(ratios):.3g} to {max(ratios):.3g})")
-
-
-def new_arguments(docstring: str, name: str, methods: Iterable[str]) -> argparse.ArgumentParser:
-    parser = new_parser(docstring)
-    add = parser.add_argument
-    add("--smoke", action="store_true", help="as little as possible of everything, into --outputs")
-    add("--confirm", action="store_true", help="again, into --outputs, and how far that is from the stored lines")
-    add("--methods", nargs="+", choices=list(methods), default=list(methods), help="by name, in quotes")
-    add("--results", type=Path, help=f"file of the lines; default: results/{name}.jsonl beside this file")
-    add("--outputs", type=Path, default=Path("outputs") / name, help="what several methods need, and lines of --smoke")
-    return parser
-
-
-def place(args: argparse.Namespace, name: str) -> None:
-    """Sets the paths."""
-    if args.smoke:
-        args.outputs /= "smoke"
-    folder = args.outputs if args.smoke else Path(__file__).parent / "results"
-    args.results = args.results or folder / f"{name}.jsonl"
-    args.stored = None
-    if args.confirm:
-        args.stored, args.results = args.results, args.outputs / f"{name}_again.jsonl"
 
 
 def do_missing(
