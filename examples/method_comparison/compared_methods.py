@@ -9,32 +9,22 @@ from typing import Any
 
 import torch
 from objectives import Objective
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
 from tasks import Task
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from peft_lotra import LoTRAConfig, create_lotra_optimizer, initialize_lotra_weights
 from peft_lotra.analysis import effective_coefficients
-from peft_lotra.targets.resolve import resolve_targets
 
 Settings = Mapping[str, Any]
 INITIALISATIONS = ("random", "gradient_hosvd")
 GRADIENT_BATCHES = 4  # from which the gradient of an initialisation is taken
 HIGHEST_RANK = 64  # that is tried for PEFT's LoRA
 
-# Settings that every method may have, and those of single methods.
+# Settings that every method may have.
 COMMON = ("method", "optimizer", "weight_decay", "lr", "steps")
 RANKS = ("ratio", "r")
-METHODS: dict[str, tuple[str, ...]] = {
-    "full": (),
-    "scratch": ("width",),  # of a smaller KAN, with as many numbers as an adapter
-    "lotra": (*RANKS, "layers", "init", "orthonormal"),
-    "lora": ("ratio",),
-    "lora_parameters": ("ratio", "layers"),
-}
-FROM_SCRATCH = ("scratch",)  # those that use no base
-LAYERS = ("kan", "all-linear")
+FROM_SCRATCH = ("scratch",)  # methods that use no base
 # By name: where the class is. Levenberg–Marquardt is `fit_gauss_newton`, L-BFGS that of torch.
 FIRST_ORDER = {"adam": "torch.optim:Adam", "soap": "pytorch_optimizer:SOAP"}
 WITHOUT_RATE = ("lm", "lbfgs")
@@ -49,30 +39,23 @@ def check_method(label: str, settings: Settings) -> None:
     name = settings.get("method")
     if name not in METHODS:
         raise ValueError(f"{label!r}: `method` should be one of {list(METHODS)} but the value passed is {name!r}")
-    allowed = (*COMMON, *METHODS[name])
+    own = METHODS[name][1]
+    allowed = (*COMMON, *own)
     if unknown := sorted(set(settings) - set(allowed)):
         raise ValueError(f"{label!r}: the method {name!r} should have some of {list(allowed)} but has {unknown}")
-    for key, values in {"optimizer": OPTIMIZERS, "init": INITIALISATIONS, "layers": LAYERS}.items():
+    for key, values in {"optimizer": OPTIMIZERS, "init": INITIALISATIONS}.items():
         if settings.get(key, values[0]) not in values:
             raise ValueError(f"{label!r}: `{key}` should be one of {list(values)} but the value is {settings[key]!r}")
     if "weight_decay" in settings and settings.get("optimizer") != "lm":
         raise ValueError(f"{label!r}: `weight_decay` is that of the optimizer 'lm'; the others have none")
-    if "ratio" in METHODS[name] and sum(key in settings for key in RANKS) != 1:
-        needed = [key for key in RANKS if key in METHODS[name]]
+    if "ratio" in own and sum(key in settings for key in RANKS) != 1:
+        needed = [key for key in RANKS if key in own]
         raise ValueError(f"{label!r}: the method {name!r} needs one of {needed}")
 
 
-def count_coefficients(model: nn.Module, task: Task, settings: Settings) -> int:
-    """Of the layers that the method is about, which its ratio refers to."""
-    return sum(A.numel() for A in tensors_of(model, task, settings).values())
-
-
-def tensors_of(model: nn.Module, task: Task, settings: Settings) -> dict[str, torch.Tensor]:
-    """The KAN layers' coefficients by name, and with "all-linear" the weights of the other layers too."""
-    if settings.get("layers") != "all-linear":
-        return effective_coefficients(model, task.coefficients(model))
-    config = LoTRAConfig(r=1, coefficients=task.coefficients(model), target_modules="all-linear")
-    return {target.parameter: model.get_parameter(target.parameter) for target in resolve_targets(model, config)}
+def count_coefficients(model: nn.Module, task: Task) -> int:
+    """Of the KAN layers, which a method's ratio refers to."""
+    return sum(A.numel() for A in effective_coefficients(model, task.coefficients(model)).values())
 
 
 def apply_method(model: nn.Module, settings: Settings, task: Task, objective: Objective, seed: int) -> nn.Module:
@@ -87,7 +70,7 @@ def apply_method(model: nn.Module, settings: Settings, task: Task, objective: Ob
         ValueError: if the method cannot be applied to this model.
     """
     torch.manual_seed(seed)
-    return _APPLY[settings["method"]](model, settings, task, objective)
+    return METHODS[settings["method"]][0](model, settings, task, objective)
 
 
 def optimizer_of(model: nn.Module, settings: Settings, lr: float) -> torch.optim.Optimizer:
@@ -106,8 +89,6 @@ def _everything(model: nn.Module, *_: Any) -> nn.Module:
 
 def _lotra(model: nn.Module, settings: Settings, task: Task, objective: Objective) -> nn.Module:
     options = {"r": settings["r"]} if "r" in settings else {"compression_ratio": settings["ratio"]}
-    if settings.get("layers") == "all-linear":
-        options["target_modules"] = "all-linear"
     adapted = get_peft_model(model, LoTRAConfig(coefficients=task.coefficients(model), **options))
     method = settings.get("init", "random")
     if method != "random":
@@ -121,20 +102,12 @@ def _lotra(model: nn.Module, settings: Settings, task: Task, objective: Objectiv
 
 
 def _lora_parameters(model: nn.Module, settings: Settings, task: Task, *_: Any) -> nn.Module:
-    """PEFT's LoRA on bare parameters: the first axis counts experts, each gets a pair of matrices. With "all-linear"
-    on the other layers' weights too."""
-    budget = settings["ratio"] * count_coefficients(model, task, settings)
+    """PEFT's LoRA on bare parameters: the first axis counts experts, each gets a pair of matrices."""
+    budget = settings["ratio"] * count_coefficients(model, task)
     names = list(effective_coefficients(model, task.coefficients(model)))
-    modules = [name.removesuffix(".weight") for name in tensors_of(model, task, settings) if name not in names]
 
     def adapted(model: nn.Module, r: int) -> nn.Module:
-        found = get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=[], target_parameters=names))
-        if modules:  # two adapters: PEFT takes no bare parameters beside weights stored as transformers' Conv1D does
-            transposed = any(isinstance(model.get_submodule(name), Conv1D) for name in modules)
-            config = LoraConfig(r=r, lora_alpha=r, target_modules=modules, fan_in_fan_out=transposed)
-            found.add_adapter("matrices", config)
-            found.base_model.set_adapter(["default", "matrices"])
-        return found
+        return get_peft_model(model, LoraConfig(r=r, lora_alpha=r, target_modules=[], target_parameters=names))
 
     r = 1
     while r < HIGHEST_RANK and trainable(adapted(copy.deepcopy(model), r + 1)) <= budget:
@@ -189,17 +162,11 @@ def trainable(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def stored(model: nn.Module) -> int:
-    """The numbers in an adapter's file; without an adapter, those that are trained."""
-    if not isinstance(model, PeftModel):
-        return trainable(model)
-    return sum(tensor.numel() for tensor in get_peft_model_state_dict(model).values())
-
-
-_APPLY: dict[str, Callable[..., nn.Module]] = {
-    "full": _everything,
-    "scratch": _everything,
-    "lotra": _lotra,
-    "lora": _lora,
-    "lora_parameters": _lora_parameters,
+# How each is applied, and its own settings. "width" is that of a smaller KAN, with as many numbers as an adapter.
+METHODS: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    "full": (_everything, ()),
+    "scratch": (_everything, ("width",)),
+    "lotra": (_lotra, (*RANKS, "init", "orthonormal")),
+    "lora": (_lora, ("ratio",)),
+    "lora_parameters": (_lora_parameters, ("ratio",)),
 }

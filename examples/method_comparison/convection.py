@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from chebyshev_kan import ChebyshevKAN
 from compared_methods import trainable
+from family_methods import Lab as OfFamilies
 from family_tasks import (
     EQUATIONS,
     Advection,
@@ -35,10 +36,9 @@ from family_tasks import (
     scaled,
 )
 from jobs import Job, Line, environment, rounded
-from pdes import relative_l2_error
 from peft import get_peft_model
-from reporting import write_atomically
 from torch import Tensor, nn
+from training import lbfgs_on
 from version import version
 
 from peft_lotra import LoTRAConfig, adapter_at, at_task, fit_gauss_newton
@@ -134,13 +134,13 @@ def at_one_speed(net: nn.Module, speeds: tuple[Tensor]) -> tuple[nn.Module, Any]
     return net, nullcontext()
 
 
-class Lab:
+class Lab(OfFamilies):
     """A range with a seed: its residuals, points, base and errors."""
 
     def __init__(self, name: str, seed: int, sizes: Sizes, folder: Path) -> None:
-        self.case, self.seed, self.sizes = CASES[name], seed, sizes
-        self.path = folder / f"{name}_seed{seed}_base.pt"
+        self.name, self.case, self.seed, self.sizes, self.folder = name, CASES[name], seed, sizes, folder
         self.bounds, (self.middle,) = self.case.ranges["beta"], self.case.base
+        self.speeds = [speed for (speed,) in self.case.held_out()]  # where errors are measured
         # that of the public generators, 256 × 100
         self.grid = torch.cartesian_prod(torch.arange(256) * (2 * pi / 256), torch.linspace(0, 1, 100))
         torch.manual_seed(seed)
@@ -202,11 +202,11 @@ class Lab:
 
     def task(self, model: nn.Module, speed: float) -> Line:
         """The course of a fit on what is trainable, at one speed."""
-        start, marks = time.process_time(), [(0, 0.0, rounded(self.error(model, speed)))]
+        start, marks = time.process_time(), [(0, 0.0, rounded(self.error_at(model, speed)))]
 
         def mark(result: Any) -> None:
             seconds = rounded(time.process_time() - start)
-            marks.append((result.iterations, seconds, rounded(self.error(model, speed))))
+            marks.append((result.iterations, seconds, rounded(self.error_at(model, speed))))
 
         fit_gauss_newton(
             model,
@@ -219,49 +219,42 @@ class Lab:
         )
         return {"speed": speed, "marks": marks, "numbers": trainable(model)}
 
-    def error(self, model: nn.Module, speed: float) -> float:
-        return relative_l2_error(model, self.case.pde((speed,)), self.grid)
+    def error_at(self, model: nn.Module, speed: float) -> float:
+        return self.error(model, self.case.pde((speed,)))
+
+    def build(self, further_inputs: int = 0) -> nn.Module:
+        torch.manual_seed(self.seed)
+        return Network(new_kan(further_inputs))
 
     @cached_property
-    def base(self) -> tuple[dict[str, Tensor], float]:
-        """A KAN at the middle speed, and its seconds."""
-        if not self.path.exists():
-            kan = Network(new_kan())
-            seconds = self.fit(kan, at_one_speed, self.sizes.base, "times")
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, lambda partial: torch.save((kan.state_dict(), seconds), partial))
-        return torch.load(self.path, weights_only=True)
+    def base(self) -> dict[str, Any]:
+        """The "state" and "seconds" of a KAN at the middle speed."""
 
-    def speeds(self) -> list[float]:
-        """Where errors are measured."""
-        return [speed for (speed,) in self.case.held_out()]
+        def compute() -> dict[str, Any]:
+            kan = self.build()
+            self.fit(kan, at_one_speed, self.sizes.base, "times")
+            return {"state": kan.state_dict()}
 
-    def load(self) -> nn.Module:
-        kan = Network(new_kan())
-        kan.load_state_dict(self.base[0])
-        return kan
+        return self.kept("base", compute)
 
 
 def family(whole: bool, lab: Lab) -> Line:
     """An adapter for all speeds; at a new one its core, or core and factors."""
     ranges = dict(lab.case.ranges)
     config = LoTRAConfig(r=RANKS, coefficients={"coefficients": "i o d"}, family=ranges, family_degree=DEGREE)
-    kan = lab.load()
-    torch.manual_seed(lab.seed + 1)  # the same factors, whether the base was fitted now or read
-    model = get_peft_model(kan, config)
+    model = get_peft_model(lab.load(), config)
     numbers = trainable(model)
 
     def at(net: nn.Module, speeds: tuple[Tensor]) -> tuple[nn.Module, Any]:
         return net, at_task(model, beta=speeds[0])
 
-    path = lab.path.with_name(lab.path.name.replace("base", "family"))
-    if not path.exists():
-        seconds = lab.fit(model, at, lab.sizes.family, "speeds", GROWTH)
-        write_atomically(path, lambda partial: torch.save((model.state_dict(), seconds), partial))
-    state, seconds = torch.load(path, weights_only=True)
-    model.load_state_dict(state)
-    tasks = []
-    for speed in lab.speeds():
+    def compute() -> dict[str, Any]:
+        lab.fit(model, at, lab.sizes.family, "speeds", GROWTH)
+        return {"state": model.state_dict()}
+
+    fitted, tasks = lab.kept("family", compute), []
+    model.load_state_dict(fitted["state"])
+    for speed in lab.speeds:
         adapter_at(model, "task", beta=speed)
         if whole:
             for name, parameter in model.named_parameters():
@@ -271,9 +264,9 @@ def family(whole: bool, lab: Lab) -> Line:
         model.delete_adapter("task")
     return {
         "once": numbers,
-        "seconds": lab.base[1] + seconds,
+        "seconds": lab.base["seconds"] + fitted["seconds"],
         "tasks": tasks,
-        "base error": rounded(lab.error(lab.load(), lab.middle)),
+        "base error": rounded(lab.error_at(lab.load(), lab.middle)),
     }
 
 
@@ -282,16 +275,16 @@ def of_all(make: Callable[[tuple[float, float]], nn.Module], lab: Lab) -> Line:
     model = Network(make(lab.bounds))
     seconds = lab.fit(model, OfParameters.at, lab.sizes.base, "times")
     seconds += lab.fit(model, OfParameters.at, lab.sizes.family, "speeds", GROWTH)
-    tasks = [lab.task(AtParameters(copy.deepcopy(model), (speed,)), speed) for speed in lab.speeds()]
+    tasks = [lab.task(AtParameters(copy.deepcopy(model), (speed,)), speed) for speed in lab.speeds]
     return {"once": trainable(model), "seconds": seconds, "tasks": tasks}
 
 
 def alone(adapted: bool, lab: Lab) -> Line:
     """The base, or an adapter of a tenth on it, at the new speed."""
     tasks, config = [], LoTRAConfig(compression_ratio=0.1, coefficients={"coefficients": "i o d"})
-    for speed in lab.speeds():
+    for speed in lab.speeds:
         tasks.append(lab.task(get_peft_model(lab.load(), config) if adapted else lab.load(), speed))
-    return {"once": 0, "seconds": lab.base[1], "tasks": tasks}
+    return {"once": 0, "seconds": lab.base["seconds"], "tasks": tasks}
 
 
 def combined(lab: Lab) -> Line:
@@ -299,19 +292,19 @@ def combined(lab: Lab) -> Line:
     in GPT-PINN (Chen and Koohy, 2024)."""
     count, (low, high), start = lab.sizes.networks, lab.bounds, time.process_time()
     nodes = [low + (high - low) * (1 - math.cos(pi * k / (count - 1))) / 2 for k in range(count)]
-    states = {lab.middle: lab.base[0]}
+    states = {lab.middle: lab.base["state"]}
     for node in sorted(nodes, key=lambda node: abs(node - lab.middle)):
         kan = lab.load()
         kan.load_state_dict(states[min(states, key=lambda known: abs(known - node))])
         lab.task(kan, node)
         states[node] = copy.deepcopy(kan.state_dict())
-    seconds = lab.base[1] + time.process_time() - start
+    seconds = lab.base["seconds"] + time.process_time() - start
     networks = []
     for node in nodes:
         networks.append(lab.load().requires_grad_(False))
         networks[-1].load_state_dict(states[node])
     weights = torch.full((count,), 1 / count)
-    tasks = [lab.task(Combination(networks, nn.Parameter(weights.clone())), speed) for speed in lab.speeds()]
+    tasks = [lab.task(Combination(networks, nn.Parameter(weights.clone())), speed) for speed in lab.speeds]
     return {"once": count * trainable(lab.load()), "seconds": seconds, "tasks": tasks}
 
 
@@ -321,21 +314,13 @@ def pinn(lab: Lab) -> Line:
 
     def solve(speed: float) -> Line:
         model, start = Network(mlp(3, 50, 50, 50, 50, 1)), time.process_time()
-        residuals, parts = lab.case.residuals(at_one_speed), lab.points(0, 1.0, (speed, speed), 2)
-        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=20, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = sum(residuals[name](model, part).square().mean() for name, part in parts.items())
-            loss.backward()
-            return loss
-
+        step = lbfgs_on(model, lab.case.residuals(at_one_speed), lab.points(0, 1.0, (speed, speed), 2))
         while time.process_time() - start < lab.sizes.alone:
-            optimizer.step(closure)
-        marks = [(1, rounded(time.process_time() - start), rounded(lab.error(model, speed)))]
+            step()
+        marks = [(1, rounded(time.process_time() - start), rounded(lab.error_at(model, speed)))]
         return {"speed": speed, "marks": marks, "numbers": trainable(model)}
 
-    return {"once": 0, "seconds": 0.0, "tasks": [solve(speed) for speed in lab.speeds()[::2]]}
+    return {"once": 0, "seconds": 0.0, "tasks": [solve(speed) for speed in lab.speeds[::2]]}
 
 
 METHODS: Mapping[str, Callable[[Lab], Line]] = {

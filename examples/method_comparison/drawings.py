@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import ceil, isfinite
 from statistics import median, quantiles
 
-from found import CORE, FAMILY_ENTRIES, LORA, QUARTER, SMALL, SMALL_BFGS, Family, FewSamples, Run
+from found import CORE, FAMILY_ENTRIES, QUARTER, Family, FewSamples, Run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pictures import by_step, plain_log
@@ -17,16 +17,11 @@ COLOURS = {
 }  # fmt: skip
 MARKERS = {"Adam": "o", "SOAP": "^", "L-BFGS": "v", "LM": "s"}
 PDE_LABELS = {
-    SMALL: ("small KAN", "LM"), SMALL_BFGS: ("small KAN", "L-BFGS"), "from scratch, LM": ("from scratch", "LM"),
-    "full, Adam": ("full", "Adam"), "full, SOAP": ("full", "SOAP"),
-    "full, L-BFGS": ("full", "L-BFGS"), "full, LM": ("full", "LM"),
-    "LoTRA 1/10, Adam": ("LoTRA", "Adam"), "LoTRA 1/10, SOAP": ("LoTRA", "SOAP"), "LoTRA 1/10, LM": ("LoTRA", "LM"),
-    QUARTER: ("LoTRA", "LM"), LORA: ("LoRA", "SOAP"), CORE: ("core", "LM"),
-}  # fmt: skip
-FAMILY_COLOURS = {
-    "family, as it is": "family", "family, core": "core", "adapter, LM": "LoTRA", "adapter, LM, more points": "LoTRA",
-    "everything, LM": "full", "everything, Adam": "full", "input, as it is": "input", "input, 1 iteration": "input",
-    "diagonals, 5 iterations": "other", "16 KANs combined": "basis",
+    **{f"small KAN from scratch, {by}": ("small KAN", by) for by in ("LM", "L-BFGS")},
+    "from scratch, LM": ("from scratch", "LM"),
+    **{f"full, {by}": ("full", by) for by in ("Adam", "SOAP", "L-BFGS", "LM")},
+    **{f"LoTRA 1/10, {by}": ("LoTRA", by) for by in ("Adam", "SOAP", "LM")},
+    QUARTER: ("LoTRA", "LM"), "LoRA on parameters, SOAP": ("LoRA", "SOAP"), CORE: ("core", "LM"),
 }  # fmt: skip
 FEW_LABELS = {
     "family, code of 5": ("family", "-"), "family, code of 5, then its core": ("core", "-"),
@@ -76,7 +71,7 @@ def draw_families(found: dict[str, Family]) -> Figure:
         for place, label in enumerate(shown):
             errors = [error for error in family.errors(FAMILY_ENTRIES[label]) if isfinite(error)]
             if errors:
-                colour = COLOURS[FAMILY_COLOURS[label]]
+                colour = COLOURS[FAMILY_ENTRIES[label].colour]
                 axes.plot(errors, [place] * len(errors), ".", color=colour, alpha=0.4)
                 axes.plot(median(errors), place, "|", color=colour, ms=14, mew=2.5)
         axes.set_title(title, fontsize=10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from math import inf
 from pathlib import Path
 
 from family_methods import ALL_TASKS, METHODS, SMOKE, Lab, Result, Sizes
@@ -29,17 +30,14 @@ for case in ("elliptic", "front", "advection"):
 
 def as_line(lab: Lab, result: Result) -> Line:
     """A result as JSON has it; errors that are not finite are None."""
-
-    def mark(step: int, seconds: float, error: float) -> list[float | None]:
-        return [step, rounded(seconds), rounded(error) if error < float("inf") else None]
-
     case = lab.case
+    marks = [[[k, rounded(s), rounded(e) if e < inf else None] for k, s, e in marks] for _, marks in result.tasks]
     return {
         "numbers": {"offline": result.offline_numbers, "online": result.online_numbers},
         "offline_seconds": rounded(result.offline_seconds),
         "tasks": [
-            {"parameters": values, "inside": values in case.held_out(), "marks": [mark(*m) for m in marks]}
-            for values, marks in result.tasks
+            {"parameters": values, "inside": values in case.held_out(), "marks": course}
+            for (values, _), course in zip(result.tasks, marks, strict=True)
         ],
         "details": result.details,
         "settings": {

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -281,30 +281,23 @@ def trained_on_all(lab: Lab, model: nn.Module, what: str, budget: float) -> dict
     return fitted
 
 
-def parameter_as_input(lab: Lab, budget: float) -> Result:
-    """A KAN with the parameters as inputs, `trained_on_all`; at a new task Levenberg–Marquardt on all of it."""
-    case = lab.case
-    model = OfParameters(lab.build(len(case.ranges)), list(case.ranges.values()))
-    fitted, tasks = trained_on_all(lab, model, "parameter as an input", budget), []
-    for values, seed in lab.tasks():
-        of_task = AtParameters(copy.deepcopy(model), values)
-        label = f"parameter as an input, at {values}"
-        tasks.append((values, lab.course(of_task, case.pde(values), lab.sizes.everything, seed, label)))
-    return Result(trainable(model), fitted["seconds"], trainable(model), tasks, fitted["details"])
-
-
-def low_rank_layers(lab: Lab, budget: float) -> Result:
-    """Layers of low rank whose diagonals a small network makes of the parameters, `trained_on_all`; at a new task, the
-    diagonals and the first and last layer. The idea is that of Hyper-LR-PINN (Cho et al., 2023)."""
-    case = lab.case
+def of_parameters(lab: Lab, budget: float, diagonals: bool = False) -> Result:
+    """A network of points and parameters, `trained_on_all`, and at a new task Levenberg–Marquardt: a KAN with the
+    parameters as inputs, on all of it; or layers of low rank whose diagonals a small network makes of the parameters,
+    on the diagonals and the first and last layer. That idea is of Hyper-LR-PINN (Cho et al., 2023)."""
+    ranges, what = (
+        list(lab.case.ranges.values()),
+        "diagonals of the parameter" if diagonals else "parameter as an input",
+    )
     torch.manual_seed(lab.seed)
-    model = DiagonalsOfParameters(list(case.ranges.values()))
-    fitted, tasks, online = trained_on_all(lab, model, "diagonals of the parameter", budget), [], 0
+    model = DiagonalsOfParameters(ranges) if diagonals else OfParameters(lab.build(len(ranges)), ranges)
+    fitted, tasks, online = trained_on_all(lab, model, what, budget), [], 0
+    iterations = lab.sizes.core if diagonals else lab.sizes.everything
     for values, seed in lab.tasks():
-        of_task = DiagonalsAtParameters(copy.deepcopy(model), values)
+        of_task = (DiagonalsAtParameters if diagonals else AtParameters)(copy.deepcopy(model), values)
         online = trainable(of_task)
-        label = f"diagonals of the parameter, at {values}"
-        tasks.append((values, lab.course(of_task, case.pde(values), lab.sizes.core, seed, label)))
+        marks = lab.course(of_task, lab.case.pde(values), iterations, seed, f"{what}, at {values}")
+        tasks.append((values, marks))
     return Result(trainable(model), fitted["seconds"], online, tasks, fitted["details"])
 
 
@@ -338,11 +331,8 @@ def reduced_basis(lab: Lab) -> Result:
     return Result(count * found["numbers"], seconds, count, tasks)
 
 
-ALL_TASKS = (
-    "family, joint",
-    "parameter as an input",
-    "diagonals of the parameter",
-)  # they take the seconds of the family
+# They take the seconds of the family.
+ALL_TASKS = ("family, joint", "parameter as an input", "diagonals of the parameter")
 METHODS: dict[str, Callable[..., Result]] = {
     "family": family,
     "family, joint": family,
@@ -352,7 +342,7 @@ METHODS: dict[str, Callable[..., Result]] = {
     ),
     "full, LM": lambda lab: each_alone(lab, lab.load, lab.sizes.full, "everything, LM", (1, 3)),
     "full, Adam": full_adam,
-    "parameter as an input": parameter_as_input,
-    "diagonals of the parameter": low_rank_layers,
+    "parameter as an input": of_parameters,
+    "diagonals of the parameter": partial(of_parameters, diagonals=True),
     "basis of 16 KANs": reduced_basis,
 }

@@ -216,23 +216,21 @@ METHODS: dict[str, Method] = {
     "GEPS, code of 8": Method("GEPS 8", of_codes, CodeFit),
     "code as inputs, 5": Method("inputs 5", of_codes, CodeFit),
     "learned basis, 16": Method("basis 16", of_codes, CodeFit),
-    "pooled, own adapter, LM": Method("pooled", of_adapter, WeightFit),
-    "pooled, everything, LM": Method("pooled", of_weights, WeightFit),
-    "one task, everything, LM": Method("one", of_weights, WeightFit),
     "known input, everything, LM": Method("known", of_known, WeightFit),
     "Gaussian process": Method("", of_processes, GPFit),
     "gappy POD": Method("", of_split, PODFit),
+    "pooled, own adapter, LM": Method("pooled", of_adapter, WeightFit),
+    "pooled, everything, LM": Method("pooled", of_weights, WeightFit),
+    "one task, everything, LM": Method("one", of_weights, WeightFit),
     "from scratch, LM": Method("", from_scratch, WeightFit),
 }
 
 
-def choices(lab: Lab, learned: Learned, fit: Fit, n: int) -> dict[float, float]:
-    """For each setting the geometric mean of the errors of the tasks of validation."""
-    samples, found = lab.split.samples(lab.split.validation, n, lab.sizes.repeats[0]), {}
-    for setting in fit.grid(lab.sizes):
-        errors = lab.split.errors(samples.tasks, fit.run(lab, learned, samples, setting))
-        found[setting] = geometric_mean(errors.clamp(1e-6, 100).tolist())
-    return found
+def badness(lab: Lab, learned: Learned, fit: Fit, n: int, setting: float) -> float:
+    """The geometric mean of the errors of the tasks of validation."""
+    samples = lab.split.samples(lab.split.validation, n, lab.sizes.repeats[0])
+    errors = lab.split.errors(samples.tasks, fit.run(lab, learned, samples, setting))
+    return geometric_mean(errors.clamp(1e-6, 100).tolist())
 
 
 def solve(lab: Lab, method: Method) -> dict[str, Any]:
@@ -242,8 +240,7 @@ def solve(lab: Lab, method: Method) -> dict[str, Any]:
     found, repeats = {}, lab.sizes.repeats[1]
     for n in lab.sizes.samples:
         grid = fit.grid(lab.sizes)
-        tried = choices(lab, learned, fit, n) if len(grid) > 1 else dict.fromkeys(grid, 0.0)
-        setting = min(tried, key=tried.get)
+        setting = min(grid, key=partial(badness, lab, learned, fit, n)) if len(grid) > 1 else grid[0]
         samples = lab.split.samples(lab.split.unseen, n, repeats)
         start = time.process_time()
         errors = lab.split.errors(samples.tasks, fit.run(lab, learned, samples, setting))

@@ -137,93 +137,10 @@ def oscillation(
     return free + in_phase * (frequency * t).cos() + behind * (frequency * t).sin()
 
 
-def digits() -> Domain:
-    """±1 for 400 images of scikit-learn's digits, 4 × 4 pixels: whether they show one of a group of digits.
-
-    60 of the groups of three to five digits, and {0, 1, 2, 3, 4} as the typical one.
-    """
-    from itertools import combinations
-
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = torch.as_tensor(data.images[:400]).unfold(1, 2, 2).unfold(2, 2, 2).mean((3, 4)).flatten(1)
-    groups = [group for size in (3, 4, 5) for group in combinations(range(10), size)]
-    drawn = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
-    typical = (0, 1, 2, 3, 4)
-    chosen = [typical, *[groups[k] for k in drawn if groups[k] != typical][:60]]
-    labels = torch.as_tensor(data.target[:400])
-    y = torch.stack([torch.isin(labels, torch.tensor(group)) for group in chosen]).float() * 2 - 1
-    names = tuple("".join(map(str, group)) for group in chosen)
-    rates = {"family": 0.001, "GEPS": 0.003, "inputs": 0.001, "basis": 0.01, "base": 0.01}
-    return Domain(names, (images / 8 - 1).float(), y[..., None], names[0], rates=rates)
-
-
-def liquids() -> Domain:
-    """Saturated liquids, six measured properties over T / T_c ∈ [0.55, 0.9], by the equations of the VDI Heat Atlas.
-
-    ln(p / p_c), ρ / ρ_c, surface tension, ln of viscosity and of thermal conductivity, enthalpy of evaporation over
-    R T_c: of 120 substances that are liquid in this range and have all six. Known are ln of molar mass, T_c and p_c.
-
-    Raises:
-        ImportError: without the package chemicals.
-    """
-    import numpy as np
-    from chemicals import interface, phase_change, thermal_conductivity, vapor_pressure, viscosity, volume
-    from chemicals.dippr import EQ106, EQ116
-    from chemicals.vapor_pressure import Wagner
-
-    tables = (
-        vapor_pressure.Psat_data_VDI_PPDS_3,
-        volume.rho_data_VDI_PPDS_2,
-        interface.sigma_data_VDI_PPDS_11,
-        viscosity.mu_data_VDI_PPDS_7,
-        thermal_conductivity.k_data_VDI_PPDS_9,
-        phase_change.phase_change_data_VDI_PPDS_4,
-    )
-    reduced = np.linspace(0.55, 0.9, 71)
-    names, values, known = [], [], []
-    for key in sorted(set.intersection(*(set(table.index) for table in tables))):
-        p, rho, sigma, mu, k, H = (table.loc[key] for table in tables)
-        T = reduced * p.Tc
-        letters = [row[list("ABCDE")].astype(float).tolist() for row in (sigma, mu, k, H)]
-        (A, B, C, D, E), (a, b, c, d, e) = letters[1], letters[3]
-        warm, tau = (C - T) / (T - D), 1 - reduced
-        conductivity = np.polynomial.polynomial.polyval(T, letters[2])
-        if (
-            p.Tm > T[0] or min(T) <= D + 5 or max(T) >= C or min(conductivity) <= 0
-        ):  # outside of where the equations hold
-            continue
-        columns = [
-            [math.log(Wagner(t, p.Tc, p.Pc, p.A, p.B, p.C, p.D) / p.Pc) for t in T],
-            [EQ116(t, p.Tc, rho.rhoc, rho.A, rho.B, rho.C, rho.D) / rho.rhoc for t in T],
-            [EQ106(t, sigma.Tc, *letters[0]) for t in T],
-            np.log(E) + A * np.cbrt(warm) + B * np.cbrt(warm) * warm,
-            np.log(conductivity),
-            a * np.cbrt(tau) + b * np.cbrt(tau) ** 2 + c * tau + d * tau**2 + e * tau**6,
-        ]
-        y = np.stack(columns, 1)
-        if np.isfinite(y).all():
-            names.append(p.Chemical)
-            values.append(torch.tensor(y))
-            known.append(torch.tensor([rho.MW, p.Tc, p.Pc]).log())
-    chosen = torch.randperm(len(names), generator=torch.Generator().manual_seed(0))[:120].sort().values
-    return Domain(
-        tuple(names[k] for k in chosen),
-        torch.linspace(-1, 1, len(reduced))[:, None],
-        torch.stack(values)[chosen].float(),
-        names[chosen[0]],
-        scaled(torch.stack(known)[chosen].float()),
-        rates={"family": 0.03, "GEPS": 0.01, "inputs": 0.01, "basis": 0.01, "base": 0.03, "known": 0.003},
-    )
-
-
 DOMAINS: dict[str, Callable[[], Domain]] = {
     "fluids": fluids,
     "fluids_5": lambda: replace(fluids(), count=5),
     "fluids_10": lambda: replace(fluids(), count=10),
     "fluids_20": lambda: replace(fluids(), count=20),
     "oscillators": oscillators,
-    "digits": digits,
-    "liquids": liquids,
 }

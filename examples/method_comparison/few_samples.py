@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 from few_sample_methods import METHODS, ONCE, SMOKE, Lab, Sizes, solve
@@ -19,7 +18,6 @@ LEFT_OUT = {
     "fluids_10": NOT_OF_FEW,
     "fluids_20": NOT_OF_FEW | {"from scratch, LM"},
     "oscillators": {"known input, everything, LM", "one task, everything, LM"},
-    "digits": {"known input, everything, LM", "one task, everything, LM", "pooled, own adapter, LM"},
 }
 
 
@@ -41,9 +39,6 @@ def solved(lab: Lab, label: str) -> Line:
 def jobs(smoke: bool, folder: Path, lines: Path) -> Iterator[Job]:
     """Every method on every split of the fluids, and on one of each other domain; in short, every method once."""
     for name, make in DOMAINS.items():
-        if name == "liquids" and find_spec("chemicals") is None:
-            print("Liquids are left out: their data are those of the package chemicals. pip install chemicals")
-            continue
         used = [label for label in METHODS if label not in LEFT_OUT.get(name, ())]
         domain, whole = make(), name == "fluids"
         for number in range(1, FOLDS + 1 if whole and not smoke else 2):

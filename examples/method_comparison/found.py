@@ -2,63 +2,44 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-Line = dict[str, Any]
+from experiments import load_experiments
+from jobs import Line, read_lines
+
 Course = list[tuple[int, float, float]]  # (step, seconds, metric); what diverged is infinite
 
-SMALL, SMALL_BFGS = (f"small KAN from scratch, {by}" for by in ("LM", "L-BFGS"))
-LORA, CORE = "LoRA on parameters, SOAP", "core of a family, LM †"
-# Shown, and as the lines have it: in the experiment of a PDE, or in the one on sizes.
-PDE_ROWS = {
-    SMALL: SMALL,
-    SMALL_BFGS: SMALL_BFGS,
-    **{f"from scratch, {by}": f"from scratch, {by}" for by in ("Adam", "LM")},
-    **{f"full, {by}": f"full, {by}" for by in ("Adam", "SOAP", "L-BFGS", "LM")},
-    **{f"LoTRA 1/10, {by}": f"LoTRA 1/10, {by}" for by in ("Adam", "SOAP", "LM")},
-    LORA: "LoRA target_parameters 1/10, SOAP",
-}
-SIZES = [f"{kind} 1/{k}, LM" for k in (16, 10, 4) for kind in ("LoTRA", "small KAN")]
-SIZES += [*(f"{kind} 1/10, LM, longer" for kind in ("LoTRA", "small KAN")), "LoTRA 1/4, Adam, orthonormal"]
-QUARTER = "LoTRA 1/4, LM †"
+CORE, QUARTER = "core of a family, LM †", "LoTRA 1/4, LM †"
 
 
 class PDE(NamedTuple):
-    """Where the lines of a PDE are: experiment and case; its case in `pde_sizes`; a family and the target's place."""
+    """Where the lines of a PDE are: its experiment, its case in `pde_sizes` and of a family, and the target in it."""
 
     experiment: str
-    case: str
-    sizes: str = ""
-    family: tuple[str, float] | None = None
+    case: str = ""
+    at: float = 0.0
 
 
 PDES = {
-    "Poisson, λ 1 → 1.3": PDE("pde_elliptic", "λ = 1.3", "elliptic", ("elliptic", 1.3)),
-    "heat, κ 1 → 1.3": PDE("pde_parabolic", "κ = 1.3", "parabolic", ("parabolic", 1.3)),
-    "wave, c 2 → 2.5": PDE("pde_hyperbolic", "c = 2.5", "hyperbolic", ("hyperbolic", 2.5)),
-    "Burgers, ν 0.1 → 0.13": PDE("pde_burgers", "ν = 0.13"),
+    "Poisson, λ 1 → 1.3": PDE("pde_elliptic", "elliptic", 1.3),
+    "heat, κ 1 → 1.3": PDE("pde_parabolic", "parabolic", 1.3),
+    "wave, c 2 → 2.5": PDE("pde_hyperbolic", "hyperbolic", 2.5),
+    "Burgers, ν 0.1 → 0.13": PDE("pde_burgers"),
 }
 
 
 class Run(NamedTuple):
-    """One run: trained and stored numbers, metrics at the end and before, seconds, bytes of a step (of one seed)."""
+    """One run: trained numbers, metrics at the end and before, seconds."""
 
     trained: int
-    stored: int
     metric: float
     before: float | None
     seconds: float
-    memory: float | None
     course: Course
-
-
-def read(path: Path) -> list[Line]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 class Experiments:
@@ -69,7 +50,7 @@ class Experiments:
 
     def lines(self, name: str) -> list[Line]:
         if name not in self._lines:
-            self._lines[name] = read(self.folder / f"{name}.jsonl")
+            self._lines[name] = read_lines(self.folder / f"{name}.jsonl")
         return self._lines[name]
 
     def runs(self, experiment: str, case: str, label: str) -> list[Run]:
@@ -86,13 +67,17 @@ class Experiments:
             raise ValueError(f"results/{experiment}.jsonl has no run of {label!r} in {case!r}: run.py {experiment}")
         return found
 
+    def of(self, name: str) -> dict[str, dict[str, list[Run]]]:
+        """All runs of an experiment by case and label, in the order of its file."""
+        (found,) = load_experiments([name])
+        return {case: {label: self.runs(name, case, label) for label in found.methods} for case in found.cases}
+
     def of_pde(self, pde: PDE) -> dict[str, list[Run]]:
-        """By the labels shown."""
-        found = {shown: self.runs(pde.experiment, pde.case, label) for shown, label in PDE_ROWS.items()}
-        if pde.sizes:
-            found[QUARTER] = self.runs("pde_sizes", pde.sizes, "LoTRA 1/4, LM")
-        if pde.family:
-            found[CORE] = self.cores(*pde.family)
+        """By label, with a larger adapter and the core of a family."""
+        (found,) = self.of(pde.experiment).values()
+        if pde.case:
+            found[QUARTER] = self.runs("pde_sizes", pde.case, "LoTRA 1/4, LM")
+            found[CORE] = self.cores(pde.case, pde.at)
         return found
 
     def cores(self, case: str, at: float) -> list[Run]:
@@ -103,7 +88,7 @@ class Experiments:
                 (marks,) = (task["marks"] for task in line["tasks"] if task["parameters"] == [at])
                 course, numbers = finite(marks), line["numbers"]["online"]
                 _, seconds, error = course[-1]
-                found.append(Run(numbers, numbers, error, course[0][2], seconds, None, course))
+                found.append(Run(numbers, error, course[0][2], seconds, course))
         return found
 
 
@@ -114,28 +99,28 @@ def finite(marks: list[list[Any]]) -> Course:
 def as_run(line: Line) -> Run:
     course = finite(line["marks"])
     _, seconds, metric = course[-1]
-    stored = line.get("stored", line["trainable"])
-    return Run(line["trainable"], stored, metric, line["zero_shot"], seconds, line.get("step_bytes"), course)
+    return Run(line["trainable"], metric, line["zero_shot"], seconds, course)
 
 
 class Entry(NamedTuple):
-    """A method of `families.py` after `step` iterations for a task, or at its end."""
+    """A method of `families.py` after `step` iterations for a task, or at its end; its colour in pictures."""
 
     method: str
+    colour: str
     step: int | None = None
 
 
 FAMILY_ENTRIES = {
-    "family, as it is": Entry("family", 0),
-    "family, core": Entry("family", 5),
-    "adapter, LM": Entry("LoTRA alone, LM"),
-    "adapter, LM, more points": Entry("LoTRA alone, LM, more points"),
-    "everything, LM": Entry("full, LM"),
-    "everything, Adam": Entry("full, Adam"),
-    "input, as it is": Entry("parameter as an input", 0),
-    "input, 1 iteration": Entry("parameter as an input", 1),
-    "diagonals, 5 iterations": Entry("diagonals of the parameter", 5),
-    "16 KANs combined": Entry("basis of 16 KANs"),
+    "family, as it is": Entry("family", "family", 0),
+    "family, core": Entry("family", "core", 5),
+    "adapter, LM": Entry("LoTRA alone, LM", "LoTRA"),
+    "adapter, LM, more points": Entry("LoTRA alone, LM, more points", "LoTRA"),
+    "everything, LM": Entry("full, LM", "full"),
+    "everything, Adam": Entry("full, Adam", "full"),
+    "input, as it is": Entry("parameter as an input", "input", 0),
+    "input, 1 iteration": Entry("parameter as an input", "input", 1),
+    "diagonals, 5 iterations": Entry("diagonals of the parameter", "other", 5),
+    "16 KANs combined": Entry("basis of 16 KANs", "basis"),
 }
 
 

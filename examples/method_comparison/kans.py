@@ -8,12 +8,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from chebyshev_kan import chebyshev_basis
-from einops import rearrange
-from layers import KINDS, OneLayer
+from layers import KINDS, ConvKANLayer, OneLayer
 from torch import Tensor, nn
-
-from peft_lotra import register_kan_layer
 
 
 def build_kan(kind: str, widths: Sequence[int], basis: int, seed: int) -> nn.Sequential:
@@ -35,30 +31,6 @@ def build_kan(kind: str, widths: Sequence[int], basis: int, seed: int) -> nn.Seq
 def coefficients_of(kan: nn.Sequential, kind: str) -> dict[str, Any]:
     """What `LoTRAConfig(coefficients=...)` has to be told."""
     return dict(KINDS[kind].coefficients(kan[0].layer))
-
-
-class ConvKANLayer(nn.Module):
-    """y_o(p) = Σ_h Σ_w Σ_i Σ_d weight[o, (i d), h, w] · T_d(tanh x_i(p + (h, w)))
-
-    Shapes: x (N, n, height, width), conv.weight (m, n · n_d, kernel, kernel), y (N, m, height, width).
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, basis: int) -> None:
-        super().__init__()
-        self.basis = basis
-        self.conv = nn.Conv2d(in_channels * basis, out_channels, kernel, padding=kernel // 2, bias=False)
-        nn.init.normal_(self.conv.weight, std=(in_channels * basis) ** -0.5 / kernel)
-        with torch.no_grad():  # less of the higher degrees, as in ChebyshevKANLayer
-            self.conv.weight /= torch.arange(1, basis + 1).repeat(in_channels)[:, None, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        basis = rearrange(chebyshev_basis(torch.tanh(x), self.basis - 1), "b i h w d -> b (i d) h w")
-        # Of one channel, it is a view with the channels last. Residual blocks then mix both orders, and the backward
-        # pass of a frozen convolution (torch 2.13, CPU) crashes.
-        return self.conv(basis.contiguous())
-
-
-register_kan_layer(ConvKANLayer, lambda layer: {"conv.weight": {"layout": "o (i d) h w", "sizes": {"d": layer.basis}}})
 
 
 class ResidualBlock(nn.Module):

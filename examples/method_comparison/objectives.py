@@ -10,15 +10,10 @@ from torch import Tensor, nn
 
 
 class Objective:
-    """A loss for every step and one number for the result. A subclass gives the first two methods, or more."""
+    """A loss for every step and one number for the result. A subclass gives `loss` and `metric`, or more."""
 
-    def loss(self, model: nn.Module, step: int) -> Tensor:
-        """The training loss of a step, numbered from 0: the same for the same step, whatever came before."""
-        raise NotImplementedError
-
-    def metric(self, model: nn.Module) -> float:
-        """What the tables show, on data or points that are not trained on."""
-        raise NotImplementedError
+    loss: Callable[[nn.Module, int], Tensor]  # of a step, numbered from 0: the same whatever came before
+    metric: Callable[[nn.Module], float]  # what the tables show, on data or points that are not trained on
 
     def second_order(self) -> dict[str, Any]:
         """residual_fn, data and, if they are no least squares, loss of `peft_lotra.fit_gauss_newton`.

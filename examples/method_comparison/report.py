@@ -16,22 +16,11 @@ from math import isfinite
 from pathlib import Path
 from statistics import mean, median
 
-sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("", "benchmarks")]  # modules of other examples
 from command_line import new_parser
 from drawings import draw_families, draw_few_samples, draw_pdes
-from found import (
-    FAMILY_ENTRIES,
-    PDES,
-    SIZES,
-    SMALL,
-    SMALL_BFGS,
-    Entry,
-    Experiments,
-    Family,
-    FewSamples,
-    Line,
-    Run,
-)
+from few_sample_methods import METHODS
+from found import FAMILY_ENTRIES, PDES, Entry, Experiments, Family, FewSamples, Line, Run
 from matplotlib.figure import Figure
 from reporting import write_atomically
 
@@ -44,36 +33,13 @@ FAMILY_CASES = {
     "elliptic, width 64": "Poisson, width 64", "elliptic, width 128": "Poisson, width 128",
 }  # fmt: skip
 MORE_CASES = {"helmholtz": "Helmholtz, k", "burgers": "Burgers' travelling waves, c"}
-FLUIDS = (
-    "family, code of 3", "family, code of 5", "family, code of 5, then its core", "GEPS, code of 8",
-    "code as inputs, 5", "learned basis, 16", "known input, everything, LM", "Gaussian process", "gappy POD",
-    "pooled, own adapter, LM", "pooled, everything, LM", "one task, everything, LM", "from scratch, LM",
-)  # fmt: skip
 SAMPLES = (1, 3, 5, 10, 50)
-OTHERS = {name: name for name in ("oscillators", "liquids", "digits")}
-OTHERS = {f"fluids_{count}": f"{count} fluids" for count in (5, 10, 20)} | OTHERS
-OTHER_SAMPLES = (3, 10)
-DIGITS = {
-    "images_kan": {
-        "digits → turned by 20°, noise": "turned by 20°, noise", "MNIST → turned by 30°": "turned by 30°",
-        "MNIST → digits, 20 samples": "MNIST → digits", "digits → MNIST": "digits → MNIST",
-    },
-    "images_resnet": {"MNIST → turned by 30°": "convolutions"},
-    "images_wide": {"": "a million"},
-}  # fmt: skip
-DIGIT_ROWS = {
-    "from scratch, Adam": "from scratch", "full, Adam": "full", "full, LM": "full, LM",
-    "LoTRA, Adam": "LoTRA 1/10", "LoTRA, SOAP": "LoTRA 1/10, SOAP", "LoTRA, aligned, LM": "LoTRA 1/10, gradient, LM",
-    "LoRA, Adam": "LoRA 1/10", "LoRA, SOAP": "LoRA 1/10, SOAP", "LoRA, LM": "LoRA 1/10, LM",
-}  # fmt: skip
-SHOCK_ROWS = ("full, Adam", "full, LM", "LoTRA 1/10, LM", SMALL, f"{SMALL}, longer", SMALL_BFGS)
-LARGE_ROWS = ("full", "LoTRA 1/50", "LoRA 1/50", "from scratch")
-TEXT_ROWS = {
-    "from scratch": "from scratch", "full": "full", "full, SOAP": "full, SOAP",
-    "LoTRA 1/10, KAN layers": "LoTRA 1/10", "LoTRA 1/10, KAN layers, SOAP": "LoTRA 1/10, SOAP",
-    "LoTRA 1/10, all linear": "LoTRA 1/10, all linear", "LoTRA 1/4, all linear": "LoTRA 1/4, all linear",
-    "LoRA, all linear": "LoRA on all linear, target_parameters",
-}  # fmt: skip
+DRAWN = {
+    "fluids": "fluids",
+    "fluids_20": "20 fluids known",
+    "fluids_5": "5 fluids known",
+    "oscillators": "oscillators",
+}
 
 
 def short(value: float) -> str:
@@ -107,112 +73,50 @@ def updated(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
 
 
-def metrics(runs: Sequence[Run]) -> list[float]:
-    return [run.metric for run in runs]
-
-
 def number(value: float) -> str:
     """Two digits, and no exponent."""
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def clock(runs: Sequence[Run]) -> str:
-    return number(median(run.seconds for run in runs))
+def metrics(runs: Sequence[Run], show: Callable[[float], str] = short) -> str:
+    return spread([run.metric for run in runs], show)
 
 
-def table_of_runs(found: dict[str, list[Run]]) -> str:
-    """Trained numbers, the kilobytes of what is stored in fp32, the error and seconds."""
-    rows = []
-    for label, runs in found.items():
-        size = f"{runs[0].trained:,} ({4 * runs[0].stored / 1000:.2g} kB)"
-        rows.append([label, size, spread(metrics(runs)), clock(runs)])
-    return table(["", "numbers", "relative L2 error", "CPU s"], rows)
+# What a table shows of the runs of one row.
+COLUMNS: dict[str, Callable[[Sequence[Run]], str]] = {
+    "numbers": lambda runs: f"{runs[0].trained:,}",
+    "relative L2 error": metrics,
+    "nats": lambda runs: metrics(runs, lambda value: f"{value:.2f}"),
+    "CPU s": lambda runs: number(median(run.seconds for run in runs)),
+}
 
 
-def of_fastkan(experiments: Experiments) -> str:
-    kinds = ("full", "LoTRA 1/10", "LoRA 1/10")
-    labels = ["from scratch, Adam", "from scratch, LM"]
-    labels += [f"{kind}, {by}" for kind in kinds for by in ("Adam", "SOAP", "LM")]
-    return table_of_runs({label: experiments.runs("pde_fastkan", "", label) for label in labels})
+def table_of_runs(found: dict[str, list[Run]], *columns: str) -> str:
+    columns = columns or ("numbers", "relative L2 error", "CPU s")
+    return table(["", *columns], [[label, *(COLUMNS[c](runs) for c in columns)] for label, runs in found.items()])
 
 
-def of_shock(experiments: Experiments) -> str:
-    return table_of_runs({label: experiments.runs("pde_shock", "πν = 0.01", label) for label in SHOCK_ROWS})
+def by_case(
+    found: dict[str, dict[str, list[Run]]], cell: Callable[[Sequence[Run]], str], numbers: bool = True
+) -> list[list[str]]:
+    """A row for each label, with the trained numbers in brackets, and a cell for each case."""
+    of_label = {label: runs for of in found.values() for label, runs in of.items()}
+    return [
+        [
+            f"{label} ({runs[0].trained:,})" if numbers else label,
+            *(cell(of[label]) if label in of else NONE for of in found.values()),
+        ]
+        for label, runs in of_label.items()
+    ]
 
 
-def of_sizes(experiments: Experiments) -> str:
-    names = {name: pde for name, pde in PDES.items() if pde.sizes}
-    rows = []
-    for label in SIZES:
-        found = [experiments.runs("pde_sizes", pde.sizes, label) for pde in names.values()]
-        rows.append([label, f"{found[0][0].trained:,}", *(spread(metrics(runs)) for runs in found)])
-    return table(["", "numbers", *names], rows)
-
-
-def of_widths(experiments: Experiments) -> str:
-    labels = {
-        "full, Adam": "full, Adam",
-        "full, LM": "full, LM",
-        "LoTRA, ranks 6, Adam": "LoTRA, Adam",
-        "LoTRA, ranks 6, LM": "LoTRA, LM",
-        "LoTRA, ranks 6, LM, longer": "LoTRA, LM, longer",
-    }
-    rows = []
-    for width in ("width 32", "width 64", "width 128"):
-        for label, shown in labels.items():
-            runs = experiments.runs("pde_widths", width, label)
-            (memory,) = (run.memory for run in runs if run.memory)
-            row = [width, shown, f"{runs[0].trained:,}", spread(metrics(runs)), clock(runs), f"{memory / 1e6:.3g}"]
-            rows.append(row)
-    return table(["", "", "numbers", "relative L2 error", "CPU s", "MB"], rows)
-
-
-def summary(experiments: Experiments) -> str:
+def summary(found: dict[str, dict[str, list[Run]]]) -> str:
     """Medians of all PDEs, for results.md."""
-    found = {name: experiments.of_pde(pde) for name, pde in PDES.items()}
-    first = next(iter(found.values()))
-    rows = [["the base, as it is", "0", *(short(of["full, Adam"][0].before) for of in found.values()), NONE]]
-    for label, runs in first.items():
-        cells = [short(median(metrics(of[label]))) if label in of else NONE for of in found.values()]
-        rows.append([label, f"{runs[0].trained:,}", *cells, clock(runs)])
-    return table(["", "numbers", *found, "CPU s, Poisson"], rows)
-
-
-def of_digits(experiments: Experiments) -> str:
-    rows = []
-    for shown, label in DIGIT_ROWS.items():
-        cells = []
-        for name, cases in DIGITS.items():
-            own = label.replace("1/10", "1/100") if name == "images_wide" else label
-            for case in cases:
-                labels = {line["label"] for line in experiments.lines(name)}
-                runs = experiments.runs(name, case, own) if own in labels else []
-                cells.append(spread(metrics(runs), lambda v: f"{v:.0f}") if runs else NONE)
-        rows.append([shown, *cells])
-    return table(["", *(shown for cases in DIGITS.values() for shown in cases.values())], rows)
-
-
-def of_texts(experiments: Experiments) -> str:
-    rows = []
-    for shown, label in TEXT_ROWS.items():
-        cells, numbers = [], ""
-        for name in ("text_code", "text_code_long"):
-            if label in {line["label"] for line in experiments.lines(name)}:
-                runs = experiments.runs(name, "", label)
-                numbers = f"{runs[0].trained:,}"
-                cells += [spread(metrics(runs), lambda v: f"{v:.2f}"), clock(runs)]
-            else:
-                cells += [NONE, NONE]
-        rows.append([shown, numbers, *cells])
-    return table(["", "numbers", "400 steps, nats", "CPU s", "10,000 steps, nats", "CPU s"], rows)
-
-
-def of_large_text(experiments: Experiments) -> str:
-    rows = []
-    for label in LARGE_ROWS:
-        runs = experiments.runs("text_large", "", label)
-        rows.append([label, f"{runs[0].trained:,}", spread(metrics(runs), lambda v: f"{v:.2f}"), clock(runs)])
-    return table(["", "numbers", "nats", "CPU s"], rows)
+    rows = [["the base, as it is", *(short(of["full, Adam"][0].before) for of in found.values()), NONE]]
+    spent = (COLUMNS["CPU s"](runs) for runs in next(iter(found.values())).values())
+    by_label = by_case(found, lambda runs: short(median(run.metric for run in runs)))
+    rows += [[*row, seconds] for row, seconds in zip(by_label, spent, strict=True)]
+    return table(["(numbers)", *found, "CPU s, Poisson"], rows)
 
 
 def of_families(families: dict[str, Family]) -> str:
@@ -227,8 +131,8 @@ def of_joint(lines: Sequence[Line], wider: bool) -> str:
     """Families fitted on a frozen base, and together with it, as they are and tuned; the network with an input; of
     width 32, or of wider ones."""
     rows = []
-    entries = [Entry(method, k) for method in ("family", "family, joint") for k in (0, 5)]
-    entries += [Entry("parameter as an input", k) for k in (0, 1)]
+    entries = [Entry(method, "", k) for method in ("family", "family, joint") for k in (0, 5)]
+    entries += [Entry("parameter as an input", "", k) for k in (0, 1)]
     joint = [(line["case"], line["seed"]) for line in lines if line["method"] == "family, joint"]
     for case in dict.fromkeys(case for case, _ in joint if ("width" in case) == wider):
         family = Family(case, [line for line in lines if (line["case"], line["seed"]) in joint])
@@ -278,7 +182,7 @@ def costs(family: Family) -> str:
 
 def of_fluids(domain: FewSamples) -> str:
     rows = []
-    for method in FLUIDS:
+    for method in METHODS:
         lines = domain.of(method)
         once, task = lines[0]["numbers"]
         inside = [part for line in lines for part in line["samples"]["5"].get("inside", [])]
@@ -289,32 +193,30 @@ def of_fluids(domain: FewSamples) -> str:
     return table(["", "numbers once", "for a task", *(f"n = {n}" for n in SAMPLES), "in 95 %", "ms"], rows)
 
 
-def of_others(domains: dict[str, FewSamples]) -> str:
-    rows = []
-    for method in FLUIDS:
-        cells = [
-            f"{domains[name].median(method, n):.2g}" if method in domains[name].methods else NONE
-            for name in OTHERS
-            for n in OTHER_SAMPLES
-        ]
-        rows.append([method, *cells])
-    return table(["", *(f"{title}, {n}" for title in OTHERS.values() for n in OTHER_SAMPLES)], rows)
-
-
 def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
     """The tables of each page by their markers, and the pictures by their names."""
     experiments = Experiments(results)
     pdes = {name: experiments.of_pde(pde) for name, pde in PDES.items()}
     families = {case: Family(case, experiments.lines("families")) for case in FAMILY_CASES}
-    domains = {name: FewSamples(name, experiments.lines("few_samples")) for name in ("fluids", *OTHERS)}
+    domains = {name: FewSamples(name, experiments.lines("few_samples")) for name in DRAWN}
+    fastkan, shock, large = (
+        (experiments.of(name).popitem()[1]) for name in ("pde_fastkan", "pde_shock", "text_large")
+    )
+    widths = experiments.of("pde_widths").items()
+    sizes = {name: experiments.of("pde_sizes")[pde.case] for name, pde in PDES.items() if pde.case}
+    images = experiments.of("images_kan") | experiments.of("images_resnet") | experiments.of("images_wide")
     tables = {
         "pages/pdes.md": {name.split(",")[0]: table_of_runs(found) for name, found in pdes.items()}
-        | {"shock": of_shock(experiments), "FastKAN": of_fastkan(experiments), "sizes": of_sizes(experiments)},
-        "pages/widths.md": {"widths": of_widths(experiments)},
+        | {"shock": table_of_runs(shock), "FastKAN": table_of_runs(fastkan)}
+        | {"sizes": table(["(numbers)", *sizes], by_case(sizes, metrics))},
+        "pages/widths.md": {
+            "widths": table_of_runs({f"{case}: {label}": runs for case, of in widths for label, runs in of.items()})
+        },
         "pages/transformers_and_images.md": {
-            "digits": of_digits(experiments),
-            "texts": of_texts(experiments),
-            "large": of_large_text(experiments),
+            "digits": table(
+                ["", *images], by_case(images, lambda runs: metrics(runs, lambda value: f"{value:.0f}"), False)
+            ),
+            "large": table_of_runs(large, "numbers", "nats", "CPU s"),
         },
         "families.md": {
             "families": of_families(families),
@@ -323,15 +225,13 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
             "joint, wider": of_joint(experiments.lines("families"), wider=True),
             "convection": of_convection(experiments.lines("convection")),
         },
-        "few_samples.md": {"fluids": of_fluids(domains["fluids"]), "others": of_others(domains)},
-        "../results.md": {"overview": summary(experiments)},
+        "few_samples.md": {"fluids": of_fluids(domains["fluids"])},
+        "../results.md": {"overview": summary(pdes)},
     }
     figures = {
         "pdes": draw_pdes(pdes),
         "families": draw_families({FAMILY_CASES[case]: family for case, family in families.items()}),
-        "few_samples": draw_few_samples(
-            {name: domains[name] for name in ("fluids", "oscillators", "liquids", "digits")}
-        ),
+        "few_samples": draw_few_samples({title: domains[name] for name, title in DRAWN.items()}),
     }
     return tables, figures
 

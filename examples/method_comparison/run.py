@@ -21,8 +21,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-sys.path.append(str(Path(__file__).parents[1]))  # modules of the other examples
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("", "benchmarks")]  # modules of other examples
 from command_line import new_parser
 from experiments import Experiment, experiment_names, load_experiments, missing_packages
 from jobs import Job, Line, add_line, do_missing, read_lines
@@ -92,9 +91,9 @@ def run_all(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser, known = new_parser(__doc__), [*MODULES, *experiment_names()]
+    parser = new_parser(__doc__)
     add = parser.add_argument
-    add("names", nargs="*", help=f"all if none is given: {', '.join(known)}")
+    add("names", nargs="*", help=f"all if none is given: {', '.join([*MODULES, *experiment_names()])}")
     add("--only", nargs="+", default=[], help="jobs with all of these: case, method, seed, ...")
     add("--smoke", action="store_true", help="a few steps of each, into outputs/")
     add("--stale", action="store_true", help="again what is there by older code, too")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,111 +27,90 @@ class Mark(NamedTuple):
     metric: float | None
 
 
-class Stopwatch:
-    """Seconds while it runs, of the process's own work on the CPU, which others on the machine hardly change."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> Stopwatch:
-        self._start = time.process_time()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.seconds += time.process_time() - self._start
-
-
 def measured(model: nn.Module, objective: Objective) -> float | None:
     """The metric, on a model in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        value = objective.metric(model)
-    finally:
-        model.train(training)
+    value = objective.metric(model.eval())
+    model.train()
     return value if math.isfinite(value) else None
 
 
-class _Course:
-    """The marks of a run, and its clock, which stands still while the metric is measured."""
+class Course:
+    """The marks of a run of `steps`. Its clock begins now, and stands still while the metric is measured.
 
-    def __init__(self, model: nn.Module, objective: Objective, steps: int, watch: Stopwatch) -> None:
-        self.model, self.objective, self.watch = model, objective, watch
-        self.marks = [Mark(0, watch.seconds, measured(model, objective))]
-        self.ends = {math.ceil(steps * k / (MARKS - 1)) for k in range(1, MARKS)}
+    Seconds are those of the process's own work on the CPU, which others on the machine hardly change.
+    """
 
-    def goes_on(self, step: int) -> bool:
+    def __init__(self, objective: Objective, steps: int) -> None:
+        self.objective, self.steps, self.marks = objective, steps, []
+        self.ends = {math.ceil(steps * k / (MARKS - 1)) for k in range(MARKS)}
+        self.start = time.process_time()
+
+    def goes_on(self, model: nn.Module, step: int) -> bool:
         """Whether the metric is finite, if it is measured after this step."""
-        if step not in self.ends:
-            return True
-        self.watch.__exit__()
-        self.add(step)
-        self.watch.__enter__()
+        return step not in self.ends or self.add(model, step)
+
+    def add(self, model: nn.Module, step: int) -> bool:
+        seconds = time.process_time() - self.start
+        self.marks.append(Mark(step, seconds, measured(model, self.objective)))
+        self.start = time.process_time() - seconds
         return self.marks[-1].metric is not None
 
-    def add(self, step: int) -> None:
-        self.marks.append(Mark(step, self.watch.seconds, measured(self.model, self.objective)))
 
-
-def train_by_steps(
-    model: nn.Module, objective: Objective, settings: Mapping[str, Any], lr: float, steps: int, watch: Stopwatch
-) -> list[Mark]:
+def train_by_steps(model: nn.Module, course: Course, settings: Mapping[str, Any], lr: float) -> None:
     """First-order steps whose rate decays to zero by a cosine. Ends early if the metric is not finite any more."""
-    with watch:
-        optimizer = optimizer_of(model, settings, lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    course = _Course(model, objective, steps, watch)
-    with watch:
-        for step in range(steps):
-            optimizer.zero_grad()
-            objective.loss(model, step).backward()
-            optimizer.step()
-            schedule.step()
-            if not course.goes_on(step + 1):
-                break
-    return course.marks
+    optimizer = optimizer_of(model, settings, lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, course.steps)
+    for step in range(course.steps):
+        optimizer.zero_grad()
+        course.objective.loss(model, step).backward()
+        optimizer.step()
+        schedule.step()
+        if not course.goes_on(model, step + 1):
+            break
 
 
-def train_by_lm(
-    model: nn.Module, objective: Objective, settings: Mapping[str, Any], steps: int, watch: Stopwatch
-) -> list[Mark]:
-    """Levenberg–Marquardt on what is trainable; `steps` iterations unless no step reduces the loss any more."""
-    options = objective.second_order() | {"weight_decay": settings.get("weight_decay", 0.0), "loss_tolerance": 0}
-    course = _Course(model, objective, steps, watch)
-
-    def mark(result: Any) -> None:
-        course.goes_on(result.iterations)
-
-    with watch:
-        result = fit_gauss_newton(model, iterations=steps, progressbar=False, callback=mark, **options)
+def train_by_lm(model: nn.Module, course: Course, settings: Mapping[str, Any]) -> None:
+    """Levenberg–Marquardt on what is trainable; as many iterations unless no step reduces the loss any more."""
+    result = fit_gauss_newton(
+        model,
+        **course.objective.second_order(),
+        iterations=course.steps,
+        weight_decay=settings.get("weight_decay", 0.0),
+        loss_tolerance=0,
+        progressbar=False,
+        callback=lambda result: not course.goes_on(model, result.iterations),
+    )
     if result.reason == "interrupted":
         raise KeyboardInterrupt
     if result.iterations > course.marks[-1].step:
-        course.add(result.iterations)
-    return course.marks
+        course.add(model, result.iterations)
 
 
-def train_by_lbfgs(model: nn.Module, objective: Objective, steps: int, watch: Stopwatch) -> list[Mark]:
+def train_by_lbfgs(model: nn.Module, course: Course) -> None:
     """L-BFGS with a strong Wolfe line search on what is trainable, on fixed data: those of LM's first iterations, as
-    many as make up for that they stay the same. `steps` times up to 20 iterations."""
-    options, course = objective.second_order(), _Course(model, objective, steps, watch)
-    with watch:
-        batches = [options["data"](k) for k in range(LBFGS_BATCHES)]
-        data = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.LBFGS(trained, max_iter=20, line_search_fn="strong_wolfe")
+    many as make up for that they stay the same. As many steps, of up to 20 iterations each."""
+    options = course.objective.second_order()
+    batches = [options["data"](k) for k in range(LBFGS_BATCHES)]
+    data = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    step_on = lbfgs_on(model, options["residual_fn"], data)
+    for step in range(course.steps):
+        step_on()
+        if not course.goes_on(model, step + 1):
+            break
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = sum(options["residual_fn"][name](model, part).square().mean() for name, part in data.items())
-            loss.backward()
-            return loss
 
-        for step in range(steps):
-            optimizer.step(closure)
-            if not course.goes_on(step + 1):
-                break
-    return course.marks
+def lbfgs_on(model: nn.Module, residuals: Mapping[str, Callable[..., Tensor]], data: Mapping[str, Any]) -> Any:
+    """Does up to 20 iterations of L-BFGS on the sum of the mean squares of all residuals."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.LBFGS(trained, max_iter=20, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = sum(residuals[name](model, part).square().mean() for name, part in data.items())
+        loss.backward()
+        return loss
+
+    return partial(optimizer.step, closure)
 
 
 def train_by_adam(

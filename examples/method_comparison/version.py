@@ -12,7 +12,7 @@ import peft_lotra
 HERE = Path(__file__).parent
 FOLDERS = (HERE, HERE.parent, HERE.parent / "benchmarks")  # where modules of the examples lie
 # Which runs there are, and where; their settings are in every line. How files are written.
-NOT_OF_A_RESULT = {"experiments", "jobs", "version", "reporting", "command_line", "pictures"}
+NOT_OF_A_RESULT = {"experiments", "jobs", "version", "measuring", "reporting", "command_line", "pictures"}
 # Of the library: which layers are found, what only shows or tests, and what only imports.
 NO_RESULT_OF = ("advise.py", "analysis/plots.py", "analysis/summary.py", "coefficients/registry.py", "files/")
 NO_RESULT_OF += ("inference/", "testing/")

@@ -76,17 +76,11 @@ class Images(Task):
     only_target = ("collection", "rotation", "noise", "samples")
 
     def __post_init__(self) -> None:
-        for key, allowed in {"collection": SIZES, "base_collection": SIZES, "network": NETWORKS}.items():
-            if getattr(self, key) not in allowed:
-                raise ValueError(
-                    f"`{key}` should be one of {list(allowed)} but the value passed is {getattr(self, key)!r}"
-                )
-        for collection in (self.collection, self.base_collection):
-            if self.size not in SIZES[collection]:
-                raise ValueError(
-                    f"`size` of {collection!r} should be one of {list(SIZES[collection])} "
-                    f"but the value passed is {self.size}"
-                )
+        collections = {"collection": SIZES, "base_collection": SIZES, "network": NETWORKS}
+        sizes = set(SIZES.get(self.collection, ())) & set(SIZES.get(self.base_collection, ()))
+        for key, allowed in (collections | {"size": sorted(sizes)}).items():
+            if (value := getattr(self, key)) not in allowed:
+                raise ValueError(f"`{key}` should be one of {list(allowed)} but the value passed is {value!r}")
 
     @property
     def requires(self) -> dict[str, str]:

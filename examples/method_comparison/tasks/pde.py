@@ -1,4 +1,4 @@
-"""A physics-informed KAN that solves one PDE is adapted to another parameter of it, or to another family."""
+"""A physics-informed KAN that solves one PDE is adapted to another parameter of it."""
 
 from __future__ import annotations
 
@@ -39,26 +39,22 @@ class Solution(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Transfer(Task):
-    """`family` at `parameter`, from a base of `base_family` (the same if not given) at `base_parameter`."""
+    """`family` at `parameter`, from a base at `base_parameter`."""
 
     family: str
     parameter: float
     base_parameter: float
-    base_family: str | None = None
     kan: str = "chebyshev"
     width: int = 32
     basis: int = 8
     base_steps: int = 1500
 
     metric = "relative L2 error"
-    only_target = ("family", "parameter")
+    only_target = ("parameter",)
 
     def __post_init__(self) -> None:
-        for family in (self.family, self.base_family or self.family):
-            if family not in PDES:
-                raise ValueError(f"`family` should be one of {list(PDES)} but the value passed is {family!r}")
-        if self.base_family is None:
-            object.__setattr__(self, "base_family", self.family)
+        if self.family not in PDES:
+            raise ValueError(f"`family` should be one of {list(PDES)} but the value passed is {self.family!r}")
 
     def build(self, seed: int) -> nn.Module:
         return build_kan(self.kan, (2, self.width, self.width, 1), self.basis, seed)
@@ -67,9 +63,8 @@ class Transfer(Task):
         return coefficients_of(model, self.kan)
 
     def objective(self, part: str, seed: int, device: torch.device) -> Objective:
-        if part == "base":
-            return Solution(PDES[self.base_family](self.base_parameter), seed, device)
-        return Solution(PDES[self.family](self.parameter), seed, device)
+        parameter = self.base_parameter if part == "base" else self.parameter
+        return Solution(PDES[self.family](parameter), seed, device)
 
 
 TASK = Transfer
