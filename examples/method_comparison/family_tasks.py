@@ -342,19 +342,21 @@ OF_FRONTS = {"ranges": BETA, "base": (0.45,), "base_by": "lm", "dtype": torch.fl
 
 # In the order of their importance, in which they are run.
 CASES = {
-    "elliptic": Case("Poisson equation", Elliptic, LAM, (1.0,)),
-    "front": Case("Front of width 0.05, from data", Front, **OF_FRONTS),
-    "two parameters": Case("Poisson equation, two parameters", EllipticPair, PAIR, (1.0, 1.0), degree=2),
-    "advection": Case("Front of width 0.05, by advection", Advection, **OF_FRONTS),
-    "reaction": Case("Fisher–KPP equation", FisherKPP, {"rho": (4.0, 10.0)}, (6.4,), dtype=torch.float64),
-    "hyperbolic": Case("Wave equation", Hyperbolic, {"c": (2.0, 3.0)}, (2.0,)),
-    "sharp front": Case("Front of width 0.02, from data", SharpFront, **OF_FRONTS),
-    "parabolic": Case("Heat equation", Parabolic, {"kappa": (1.0, 2.0)}, (1.0,)),
-    "fastkan": Case("Poisson equation, FastKAN", Elliptic, LAM, (1.0,), kan="fastkan"),
+    "elliptic": Case("Poisson, λ", Elliptic, LAM, (1.0,)),
+    "front": Case("front, from data, β", Front, **OF_FRONTS),
+    "two parameters": Case("Poisson, λ and μ", EllipticPair, PAIR, (1.0, 1.0), degree=2),
+    "advection": Case("advection of a front, β", Advection, **OF_FRONTS),
+    "reaction": Case("Fisher–KPP, ρ", FisherKPP, {"rho": (4.0, 10.0)}, (6.4,), dtype=torch.float64),
+    "hyperbolic": Case("wave, c", Hyperbolic, {"c": (2.0, 3.0)}, (2.0,)),
+    "sharp front": Case("sharper front, from data, β", SharpFront, **OF_FRONTS),
+    "parabolic": Case("heat, κ", Parabolic, {"kappa": (1.0, 2.0)}, (1.0,)),
+    "fastkan": Case("Poisson, FastKAN", Elliptic, LAM, (1.0,), kan="fastkan"),
 }
 MORE = {
-    "helmholtz": Case("Helmholtz equation", Helmholtz, {"k": (2.0, 5.0)}, (3.2,)),
-    "burgers": Case("Burgers' equation", BurgersWave, {"c": (0.3, 0.8)}, (0.5,), base_by="lm", dtype=torch.float64),
+    "helmholtz": Case("Helmholtz, k", Helmholtz, {"k": (2.0, 5.0)}, (3.2,)),
+    "burgers": Case(
+        "Burgers' travelling waves, c", BurgersWave, {"c": (0.3, 0.8)}, (0.5,), base_by="lm", dtype=torch.float64
+    ),
 }
 WIDER = {
     f"{name}, width {width}": replace(CASES[name], title=f"{CASES[name].title}, width {width}", width=width)

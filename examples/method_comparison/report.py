@@ -19,6 +19,7 @@ from statistics import mean, median
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("", "benchmarks")]  # modules of other examples
 from command_line import new_parser
 from drawings import draw_families, draw_few_samples, draw_pdes
+from family_tasks import ALL_CASES, CASES
 from few_sample_methods import METHODS
 from found import FAMILY_ENTRIES, PDES, Entry, Experiments, Family, FewSamples, Line, Run
 from matplotlib.figure import Figure
@@ -26,13 +27,6 @@ from reporting import write_atomically
 
 HERE = Path(__file__).parent
 NONE = "–"
-FAMILY_CASES = {
-    "elliptic": "Poisson, λ", "two parameters": "Poisson, λ and μ", "hyperbolic": "wave, c", "parabolic": "heat, κ",
-    "reaction": "Fisher–KPP, ρ", "advection": "advection of a front, β", "front": "front, from data, β",
-    "sharp front": "sharper front, from data, β", "fastkan": "Poisson, FastKAN",
-    "elliptic, width 64": "Poisson, width 64", "elliptic, width 128": "Poisson, width 128",
-}  # fmt: skip
-MORE_CASES = {"helmholtz": "Helmholtz, k", "burgers": "Burgers' travelling waves, c"}
 SAMPLES = (1, 3, 5, 10, 50)
 DRAWN = {
     "fluids": "fluids",
@@ -121,9 +115,9 @@ def summary(found: dict[str, dict[str, list[Run]]]) -> str:
 
 def of_families(families: dict[str, Family]) -> str:
     rows = []
-    for case, title in FAMILY_CASES.items():
-        found = [families[case].errors(entry) for entry in FAMILY_ENTRIES.values()]
-        rows.append([f"{title} ({families[case].seeds})", *(spread(errors) if errors else NONE for errors in found)])
+    for case, family in families.items():
+        found = [family.errors(entry) for entry in FAMILY_ENTRIES.values()]
+        rows.append([f"{ALL_CASES[case].title} ({family.seeds})", *(spread(e) if e else NONE for e in found)])
     return table(["(seeds)", *FAMILY_ENTRIES], rows)
 
 
@@ -136,10 +130,8 @@ def of_joint(lines: Sequence[Line], wider: bool) -> str:
     joint = [(line["case"], line["seed"]) for line in lines if line["method"] == "family, joint"]
     for case in dict.fromkeys(case for case, _ in joint if ("width" in case) == wider):
         family = Family(case, [line for line in lines if (line["case"], line["seed"]) in joint])
-        name = case.partition(", width")[0]
-        title = case.replace(name, (FAMILY_CASES | MORE_CASES)[name])
         cells = [short(median(found)) if (found := family.errors(entry)) else NONE for entry in entries]
-        rows.append([f"{title} ({family.seeds})", *cells])
+        rows.append([f"{ALL_CASES[case].title} ({family.seeds})", *cells])
     header = ["(seeds)", "frozen base, as it is", "core", "joint, as it is", "core", "input, as it is", "1 iteration"]
     return table(header, rows)
 
@@ -197,7 +189,7 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
     """The tables of each page by their markers, and the pictures by their names."""
     experiments = Experiments(results)
     pdes = {name: experiments.of_pde(pde) for name, pde in PDES.items()}
-    families = {case: Family(case, experiments.lines("families")) for case in FAMILY_CASES}
+    families = {case: Family(case, experiments.lines("families")) for case in CASES}
     domains = {name: FewSamples(name, experiments.lines("few_samples")) for name in DRAWN}
     fastkan, shock, large = (
         (experiments.of(name).popitem()[1]) for name in ("pde_fastkan", "pde_shock", "text_large")
@@ -230,7 +222,7 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
     }
     figures = {
         "pdes": draw_pdes(pdes),
-        "families": draw_families({FAMILY_CASES[case]: family for case, family in families.items()}),
+        "families": draw_families({ALL_CASES[case].title: family for case, family in families.items()}),
         "few_samples": draw_few_samples({title: domains[name] for name, title in DRAWN.items()}),
     }
     return tables, figures
