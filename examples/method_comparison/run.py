@@ -82,7 +82,7 @@ def run_all(
                 code = do_missing(path, partial(chosen, jobs(path)), counts, stored)
         except Timeout:
             print(f"{name}: another process does it")
-            continue
+            found, code = True, 0
         if code:
             return code
     if not found:
