@@ -14,18 +14,19 @@ from jobs import Job, Line, environment, read_lines, rounded
 from version import version
 
 OF_ALL = ("family", "LoTRA alone, LM", "LoTRA alone, LM, more points", "full, Adam", "parameter as an input")
-# How many seeds each method has.
-SEEDS = {
-    case: dict.fromkeys(OF_ALL, 3) | {"full, LM": 2, "family, joint": 2}
-    if case in CASES
-    else dict.fromkeys(("family", "family, joint", "parameter as an input"), 1)
-    for case in ALL_CASES
+# How many seeds each method has, and those that have another number.
+SEEDS = {case: dict.fromkeys(OF_ALL if case in CASES else OF_ALL[::4], 1) | {"family, joint": 1} for case in ALL_CASES}
+FURTHER = {
+    **dict.fromkeys(OF_ALL, {"elliptic": 5, "front": 3, "two parameters": 3, "advection": 3, "hyperbolic": 3}),
+    "full, LM": {"front": 2} | dict.fromkeys(("elliptic", "two parameters", "advection", "hyperbolic", "reaction"), 1),
+    "family, joint": dict.fromkeys(("elliptic", "front", "two parameters", "hyperbolic", "reaction", "parabolic"), 2),
+    "diagonals of the parameter": dict.fromkeys(("elliptic", "front", "hyperbolic"), 1),
+    "basis of 16 KANs": dict.fromkeys(("elliptic", "front", "advection"), 1),
 }
-SEEDS["elliptic"] |= dict.fromkeys(OF_ALL, 5)
-for case in ("elliptic", "front", "hyperbolic"):
-    SEEDS[case]["diagonals of the parameter"] = 1
-for case in ("elliptic", "front", "advection"):
-    SEEDS[case]["basis of 16 KANs"] = 1
+FURTHER["family"] = FURTHER["family"] | {"reaction": 2, "parabolic": 2}
+for method, seeds in FURTHER.items():
+    for case in seeds:
+        SEEDS[case][method] = seeds[case]
 
 
 def as_line(lab: Lab, result: Result) -> Line:
