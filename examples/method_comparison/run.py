@@ -74,7 +74,7 @@ def run_all(
             add_line(path, search, {})
 
         def counts(line: Line, modules: tuple[str, ...] = modules) -> bool:
-            return not stale or line["version"] == version(*modules)
+            return not stale or line.get("version") == version(*modules)
 
         outputs.mkdir(parents=True, exist_ok=True)
         try:
