@@ -62,7 +62,7 @@ def draw_pdes(found: dict[str, dict[str, list[Run]]]) -> Figure:
 
 def draw_families(found: dict[str, Family]) -> Figure:
     """Each case's errors by method: all tasks and seeds, with the median."""
-    columns = 4
+    columns = 3
     rows = ceil(len(found) / columns)
     figure = Figure(figsize=(3 * columns + 2.2, 2.6 * rows), layout="constrained")
     every = figure.subplots(rows, columns, sharex=True, sharey=True)
