@@ -1,7 +1,5 @@
 """`run.py few_samples`: its fits and rivals against formulas, and the command in a short form."""
 
-import importlib.util
-
 import few_sample_fits as fits
 import few_sample_methods as methods
 import few_sample_models as models
@@ -128,9 +126,6 @@ def test_pod_finds_tasks_of_its_span(split, monkeypatch):
 @pytest.mark.parametrize("domain", [name for name in tasks.DOMAINS if name not in ("fluids_10", "fluids_20")])
 def test_smoke(domain, tmp_path):
     arguments = ("few_samples", "--smoke", "--only", domain, "--outputs", tmp_path)
-    if domain == "liquids" and importlib.util.find_spec("chemicals") is None:
-        assert "Liquids are left out" in call("run", *arguments, code=1).out
-        pytest.skip("the liquids are those of the package chemicals, which is not installed")
     call("run", *arguments)
     results = tmp_path / "smoke" / "few_samples.jsonl"
     lines = read_lines(results)

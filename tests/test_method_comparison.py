@@ -26,7 +26,6 @@ pytestmark = pytest.mark.slow
 
 SUITE = EXAMPLES / "method_comparison"
 EXPERIMENT = {
-    "title": "Heat equation",
     "task": "pde",
     "settings": {"family": "parabolic", "parameter": 1.3, "base_parameter": 1.0, "width": 4, "base_steps": 3},
     "steps": 3,

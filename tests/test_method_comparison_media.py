@@ -30,7 +30,7 @@ def results(tmp_path, task, settings, methods):
     """What runs of a few steps leave, by the method's name."""
     folder = tmp_path / "experiments"
     folder.mkdir()
-    content = {"title": "Short", "task": task, "settings": settings, "steps": 3, "seeds": [0], "methods": methods}
+    content = {"task": task, "settings": settings, "steps": 3, "seeds": [0], "methods": methods}
     (folder / "short.json").write_text(json.dumps(content))
     (experiment,) = load_experiments(folder=folder)
     run.run_all([run.of_experiment(experiment, tmp_path)], tmp_path / "results", tmp_path)

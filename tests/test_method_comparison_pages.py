@@ -1,6 +1,5 @@
 """The pages of the method comparison are what report.py writes from the stored lines, and no line is missing."""
 
-import importlib.util
 import json
 import shutil
 
@@ -40,8 +39,6 @@ PARTS += [run.of_experiment(experiment, SUITE) for experiment in load_experiment
 def test_every_job_has_its_line(name, jobs_of):
     path = SUITE / "results" / f"{name}.jsonl"
     lines, used = jobs.read_lines(path), set()
-    if importlib.util.find_spec("chemicals") is None:  # the data of liquids
-        lines = [line for line in lines if line.get("domain") != "liquids"]
     for names, _ in jobs_of(path):
         found = [k for k, line in enumerate(lines) if jobs.is_of(names, line)]
         assert len(found) == 1, names

@@ -26,8 +26,9 @@ PDE_LABELS = {
 FEW_LABELS = {
     "family, code of 5": ("family", "-"), "family, code of 5, then its core": ("core", "-"),
     "GEPS, code of 8": ("other", "--"), "code as inputs, 5": ("input", "--"), "learned basis, 16": ("basis", "--"),
-    "gappy POD": ("basis", ":"), "pooled, own adapter, LM": ("LoTRA", "--"),
-    "pooled, everything, LM": ("full", "--"), "from scratch, LM": ("from scratch", ":"),
+    "gappy POD": ("basis", ":"), "known input, everything, LM": ("input", ":"),
+    "pooled, own adapter, LM": ("LoTRA", "--"), "pooled, everything, LM": ("full", "--"),
+    "from scratch, LM": ("from scratch", ":"),
 }  # fmt: skip
 
 

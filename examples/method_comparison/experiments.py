@@ -45,7 +45,6 @@ class Experiment:
     """A task in some cases, the methods compared on it, and the seeds; see README.md for the file's fields."""
 
     name: str
-    title: str
     task: str
     methods: dict[str, dict[str, Any]]
     steps: int

@@ -14,10 +14,11 @@ from jobs import Job, Line, environment, read_lines, rounded
 from version import version
 
 OF_ALL = ("family", "LoTRA alone, LM", "LoTRA alone, LM, more points", "full, Adam", "parameter as an input")
-# How many seeds each method has, and those that have another number.
-SEEDS = {case: dict.fromkeys(OF_ALL if case in CASES else OF_ALL[::4], 1) | {"family, joint": 1} for case in ALL_CASES}
+# How many seeds each method has on each case, and where that is another number.
+SEEDS = {case: dict.fromkeys(("family", "family, joint", "parameter as an input"), 1) for case in ALL_CASES}
+MORE_SEEDS = {"elliptic": 5, "front": 3, "two parameters": 3, "advection": 3, "hyperbolic": 3}
 FURTHER = {
-    **dict.fromkeys(OF_ALL, {"elliptic": 5, "front": 3, "two parameters": 3, "advection": 3, "hyperbolic": 3}),
+    **dict.fromkeys(OF_ALL, dict.fromkeys(CASES, 1) | MORE_SEEDS),
     "full, LM": {"front": 2} | dict.fromkeys(("elliptic", "two parameters", "advection", "hyperbolic", "reaction"), 1),
     "family, joint": dict.fromkeys(("elliptic", "front", "two parameters", "hyperbolic", "reaction", "parabolic"), 2),
     "diagonals of the parameter": dict.fromkeys(("elliptic", "front", "hyperbolic"), 1),
@@ -32,7 +33,7 @@ for method, seeds in FURTHER.items():
 def as_line(lab: Lab, result: Result) -> Line:
     """A result as JSON has it; errors that are not finite are None."""
     case = lab.case
-    marks = [[[k, rounded(s), rounded(e) if e < inf else None] for k, s, e in marks] for _, marks in result.tasks]
+    marks = [[[k, rounded(s), rounded(e) if e < inf else None] for k, s, e in course] for _, course in result.tasks]
     return {
         "numbers": {"offline": result.offline_numbers, "online": result.online_numbers},
         "offline_seconds": rounded(result.offline_seconds),

@@ -106,21 +106,21 @@ class Entry(NamedTuple):
     """A method of `families.py` after `step` iterations for a task, or at its end; its colour in pictures."""
 
     method: str
-    colour: str
     step: int | None = None
+    colour: str = ""
 
 
 FAMILY_ENTRIES = {
-    "family, as it is": Entry("family", "family", 0),
-    "family, core": Entry("family", "core", 5),
-    "adapter, LM": Entry("LoTRA alone, LM", "LoTRA"),
-    "adapter, LM, more points": Entry("LoTRA alone, LM, more points", "LoTRA"),
-    "everything, LM": Entry("full, LM", "full"),
-    "everything, Adam": Entry("full, Adam", "full"),
-    "input, as it is": Entry("parameter as an input", "input", 0),
-    "input, 1 iteration": Entry("parameter as an input", "input", 1),
-    "diagonals, 5 iterations": Entry("diagonals of the parameter", "other", 5),
-    "16 KANs combined": Entry("basis of 16 KANs", "basis"),
+    "family, as it is": Entry("family", 0, "family"),
+    "family, core": Entry("family", 5, "core"),
+    "adapter, LM": Entry("LoTRA alone, LM", None, "LoTRA"),
+    "adapter, LM, more points": Entry("LoTRA alone, LM, more points", None, "LoTRA"),
+    "everything, LM": Entry("full, LM", None, "full"),
+    "everything, Adam": Entry("full, Adam", None, "full"),
+    "input, as it is": Entry("parameter as an input", 0, "input"),
+    "input, 1 iteration": Entry("parameter as an input", 1, "input"),
+    "diagonals, 5 iterations": Entry("diagonals of the parameter", 5, "other"),
+    "16 KANs combined": Entry("basis of 16 KANs", None, "basis"),
 }
 
 

@@ -125,8 +125,8 @@ def of_joint(lines: Sequence[Line], wider: bool) -> str:
     """Families fitted on a frozen base, and together with it, as they are and tuned; the network with an input; of
     width 32, or of wider ones."""
     rows = []
-    entries = [Entry(method, "", k) for method in ("family", "family, joint") for k in (0, 5)]
-    entries += [Entry("parameter as an input", "", k) for k in (0, 1)]
+    entries = [Entry(method, k) for method in ("family", "family, joint") for k in (0, 5)]
+    entries += [Entry("parameter as an input", k) for k in (0, 1)]
     joint = [(line["case"], line["seed"]) for line in lines if line["method"] == "family, joint"]
     for case in dict.fromkeys(case for case, _ in joint if ("width" in case) == wider):
         family = Family(case, [line for line in lines if (line["case"], line["seed"]) in joint])

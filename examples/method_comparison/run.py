@@ -37,7 +37,10 @@ Part = tuple[str, Callable[[Path], Iterable[Job]], tuple[str, ...]]
 
 def of_experiment(experiment: Experiment, outputs: Path) -> Part:
     do = partial(perform, bases=outputs / "bases")
-    jobs = lambda path: experiment.jobs(do, partial(read_lines, path))  # noqa: E731
+
+    def jobs(path: Path) -> Iterator[Job]:
+        return experiment.jobs(do, partial(read_lines, path))
+
     return experiment.name, jobs, modules_of(experiment.task)
 
 
