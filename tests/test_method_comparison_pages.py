@@ -8,7 +8,7 @@ import pytest
 import report
 import run
 from convection import METHODS as CONVECTION_METHODS
-from drawings import COLOURS, FEW_LABELS, PDE_LABELS
+from drawings import COLOURS, FEW_LABELS, LONGER, OTHER_SIZES, PDE_LABELS
 from experiments import load_experiments
 from family_methods import METHODS as FAMILY_METHODS
 from few_sample_methods import METHODS
@@ -57,7 +57,7 @@ def test_lines_of_families_and_few_samples_have_methods():
     assert {*METHODS} >= FEW_LABELS.keys()
     assert {entry.colour for entry in FAMILY_ENTRIES.values()} <= {*COLOURS}
     shown = Experiments(SUITE / "results").of_pde(report.PDES["Poisson, λ 1 → 1.3"])
-    assert PDE_LABELS.keys() == shown.keys() - {"from scratch, Adam"}
+    assert {*PDE_LABELS, *OTHER_SIZES, *LONGER} == shown.keys() - {"from scratch, Adam"}
 
 
 def test_what_lacks_stops_the_report_before_anything_is_written(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from math import ceil, isfinite
 from statistics import median, quantiles
 
-from found import CORE, FAMILY_ENTRIES, QUARTER, Family, FewSamples, Run
+from found import CORE, FAMILY_ENTRIES, Family, FewSamples, Run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pictures import by_step, plain_log
@@ -21,8 +21,10 @@ PDE_LABELS = {
     "from scratch, LM": ("from scratch", "LM"),
     **{f"full, {by}": ("full", by) for by in ("Adam", "SOAP", "L-BFGS", "LM")},
     **{f"LoTRA 1/10, {by}": ("LoTRA", by) for by in ("Adam", "SOAP", "LM")},
-    QUARTER: ("LoTRA", "LM"), "LoRA on parameters, SOAP": ("LoRA", "SOAP"), CORE: ("core", "LM"),
+    "LoRA on parameters, SOAP": ("LoRA", "SOAP"), CORE: ("core", "LM"),
 }  # fmt: skip
+OTHER_SIZES = {f"{method} {size}, LM": (method, "LM") for method in ("small KAN", "LoTRA") for size in ("1/16", "1/4")}
+LONGER = {"small KAN from scratch, LM, longer": ("small KAN", "LM"), "LoTRA 1/10, LM, longer": ("LoTRA", "LM")}
 FEW_LABELS = {
     "family, code of 5": ("family", "-"), "family, code of 5, then its core": ("core", "-"),
     "GEPS, code of 8": ("other", "--"), "code as inputs, 5": ("input", "--"), "learned basis, 16": ("basis", "--"),
@@ -42,14 +44,16 @@ def draw_pdes(found: dict[str, dict[str, list[Run]]]) -> Figure:
     """A row for each PDE: the error over the trained numbers, and its course over CPU seconds."""
     figure = Figure(figsize=(10.5, 3.1 * len(found) + 0.8), layout="constrained")
     for (left, right), (name, by_label) in zip(figure.subplots(len(found), 2), found.items(), strict=True):
-        for label, (method, optimizer) in PDE_LABELS.items():
-            runs, colour = by_label.get(label, []), COLOURS[method]
-            if runs:
-                marker = "D" if label == QUARTER else MARKERS[optimizer]
-                range_of(left, runs[0].trained, [run.metric for run in runs], colour, marker, label)
+        for label, (method, optimizer) in (PDE_LABELS | OTHER_SIZES | LONGER).items():
+            runs, colour, marker = by_label.get(label, []), COLOURS[method], MARKERS[optimizer]
+            if runs and label not in LONGER:
+                shown = label if label in PDE_LABELS else ""
+                range_of(left, runs[0].trained, [run.metric for run in runs], colour, marker, shown)
+            if runs and label not in OTHER_SIZES:
                 times, values = by_step([run.course for run in runs])
                 middle = [median(of_step) for of_step in values]
-                right.plot(times, middle, f"{marker}-", color=colour, ms=3, lw=1.2)
+                new = slice(5 * (label in LONGER), None)  # until then it is the course of the shorter run
+                right.plot(times[new], middle[new], f"{marker}-", color=colour, ms=3, lw=1.2)
         left.set(xlabel="trained numbers", ylabel="relative L2 error", title=name, xlim=(250, 14000))
         right.set(xlabel="CPU seconds", title=name, xlim=(0.1, None))
         for axes in (left, right):

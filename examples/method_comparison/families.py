@@ -16,15 +16,15 @@ from version import version
 OF_ALL = ("family", "LoTRA alone, LM", "LoTRA alone, LM, more points", "full, Adam", "parameter as an input")
 # How many seeds each method has on each case, and where that is another number.
 SEEDS = {case: dict.fromkeys(("family", "family, joint", "parameter as an input"), 1) for case in ALL_CASES}
-MORE_SEEDS = {"elliptic": 5, "front": 3, "two parameters": 3, "advection": 3, "hyperbolic": 3}
+MORE_SEEDS = {"elliptic": 5, **dict.fromkeys(("front", "two parameters", "advection", "hyperbolic"), 3)}
+MORE_SEEDS |= {"reaction": 2, "parabolic": 2}
 FURTHER = {
     **dict.fromkeys(OF_ALL, dict.fromkeys(CASES, 1) | MORE_SEEDS),
-    "full, LM": {"front": 2} | dict.fromkeys(("elliptic", "two parameters", "advection", "hyperbolic", "reaction"), 1),
+    "full, LM": dict.fromkeys(CASES, 1) | {"front": 2},
     "family, joint": dict.fromkeys(("elliptic", "front", "two parameters", "hyperbolic", "reaction", "parabolic"), 2),
     "diagonals of the parameter": dict.fromkeys(("elliptic", "front", "hyperbolic"), 1),
     "basis of 16 KANs": dict.fromkeys(("elliptic", "front", "advection"), 1),
 }
-FURTHER["family"] = FURTHER["family"] | {"reaction": 2, "parabolic": 2}
 for method, seeds in FURTHER.items():
     for case in seeds:
         SEEDS[case][method] = seeds[case]

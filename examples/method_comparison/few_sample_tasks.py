@@ -140,7 +140,6 @@ def oscillation(
 DOMAINS: dict[str, Callable[[], Domain]] = {
     "fluids": fluids,
     "fluids_5": lambda: replace(fluids(), count=5),
-    "fluids_10": lambda: replace(fluids(), count=10),
     "fluids_20": lambda: replace(fluids(), count=20),
     "oscillators": oscillators,
 }

@@ -15,7 +15,6 @@ from version import version
 NOT_OF_FEW = {"Gaussian process", "pooled, own adapter, LM", "one task, everything, LM"}
 LEFT_OUT = {
     "fluids_5": NOT_OF_FEW,
-    "fluids_10": NOT_OF_FEW,
     "fluids_20": NOT_OF_FEW | {"from scratch, LM"},
     "oscillators": {"known input, everything, LM", "one task, everything, LM"},
 }

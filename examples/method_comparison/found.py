@@ -13,7 +13,7 @@ from jobs import Line, read_lines
 
 Course = list[tuple[int, float, float]]  # (step, seconds, metric); what diverged is infinite
 
-CORE, QUARTER = "core of a family, LM †", "LoTRA 1/4, LM †"
+CORE = "core of a family, LM"
 
 
 class PDE(NamedTuple):
@@ -73,10 +73,10 @@ class Experiments:
         return {case: {label: self.runs(name, case, label) for label in found.methods} for case in found.cases}
 
     def of_pde(self, pde: PDE) -> dict[str, list[Run]]:
-        """By label, with a larger adapter and the core of a family."""
+        """By label, with other sizes and the core of a family."""
         (found,) = self.of(pde.experiment).values()
         if pde.case:
-            found[QUARTER] = self.runs("pde_sizes", pde.case, "LoTRA 1/4, LM")
+            found |= self.of("pde_sizes")[pde.case]
             found[CORE] = self.cores(pde.case, pde.at)
         return found
 

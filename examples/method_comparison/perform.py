@@ -6,12 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from compared_methods import (
-    FROM_SCRATCH,
-    apply_method,
-    count_coefficients,
-    trainable,
-)
+from compared_methods import FROM_SCRATCH, apply_method, count_coefficients, trainable
 from experiments import Run, digest
 from jobs import Line, environment
 from reporting import write_atomically

@@ -4,7 +4,7 @@
     python examples/method_comparison/report.py --folder outputs/pages
 
 Nothing is run. Each row is a method, with the median over seeds and the range. Pages: pages/pdes.md, pages/widths.md,
-pages/transformers_and_images.md, families.md, few_samples.md, and ../results.md.
+pages/transformers_and_images.md, families.md and few_samples.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from math import isfinite
 from pathlib import Path
 from statistics import mean, median
@@ -29,11 +30,8 @@ HERE = Path(__file__).parent
 NONE = "–"
 SAMPLES = (1, 3, 5, 10, 50)
 DRAWN = {
-    "fluids": "fluids",
-    "fluids_20": "20 fluids known",
-    "fluids_5": "5 fluids known",
-    "oscillators": "oscillators",
-}
+    "fluids": "fluids", "fluids_20": "20 fluids known", "fluids_5": "5 fluids known", "oscillators": "oscillators",
+}  # fmt: skip
 
 
 def short(value: float) -> str:
@@ -104,13 +102,22 @@ def by_case(
     ]
 
 
-def summary(found: dict[str, dict[str, list[Run]]]) -> str:
-    """Medians of all PDEs, for results.md."""
-    rows = [["the base, as it is", *(short(of["full, Adam"][0].before) for of in found.values()), NONE]]
+def of_pdes(found: dict[str, dict[str, list[Run]]]) -> str:
+    """Errors on all PDEs, and the seconds on the first."""
     spent = (COLUMNS["CPU s"](runs) for runs in next(iter(found.values())).values())
-    by_label = by_case(found, lambda runs: short(median(run.metric for run in runs)))
-    rows += [[*row, seconds] for row, seconds in zip(by_label, spent, strict=True)]
+    rows = [[*row, cell] for row, cell in zip_longest(by_case(found, metrics), spent, fillvalue=NONE)]
+    rows.sort(key=lambda row: ("small", "from", "full", "LoTRA", "LoRA", "core").index(re.match(r"\w+", row[0])[0]))
     return table(["(numbers)", *found, "CPU s, Poisson"], rows)
+
+
+def of_widths(found: dict[str, dict[str, list[Run]]], bases: dict[str, dict[str, list[Run]]]) -> str:
+    """Errors and seconds; before them the error of each base where it was trained, and at the target."""
+    rows = [
+        [label, *(spread([run.before for run in of["full, Adam"]]) for of in part.values())]
+        for label, part in {"the base, where it was trained": bases, "the base, as it is": found}.items()
+    ]
+    rows += by_case(found, lambda runs: f"{metrics(runs)}, {COLUMNS['CPU s'](runs)} s", numbers=False)
+    return table(["", *found], rows)
 
 
 def of_families(families: dict[str, Family]) -> str:
@@ -194,16 +201,13 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
     fastkan, shock, large = (
         (experiments.of(name).popitem()[1]) for name in ("pde_fastkan", "pde_shock", "text_large")
     )
-    widths = experiments.of("pde_widths").items()
-    sizes = {name: experiments.of("pde_sizes")[pde.case] for name, pde in PDES.items() if pde.case}
     images = experiments.of("images_kan") | experiments.of("images_resnet") | experiments.of("images_wide")
     tables = {
-        "pages/pdes.md": {name.split(",")[0]: table_of_runs(found) for name, found in pdes.items()}
-        | {"shock": table_of_runs(shock), "FastKAN": table_of_runs(fastkan)}
-        | {"sizes": table(["(numbers)", *sizes], by_case(sizes, metrics))},
-        "pages/widths.md": {
-            "widths": table_of_runs({f"{case}: {label}": runs for case, of in widths for label, runs in of.items()})
+        "pages/pdes.md": {
+            "PDEs": of_pdes(pdes | {"a shock, ν 0.02/π → 0.01/π": shock}),
+            "FastKAN": table_of_runs(fastkan),
         },
+        "pages/widths.md": {"widths": of_widths(experiments.of("pde_widths"), experiments.of("pde_bases"))},
         "pages/transformers_and_images.md": {
             "digits": table(
                 ["", *images], by_case(images, lambda runs: metrics(runs, lambda value: f"{value:.0f}"), False)
@@ -218,7 +222,6 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
             "convection": of_convection(experiments.lines("convection")),
         },
         "few_samples.md": {"fluids": of_fluids(domains["fluids"])},
-        "../results.md": {"overview": summary(pdes)},
     }
     figures = {
         "pdes": draw_pdes(pdes),
