@@ -198,16 +198,15 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
     pdes = {name: experiments.of_pde(pde) for name, pde in PDES.items()}
     families = {case: Family(case, experiments.lines("families")) for case in CASES}
     domains = {name: FewSamples(name, experiments.lines("few_samples")) for name in DRAWN}
-    fastkan, shock, large = (
-        (experiments.of(name).popitem()[1]) for name in ("pde_fastkan", "pde_shock", "text_large")
-    )
+    fastkan, shock, large = (experiments.of(name).popitem()[1] for name in ("pde_fastkan", "pde_shock", "text_large"))
+    widths = experiments.of("pde_widths") | experiments.of("pde_width_256")
     images = experiments.of("images_kan") | experiments.of("images_resnet") | experiments.of("images_wide")
     tables = {
         "pages/pdes.md": {
             "PDEs": of_pdes(pdes | {"a shock, ν 0.02/π → 0.01/π": shock}),
             "FastKAN": table_of_runs(fastkan),
         },
-        "pages/widths.md": {"widths": of_widths(experiments.of("pde_widths"), experiments.of("pde_bases"))},
+        "pages/widths.md": {"widths": of_widths(widths, experiments.of("pde_bases"))},
         "pages/transformers_and_images.md": {
             "digits": table(
                 ["", *images], by_case(images, lambda runs: metrics(runs, lambda value: f"{value:.0f}"), False)
