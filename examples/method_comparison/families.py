@@ -16,8 +16,8 @@ from version import version
 OF_ALL = ("family", "LoTRA alone, LM", "LoTRA alone, LM, more points", "full, Adam", "parameter as an input")
 # How many seeds each method has on each case, and where that is another number.
 SEEDS = {case: dict.fromkeys(("family", "family, joint", "parameter as an input"), 1) for case in ALL_CASES}
-MORE_SEEDS = {"elliptic": 5, **dict.fromkeys(("front", "two parameters", "advection", "hyperbolic"), 3)}
-MORE_SEEDS |= {"reaction": 2, "parabolic": 2}
+OF_THREE = ("front", "two parameters", "advection", "reaction", "hyperbolic", "parabolic")
+MORE_SEEDS = {"elliptic": 5, **dict.fromkeys(OF_THREE, 3)}
 FURTHER = {
     **dict.fromkeys(OF_ALL, dict.fromkeys(CASES, 1) | MORE_SEEDS),
     "full, LM": dict.fromkeys(CASES, 1) | {"front": 2},
