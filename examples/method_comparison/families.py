@@ -13,21 +13,20 @@ from family_tasks import ALL_CASES, CASES
 from jobs import Job, Line, environment, read_lines, rounded
 from version import version
 
-OF_ALL = ("family", "LoTRA alone, LM", "LoTRA alone, LM, more points", "full, Adam", "parameter as an input")
-# How many seeds each method has on each case, and where that is another number.
-SEEDS = {case: dict.fromkeys(("family", "family, joint", "parameter as an input"), 1) for case in ALL_CASES}
-OF_THREE = ("front", "two parameters", "advection", "reaction", "hyperbolic", "parabolic")
-MORE_SEEDS = {"elliptic": 5, **dict.fromkeys(OF_THREE, 3)}
-FURTHER = {
-    **dict.fromkeys(OF_ALL, dict.fromkeys(CASES, 1) | MORE_SEEDS),
-    "full, LM": dict.fromkeys(CASES, 1) | {"front": 2},
-    "family, joint": dict.fromkeys(("elliptic", "front", "two parameters", "hyperbolic", "reaction", "parabolic"), 2),
+# How many seeds each method has, by case; none where the case is not named.
+ONE = dict.fromkeys(CASES, 1)
+MORE = {
+    **dict.fromkeys(("front", "two parameters", "advection", "reaction", "hyperbolic", "parabolic"), 3), "elliptic": 5,
+}  # fmt: skip
+SEEDS = {
+    **dict.fromkeys(("family", "parameter as an input"), dict.fromkeys(ALL_CASES, 1) | MORE),
+    **dict.fromkeys(("LoTRA alone, LM", "LoTRA alone, LM, more points", "full, Adam"), ONE | MORE),
+    "full, LM": ONE | {"front": 2},
+    "family, joint": dict.fromkeys(ALL_CASES, 1)
+    | dict.fromkeys(("elliptic", "front", "two parameters", "hyperbolic", "reaction", "parabolic"), 2),
     "diagonals of the parameter": dict.fromkeys(("elliptic", "front", "hyperbolic"), 1),
     "basis of 16 KANs": dict.fromkeys(("elliptic", "front", "advection"), 1),
 }
-for method, seeds in FURTHER.items():
-    for case in seeds:
-        SEEDS[case][method] = seeds[case]
 
 
 def as_line(lab: Lab, result: Result) -> Line:
@@ -69,8 +68,8 @@ def jobs(smoke: bool, folder: Path, lines: Path) -> Iterator[Job]:
             raise SystemExit(f"{method!r} takes the seconds of 'family', which is not there: it has to be run first")
         return as_line(lab, METHODS[method](lab, budget=family[0]["offline_seconds"]))
 
-    for seed in range(1 if smoke else max(SEEDS["elliptic"].values())):
-        for name, seeds in SEEDS.items():
+    for seed in range(1 if smoke else max(MORE.values())):
+        for name in ALL_CASES:
             for method in METHODS:
-                if seed < seeds.get(method, 0) and (not smoke or name == "elliptic" or method == "family"):
+                if seed < SEEDS[method].get(name, 0) and (not smoke or name == "elliptic" or method == "family"):
                     yield {"case": name, "method": method, "seed": seed}, partial(compute, name, method, seed)
