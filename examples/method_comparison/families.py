@@ -15,9 +15,7 @@ from version import version
 
 # How many seeds each method has, by case; none where the case is not named.
 ONE = dict.fromkeys(CASES, 1)
-MORE = {
-    **dict.fromkeys(("front", "two parameters", "advection", "reaction", "hyperbolic", "parabolic"), 3), "elliptic": 5,
-}  # fmt: skip
+MORE = dict.fromkeys(("elliptic", "front", "two parameters", "advection", "reaction", "hyperbolic", "parabolic"), 5)
 SEEDS = {
     **dict.fromkeys(("family", "parameter as an input"), dict.fromkeys(ALL_CASES, 1) | MORE),
     **dict.fromkeys(("LoTRA alone, LM", "LoTRA alone, LM, more points", "full, Adam"), ONE | MORE),
