@@ -18,7 +18,8 @@ SEVEN = ("elliptic", "front", "two parameters", "advection", "reaction", "hyperb
 FIVE = dict.fromkeys(CASES, 1) | dict.fromkeys(SEVEN, 5)
 SEEDS = {
     **dict.fromkeys(("family", "family, joint", "parameter as an input"), dict.fromkeys(ALL_CASES, 1) | FIVE),
-    **dict.fromkeys(("small KAN alone, LM", "LoTRA alone, LM", "full, LM"), FIVE),
+    **dict.fromkeys(("small KAN alone, LM", "LoTRA alone, LM"), FIVE),
+    "full, LM": FIVE | dict.fromkeys(SEVEN[1:], 3),
     "diagonals of the parameter": dict.fromkeys(("elliptic", "front", "hyperbolic"), 3),
     "basis of 16 KANs": dict.fromkeys(("elliptic", "front", "advection"), 3),
 }
