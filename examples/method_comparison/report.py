@@ -127,7 +127,7 @@ def of_families(families: dict[str, Family], costs: str = "") -> str:
         cells = [short(median(e)) if (e := family.errors(entry)) else NONE for family in families.values()]
         if {*cells} != {NONE}:
             rows.append([label, *(costs_of(families[costs], entry) if costs else []), *cells])
-    header = ["numbers once", "CPU s once", "for a task", "CPU s"] if costs else []
+    header = ["numbers once", "CPU s once", "numbers for a task", "CPU s for a task"] if costs else []
     titles = (f"{ALL_CASES[case].title} ({family.seeds})" for case, family in families.items())
     return table(["(seeds)", *header, *titles], rows)
 
