@@ -11,7 +11,7 @@ from scripts import call
 
 @pytest.mark.slow
 def test_base_and_family_together(tmp_path):
-    sizes = {"iterations": 2, "parameters": 1, "base-steps": 20, "full-steps": 5}
+    sizes = {"iterations": 2, "parameters": 1, "base-steps": 20}
     arguments = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     call("pde_family", *arguments, "--output-dir", tmp_path)
     record = json.loads((tmp_path / "elliptic_family.json").read_text())
@@ -25,7 +25,7 @@ def test_base_and_family_together(tmp_path):
 @pytest.mark.slow
 def test_a_family_and_its_members(tmp_path):
     pde = "hyperbolic"  # `.ci/run` has the elliptic one
-    sizes = {"iterations": 1, "parameters": 2, "compared": 1, "base-steps": 20, "full-steps": 5}
+    sizes = {"iterations": 1, "parameters": 2, "compared": 1, "base-steps": 20}
     arguments = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
     done = call("pde_family", "--frozen", "--pde", pde, *arguments, "--output-dir", tmp_path)
     record = json.loads((tmp_path / f"{pde}_frozen.json").read_text())

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("examples/*.md"), *ROOT.glob("examples/*/README.md")]
 PAGES = [page for page in PAGES if page.name != "results.md" and page.parent.name != "method_comparison"]
 SHORT = {
-    "pde_family": ("--iterations", 1, "--parameters", 1, "--compared", 1, "--base-steps", 20, "--full-steps", 5),
+    "pde_family": ("--iterations", 1, "--parameters", 1, "--compared", 1, "--base-steps", 20),
     "serve": ("--requests", 30, "--adapters", 6, "--held", 3),
     "step_cost": ("--widths", 16, "--batches", 8, "--threads", 1, "--seconds", 0),
 }

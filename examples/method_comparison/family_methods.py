@@ -38,6 +38,7 @@ from training import train_by_adam
 from peft_lotra import LoTRAConfig, adapter_at, at_task, fit_gauss_newton
 
 BASIS = 8  # functions of a basis: degree 7, or Gaussians on a grid of 8
+SMALL = 9  # width of a KAN with as many numbers as an adapter
 Course = list[tuple[int, float, float]]  # (step, CPU seconds, relative L2 error)
 
 
@@ -49,9 +50,7 @@ class Sizes:
         width: of all KANs; None: that of the case.
         base_steps, base_iterations: of the base, by Adam, or by Levenberg–Marquardt.
         family: iterations of the family's fit; the last fifth takes more points.
-        alone, full, adam: iterations of an adapter and of a KAN for one task by Levenberg–Marquardt, and steps of a
-            KAN by Adam.
-        growing: iterations of an adapter for one task; the last fifth takes more points.
+        alone: iterations of what is fitted to one task; the last fifth takes more points.
         core: iterations at a new task of the family's core.
         everything: of the KAN with parameters as inputs, at a new task.
         networks: the greater number of networks of a reduced basis.
@@ -62,10 +61,7 @@ class Sizes:
     base_steps: int = 1500
     base_iterations: int = 60
     family: int = 75
-    alone: int = 30
-    growing: int = 24
-    full: int = 30
-    adam: int = 1000
+    alone: int = 24
     core: int = 5
     everything: int = 2
     networks: int = 16
@@ -74,7 +70,7 @@ class Sizes:
     interior: int = 65  # points of the grid on a side, where errors are measured
 
 
-SMOKE = Sizes(12, 5, 2, 3, 2, 2, 2, 3, 2, 1, 4, 1, 2, 9)
+SMOKE = Sizes(12, 5, 2, 3, 2, 2, 1, 4, 1, 2, 9)
 
 
 class Lab:
@@ -88,8 +84,8 @@ class Lab:
         )  # of networks by Adam, from scratch
         self.grid = case.pde(case.base).grid(sizes.interior)
 
-    def build(self, further_inputs: int = 0) -> nn.Module:
-        widths = (2 + further_inputs, self.width, self.width, 1)
+    def build(self, further_inputs: int = 0, width: int | None = None) -> nn.Module:
+        widths = (2 + further_inputs, *[width or self.width] * 2, 1)
         if self.case.kan == "chebyshev":
             torch.manual_seed(self.seed)
             return ChebyshevKAN(widths, degree=BASIS - 1)
@@ -212,32 +208,16 @@ def family(lab: Lab, budget: float = 0.0) -> Result:
 
 
 def each_alone(
-    lab: Lab,
-    start: Callable[[], nn.Module],
-    iterations: int,
-    label: str,
-    which: Sequence[int] | None = None,
-    grows_at: float = math.inf,
+    lab: Lab, start: Callable[[], nn.Module], label: str, which: Sequence[int] | None = None, based: bool = True
 ) -> Result:
-    """A model for every task from the base, by Levenberg–Marquardt."""
-    tasks, numbers = [], 0
+    """A model for every task by Levenberg–Marquardt: from the base, or from scratch."""
+    tasks, numbers, iterations = [], 0, lab.sizes.alone
     for values, seed in lab.tasks(which):
         model = start()
         numbers = trainable(model)
-        marks = lab.course(model, lab.case.pde(values), iterations, seed, f"{label} at {values}", grows_at)
+        marks = lab.course(model, lab.case.pde(values), iterations, seed, f"{label} at {values}", 0.8 * iterations)
         tasks.append((values, marks))
-    return Result(0, lab.base["seconds"], numbers, tasks)
-
-
-def full_adam(lab: Lab) -> Result:
-    tasks, steps = [], lab.sizes.adam
-    for values, seed in lab.tasks((0, 2, 4)):
-        model, start = lab.load().float(), time.process_time()
-        rate = LEARNING_RATES["chebyshev"]["full"]
-        marks, _ = train(model, lab.case.pde(values), steps, rate, seed, lab.grid, f"everything, Adam, at {values}")
-        each = (time.process_time() - start) / steps  # every step costs the same
-        tasks.append((values, [(step, step * each, error) for step, error in marks]))
-    return Result(0, lab.base["seconds"], trainable(model), tasks)
+    return Result(0, lab.base["seconds"] if based else 0.0, numbers, tasks)
 
 
 def trained_on_all(lab: Lab, model: nn.Module, what: str, budget: float) -> dict[str, Any]:
@@ -336,12 +316,11 @@ ALL_TASKS = ("family, joint", "parameter as an input", "diagonals of the paramet
 METHODS: dict[str, Callable[..., Result]] = {
     "family": family,
     "family, joint": family,
-    "LoTRA alone, LM": lambda lab: each_alone(lab, lab.adapted, lab.sizes.alone, "LoTRA alone"),
-    "LoTRA alone, LM, more points": lambda lab: each_alone(
-        lab, lab.adapted, lab.sizes.growing, "LoTRA alone, more points", grows_at=0.8 * lab.sizes.growing
+    "small KAN alone, LM": lambda lab: each_alone(
+        lab, lambda: lab.build(width=SMALL).to(lab.case.dtype), "small KAN", based=False
     ),
-    "full, LM": lambda lab: each_alone(lab, lab.load, lab.sizes.full, "everything, LM", (1, 3)),
-    "full, Adam": full_adam,
+    "LoTRA alone, LM": lambda lab: each_alone(lab, lab.adapted, "LoTRA alone"),
+    "full, LM": lambda lab: each_alone(lab, lab.load, "everything, LM", (1, 3)),
     "parameter as an input": of_parameters,
     "diagonals of the parameter": partial(of_parameters, diagonals=True),
     "basis of 16 KANs": reduced_basis,

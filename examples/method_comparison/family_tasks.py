@@ -351,8 +351,6 @@ CASES = {
     "sharp front": Case("sharper front, from data, β", SharpFront, **OF_FRONTS),
     "parabolic": Case("heat, κ", Parabolic, {"kappa": (1.0, 2.0)}, (1.0,)),
     "fastkan": Case("Poisson, FastKAN", Elliptic, LAM, (1.0,), kan="fastkan"),
-}
-MORE = {
     "helmholtz": Case("Helmholtz, k", Helmholtz, {"k": (2.0, 5.0)}, (3.2,)),
     "burgers": Case(
         "Burgers' travelling waves, c", BurgersWave, {"c": (0.3, 0.8)}, (0.5,), base_by="lm", dtype=torch.float64
@@ -366,4 +364,4 @@ WIDER = {
     }.items()
     for name in names
 }
-ALL_CASES = CASES | MORE | WIDER
+ALL_CASES = CASES | WIDER

@@ -113,10 +113,11 @@ class Entry(NamedTuple):
 FAMILY_ENTRIES = {
     "family, as it is": Entry("family", 0, "family"),
     "family, core": Entry("family", 5, "core"),
-    "adapter, LM": Entry("LoTRA alone, LM", None, "LoTRA"),
-    "adapter, LM, more points": Entry("LoTRA alone, LM, more points", None, "LoTRA"),
-    "everything, LM": Entry("full, LM", None, "full"),
-    "everything, Adam": Entry("full, Adam", None, "full"),
+    "joint, as it is": Entry("family, joint", 0, "family"),
+    "joint, core": Entry("family, joint", 5, "core"),
+    "small KAN from scratch": Entry("small KAN alone, LM", None, "small KAN"),
+    "adapter": Entry("LoTRA alone, LM", None, "LoTRA"),
+    "everything": Entry("full, LM", None, "full"),
     "input, as it is": Entry("parameter as an input", 0, "input"),
     "input, 1 iteration": Entry("parameter as an input", 1, "input"),
     "diagonals, 5 iterations": Entry("diagonals of the parameter", 5, "other"),
@@ -135,13 +136,12 @@ class Family:
         self.seeds = len(self.lines.get("family", []))
 
     def values(self, entry: Entry) -> list[tuple[float, float]]:
-        """(seconds, error) at each parameter within the range, of each seed."""
+        """(seconds, error) at each parameter, of each seed."""
         found = []
         for line in self.lines.get(entry.method, []):
             for task in line["tasks"]:
-                if task["inside"]:
-                    course = [mark for mark in finite(task["marks"]) if entry.step is None or mark[0] <= entry.step]
-                    found.append(course[-1][1:])
+                course = [mark for mark in finite(task["marks"]) if entry.step is None or mark[0] <= entry.step]
+                found.append(course[-1][1:])
         return found
 
     def errors(self, entry: Entry) -> list[float]:

@@ -20,7 +20,7 @@ from statistics import mean, median
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("", "benchmarks")]  # modules of other examples
 from command_line import new_parser
 from drawings import draw_families, draw_few_samples, draw_pdes
-from family_tasks import ALL_CASES, CASES
+from family_tasks import ALL_CASES, CASES, WIDER
 from few_sample_methods import METHODS
 from found import FAMILY_ENTRIES, PDES, Entry, Experiments, Family, FewSamples, Line, Run
 from matplotlib.figure import Figure
@@ -120,27 +120,25 @@ def of_widths(found: dict[str, dict[str, list[Run]]], bases: dict[str, dict[str,
     return table(["", *found], rows)
 
 
-def of_families(families: dict[str, Family]) -> str:
+def of_families(families: dict[str, Family], costs: str = "") -> str:
+    """Medians of all families; before them numbers and seconds of one of them, if named."""
     rows = []
-    for case, family in families.items():
-        found = [family.errors(entry) for entry in FAMILY_ENTRIES.values()]
-        rows.append([f"{ALL_CASES[case].title} ({family.seeds})", *(spread(e) if e else NONE for e in found)])
-    return table(["(seeds)", *FAMILY_ENTRIES], rows)
+    for label, entry in FAMILY_ENTRIES.items():
+        cells = [short(median(e)) if (e := family.errors(entry)) else NONE for family in families.values()]
+        if {*cells} != {NONE}:
+            rows.append([label, *(costs_of(families[costs], entry) if costs else []), *cells])
+    header = ["numbers once", "CPU s once", "numbers for a task", "CPU s for a task"] if costs else []
+    titles = (f"{ALL_CASES[case].title} ({family.seeds})" for case, family in families.items())
+    return table(["(seeds)", *header, *titles], rows)
 
 
-def of_joint(lines: Sequence[Line], wider: bool) -> str:
-    """Families fitted on a frozen base, and together with it, as they are and tuned; the network with an input; of
-    width 32, or of wider ones."""
-    rows = []
-    entries = [Entry(method, k) for method in ("family", "family, joint") for k in (0, 5)]
-    entries += [Entry("parameter as an input", k) for k in (0, 1)]
-    joint = [(line["case"], line["seed"]) for line in lines if line["method"] == "family, joint"]
-    for case in dict.fromkeys(case for case, _ in joint if ("width" in case) == wider):
-        family = Family(case, [line for line in lines if (line["case"], line["seed"]) in joint])
-        cells = [short(median(found)) if (found := family.errors(entry)) else NONE for entry in entries]
-        rows.append([f"{ALL_CASES[case].title} ({family.seeds})", *cells])
-    header = ["(seeds)", "frozen base, as it is", "core", "joint, as it is", "core", "input, as it is", "1 iteration"]
-    return table(header, rows)
+def costs_of(family: Family, entry: Entry) -> list[str]:
+    """Numbers and seconds once, and for a task."""
+    lines = family.lines[entry.method]
+    ((offline, online),) = {(line["numbers"]["offline"], line["numbers"]["online"]) for line in lines}
+    once = median(line["offline_seconds"] for line in lines)
+    spent = [f"{online:,}", number(median(s for s, _ in family.values(entry)))] if entry.step != 0 else [NONE] * 2
+    return [f"{offline:,}" if offline else NONE, f"{once:.0f}" if once else NONE, *spent]
 
 
 def of_convection(lines: Sequence[Line]) -> str:
@@ -166,19 +164,6 @@ def of_convection(lines: Sequence[Line]) -> str:
     return table([*header, *(f"β in {name}, {when}" for name in ranges for when in ("as it is", "tuned"))], rows)
 
 
-def costs(family: Family) -> str:
-    """Numbers and seconds of a case."""
-    rows = []
-    for label, entry in FAMILY_ENTRIES.items():
-        (numbers,) = {(line["numbers"]["offline"], line["numbers"]["online"]) for line in family.lines[entry.method]}
-        once = median(line["offline_seconds"] for line in family.lines[entry.method])
-        cells = (
-            [f"{numbers[1]:,}", number(median(s for s, _ in family.values(entry)))] if entry.step != 0 else [NONE] * 2
-        )
-        rows.append([label, f"{numbers[0]:,}" if numbers[0] else NONE, f"{once:.0f}", *cells])
-    return table(["", "numbers once", "CPU s once", "numbers for a task", "CPU s"], rows)
-
-
 def of_fluids(domain: FewSamples) -> str:
     rows = []
     for method in METHODS:
@@ -196,7 +181,9 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
     """The tables of each page by their markers, and the pictures by their names."""
     experiments = Experiments(results)
     pdes = {name: experiments.of_pde(pde) for name, pde in PDES.items()}
-    families = {case: Family(case, experiments.lines("families")) for case in CASES}
+    families, wider = (
+        {case: Family(case, experiments.lines("families")) for case in cases} for cases in (CASES, WIDER)
+    )
     domains = {name: FewSamples(name, experiments.lines("few_samples")) for name in DRAWN}
     fastkan, shock, large = (experiments.of(name).popitem()[1] for name in ("pde_fastkan", "pde_shock", "text_large"))
     small = "small KAN from scratch, LM, longer"  # the rival that needs no wide base
@@ -208,7 +195,7 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
             "PDEs": of_pdes(pdes | {"a shock, ν 0.02/π → 0.01/π": shock}),
             "FastKAN": table_of_runs(fastkan),
         },
-        "pages/widths.md": {"widths": of_widths(widths, experiments.of("pde_bases"))},
+        "pages/widths.md": {"widths": of_widths(widths, experiments.of("pde_bases")), "families": of_families(wider)},
         "pages/transformers_and_images.md": {
             "digits": table(
                 ["", *images], by_case(images, lambda runs: metrics(runs, lambda value: f"{value:.0f}"), False)
@@ -216,10 +203,7 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
             "large": table_of_runs(large, "numbers", "nats", "CPU s"),
         },
         "families.md": {
-            "families": of_families(families),
-            "costs": costs(families["elliptic"]),
-            "joint": of_joint(experiments.lines("families"), wider=False),
-            "joint, wider": of_joint(experiments.lines("families"), wider=True),
+            "families": of_families(families, costs="elliptic"),
             "convection": of_convection(experiments.lines("convection")),
         },
         "few_samples.md": {"fluids": of_fluids(domains["fluids"])},
