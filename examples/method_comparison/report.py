@@ -187,8 +187,8 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
     domains = {name: FewSamples(name, experiments.lines("few_samples")) for name in DRAWN}
     fastkan, shock, large = (experiments.of(name).popitem()[1] for name in ("pde_fastkan", "pde_shock", "text_large"))
     small = "small KAN from scratch, LM, longer"  # the rival that needs no wide base
-    widths = experiments.of("pde_widths") | experiments.of("pde_width_256")
-    widths = {case: of | {small: pdes["Poisson, λ 1 → 1.3"][small]} for case, of in widths.items()}
+    rival = {small: pdes["Poisson, λ 1 → 1.3"][small]}
+    widths = {case: of | rival for case, of in experiments.of("pde_widths").items()}
     images = experiments.of("images_kan") | experiments.of("images_resnet") | experiments.of("images_wide")
     tables = {
         "pages/pdes.md": {
