@@ -15,11 +15,11 @@ from version import version
 
 # How many seeds each method has, by case; none where the case is not named.
 SEVEN = ("elliptic", "front", "two parameters", "advection", "reaction", "hyperbolic", "parabolic")
-FIVE = dict.fromkeys(CASES, 1) | dict.fromkeys(SEVEN, 5)
+MAIN = dict.fromkeys(CASES, 1) | dict.fromkeys(SEVEN, 5)
 SEEDS = {
-    **dict.fromkeys(("family", "family, joint", "parameter as an input"), dict.fromkeys(ALL_CASES, 1) | FIVE),
-    **dict.fromkeys(("small KAN alone, LM", "LoTRA alone, LM"), FIVE),
-    "full, LM": FIVE | dict.fromkeys(SEVEN[1:], 3),
+    **dict.fromkeys(("family", "family, joint", "parameter as an input"), dict.fromkeys(ALL_CASES, 1) | MAIN),
+    **dict.fromkeys(("small KAN alone, LM", "LoTRA alone, LM"), MAIN),
+    "full, LM": MAIN | dict.fromkeys(SEVEN[1:], 3),
     "diagonals of the parameter": dict.fromkeys(("elliptic", "front", "hyperbolic"), 3),
     "basis of 16 KANs": dict.fromkeys(("elliptic", "front", "advection"), 3),
 }
@@ -64,7 +64,7 @@ def jobs(smoke: bool, folder: Path, lines: Path) -> Iterator[Job]:
             raise SystemExit(f"{method!r} takes the seconds of 'family', which is not there: it has to be run first")
         return as_line(lab, METHODS[method](lab, budget=family[0]["offline_seconds"]))
 
-    for seed in range(1 if smoke else max(FIVE.values())):
+    for seed in range(1 if smoke else max(MAIN.values())):
         for name in ALL_CASES:
             for method in METHODS:
                 if seed < SEEDS[method].get(name, 0) and (not smoke or name == "elliptic" or method == "family"):
