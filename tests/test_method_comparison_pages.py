@@ -80,7 +80,7 @@ def test_ratios():
         [median(values) for values in zip(*((r.metric, r.seconds) for r in of_pde[label]), strict=True)]
         for label in (one, other)
     )
-    assert f"wave, c 2 → 2.5: {a / b:.2g} ×, in {s / t:.2g} × the seconds" in lines
+    assert f"wave, c 2 → 2.5: {report.number(a / b)} ×, in {report.number(s / t)} × the seconds" in lines
     assert len(lines) == 6
     as_it_is = call("report", "--ratio", "joint, as it is", "family, as it is").out.splitlines()
     assert all(line.endswith(" ×") for line in as_it_is)  # which takes no seconds

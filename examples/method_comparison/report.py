@@ -237,7 +237,7 @@ def ratios(found: dict[str, dict[str, tuple[float, float]]], one: str, other: st
         known = sorted({label for of in found.values() for label in of})
         raise ValueError(f"argument --ratio: no case has both {one!r} and {other!r}; there are {known}")
     return [
-        f"{case}: {a / b:.2g} ×" + (f", in {s / t:.2g} × the seconds" if s and t else "")
+        f"{case}: {number(a / b)} ×" + (f", in {number(s / t)} × the seconds" if s and t else "")
         for case, ((a, s), (b, t)) in both.items()
     ]
 
