@@ -1,11 +1,9 @@
 """Writes the tables and pictures of all pages from the lines in results/, between the markers of the pages.
 
     python examples/method_comparison/report.py
-    python examples/method_comparison/report.py --folder outputs/pages
     python examples/method_comparison/report.py --ratio "LoTRA 1/10, LM" "full, LM"    # of medians, as pages say them
 
-Nothing is run. Each row is a method, with the median over seeds and the range. Pages: pages/pdes.md, pages/widths.md,
-pages/transformers_and_images.md, families.md and few_samples.md.
+Nothing is run. Each row is a method, with the median over seeds and the range.
 """
 
 from __future__ import annotations
