@@ -47,6 +47,10 @@ def test_every_job_has_its_line(name, jobs_of):
     assert len(used) == len(lines), "a line of no job"
 
 
+def test_the_longest_parts_are_there():
+    assert {*run.LONGEST} <= {name for name, *_ in PARTS}
+
+
 def test_lines_of_families_and_few_samples_have_methods():
     few = jobs.read_lines(SUITE / "results" / "few_samples.jsonl")
     assert {line["method"] for line in few if "samples" in line} == {*METHODS}
