@@ -45,6 +45,9 @@ def test_every_job_has_its_line(name, jobs_of):
         assert len(found) == 1, names
         used |= {*found}
     assert len(used) == len(lines), "a line of no job"
+    for line in lines:
+        assert line["version"]
+        assert all(line["environment"][key] for key in ("torch", "threads", "processor", "commit")), line
 
 
 def test_the_longest_parts_are_there():
