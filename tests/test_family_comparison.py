@@ -14,7 +14,7 @@ from pde_least_squares import batch
 from pdes import PDES, Points
 from scripts import call
 
-ORIGIN = {"version", "commit", "processor", "threads", "torch"}  # which every line names
+ORIGIN = {"cpu_seconds", "version", "commit", "processor", "threads", "torch"}  # which every line names
 
 
 def again_but_the_last(results, arguments):

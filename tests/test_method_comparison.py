@@ -316,7 +316,7 @@ def test_search_for_a_rate_goes_on_while_the_best_is_at_the_edge(tmp_path):
 
         def perform(run):
             away = abs(math.log(run.method["lr"] / best))
-            return {"version": "", "marks": [[1, 1.0, math.exp(away)]]}
+            return {"version": "", "environment": {}, "marks": [[1, 1.0, math.exp(away)]]}
 
         return list(experiment.search("", "full", perform)["tuning"])
 

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from statistics import median
 
 import jobs
 import pytest
 import report
 import run
 from convection import METHODS as CONVECTION_METHODS
-from drawings import COLOURS, FEW_LABELS, LONGER, OTHER_SIZES, PDE_LABELS
+from drawings import COLOURS, FEW_LABELS, OTHER_SIZES, PDE_LABELS
 from experiments import load_experiments
 from family_methods import METHODS as FAMILY_METHODS
 from few_sample_methods import METHODS
@@ -44,6 +45,13 @@ def test_every_job_has_its_line(name, jobs_of):
         assert len(found) == 1, names
         used |= {*found}
     assert len(used) == len(lines), "a line of no job"
+    for line in lines:
+        assert line["version"]
+        assert all(line["environment"][key] for key in ("torch", "threads", "processor", "commit")), line
+
+
+def test_the_longest_parts_are_there():
+    assert {*run.LONGEST} <= {name for name, *_ in PARTS}
 
 
 def test_lines_of_families_and_few_samples_have_methods():
@@ -56,8 +64,9 @@ def test_lines_of_families_and_few_samples_have_methods():
     assert {line["domain"] for line in few} == {*DOMAINS} >= {*report.DRAWN}
     assert {*METHODS} >= FEW_LABELS.keys()
     assert {entry.colour for entry in FAMILY_ENTRIES.values()} <= {*COLOURS}
-    shown = Experiments(SUITE / "results").of_pde(report.PDES["Poisson, λ 1 → 1.3"])
-    assert {*PDE_LABELS, *OTHER_SIZES, *LONGER} == shown.keys() - {"from scratch, Adam"}
+    found = map(Experiments(SUITE / "results").of_pde, report.PDES.values())
+    labels = {label for of_pde in found for label in of_pde}
+    assert labels == {*PDE_LABELS, *OTHER_SIZES}
 
 
 def test_what_lacks_stops_the_report_before_anything_is_written(tmp_path):
@@ -68,6 +77,22 @@ def test_what_lacks_stops_the_report_before_anything_is_written(tmp_path):
     error = call("report", "--results", results, "--folder", tmp_path / "pages", code=1).err
     assert "pde_elliptic.jsonl has no run of 'full, LM' in 'λ = 1.3'" in error
     assert not (tmp_path / "pages").exists()
+
+
+def test_ratios():
+    one, other = "full, LM", "LoTRA 1/10, LM"
+    lines = call("report", "--ratio", one, other).out.splitlines()
+    of_pde = Experiments(SUITE / "results").of_pde(report.PDES["wave, c 2 → 2.5"])
+    (a, s), (b, t) = (
+        [median(values) for values in zip(*((r.metric, r.seconds) for r in of_pde[label]), strict=True)]
+        for label in (one, other)
+    )
+    assert f"wave, c 2 → 2.5: {report.number(a / b)} ×, in {report.number(s / t)} × the seconds" in lines
+    assert len(lines) == 6
+    as_it_is = call("report", "--ratio", "joint, as it is", "family, as it is").out.splitlines()
+    assert all(line.endswith(" ×") for line in as_it_is)  # which takes no seconds
+    error = call("report", "--ratio", one, "full, ML", code=1).err
+    assert "--ratio: no case has both 'full, LM' and 'full, ML'; there are [" in error
 
 
 def test_markers():

@@ -10,7 +10,6 @@ the network solves points of it that it was not fitted to. Periodicity is in the
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -61,7 +60,6 @@ class Sizes:
 
 SIZES = {"1-20": Sizes(60.0, 120.0), "30-40": Sizes(90.0, 150.0)}
 SMOKE = Sizes(0.5, 0.5, 0.5, 1, 3)
-SEEDS, OF_ALL = 3, ("family, its core", "family, core and factors", "speed as an input")  # the others have one
 
 
 class Convection(Advection):
@@ -286,8 +284,8 @@ def alone(adapted: bool, lab: Lab) -> Line:
 def combined(lab: Lab) -> Line:
     """KANs at Chebyshev points of the range, each begun as the nearest that is there; a task is their combination, as
     in GPT-PINN (Chen and Koohy, 2024)."""
-    count, (low, high), start = lab.sizes.networks, lab.bounds, time.process_time()
-    nodes = [low + (high - low) * (1 - math.cos(pi * k / (count - 1))) / 2 for k in range(count)]
+    count, start = lab.sizes.networks, time.process_time()
+    nodes = [node for (node,) in lab.case.nodes(count)]
     states = {lab.middle: lab.base["state"]}
     for node in sorted(nodes, key=lambda node: abs(node - lab.middle)):
         kan = lab.load()
@@ -330,6 +328,7 @@ METHODS: Mapping[str, Callable[[Lab], Line]] = {
     "everything from the base": partial(alone, False),
     "PINN, L-BFGS": pinn,
 }
+SEEDS = dict.fromkeys(METHODS, 3) | dict.fromkeys(("diagonals of the speed", "encoders", "PINN, L-BFGS"), 1)
 
 
 def jobs(smoke: bool, folder: Path, lines: Path) -> Iterator[Job]:
@@ -341,8 +340,8 @@ def jobs(smoke: bool, folder: Path, lines: Path) -> Iterator[Job]:
         found |= {"seconds": rounded(found["seconds"]), "settings": vars(sizes)}
         return found | {"version": version("convection"), "environment": environment()}
 
-    for seed in range(1 if smoke else SEEDS):
+    for seed in range(1 if smoke else max(SEEDS.values())):
         for name in list(RANGES)[smoke:]:
             for method in METHODS:
-                if method in OF_ALL or seed == 0:
+                if seed < SEEDS[method]:
                     yield {"range": name, "method": method, "seed": seed}, partial(compute, name, method, seed)

@@ -15,16 +15,17 @@ COLOURS = {
     "family": "C3", "core": "C1", "LoTRA": "C0", "full": "0.2", "from scratch": "0.6", "small KAN": "C5", "LoRA": "C2",
     "input": "C4", "basis": "C8", "other": "C9",
 }  # fmt: skip
-MARKERS = {"Adam": "o", "SOAP": "^", "L-BFGS": "v", "LM": "s"}
-PDE_LABELS = {
-    **{f"small KAN from scratch, {by}": ("small KAN", by) for by in ("LM", "L-BFGS")},
-    "from scratch, LM": ("from scratch", "LM"),
+LONGER = "LM, longer"
+MARKERS = {"Adam": "o", "SOAP": "^", "L-BFGS": "v", "LM": "s", LONGER: "s"}
+PDE_LABELS = {  # in the order of the table
+    **{f"small KAN from scratch, {by}": ("small KAN", by) for by in ("LM", LONGER, "L-BFGS")},
+    **{f"from scratch, {by}": ("from scratch", by) for by in ("Adam", "LM")},
     **{f"full, {by}": ("full", by) for by in ("Adam", "SOAP", "L-BFGS", "LM")},
-    **{f"LoTRA 1/10, {by}": ("LoTRA", by) for by in ("Adam", "SOAP", "LM")},
-    "LoRA on parameters, SOAP": ("LoRA", "SOAP"), CORE: ("core", "LM"),
-}  # fmt: skip
+    **{f"LoTRA 1/10, {by}": ("LoTRA", by) for by in ("Adam", "SOAP", "LM", LONGER)},
+    **{f"LoRA, {by}": ("LoRA", by) for by in ("Adam", "SOAP", "LM")},
+    CORE: ("core", "LM"),
+}
 OTHER_SIZES = {f"{method} {size}, LM": (method, "LM") for method in ("small KAN", "LoTRA") for size in ("1/16", "1/4")}
-LONGER = {"small KAN from scratch, LM, longer": ("small KAN", "LM"), "LoTRA 1/10, LM, longer": ("LoTRA", "LM")}
 FEW_LABELS = {
     "family, code of 5": ("family", "-"), "family, code of 5, then its core": ("core", "-"),
     "GEPS, code of 8": ("other", "--"), "code as inputs, 5": ("input", "--"), "learned basis, 16": ("basis", "--"),
@@ -44,15 +45,15 @@ def draw_pdes(found: dict[str, dict[str, list[Run]]]) -> Figure:
     """A row for each PDE: the error over the trained numbers, and its course over CPU seconds."""
     figure = Figure(figsize=(10.5, 3.1 * len(found) + 0.8), layout="constrained")
     for (left, right), (name, by_label) in zip(figure.subplots(len(found), 2), found.items(), strict=True):
-        for label, (method, optimizer) in (PDE_LABELS | OTHER_SIZES | LONGER).items():
+        for label, (method, optimizer) in (PDE_LABELS | OTHER_SIZES).items():
             runs, colour, marker = by_label.get(label, []), COLOURS[method], MARKERS[optimizer]
-            if runs and label not in LONGER:
+            if runs and optimizer != LONGER:
                 shown = label if label in PDE_LABELS else ""
                 range_of(left, runs[0].trained, [run.metric for run in runs], colour, marker, shown)
             if runs and label not in OTHER_SIZES:
                 times, values = by_step([run.course for run in runs])
                 middle = [median(of_step) for of_step in values]
-                new = slice(5 * (label in LONGER), None)  # until then it is the course of the shorter run
+                new = slice(5 * (optimizer == LONGER), None)  # until then it is the course of the shorter run
                 right.plot(times[new], middle[new], f"{marker}-", color=colour, ms=3, lw=1.2)
         left.set(xlabel="trained numbers", ylabel="relative L2 error", title=name, xlim=(250, 14000))
         right.set(xlabel="CPU seconds", title=name, xlim=(0.1, None))
@@ -60,8 +61,10 @@ def draw_pdes(found: dict[str, dict[str, list[Run]]]) -> Figure:
             axes.set(xscale="log", yscale="log")
             plain_log(axes.xaxis, axes.yaxis)
             axes.grid(alpha=0.3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    legends = [axes.get_legend_handles_labels() for axes in figure.axes]
+    shown = {label: handle for handles, labels in legends for handle, label in zip(handles, labels, strict=True)}
+    labels = [label for label in PDE_LABELS if label in shown]
+    figure.legend([shown[label] for label in labels], labels, loc="outside lower center", ncols=4, fontsize=9)
     return figure
 
 

@@ -107,10 +107,8 @@ class Experiment:
             beyond = [lr for lr in RATES if (best == max(known) and lr > best) or (best == min(known) and lr < best)]
             near = sorted(beyond, key=lambda lr: abs(math.log(lr / best)))
             rates = near[:1] if len(known) >= 3 else []
-        return {
-            "version": results[0]["version"],
-            "tuning": {str(lr): tried[str(lr)] for lr in sorted(map(float, tried))},
-        }
+        in_order = {str(lr): tried[str(lr)] for lr in sorted(map(float, tried))}
+        return {key: results[0][key] for key in ("version", "environment")} | {"tuning": in_order}
 
 
 def best_rate(tried: dict[str, list[float | None]], higher_is_better: bool) -> float:

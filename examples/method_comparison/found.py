@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from math import inf
 from pathlib import Path
@@ -29,6 +30,7 @@ PDES = {
     "heat, κ 1 → 1.3": PDE("pde_parabolic", "parabolic", 1.3),
     "wave, c 2 → 2.5": PDE("pde_hyperbolic", "hyperbolic", 2.5),
     "Burgers, ν 0.1 → 0.13": PDE("pde_burgers"),
+    "FastKAN, Poisson, λ 1 → 1.3": PDE("pde_fastkan"),
 }
 
 
@@ -73,12 +75,19 @@ class Experiments:
         return {case: {label: self.runs(name, case, label) for label in found.methods} for case in found.cases}
 
     def of_pde(self, pde: PDE) -> dict[str, list[Run]]:
-        """By label, with other sizes and the core of a family."""
-        (found,) = self.of(pde.experiment).values()
+        """By label, with other sizes and the core of a family; LoRA on parameters or linear layers is one label."""
+        (by_label,) = self.of(pde.experiment).values()
+        found = {re.sub("LoRA (on parameters|1/10)", "LoRA", label): runs for label, runs in by_label.items()}
         if pde.case:
             found |= self.of("pde_sizes")[pde.case]
             found[CORE] = self.cores(pde.case, pde.at)
         return found
+
+    def of_widths(self) -> dict[str, dict[str, list[Run]]]:
+        """By case and label, with the rival that needs no wide base."""
+        rival, poisson = "small KAN from scratch, LM, longer", next(iter(PDES.values()))
+        of_rival = {rival: self.of_pde(poisson)[rival]}
+        return {case: by_label | of_rival for case, by_label in self.of("pde_widths").items()}
 
     def cores(self, case: str, at: float) -> list[Run]:
         """Of a family at a parameter that it was not trained on; the metric before is that of the family as it is."""

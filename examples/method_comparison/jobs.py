@@ -95,8 +95,10 @@ def do_missing(
             title = ", ".join(f"{value}" for value in names.values() if not isinstance(value, dict))
             print(f"\n{path.stem}, {title}; {time.strftime('%H:%M')}", flush=True)
             start = time.process_time()
-            add_line(path, names, compute())
-            print(f"Done in {time.process_time() - start:.0f} CPU s", flush=True)
+            line = compute()
+            spent = rounded(time.process_time() - start)  # with bases, searches and evaluation
+            add_line(path, names, line | {"cpu_seconds": spent})
+            print(f"Done in {spent:.0f} CPU s", flush=True)
         if stored:
             print_ratios(stored, path)
 

@@ -1,10 +1,9 @@
 """Writes the tables and pictures of all pages from the lines in results/, between the markers of the pages.
 
     python examples/method_comparison/report.py
-    python examples/method_comparison/report.py --folder outputs/pages
+    python examples/method_comparison/report.py --ratio "LoTRA 1/10, LM" "full, LM"    # of medians, as pages say them
 
-Nothing is run. Each row is a method, with the median over seeds and the range. Pages: pages/pdes.md, pages/widths.md,
-pages/transformers_and_images.md, families.md and few_samples.md.
+Nothing is run. Each row is a method, with the median over seeds and the range.
 """
 
 from __future__ import annotations
@@ -12,14 +11,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
-from itertools import zip_longest
 from math import isfinite
 from pathlib import Path
 from statistics import mean, median
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("", "benchmarks")]  # modules of other examples
 from command_line import new_parser
-from drawings import draw_families, draw_few_samples, draw_pdes
+from drawings import PDE_LABELS, draw_families, draw_few_samples, draw_pdes
 from family_tasks import ALL_CASES, CASES, WIDER
 from few_sample_methods import METHODS
 from found import FAMILY_ENTRIES, PDES, Entry, Experiments, Family, FewSamples, Line, Run
@@ -74,39 +72,32 @@ def metrics(runs: Sequence[Run], show: Callable[[float], str] = short) -> str:
     return spread([run.metric for run in runs], show)
 
 
-# What a table shows of the runs of one row.
-COLUMNS: dict[str, Callable[[Sequence[Run]], str]] = {
-    "numbers": lambda runs: f"{runs[0].trained:,}",
-    "relative L2 error": metrics,
-    "nats": lambda runs: metrics(runs, lambda value: f"{value:.2f}"),
-    "CPU s": lambda runs: number(median(run.seconds for run in runs)),
-}
+def seconds(runs: Sequence[Run]) -> str:
+    return number(median(run.seconds for run in runs))
 
 
-def table_of_runs(found: dict[str, list[Run]], *columns: str) -> str:
-    columns = columns or ("numbers", "relative L2 error", "CPU s")
-    return table(["", *columns], [[label, *(COLUMNS[c](runs) for c in columns)] for label, runs in found.items()])
-
-
-def by_case(
-    found: dict[str, dict[str, list[Run]]], cell: Callable[[Sequence[Run]], str], numbers: bool = True
-) -> list[list[str]]:
-    """A row for each label, with the trained numbers in brackets, and a cell for each case."""
-    of_label = {label: runs for of in found.values() for label, runs in of.items()}
-    return [
-        [
-            f"{label} ({runs[0].trained:,})" if numbers else label,
-            *(cell(of[label]) if label in of else NONE for of in found.values()),
-        ]
-        for label, runs in of_label.items()
+def of_text(found: dict[str, list[Run]]) -> str:
+    rows = [
+        [label, f"{runs[0].trained:,}", metrics(runs, lambda value: f"{value:.2f}"), seconds(runs)]
+        for label, runs in found.items()
     ]
+    return table(["", "numbers", "nats", "CPU s"], rows)
+
+
+def by_case(found: dict[str, dict[str, list[Run]]], cell: Callable[[Sequence[Run]], str]) -> list[list[str]]:
+    """A row for each label, and a cell for each case."""
+    labels = dict.fromkeys(label for of in found.values() for label in of)
+    return [[label, *(cell(of[label]) if label in of else NONE for of in found.values())] for label in labels]
 
 
 def of_pdes(found: dict[str, dict[str, list[Run]]]) -> str:
-    """Errors on all PDEs, and the seconds on the first."""
-    spent = (COLUMNS["CPU s"](runs) for runs in next(iter(found.values())).values())
-    rows = [[*row, cell] for row, cell in zip_longest(by_case(found, metrics), spent, fillvalue=NONE)]
-    rows.sort(key=lambda row: ("small", "from", "full", "LoTRA", "LoRA", "core").index(re.match(r"\w+", row[0])[0]))
+    """Errors on all PDEs, and the seconds on the first; other sizes, and LoRA by Adam and LM, are in the picture."""
+    first, cells = next(iter(found.values())), {label: row for label, *row in by_case(found, metrics)}
+    rows = [
+        [f"{label} ({first[label][0].trained:,})", *cells[label], seconds(first[label])]
+        for label in PDE_LABELS
+        if label in first
+    ]
     return table(["(numbers)", *found, "CPU s, Poisson"], rows)
 
 
@@ -116,7 +107,7 @@ def of_widths(found: dict[str, dict[str, list[Run]]], bases: dict[str, dict[str,
         [label, *(spread([run.before for run in next(iter(of.values()))]) for of in part.values())]
         for label, part in {"the base, where it was trained": bases, "the base, as it is": found}.items()
     ]
-    rows += by_case(found, lambda runs: f"{metrics(runs)}, {COLUMNS['CPU s'](runs)} s", numbers=False)
+    rows += by_case(found, lambda runs: f"{metrics(runs)}, {seconds(runs)} s")
     return table(["", *found], rows)
 
 
@@ -142,24 +133,17 @@ def costs_of(family: Family, entry: Entry) -> list[str]:
 
 
 def of_convection(lines: Sequence[Line]) -> str:
-    rows = []
-    ranges = list(dict.fromkeys(line["range"] for line in lines))
+    rows, ranges = [], list(dict.fromkeys(line["range"] for line in lines))
     for method in dict.fromkeys(line["method"] for line in lines):
-        cells, numbers, spent = [], "", NONE
+        cells = []
         for name in ranges:
             found = [line for line in lines if (line["range"], line["method"]) == (name, method)]
-            tasks = [task for line in found for task in line["tasks"]]
-            if not tasks:
-                cells += [NONE] * 2
-                continue
-            courses = [task["marks"] for task in tasks]
-            first = [course[0][2] for course in courses] if courses[0][0][0] == 0 else []
+            courses = [task["marks"] for line in found for task in line["tasks"]]
+            first = [course[0][2] for course in courses if course[0][0] == 0]
             cells += [spread(first) if first else NONE, spread([course[-1][2] for course in courses])]
-            numbers = f"{found[0]['once']:,}" if found[0]["once"] else NONE
-            of_task = f"{tasks[0]['numbers']:,}"
-            spent = f"{median(line['seconds'] for line in found):.0f}"
-            seeds = len(found)
-        rows.append([f"{method} ({seeds})", numbers, of_task, spent, *cells])
+        once, of_task = found[0]["once"], found[0]["tasks"][0]["numbers"]
+        spent = number(median(line["seconds"] for line in found))
+        rows.append([f"{method} ({len(found)})", f"{once:,}" if once else NONE, f"{of_task:,}", spent, *cells])
     header = ["(seeds)", "numbers once", "for a task", f"CPU s once, {ranges[-1]}"]
     return table([*header, *(f"β in {name}, {when}" for name in ranges for when in ("as it is", "tuned"))], rows)
 
@@ -185,22 +169,17 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
         {case: Family(case, experiments.lines("families")) for case in cases} for cases in (CASES, WIDER)
     )
     domains = {name: FewSamples(name, experiments.lines("few_samples")) for name in DRAWN}
-    fastkan, shock, large = (experiments.of(name).popitem()[1] for name in ("pde_fastkan", "pde_shock", "text_large"))
-    small = "small KAN from scratch, LM, longer"  # the rival that needs no wide base
-    rival = {small: pdes["Poisson, λ 1 → 1.3"][small]}
-    widths = {case: of | rival for case, of in experiments.of("pde_widths").items()}
+    shock, large = (experiments.of(name).popitem()[1] for name in ("pde_shock", "text_large"))
     images = experiments.of("images_kan") | experiments.of("images_resnet") | experiments.of("images_wide")
     tables = {
-        "pages/pdes.md": {
-            "PDEs": of_pdes(pdes | {"a shock, ν 0.02/π → 0.01/π": shock}),
-            "FastKAN": table_of_runs(fastkan),
+        "pages/pdes.md": {"PDEs": of_pdes(pdes | {"a shock, ν 0.02/π → 0.01/π": shock})},
+        "pages/widths.md": {
+            "widths": of_widths(experiments.of_widths(), experiments.of("pde_bases")),
+            "families": of_families(wider),
         },
-        "pages/widths.md": {"widths": of_widths(widths, experiments.of("pde_bases")), "families": of_families(wider)},
         "pages/transformers_and_images.md": {
-            "digits": table(
-                ["", *images], by_case(images, lambda runs: metrics(runs, lambda value: f"{value:.0f}"), False)
-            ),
-            "large": table_of_runs(large, "numbers", "nats", "CPU s"),
+            "digits": table(["", *images], by_case(images, lambda runs: metrics(runs, lambda value: f"{value:.0f}"))),
+            "large": of_text(large),
         },
         "families.md": {
             "families": of_families(families, costs="elliptic"),
@@ -214,6 +193,51 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
         "few_samples": draw_few_samples({title: domains[name] for name, title in DRAWN.items()}),
     }
     return tables, figures
+
+
+def medians(results: Path) -> dict[str, dict[str, tuple[float, float]]]:
+    """(metric, seconds) of each label in each case of all pages."""
+    experiments = Experiments(results)
+    runs = {name: experiments.of_pde(pde) for name, pde in PDES.items()}
+    runs |= experiments.of("pde_shock") | experiments.of_widths()
+    runs["characters"] = experiments.of("text_large")[""]
+    found = {
+        case: {label: [(run.metric, run.seconds) for run in of_label] for label, of_label in by_label.items()}
+        for case, by_label in runs.items()
+    }
+    for case, of_case in ALL_CASES.items():
+        family = Family(case, experiments.lines("families"))
+        found[f"family, {of_case.title}"] = {
+            label: [v[::-1] for v in family.values(e)] for label, e in FAMILY_ENTRIES.items()
+        }
+    for name in DRAWN:
+        domain = FewSamples(name, experiments.lines("few_samples"))
+        for n in domain.lines[0]["samples"]:
+            found[f"{name}, {n} samples"] = {
+                method: [
+                    (domain.median(method, n), median(line["samples"][n]["seconds"] for line in domain.of(method)))
+                ]
+                for method in domain.methods
+            }
+    return {
+        case: {label: tuple(map(median, zip(*values, strict=True))) for label, values in of.items() if values}
+        for case, of in found.items()
+    }
+
+
+def ratios(found: dict[str, dict[str, tuple[float, float]]], one: str, other: str) -> list[str]:
+    """
+    Raises:
+        ValueError: if no case has both.
+    """
+    both = {case: (of[one], of[other]) for case, of in found.items() if one in of and other in of}
+    if not both:
+        known = sorted({label for of in found.values() for label in of})
+        raise ValueError(f"argument --ratio: no case has both {one!r} and {other!r}; there are {known}")
+    return [
+        f"{case}: {number(a / b)} ×" + (f", in {number(s / t)} × the seconds" if s and t else "")
+        for case, ((a, s), (b, t)) in both.items()
+    ]
 
 
 def report(results: Path, source: Path, folder: Path) -> list[Path]:
@@ -243,8 +267,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the .jsonl files")
     parser.add_argument("--folder", type=Path, default=HERE, help="where the pages and pictures are written")
+    parser.add_argument("--ratio", nargs=2, metavar=("ROW", "OTHER"), help="only print this, wherever both rows are")
     args = parser.parse_args(argv)
     try:
+        if args.ratio:
+            print(*ratios(medians(args.results), *args.ratio), sep="\n")
+            return 0
         for path in report(args.results, HERE, args.folder):
             print(f"Written: {path}")
     except ValueError as error:

@@ -29,8 +29,9 @@ from perform import perform
 from version import modules_of, version
 
 HERE = Path(__file__).parent
-# Modules with `jobs`, and where their results come from; the longest are first.
+# Modules with `jobs`, and where their results come from.
 MODULES = {"families": "family_methods", "few_samples": "few_sample_methods", "convection": "convection"}
+LONGEST = ("families", "text_large", "pde_widths", "convection")  # begun first, so that two processes end together
 # A name, its jobs, which are given the file of the lines, and the modules that they depend on.
 Part = tuple[str, Callable[[Path], Iterable[Job]], tuple[str, ...]]
 
@@ -117,6 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = outputs / "again" if args.confirm else outputs
     parts = [of_module(name, args.smoke, kept) for name in MODULES if name in (args.names or MODULES)]
     parts += [of_experiment(experiment, outputs) for experiment in experiments]
+    parts.sort(key=lambda part: LONGEST.index(part[0]) if part[0] in LONGEST else len(LONGEST))
     return run_all(parts, results, outputs, args.stale, args.confirm, args.only)
 
 
