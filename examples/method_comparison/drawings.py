@@ -61,10 +61,10 @@ def draw_pdes(found: dict[str, dict[str, list[Run]]]) -> Figure:
             axes.set(xscale="log", yscale="log")
             plain_log(axes.xaxis, axes.yaxis)
             axes.grid(alpha=0.3)
-    legends = [axes.get_legend_handles_labels() for axes in figure.axes]
-    shown = {label: handle for handles, labels in legends for handle, label in zip(handles, labels, strict=True)}
-    labels = [label for label in PDE_LABELS if label in shown]
-    figure.legend([shown[label] for label in labels], labels, loc="outside lower center", ncols=4, fontsize=9)
+    legends = [zip(*axes.get_legend_handles_labels(), strict=True) for axes in figure.axes]
+    handles = {label: handle for legend in legends for handle, label in legend}
+    labels = [label for label in PDE_LABELS if label in handles]
+    figure.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=4, fontsize=9)
     return figure
 
 

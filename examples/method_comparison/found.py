@@ -31,6 +31,7 @@ PDES = {
     "wave, c 2 → 2.5": PDE("pde_hyperbolic", "hyperbolic", 2.5),
     "Burgers, ν 0.1 → 0.13": PDE("pde_burgers"),
     "FastKAN, Poisson, λ 1 → 1.3": PDE("pde_fastkan"),
+    "a shock, ν 0.02/π → 0.01/π": PDE("pde_shock"),
 }
 
 
@@ -173,3 +174,6 @@ class FewSamples:
 
     def median(self, method: str, n: int) -> float:
         return median(self.errors(method, n))
+
+    def seconds(self, method: str, n: int) -> float:
+        return median(line["samples"][str(n)]["seconds"] for line in self.of(method))

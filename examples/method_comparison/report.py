@@ -1,7 +1,7 @@
 """Writes the tables and pictures of all pages from the lines in results/, between the markers of the pages.
 
     python examples/method_comparison/report.py
-    python examples/method_comparison/report.py --ratio "LoTRA 1/10, LM" "full, LM"    # of medians, as pages say them
+    python examples/method_comparison/report.py --ratio "LoTRA 1/10, LM" "full, LM"    # the ratio of their medians
 
 Nothing is run. Each row is a method, with the median over seeds and the range.
 """
@@ -154,7 +154,7 @@ def of_fluids(domain: FewSamples) -> str:
         lines = domain.of(method)
         once, task = lines[0]["numbers"]
         inside = [part for line in lines for part in line["samples"]["5"].get("inside", [])]
-        spent = median(line["samples"]["5"]["seconds"] for line in lines)
+        spent = domain.seconds(method, 5)
         errors = [f"{domain.median(method, n):.2g}" for n in SAMPLES]
         cells = [f"{100 * mean(inside):.0f} %" if inside else NONE, number(1000 * spent)]
         rows.append([method, f"{once:,}", f"{task:,}" if task else NONE, *errors, *cells])
@@ -169,17 +169,16 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
         {case: Family(case, experiments.lines("families")) for case in cases} for cases in (CASES, WIDER)
     )
     domains = {name: FewSamples(name, experiments.lines("few_samples")) for name in DRAWN}
-    shock, large = (experiments.of(name).popitem()[1] for name in ("pde_shock", "text_large"))
     images = experiments.of("images_kan") | experiments.of("images_resnet") | experiments.of("images_wide")
     tables = {
-        "pages/pdes.md": {"PDEs": of_pdes(pdes | {"a shock, ν 0.02/π → 0.01/π": shock})},
+        "pages/pdes.md": {"PDEs": of_pdes(pdes)},
         "pages/widths.md": {
             "widths": of_widths(experiments.of_widths(), experiments.of("pde_bases")),
             "families": of_families(wider),
         },
         "pages/transformers_and_images.md": {
             "digits": table(["", *images], by_case(images, lambda runs: metrics(runs, lambda value: f"{value:.0f}"))),
-            "large": of_text(large),
+            "large": of_text(experiments.of("text_large")[""]),
         },
         "families.md": {
             "families": of_families(families, costs="elliptic"),
@@ -196,37 +195,30 @@ def pages(results: Path) -> tuple[dict[str, dict[str, str]], dict[str, Figure]]:
 
 
 def medians(results: Path) -> dict[str, dict[str, tuple[float, float]]]:
-    """(metric, seconds) of each label in each case of all pages."""
+    """(error or loss, seconds) of each label in each case; images and convection are left out."""
     experiments = Experiments(results)
-    runs = {name: experiments.of_pde(pde) for name, pde in PDES.items()}
-    runs |= experiments.of("pde_shock") | experiments.of_widths()
+    runs = {name: experiments.of_pde(pde) for name, pde in PDES.items()} | experiments.of_widths()
     runs["characters"] = experiments.of("text_large")[""]
-    found = {
-        case: {label: [(run.metric, run.seconds) for run in of_label] for label, of_label in by_label.items()}
-        for case, by_label in runs.items()
-    }
+    found = {}
+    for case, by_label in runs.items():
+        found[case] = {k: (median(r.metric for r in of), median(r.seconds for r in of)) for k, of in by_label.items()}
     for case, of_case in ALL_CASES.items():
         family = Family(case, experiments.lines("families"))
         found[f"family, {of_case.title}"] = {
-            label: [v[::-1] for v in family.values(e)] for label, e in FAMILY_ENTRIES.items()
+            label: (median(family.errors(entry)), median(seconds for seconds, _ in values))
+            for label, entry in FAMILY_ENTRIES.items()
+            if (values := family.values(entry))
         }
     for name in DRAWN:
         domain = FewSamples(name, experiments.lines("few_samples"))
         for n in domain.lines[0]["samples"]:
-            found[f"{name}, {n} samples"] = {
-                method: [
-                    (domain.median(method, n), median(line["samples"][n]["seconds"] for line in domain.of(method)))
-                ]
-                for method in domain.methods
-            }
-    return {
-        case: {label: tuple(map(median, zip(*values, strict=True))) for label, values in of.items() if values}
-        for case, of in found.items()
-    }
+            found[f"{name}, n = {n}"] = {k: (domain.median(k, n), domain.seconds(k, n)) for k in domain.methods}
+    return found
 
 
 def ratios(found: dict[str, dict[str, tuple[float, float]]], one: str, other: str) -> list[str]:
-    """
+    """A line for each case that has both labels: the metric and the seconds of one over those of the other.
+
     Raises:
         ValueError: if no case has both.
     """
@@ -267,7 +259,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = new_parser(__doc__)
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the .jsonl files")
     parser.add_argument("--folder", type=Path, default=HERE, help="where the pages and pictures are written")
-    parser.add_argument("--ratio", nargs=2, metavar=("ROW", "OTHER"), help="only print this, wherever both rows are")
+    parser.add_argument(
+        "--ratio",
+        nargs=2,
+        metavar=("ROW", "OTHER"),
+        help="print the ratio of two rows instead, for each case that has both",
+    )
     args = parser.parse_args(argv)
     try:
         if args.ratio:
